@@ -1,0 +1,54 @@
+# make demo | test | lint | clean. The first run makes an environment in .venv; nothing is installed outside it, save
+# Debian's own venv package where it is missing and make runs as root. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+METADATA := setup.py pyproject.toml constraints.txt
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    train, route and report on synthetic video, on this machine"
+	@echo "make test    run the tests, with coverage"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove the environment, caches and builds (runs/ stays)"
+
+demo: $(VENV)/.installed
+	$(BIN)/videoadapt demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q --cov --cov-report=term
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy videoadapt tests $(wildcard tools/*.py slurm/*.py)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find videoadapt tests tools slurm -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp is newer than the metadata it was installed from. The tests' environment serves the demo too.
+$(VENV)/.installed: $(METADATA) | $(BIN)/pip
+	@echo "Installing into $(VENV): torch and its CUDA libraries are about 5 GB, so this takes minutes."
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(METADATA) | $(BIN)/pip
+	@echo "Installing into $(VENV): torch and its CUDA libraries are about 5 GB, so this takes minutes."
+	$(PIP_INSTALL) -e '.[test,export]'
+	@touch $(VENV)/.installed $@
+
+# Debian and Ubuntu ship Python without what venv needs: pip is the last thing that it makes.
+PYTHON_XY = $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "videoadapt needs Python 3.10 or newer; $(PYTHON) is not. Name another: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) -c 'import virtualenv' 2>/dev/null || \
+	    { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq $(PYTHON_XY)-venv; } || \
+	    { echo "$(PYTHON) cannot make environments. Install its venv module (sudo apt install $(PYTHON_XY)-venv) and run make again." >&2; exit 1; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m virtualenv --quiet $(VENV)

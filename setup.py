@@ -1,0 +1,82 @@
+"""Metadata and requirements. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# decord 0.6.0 has wheels for these platforms only; elsewhere the PyAV reader does its work.
+DECORD_WHEELS = "(sys_platform == 'linux' and platform_machine == 'x86_64') or sys_platform == 'win32'"
+
+REQUIREMENTS = [
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "pytorchvideo>=0.1.5",
+    f"decord>=0.6.0; {DECORD_WHEELS}",
+    "av>=12",
+    "timm>=1.0.9",
+    "einops>=0.8",
+    "submitit>=1.5",
+    "huggingface_hub>=0.23",
+    "Jinja2>=3.1",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "pandas>=2.2",
+    "pillow>=10.3",
+    "pyarrow>=15",
+    "pydantic>=2.7",
+    "PyYAML>=6.0.1",
+    "rich>=13.7",
+    "safetensors>=0.4.3",
+    "tensorboard>=2.16",
+    "typer>=0.12.4",
+]
+
+EXTRAS = {
+    "export": [
+        "onnx>=1.16",
+        "onnxruntime>=1.18",
+        "onnxscript>=0.5",  # torch.onnx.export writes through it
+    ],
+    "test": [
+        "pytest>=8",
+        "pytest-cov>=7",
+        "coverage>=7.10",  # measures the processes that the tests start
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "transformers>=4.41",  # its TimeSformer is the independent implementation of the parity tests
+        "fvcore>=0.1.5.post20221221",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "types-PyYAML>=6",
+    ],
+}
+
+setup(
+    name="videoadapt",
+    version="0.1.0",
+    description="One video transformer at several operating points, and an assigner that picks one for each clip",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    # In a wheel, configs/ lies in the package, as videoadapt/configs; in a checkout, beside it.
+    packages=[*find_packages(include=["videoadapt", "videoadapt.*"]), "videoadapt.configs"],
+    package_dir={"videoadapt": "videoadapt", "videoadapt.configs": "configs"},
+    package_data={
+        "videoadapt": ["py.typed"],
+        "videoadapt.configs": ["*.yaml"],
+        "videoadapt.report": ["*.html", "*.j2"],
+    },
+    entry_points={"console_scripts": ["videoadapt = videoadapt.cli:main"]},
+)

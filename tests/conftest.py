@@ -1,0 +1,66 @@
+"""What tests of all modules use: the real footage, and `need` for parts that are not on every machine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported, and inherited by the ranks and workers that tests start: one thread each, no downloads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))  # the models of the tests are too small for more
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+
+IN_CI = os.environ.get("VIDEOADAPT_CI") == "1"
+settings.load_profile("ci" if IN_CI else "local")
+
+
+def need(part: str | bool, reason: str) -> Any:
+    """Skip the test, or the module that calls this at its head, if `part` is missing; in CI, where it must be, fail.
+
+    `part` is the name of a module, which is returned, or a condition.
+    """
+    if not isinstance(part, str):
+        found: Any = part
+    else:
+        try:
+            return importlib.import_module(part)
+        except ImportError as error:
+            found, reason = None, f"{reason} ({error})"
+    if not found and IN_CI:
+        pytest.fail(f"must be there in CI: {reason}", pytrace=False)
+    if not found:
+        pytest.skip(reason, allow_module_level=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real footage, which not every machine has."""
+    folder = Path(os.environ.get("VIDEOADAPT_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no real footage: {folder} is not a folder; VIDEOADAPT_SHARED names another")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = pytest.mark.skip(reason="no CUDA device")
+    if shutil.which("sbatch") is None:
+        missing["slurm"] = pytest.mark.skip(reason="no SLURM: sbatch is not on the path")
+    for item in items:
+        for name, skip in missing.items():
+            if name in item.keywords:
+                item.add_marker(skip)

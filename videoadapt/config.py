@@ -1,0 +1,326 @@
+"""Typed configs: YAML files, `base:` inheritance, `section.key=value` overrides, and errors that name the field.
+
+All stages of a run share one config and one run folder (`run.dir`). A config is checked as a whole when it is loaded,
+so that a contradiction is refused before any work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from videoadapt.errors import ConfigError
+from videoadapt.points import Point
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _parse_points(value: Any) -> Any:
+    return [value] if isinstance(value, (int, str)) else value
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    dir: Path = Path("runs/run")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint: Path | None = None  # for label, evaluate, predict; none = the newest of the run
+
+
+class SplitConfig(Section):
+    annotations: Path | None = None  # a `path label` list, or a folder with one folder per class
+
+
+class DataConfig(Section):
+    root: Path | None = None  # where the relative paths of a list start; none = the folder of the list
+    train: SplitConfig = SplitConfig()
+    val: SplitConfig = SplitConfig()
+    classes: Path | None = None  # class names, one a line, in label order
+    holdout: Fraction = 0.0  # share of the train split kept out of stage 1, for `label.source: holdout`
+    reader: Literal["auto", "decord", "pyav"] = "auto"
+    workers: Annotated[int, Field(ge=0)] = 2
+    timeout_s: Positive = 300.0
+    short_side: tuple[int, int] | None = None  # training: range of the short side before the crop; none = model.size
+    flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class ModelConfig(Section):
+    """The architecture and the input that it expects: enough to build the model and to feed it a file."""
+
+    width: Count = 768
+    depth: Count = 12
+    heads: Count = 12
+    mlp_ratio: Positive = 4.0
+    patch: Count = 16
+    size: Count = 224  # side of the square crop, in pixels
+    num_frames: Count = 8
+    stride_frames: Count = 32  # between two frames of a clip, counted at `fps`
+    fps: Positive | None = 30.0  # none: strides count the file's own frames
+    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
+    std: tuple[Positive, Positive, Positive] = (0.225, 0.225, 0.225)
+    num_classes: Count = 400
+    points: Annotated[tuple[str, ...], BeforeValidator(_parse_points)] = ("14", "10", "7")
+    temporal: bool = True  # divided space-time attention; off = frames are seen one by one
+    embed: Literal["resize", "kernel", "stem"] = "resize"
+    share_norm: bool = False
+    share_patch: bool = False
+    share_pos: bool = False
+    distill_token: bool = False
+    layer_scale: float | None = None  # initial value; none = no LayerScale
+    norm_eps: Positive = 1e-6
+    drop_path: Fraction = 0.0
+    init_std: Positive = 0.02
+    time_init_std: Annotated[float, Field(ge=0.0)] = 0.0  # TimeSformer starts its time embedding at zero
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical_points(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("points") is not None:
+            points = [Point.parse(p) for p in _parse_points(values["points"])]
+            if len(set(points)) < len(points) or not points:
+                raise ConfigError(f"model.points: expected one or more different points, got {values['points']}")
+            values = values | {"points": tuple(str(p) for p in sorted(points, reverse=True))}
+        return values
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ConfigError(f"model.heads: {self.heads} does not divide model.width {self.width}")
+        if not self.temporal and self.num_frames != 1:
+            raise ConfigError(f"model.temporal: off needs model.num_frames 1, got {self.num_frames}")
+        if self.embed == "stem" and self.patch % 2:
+            raise ConfigError(f"model.embed: stem halves the frame first and needs an even model.patch, got {self.patch}")
+        for point in map(Point.parse, self.points):
+            if point.keep < 1.0:
+                raise ConfigError(
+                    f"model.points: {point} keeps a share of the tokens, but this model has no dropping blocks; use {point.length}"
+                )
+            if point.length * self.patch > self.size:
+                raise ConfigError(
+                    f"model.points: length {point.length} with {self.patch}-pixel patches needs "
+                    f"{point.length * self.patch} pixels, but model.size is {self.size}; take at most {self.size // self.patch}"
+                )
+        return self
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The different token lengths, longest first."""
+        return tuple(sorted({Point.parse(p).length for p in self.points}, reverse=True))
+
+    def kernel(self, length: int) -> int:
+        """Side of the patches of a length, in pixels; its tokens are cut from frames of `length * kernel` pixels."""
+        return self.size // length if self.embed == "kernel" else self.patch
+
+
+class LossConfig(Section):
+    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of distillation in a student's loss
+    tau: Positive = 1.0
+    hard: bool = False  # students learn the teacher's top class instead of its distribution
+    label_smoothing: Fraction = 0.0
+
+
+class TrainConfig(Section):
+    init: str | None = None  # weights to start from: a file, a folder, or a timm name
+    epochs: Count = 15
+    batch: Count = 64  # clips a step, over all ranks
+    accumulate: Count = 1  # a step's clips are run in this many parts
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    lr: Positive = 0.005
+    momentum: Fraction = 0.9
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    schedule: Literal["cosine", "step"] = "step"
+    milestones: tuple[Positive, ...] = (11, 14)  # epochs, for `step`
+    gamma: Positive = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    clip_grad: Positive | None = None
+    ema: Fraction | None = None  # decay
+    activation_checkpointing: bool = False
+    compile: bool = False
+    save_steps: Annotated[int, Field(ge=0)] = 0  # checkpoint every so many steps; 0 = every epoch
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        if self.batch % self.accumulate:
+            raise ConfigError(f"train.batch: {self.batch} does not divide into train.accumulate {self.accumulate} equal parts")
+        return self
+
+
+class LabelConfig(Section):
+    source: Literal["train", "holdout", "teacher"] = "train"
+    none_right: Literal["longest", "cheapest", "exclude"] = "longest"
+
+
+class AssignConfig(Section):
+    """The assigner: a shrunken EfficientNet-B0 on a few small frames, and how it is fitted."""
+
+    frames: Count = 4
+    size: Count = 112
+    channel_multiplier: Positive = 0.5
+    stages: Annotated[int, Field(ge=1, le=7)] = 7
+    epochs: Count = 30
+    batch: Count = 64
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.02
+    loss: Literal["ce", "expected_cost"] = "ce"
+    mu: Annotated[float, Field(ge=0.0)] = 2.0  # price of a wrong answer, in units of the costliest point's cost
+    select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of the labelled clips that choose the threshold
+    tolerance: Fraction = 0.0  # accuracy that the threshold may lose on those clips against the costliest point
+
+
+class EvaluateConfig(Section):
+    temporal_views: Count = 1
+    spatial_crops: Annotated[int, Field(ge=1, le=3)] = 3
+    batch: Count = 16  # views a forward pass
+    failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
+    speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
+    speed_repeats: Count = 3
+
+
+class Config(Section):
+    """Everything that one run needs; `load_config` makes it from a YAML file."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    label: LabelConfig = LabelConfig()
+    assign: AssignConfig = AssignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        short, model = self.data.short_side, self.model
+        if short and not model.size <= short[0] <= short[1]:
+            raise ConfigError(f"data.short_side: expected [LOW, HIGH] with {model.size} (model.size) <= LOW <= HIGH, got {list(short)}")
+        if self.label.source == "holdout" and self.data.holdout == 0.0:
+            raise ConfigError("label.source: holdout needs data.holdout above 0, the share of clips kept out of stage 1")
+        if self.assign.frames > model.num_frames:
+            raise ConfigError(f"assign.frames: {self.assign.frames} is more than a clip has (model.num_frames {model.num_frames})")
+        if self.loss.hard and self.loss.tau != 1.0:
+            raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, with `section.key=value` overrides (values in YAML syntax).
+
+    A file may name another one to start from (`base: other.yaml`, relative to itself). `${NAME}` and `${NAME:-default}`
+    in strings stand for environment variables. Raises `ConfigError`, naming the file or field.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    return make_config(_expand(values, ""), str(path))
+
+
+def make_config(values: dict[str, Any], origin: str = "config") -> Config:
+    """A checked config from nested dicts. Raises `ConfigError`: one line for each field that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors()) + f" (in {origin})") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {type(values).__name__}")
+    base = values.pop("base", None)
+    return _merge(_read(path.parent / base), values) if base else values
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        old = both.get(key)
+        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not sections or not name:
+        raise ConfigError(f"override {override!r}: expected section.key=value, such as train.epochs=5")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[section]
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[name] = text
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, field: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _expand(v, f"{field}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, field) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ConfigError(f"{field}: environment variable {match[1]} is not set; set it, or pass {field}=...")
+        return found
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _explain(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, [*Config.model_fields, *known_keys()], n=1, cutoff=0.0)
+        return f"unknown key {field}; did you mean {near[0]}?"
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] == "value_error" else f"{field}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All keys that a config may have, as `section.key`."""
+    return list(_walk(section, prefix))
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _walk(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

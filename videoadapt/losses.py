@@ -1,0 +1,40 @@
+"""The training objectives, one value per clip: sums and weights over clips, ranks and points are the loop's business."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from videoadapt.config import LossConfig
+from videoadapt.model.timesformer import Heads
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of `(B, classes)` logits with soft targets `(B, classes)`: `(B,)`, in float32."""
+    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1)
+
+
+def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> Tensor:
+    """`tau^2 KL(teacher / tau || student / tau)`, or with `hard` cross-entropy with the teacher's top class: `(B,)`.
+
+    ReViT, equation 4, with the arguments in the order of public code; `teacher` are detached logits `(B, classes)`.
+    """
+    logits, teacher = logits.float(), teacher.float()
+    if hard:
+        return F.cross_entropy(logits, teacher.argmax(-1), reduction="none")
+    student = F.log_softmax(logits / tau, dim=-1)
+    wanted = F.log_softmax(teacher / tau, dim=-1)
+    return tau**2 * F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def point_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
+    """The loss of each clip at one point, `(B,)`: the teacher learns the truth, a student `(1 - lam)` of it.
+
+    With a distillation token the class head learns the truth and the distillation head the teacher (ReViT, Fig. 3).
+    """
+    truth = cross_entropy(heads.cls, targets)
+    if teacher is None:
+        return truth
+    learner = heads.cls if heads.dist is None else heads.dist
+    learned = distillation(learner, teacher, tau=config.tau, hard=config.hard)
+    return (1 - config.lam) * truth + config.lam * learned

@@ -1,0 +1,118 @@
+"""TimeSformer at several token lengths: one class for video and, with one frame and no temporal attention, images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from videoadapt.config import ModelConfig
+from videoadapt.errors import UserError
+from videoadapt.model.block import Block
+from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
+from videoadapt.model.norm import LengthNorm
+from videoadapt.points import Point
+
+
+class Heads(NamedTuple):
+    """Logits `(B, classes)` of the class head, and of the distillation head where the point has its token."""
+
+    cls: Tensor
+    dist: Tensor | None
+
+    def mean(self) -> Tensor:
+        """The logits of inference: the mean of both heads, as DeiT's."""
+        return self.cls if self.dist is None else (self.cls + self.dist) / 2
+
+
+class TimeSformer(nn.Module):
+    """Divided space-time attention (TimeSformer) that runs at any of its operating points (ReViT).
+
+    Per length: patch embedding, position embedding, the affine of every LayerNorm. Shared: all else.
+
+    Example:
+        >>> model = TimeSformer(ModelConfig(points=("14", "7")))
+        >>> model(torch.zeros(1, 3, 8, 224, 224), "7").shape
+        torch.Size([1, 400])
+    """
+
+    def __init__(self, config: ModelConfig, class_names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.config = config
+        self.class_names = class_names
+        self.activation_checkpointing = False
+        self.points = {p: Point.parse(p) for p in config.points}
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = PositionEmbed(config)
+        if config.temporal:
+            self.time_embed = nn.Parameter(torch.zeros(config.num_frames, config.width))
+        drops = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in drops)
+        self.norm = LengthNorm(config.width, config.lengths, eps=config.norm_eps, shared=config.share_norm)
+        self.head = nn.Linear(config.width, config.num_classes)
+        self.distilled = frozenset(config.points[1:]) if config.distill_token else frozenset()
+        if self.distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, config.width))
+            self.head_dist = nn.Linear(config.width, config.num_classes)
+        initialise(self)
+
+    def forward(self, clips: Tensor, point: str | Point, *, heads: bool = False) -> Tensor | Heads:
+        """Logits of normalised float clips `(B, C, T, H, W)` with `H = W = config.size` at an operating point.
+
+        The point is an argument, never state: calls are safe under threads and compile to one graph per point.
+        Returns `(B, classes)`; with `heads`, both heads' logits apart (for the training loss). Raises `UserError`
+        for a point that the model lacks and for clips of another shape.
+        """
+        key = str(point)
+        self._check(clips, key)
+        length = self.points[key].length
+        prefix, patches = self._embed(clips, key, length)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                prefix, patches = checkpoint(block, prefix, patches, length, use_reentrant=False)
+            else:
+                prefix, patches = block(prefix, patches, length)
+        prefix = self.norm(prefix, length)
+        dist = self.head_dist(prefix[:, 1]) if key in self.distilled else None
+        both = Heads(self.head(prefix[:, 0]), dist)
+        return both if heads else both.mean()
+
+    def _embed(self, clips: Tensor, key: str, length: int) -> tuple[Tensor, Tensor]:
+        patches = self.patch_embed(clips, length)  # (B, T, N, D)
+        prefix = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])
+        if key in self.distilled:
+            prefix = torch.cat([prefix, repeat(self.dist_token, "1 1 d -> b 1 d", b=clips.shape[0])], dim=1)
+        prefix, patches = self.pos_embed(prefix, patches, length)
+        if self.config.temporal:
+            patches = patches + self.time_embed[:, None]
+        return prefix, patches
+
+    def _check(self, clips: Tensor, key: str) -> None:
+        if key not in self.points:
+            raise UserError(f"point {key}: this model has the points {', '.join(self.points)}")
+        config = self.config
+        expected = (3, config.num_frames, config.size, config.size)
+        if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:  # noqa: PLR2004
+            raise UserError(f"clips: expected shape (B, {', '.join(map(str, expected))}), got {tuple(clips.shape)}")
+
+
+def initialise(model: TimeSformer) -> None:
+    """Truncated normal weights, zero biases; `temporal_fc` zero in all blocks but the first, as TimeSformer."""
+    std = model.config.init_std
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Projection)):
+            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+    for parameter in (model.cls_token, *model.pos_embed.parameters()):
+        nn.init.trunc_normal_(parameter, std=std)
+    if model.distilled:
+        nn.init.trunc_normal_(model.dist_token, std=std)
+    if model.config.temporal:
+        if model.config.time_init_std:
+            nn.init.normal_(model.time_embed, std=model.config.time_init_std)
+        for block in list(model.blocks)[1:]:
+            nn.init.zeros_(block.temporal_fc.weight)

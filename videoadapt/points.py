@@ -1,0 +1,35 @@
+"""Operating points: how many tokens per side (`length`) and which share of them is kept (`keep`)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from videoadapt.errors import ConfigError
+
+_POINT = re.compile(r"(?P<length>[1-9]\d*)(@(?P<keep>\d*\.?\d+))?")
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One operating point, written `14` or `14@0.7`. Sorts by length, then by keep: the order of the costs.
+
+    `length` counts patch tokens per side of a frame; `keep` in (0, 1] is the share kept at each dropping block.
+    """
+
+    length: int
+    keep: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str | int | Point) -> Point:
+        """`"14"`, `14`, `"14@0.7"` or a `Point`. Raises `ConfigError` for anything else."""
+        if isinstance(text, Point):
+            return text
+        match = _POINT.fullmatch(str(text).strip())
+        keep = float(match["keep"] or 1.0) if match else 0.0
+        if not match or not 0.0 < keep <= 1.0:
+            raise ConfigError(f"point {text!r}: expected LENGTH or LENGTH@KEEP with 0 < KEEP <= 1, such as 14 or 14@0.7")
+        return cls(int(match["length"]), keep)
+
+    def __str__(self) -> str:
+        return str(self.length) if self.keep == 1.0 else f"{self.length}@{self.keep:g}"

@@ -1,0 +1,52 @@
+"""The machine under a run: its device, how it asks a run to stop, and how much memory was used."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from types import FrameType, TracebackType
+
+import torch
+
+from videoadapt.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `run.device` names; `auto` is CUDA where there is a GPU. Raises `ConfigError`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device: cuda was asked for, but torch sees no GPU; use run.device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def precision_dtype(name: str) -> torch.dtype:
+    """The dtype of activations for `run.precision`."""
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set that this process or one of its finished children has had."""
+    kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return kib if sys.platform == "darwin" else kib * 1024
+
+
+class StopRequest:
+    """While entered, Ctrl-C and SIGTERM set `requested`, for the loop to stop at its next step; a second one is at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
