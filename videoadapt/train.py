@@ -24,6 +24,7 @@ from videoadapt.config import Config, dump_config
 from videoadapt.data.datasets import Failure
 from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch
 from videoadapt.data.manifest import Manifest, load_or_index
+from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.errors import RunError
 from videoadapt.log import Bar, Metrics, say, write_json
@@ -109,7 +110,7 @@ def train_step(state: State, forward: Callable[..., Heads], batches: Iterable[Ba
     tallies = {point: Tally() for point in config.model.points}
     for part, batch in enumerate(batches):
         if len(batch.labels):
-            seed = hash((config.run.seed, state.step, part))
+            seed = seed_of("mix", config.run.seed, state.step, part)
             _backpropagate(batch, forward, state, tallies, seed)
     for point, tally in tallies.items():
         tally.require_finite(point, state.step)

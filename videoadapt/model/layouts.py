@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from videoadapt.model.norm import SHARED
 
+TOKENS = {"cls_token": "pos_embed.cls", "dist_token": "pos_embed.dist"}  # in the order of their positions
+MOST_PREFIX_TOKENS = 5  # a class token and four registers
 NO_LENGTH = ""  # the key of a tensor whose layout knows one length only
-PREFIXES = ("module.", "_orig_mod.", "model.", "timesformer.")  # of DDP, torch.compile, TimeSformer, Hugging Face
+_PREFIXES = re.compile(r"^((module|_orig_mod|model|timesformer)\.)+")  # DDP, compile, TimeSformer, Hugging Face
 
 
 class Entry(NamedTuple):
@@ -35,23 +37,23 @@ class Layout(NamedTuple):
 
     @property
     def width(self) -> int:
-        return self._first_qkv().shape[1]
+        """Of the tokens."""
+        return self.tensors["blocks.0.attn.qkv.weight"][NO_LENGTH].tensor.shape[1]
 
     @property
     def depth(self) -> int:
+        """Number of blocks."""
         return 1 + max(int(name.split(".")[1]) for name in self.tensors if re.match(r"blocks\.\d+\.", name))
 
     @property
     def layer_scale(self) -> bool:
+        """Whether the residual branches are scaled."""
         return "blocks.0.scale1.gamma" in self.tensors
 
     @property
     def temporal(self) -> bool:
+        """Whether there is attention over time: a video model."""
         return "blocks.0.temporal_attn.qkv.weight" in self.tensors
-
-    def _first_qkv(self) -> Tensor:
-        (entry,) = self.tensors["blocks.0.attn.qkv.weight"].values()
-        return entry.tensor
 
 
 _OURS = (
@@ -111,38 +113,34 @@ def from_hugging_face(name: str) -> str:
     return _HF_TOP.get(name, name)
 
 
-def split_positions(name: str, table: Tensor, *, cls_token: bool) -> dict[str, Entry]:
-    """A table `(1, P + N, D)` as the rows of class token and distillation token `(1, D)` and the grid `(N, D)`.
+def split_positions(name: str, table: Tensor, tokens: Collection[str]) -> dict[str, Entry]:
+    """A table `(1, P + N, D)` as the grid `(N, D)` and a row `(1, D)` for each of `tokens` (of `TOKENS`).
 
-    Where the table has no rows for the prefix although there is a class token (DeiT III), that token's row is zero.
+    A table without rows for the prefix (DeiT III) gives its tokens no position: zero. A grid that is not square
+    remains what it is.
     """
+    if table.ndim != 3 or len(table) != 1:  # noqa: PLR2004 - (1, P + N, D)
+        return {"pos_embed": Entry(name, table)}
     rows = table[0]
     prefix = len(rows) - math.isqrt(len(rows)) ** 2
+    if prefix > MOST_PREFIX_TOKENS:
+        return {"pos_embed": Entry(name, table)}
     parts = {"pos_embed.grid": Entry(f"{name}[{prefix}:]", rows[prefix:])}
-    if prefix > 0:
-        parts["pos_embed.cls"] = Entry(f"{name}[0]", rows[:1])
-    elif cls_token:
-        parts["pos_embed.cls"] = Entry("zero, as the class token has no position there", torch.zeros_like(rows[:1]))
-    if prefix > 1:
-        parts["pos_embed.dist"] = Entry(f"{name}[1]", rows[1:2])
+    for row, token in enumerate(token for token in TOKENS if token in tokens):
+        no_row = Entry("zero, as in the source", torch.zeros_like(rows[:1]))
+        parts[TOKENS[token]] = Entry(f"{name}[{row}]", rows[row : row + 1]) if row < prefix else no_row
     return parts
 
 
 def recognise(state: Mapping[str, Tensor]) -> Layout | None:
     """The layout of a state dict and its tensors by base name; none if it is no layout that is known here."""
-    names = {_strip(name): name for name in state}
+    names = {_PREFIXES.sub("", name): name for name in state}
     if any(name.startswith("pos_embed.grid.") for name in names):
         return _checked("videoadapt", _by_length(names, state))
     if any(name.startswith("encoder.layer.0.") for name in names):
         return _checked("Hugging Face TimeSformer", _translate(names, state, from_hugging_face))
     kind = "TimeSformer" if "blocks.0.temporal_norm1.weight" in names else "ViT"
     return _checked(kind, _translate(names, state, from_vit))
-
-
-def _strip(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _by_length(names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Entry]]:
@@ -157,9 +155,8 @@ def _translate(
     names: Mapping[str, str], state: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> dict[str, dict[str, Entry]]:
     flat = {rename(stripped): Entry(name, state[name]) for stripped, name in names.items()}
-    positions = flat.get("pos_embed")
-    if positions and positions.tensor.ndim == 3:  # noqa: PLR2004 - (1, P + N, D)
-        flat |= split_positions(*flat.pop("pos_embed"), cls_token="cls_token" in flat)
+    if "pos_embed" in flat:
+        flat |= split_positions(*flat.pop("pos_embed"), flat.keys())
     if "time_embed" in flat:
         name, table = flat["time_embed"]
         flat["time_embed"] = Entry(name, table.flatten(0, -2))  # (1, T, D) to (T, D)

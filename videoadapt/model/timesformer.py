@@ -83,7 +83,7 @@ class TimeSformer(nn.Module):
 
     def _embed(self, clips: Tensor, key: str, length: int) -> tuple[Tensor, Tensor]:
         patches = self.patch_embed(clips, length)  # (B, T, N, D)
-        prefix = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])
+        prefix: Tensor = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])
         if key in self.distilled:
             prefix = torch.cat([prefix, repeat(self.dist_token, "1 1 d -> b 1 d", b=clips.shape[0])], dim=1)
         prefix, patches = self.pos_embed(prefix, patches, length)
@@ -115,4 +115,4 @@ def initialise(model: TimeSformer) -> None:
         if model.config.time_init_std:
             nn.init.normal_(model.time_embed, std=model.config.time_init_std)
         for block in list(model.blocks)[1:]:
-            nn.init.zeros_(block.temporal_fc.weight)
+            nn.init.zeros_(block.get_parameter("temporal_fc.weight"))

@@ -5,8 +5,6 @@ All is worked out before anything is copied, so that a refused source leaves the
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,22 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from videoadapt.errors import CheckpointError, UserError
+from videoadapt.errors import CheckpointError
 from videoadapt.model.layouts import NO_LENGTH, Entry, Layout, pick, recognise, split_length
 from videoadapt.model.norm import SHARED
+from videoadapt.model.sources import Weights, read_weights
 from videoadapt.model.timesformer import TimeSformer
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
 TO_EACH_LENGTH = "copied to each length"
-LEAST_SHARE = 0.9  # of the attention and MLP weights; below it the file is of another model
+LEAST_SHARE = 0.99  # of the attention and MLP weights: only biases may be missing, all else is another model
 
 
 class Row(NamedTuple):
@@ -76,17 +72,7 @@ def _abridge(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias|gamma)$", "", name) for name in short))
 
 
-class Weights(NamedTuple):
-    """Tensors as they were read, what to call them in messages, and the head count where the source states it."""
-
-    tensors: dict[str, Tensor]
-    label: str
-    heads: int | None = None
-
-
-def load_weights(
-    model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False
-) -> LoadReport:
+def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False) -> LoadReport:
     """Fills a model from a file, a folder, a timm model's name or a state dict, and reports what became of each tensor.
 
     Understood are the names of timm's ViT, DeiT (distilled too) and DINOv2; facebookresearch's TimeSformer (`.pyth`);
@@ -124,102 +110,6 @@ def load_weights(
             if name in filled:
                 target.copy_(filled[name])
     return report
-
-
-# Reading: to tensors by their own names.
-
-CONTAINERS = ("model_state", "model", "state_dict")  # where training codes keep the weights in their files
-TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin")
-
-
-def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
-    """The tensors of a state dict, a file, a folder with a Hugging Face model, or a timm model's name."""
-    if isinstance(source, Mapping):
-        return Weights(_tensors(source, "the state dict"), "the state dict")
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path)
-    if path.is_file():
-        return Weights(_read_file(path), path.name)
-    if isinstance(source, str) and timm.is_model(source):
-        return _download(source)
-    raise CheckpointError(f"{source}: no such file or folder, and no model that timm knows by this name")
-
-
-def _read_folder(folder: Path) -> Weights:
-    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if path.is_file():
-            return Weights(_read_file(path), str(folder), _stated_heads(folder / "config.json"))
-    raise CheckpointError(f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither")
-
-
-def _stated_heads(config: Path) -> int | None:
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # the file is optional, and there is only one thing to learn from it
-    heads = values.get("num_attention_heads") if isinstance(values, dict) else None
-    return heads if isinstance(heads, int) else None
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return _tensors(load_file(path), path.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
-    if path.suffix not in TORCH_SUFFIXES:
-        raise CheckpointError(f"{path}: expected a file named .safetensors, {', '.join(TORCH_SUFFIXES)}")
-    return _tensors(_read_torch(path), path.name)
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
-            raise CheckpointError(f"{path}: torn, or not a torch file") from None
-        raise CheckpointError(
-            f"{path}: holds Python objects besides tensors, and unpickling those could run any code; "
-            "save the model's state_dict() alone, best as .safetensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: torn, or not a torch file: {str(error).splitlines()[0]}") from None
-
-
-def _tensors(content: Any, label: str) -> dict[str, Tensor]:
-    """The weights in what a file holds: without containers, optimizer and all that is no tensor."""
-    for key in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise CheckpointError(f"{label}: holds no weights; expected a state dict, at the top or under {CONTAINERS}")
-    return _of_checkpoint(tensors)
-
-
-def _of_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of our own checkpoints the model, its averaged weights (EMA) going before the last ones."""
-    parts = ("model/", "ema/")
-    if not any(name.startswith(parts) for name in tensors):
-        return tensors
-    return {name.removeprefix(p): tensor for p in parts for name, tensor in tensors.items() if name.startswith(p)}
-
-
-def _download(name: str) -> Weights:
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # noqa: BLE001 - whatever the hub's and its HTTP library's errors are
-        raise UserError(
-            f"{name}: timm cannot get these weights ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-            "on a machine without internet, download them elsewhere and give the file"
-        ) from None
-    blocks = getattr(model, "blocks", None)
-    attention = getattr(blocks[0], "attn", None) if blocks else None
-    return Weights(_tensors(model.state_dict(), name), name, getattr(attention, "num_heads", None))
-
-
-# Planning: what fills which of our tensors.
 
 
 def _sample(tensors: Mapping[str, Tensor]) -> str:
@@ -296,9 +186,8 @@ def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False
         "time_embed": _resample_times,
         "patch_embed.proj.weight": _resample_kernel,
     }
-    tail = 2 if base == "patch_embed.proj.weight" else -1  # the dimensions that must agree: (D, C), or D
-    agree = tensor.shape[:tail] == shape[:tail] if tail > 0 else tensor.shape[-1] == shape[-1]
-    if base not in fitting or tensor.ndim != len(shape) or not agree:
+    fixed = slice(0, 2) if base == "patch_embed.proj.weight" else slice(-1, None)  # (D, C) and D must agree
+    if base not in fitting or tensor.ndim != len(shape) or tensor.shape[fixed] != shape[fixed]:
         return None
     return fitting[base](tensor.float(), shape, nearest)
 
@@ -337,6 +226,7 @@ _NO_PLACE = {
     r"mask_token": "serves pretraining only",
     r"reg_token|register_tokens": "the model has no register tokens",
     r"dist_token|head_dist\..*|pos_embed\.dist": "the model has no distillation token",
+    r"pos_embed": "not a square grid of positions",
     r"time_embed|.*\.temporal_\w+\..*": "the model has no temporal attention",
     r"patch_embed\.proj\.(weight|bias)": "the model has a convolutional stem",
 }

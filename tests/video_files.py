@@ -1,0 +1,100 @@
+"""Small real video files for tests: each frame carries its number, so that a test knows which frame it got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+
+BITS = 10  # frame numbers below 1024
+_ROWS = 2
+
+
+def numbered(count: int, height: int = 64, width: int = 96, start: int = 0) -> np.ndarray:
+    """Frames (count, height, width, 3) uint8: a grid of 2 x 5 grey blocks spells the frame's number in binary."""
+    rows = np.arange(height) * _ROWS // height
+    columns = np.arange(width) * (BITS // _ROWS) // width
+    block = rows[:, None] * (BITS // _ROWS) + columns  # H W
+    numbers = np.arange(start, start + count)[:, None, None]
+    grey = np.where(numbers >> block & 1, 210, 40).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    """The numbers that `numbered` wrote, read from frames (T, H, W, 3) of any size, coded with loss."""
+    _, height, width, _ = frames.shape
+    columns = BITS // _ROWS
+    y = ((np.arange(BITS) // columns + 0.5) * height / _ROWS).astype(int)
+    x = ((np.arange(BITS) % columns + 0.5) * width / columns).astype(int)
+    return [int(number) for number in (frames[:, y, x, 1] > 125) @ (1 << np.arange(BITS))]
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray | int = 40,
+    *,
+    codec: str = "libx264",
+    fps: int = 30,
+    gop: int = 12,
+    b_frames: int = 2,
+    rotation: float = 0.0,
+    pixels: str = "yuv420p",
+) -> Path:
+    """Encode frames (T, H, W, 3), or so many numbered ones, into the container that the suffix names.
+
+    `rotation` in degrees goes into the display matrix, as phones write it.
+    """
+    images = numbered(frames) if isinstance(frames, int) else frames
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], pixels
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
+        stream.codec_context.thread_type = "NONE"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def cut_by_copy(source: Path, path: Path, first_frame: int) -> Path:
+    """Cut without encoding again, as `ffmpeg -ss -c copy` does: an edit list hides the frames before `first_frame`."""
+    with av.open(str(source)) as old, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as new:
+        video = old.streams.video[0]
+        copied = new.add_stream_from_template(video)
+        shift = sorted(_times(source))[first_frame]
+        for packet in old.demux(video):
+            if packet.size:
+                packet.stream = copied
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                new.mux(packet)
+    return path
+
+
+def _times(path: Path) -> list[int]:
+    with av.open(str(path)) as container:
+        return [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
+
+
+def write_without_times(source: Path, path: Path) -> Path:
+    """Copy the packets of a file, all with the same time, as some converters write them."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        video = old.streams.video[0]
+        copied = new.add_stream_from_template(video)
+        for packet in old.demux(video):
+            if packet.size:
+                packet.stream = copied
+                packet.pts = packet.dts = 0
+                new.mux(packet)
+    return path
+
+
+def write_list(path: Path, rows: Sequence[tuple[str, int | str]], separator: str = " ") -> Path:
+    """An annotation list: one `path label` a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}{separator}{label}\n" for name, label in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,5 @@
+"""`python -m videoadapt` is the command `videoadapt`."""
+
+from videoadapt.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""The command line: `videoadapt VERB CONFIG.yaml [section.key=value ...]`. A verb calls one function."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from videoadapt.errors import RunError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One TimeSformer at several token lengths; each clip gets the fewest tokens that suffice. "
+    "Keys of the config can be set behind it: section.key=value.",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML config.", show_default=False, metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value ...", show_default=False, metavar="[KEY=VALUE]...")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON alone.")]
+
+
+def main() -> None:
+    """Runs a verb; errors are one line. Exit 2: the input is wrong, 1: the run failed, 130: interrupted."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as error:
+        _fail(error, 2)
+    except RunError as error:
+        _fail(error, 1)
+    except OSError as error:
+        _fail(error, 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from videoadapt.config import load_config
+
+    return load_config(path, overrides or [])
+
+
+def _show(result: dict[str, Any], as_json: bool, printer: Any, *args: Any) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        printer(result, *args)
+
+
+@app.command()
+def demo(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Generate data, then run every stage on it, in minutes."""
+    from videoadapt.demo import demo as run
+    from videoadapt.demo import demo_config, print_demo
+    from videoadapt.report.costs import print_flops
+    from videoadapt.report.tables import print_evaluate
+
+    result = run(overrides or [])
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    folder = demo_config(overrides or []).run.dir
+    stored = [json.loads((folder / name).read_text()) for name in ("report/flops.json", "evaluate/evaluate.json")]
+    print_flops(stored[0])
+    print_evaluate(stored[1])
+    print_demo(result, folder)
+
+
+@app.command()
+def index(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Make the manifest: probe every listed video."""
+    from videoadapt.data.manifest import index as run
+    from videoadapt.data.manifest import summary
+    from videoadapt.report.tables import print_index
+
+    _show(summary(run(_load(config, overrides))), as_json, print_index)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Stage 1: train one model at all points."""
+    from videoadapt.report.tables import print_train
+    from videoadapt.train import train as run
+
+    _show(run(_load(config, overrides)), as_json, print_train)
+
+
+@app.command()
+def label(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Stage 2: find the cheapest right point of every clip."""
+    from videoadapt.label import label as run
+    from videoadapt.report.tables import print_label
+
+    _show(run(_load(config, overrides)), as_json, print_label)
+
+
+@app.command()
+def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Stage 2: fit the assigner to the labels."""
+    from videoadapt.assign import assign as run
+    from videoadapt.report.tables import print_assign
+
+    _show(run(_load(config, overrides)), as_json, print_assign)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Accuracy, cost and speed of all policies on the val split."""
+    from videoadapt.evaluate import evaluate as run
+    from videoadapt.report.tables import print_evaluate
+
+    _show(run(_load(config, overrides)), as_json, print_evaluate)
+
+
+@app.command()
+def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """MACs of every point; after an evaluation, of every clip."""
+    from videoadapt.report.costs import flops as run
+    from videoadapt.report.costs import print_flops
+
+    _show(run(_load(config, overrides)), as_json, print_flops)
+
+
+VideosAndOverrides = Annotated[list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")]
+PolicyName = Annotated[str | None, typer.Option(help="assigned or fixed:POINT [default: assigned if there is an assigner]")]
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
+
+
+@app.command()
+def predict(config: ConfigFile, videos: VideosAndOverrides, policy: PolicyName = None, as_json: Json = False) -> None:
+    """Classes, chosen point and cost of video files."""
+    from videoadapt.predict import predict_files, print_predictions
+
+    overrides = [word for word in videos if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
+    paths = [word for word in videos if word not in overrides]
+    result = predict_files(_load(config, overrides), paths, policy)
+    _show(result, as_json, print_predictions)
+    if result["failed"]:
+        raise UserError("; ".join(row["cause"] for row in result["failed"]))

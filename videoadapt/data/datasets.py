@@ -1,0 +1,167 @@
+"""Clips for training and views for evaluation, one video at a time; a video that fails says so and is never replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from videoadapt.config import Config, ModelConfig
+from videoadapt.data.manifest import Manifest, Row
+from videoadapt.data.probe import cause_of
+from videoadapt.data.readers import VideoReader, open_video
+from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of, spread
+from videoadapt.data.transforms import augment, crops, thumbnail
+from videoadapt.errors import VideoError
+
+
+class Failure(NamedTuple):
+    """A video that could not be read: its row in the manifest, its path, and why."""
+
+    video: int
+    path: str
+    cause: str
+
+
+@dataclass
+class Clip:
+    """A clip for training: frames (C, T, S, S) uint8, its label, and its video's row in the manifest."""
+
+    frames: Tensor
+    label: int
+    video: int
+
+
+@dataclass
+class VideoViews:
+    """All views of a video: K clips, starting at `starts_s`, in X crops each.
+
+    `views` is (K, X, C, T, S, S) uint8 and `thumbnails`, for the assigner, (K, C, A, s, s) uint8; the one that was not
+    asked for has X = 0 or A = 0.
+    """
+
+    views: Tensor
+    thumbnails: Tensor
+    starts_s: list[float]
+    label: int
+    video: int
+
+
+class TrainClips(Dataset[Clip | Failure]):
+    """One augmented random clip of a video; the key is (epoch, row of the manifest).
+
+    All that is random depends on (run.seed, epoch, video id) alone.
+    """
+
+    def __init__(self, manifest: Manifest, config: Config) -> None:
+        self.manifest, self.config = manifest, config
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, key: tuple[int, int]) -> Clip | Failure:
+        epoch, number = key
+        row = self.manifest.row(number)
+        try:
+            frames = self._clip(row, epoch)
+        except VideoError as error:
+            return _failure(number, row, error)
+        return Clip(frames, row.label, number)
+
+    def _clip(self, row: Row, epoch: int) -> Tensor:
+        model, data = self.config.model, self.config.data
+        reader = _open(row, self.config)
+        identity = (self.config.run.seed, epoch, row.video)
+        starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
+        frames = reader.frames(_indices(starts_s[0], reader, model))
+        seed = seed_of("crop", *identity)
+        return augment(frames, size=model.size, short_side=data.short_side, flip=data.flip, seed=seed)
+
+
+class EvalVideos(Dataset[VideoViews | Failure]):
+    """All views of a video; the key is its row in the manifest. A video is decoded once for all of them.
+
+    One temporal view is the clip in the centre, more are spread as TimeSformer spreads them. `views` and `thumbnails`
+    say what is wanted; frames that nothing needs are not decoded.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: Config,
+        *,
+        temporal_views: int,
+        spatial_crops: int,
+        views: bool = True,
+        thumbnails: bool = True,
+    ) -> None:
+        self.manifest, self.config = manifest, config
+        self.temporal_views, self.spatial_crops = temporal_views, spatial_crops
+        self.views, self.thumbnails = views, thumbnails
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, number: int) -> VideoViews | Failure:
+        row = self.manifest.row(number)
+        try:
+            starts_s, clips = self._decode(row)
+        except VideoError as error:
+            return _failure(number, row, error)
+        size, assign = self.config.model.size, self.config.assign
+        crop_count, kept = self.spatial_crops * self.views, assign.frames * self.thumbnails
+        return VideoViews(
+            views=torch.stack([crops(clip, size=size, count=crop_count) for clip in clips]),
+            thumbnails=torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
+            starts_s=starts_s,
+            label=row.label,
+            video=number,
+        )
+
+    def _decode(self, row: Row) -> tuple[list[float], list[np.ndarray]]:
+        """The starts of the clips, and the frames of each that are wanted, (T or A, H, W, 3)."""
+        reader = _open(row, self.config)
+        kind: Literal["centre", "uniform"] = "centre" if self.temporal_views == 1 else "uniform"
+        starts_s = _starts(kind, reader, self.config, self.temporal_views)
+        indices = np.stack([_indices(start_s, reader, self.config.model) for start_s in starts_s])  # (K, T)
+        if not self.views:
+            indices = indices[:, spread(indices.shape[1], self.config.assign.frames)]  # (K, A)
+        wanted, places = np.unique(indices, return_inverse=True)
+        frames = reader.frames(wanted)
+        return starts_s, [frames[clip] for clip in places.reshape(indices.shape)]
+
+
+def _failure(number: int, row: Row, error: VideoError) -> Failure:
+    return Failure(number, row.path, cause_of(row.path, error))
+
+
+def _open(row: Row, config: Config) -> VideoReader:
+    if row.status != "ok":
+        raise VideoError(f"{row.path}: {row.cause}")
+    return open_video(row.path, config.data.reader, row.info)
+
+
+def _starts(
+    kind: Literal["random", "uniform", "centre"],
+    reader: VideoReader,
+    config: Config,
+    clips: int,
+    seed: int | None = None,
+) -> list[float]:
+    duration_s, clip_s = reader.num_frames / reader.fps, clip_seconds(config.model, reader.fps)
+    return clip_starts(kind, duration_s=duration_s, clip_s=clip_s, clips=clips, seed=seed)
+
+
+def _indices(start_s: float, reader: VideoReader, model: ModelConfig) -> np.ndarray:
+    return frame_indices(
+        start_s,
+        total_frames=reader.num_frames,
+        file_fps=reader.fps,
+        num_frames=model.num_frames,
+        stride_frames=model.stride_frames,
+        fps=model.fps,
+    )

@@ -1,0 +1,106 @@
+"""From decoded frames to what the model takes: crops of uint8 on the host, normalising and mixing on the device.
+
+All resizing is bilinear with antialiasing, and none is done where the size fits already.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from videoadapt.data.sampling import spread
+
+
+def augment(frames: np.ndarray, *, size: int, short_side: tuple[int, int] | None, flip: float, seed: int) -> Tensor:
+    """A random crop for training: frames (T, H, W, 3) uint8 -> (3, T, size, size) uint8.
+
+    The short side is resized to a random length in `short_side` (none: `size`), a random square is cut, and flipped
+    left to right with probability `flip`; the same for all frames. Depends on `frames` and `seed` alone.
+    """
+    draw = random.Random(seed)
+    low, high = short_side or (size, size)
+    images = _resize_short_side(_to_tchw(frames), draw.randint(low, high))
+    height, width = images.shape[-2:]
+    top, left = draw.randint(0, height - size), draw.randint(0, width - size)
+    images = images[..., top : top + size, left : left + size]
+    if draw.random() < flip:
+        images = F.horizontal_flip(images)
+    return _to_cthw(images)
+
+
+def crops(frames: np.ndarray, *, size: int, count: int) -> Tensor:
+    """The crops of an evaluation: frames (T, H, W, 3) uint8 -> (count, 3, T, size, size) uint8.
+
+    The short side is resized to `size`; the crops lie along the long side: 1 in the centre, 2 at both ends, 3 at left,
+    centre and right (in portrait, top, centre and bottom).
+    """
+    images = _resize_short_side(_to_tchw(frames), size)
+    spare = [side - size for side in images.shape[-2:]]
+    shares = [0.5] if count == 1 else np.linspace(0.0, 1.0, count).tolist()
+    out = torch.empty((count, 3, len(frames), size, size), dtype=torch.uint8)
+    for crop, share in zip(out, shares, strict=True):
+        y, x = (round(share * side) for side in spare)
+        crop.copy_(images[..., y : y + size, x : x + size].transpose(0, 1))  # T C H W -> C T H W
+    return out
+
+
+def thumbnail(frames: np.ndarray, *, frames_kept: int, size: int) -> Tensor:
+    """A small copy of a whole clip: frames (T, H, W, 3) uint8 -> (3, frames_kept, size, size) uint8.
+
+    The frames kept are spread evenly over the clip, first and last included (one alone: the middle one); each is
+    squashed to a square whole, so that nothing of it is lost at the sides.
+    """
+    images = _to_tchw(frames[spread(len(frames), frames_kept)])
+    return _to_cthw(F.resize(images, [size, size], antialias=True))
+
+
+def _to_tchw(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(
+        0, 3, 1, 2
+    )  # T H W C -> T C H W, as it lies in memory
+
+
+def _to_cthw(images: Tensor) -> Tensor:
+    return images.transpose(0, 1).contiguous()  # T C H W -> C T H W
+
+
+def _resize_short_side(images: Tensor, length: int) -> Tensor:
+    return F.resize(images, [length], antialias=True)
+
+
+def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(B, C, T, H, W) uint8 -> `(x / 255 - mean) / std` per channel, in `dtype`, on the device of the clips."""
+    shift, scale = (torch.tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
+    return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
+
+
+def mix(
+    clips: Tensor, labels: Tensor, *, num_classes: int, mixup: float, cutmix: float, smoothing: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Mixup or cutmix of each clip with the one before it in the batch, and soft targets.
+
+    Clips (B, C, T, H, W) floating point and labels (B,) int64 -> clips of the same shape and targets (B, num_classes)
+    float32, rows adding to 1. `mixup` and `cutmix` are the alphas of their beta distributions, 0 is off; with both on,
+    `seed` chooses one for the batch. `smoothing` spreads that share of the targets over all classes. Depends on the
+    arguments alone, and leaves torch's global generator as it was.
+    """
+    targets = functional.one_hot(labels, num_classes).float()
+    alphas = {v2.MixUp: mixup, v2.CutMix: cutmix}
+    on = [kind for kind, alpha in alphas.items() if alpha > 0]
+    if on:
+        kind = random.Random(seed).choice(on)
+        video = tv_tensors.Video(clips.transpose(1, 2))  # B C T H W -> B T C H W
+        # Their draws are made on the CPU, also for clips on a GPU.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            video, targets = kind(alpha=alphas[kind], num_classes=num_classes)(video, targets)
+        clips = video.as_subclass(Tensor).transpose(1, 2)  # B T C H W -> B C T H W
+    return clips, targets * (1.0 - smoothing) + smoothing / num_classes

@@ -1,0 +1,47 @@
+"""95 % intervals of accuracies and of the difference between two policies."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from videoadapt.labels import Bools, Choice, Floats
+
+Z = 1.959964  # the normal distribution's 97.5 % point
+DRAWS = 10_000
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The Wilson score interval of a share."""
+    if total == 0:
+        return 0.0, 1.0
+    share = right / total
+    centre = (share + Z**2 / (2 * total)) / (1 + Z**2 / total)
+    half = Z / (1 + Z**2 / total) * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def class_means(right: Bools, truth: Choice) -> Floats:
+    """The accuracy on each class that occurs."""
+    counts = np.bincount(truth)
+    hits = np.bincount(truth, weights=right)
+    return hits[counts > 0] / counts[counts > 0]
+
+
+def mean_class_interval(right: Bools, truth: Choice, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of the mean class accuracy, videos drawn again within each class."""
+    counts = np.bincount(truth)
+    counts = counts[counts > 0]
+    drawn = np.random.default_rng(seed).binomial(counts, class_means(right, truth), (DRAWS, len(counts))) / counts
+    low, high = np.quantile(drawn.mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of a minus that of b on the same videos, with its bootstrap interval over videos."""
+    total = max(len(a), 1)
+    shares = np.array([(a & ~b).sum(), (b & ~a).sum(), (a == b).sum()]) / total
+    drawn = np.random.default_rng(seed).multinomial(total, shares, DRAWS)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / total, [0.025, 0.975])
+    return float(shares[0] - shares[1]), float(low), float(high)

@@ -1,0 +1,119 @@
+"""Reading other people's weights, and our own: files, folders and timm names to tensors. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from videoadapt.errors import CheckpointError, UserError
+
+CONTAINERS = ("model_state", "model", "state_dict")  # where training codes keep the weights in their files
+TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin")
+
+
+class Weights(NamedTuple):
+    """Tensors as they were read, what to call them in messages, and the head count where the source states it."""
+
+    tensors: dict[str, Tensor]
+    label: str
+    heads: int | None = None
+
+
+def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
+    """The tensors of a state dict, a file, a folder with a Hugging Face model, or a timm model's name."""
+    if isinstance(source, Mapping):
+        return Weights(_tensors(source, "the state dict"), "the state dict")
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        return Weights(_read_file(path), path.name)
+    if isinstance(source, str) and timm.is_model(source):
+        return _download(source)
+    raise CheckpointError(f"{source}: no such file or folder, and no model that timm knows by this name")
+
+
+def _read_folder(folder: Path) -> Weights:
+    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        if path.is_file():
+            return Weights(_read_file(path), str(folder), _stated_heads(folder / "config.json"))
+    raise CheckpointError(f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither")
+
+
+def _stated_heads(config: Path) -> int | None:
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # the file is optional, and there is only one thing to learn from it
+    heads = values.get("num_attention_heads") if isinstance(values, dict) else None
+    return heads if isinstance(heads, int) else None
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return _tensors(load_file(path), path.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+    if path.suffix not in TORCH_SUFFIXES:
+        raise CheckpointError(f"{path}: expected a file named .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    return _tensors(_read_torch(path), path.name)
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read this file: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        if not re.search(r"GLOBAL |allowlisted|must be imported", str(error)):
+            raise CheckpointError(f"{path}: torn, or not a torch file") from None
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors{f' ({found[1]})' if found else ''}, and unpickling those "
+            "could run any code; save the model's state_dict() alone, best as .safetensors"
+        ) from None
+    except Exception as error:  # on damaged bytes the unpickler may stumble over anything
+        raise CheckpointError(f"{path}: torn, or not a torch file ({type(error).__name__})") from None
+
+
+def _tensors(content: Any, label: str) -> dict[str, Tensor]:
+    """The weights in what a file holds: without containers, optimizer and all that is no tensor."""
+    for key in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f"{label}: holds no weights; expected a state dict, at the top or under {CONTAINERS}")
+    return _of_checkpoint(tensors)
+
+
+def _of_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of our own checkpoints the model, its averaged weights (EMA) going before the last ones."""
+    parts = ("model/", "ema/")
+    if not any(name.startswith(parts) for name in tensors):
+        return tensors
+    return {name.removeprefix(p): tensor for p in parts for name, tensor in tensors.items() if name.startswith(p)}
+
+
+def _download(name: str) -> Weights:
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever the hub's and its HTTP library's errors are
+        raise UserError(
+            f"{name}: timm cannot get these weights ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            "on a machine without internet, download them elsewhere and give the file"
+        ) from None
+    blocks = getattr(model, "blocks", None)
+    attention = getattr(blocks[0], "attn", None) if blocks else None
+    return Weights(_tensors(model.state_dict(), name), name, getattr(attention, "num_heads", None))

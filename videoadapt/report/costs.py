@@ -1,0 +1,121 @@
+"""`flops`: the cost of every point without data, and after an evaluation the cost of every clip and video."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from videoadapt.assigner import assigner_macs
+from videoadapt.config import Config
+from videoadapt.cost import point_cost, point_macs
+from videoadapt.log import print_table, say, write_json
+from videoadapt.report.figures import draw_clip_costs
+from videoadapt.report.tables import macs, percent, write_csv
+
+
+def flops(config: Config) -> dict[str, Any]:
+    """MACs per part, view and video of every point, from the architecture alone.
+
+    Where the run has been evaluated, also the clip-level report under `report/`: the cost of each clip and video with
+    its point, their distribution, and the mix of points, overall and per class.
+    """
+    views = config.evaluate.temporal_views * config.evaluate.spatial_crops
+    points = []
+    for point, total in point_macs(config.model).items():
+        parts = asdict(point_cost(config.model, point))
+        points.append({"point": point, "macs_per_view": total, "macs_per_video": views * total, "parts": parts})
+    several = len(points) > 1
+    summary: dict[str, Any] = {
+        "points": points,
+        "views_per_video": views,
+        "assigner_macs": assigner_macs(config.assign, len(points)) if several else None,
+    }
+    if (config.run.dir / "evaluate" / "clips.parquet").exists():
+        summary["clips"] = clip_report(config)
+    write_json(config.run.dir / "report" / "flops.json", summary)
+    return summary
+
+
+def clip_report(config: Config) -> dict[str, Any]:
+    """The clip-level report of the assigned policy (without an assigner: of the costliest point); writes its files."""
+    source, folder = config.run.dir / "evaluate", config.run.dir / "report"
+    clips, videos = pd.read_parquet(source / "clips.parquet"), pd.read_parquet(source / "videos.parquet")
+    policies = clips["policy"].unique()
+    policy = "assigned" if "assigned" in policies else policies[0]
+    clips = clips[clips["policy"] == policy].drop(columns="policy")
+    videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
+    classes = class_mix(clips, config.model.points)
+    for name, table in (("clips", clips), ("videos", videos), ("classes", classes)):
+        write_csv(folder / f"{name}.csv", table)
+    draw_clip_costs(folder / "clips.png", clips, classes, config.model.points, policy)
+    return {
+        "policy": policy,
+        "macs_per_clip": distribution(clips["macs"]),
+        "macs_per_video": distribution(videos["macs"]),
+        "mix": {point: float((clips["point"] == point).mean()) for point in config.model.points},
+        "classes": classes.to_dict("records"),
+        "files": [str(folder / name) for name in ("clips.csv", "videos.csv", "classes.csv", "clips.png")],
+    }
+
+
+def class_mix(clips: pd.DataFrame, points: tuple[str, ...]) -> pd.DataFrame:
+    """Per class: clips, mean MACs of a clip, and the share of clips at each point."""
+    rows = []
+    for label, group in clips.groupby("truth"):
+        shares = {point: float((group["point"] == point).mean()) for point in points}
+        rows.append({"class": label, "clips": len(group), "macs_per_clip": float(group["macs"].mean())} | shares)
+    return pd.DataFrame(rows)
+
+
+def distribution(values: pd.Series) -> dict[str, float]:
+    """Mean, median and 95th percentile."""
+    return {
+        "mean": float(values.mean()),
+        "median": float(values.median()),
+        "p95": float(np.quantile(values, 0.95)),
+    }
+
+
+def print_flops(summary: dict[str, Any], class_names: tuple[str, ...] = ()) -> None:
+    """The costs as tables."""
+    rows = []
+    for point in summary["points"]:
+        parts = [macs(v) for v in point["parts"].values()]
+        rows.append((point["point"], *parts, macs(point["macs_per_view"]), macs(point["macs_per_video"])))
+    columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
+    print_table(f"MACs (multiply-adds; the papers' FLOPs), {summary['views_per_video']} views a video", columns, rows)
+    if summary["assigner_macs"] is not None:
+        share = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
+        say(f"assigner: {macs(summary['assigner_macs'])} MACs a clip, {100 * share:.2f} % of a view at the costliest point")
+    if "clips" in summary:
+        _print_clips(summary["clips"], class_names)
+
+
+def _print_clips(report: dict[str, Any], class_names: tuple[str, ...]) -> None:
+    rows = [
+        (name, *(macs(report[f"macs_per_{name}"][key]) for key in ("mean", "median", "p95")))
+        for name in ("clip", "video")
+    ]
+    print_table(f"Measured costs, policy {report['policy']} (MACs, all crops)", ("per", "mean", "median", "95th %"), rows)
+    points = list(report["mix"])
+    overall = ("all", "", "", *(percent(v) for v in report["mix"].values()))
+    by_cost = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
+    shown = by_cost if len(by_cost) <= SHOWN else [*by_cost[: SHOWN // 2], *by_cost[-SHOWN // 2 :]]
+    lines = [
+        (_name(row["class"], class_names), row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points))
+        for row in shown
+    ]
+    title = "Mix of points, % of clips" + ("" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)")
+    print_table(title, ("class", "clips", "MACs/clip", *points), [overall, *lines])
+    say("files: " + ", ".join(str(Path(name)) for name in report["files"]))
+
+
+SHOWN = 20
+
+
+def _name(label: int, class_names: tuple[str, ...]) -> str:
+    return class_names[label] if label < len(class_names) else str(label)

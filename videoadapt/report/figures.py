@@ -1,0 +1,61 @@
+"""Figures: costs of clips, and accuracy against cost. Drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from videoadapt.log import replacing
+
+MOST_CLASSES = 40
+
+
+def draw_clip_costs(path: Path, clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], policy: str) -> None:
+    """Left: how many clips cost how much. Right: the mix of points per class, dearest classes first."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    colours = dict(zip(points, plt.get_cmap("viridis")([i / max(len(points) - 1, 1) for i in range(len(points))]), strict=True))
+    for point in points:
+        costs = clips.loc[clips["point"] == point, "macs"]
+        if len(costs):
+            left.bar(f"{point}\n{costs.mean() / 1e9:.3g} G", len(costs), color=colours[point])
+    left.axhline(0, color="black", linewidth=0.5)
+    left.set(xlabel="point, MACs of a clip (all crops, assigner included)", ylabel="clips", title=f"policy {policy}")
+    shown = classes.sort_values("macs_per_clip", ascending=False).head(MOST_CLASSES)
+    bottom = pd.Series(0.0, index=shown.index)
+    for point in points:
+        right.bar(shown["class"].astype(str), shown[point], bottom=bottom, color=colours[point], label=point)
+        bottom += shown[point]
+    right.set(xlabel="class, costliest first", ylabel="share of clips", ylim=(0, 1), title="mix of points per class")
+    right.tick_params(axis="x", labelsize=7, rotation=90 if len(shown) > 12 else 0)  # noqa: PLR2004
+    right.legend(title="point", loc="lower right")
+    _save(figure, path)
+
+
+def draw_accuracy_cost(path: Path, policies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Top-1 with its 95 % interval against mean MACs of a clip, one mark per policy; the fixed points joined."""
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    fixed = [p for name, p in policies.items() if name.startswith("fixed:")]
+    axes.plot([p["macs_per_clip"] / 1e9 for p in fixed], [100 * p["top1"] for p in fixed], color="0.7", zorder=1)
+    for name, p in policies.items():
+        below, above = 100 * (p["top1"] - p["top1_low"]), 100 * (p["top1_high"] - p["top1"])
+        marker = {"assigned": "*", "random": "x", "oracle": "^"}.get(name, "o")
+        x, y = p["macs_per_clip"] / 1e9, 100 * p["top1"]
+        axes.errorbar(x, y, [[below], [above]], fmt=marker, markersize=12 if marker == "*" else 7, capsize=3, label=name)
+    axes.set(xlabel="mean MACs of a clip, in G (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)

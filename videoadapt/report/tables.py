@@ -1,0 +1,116 @@
+"""Results as files and as the tables that people read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from videoadapt.log import print_table, replacing, say
+
+
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    """A table, written whole or not at all."""
+    with replacing(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """A table, written whole or not at all."""
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def macs(value: float) -> str:
+    """`195.8 G`: multiply-adds with a unit."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"  # noqa: PLR2004
+    return f"{value:.0f}"
+
+
+def percent(value: float) -> str:
+    """`75.3`: a share in per cent."""
+    return f"{100 * value:.1f}"
+
+
+def print_index(summary: dict[str, Any]) -> None:
+    """The population: what was listed, and what of it can be read."""
+    rows = [
+        (name, s["listed"], s["ok"], s["missing"], s["broken"], s["classes"], f"{s['duration_h']:.2f}")
+        for name, s in summary["splits"].items()
+    ]
+    print_table("Manifest", ("split", "listed", "readable", "missing", "broken", "classes", "hours"), rows)
+    for failure in summary["failed"]:
+        say(f"  {failure['path']}: {failure['cause']}")
+    say(f"manifest {summary['hash'][:12]}")
+
+
+def print_train(summary: dict[str, Any]) -> None:
+    """Training metrics of the last epoch."""
+    rows = [(point, f"{v['loss']:.3f}", percent(v["top1"])) for point, v in summary["points"].items()]
+    print_table("Last epoch, on the training clips", ("point", "loss", "top-1 %"), rows)
+    say(
+        f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, {summary['wait_share']:.0%} of the time waiting "
+        f"for data; {summary['skipped']} clips skipped; checkpoint {summary['checkpoint']}"
+    )
+
+
+def print_label(summary: dict[str, Any]) -> None:
+    """How often each point is right, and how the labels fall."""
+    total = summary["clips"]
+    rows = [
+        (point, percent(v["right"]), v["labelled"], percent(v["labelled"] / total))
+        for point, v in summary["points"].items()
+    ]
+    print_table(f"Labels of {total} clips, source {summary['source']}", ("point", "right %", "labelled", "share %"), rows)
+    say(f"no point is right on {summary['none_right_clips']} clips (rule: {summary['none_right']})")
+    for failure in summary["failed"]:
+        say(f"  not labelled: {failure['path']}: {failure['cause']}")
+
+
+def print_assign(summary: dict[str, Any]) -> None:
+    """The assigner on the clips that chose its threshold."""
+    rows = [
+        ("clips fitted / choosing the threshold", f"{summary['clips_fitted']} / {summary['clips_selecting']}"),
+        ("threshold", f"{summary['threshold']:.3f}"),
+        ("accuracy, assigned / costliest %", f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}"),
+        ("MACs saved %", percent(summary["macs_saved"])),
+        ("mix", ", ".join(f"{p}: {percent(v)} %" for p, v in summary["mix"].items())),
+        ("cost per clip", f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_share']:.2f} % of the costliest point"),
+    ]
+    print_table("Assigner", ("on the clips that chose its threshold", ""), rows)
+
+
+def print_evaluate(summary: dict[str, Any]) -> None:
+    """One line per policy: accuracy with intervals, cost, speed."""
+    rows = []
+    for name, p in summary["policies"].items():
+        difference, low, high = (100 * v for v in p["difference_to_costliest"])
+        speed = "-" if p["clips_per_s"] is None else f"{p['clips_per_s']:.1f}"
+        rows.append(
+            (
+                name,
+                f"{percent(p['top1'])} ({percent(p['top1_low'])} to {percent(p['top1_high'])})",
+                f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
+                percent(p["top5"]),
+                f"{percent(p['mean_class'])} ({percent(p['mean_class_low'])} to {percent(p['mean_class_high'])})",
+                macs(p["macs_per_view"]),
+                macs(p["macs_per_video"]),
+                percent(p["macs_saved"]),
+                speed,
+            )
+        )
+    columns = ("policy", "top-1 % (95 %)", "to costliest", "top-5 %", "mean class %", "MACs/view", "MACs/video", "saved %", "clips/s")
+    title = f"{summary['listed']} videos listed, {summary['scored']} read; {summary['views_per_video']} views a video"
+    print_table(title, columns, rows)
+    say(f"manifest {summary['manifest'][:12]}; a failed video counts as: {summary['failed_count_as']}")
+    if summary["failed"]:
+        first = next(iter(summary["policies"].values()))
+        say(f"top-1 of {next(iter(summary['policies']))} over readable videos alone: {percent(first['top1_readable'])} %")
+    for failure in summary["failed"][:10]:
+        say(f"  failed: {failure['path']}: {failure['cause']}")
+    if summary["assigner_macs"] is None:
+        say("no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random")
+    say("MACs are multiply-adds (the papers' FLOPs), the assigner's included; clips/s: assigner, routing and model, decoding apart")

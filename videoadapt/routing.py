@@ -1,0 +1,71 @@
+"""Routing: the policy gives each clip its point, clips of one point run in full batches, results return in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from videoadapt.assigner import Assigner
+from videoadapt.data.transforms import normalise
+from videoadapt.errors import UserError
+from videoadapt.labels import Bools, Choice, Floats
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.policy import Evidence, Policy
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The chosen point of each clip, `(clips,)`, and the logits of its views there, `(clips, crops, classes)`."""
+
+    choice: Choice
+    logits: Floats
+
+
+@torch.inference_mode()
+def view_logits(model: TimeSformer, views: Tensor, point: str, *, batch: int) -> Tensor:
+    """Float32 logits `(V, classes)` on the CPU, of uint8 views `(V, C, T, S, S)`, `batch` views at a time."""
+    weight = model.head.weight
+    outputs = []
+    for part in views.split(batch):
+        clips = normalise(part.to(weight.device), model.config.mean, model.config.std, weight.dtype)
+        outputs.append(model(clips, point).float())
+    return torch.cat(outputs).cpu()
+
+
+def assign_probabilities(assigner: Assigner, thumbnails: Tensor) -> Floats:
+    """The assigner's label probabilities `(clips, points)` of uint8 thumbnails `(clips, C, A, s, s)`."""
+    return assigner.probabilities(thumbnails.to(assigner.head.weight.device)).cpu().double().numpy()
+
+
+def route(
+    model: TimeSformer,
+    views: Tensor,
+    policy: Policy,
+    *,
+    batch: int,
+    assigner: Assigner | None = None,
+    thumbnails: Tensor | None = None,
+    right: Bools | None = None,
+) -> Routed:
+    """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses, `batch` views at a time.
+
+    The results are those of running each clip alone. `thumbnails` are for a policy that needs the assigner, `right`
+    for the oracle. Raises `UserError` where the policy lacks what it needs.
+    """
+    assigned = None
+    if policy.needs_assigner:
+        if assigner is None or thumbnails is None:
+            raise UserError(f"policy {policy.name}: needs an assigner; fit one with `videoadapt assign CONFIG`")
+        assigned = assign_probabilities(assigner, thumbnails)
+    clips, crops = views.shape[:2]
+    choice = policy.choose(Evidence(clips, model.config.points, assigned, right))
+    logits = np.empty((clips, crops, model.config.num_classes), np.float32)
+    for number, point in enumerate(model.config.points):
+        here = np.flatnonzero(choice == number)
+        if len(here):
+            out = view_logits(model, views[torch.from_numpy(here)].flatten(0, 1), point, batch=batch)
+            logits[here] = out.unflatten(0, (len(here), crops)).numpy()
+    return Routed(choice, logits)
