@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 BITS = 10  # frame numbers below 1024
 _ROWS = 2
@@ -49,10 +51,10 @@ def write_video(
     images = numbered(frames) if isinstance(frames, int) else frames
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream = cast("VideoStream", container.add_stream(codec, rate=fps))
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], pixels
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
-        stream.codec_context.thread_type = "NONE"
+        stream.thread_type = "NONE"  # type: ignore[assignment]  # its setter takes the name
         if rotation:
             stream.set_display_rotation(rotation)
         for image in images:
@@ -70,7 +72,7 @@ def cut_by_copy(source: Path, path: Path, first_frame: int) -> Path:
         for packet in old.demux(video):
             if packet.size:
                 packet.stream = copied
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.pts, packet.dts = (packet.pts or 0) - shift, (packet.dts or 0) - shift
                 new.mux(packet)
     return path
 

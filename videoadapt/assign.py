@@ -92,7 +92,7 @@ def _labelled_clips(config: Config) -> LabelledClips:
     clips, right = right_matrix(pd.read_parquet(path), config.model.points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     manifest = load_or_index(config)
-    row_of = {video: row for row, video in enumerate(manifest.frame["video"])}
+    row_of = {video: row for row, video in enumerate(manifest.table["video"])}
     unknown = [video for video in clips["video"] if video not in row_of]
     if unknown:
         raise UserError(f"{path}: {unknown[0]} (and {len(unknown) - 1} more) is not in the manifest; run `label` again")

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from videoadapt.assigner import Assigner, assigner_macs
-from videoadapt.checkpoint import assigner_checkpoints, load_assigner
+from videoadapt.assigner import assigner_macs
+from videoadapt.checkpoint import assigner_checkpoints
 from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import EvalVideos, VideoViews
@@ -63,8 +63,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     start = time.monotonic()
     manifest = load_or_index(config)
     model = inference_model(config)
-    assigner, threshold = _assigner(config, model)
-    frame = manifest.frame
+    assigned = _assigned(config, model)
+    assigner = assigned.assigner if assigned else None
+    frame = manifest.table
     rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
     if not len(rows):
         raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
@@ -80,10 +81,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     population = _population(manifest, scores)
     right = _right(scores)
     outcomes = [
-        _outcome(policy, scores, right, config) for policy in _policies(model.config.points, scores, threshold, config)
+        _outcome(policy, scores, right, config) for policy in _policies(model.config.points, scores, assigned, config)
     ]
     _write_tables(config, scores, population, outcomes)
-    speeds = _speeds(model, assigner, manifest, scores, right, outcomes, config)
+    speeds = _speeds(model, manifest, scores, right, outcomes, config)
     summary = {
         "split": "val",
         "manifest": manifest.hash,
@@ -102,16 +103,17 @@ def evaluate(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _assigner(config: Config, model: TimeSformer) -> tuple[Assigner | None, float]:
+def _assigned(config: Config, model: TimeSformer) -> Assigned | None:
     if assigner_checkpoints(config.run.dir).latest() is None:
-        return None, 0.0
-    assigner, threshold = load_assigner(config.run.dir)
-    return assigner.to(model.head.weight.device), threshold
+        return None
+    assigned = Assigned.load(config.run.dir)
+    assigned.assigner.to(model.head.weight.device)
+    return assigned
 
 
 def _population(manifest: Manifest, scores: Scores) -> Population:
     """All listed videos of the val split; those that failed at indexing or decoding stay in it, by name and cause."""
-    listed = manifest.frame[manifest.frame["split"] == "val"]
+    listed = manifest.table[manifest.table["split"] == "val"]
     causes = {row: cause for row, cause in zip(listed.index, listed["cause"], strict=True) if cause}
     causes |= {failure.video: failure.cause for failure in scores.failures}
     position = {row: i for i, row in enumerate(listed.index)}
@@ -128,10 +130,9 @@ def _right(scores: Scores) -> Bools:
     return softmax(scores.logits).mean(1).argmax(-1) == scores.truth[:, None]
 
 
-def _policies(points: tuple[str, ...], scores: Scores, threshold: float, config: Config) -> list[Policy]:
+def _policies(points: tuple[str, ...], scores: Scores, assigned: Assigned | None, config: Config) -> list[Policy]:
     policies: list[Policy] = [Fixed(point) for point in points]
-    if scores.assigned is not None:
-        assigned = Assigned(threshold)
+    if assigned is not None:
         choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
         policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed)]
     return [*policies, Oracle()]
@@ -147,7 +148,7 @@ def _outcome(policy: Policy, scores: Scores, right: Bools, config: Config) -> Ou
     np.add.at(sums, video, chosen)
     macs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64)[choice]
     macs *= config.evaluate.spatial_crops
-    if policy.needs_assigner:
+    if policy.assigner:
         macs += assigner_macs(config.assign, len(points))
     return Outcome(policy, choice, sums / np.bincount(video)[:, None], macs)
 
@@ -176,7 +177,7 @@ def _policy_rows(
         class_low, class_high = mean_class_interval(right, truth)
         difference = paired_difference(right, costliest[counted])
         model_macs = outcome.macs - (
-            assigner_macs(config.assign, len(config.model.points)) if outcome.policy.needs_assigner else 0
+            assigner_macs(config.assign, len(config.model.points)) if outcome.policy.assigner else 0
         )
         views = config.evaluate.spatial_crops
         rows[outcome.policy.name] = {
@@ -267,7 +268,6 @@ def _write_tables(config: Config, scores: Scores, population: Population, outcom
 
 def _speeds(
     model: TimeSformer,
-    assigner: Assigner | None,
     manifest: Manifest,
     scores: Scores,
     right: Bools,
@@ -294,7 +294,6 @@ def _speeds(
                     views,
                     outcome.policy,
                     batch=config.evaluate.batch,
-                    assigner=assigner,
                     thumbnails=thumbnails,
                     right=right[drawn],
                 )

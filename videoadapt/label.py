@@ -26,11 +26,11 @@ def label(config: Config) -> dict[str, Any]:
     model = inference_model(config)
     points = model.config.points
     splits = SPLITS[config.label.source]
-    usable = (manifest.frame["split"].isin(splits) & (manifest.frame["status"] == "ok")).to_numpy()
+    usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
     scores = score(model, manifest, np.flatnonzero(usable).tolist(), config, name="label", temporal_views=1)
-    videos = manifest.frame["video"].to_numpy()[scores.rows]
+    videos = manifest.table["video"].to_numpy()[scores.rows]
     probabilities = softmax(scores.logits).mean(1)  # (clips, points, classes): the mean over the crops
     table = outcome_table(videos, scores.clips, scores.truth, probabilities, points)
     clips, right = right_matrix(table, points, source=config.label.source)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from videoadapt.assigner import Assigner
+from videoadapt.checkpoint import load_assigner
 from videoadapt.errors import UserError
 from videoadapt.labels import Bools, Choice, Floats, cheapest_sufficient, last_true
 
@@ -37,8 +40,8 @@ class Policy(Protocol):
         """The name in tables and JSON."""
 
     @property
-    def needs_assigner(self) -> bool:
-        """Whether `Evidence.assigned` must be there, and the assigner's cost is paid."""
+    def assigner(self) -> Assigner | None:
+        """The network whose probabilities the policy needs, and whose cost it pays."""
 
     def choose(self, evidence: Evidence) -> Choice:
         """The number of the point of each clip, `(clips,)`."""
@@ -49,7 +52,7 @@ class Fixed:
     """Every clip at one point."""
 
     point: str
-    needs_assigner = False
+    assigner = None
 
     @property
     def name(self) -> str:
@@ -70,14 +73,18 @@ class Assigned:
     A point suffices where the label is that point or a cheaper one, so the probabilities add up from the cheapest.
     """
 
+    assigner: Assigner
     threshold: float = 0.5
     name = "assigned"
-    needs_assigner = True
+
+    @classmethod
+    def load(cls, source: str | Path) -> Assigned:
+        """The policy of a run folder or of an assigner's checkpoint. Raises `CheckpointError`."""
+        return cls(*load_assigner(source))
 
     def choose(self, evidence: Evidence) -> Choice:
         """By the assigner's probabilities."""
-        if evidence.assigned is None:
-            raise UserError("policy assigned: needs an assigner; fit one with `videoadapt assign CONFIG`")
+        assert evidence.assigned is not None, "whoever gathers the evidence runs the assigner"
         return cheapest_sufficient(evidence.assigned, self.threshold)
 
 
@@ -88,7 +95,7 @@ class Random:
     mix: tuple[float, ...]
     seed: int = 0
     name = "random"
-    needs_assigner = False
+    assigner = None
 
     def choose(self, evidence: Evidence) -> Choice:
         """A shuffled list with the shares of the mix, rounded so that they add up."""
@@ -102,7 +109,7 @@ class Oracle:
     """The cheapest point at which the model is right; the cheapest of all where none is."""
 
     name = "oracle"
-    needs_assigner = False
+    assigner = None
 
     def choose(self, evidence: Evidence) -> Choice:
         """By the truth, so for reports alone."""

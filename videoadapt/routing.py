@@ -10,7 +10,6 @@ from torch import Tensor
 
 from videoadapt.assigner import Assigner
 from videoadapt.data.transforms import normalise
-from videoadapt.errors import UserError
 from videoadapt.labels import Bools, Choice, Floats
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.policy import Evidence, Policy
@@ -46,20 +45,19 @@ def route(
     policy: Policy,
     *,
     batch: int,
-    assigner: Assigner | None = None,
     thumbnails: Tensor | None = None,
     right: Bools | None = None,
 ) -> Routed:
     """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses, `batch` views at a time.
 
-    The results are those of running each clip alone. `thumbnails` are for a policy that needs the assigner, `right`
-    for the oracle. Raises `UserError` where the policy lacks what it needs.
+    The results are those of running each clip alone. `thumbnails` are for a policy with an assigner, `right` for the
+    oracle.
     """
     assigned = None
-    if policy.needs_assigner:
-        if assigner is None or thumbnails is None:
-            raise UserError(f"policy {policy.name}: needs an assigner; fit one with `videoadapt assign CONFIG`")
-        assigned = assign_probabilities(assigner, thumbnails)
+    if policy.assigner is not None:
+        if thumbnails is None:
+            raise ValueError(f"policy {policy.name}: needs the clips' thumbnails")
+        assigned = assign_probabilities(policy.assigner, thumbnails)
     clips, crops = views.shape[:2]
     choice = policy.choose(Evidence(clips, model.config.points, assigned, right))
     logits = np.empty((clips, crops, model.config.num_classes), np.float32)

@@ -41,8 +41,7 @@ def train(config: Config) -> dict[str, Any]:
     finite, before anything is changed by it.
     """
     manifest = load_or_index(config)
-    clips = manifest.split("train").readable
-    per_epoch = steps_per_epoch(clips, config)
+    per_epoch = steps_per_epoch(manifest, config)
     checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints)
     state = State.start(config, manifest)
     found = checkpoints.latest()
@@ -54,19 +53,19 @@ def train(config: Config) -> dict[str, Any]:
     (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     clock = Clock()
     if state.step < per_epoch * config.train.epochs:
-        _loop(state, clips, per_epoch, checkpoints, clock)
-    summary = _summary(state, clips, per_epoch, checkpoints, clock)
+        _loop(state, per_epoch, checkpoints, clock)
+    summary = _summary(state, per_epoch, checkpoints, clock)
     write_json(config.run.dir / "train.json", summary)
     return summary
 
 
-def _loop(state: State, clips: Manifest, per_epoch: int, checkpoints: Checkpoints, clock: Clock) -> None:
+def _loop(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock) -> None:
     config = state.config
     total = per_epoch * config.train.epochs
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
     metrics = Metrics(config.run.dir, state.step)
     forward = torch.compile(state.model) if config.train.compile else state.model
-    loader = TrainLoader(clips, config)
+    loader = TrainLoader(state.manifest, config)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
     with StopRequest() as stop, bar:
         for parts in _steps(loader, state.step, per_epoch, config):
@@ -293,7 +292,7 @@ class Clock:
 
 
 def _summary(
-    state: State, clips: Manifest, per_epoch: int, checkpoints: Checkpoints, clock: Clock
+    state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock
 ) -> dict[str, Any]:
     config = state.config
     lines = pd.read_json(config.run.dir / "metrics.jsonl", lines=True).tail(per_epoch).mean()
@@ -301,7 +300,7 @@ def _summary(
     return {
         "steps": state.step,
         "epochs": config.train.epochs,
-        "clips": len(clips),
+        "clips": len(state.manifest.split("train").readable),
         "skipped": state.skipped,
         "manifest": state.manifest.hash,
         "checkpoint": str(newest.path) if newest else None,

@@ -7,11 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from videoadapt.config import Config
 from videoadapt.data.probe import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from videoadapt.data.sampling import seed_of
 from videoadapt.errors import ConfigError, UserError
+
+Split = Literal["train", "val", "holdout"]
 
 _SEPARATOR = re.compile(r"[ \t,;]+")
 _HOLDOUT_STEPS = 1 << 63  # `seed_of` draws from [0, 2^63)
@@ -24,7 +27,7 @@ class Listed:
     path: str
     video: str
     label: int
-    split: str
+    split: Split
     where: str  # file and line, or folder, for messages
 
 
@@ -52,8 +55,8 @@ def list_videos(config: Config) -> tuple[list[Listed], tuple[str, ...]]:
     return held, names or tuple(map(str, range(config.model.num_classes)))
 
 
-def _sources(config: Config) -> dict[str, Path]:
-    given = {"train": config.data.train.annotations, "val": config.data.val.annotations}
+def _sources(config: Config) -> dict[Split, Path]:
+    given: dict[Split, Path | None] = {"train": config.data.train.annotations, "val": config.data.val.annotations}
     sources = {split: path for split, path in given.items() if path is not None}
     if not sources:
         raise ConfigError(
@@ -65,7 +68,7 @@ def _sources(config: Config) -> dict[str, Path]:
     return sources
 
 
-def _class_names(config: Config, sources: Mapping[str, Path]) -> tuple[str, ...]:
+def _class_names(config: Config, sources: Mapping[Split, Path]) -> tuple[str, ...]:
     """The names from `data.classes`, else from the folders; none for lists with numbers."""
     if config.data.classes is not None:
         names = tuple(filter(None, (line.strip() for line in _lines(config.data.classes, "data.classes"))))
@@ -79,7 +82,7 @@ def _class_names(config: Config, sources: Mapping[str, Path]) -> tuple[str, ...]
     return names
 
 
-def _folder_classes(sources: Mapping[str, Path]) -> tuple[tuple[str, ...], str]:
+def _folder_classes(sources: Mapping[Split, Path]) -> tuple[tuple[str, ...], str]:
     found = {split: {p.name for p in _visible(path) if p.is_dir()} for split, path in sources.items() if path.is_dir()}
     new = found.get("val", set()) - found.get("train", found.get("val", set()))
     if new:
@@ -90,7 +93,7 @@ def _folder_classes(sources: Mapping[str, Path]) -> tuple[tuple[str, ...], str]:
     return tuple(sorted(set().union(*found.values()))), origin
 
 
-def _folder(folder: Path, split: str, numbers: Mapping[str, int]) -> Iterator[Listed]:
+def _folder(folder: Path, split: Split, numbers: Mapping[str, int]) -> Iterator[Listed]:
     for kind in sorted(p for p in _visible(folder) if p.is_dir()):
         label = numbers.get(_plain(kind.name))
         if label is None:
@@ -106,7 +109,7 @@ def _visible(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _list(path: Path, split: str, numbers: Mapping[str, int], root: Path | None) -> Iterator[Listed]:
+def _list(path: Path, split: Split, numbers: Mapping[str, int], root: Path | None) -> Iterator[Listed]:
     base = root or path.parent
     for number, line in enumerate(_lines(path, f"data.{split}.annotations"), start=1):
         text = line.strip()
@@ -117,7 +120,7 @@ def _list(path: Path, split: str, numbers: Mapping[str, int], root: Path | None)
 
 
 def _parse(text: str, numbers: Mapping[str, int], where: str) -> tuple[str, int]:
-    """Path and label of a line. The label is the last field, and both may hold spaces: the longest class name counts."""
+    """Path and label of a line: the label is the last field. Both may hold spaces; the longest class name counts."""
     gaps = [gap for gap in _SEPARATOR.finditer(text) if gap.start() > 0]
     for gap in gaps if numbers else ():
         label = numbers.get(_plain(text[gap.end() :]))

@@ -1,9 +1,9 @@
-"""Clips for training and views for evaluation, one video at a time; a video that fails says so and is never replaced."""
+"""Clips for training and views for evaluation, video by video; one that fails says so and is never replaced."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class VideoViews:
     video: int
 
 
-class TrainClips(Dataset[Clip | Failure]):
+class TrainClips(Dataset[Any]):
     """One augmented random clip of a video; the key is (epoch, row of the manifest).
 
     All that is random depends on (run.seed, epoch, video id) alone.
@@ -82,14 +82,14 @@ class TrainClips(Dataset[Clip | Failure]):
         return augment(frames, size=model.size, short_side=data.short_side, flip=data.flip, seed=seed)
 
 
-class EvalVideos(Dataset[VideoViews | Failure]):
+class EvalVideos(Dataset[Any]):
     """All views of a video; the key is its row in the manifest. A video is decoded once for all of them.
 
     One temporal view is the clip in the centre, more are spread as TimeSformer spreads them. `views` and `thumbnails`
     say what is wanted; frames that nothing needs are not decoded.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is wanted, by name
         self,
         manifest: Manifest,
         config: Config,
@@ -109,30 +109,46 @@ class EvalVideos(Dataset[VideoViews | Failure]):
     def __getitem__(self, number: int) -> VideoViews | Failure:
         row = self.manifest.row(number)
         try:
-            starts_s, clips = self._decode(row)
+            views, thumbnails, starts_s = read_views(
+                _open(row, self.config),
+                self.config,
+                temporal_views=self.temporal_views,
+                spatial_crops=self.spatial_crops,
+                views=self.views,
+                thumbnails=self.thumbnails,
+            )
         except VideoError as error:
             return _failure(number, row, error)
-        size, assign = self.config.model.size, self.config.assign
-        crop_count, kept = self.spatial_crops * self.views, assign.frames * self.thumbnails
-        return VideoViews(
-            views=torch.stack([crops(clip, size=size, count=crop_count) for clip in clips]),
-            thumbnails=torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
-            starts_s=starts_s,
-            label=row.label,
-            video=number,
-        )
+        return VideoViews(views, thumbnails, starts_s, row.label, number)
 
-    def _decode(self, row: Row) -> tuple[list[float], list[np.ndarray]]:
-        """The starts of the clips, and the frames of each that are wanted, (T or A, H, W, 3)."""
-        reader = _open(row, self.config)
-        kind: Literal["centre", "uniform"] = "centre" if self.temporal_views == 1 else "uniform"
-        starts_s = _starts(kind, reader, self.config, self.temporal_views)
-        indices = np.stack([_indices(start_s, reader, self.config.model) for start_s in starts_s])  # (K, T)
-        if not self.views:
-            indices = indices[:, spread(indices.shape[1], self.config.assign.frames)]  # (K, A)
-        wanted, places = np.unique(indices, return_inverse=True)
-        frames = reader.frames(wanted)
-        return starts_s, [frames[clip] for clip in places.reshape(indices.shape)]
+
+def read_views(  # noqa: PLR0913 - what is wanted, by name
+    reader: VideoReader,
+    config: Config,
+    *,
+    temporal_views: int,
+    spatial_crops: int,
+    views: bool = True,
+    thumbnails: bool = True,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """The views and thumbnails of an open video and the starts of its clips in seconds, shaped as in `VideoViews`.
+
+    Raises `VideoError` if its frames cannot be decoded.
+    """
+    model, assign = config.model, config.assign
+    starts_s = _starts("centre" if temporal_views == 1 else "uniform", reader, config, temporal_views)
+    indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
+    if not views:
+        indices = indices[:, spread(model.num_frames, assign.frames)]  # (K, A)
+    wanted, places = np.unique(indices, return_inverse=True)
+    frames = reader.frames(wanted)
+    clips = [frames[clip] for clip in places.reshape(indices.shape)]
+    crop_count, kept = spatial_crops * views, assign.frames * thumbnails
+    return (
+        torch.stack([crops(clip, size=model.size, count=crop_count) for clip in clips]),
+        torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
+        starts_s,
+    )
 
 
 def _failure(number: int, row: Row, error: VideoError) -> Failure:

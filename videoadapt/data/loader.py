@@ -55,7 +55,7 @@ class TrainLoader:
         self._steps = steps_per_epoch(manifest, config)
         self._keys: list[list[tuple[int, int]]] = []  # the loader goes through this list anew in each epoch
         self._workers = min(config.data.workers, self._steps * config.train.accumulate)
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             TrainClips(manifest, config),
             batch_sampler=self._keys,
             collate_fn=_collate,
@@ -88,7 +88,7 @@ def stream(
 ) -> Iterator[VideoViews | Failure]:
     """The videos of some rows, one by one and in this order. Raises `RunError` as `TrainLoader.epoch` does."""
     workers = min(workers, len(rows))
-    loader: DataLoader[VideoViews | Failure] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
         sampler=rows,

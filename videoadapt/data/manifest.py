@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,13 +18,11 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from videoadapt.config import Config
-from videoadapt.data.annotations import Listed, list_videos
+from videoadapt.data.annotations import Listed, Split, list_videos
 from videoadapt.data.probe import VideoInfo
 from videoadapt.data.probing import Finding, probe_files
 from videoadapt.errors import UserError
 from videoadapt.log import replacing, say
-
-Split = Literal["train", "val", "holdout"]
 
 _SCHEMA = pa.schema(
     [
@@ -91,7 +90,7 @@ class Manifest:
 
     def row(self, number: int) -> Row:
         """One row, numbers as Python's own."""
-        return Row(*(self.table[name].array[number] for name in Row._fields))
+        return Row(*(v.item() if isinstance(v, np.generic) else v for v in self.table.iloc[number]))
 
     @property
     def hash(self) -> str:
@@ -201,11 +200,13 @@ def _table(listed: Sequence[Listed], findings: dict[str, Finding]) -> pd.DataFra
 
 
 def _row(video: Listed, finding: Finding | None) -> Row:
-    info = finding if isinstance(finding, VideoInfo) else _NOTHING
-    status: Literal["ok", "missing", "broken"] = "ok" if info is finding else "missing" if finding is None else "broken"
-    cause = {"ok": "", "missing": "no such file", "broken": finding}[status]
-    found = {name: getattr(info, name) for name in VideoInfo.__dataclass_fields__}
-    return Row(video.path, video.video, video.label, **found, split=video.split, status=status, cause=cause)
+    if finding is None:
+        info, status, cause = _NOTHING, "missing", "no such file"
+    elif isinstance(finding, str):
+        info, status, cause = _NOTHING, "broken", finding
+    else:
+        info, status, cause = finding, "ok", ""
+    return Row._make((video.path, video.video, video.label, *astuple(info), video.split, status, cause))
 
 
 def _fingerprint(listed: Sequence[Listed], classes: Sequence[str]) -> str:
@@ -215,7 +216,7 @@ def _fingerprint(listed: Sequence[Listed], classes: Sequence[str]) -> str:
 
 
 def _require_readable(manifest: Manifest, config: Config) -> None:
-    sources = {"train": config.data.train.annotations, "val": config.data.val.annotations}
+    sources: dict[Split, Path | None] = {"train": config.data.train.annotations, "val": config.data.val.annotations}
     if config.data.holdout:
         sources["holdout"] = sources["train"]
     for split, source in sources.items():

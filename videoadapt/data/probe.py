@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ _MAX_FPS = 1000.0  # a rate beyond it is the work of broken timestamps
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` finds. Width and height are as shown, after the rotation (degrees anticlockwise: 0, 90, 180, 270)."""
+    """What `probe` finds. Width and height are as shown, after the rotation (degrees anticlockwise)."""
 
     frames: int
     fps: float
@@ -82,7 +82,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
     frames = len(times) - discarded
     if first is None or frames == 0:
         raise VideoError(f"{path}: not one frame of it can be decoded")
-    # Files whose packets all claim the same time exist: decord then seeks to wrong frames, and the average rate is wild.
+    # Some files have one time for all packets: decord then seeks to wrong frames, and the average rate is wild.
     sound = len(set(times) - {None}) == len(times)
     fps = _frame_rate(path, stream, sound)
     whole = discarded == 0 and len(times) == (stream.frames or len(times))
@@ -160,8 +160,9 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     stream = container.streams.best("video")
     if stream is None or Disposition.attached_pic in stream.disposition:  # the cover of a piece of music
         raise VideoError(f"{path}: holds no video stream")
-    stream.thread_type = "NONE"
-    return stream
+    video = cast("VideoStream", stream)
+    video.thread_type = "NONE"  # type: ignore[assignment]  # its setter takes the name
+    return video
 
 
 def read_image(path: Path) -> np.ndarray:

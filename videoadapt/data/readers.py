@@ -78,13 +78,14 @@ class DecordReader:
     """Decodes only what the wanted frames need. From a path, never from bytes: damaged ones crash the process."""
 
     def __init__(self, path: Path, info: VideoInfo) -> None:
-        decord = self._decord = decord_module()
+        decord = decord_module()
         assert decord is not None
+        self._error = decord.DECORDError
         self.path, self.fps, self.width, self.height = path, info.fps, info.width, info.height
         try:
             # More threads cost more CPU in all; the workers of a loader are the parallelism.
             self._video = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1)
-        except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        except (self._error, RuntimeError, AssertionError) as error:
             raise VideoError(f"{path}: decord cannot open it: {reason(error)}") from None
         self.num_frames = len(self._video)
         if self.num_frames != info.frames:
@@ -102,7 +103,7 @@ class DecordReader:
             return np.empty((0, self.height, self.width, 3), np.uint8)
         try:
             frames: np.ndarray = self._video.get_batch(wanted).asnumpy()
-        except self._decord.DECORDError as error:
+        except self._error as error:
             raise VideoError(f"{self.path}: decord cannot decode it: {reason(error)}") from None
         return frames
 
@@ -136,7 +137,7 @@ class PyAVReader:
         raise VideoError(f"{self.path}: ended after {number + 1} of {self.num_frames} frames")
 
     def _rgb(self, frame: VideoFrame) -> np.ndarray:
-        """(H, W, 3) uint8, turned as it is to be shown; a stream may change its size, so all are made as large as the first."""
+        """(H, W, 3) uint8, turned as it is to be shown; where a stream changes its size, as large as its first frame."""
         height, width = upright((self.height, self.width), frame.rotation)
         rgb = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
         return np.rot90(rgb, frame.rotation // 90)

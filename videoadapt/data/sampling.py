@@ -17,7 +17,7 @@ from videoadapt.config import ModelConfig
 
 
 def clip_seconds(model: ModelConfig, file_fps: float) -> float:
-    """Seconds that a clip spans in a file of `file_fps` frames a second: `num_frames` strides, counted at `model.fps`."""
+    """Seconds that a clip spans in a file of `file_fps` frames a second: `num_frames` strides at `model.fps`."""
     return model.stride_frames * model.num_frames / (model.fps or file_fps)
 
 
@@ -61,7 +61,7 @@ def _python_random(seed: int) -> Iterator[None]:
         random.setstate(before)
 
 
-def frame_indices(
+def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by name
     start_s: float,
     *,
     total_frames: int,
@@ -92,6 +92,6 @@ def spread(total: int, kept: int) -> np.ndarray:
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that depends on all of `parts` and on nothing else: not on the process, not on the machine."""
+    """A seed in [0, 2^63) that depends on `parts` alone: not on the process, not on the machine."""
     text = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -82,7 +82,7 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
     return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
 
 
-def mix(
+def mix(  # noqa: PLR0913 - settings, by name
     clips: Tensor, labels: Tensor, *, num_classes: int, mixup: float, cutmix: float, smoothing: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Mixup or cutmix of each clip with the one before it in the batch, and soft targets.

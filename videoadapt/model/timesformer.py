@@ -9,7 +9,7 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from videoadapt.config import ModelConfig
+from videoadapt.config import Config, ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.model.block import Block
 from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
@@ -98,6 +98,11 @@ class TimeSformer(nn.Module):
         expected = (3, config.num_frames, config.size, config.size)
         if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:  # noqa: PLR2004
             raise UserError(f"clips: expected shape (B, {', '.join(map(str, expected))}), got {tuple(clips.shape)}")
+
+
+def build_model(config: Config) -> TimeSformer:
+    """A freshly initialised model of a config; `load_weights` fills it."""
+    return TimeSformer(config.model)
 
 
 def initialise(model: TimeSformer) -> None:

@@ -38,13 +38,13 @@ def percent(value: float) -> str:
 def print_index(summary: dict[str, Any]) -> None:
     """The population: what was listed, and what of it can be read."""
     rows = [
-        (name, s["listed"], s["ok"], s["missing"], s["broken"], s["classes"], f"{s['duration_h']:.2f}")
+        (name, s["listed"], s["ok"], s["missing"], s["broken"], s["classes"], f"{s['hours']:.2f}")
         for name, s in summary["splits"].items()
     ]
     print_table("Manifest", ("split", "listed", "readable", "missing", "broken", "classes", "hours"), rows)
     for failure in summary["failed"]:
         say(f"  {failure['path']}: {failure['cause']}")
-    say(f"manifest {summary['hash'][:12]}")
+    say(f"manifest {summary['manifest']}")
 
 
 def print_train(summary: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def print_evaluate(summary: dict[str, Any]) -> None:
     columns = ("policy", "top-1 % (95 %)", "to costliest", "top-5 %", "mean class %", "MACs/view", "MACs/video", "saved %", "clips/s")
     title = f"{summary['listed']} videos listed, {summary['scored']} read; {summary['views_per_video']} views a video"
     print_table(title, columns, rows)
-    say(f"manifest {summary['manifest'][:12]}; a failed video counts as: {summary['failed_count_as']}")
+    say(f"manifest {summary['manifest']}; a failed video counts as: {summary['failed_count_as']}")
     if summary["failed"]:
         first = next(iter(summary["policies"].values()))
         say(f"top-1 of {next(iter(summary['policies']))} over readable videos alone: {percent(first['top1_readable'])} %")

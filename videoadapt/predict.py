@@ -1,0 +1,127 @@
+"""Predictions for video files: classes with probabilities, the point that each clip got, and its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from videoadapt.assigner import assigner_macs
+from videoadapt.checkpoint import assigner_checkpoints
+from videoadapt.config import AssignConfig, Config
+from videoadapt.cost import point_macs
+from videoadapt.data.datasets import read_views
+from videoadapt.data.readers import open_video
+from videoadapt.errors import UserError, VideoError
+from videoadapt.labels import softmax
+from videoadapt.log import print_table, write_json
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.policy import Assigned, Fixed, Policy, parse_policy
+from videoadapt.report.tables import macs
+from videoadapt.routing import route
+from videoadapt.scoring import inference_model
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one video: the best classes, best first, and at which points that was seen."""
+
+    path: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    points: tuple[str, ...]  # of each clip
+    macs: int  # all views, the assigner included
+
+
+def predict(
+    model: TimeSformer,
+    paths: Sequence[str | Path],
+    policy: str | Policy | None = None,
+    *,
+    temporal_views: int = 1,
+    spatial_crops: int = 3,
+    top: int = 5,
+    batch: int = 16,
+) -> list[Prediction]:
+    """Classes of videos of any length, one prediction per path, in order.
+
+    `policy` is `"fixed:14"`, a policy such as `Assigned.load("runs/demo")`, or none for the costliest point. Every clip
+    gets one point, shared by its crops; probabilities are the mean over all views. Raises `VideoError` for a file that
+    cannot be read.
+    """
+    points = model.config.points
+    chosen: Policy = Fixed(points[0]) if policy is None else policy if not isinstance(policy, str) else parse_policy(policy, None, points)
+    assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
+    config = Config(model=model.config, assign=assign)
+    return [_predict_one(model, path, chosen, config, temporal_views, spatial_crops, top, batch) for path in paths]
+
+
+def _predict_one(
+    model: TimeSformer,
+    path: str | Path,
+    policy: Policy,
+    config: Config,
+    temporal_views: int,
+    spatial_crops: int,
+    top: int,
+    batch: int,
+) -> Prediction:
+    views, thumbnails, _ = read_views(
+        open_video(path, config.data.reader),
+        config,
+        temporal_views=temporal_views,
+        spatial_crops=spatial_crops,
+        thumbnails=policy.assigner is not None,
+    )
+    routed = route(model, views, policy, batch=batch, thumbnails=thumbnails)
+    probabilities = softmax(routed.logits).mean((0, 1))
+    best = (-probabilities).argsort(kind="stable")[:top]
+    names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
+    points = tuple(config.model.points[i] for i in routed.choice)
+    costs = point_macs(config.model)
+    total = sum(costs[point] * spatial_crops for point in points)
+    if policy.assigner is not None:
+        total += len(points) * assigner_macs(config.assign, len(config.model.points))
+    return Prediction(str(path), tuple(names[i] for i in best), tuple(float(probabilities[i]) for i in best), points, total)
+
+
+def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> dict[str, Any]:
+    """The verb: predictions of the files that can be read, and the causes for those that cannot.
+
+    Writes `predict/predictions.json` in the run folder. Policy none is the assigner's where the run has one.
+    """
+    if not paths:
+        raise UserError("predict: no video named; expected `videoadapt predict CONFIG VIDEO ...`")
+    model = inference_model(config)
+    assigned = None
+    if assigner_checkpoints(config.run.dir).latest() is not None:
+        assigned = Assigned.load(config.run.dir)
+        assigned.assigner.to(model.head.weight.device)
+    text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
+    chosen = parse_policy(text, assigned, model.config.points)
+    views, crops, batch = config.evaluate.temporal_views, config.evaluate.spatial_crops, config.evaluate.batch
+    done, failed = [], []
+    for path in paths:
+        try:
+            done += predict(model, [path], chosen, temporal_views=views, spatial_crops=crops, batch=batch)
+        except VideoError as error:
+            failed.append({"path": path, "cause": str(error)})
+    result = {"policy": text, "predictions": [asdict(p) for p in done], "failed": failed}
+    write_json(config.run.dir / "predict" / "predictions.json", result)
+    return result
+
+
+def print_predictions(result: dict[str, Any]) -> None:
+    """One line per video."""
+    rows = [
+        (
+            Path(p["path"]).name,
+            ", ".join(f"{name} {share:.2f}" for name, share in zip(p["classes"], p["probabilities"], strict=True)),
+            " ".join(p["points"]),
+            macs(p["macs"]),
+        )
+        for p in result["predictions"]
+    ]
+    if rows:
+        print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
