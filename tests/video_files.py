@@ -54,7 +54,7 @@ def write_video(
         stream = cast("VideoStream", container.add_stream(codec, rate=fps))
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], pixels
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
-        stream.thread_type = "NONE"  # type: ignore[assignment]  # its setter takes the name
+        stream.thread_type = "NONE"
         if rotation:
             stream.set_display_rotation(rotation)
         for image in images:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON alo
 
 def main() -> None:
     """Runs a verb; errors are one line. Exit 2: the input is wrong, 1: the run failed, 130: interrupted."""
+    # Threads that spin at barriers make training 6 times slower as soon as another process needs a core (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:

@@ -161,7 +161,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     if stream is None or Disposition.attached_pic in stream.disposition:  # the cover of a piece of music
         raise VideoError(f"{path}: holds no video stream")
     video = cast("VideoStream", stream)
-    video.thread_type = "NONE"  # type: ignore[assignment]  # its setter takes the name
+    video.thread_type = "NONE"
     return video
 
 
@@ -174,7 +174,8 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot be read as an image: {reason(error)}") from None
+        said = reason(error).replace(f" {str(path)!r}", "")
+        raise VideoError(f"{path}: cannot be read as an image: {said}") from None
 
 
 def file_size(path: Path) -> int:

@@ -137,7 +137,7 @@ class PyAVReader:
         raise VideoError(f"{self.path}: ended after {number + 1} of {self.num_frames} frames")
 
     def _rgb(self, frame: VideoFrame) -> np.ndarray:
-        """(H, W, 3) uint8, turned as it is to be shown; where a stream changes its size, as large as its first frame."""
+        """(H, W, 3) uint8, turned as to be shown; if a stream changes its size, as large as its first frame."""
         height, width = upright((self.height, self.width), frame.rotation)
         rgb = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
         return np.rot90(rgb, frame.rotation // 90)

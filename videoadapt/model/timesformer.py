@@ -50,7 +50,7 @@ class TimeSformer(nn.Module):
         self.pos_embed = PositionEmbed(config)
         if config.temporal:
             self.time_embed = nn.Parameter(torch.zeros(config.num_frames, config.width))
-        drops = torch.linspace(0, config.drop_path, config.depth).tolist()
+        drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()  # not meta
         self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in drops)
         self.norm = LengthNorm(config.width, config.lengths, eps=config.norm_eps, shared=config.share_norm)
         self.head = nn.Linear(config.width, config.num_classes)

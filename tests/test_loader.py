@@ -1,0 +1,278 @@
+"""Batches and views: the same whatever the number of workers or the place to start; failures counted, not replaced."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from video_files import numbered, numbers_of, write_list, write_video
+
+from videoadapt.config import Config, make_config
+from videoadapt.data import datasets
+from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
+from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch, stream
+from videoadapt.data.manifest import Manifest, index
+from videoadapt.data.readers import open_video
+from videoadapt.errors import RunError, UserError
+
+COUNT = 13
+SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen train videos of 20 to 32 frames (the numbers of video i start at 32 i), and a list of them."""
+    folder = tmp_path_factory.mktemp("loader")
+    for i in range(COUNT):
+        write_video(folder / f"v{i}.mp4", numbered(20 + i, SIZE, 2 * SIZE, start=32 * i))
+    write_list(folder / "train.txt", [(f"v{i}.mp4", i % 3) for i in range(COUNT)])
+    return folder
+
+
+def config_of(folder: Path, folder_of_run: Path, **sections: dict[str, Any]) -> Config:
+    defaults: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(folder_of_run)},
+        "data": {"train": {"annotations": str(folder / "train.txt")}, "workers": 0, "flip": 0.0},
+        "model": {"size": SIZE, "points": [2], "num_classes": 3, "num_frames": 4, "stride_frames": 3, "fps": None},
+        "train": {"batch": 4, "accumulate": 2},
+        "assign": {"frames": 2, "size": 16},
+    }
+    return make_config({name: values | sections.get(name, {}) for name, values in defaults.items()})
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Config:
+    return config_of(folder, tmp_path)
+
+
+@pytest.fixture
+def manifest(config: Config) -> Manifest:
+    return index(config)
+
+
+def with_workers(config: Config, workers: int, timeout_s: float = 300.0) -> Config:
+    data = config.data.model_copy(update={"workers": workers, "timeout_s": timeout_s})
+    return config.model_copy(update={"data": data})
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.clips, b.clips) and torch.equal(a.labels, b.labels) and torch.equal(a.videos, b.videos)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_an_epoch_holds_whole_steps_of_different_videos(config: Config, manifest: Manifest) -> None:
+    batches = list(TrainLoader(manifest, config).epoch(0))
+    assert steps_per_epoch(manifest, config) == 3
+    assert len(batches) == 6  # 3 steps of 2 parts; the 13th video is left out
+    for batch in batches:
+        assert batch.clips.shape == (2, 3, 4, SIZE, SIZE)
+        assert (batch.clips.dtype, batch.labels.dtype, batch.videos.dtype) == (torch.uint8, torch.int64, torch.int64)
+        assert batch.labels.tolist() == manifest["label"][batch.videos.numpy()].tolist()
+        assert batch.failures == []
+    assert len({int(row) for batch in batches for row in batch.videos}) == 12
+
+
+def test_batches_are_the_same_whatever_the_number_of_workers(config: Config, manifest: Manifest) -> None:
+    loaders = [TrainLoader(manifest, with_workers(config, workers)) for workers in (0, 1, 2)]
+    for epoch in (0, 1):  # the second with workers that have lived through the first
+        expected, *others = [list(loader.epoch(epoch)) for loader in loaders]
+        assert all(same(expected, other) for other in others)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_starting_at_a_batch_equals_skipping_those_before(config: Config, manifest: Manifest, workers: int) -> None:
+    loader = TrainLoader(manifest, with_workers(config, workers))
+    whole = list(loader.epoch(3))
+    assert same(list(loader.epoch(3, start=4)), whole[4:])
+    abandoned = list(islice(loader.epoch(3), 2))
+    assert same(abandoned, whole[:2])
+    assert same(list(loader.epoch(3, start=1)), whole[1:])  # also after an epoch that was left half-way
+    assert list(loader.epoch(3, start=6)) == []
+
+
+def test_skipped_batches_are_not_decoded(config: Config, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def watched(path: str, *settings: Any) -> Any:
+        opened.append(path)
+        return open_video(path, *settings)
+
+    monkeypatch.setattr(datasets, "open_video", watched)
+    assert len(list(TrainLoader(manifest, config).epoch(0, start=5))) == 1
+    assert len(opened) == 2
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_clips(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, tmp_path)
+    other = config_of(folder, tmp_path, run={"seed": 1})
+    manifest = index(config)
+
+    def order(config: Config, epoch: int) -> list[int]:
+        return [int(row) for batch in TrainLoader(manifest, config).epoch(epoch) for row in batch.videos]
+
+    assert order(config, 0) == order(config, 0)
+    assert order(config, 0) != order(config, 1)
+    assert order(config, 0) != order(other, 0)
+    clips = TrainClips(manifest, config)
+    contents = {clips[epoch, 12].frames.numpy().tobytes() for epoch in range(8)}  # type: ignore[union-attr]
+    assert len(contents) > 4
+
+
+def test_clips_are_of_the_frames_that_their_start_and_stride_say(tmp_path: Path) -> None:
+    # Square, so that crops show the whole frame and its number.
+    write_video(tmp_path / "a.mp4", numbered(40, 64, 64))
+    config = config_of(tmp_path, tmp_path, data={"train": {"annotations": write_list(tmp_path / "l", [("a.mp4", 2)])}})
+    manifest = index(config)
+    clips = [TrainClips(manifest, config)[epoch, 0] for epoch in range(10)]
+    for clip in clips:
+        assert isinstance(clip, Clip)
+        assert (clip.video, clip.label, clip.frames.dtype) == (0, 2, torch.uint8)
+        first, *_, last = numbers = numbers_of(clip.frames.permute(1, 2, 3, 0).numpy())
+        assert last - first == 11  # 4 frames of a stride of 3 are spread over 12 frames, both ends included
+        assert np.ptp(np.diff(numbers)) <= 1
+    found = EvalVideos(manifest, config, temporal_views=2, spatial_crops=1)[0]
+    assert isinstance(found, VideoViews)
+    assert found.starts_s == pytest.approx([0, (40 - 12) / 2 / 30])
+    assert [numbers_of(view[0].permute(1, 2, 3, 0).numpy())[0] for view in found.views] == [0, 14]
+    assert [numbers_of(small.permute(1, 2, 3, 0).numpy()) for small in found.thumbnails] == [[0, 11], [14, 25]]
+
+
+def test_a_failed_video_is_counted_and_never_replaced(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "videos"
+    shutil.copytree(folder, copy)
+    config = config_of(copy, tmp_path / "run")
+    manifest = index(config)
+    before = list(TrainLoader(manifest, config).epoch(0))
+    for row in before[0].videos.tolist():  # a whole batch, after the index was made
+        (copy / f"v{row}.mp4").write_bytes(b"torn")
+    (copy / f"v{before[1].videos[0]}.mp4").unlink()
+    for workers in (0, 2):
+        after = list(TrainLoader(manifest, with_workers(config, workers)).epoch(0))
+        assert [len(batch.labels) for batch in after] == [0, 1, 2, 2, 2, 2]
+        assert [failure.video for failure in after[0].failures] == before[0].videos.tolist()
+        (gone,) = after[1].failures
+        assert gone == Failure(int(before[1].videos[0]), str(copy / f"v{gone.video}.mp4"), "No such file or directory")
+        assert torch.equal(after[1].clips[0], before[1].clips[1])
+        assert same(after[2:], before[2:])
+
+
+def test_only_readable_train_videos_are_trained_on(folder: Path, tmp_path: Path) -> None:
+    rows = [(f"v{i}.mp4", 0) for i in range(9)]
+    write_list(tmp_path / "train.txt", [("gone.mp4", 0), *rows[:6]])
+    write_list(tmp_path / "val.txt", rows[6:])
+    data = {split: {"annotations": str(tmp_path / f"{split}.txt")} for split in ("train", "val")}
+    config = config_of(
+        folder, tmp_path, data={**data, "root": str(folder), "workers": 0}, train={"batch": 3, "accumulate": 1}
+    )
+    manifest = index(config)
+    seen = {
+        int(row) for epoch in range(9) for batch in TrainLoader(manifest, config).epoch(epoch) for row in batch.videos
+    }
+    assert seen == set(range(1, 7))
+    larger = config_of(folder, tmp_path, train={"batch": 7, "accumulate": 1})
+    with pytest.raises(UserError, match="7 clips a step, but only 6 train videos"):
+        steps_per_epoch(manifest, larger)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_in_the_order_asked_for_with_failures_in_their_places(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
+    write_list(tmp_path / "train.txt", [("gone.mp4", 0), *((f"v{i}.mp4", 0) for i in range(5))])
+    data = {"train": {"annotations": str(tmp_path / "train.txt")}, "root": str(folder)}
+    config = config_of(folder, tmp_path, data=data)
+    dataset = EvalVideos(index(config), config, temporal_views=2, spatial_crops=3)
+    rows = [5, 0, 2, 2]
+    videos = list(stream(dataset, rows, workers=workers, timeout_s=60))
+    assert [video.video for video in videos] == rows
+    assert [type(video) for video in videos] == [VideoViews, Failure, VideoViews, VideoViews]
+    first = videos[0]
+    assert isinstance(first, VideoViews)
+    assert first.views.shape == (2, 3, 3, 4, SIZE, SIZE)
+    assert first.thumbnails.shape == (2, 3, 2, 16, 16)
+    assert list(stream(dataset, [], workers=workers, timeout_s=60)) == []
+
+
+def test_views_and_thumbnails_are_the_same_alone_and_together(config: Config, manifest: Manifest) -> None:
+    both = EvalVideos(manifest, config, temporal_views=2, spatial_crops=2)[3]
+    views = EvalVideos(manifest, config, temporal_views=2, spatial_crops=2, thumbnails=False)[3]
+    thumbnails = EvalVideos(manifest, config, temporal_views=2, spatial_crops=2, views=False)[3]
+    assert isinstance(both, VideoViews)
+    assert isinstance(views, VideoViews)
+    assert isinstance(thumbnails, VideoViews)
+    assert torch.equal(views.views, both.views)
+    assert torch.equal(thumbnails.thumbnails, both.thumbnails)
+    assert views.thumbnails.shape == (2, 3, 0, 16, 16)
+    assert thumbnails.views.shape == (2, 0, 3, 2, SIZE, SIZE)
+
+
+def test_a_video_is_decoded_once_for_all_views(
+    config: Config, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[list[int]] = []
+
+    def watched(*settings: Any) -> Any:
+        reader = open_video(*settings)
+        read = reader.frames
+
+        def frames(wanted: Any) -> np.ndarray:
+            decoded.append(wanted.tolist())
+            return read(wanted)
+
+        monkeypatch.setattr(reader, "frames", frames)
+        return reader
+
+    monkeypatch.setattr(datasets, "open_video", watched)
+    assert EvalVideos(manifest, config, temporal_views=3, spatial_crops=3)[0].video == 0
+    assert len(decoded) == 1
+    assert decoded[0] == sorted(set(decoded[0]))
+    assert EvalVideos(manifest, config, temporal_views=3, spatial_crops=3, views=False)[0].video == 0
+    assert len(decoded[1]) == 6  # two frames of each of three clips
+
+
+def test_images_are_clips_that_stand_still(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(numbered(1, 40, 60, start=77)[0]).save(tmp_path / "a.png")
+    write_list(tmp_path / "train.txt", [("a.png", 1)])
+    config = config_of(tmp_path, tmp_path / "run")
+    views = EvalVideos(index(config), config, temporal_views=1, spatial_crops=1)[0]
+    assert isinstance(views, VideoViews)
+    assert (views.views == views.views[:, :, :, :1]).all()
+
+
+class Late(EvalVideos):
+    """A file system that does not answer."""
+
+    def __getitem__(self, number: int) -> VideoViews | Failure:
+        import time
+
+        time.sleep(30)
+        raise AssertionError
+
+
+class Killed(EvalVideos):
+    """A worker that runs out of memory."""
+
+    def __getitem__(self, number: int) -> VideoViews | Failure:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+@pytest.mark.parametrize("kind", [Late, Killed])
+def test_a_late_or_killed_worker_stops_the_run_with_a_reason(
+    config: Config, manifest: Manifest, kind: type[EvalVideos]
+) -> None:
+    dataset = kind(manifest, config, temporal_views=1, spatial_crops=1)
+    with pytest.raises(RunError, match=r"reading videos failed: .*data\.timeout_s=1"):
+        list(stream(dataset, [0, 1], workers=1, timeout_s=1))

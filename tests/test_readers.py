@@ -1,0 +1,222 @@
+"""Readers return the frames that were asked for, and say so when they cannot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import cut_by_copy, numbered, numbers_of, write_video, write_without_times
+
+from videoadapt.data.probe import VIDEO_SUFFIXES, VideoInfo, decord_module, probe
+from videoadapt.data.readers import DecordReader, PyAVReader, open_video
+from videoadapt.errors import VideoError
+
+needs_decord = pytest.mark.skipif(decord_module() is None, reason="decord has no wheel for this platform")
+SCATTERED = [37, 0, 12, 13, 12, 39, 5]
+
+
+@needs_decord
+@pytest.mark.parametrize("gop", [12, 250])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_decord_and_pyav_return_the_same_frames(tmp_path: Path, gop: int, b_frames: int) -> None:
+    path = write_video(tmp_path / "a.mp4", 40, gop=gop, b_frames=b_frames)
+    decord, pyav = open_video(path, "decord"), open_video(path, "pyav")
+    assert (type(decord), type(pyav)) == (DecordReader, PyAVReader)
+    for indices in (SCATTERED, range(40)):
+        assert np.array_equal(decord.frames(indices), pyav.frames(indices))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "trusted"),
+    [
+        ("a.mp4", "libx264", "decord"),
+        ("a.mkv", "libx264", "decord"),
+        ("a.flv", "libx264", "decord"),
+        ("a.mov", "libx264", "decord"),
+        ("a.webm", "libvpx-vp9", "decord"),
+        ("a.ts", "libx264", "pyav"),  # decord reads MPEG-TS wrong
+        ("a.avi", "mpeg4", "pyav"),  # with B-frames decord has these out of order
+        ("a.mp4", "mpeg4", "pyav"),
+    ],
+)
+def test_auto_returns_exactly_the_frames_asked_for(tmp_path: Path, name: str, codec: str, trusted: str) -> None:
+    path = write_video(tmp_path / name, 40, codec=codec)
+    info = probe(path)
+    assert info.reader == (trusted if decord_module() else "pyav")
+    assert (info.frames, info.fps, info.width, info.height, info.rotation) == (40, 30.0, 96, 64, 0)
+    assert info.duration_s == pytest.approx(40 / 30)
+    video = open_video(path)
+    assert (len(video), video.num_frames, video.fps) == (40, 40, 30.0)
+    frames = video.frames(SCATTERED)
+    assert frames.shape == (len(SCATTERED), 64, 96, 3)
+    assert frames.dtype == np.uint8
+    assert numbers_of(frames) == SCATTERED
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+def test_rotation_is_applied(tmp_path: Path, reader: str) -> None:
+    upright = numbered(6, height=96, width=64)
+    # The camera was held so that the picture lies on its side; 90 degrees anticlockwise make it upright.
+    path = write_video(tmp_path / "phone.mp4", np.rot90(upright, -1, axes=(1, 2)), rotation=90)
+    video = open_video(path, "pyav" if reader == "pyav" else "auto")
+    assert (video.height, video.width, probe(path).rotation) == (96, 64, 90)
+    assert numbers_of(video.frames(range(6))) == list(range(6))
+
+
+@pytest.mark.parametrize("name", ["one.mp4", "one.mkv", "one.avi"])
+def test_a_video_of_one_frame(tmp_path: Path, name: str) -> None:
+    path = write_video(tmp_path / name, 1, codec="mpeg4" if name.endswith("avi") else "libx264")
+    video = open_video(path)
+    assert len(video) == 1
+    assert numbers_of(video.frames([0, 0])) == [0, 0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(63, 65), (64, 48), (64, 16), (33, 129)])
+def test_odd_and_narrow_sizes(tmp_path: Path, height: int, width: int) -> None:
+    path = write_video(tmp_path / "odd.mp4", numbered(20, height, width), pixels="yuv444p")
+    frames = open_video(path).frames(range(20))
+    assert frames.shape == (20, height, width, 3)
+    assert numbers_of(frames) == list(range(20))
+
+
+def test_a_cut_by_stream_copy_starts_where_it_is_shown(tmp_path: Path) -> None:
+    path = cut_by_copy(write_video(tmp_path / "a.mp4", 40), tmp_path / "cut.mp4", first_frame=5)
+    video = open_video(path)
+    assert probe(path).reader == "pyav"
+    assert numbers_of(video.frames(range(len(video)))) == list(range(5, 40))
+
+
+def test_packets_without_times_are_read_in_order_at_the_stated_rate(tmp_path: Path) -> None:
+    path = write_without_times(write_video(tmp_path / "a.mp4", 40, b_frames=0), tmp_path / "b.mp4")
+    video = open_video(path)
+    assert probe(path).reader == "pyav"
+    assert 1 <= video.fps <= 60  # the average of the times would be thousands
+    assert numbers_of(video.frames(SCATTERED)) == SCATTERED
+
+
+@pytest.mark.parametrize("reader", ["decord", "pyav"])
+def test_frames_outside_the_video_are_refused(tmp_path: Path, reader: str) -> None:
+    video = open_video(write_video(tmp_path / "a.mp4", 10), "pyav" if reader == "pyav" else "auto")
+    for outside in ([-1], [0, 10]):
+        with pytest.raises(VideoError, match="has frames 0 to 9"):
+            video.frames(outside)
+    assert video.frames([]).shape == (0, 64, 96, 3)
+
+
+def test_an_image_is_a_video_of_one_frame_turned_as_its_exif_says(tmp_path: Path) -> None:
+    picture = numbered(1, start=421)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned 90 degrees clockwise
+    Image.fromarray(np.rot90(picture)).save(tmp_path / "phone.jpg", exif=exif)
+    Image.fromarray(picture).convert("P").save(tmp_path / "palette.png")
+    for name in ("phone.jpg", "palette.png"):
+        image = open_video(tmp_path / name)
+        assert (len(image), image.fps, image.height, image.width) == (1, 1.0, 64, 96)
+        assert numbers_of(image.frames([0, 0])) == [421, 421]
+        assert probe(tmp_path / name).reader == "image"
+
+
+def bad_files(folder: Path) -> list[Path]:
+    """One file of each kind that is no video, or only a part of one."""
+    whole = write_video(folder / "good" / "a.mp4", numbered(60, 128, 160)).read_bytes()
+    contents = {
+        "empty.mp4": b"",
+        "zeros.mp4": bytes(5000),
+        "text.mp4": b"not a video\n" * 50,
+        "notes.txt": b"not a video\n" * 50,
+        "half.mp4": whole[: len(whole) // 2],
+        "playlist.mp4": b"ffconcat version 1.0\nfile good/a.mp4\n",
+        "half.png": (b"\x89PNG\r\n\x1a\n" + bytes(50)),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    Image.fromarray(numbered(1)[0]).save(folder / "image.png")
+    (folder / "image.png").rename(folder / "png_called.mp4")
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")
+    return [
+        *(folder / name for name in contents),
+        *map(folder.joinpath, ("png_called.mp4", "folder.mp4", "pipe.mp4", "no")),
+    ]
+
+
+def test_what_is_no_video_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in bad_files(tmp_path):
+        with pytest.raises(VideoError) as caught:
+            open_video(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        assert message.count(str(path)) == 1
+    capfd_text = capfd.readouterr()
+    assert "moov" not in capfd_text.err  # FFmpeg's own words stay inside
+
+
+def test_a_torn_mp4_with_its_index_in_front_is_refused(tmp_path: Path) -> None:
+    import av
+
+    source, fast = write_video(tmp_path / "a.mp4", numbered(60, 128, 160)), tmp_path / "fast.mp4"
+    with av.open(str(source)) as old, av.open(str(fast), "w", options={"movflags": "faststart"}) as new:
+        copied = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = copied
+                new.mux(packet)
+    assert len(open_video(fast)) == 60
+    fast.write_bytes(fast.read_bytes()[:-2000])
+    with pytest.raises(VideoError, match=r"torn: \d+ of 60 frames"):
+        open_video(fast)
+
+
+def test_pyav_says_so_when_a_file_ends_early_or_is_damaged(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", numbered(40, 128, 160))
+    info = probe(path)
+    longer = VideoInfo(**{**info.__dict__, "frames": 50})
+    with pytest.raises(VideoError, match="ended after 40 of 50 frames"):
+        PyAVReader(path, longer).frames([45])
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 300] = bytes(300)
+    path.write_bytes(damaged)
+    with pytest.raises(VideoError, match="damaged|cannot be read"):
+        PyAVReader(path, info).frames(range(40))
+
+
+def test_a_file_that_changed_since_it_was_probed_is_refused(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 20)
+    info = probe(path)
+    write_video(path, 30)
+    with pytest.raises(VideoError, match="when it was indexed"):
+        open_video(path, info=info)
+
+
+def test_without_decord_pyav_reads_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4", 20)
+    elsewhere = probe(path)  # by a machine that has decord
+    for module in ("probe", "readers"):
+        monkeypatch.setattr(f"videoadapt.data.{module}.decord_module", lambda: None)
+    assert probe(path).reader == "pyav"
+    assert isinstance(open_video(path, info=elsewhere), PyAVReader)
+    with pytest.raises(ValueError, match="not installed"):
+        open_video(path, "decord")
+
+
+def real_clips(shared: Path) -> list[Path]:
+    return sorted(path for path in (shared / "data" / "clips").iterdir() if path.suffix in VIDEO_SUFFIXES)
+
+
+def test_real_clips_are_read_to_their_last_frame(shared: Path) -> None:
+    clips = real_clips(shared)
+    assert clips
+    for path in clips:
+        info = probe(path)
+        video = open_video(path, info=info)
+        wanted = [info.frames - 1, 0, info.frames // 2]
+        frames = video.frames(wanted)
+        assert frames.shape == (3, info.height, info.width, 3), path
+        if info.reader == "decord" and info.height < 300:
+            assert np.array_equal(frames, open_video(path, "pyav").frames(wanted)), path
