@@ -64,7 +64,7 @@ def values(data: Path, run: Path) -> dict:
     }
 
 
-def config(data: Path, run: Path, **sections: dict) -> Config:
+def config(data: Path, run: Path, /, **sections: dict) -> Config:
     """The tiny config with some keys of some sections changed."""
     nested = values(data, run)
     for section, keys in sections.items():

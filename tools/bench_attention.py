@@ -22,32 +22,34 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def measure(run: Callable[[], object]) -> float:
+def measure(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], *, backward: bool) -> float:
     """Milliseconds of one call."""
     start = time.perf_counter()
-    run()
+    with torch.set_grad_enabled(backward):
+        out = attend(*inputs)
+    if backward:
+        out.sum().backward()
     return (time.perf_counter() - start) * 1e3
 
 
 def main() -> None:
     """Prints the table."""
-    kinds = {"fused": F.scaled_dot_product_attention, "plain": plain}
+    kinds: dict[str, Callable[..., Tensor]] = {"fused": F.scaled_dot_product_attention, "plain": plain}
     print(f"{'dtype':>9} {'shape':>20} | forward: fused plain ratio | with backward: fused plain ratio")
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
-            q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
-            times: dict[tuple[str, str], list[float]] = {}
+            inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+            times: dict[tuple[str, bool], list[float]] = {}
             for _ in range(ROUNDS + 1):
                 for name, attend in kinds.items():
-                    with torch.no_grad():
-                        times.setdefault((name, "f"), []).append(measure(lambda a=attend: a(q, k, v)))  # type: ignore[misc]
-                    both = measure(lambda a=attend: a(q, k, v).sum().backward())  # type: ignore[misc]
-                    times.setdefault((name, "b"), []).append(both)
-            fused, plain_, fused_b, plain_b = (
-                statistics.median(times[name, way][1:]) for way in "fb" for name in ("fused", "plain")
-            )
-            row = f"{fused:6.1f} {plain_:6.1f} {fused / plain_:5.2f} | {fused_b:6.1f} {plain_b:6.1f} {fused_b / plain_b:5.2f}"
-            print(f"{str(dtype)[6:]:>9} {shape!s:>20} | {row}")
+                    for backward in (False, True):
+                        taken = measure(attend, inputs, backward=backward)
+                        times.setdefault((name, backward), []).append(taken)
+            cells = []
+            for backward in (False, True):
+                fused, other = (statistics.median(times[name, backward][1:]) for name in kinds)
+                cells.append(f"{fused:6.1f} {other:6.1f} {fused / other:5.2f}")
+            print(f"{str(dtype)[6:]:>9} {shape!s:>20} | " + " | ".join(cells))
 
 
 if __name__ == "__main__":

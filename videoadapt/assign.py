@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
 from videoadapt.labels import Bools, Choice, cheapest_sufficient, choose_labels, choose_threshold, right_matrix
-from videoadapt.log import Bar, replacing, say, write_json
+from videoadapt.log import Bar, say, write_json
 from videoadapt.optim import make_optimizer, make_schedule
 from videoadapt.routing import assign_probabilities
 from videoadapt.runtime import StopRequest, pick_device
@@ -39,9 +38,11 @@ class LabelledClips:
     right: Bools
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
+        """Some of the clips."""
         return LabelledClips(self.thumbnails[rows], self.labels[rows], self.right[rows])
 
     def digest(self) -> str:
+        """Changes with the labels and outcomes."""
         return hashlib.sha256(self.labels.tobytes() + self.right.tobytes()).hexdigest()[:12]
 
 
@@ -65,7 +66,8 @@ def assign(config: Config) -> dict[str, Any]:
     costs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64)
     probabilities = assign_probabilities(assigner, torch.from_numpy(select.thumbnails))
     threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
-    _save(assigner_checkpoints(config.run.dir), assigner, None, config, step + 1, threshold, fit.digest())
+    meta = _meta(config, fit) | {"threshold": threshold}
+    assigner_checkpoints(config.run.dir).save(step + 1, _tensors(assigner, None), meta)
     choice = cheapest_sufficient(probabilities, threshold)
     macs = assigner_macs(config.assign, len(points))
     summary = {
@@ -111,7 +113,9 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
     path = config.run.dir / "assigner" / f"thumbnails-{digest}.npy"
     progress = path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = json.loads(progress.read_text()) if path.exists() and progress.exists() else {"count": 0, "failed": []}
+    done: dict[str, Any] = {"count": 0, "failed": []}
+    if path.exists() and progress.exists():
+        done = json.loads(progress.read_text(encoding="utf-8"))
     array = np.lib.format.open_memmap(path, "r+" if done["count"] else "w+", np.uint8, shape)
     left = rows[done["count"] :].tolist()
     videos = stream(dataset, left, workers=config.data.workers, timeout_s=config.data.timeout_s)
@@ -173,7 +177,7 @@ def _fit(clips: LabelledClips, config: Config) -> tuple[Assigner, int]:
                 losses.append(loss.item())
             epoch += 1
             bar.step(1, f"loss {np.mean(losses):.3f}")
-            _save(checkpoints, assigner, optimizer, config, epoch, None, clips.digest())
+            checkpoints.save(epoch, _tensors(assigner, optimizer), _meta(config, clips))
             if stop.requested:
                 raise KeyboardInterrupt
     return assigner.eval(), epoch
@@ -189,28 +193,24 @@ def _flip(thumbnails: Tensor, seed: tuple[int, ...]) -> Tensor:
     return torch.where(flips[:, None, None, None, None], thumbnails.flip(-1), thumbnails)
 
 
-def _save(
-    checkpoints: Checkpoints,
-    assigner: Assigner,
-    optimizer: torch.optim.Optimizer | None,
-    config: Config,
-    epoch: int,
-    threshold: float | None,
-    labels: str,
-) -> Path:
+def _tensors(assigner: Assigner, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     tensors = {f"model/{name}": t for name, t in assigner.state_dict().items()}
     if optimizer is not None:
         names = {id(p): name for name, p in assigner.named_parameters()}
         for parameter, values in optimizer.state.items():
             tensors |= {f"optimizer/{names[id(parameter)]}/{key}": value for key, value in values.items()}
-    meta = {
+    return tensors
+
+
+def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
+    """What an assigner was fitted with and on; the threshold comes at the end."""
+    return {
         "assign": config.assign.model_dump(mode="json"),
         "label": config.label.model_dump(mode="json"),
         "points": list(config.model.points),
-        "threshold": threshold,
-        "labels": labels,
+        "labels": clips.digest(),
+        "threshold": None,
     }
-    return checkpoints.save(epoch, tensors, meta)
 
 
 def _resume(

@@ -97,15 +97,18 @@ class Checkpoints:
             except CheckpointError as error:
                 say(f"{error}; going back to the checkpoint before it")
         if files:
-            raise CheckpointError(f"{self.folder}: none of its {len(files)} checkpoints can be read; move them away to start again")
+            raise CheckpointError(
+                f"{self.folder}: none of its {len(files)} checkpoints can be read; move them away to start again"
+            )
         return None
 
     def _newest_first(self) -> list[Path]:
         """What `last` names, then older ones: a file newer than `last` was never announced complete."""
         files = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
         last = self.folder / "last"
-        named = last.read_text(encoding="utf-8").strip() if last.exists() else ""
-        return [path for path in files if not named or path.name <= named]
+        named = last.read_text(encoding="utf-8", errors="replace").strip() if last.exists() else ""
+        announced = named.startswith("step-")  # else a foreign or torn file, which says nothing
+        return [path for path in files if not announced or path.name <= named]
 
 
 def train_checkpoints(run: Path, keep: int = 2) -> Checkpoints:
@@ -118,10 +121,14 @@ def assigner_checkpoints(run: Path) -> Checkpoints:
     return Checkpoints(run / "assigner", "assigner")
 
 
-def require_same(path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()) -> None:
-    """Raises `CheckpointError`, naming fields, where a config section is not the one that a checkpoint was made with."""
+def require_same(
+    path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
+) -> None:
+    """Raises `CheckpointError`, naming fields, where a section is not the one that a checkpoint was made with."""
     mine = ours.model_dump(mode="json")
-    other = {key: [theirs.get(key), value] for key, value in mine.items() if theirs.get(key) != value and key not in free}
+    other = {
+        key: [theirs.get(key), value] for key, value in mine.items() if theirs.get(key) != value and key not in free
+    }
     if other:
         listed = "; ".join(f"{name}.{key} is {there!r} there, {here!r} here" for key, (there, here) in other.items())
         raise CheckpointError(f"{path}: this checkpoint is of another architecture or run: {listed}")
@@ -146,6 +153,10 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
 def load_assigner(source: str | Path) -> tuple[Assigner, float]:
     """The assigner of a checkpoint file or run folder, in eval mode, and its threshold. Raises `CheckpointError`."""
     checkpoint = find_checkpoint(Path(source), "assigner")
+    if checkpoint.meta["threshold"] is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
+        )
     assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(checkpoint.meta["points"]))
     fill(assigner, checkpoint.part("model"), checkpoint.path)
     return assigner.eval(), float(checkpoint.meta["threshold"])
@@ -164,9 +175,11 @@ def find_checkpoint(source: Path, kind: str) -> Checkpoint:
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies tensors into a module of the same structure. Raises `CheckpointError`, naming a tensor, where it differs."""
+    """Copies tensors into a module of the same structure. Raises `CheckpointError`, naming a tensor that differs."""
     own = module.state_dict()
-    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [n for n in tensors if n not in own]
+    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [
+        n for n in tensors if n not in own
+    ]
     if wrong:
         raise CheckpointError(f"{path}: tensor {wrong[0]} (and {len(wrong) - 1} more) does not fit this architecture")
     module.load_state_dict(dict(tensors))

@@ -141,8 +141,12 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     _show(run(_load(config, overrides)), as_json, print_flops)
 
 
-VideosAndOverrides = Annotated[list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")]
-PolicyName = Annotated[str | None, typer.Option(help="assigned or fixed:POINT [default: assigned if there is an assigner]")]
+VideosAndOverrides = Annotated[
+    list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
+]
+PolicyName = Annotated[
+    str | None, typer.Option(help="assigned or fixed:POINT [default: assigned if there is an assigner]")
+]
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
 
 

@@ -31,10 +31,12 @@ def _parse_points(value: Any) -> Any:
 class Section(BaseModel):
     """A part of the config: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
+    """Where a run lives, and on what it runs."""
+
     dir: Path = Path("runs/run")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -43,10 +45,14 @@ class RunConfig(Section):
 
 
 class SplitConfig(Section):
+    """Which videos make a split."""
+
     annotations: Path | None = None  # a `path label` list, or a folder with one folder per class
 
 
 class DataConfig(Section):
+    """The videos, how they are read, and how they are augmented."""
+
     root: Path | None = None  # where the relative paths of a list start; none = the folder of the list
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
@@ -93,7 +99,11 @@ class ModelConfig(Section):
     @classmethod
     def _canonical_points(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("points") is not None:
-            points = [Point.parse(p) for p in _parse_points(values["points"])]
+            given = _parse_points(values["points"])
+            try:
+                points = [Point.parse(p) for p in given] if isinstance(given, (list, tuple)) else []
+            except ConfigError as error:
+                raise ConfigError(f"model.points: {error}") from None
             if len(set(points)) < len(points) or not points:
                 raise ConfigError(f"model.points: expected one or more different points, got {values['points']}")
             values = values | {"points": tuple(str(p) for p in sorted(points, reverse=True))}
@@ -106,16 +116,20 @@ class ModelConfig(Section):
         if not self.temporal and self.num_frames != 1:
             raise ConfigError(f"model.temporal: off needs model.num_frames 1, got {self.num_frames}")
         if self.embed == "stem" and self.patch % 2:
-            raise ConfigError(f"model.embed: stem halves the frame first and needs an even model.patch, got {self.patch}")
+            raise ConfigError(
+                f"model.embed: stem halves the frame first and needs an even model.patch, got {self.patch}"
+            )
         for point in map(Point.parse, self.points):
             if point.keep < 1.0:
                 raise ConfigError(
-                    f"model.points: {point} keeps a share of the tokens, but this model has no dropping blocks; use {point.length}"
+                    f"model.points: {point} keeps a share of the tokens, but this model has no dropping blocks; "
+                    f"use {point.length}"
                 )
             if point.length * self.patch > self.size:
                 raise ConfigError(
                     f"model.points: length {point.length} with {self.patch}-pixel patches needs "
-                    f"{point.length * self.patch} pixels, but model.size is {self.size}; take at most {self.size // self.patch}"
+                    f"{point.length * self.patch} pixels, but model.size is {self.size}; "
+                    f"take at most {self.size // self.patch}"
                 )
         return self
 
@@ -130,6 +144,8 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
+    """ReViT's objective; section 3.3 of the paper."""
+
     lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of distillation in a student's loss
     tau: Positive = 1.0
     hard: bool = False  # students learn the teacher's top class instead of its distribution
@@ -137,6 +153,8 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
+    """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's."""
+
     init: str | None = None  # weights to start from: a file, a folder, or a timm name
     epochs: Count = 15
     batch: Count = 64  # clips a step, over all ranks
@@ -161,11 +179,15 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
         if self.batch % self.accumulate:
-            raise ConfigError(f"train.batch: {self.batch} does not divide into train.accumulate {self.accumulate} equal parts")
+            raise ConfigError(
+                f"train.batch: {self.batch} does not divide into train.accumulate {self.accumulate} equal parts"
+            )
         return self
 
 
 class LabelConfig(Section):
+    """Stage 2: on which clips, and by which rule, labels are made."""
+
     source: Literal["train", "holdout", "teacher"] = "train"
     none_right: Literal["longest", "cheapest", "exclude"] = "longest"
 
@@ -188,6 +210,8 @@ class AssignConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """The views of a video, and how speed is measured. Kinetics: 1 clip x 3 crops."""
+
     temporal_views: Count = 1
     spatial_crops: Annotated[int, Field(ge=1, le=3)] = 3
     batch: Count = 16  # views a forward pass
@@ -212,11 +236,17 @@ class Config(Section):
     def _consistent(self) -> Config:
         short, model = self.data.short_side, self.model
         if short and not model.size <= short[0] <= short[1]:
-            raise ConfigError(f"data.short_side: expected [LOW, HIGH] with {model.size} (model.size) <= LOW <= HIGH, got {list(short)}")
+            raise ConfigError(
+                f"data.short_side: expected [LOW, HIGH] with model.size {model.size} <= LOW <= HIGH, got {list(short)}"
+            )
         if self.label.source == "holdout" and self.data.holdout == 0.0:
-            raise ConfigError("label.source: holdout needs data.holdout above 0, the share of clips kept out of stage 1")
+            raise ConfigError(
+                "label.source: holdout needs data.holdout above 0, the share of clips kept out of stage 1"
+            )
         if self.assign.frames > model.num_frames:
-            raise ConfigError(f"assign.frames: {self.assign.frames} is more than a clip has (model.num_frames {model.num_frames})")
+            raise ConfigError(
+                f"assign.frames: {self.assign.frames} is more than a clip has (model.num_frames {model.num_frames})"
+            )
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
         return self
@@ -242,7 +272,9 @@ def make_config(values: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError("; ".join(_explain(e) for e in error.errors()) + f" (in {origin})") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: starts from itself; its chain of `base:` goes round in a circle")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -252,7 +284,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {type(values).__name__}")
     base = values.pop("base", None)
-    return _merge(_read(path.parent / base), values) if base else values
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the name of another config file, got {base!r}")
+    return _merge(_read(path.parent / base, (*above, path.resolve())), values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +340,11 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(field, [*Config.model_fields, *known_keys()], n=1, cutoff=0.0)
         return f"unknown key {field}; did you mean {near[0]}?"
     message = error["msg"].removeprefix("Value error, ")
-    return message if error["type"] == "value_error" else f"{field}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+    return (
+        message
+        if error["type"] == "value_error"
+        else f"{field}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+    )
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from videoadapt.assigner import assigner_macs
@@ -18,40 +16,14 @@ from videoadapt.data.datasets import EvalVideos, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
-from videoadapt.intervals import class_means, mean_class_interval, paired_difference, wilson
-from videoadapt.labels import Bools, Choice, Floats, softmax
+from videoadapt.labels import Bools, Choice, softmax
 from videoadapt.log import Bar, write_json
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of
-from videoadapt.report.tables import write_parquet
+from videoadapt.report.outcomes import Outcome, Population, policy_rows, write_tables
 from videoadapt.routing import route
 from videoadapt.runtime import peak_memory_bytes
 from videoadapt.scoring import Scores, inference_model, score
-
-TOP = 5
-
-
-@dataclass(frozen=True)
-class Population:
-    """The videos that count: how each is named, its truth, and which of them have scores.
-
-    `scored` are positions among the `videos`; the others failed and count as wrong, or are left out by policy.
-    """
-
-    videos: list[str]
-    truth: Choice
-    scored: Choice
-    failed: list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one policy did: the point of each clip, and per video the mean of its views' probabilities."""
-
-    policy: Policy
-    choice: Choice  # (clips,)
-    probabilities: Floats  # (scored videos, classes)
-    macs: Floats  # (clips,), all crops, the assigner included
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -83,8 +55,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     outcomes = [
         _outcome(policy, scores, right, config) for policy in _policies(model.config.points, scores, assigned, config)
     ]
-    _write_tables(config, scores, population, outcomes)
-    speeds = _speeds(model, manifest, scores, right, outcomes, config)
+    write_tables(config, scores, population, outcomes)
+    speeds = _speeds(model, manifest, scores, right, outcomes, config=config)
     summary = {
         "split": "val",
         "manifest": manifest.hash,
@@ -95,7 +67,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "views_per_video": config.evaluate.temporal_views * config.evaluate.spatial_crops,
         "macs_per_view": point_macs(config.model),
         "assigner_macs": assigner_macs(config.assign, len(model.config.points)) if assigner else None,
-        "policies": _policy_rows(outcomes, population, speeds, config),
+        "policies": policy_rows(outcomes, population, speeds, config),
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -153,125 +125,13 @@ def _outcome(policy: Policy, scores: Scores, right: Bools, config: Config) -> Ou
     return Outcome(policy, choice, sums / np.bincount(video)[:, None], macs)
 
 
-def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:
-    """Whether the truth is among the `top` classes, for all listed videos; a failed one is wrong."""
-    right = np.zeros(len(population.videos), dtype=bool)
-    truth = population.truth[population.scored]
-    best = np.argsort(-outcome.probabilities, axis=1, kind="stable")[:, :top]
-    right[population.scored] = (best == truth[:, None]).any(1)
-    return right
-
-
-def _policy_rows(
-    outcomes: list[Outcome], population: Population, speeds: dict[str, float], config: Config
-) -> dict[str, dict[str, Any]]:
-    counted = np.arange(len(population.videos)) if config.evaluate.failed == "wrong" else population.scored
-    costliest = _video_right(outcomes[0], population, 1)
-    rows = {}
-    for outcome in outcomes:
-        all_right = _video_right(outcome, population, 1)
-        right, truth = all_right[counted], population.truth[counted]
-        top5 = _video_right(outcome, population, min(TOP, config.model.num_classes))[counted]
-        low, high = wilson(int(right.sum()), len(right))
-        low5, high5 = wilson(int(top5.sum()), len(top5))
-        class_low, class_high = mean_class_interval(right, truth)
-        difference = paired_difference(right, costliest[counted])
-        model_macs = outcome.macs - (
-            assigner_macs(config.assign, len(config.model.points)) if outcome.policy.assigner else 0
-        )
-        views = config.evaluate.spatial_crops
-        rows[outcome.policy.name] = {
-            "top1": float(right.mean()),
-            "top1_low": low,
-            "top1_high": high,
-            "top1_readable": float(all_right[population.scored].mean()),
-            "top5": float(top5.mean()),
-            "top5_low": low5,
-            "top5_high": high5,
-            "mean_class": float(class_means(right, truth).mean()),
-            "mean_class_low": class_low,
-            "mean_class_high": class_high,
-            "difference_to_costliest": list(difference),
-            "macs_per_view": float(outcome.macs.mean() / views),
-            "macs_per_view_without_assigner": float(model_macs.mean() / views),
-            "macs_per_clip": float(outcome.macs.mean()),
-            "macs_per_video": float(outcome.macs.sum() / max(len(population.scored), 1)),
-            "macs_per_video_without_assigner": float(model_macs.sum() / max(len(population.scored), 1)),
-            "macs_saved": float(1 - outcome.macs.mean() / outcomes[0].macs.mean()),
-            "mix": dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True)),
-            "clips_per_s": speeds.get(outcome.policy.name),
-        }
-    if "random" in rows:
-        assigned = next(o for o in outcomes if o.policy.name == "assigned")
-        shuffled = next(o for o in outcomes if o.policy.name == "random")
-        pair = [_video_right(o, population, 1)[counted] for o in (assigned, shuffled)]
-        rows["assigned"]["difference_to_random"] = list(paired_difference(*pair))
-    return rows
-
-
-def _write_tables(config: Config, scores: Scores, population: Population, outcomes: list[Outcome]) -> None:
-    """Per view and point, per clip and policy, per video and policy."""
-    points, folder = config.model.points, config.run.dir / "evaluate"
-    names = {row: population.videos[position] for row, position in zip(dict.fromkeys(scores.rows.tolist()), population.scored, strict=True)}
-    videos = np.array([names[row] for row in scores.rows], dtype=object)
-    clips, crops = scores.logits.shape[:2]
-    probabilities = softmax(scores.logits)  # (clips, crops, points, classes)
-    p_true = np.take_along_axis(probabilities, scores.truth[:, None, None, None], axis=3)
-    size = crops * len(points)
-    views = pd.DataFrame(
-        {
-            "video": np.repeat(videos, size),
-            "clip": np.repeat(scores.clips, size),
-            "crop": np.tile(np.repeat(np.arange(crops), len(points)), clips),
-            "point": np.tile(np.array(points, dtype=object), clips * crops),
-            "truth": np.repeat(scores.truth, size),
-            "prediction": probabilities.argmax(-1).ravel(),
-            "p_true": p_true.ravel(),
-        }
-    )
-    write_parquet(folder / "views.parquet", views)
-    clip_tables, video_tables = [], []
-    for outcome in outcomes:
-        clip_tables.append(
-            pd.DataFrame(
-                {
-                    "policy": outcome.policy.name,
-                    "video": videos,
-                    "clip": scores.clips,
-                    "start_s": scores.starts_s,
-                    "truth": scores.truth,
-                    "point": np.array(points, dtype=object)[outcome.choice],
-                    "macs": outcome.macs,
-                }
-            )
-        )
-        prediction = np.full(len(population.videos), -1)
-        prediction[population.scored] = outcome.probabilities.argmax(-1)
-        macs = np.zeros(len(population.videos))
-        macs[population.scored] = clip_tables[-1].groupby("video", sort=False)["macs"].sum().to_numpy()
-        video_tables.append(
-            pd.DataFrame(
-                {
-                    "policy": outcome.policy.name,
-                    "video": population.videos,
-                    "truth": population.truth,
-                    "prediction": prediction,
-                    "right": prediction == population.truth,
-                    "failed": prediction < 0,
-                    "macs": macs,
-                }
-            )
-        )
-    write_parquet(folder / "clips.parquet", pd.concat(clip_tables))
-    write_parquet(folder / "videos.parquet", pd.concat(video_tables))
-
-
 def _speeds(
     model: TimeSformer,
     manifest: Manifest,
     scores: Scores,
     right: Bools,
     outcomes: list[Outcome],
+    *,
     config: Config,
 ) -> dict[str, float]:
     """Clips per second of each policy on the same random clips, decoded beforehand: assigner, routing and model.
@@ -302,9 +162,7 @@ def _speeds(
     return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}
 
 
-def _decoded(
-    manifest: Manifest, scores: Scores, drawn: Choice, config: Config
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Views and thumbnails of some of the scored clips, `(clips, crops, ...)` and `(clips, ...)`."""
     dataset = EvalVideos(
         manifest,

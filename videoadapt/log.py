@@ -17,7 +17,15 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 logger = logging.getLogger("videoadapt")
@@ -42,8 +50,15 @@ class Bar:
         self._task: TaskID | None = None
         self._progress: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
+            )
             self._task = self._progress.add_task(name, total=total, completed=start, note="")
 
     def __enter__(self) -> Bar:
@@ -52,7 +67,9 @@ class Bar:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress:
             self._progress.stop()
         seconds = time.monotonic() - self._start
@@ -91,7 +108,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def _looks_numeric(cell: Any) -> bool:
-    return isinstance(cell, (int, float)) or str(cell)[:1].isdigit() or str(cell) in {"", "-"} or str(cell)[:1] in "+-−±"
+    return (
+        isinstance(cell, (int, float)) or str(cell)[:1].isdigit() or str(cell) in {"", "-"} or str(cell)[:1] in "+-−±"
+    )
 
 
 @contextmanager
@@ -147,6 +166,7 @@ class Metrics:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes out what is pending."""
         self._file.close()
         self._writer.close()
 

@@ -1,4 +1,4 @@
-"""The training objectives, one value per clip: sums and weights over clips, ranks and points are the loop's business."""
+"""The training objectives, one value per clip; sums and weights over clips and points are the loop's business."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> Tensor:
     """`tau^2 KL(teacher / tau || student / tau)`, or with `hard` cross-entropy with the teacher's top class: `(B,)`.
 
-    ReViT, equation 4, with the arguments in the order of public code; `teacher` are detached logits `(B, classes)`.
+    ReViT, equation 4, with the arguments in the order of public code. The teacher's logits `(B, classes)` get no gradient.
     """
-    logits, teacher = logits.float(), teacher.float()
+    logits, teacher = logits.float(), teacher.detach().float()
     if hard:
         return F.cross_entropy(logits, teacher.argmax(-1), reduction="none")
     student = F.log_softmax(logits / tau, dim=-1)

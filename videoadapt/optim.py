@@ -39,11 +39,9 @@ def make_schedule(
     start = config.lr / (warmup + 1)
     if config.schedule == "step":
         # timm applies a milestone one step early (its issue 2745)
-        milestones = [math.ceil(m * steps_per_epoch) + 1 for m in config.milestones]
+        milestones = [math.ceil(m * steps_per_epoch) + 1 for m in sorted(config.milestones)]
         return MultiStepLRScheduler(
             optimizer, milestones, config.gamma, warmup, start, warmup_prefix=False, t_in_epochs=False
         )
     total = config.epochs * steps_per_epoch
-    return CosineLRScheduler(
-        optimizer, total, config.min_lr, warmup_t=warmup, warmup_lr_init=start, t_in_epochs=False
-    )
+    return CosineLRScheduler(optimizer, total, config.min_lr, warmup_t=warmup, warmup_lr_init=start, t_in_epochs=False)

@@ -28,7 +28,9 @@ class Point:
         match = _POINT.fullmatch(str(text).strip())
         keep = float(match["keep"] or 1.0) if match else 0.0
         if not match or not 0.0 < keep <= 1.0:
-            raise ConfigError(f"point {text!r}: expected LENGTH or LENGTH@KEEP with 0 < KEEP <= 1, such as 14 or 14@0.7")
+            raise ConfigError(
+                f"point {text!r}: expected LENGTH or LENGTH@KEEP with 0 < KEEP <= 1, such as 14 or 14@0.7"
+            )
         return cls(int(match["length"]), keep)
 
     def __str__(self) -> str:

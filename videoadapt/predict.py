@@ -9,7 +9,7 @@ from typing import Any
 
 from videoadapt.assigner import assigner_macs
 from videoadapt.checkpoint import assigner_checkpoints
-from videoadapt.config import AssignConfig, Config
+from videoadapt.config import AssignConfig, Config, EvaluateConfig
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import read_views
 from videoadapt.data.readers import open_video
@@ -51,39 +51,34 @@ def predict(
     cannot be read.
     """
     points = model.config.points
-    chosen: Policy = Fixed(points[0]) if policy is None else policy if not isinstance(policy, str) else parse_policy(policy, None, points)
+    chosen = parse_policy(policy, None, points) if isinstance(policy, str) else policy or Fixed(points[0])
     assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
-    config = Config(model=model.config, assign=assign)
-    return [_predict_one(model, path, chosen, config, temporal_views, spatial_crops, top, batch) for path in paths]
+    views = EvaluateConfig(temporal_views=temporal_views, spatial_crops=spatial_crops, batch=batch)
+    config = Config(model=model.config, assign=assign, evaluate=views)
+    return [_predict_one(model, path, chosen, config, top) for path in paths]
 
 
-def _predict_one(
-    model: TimeSformer,
-    path: str | Path,
-    policy: Policy,
-    config: Config,
-    temporal_views: int,
-    spatial_crops: int,
-    top: int,
-    batch: int,
-) -> Prediction:
+def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: Config, top: int) -> Prediction:
+    crops = config.evaluate.spatial_crops
     views, thumbnails, _ = read_views(
         open_video(path, config.data.reader),
         config,
-        temporal_views=temporal_views,
-        spatial_crops=spatial_crops,
+        temporal_views=config.evaluate.temporal_views,
+        spatial_crops=crops,
         thumbnails=policy.assigner is not None,
     )
-    routed = route(model, views, policy, batch=batch, thumbnails=thumbnails)
+    routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails)
     probabilities = softmax(routed.logits).mean((0, 1))
     best = (-probabilities).argsort(kind="stable")[:top]
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
     points = tuple(config.model.points[i] for i in routed.choice)
     costs = point_macs(config.model)
-    total = sum(costs[point] * spatial_crops for point in points)
+    total = sum(costs[point] * crops for point in points)
     if policy.assigner is not None:
         total += len(points) * assigner_macs(config.assign, len(config.model.points))
-    return Prediction(str(path), tuple(names[i] for i in best), tuple(float(probabilities[i]) for i in best), points, total)
+    return Prediction(
+        str(path), tuple(names[i] for i in best), tuple(float(probabilities[i]) for i in best), points, total
+    )
 
 
 def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> dict[str, Any]:

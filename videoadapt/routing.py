@@ -48,10 +48,10 @@ def route(
     thumbnails: Tensor | None = None,
     right: Bools | None = None,
 ) -> Routed:
-    """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses, `batch` views at a time.
+    """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses.
 
-    The results are those of running each clip alone. `thumbnails` are for a policy with an assigner, `right` for the
-    oracle.
+    `batch` views run at a time; the results are those of running each clip alone. `thumbnails` are for a policy with
+    an assigner, `right` for the oracle.
     """
     assigned = None
     if policy.assigner is not None:

@@ -33,7 +33,7 @@ def peak_memory_bytes() -> int:
 
 
 class StopRequest:
-    """While entered, Ctrl-C and SIGTERM set `requested`, for the loop to stop at its next step; a second one is at once."""
+    """While entered, a first Ctrl-C or SIGTERM sets `requested`, for a loop to stop at its next step."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -42,7 +42,9 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

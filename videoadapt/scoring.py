@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,13 @@ def score(
         spatial_crops=config.evaluate.spatial_crops,
         thumbnails=assigner is not None,
     )
-    folder = config.run.dir / "scores" / f"{name}-{_fingerprint(model, assigner, manifest, rows, config, temporal_views)}"
+    settings = [
+        model.config.model_dump(mode="json"),
+        manifest.hash,
+        list(map(int, rows)),
+        [temporal_views, config.evaluate.spatial_crops, config.data.reader, str(model.head.weight.dtype)],
+    ]
+    folder = config.run.dir / "scores" / f"{name}-{_fingerprint((model, assigner), settings)}"
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [list(rows[i : i + VIDEOS_PER_PART]) for i in range(0, len(rows), VIDEOS_PER_PART)]
     parts = [folder / f"part-{i:05d}.npz" for i in range(len(chunks))]
@@ -126,7 +133,7 @@ def _load(parts: Sequence[Path]) -> Scores:
         nothing = np.empty(0)
         return Scores(nothing.astype(int), nothing.astype(int), nothing, nothing.astype(int), nothing, None, failures)
 
-    def joined(key: str) -> npt.NDArray[np.generic]:
+    def joined(key: str) -> Any:
         return np.concatenate([part[key] for part in full])
 
     return Scores(
@@ -140,26 +147,12 @@ def _load(parts: Sequence[Path]) -> Scores:
     )
 
 
-def _fingerprint(
-    model: TimeSformer,
-    assigner: Assigner | None,
-    manifest: Manifest,
-    rows: Sequence[int],
-    config: Config,
-    temporal_views: int,
-) -> str:
+def _fingerprint(modules: Sequence[nn.Module | None], settings: list[Any]) -> str:
     """What the scores depend on, so that parts of another model or population are never mixed in."""
-    digest = hashlib.sha256()
-    for module in (model, assigner):
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for module in modules:
         if module is not None:
             _hash_weights(digest, module)
-    settings = [
-        model.config.model_dump(mode="json"),
-        manifest.hash,
-        list(map(int, rows)),
-        [temporal_views, config.evaluate.spatial_crops, config.data.reader, str(model.head.weight.dtype)],
-    ]
-    digest.update(json.dumps(settings).encode())
     return digest.hexdigest()[:12]
 
 

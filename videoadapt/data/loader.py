@@ -63,6 +63,7 @@ class TrainLoader:
             persistent_workers=self._workers > 0,
             timeout=config.data.timeout_s if self._workers else 0,
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the loader draws a seed an epoch: not from the stream that drop path uses
             pin_memory=torch.cuda.is_available() and config.run.device != "cpu",
         )
 

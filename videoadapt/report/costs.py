@@ -90,7 +90,10 @@ def print_flops(summary: dict[str, Any], class_names: tuple[str, ...] = ()) -> N
     print_table(f"MACs (multiply-adds; the papers' FLOPs), {summary['views_per_video']} views a video", columns, rows)
     if summary["assigner_macs"] is not None:
         share = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
-        say(f"assigner: {macs(summary['assigner_macs'])} MACs a clip, {100 * share:.2f} % of a view at the costliest point")
+        say(
+            f"assigner: {macs(summary['assigner_macs'])} MACs a clip, "
+            f"{100 * share:.2f} % of a view at the costliest point"
+        )
     if "clips" in summary:
         _print_clips(summary["clips"], class_names)
 
@@ -100,7 +103,9 @@ def _print_clips(report: dict[str, Any], class_names: tuple[str, ...]) -> None:
         (name, *(macs(report[f"macs_per_{name}"][key]) for key in ("mean", "median", "p95")))
         for name in ("clip", "video")
     ]
-    print_table(f"Measured costs, policy {report['policy']} (MACs, all crops)", ("per", "mean", "median", "95th %"), rows)
+    print_table(
+        f"Measured costs, policy {report['policy']} (MACs, all crops)", ("per", "mean", "median", "95th %"), rows
+    )
     points = list(report["mix"])
     overall = ("all", "", "", *(percent(v) for v in report["mix"].values()))
     by_cost = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
@@ -109,7 +114,9 @@ def _print_clips(report: dict[str, Any], class_names: tuple[str, ...]) -> None:
         (_name(row["class"], class_names), row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points))
         for row in shown
     ]
-    title = "Mix of points, % of clips" + ("" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)")
+    title = "Mix of points, % of clips" + (
+        "" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)"
+    )
     print_table(title, ("class", "clips", "MACs/clip", *points), [overall, *lines])
     say("files: " + ", ".join(str(Path(name)) for name in report["files"]))
 

@@ -18,10 +18,14 @@ from videoadapt.log import replacing
 MOST_CLASSES = 40
 
 
-def draw_clip_costs(path: Path, clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], policy: str) -> None:
+def draw_clip_costs(
+    path: Path, clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], policy: str
+) -> None:
     """Left: how many clips cost how much. Right: the mix of points per class, dearest classes first."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    colours = dict(zip(points, plt.get_cmap("viridis")([i / max(len(points) - 1, 1) for i in range(len(points))]), strict=True))
+    colours = dict(
+        zip(points, plt.get_cmap("viridis")([i / max(len(points) - 1, 1) for i in range(len(points))]), strict=True)
+    )
     for point in points:
         costs = clips.loc[clips["point"] == point, "macs"]
         if len(costs):
@@ -48,7 +52,9 @@ def draw_accuracy_cost(path: Path, policies: Mapping[str, Mapping[str, Any]]) ->
         below, above = 100 * (p["top1"] - p["top1_low"]), 100 * (p["top1_high"] - p["top1"])
         marker = {"assigned": "*", "random": "x", "oracle": "^"}.get(name, "o")
         x, y = p["macs_per_clip"] / 1e9, 100 * p["top1"]
-        axes.errorbar(x, y, [[below], [above]], fmt=marker, markersize=12 if marker == "*" else 7, capsize=3, label=name)
+        axes.errorbar(
+            x, y, [[below], [above]], fmt=marker, markersize=12 if marker == "*" else 7, capsize=3, label=name
+        )
     axes.set(xlabel="mean MACs of a clip, in G (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)

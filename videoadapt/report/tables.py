@@ -23,10 +23,11 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def macs(value: float) -> str:
-    """`195.8 G`: multiply-adds with a unit."""
+    """`196 G`: multiply-adds to three digits, with a unit."""
+    rounded = float(f"{value:.3g}")  # first, for 999.7 G is 1 T
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"  # noqa: PLR2004
+        if rounded >= size:
+            return f"{rounded / size:.3g} {unit}" if rounded / size < 1000 else f"{value / size:.0f} {unit}"  # noqa: PLR2004
     return f"{value:.0f}"
 
 
@@ -52,8 +53,9 @@ def print_train(summary: dict[str, Any]) -> None:
     rows = [(point, f"{v['loss']:.3f}", percent(v["top1"])) for point, v in summary["points"].items()]
     print_table("Last epoch, on the training clips", ("point", "loss", "top-1 %"), rows)
     say(
-        f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, {summary['wait_share']:.0%} of the time waiting "
-        f"for data; {summary['skipped']} clips skipped; checkpoint {summary['checkpoint']}"
+        f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, "
+        f"{summary['wait_share']:.0%} of the time waiting for data; {summary['skipped']} clips skipped; "
+        f"checkpoint {summary['checkpoint']}"
     )
 
 
@@ -64,7 +66,9 @@ def print_label(summary: dict[str, Any]) -> None:
         (point, percent(v["right"]), v["labelled"], percent(v["labelled"] / total))
         for point, v in summary["points"].items()
     ]
-    print_table(f"Labels of {total} clips, source {summary['source']}", ("point", "right %", "labelled", "share %"), rows)
+    print_table(
+        f"Labels of {total} clips, source {summary['source']}", ("point", "right %", "labelled", "share %"), rows
+    )
     say(f"no point is right on {summary['none_right_clips']} clips (rule: {summary['none_right']})")
     for failure in summary["failed"]:
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
@@ -75,10 +79,16 @@ def print_assign(summary: dict[str, Any]) -> None:
     rows = [
         ("clips fitted / choosing the threshold", f"{summary['clips_fitted']} / {summary['clips_selecting']}"),
         ("threshold", f"{summary['threshold']:.3f}"),
-        ("accuracy, assigned / costliest %", f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}"),
+        (
+            "accuracy, assigned / costliest %",
+            f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}",
+        ),
         ("MACs saved %", percent(summary["macs_saved"])),
         ("mix", ", ".join(f"{p}: {percent(v)} %" for p, v in summary["mix"].items())),
-        ("cost per clip", f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_share']:.2f} % of the costliest point"),
+        (
+            "cost per clip",
+            f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_share']:.2f} % of the costliest point",
+        ),
     ]
     print_table("Assigner", ("on the clips that chose its threshold", ""), rows)
 
@@ -102,15 +112,28 @@ def print_evaluate(summary: dict[str, Any]) -> None:
                 speed,
             )
         )
-    columns = ("policy", "top-1 % (95 %)", "to costliest", "top-5 %", "mean class %", "MACs/view", "MACs/video", "saved %", "clips/s")
+    columns = (
+        "policy",
+        "top-1 % (95 %)",
+        "to costliest",
+        "top-5 %",
+        "mean class %",
+        "MACs/view",
+        "MACs/video",
+        "saved %",
+        "clips/s",
+    )
     title = f"{summary['listed']} videos listed, {summary['scored']} read; {summary['views_per_video']} views a video"
     print_table(title, columns, rows)
     say(f"manifest {summary['manifest']}; a failed video counts as: {summary['failed_count_as']}")
     if summary["failed"]:
-        first = next(iter(summary["policies"].values()))
-        say(f"top-1 of {next(iter(summary['policies']))} over readable videos alone: {percent(first['top1_readable'])} %")
+        name, first = next(iter(summary["policies"].items()))
+        say(f"top-1 of {name} over readable videos alone: {percent(first['top1_readable'])} %")
     for failure in summary["failed"][:10]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
     if summary["assigner_macs"] is None:
         say("no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random")
-    say("MACs are multiply-adds (the papers' FLOPs), the assigner's included; clips/s: assigner, routing and model, decoding apart")
+    say(
+        "MACs are multiply-adds (the papers' FLOPs), the assigner's included; "
+        "clips/s: assigner, routing and model, decoding apart"
+    )
