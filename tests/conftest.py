@@ -12,6 +12,7 @@ import pytest
 
 # Before torch is imported, and inherited by the ranks and workers that tests start: one thread each, no downloads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are slow where cores are shared
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402

@@ -113,9 +113,7 @@ def test_step_schedule_falls_exactly_at_its_milestones() -> None:
 
 def test_the_order_of_milestones_does_not_matter() -> None:
     config = TrainConfig(schedule="step", lr=1.0, epochs=5)
-    in_order, mixed = (
-        rates(config.model_copy(update={"milestones": m}), 4, 20) for m in ((1, 2, 3, 4), (4, 2, 1, 3))
-    )
+    in_order, mixed = (rates(config.model_copy(update={"milestones": m}), 4, 20) for m in ((1, 2, 3, 4), (4, 2, 1, 3)))
     assert in_order == mixed
 
 

@@ -200,7 +200,7 @@ def test_a_section_that_is_none_is_refused_by_name(values: dict[str, Any]) -> No
 def test_a_config_does_not_change() -> None:
     config = make_config({})
     with pytest.raises(ValueError, match="frozen"):
-        config.train.epochs = 3
+        config.train.epochs = 3  # type: ignore[misc]
 
 
 # Files, overrides, inheritance, variables.
@@ -290,7 +290,9 @@ def test_a_file_without_sections_is_refused_and_an_empty_one_is_all_defaults(tmp
 def test_variables_stand_for_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VA_ROOT", "/videos")
     monkeypatch.delenv("VA_NONE", raising=False)
-    text = "data: {root: '${VA_ROOT}/k400', classes: '${VA_NONE:-c.txt}'}\nrun: {dir: '${VA_ROOT:-x}/${VA_NONE:-}run'}\n"
+    text = (
+        "data: {root: '${VA_ROOT}/k400', classes: '${VA_NONE:-c.txt}'}\nrun: {dir: '${VA_ROOT:-x}/${VA_NONE:-}run'}\n"
+    )
     config = load_config(write(tmp_path / "a.yaml", text))
     assert (config.data.root, config.data.classes) == (Path("/videos/k400"), Path("c.txt"))
     assert config.run.dir == Path("/videos/run")
@@ -325,12 +327,11 @@ def test_every_config_loads_says_what_it_costs_and_survives_a_round_trip(path: P
     seed=st.integers(),
     milestones=st.lists(st.floats(0.1, 100), max_size=3),
     name=st.text(st.characters(codec="utf-8", exclude_characters="\0$"), min_size=1, max_size=12),
-    points=st.sets(st.integers(1, 14), min_size=1),
 )
 def test_a_dumped_config_loads_to_an_equal_one(
-    tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, milestones: list[float], name: str, points: set[int]
+    tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, milestones: list[float], name: str
 ) -> None:
-    values = {"train": {"lr": lr, "milestones": milestones, "init": name}, "model": {"points": list(points)}}
+    values = {"train": {"lr": lr, "milestones": milestones, "init": name}}
     config = make_config(values | {"run": {"seed": seed}})
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump_config(config), encoding="utf-8")

@@ -17,7 +17,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> Tensor:
     """`tau^2 KL(teacher / tau || student / tau)`, or with `hard` cross-entropy with the teacher's top class: `(B,)`.
 
-    ReViT, equation 4, with the arguments in the order of public code. The teacher's logits `(B, classes)` get no gradient.
+    ReViT, equation 4, with the arguments in the order of public code. The teacher's `(B, classes)` get no gradient.
     """
     logits, teacher = logits.float(), teacher.detach().float()
     if hard:
