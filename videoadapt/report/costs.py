@@ -12,6 +12,7 @@ import pandas as pd
 from videoadapt.assigner import assigner_macs
 from videoadapt.config import Config
 from videoadapt.cost import point_cost, point_macs
+from videoadapt.data.manifest import Manifest
 from videoadapt.log import print_table, say, write_json
 from videoadapt.report.figures import draw_clip_costs
 from videoadapt.report.tables import macs, percent, write_csv
@@ -48,7 +49,8 @@ def clip_report(config: Config) -> dict[str, Any]:
     policy = "assigned" if "assigned" in policies else policies[0]
     clips = clips[clips["policy"] == policy].drop(columns="policy")
     videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
-    classes = class_mix(clips, config.model.points)
+    names = Manifest.load(config.run.dir / "manifest.parquet").classes
+    classes = class_mix(clips, config.model.points, names)
     for name, table in (("clips", clips), ("videos", videos), ("classes", classes)):
         write_csv(folder / f"{name}.csv", table)
     draw_clip_costs(folder / "clips.png", clips, classes, config.model.points, policy)
@@ -62,12 +64,13 @@ def clip_report(config: Config) -> dict[str, Any]:
     }
 
 
-def class_mix(clips: pd.DataFrame, points: tuple[str, ...]) -> pd.DataFrame:
+def class_mix(clips: pd.DataFrame, points: tuple[str, ...], names: tuple[str, ...]) -> pd.DataFrame:
     """Per class: clips, mean MACs of a clip, and the share of clips at each point."""
     rows = []
     for label, group in clips.groupby("truth"):
         shares = {point: float((group["point"] == point).mean()) for point in points}
-        rows.append({"class": label, "clips": len(group), "macs_per_clip": float(group["macs"].mean())} | shares)
+        row = {"class": names[label], "clips": len(group), "macs_per_clip": float(group["macs"].mean())}
+        rows.append(row | shares)
     return pd.DataFrame(rows)
 
 
@@ -80,7 +83,7 @@ def distribution(values: pd.Series) -> dict[str, float]:
     }
 
 
-def print_flops(summary: dict[str, Any], class_names: tuple[str, ...] = ()) -> None:
+def print_flops(summary: dict[str, Any]) -> None:
     """The costs as tables."""
     rows = []
     for point in summary["points"]:
@@ -95,10 +98,10 @@ def print_flops(summary: dict[str, Any], class_names: tuple[str, ...] = ()) -> N
             f"{100 * share:.2f} % of a view at the costliest point"
         )
     if "clips" in summary:
-        _print_clips(summary["clips"], class_names)
+        _print_clips(summary["clips"])
 
 
-def _print_clips(report: dict[str, Any], class_names: tuple[str, ...]) -> None:
+def _print_clips(report: dict[str, Any]) -> None:
     rows = [
         (name, *(macs(report[f"macs_per_{name}"][key]) for key in ("mean", "median", "p95")))
         for name in ("clip", "video")
@@ -111,8 +114,7 @@ def _print_clips(report: dict[str, Any], class_names: tuple[str, ...]) -> None:
     by_cost = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
     shown = by_cost if len(by_cost) <= SHOWN else [*by_cost[: SHOWN // 2], *by_cost[-SHOWN // 2 :]]
     lines = [
-        (_name(row["class"], class_names), row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points))
-        for row in shown
+        (row["class"], row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points)) for row in shown
     ]
     title = "Mix of points, % of clips" + (
         "" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)"
@@ -122,7 +124,3 @@ def _print_clips(report: dict[str, Any], class_names: tuple[str, ...]) -> None:
 
 
 SHOWN = 20
-
-
-def _name(label: int, class_names: tuple[str, ...]) -> str:
-    return class_names[label] if label < len(class_names) else str(label)

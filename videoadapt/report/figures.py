@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import EngFormatter
 
 from videoadapt.log import replacing
+from videoadapt.report.tables import macs
 
 MOST_CLASSES = 40
 
@@ -29,7 +31,7 @@ def draw_clip_costs(
     for point in points:
         costs = clips.loc[clips["point"] == point, "macs"]
         if len(costs):
-            left.bar(f"{point}\n{costs.mean() / 1e9:.3g} G", len(costs), color=colours[point])
+            left.bar(f"{point}\n{macs(costs.mean())}", len(costs), color=colours[point])
     left.axhline(0, color="black", linewidth=0.5)
     left.set(xlabel="point, MACs of a clip (all crops, assigner included)", ylabel="clips", title=f"policy {policy}")
     shown = classes.sort_values("macs_per_clip", ascending=False).head(MOST_CLASSES)
@@ -38,8 +40,8 @@ def draw_clip_costs(
         right.bar(shown["class"].astype(str), shown[point], bottom=bottom, color=colours[point], label=point)
         bottom += shown[point]
     right.set(xlabel="class, costliest first", ylabel="share of clips", ylim=(0, 1), title="mix of points per class")
-    right.tick_params(axis="x", labelsize=7, rotation=90 if len(shown) > 12 else 0)  # noqa: PLR2004
-    right.legend(title="point", loc="lower right")
+    right.tick_params(axis="x", labelsize=7, rotation=90)
+    right.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
@@ -47,15 +49,16 @@ def draw_accuracy_cost(path: Path, policies: Mapping[str, Mapping[str, Any]]) ->
     """Top-1 with its 95 % interval against mean MACs of a clip, one mark per policy; the fixed points joined."""
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     fixed = [p for name, p in policies.items() if name.startswith("fixed:")]
-    axes.plot([p["macs_per_clip"] / 1e9 for p in fixed], [100 * p["top1"] for p in fixed], color="0.7", zorder=1)
+    axes.plot([p["macs_per_clip"] for p in fixed], [100 * p["top1"] for p in fixed], color="0.7", zorder=1)
     for name, p in policies.items():
         below, above = 100 * (p["top1"] - p["top1_low"]), 100 * (p["top1_high"] - p["top1"])
         marker = {"assigned": "*", "random": "x", "oracle": "^"}.get(name, "o")
-        x, y = p["macs_per_clip"] / 1e9, 100 * p["top1"]
+        x, y = p["macs_per_clip"], 100 * p["top1"]
         axes.errorbar(
             x, y, [[below], [above]], fmt=marker, markersize=12 if marker == "*" else 7, capsize=3, label=name
         )
-    axes.set(xlabel="mean MACs of a clip, in G (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
+    axes.set(xlabel="mean MACs of a clip (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     _save(figure, path)

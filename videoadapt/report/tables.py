@@ -131,9 +131,18 @@ def print_evaluate(summary: dict[str, Any]) -> None:
         say(f"top-1 of {name} over readable videos alone: {percent(first['top1_readable'])} %")
     for failure in summary["failed"][:10]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
-    if summary["assigner_macs"] is None:
+    if "assigned" in summary["policies"]:
+        _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
+    else:
         say("no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random")
     say(
         "MACs are multiply-adds (the papers' FLOPs), the assigner's included; "
         "clips/s: assigner, routing and model, decoding apart"
     )
+
+
+def _say_assigned(row: dict[str, Any], assigner: int) -> None:
+    view, video = macs(row["macs_per_view_without_assigner"]), macs(row["macs_per_video_without_assigner"])
+    say(f"assigned, without its assigner ({macs(assigner)} MACs a clip): {view} MACs a view, {video} a video")
+    difference, low, high = (100 * value for value in row["difference_to_random"])
+    say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
