@@ -145,6 +145,7 @@ def test_disk_full_while_saving_leaves_the_earlier_checkpoint(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stopped after its checkpoint of step 2 goes on under a file size limit that the next one exceeds."""
+    assert run.data.root is not None
     config = runs.config(run.data.root, tmp_path / "run", train={"epochs": 1, "save_steps": 2})
     step = training.train_step
 
