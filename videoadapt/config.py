@@ -326,7 +326,7 @@ def _expand(value: Any, field: str) -> Any:
         return value
 
     def lookup(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
+        found = os.environ.get(match[1]) or match[2]  # as in a shell: set but empty is not set
         if found is None:
             raise ConfigError(f"{field}: environment variable {match[1]} is not set; set it, or pass {field}=...")
         return found

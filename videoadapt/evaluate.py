@@ -50,6 +50,11 @@ def evaluate(config: Config) -> dict[str, Any]:
         temporal_views=config.evaluate.temporal_views,
         assigner=assigner,
     )
+    if not len(scores.rows):
+        first = scores.failures[0]
+        raise UserError(
+            f"data.val.annotations: none of {len(rows)} videos could be decoded; {first.path}: {first.cause}"
+        )
     population = _population(manifest, scores)
     right = _right(scores)
     outcomes = [

@@ -30,6 +30,9 @@ def label(config: Config) -> dict[str, Any]:
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
     scores = score(model, manifest, np.flatnonzero(usable).tolist(), config, name="label", temporal_views=1)
+    if not len(scores.rows):
+        first = scores.failures[0]
+        raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")
     videos = manifest.table["video"].to_numpy()[scores.rows]
     probabilities = softmax(scores.logits).mean(1)  # (clips, points, classes): the mean over the crops
     table = outcome_table(videos, scores.clips, scores.truth, probabilities, points)

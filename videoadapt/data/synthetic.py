@@ -8,6 +8,7 @@ tokens per frame it takes to see them: the staircase of difficulty is built in, 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from videoadapt.log import Bar, replacing
+from videoadapt.errors import UserError
+from videoadapt.log import Bar, replacing, write_json
 
 SIDE = 64  # pixels
 FRAMES = 8
@@ -110,8 +112,14 @@ def plan_videos(split: str, count: int, seed: int) -> pd.DataFrame:
 def generate(folder: Path, sizes: dict[str, int], *, seed: int, workers: int = 2, qp: int = 6) -> None:
     """Makes the splits of a data set under `folder`, with `SPLIT.csv` lists, `classes.txt` and `levels.csv`.
 
-    Videos that are there already are kept, so an interrupted call goes on where it stopped.
+    Videos that are there already are kept, so an interrupted call goes on where it stopped. Raises `UserError` for a
+    folder that holds another seed's or size's data.
     """
+    recipe = {"seed": seed, "sizes": sizes, "qp": qp}
+    made = folder / "recipe.json"
+    if made.exists() and json.loads(made.read_text(encoding="utf-8")) != recipe:
+        raise UserError(f"{folder}: holds data made with {made.read_text().strip()}, not {recipe}; use another run.dir")
+    write_json(made, recipe)
     plans = {split: plan_videos(split, count, seed) for split, count in sizes.items()}
     videos = pd.concat(plans.values())
     jobs = [
