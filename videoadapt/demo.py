@@ -50,7 +50,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
         seconds[name] = round(time.monotonic() - before, 1)
         return result
 
-    say(f"videoadapt demo: about 4 minutes on 2 cores; everything stays in {config.run.dir}")
+    say(f"videoadapt demo: about 3 minutes on 2 cores; everything stays in {config.run.dir}")
     data = config.run.dir / "data"
     timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=config.data.workers))
     timed("index", lambda: index(config))
