@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import runs
 import torch
 
+import small_runs as runs
 import videoadapt as va
 from videoadapt.assign import assign
 from videoadapt.assigner import assigner_macs

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from safetensors.torch import save_file
 
+import small_runs as runs
 from videoadapt.config import Config, dump_config
 from videoadapt.state import State
 from videoadapt.train import train

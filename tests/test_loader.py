@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from video_files import numbered, numbers_of, write_list, write_video
 
+from video_files import numbered, numbers_of, write_list, write_video
 from videoadapt.config import Config, make_config
 from videoadapt.data import datasets
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from video_files import write_list, write_video
 
+from video_files import write_list, write_video
 from videoadapt.config import Config, make_config
 from videoadapt.data import probing
 from videoadapt.data.annotations import list_videos

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from video_files import cut_by_copy, numbered, numbers_of, write_video, write_without_times
 
+from video_files import cut_by_copy, numbered, numbers_of, write_video, write_without_times
 from videoadapt.data.probe import VIDEO_SUFFIXES, VideoInfo, decord_module, probe
 from videoadapt.data.readers import DecordReader, PyAVReader, open_video
 from videoadapt.errors import VideoError

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from torch import Tensor
 
+import small_runs as runs
 from videoadapt.checkpoint import load_checkpoint, load_model, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import TrainLoader

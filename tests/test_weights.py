@@ -14,12 +14,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import need
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from conftest import need
 from videoadapt.config import ModelConfig
 from videoadapt.errors import CheckpointError, UserError
 from videoadapt.model.embed import resize_frames
