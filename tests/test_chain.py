@@ -186,6 +186,36 @@ def test_other_label_sources(run: Config, tmp_path: Path, source: str) -> None:
     label(run)  # as it was
 
 
+def test_videos_of_the_same_name_in_both_splits_keep_to_their_split(tmp_path: Path) -> None:
+    """Folders per class often hold train/a/1.png and val/a/1.png; the assigner must not be fitted on the latter."""
+    from PIL import Image
+
+    for split, shade in (("train", 200), ("val", 10)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (36, 36), (shade,) * 3).save(tmp_path / split / name / f"{i}.png")
+    config = image_config(tmp_path)
+    train(config)
+    label(config)
+    assign(config)
+    [thumbnails] = (tmp_path / "run" / "assigner").glob("thumbnails-*.npy")
+    assert (np.load(thumbnails) == 200).all()
+
+
+def image_config(folder: Path) -> Config:
+    """A tiny image model on `folder/train` and `folder/val`."""
+    nested = runs.values(folder, folder / "run")
+    nested["data"] |= {"root": None, "classes": None, "holdout": 0.0, "short_side": None}
+    nested["data"] |= {s: {"annotations": str(folder / s)} for s in ("train", "val")}
+    nested["model"] |= {"num_frames": 1, "stride_frames": 1, "temporal": False, "size": 32, "num_classes": 2}
+    nested["model"] |= {"points": ["4", "2"], "time_init_std": 0.0}
+    nested["label"] = {"source": "train"}
+    nested["assign"] |= {"frames": 1}
+    nested["train"] |= {"batch": 4, "epochs": 1}
+    return va.Config.model_validate(nested)
+
+
 def test_a_broken_video_counts_as_wrong_or_is_left_out_and_both_are_said(tmp_path: Path) -> None:
     data = runs.make_data(tmp_path / "data")
     config = runs.config(data, tmp_path / "run", train={"epochs": 1})
@@ -218,15 +248,7 @@ def test_one_frame_clips_train_and_evaluate(tmp_path: Path) -> None:
                 Image.fromarray(rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(
                     tmp_path / split / name / f"{i}.png"
                 )
-    nested = runs.values(tmp_path, tmp_path / "run")
-    nested["data"] |= {"root": None, "classes": None, "holdout": 0.0, "short_side": None}
-    nested["data"] |= {s: {"annotations": str(tmp_path / s)} for s in ("train", "val")}
-    nested["model"] |= {"num_frames": 1, "stride_frames": 1, "temporal": False, "size": 32, "num_classes": 2}
-    nested["model"] |= {"points": ["4", "2"], "time_init_std": 0.0}
-    nested["label"] = {"source": "train"}
-    nested["assign"] |= {"frames": 1}
-    nested["train"] |= {"batch": 4, "epochs": 1}
-    config = va.Config.model_validate(nested)
+    config = image_config(tmp_path)
     train(config)
     label(config)
     assign(config)

@@ -434,7 +434,7 @@ def test_an_assigner_comes_back_with_its_threshold(tmp_path: Path) -> None:
     path = save_assigner(tmp_path, assigner, 0.65)
     thumbnails = torch.randint(0, 256, (3, 3, 2, 32, 32), dtype=torch.uint8)
     for source in (path, tmp_path):
-        found, threshold = load_assigner(source)
+        found, _, threshold = load_assigner(source)
         assert threshold == 0.65
         assert not found.training
         assert torch.equal(found.probabilities(thumbnails), assigner.probabilities(thumbnails))

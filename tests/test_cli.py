@@ -69,6 +69,14 @@ def test_tables_for_people(run: Config) -> None:
     assert "no assigner yet" in done.stderr
 
 
+@pytest.mark.parametrize("words", [("juggle",), ("flops", CONFIGS / "demo.yaml", "--bad"), ()])
+def test_usage_errors(words: tuple[object, ...]) -> None:
+    done = runs.command(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Usage" in done.stderr + done.stdout
+
+
 def test_missing_config(tmp_path: Path) -> None:
     assert "nowhere.yaml" in refused("train", tmp_path / "nowhere.yaml")
 

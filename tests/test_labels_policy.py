@@ -269,7 +269,7 @@ def test_the_oracle_says_where_it_exists() -> None:
 @given(st.data(), st.integers(1, 10))
 def test_the_assigned_policy_follows_the_assigner_at_its_threshold(data: st.DataObject, clips: int) -> None:
     probabilities = data.draw(distributions(clips))
-    choice = Assigned(ASSIGNER, 0.7).choose(Evidence(clips, POINTS, probabilities))
+    choice = Assigned(ASSIGNER, POINTS, 0.7).choose(Evidence(clips, POINTS, probabilities))
     assert np.array_equal(choice, cheapest_sufficient(probabilities, 0.7))
 
 
@@ -282,7 +282,7 @@ def test_mix_of_is_the_share_of_each_point() -> None:
 
 
 def test_policies_by_name() -> None:
-    assigned = Assigned(ASSIGNER)
+    assigned = Assigned(ASSIGNER, POINTS)
     assert parse_policy("fixed:10", None, POINTS) == Fixed("10")
     assert parse_policy("assigned", assigned, POINTS) is assigned
 
@@ -290,7 +290,7 @@ def test_policies_by_name() -> None:
 @pytest.mark.parametrize("text", ["", "fixed", "fixed:8", "fixed:", "oracle", "random", "assigned:14", "Assigned"])
 def test_an_unknown_policy_lists_those_that_can_be_used(text: str) -> None:
     with pytest.raises(UserError, match=r"expected one of fixed:14, fixed:10, fixed:7, assigned$"):
-        parse_policy(text, Assigned(ASSIGNER), POINTS)
+        parse_policy(text, Assigned(ASSIGNER, POINTS), POINTS)
 
 
 def test_assigned_without_an_assigner_says_how_to_get_one() -> None:
@@ -300,4 +300,4 @@ def test_assigned_without_an_assigner_says_how_to_get_one() -> None:
 
 def test_only_the_assigned_policy_pays_for_an_assigner() -> None:
     assert [p.assigner for p in (Fixed("14"), Random((1.0,)), Oracle())] == [None] * 3
-    assert Assigned(ASSIGNER).assigner is ASSIGNER
+    assert Assigned(ASSIGNER, POINTS).assigner is ASSIGNER

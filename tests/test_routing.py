@@ -109,7 +109,7 @@ def test_every_policy_is_routed_by_what_it_chooses(batch: int) -> None:
         (Fixed("3"), np.full(CLIPS, 1)),
         (Random((0.5, 0.2, 0.3), seed=4), Random((0.5, 0.2, 0.3), seed=4).choose(Evidence(CLIPS, CONFIG.points))),
         (Oracle(), last_true(right)),
-        (Assigned(assigner(), 0.7), cheapest_sufficient(probabilities, 0.7)),
+        (Assigned(assigner(), CONFIG.points, 0.7), cheapest_sufficient(probabilities, 0.7)),
     ]
     assert len(set(policies[-1][1].tolist())) > 1
     for policy, choice in policies:
@@ -120,7 +120,7 @@ def test_every_policy_is_routed_by_what_it_chooses(batch: int) -> None:
 
 def test_the_order_of_the_clips_decides_nothing_but_the_order_of_the_results() -> None:
     order = np.random.default_rng(1).permutation(CLIPS)
-    policy = Assigned(assigner(), 0.6)
+    policy = Assigned(assigner(), CONFIG.points, 0.6)
     straight = route(model(), views(), policy, batch=4, thumbnails=thumbnails())
     mixed = route(model(), views()[order], policy, batch=4, thumbnails=thumbnails()[order])
     assert np.array_equal(mixed.choice, straight.choice[order])
@@ -158,4 +158,4 @@ def test_assign_probabilities_are_the_assigners() -> None:
 
 def test_a_policy_with_an_assigner_needs_thumbnails() -> None:
     with pytest.raises(ValueError, match="policy assigned: needs the clips' thumbnails"):
-        route(model(), views(), Assigned(assigner()), batch=4)
+        route(model(), views(), Assigned(assigner(), CONFIG.points), batch=4)

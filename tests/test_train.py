@@ -101,6 +101,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(data: Path,
         assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(data: Path, tmp_path: Path) -> None:
+    state, batches = first_batches(runs.config(data, tmp_path / "run"))
+    state.model.cls_token.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    with pytest.raises(RunError, match="gradient is not finite"):
+        train_step(state, state.model, batches)
+    assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
+
+
 def test_distillation_token_ema_sgd_bf16_checkpointing_and_mixing_train(data: Path, tmp_path: Path) -> None:
     config = runs.config(
         data,
@@ -223,6 +232,8 @@ def test_another_architecture_or_recipe_is_refused(data: Path, tmp_path: Path) -
         train(runs.config(data, tmp_path / "run", model={"width": 64}))
     with pytest.raises(CheckpointError, match=r"train\.lr is 0\.002 there, 0\.1 here"):
         train(runs.config(data, tmp_path / "run", train={"lr": 0.1}))
+    with pytest.raises(CheckpointError, match="manifest"):  # another seed holds out other clips
+        train(runs.config(data, tmp_path / "run", run={"seed": 2}))
     assert {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
 
 

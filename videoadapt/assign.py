@@ -15,14 +15,29 @@ import torch
 from torch import Tensor
 
 from videoadapt.assigner import Assigner, assigner_loss, assigner_macs
-from videoadapt.checkpoint import Checkpoints, assigner_checkpoints, fill, require_same
+from videoadapt.checkpoint import (
+    Checkpoints,
+    assigner_checkpoints,
+    fill,
+    optimizer_tensors,
+    require_same,
+    restore_optimizer,
+)
 from videoadapt.config import Config, TrainConfig
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import EvalVideos, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
-from videoadapt.labels import Bools, Choice, cheapest_sufficient, choose_labels, choose_threshold, right_matrix
+from videoadapt.labels import (
+    LABEL_SPLITS,
+    Bools,
+    Choice,
+    cheapest_sufficient,
+    choose_labels,
+    choose_threshold,
+    right_matrix,
+)
 from videoadapt.log import Bar, say, write_json
 from videoadapt.optim import make_optimizer, make_schedule
 from videoadapt.routing import assign_probabilities
@@ -31,15 +46,23 @@ from videoadapt.runtime import StopRequest, pick_device
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Thumbnails `(n, C, A, s, s)` uint8 with their labels `(n,)` and outcomes `(n, points)`."""
+    """Clips with their labels `(n,)` and outcomes `(n, points)`; `rows` says which of the thumbnails are theirs.
+
+    `thumbnails`, `(all, C, A, s, s)` uint8, stay on the disk until a batch of them is needed.
+    """
 
     thumbnails: npt.NDArray[np.uint8]
+    rows: npt.NDArray[np.int64]
     labels: Choice
     right: Bools
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
         """Some of the clips."""
-        return LabelledClips(self.thumbnails[rows], self.labels[rows], self.right[rows])
+        return LabelledClips(self.thumbnails, self.rows[rows], self.labels[rows], self.right[rows])
+
+    def batch(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """Thumbnails `(B, C, A, s, s)` of some of the clips."""
+        return torch.from_numpy(self.thumbnails[self.rows[rows]])
 
     def digest(self) -> str:
         """Changes with the labels and outcomes."""
@@ -64,7 +87,8 @@ def assign(config: Config) -> dict[str, Any]:
         raise UserError(f"assign: {len(order)} labelled clips are too few to fit and to choose a threshold")
     assigner, step = _fit(fit, config)
     costs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64)
-    probabilities = assign_probabilities(assigner, torch.from_numpy(select.thumbnails))
+    parts = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
+    probabilities = np.concatenate([assign_probabilities(assigner, select.batch(part)) for part in parts])
     threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
     meta = _meta(config, fit) | {"threshold": threshold}
     assigner_checkpoints(config.run.dir).save(step + 1, _tensors(assigner, None), meta)
@@ -91,17 +115,23 @@ def _labelled_clips(config: Config) -> LabelledClips:
     path = config.run.dir / "labels" / "outcomes.parquet"
     if not path.exists():
         raise UserError(f"{path}: no label table; run `videoadapt label` with this config first")
+    made = json.loads((path.parent / "label.json").read_text(encoding="utf-8"))["source"]
+    if made != config.label.source:
+        raise UserError(
+            f"{path}: holds labels of source {made}, but label.source is {config.label.source}; run `label`"
+        )
     clips, right = right_matrix(pd.read_parquet(path), config.model.points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     manifest = load_or_index(config)
-    row_of = {video: row for row, video in enumerate(manifest.table["video"])}
+    labelled = manifest.table["split"].isin(LABEL_SPLITS[config.label.source])  # val may hold the same names
+    row_of = {video: row for row, video in manifest.table["video"][labelled].items()}
     unknown = [video for video in clips["video"] if video not in row_of]
     if unknown:
         raise UserError(f"{path}: {unknown[0]} (and {len(unknown) - 1} more) is not in the manifest; run `label` again")
     used = labels >= 0
     rows = np.array([row_of[video] for video in clips["video"]])[used]
     thumbnails, found = _thumbnails(manifest, rows, config)
-    return LabelledClips(thumbnails[found], labels[used][found], right[used][found])
+    return LabelledClips(thumbnails, np.flatnonzero(found), labels[used][found], right[used][found])
 
 
 def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[Any, Bools]:
@@ -165,12 +195,10 @@ def _fit(clips: LabelledClips, config: Config) -> tuple[Assigner, int]:
             assigner.train()
             for number, rows in enumerate(_batches(len(clips.labels), settings.batch, (config.run.seed, epoch))):
                 schedule.step_update(epoch * per_epoch + number)
-                part = clips.take(rows)
-                thumbnails = _flip(torch.from_numpy(part.thumbnails), (config.run.seed, epoch, number)).to(device)
-                wrong = torch.from_numpy(~part.right).float().to(device)
-                loss = assigner_loss(
-                    assigner(thumbnails), torch.from_numpy(part.labels).to(device), wrong, costs, settings
-                )
+                thumbnails = _flip(clips.batch(rows), (config.run.seed, epoch, number)).to(device)
+                wrong = torch.from_numpy(~clips.right[rows]).float().to(device)
+                labels = torch.from_numpy(clips.labels[rows]).to(device)
+                loss = assigner_loss(assigner(thumbnails), labels, wrong, costs, settings)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -196,9 +224,7 @@ def _flip(thumbnails: Tensor, seed: tuple[int, ...]) -> Tensor:
 def _tensors(assigner: Assigner, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     tensors = {f"model/{name}": t for name, t in assigner.state_dict().items()}
     if optimizer is not None:
-        names = {id(p): name for name, p in assigner.named_parameters()}
-        for parameter, values in optimizer.state.items():
-            tensors |= {f"optimizer/{names[id(parameter)]}/{key}": value for key, value in values.items()}
+        tensors |= optimizer_tensors(assigner, optimizer)
     return tensors
 
 
@@ -233,8 +259,5 @@ def _resume(
     require_same(found.path, config.assign, found.meta["assign"], "assign", free=("select", "tolerance"))
     require_same(found.path, config.label, found.meta["label"], "label")
     fill(assigner, found.part("model"), found.path)
-    parameters = dict(assigner.named_parameters())
-    for name, value in found.part("optimizer").items():
-        parameter_name, _, key = name.rpartition("/")
-        optimizer.state[parameters[parameter_name]][key] = value
+    restore_optimizer(assigner, optimizer, found)
     return min(found.meta["step"], config.assign.epochs)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -131,7 +132,10 @@ def require_same(
     }
     if other:
         listed = "; ".join(f"{name}.{key} is {there!r} there, {here!r} here" for key, (there, here) in other.items())
-        raise CheckpointError(f"{path}: this checkpoint is of another architecture or run: {listed}")
+        raise CheckpointError(
+            f"{path}: this checkpoint is of another architecture or run: {listed}. "
+            "Use another run.dir, or set these as they were"
+        )
 
 
 INITIAL = ("drop_path", "init_std", "time_init_std")  # of no consequence for weights that are there already
@@ -150,8 +154,8 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
     return model.eval()
 
 
-def load_assigner(source: str | Path) -> tuple[Assigner, float]:
-    """The assigner of a checkpoint file or run folder, in eval mode, and its threshold. Raises `CheckpointError`."""
+def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]:
+    """The assigner of a checkpoint file or run folder, in eval mode, its points and threshold, or `CheckpointError`."""
     checkpoint = find_checkpoint(Path(source), "assigner")
     if checkpoint.meta["threshold"] is None:
         raise CheckpointError(
@@ -159,7 +163,7 @@ def load_assigner(source: str | Path) -> tuple[Assigner, float]:
         )
     assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(checkpoint.meta["points"]))
     fill(assigner, checkpoint.part("model"), checkpoint.path)
-    return assigner.eval(), float(checkpoint.meta["threshold"])
+    return assigner.eval(), tuple(checkpoint.meta["points"]), float(checkpoint.meta["threshold"])
 
 
 def find_checkpoint(source: Path, kind: str) -> Checkpoint:
@@ -183,3 +187,23 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     if wrong:
         raise CheckpointError(f"{path}: tensor {wrong[0]} (and {len(wrong) - 1} more) does not fit this architecture")
     module.load_state_dict(dict(tensors))
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state by parameter name: `optimizer/PARAMETER/KEY`."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {
+        f"optimizer/{names[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's optimizer state back, each tensor beside its parameter (the step count stays on the CPU)."""
+    parameters = dict(module.named_parameters())
+    for name, value in checkpoint.part("optimizer").items():
+        parameter_name, _, key = name.rpartition("/")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from videoadapt.errors import RunError, UserError
+
+# typer carries a click of its own in newer versions: its base class, wherever it lives
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     add_completion=False,
@@ -35,16 +37,16 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(app(standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        error.show()
+        sys.exit(2)
     except UserError as error:
         _fail(error, 2)
     except RunError as error:
         _fail(error, 1)
     except OSError as error:
         _fail(error, 1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
 

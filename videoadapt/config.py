@@ -178,6 +178,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(f"train.warmup_epochs: {self.warmup_epochs:g} is more than train.epochs {self.epochs}")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"train.min_lr: {self.min_lr:g} is above train.lr {self.lr:g}")
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"train.batch: {self.batch} does not divide into train.accumulate {self.accumulate} equal parts"

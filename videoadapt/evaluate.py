@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from videoadapt.assigner import assigner_macs
-from videoadapt.checkpoint import assigner_checkpoints
+from videoadapt.checkpoint import assigner_checkpoints, require_same
 from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import EvalVideos, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest, load_or_index
-from videoadapt.errors import UserError
+from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.labels import Bools, Choice, softmax
 from videoadapt.log import Bar, write_json
 from videoadapt.model.timesformer import TimeSformer
@@ -84,6 +84,12 @@ def _assigned(config: Config, model: TimeSformer) -> Assigned | None:
     if assigner_checkpoints(config.run.dir).latest() is None:
         return None
     assigned = Assigned.load(config.run.dir)
+    if assigned.points != model.config.points:
+        raise CheckpointError(
+            f"{config.run.dir / 'assigner'}: was fitted for the points {', '.join(assigned.points)}, the model has "
+            f"{', '.join(model.config.points)}; run `label` and `assign` again"
+        )
+    require_same(config.run.dir / "assigner", config.assign, assigned.assigner.config.model_dump(mode="json"), "assign")
     assigned.assigner.to(model.head.weight.device)
     return assigned
 
@@ -178,5 +184,10 @@ def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) 
     rows = list(dict.fromkeys(scores.rows[drawn].tolist()))
     read = stream(dataset, rows, workers=config.data.workers, timeout_s=config.data.timeout_s)
     videos = {video.video: video for video in read if isinstance(video, VideoViews)}
+    missing = [row for row in rows if row not in videos]
+    if missing:
+        raise RunError(
+            f"evaluate: {manifest.row(missing[0]).path} was read before and cannot be read now; run it again"
+        )
     wanted = [(videos[row], clip) for row, clip in zip(scores.rows[drawn], scores.clips[drawn], strict=True)]
     return torch.stack([v.views[c] for v, c in wanted]), torch.stack([v.thumbnails[c] for v, c in wanted])

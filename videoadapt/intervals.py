@@ -39,9 +39,14 @@ def mean_class_interval(right: Bools, truth: Choice, seed: int = 0) -> tuple[flo
 
 
 def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, float]:
-    """Accuracy of a minus that of b on the same videos, with its bootstrap interval over videos."""
+    """Accuracy of a minus that of b on the same videos, with its bootstrap interval over videos.
+
+    Half a video is added to each kind of outcome, so that no difference in a sample is not taken for certainty.
+    """
     total = max(len(a), 1)
-    shares = np.array([(a & ~b).sum(), (b & ~a).sum(), (a == b).sum()]) / total
-    drawn = np.random.default_rng(seed).multinomial(total, shares, DRAWS)
+    counts = np.array([(a & ~b).sum(), (b & ~a).sum(), (a == b).sum()])
+    shares = counts / total
+    smoothed = (counts + 0.5) / (counts + 0.5).sum()  # policies that never differed here may differ elsewhere
+    drawn = np.random.default_rng(seed).multinomial(total, smoothed, DRAWS)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / total, [0.025, 0.975])
     return float(shares[0] - shares[1]), float(low), float(high)

@@ -9,12 +9,10 @@ import numpy as np
 from videoadapt.config import Config
 from videoadapt.data.manifest import load_or_index
 from videoadapt.errors import UserError
-from videoadapt.labels import choose_labels, outcome_table, right_matrix, softmax
+from videoadapt.labels import LABEL_SPLITS, choose_labels, outcome_table, right_matrix, softmax
 from videoadapt.log import write_json
 from videoadapt.report.tables import write_parquet
 from videoadapt.scoring import inference_model, score
-
-SPLITS = {"train": ("train",), "holdout": ("holdout",), "teacher": ("train", "holdout")}
 
 
 def label(config: Config) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def label(config: Config) -> dict[str, Any]:
     manifest = load_or_index(config)
     model = inference_model(config)
     points = model.config.points
-    splits = SPLITS[config.label.source]
+    splits = LABEL_SPLITS[config.label.source]
     usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")

@@ -19,6 +19,9 @@ Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 Choice = npt.NDArray[np.int64]
 
+# the splits whose clips each source of labels uses
+LABEL_SPLITS = {"train": ("train",), "holdout": ("holdout",), "teacher": ("train", "holdout")}
+
 
 def softmax(logits: Floats) -> Floats:
     """Probabilities over the last axis, in float64."""

@@ -6,7 +6,6 @@ Standard output carries results alone, so that `--json` can be piped.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 import time
@@ -28,7 +27,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-logger = logging.getLogger("videoadapt")
 console = Console(stderr=True, highlight=False)
 
 

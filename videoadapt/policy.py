@@ -74,6 +74,7 @@ class Assigned:
     """
 
     assigner: Assigner
+    points: tuple[str, ...]  # that the assigner was fitted for
     threshold: float = 0.5
     name = "assigned"
 
@@ -84,6 +85,9 @@ class Assigned:
 
     def choose(self, evidence: Evidence) -> Choice:
         """By the assigner's probabilities."""
+        if evidence.points != self.points:
+            known, here = ", ".join(self.points), ", ".join(evidence.points)
+            raise UserError(f"policy assigned: its assigner was fitted for the points {known}; this model has {here}")
         assert evidence.assigned is not None, "whoever gathers the evidence runs the assigner"
         return cheapest_sufficient(evidence.assigned, self.threshold)
 

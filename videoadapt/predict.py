@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from videoadapt.assigner import assigner_macs
 from videoadapt.checkpoint import assigner_checkpoints
-from videoadapt.config import AssignConfig, Config, EvaluateConfig
+from videoadapt.config import AssignConfig, Config, DataConfig, EvaluateConfig
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import read_views
 from videoadapt.data.readers import open_video
@@ -43,6 +43,7 @@ def predict(
     spatial_crops: int = 3,
     top: int = 5,
     batch: int = 16,
+    reader: Literal["auto", "decord", "pyav"] = "auto",
 ) -> list[Prediction]:
     """Classes of videos of any length, one prediction per path, in order.
 
@@ -54,7 +55,7 @@ def predict(
     chosen = parse_policy(policy, None, points) if isinstance(policy, str) else policy or Fixed(points[0])
     assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
     views = EvaluateConfig(temporal_views=temporal_views, spatial_crops=spatial_crops, batch=batch)
-    config = Config(model=model.config, assign=assign, evaluate=views)
+    config = Config(model=model.config, assign=assign, evaluate=views, data=DataConfig(reader=reader))
     return [_predict_one(model, path, chosen, config, top) for path in paths]
 
 
@@ -90,7 +91,7 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
         raise UserError("predict: no video named; expected `videoadapt predict CONFIG VIDEO ...`")
     model = inference_model(config)
     assigned = None
-    if assigner_checkpoints(config.run.dir).latest() is not None:
+    if policy in (None, "assigned") and assigner_checkpoints(config.run.dir).latest() is not None:
         assigned = Assigned.load(config.run.dir)
         assigned.assigner.to(model.head.weight.device)
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
@@ -99,7 +100,15 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
     done, failed = [], []
     for path in paths:
         try:
-            done += predict(model, [path], chosen, temporal_views=views, spatial_crops=crops, batch=batch)
+            done += predict(
+                model,
+                [path],
+                chosen,
+                temporal_views=views,
+                spatial_crops=crops,
+                batch=batch,
+                reader=config.data.reader,
+            )
         except VideoError as error:
             failed.append({"path": path, "cause": str(error)})
     result = {"policy": text, "predictions": [asdict(p) for p in done], "failed": failed}

@@ -12,12 +12,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from videoadapt.checkpoint import Checkpoint, fill, require_same
+from videoadapt.checkpoint import Checkpoint, fill, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.config import Config
 from videoadapt.data.datasets import Failure
 from videoadapt.data.loader import Batch
 from videoadapt.data.manifest import Manifest
-from videoadapt.errors import RunError
+from videoadapt.errors import CheckpointError, RunError
 from videoadapt.log import say
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.optim import make_optimizer
@@ -25,6 +25,7 @@ from videoadapt.runtime import pick_device
 
 # what may differ between a run and its continuation without changing what it computes
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
+    "run": ("dir", "device", "checkpoint"),
     "model": (),
     "loss": (),
     "train": ("init", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
@@ -94,12 +95,8 @@ class State:
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the rest of a checkpoint."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
-        for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                if value is not None:
-                    tensors[f"optimizer/{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+        tensors |= optimizer_tensors(self.model, self.optimizer)
         if self.ema is not None:
             tensors |= {f"ema/{name}": t for name, t in self.ema.module.state_dict().items()}
         tensors["random/cpu"] = torch.get_rng_state()
@@ -113,19 +110,19 @@ class State:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on exactly where a checkpoint was made. Raises `CheckpointError` for another architecture or run."""
+        if checkpoint.meta["manifest"] != self.manifest.hash:
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained on manifest {checkpoint.meta['manifest']}, but the lists or files now "
+                f"give {self.manifest.hash}, so that it could not go on with the same clips. Use another run.dir"
+            )
         for name, free in RESUME_FREELY.items():
             require_same(checkpoint.path, getattr(self.config, name), checkpoint.meta[name], name, free=free)
         fill(self.model, checkpoint.part("model"), checkpoint.path)
-        parameters = dict(self.model.named_parameters())
-        for name, value in checkpoint.part("optimizer").items():
-            parameter_name, _, key = name.rpartition("/")
-            parameter = parameters[parameter_name]
-            device = "cpu" if key == "step" else parameter.device
-            self.optimizer.state[parameter][key] = value.to(device)
+        restore_optimizer(self.model, self.optimizer, checkpoint)
         if self.ema is not None:
             fill(self.ema.module, checkpoint.part("ema"), checkpoint.path)
         torch.set_rng_state(checkpoint.tensors["random/cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "random/cuda" in checkpoint.tensors:
             torch.cuda.set_rng_state(checkpoint.tensors["random/cuda"], self.device)
         self.step, self.skipped = checkpoint.meta["step"], checkpoint.meta["skipped"]
         say(f"going on from {checkpoint.path} at step {self.step}")

@@ -7,6 +7,7 @@ gradients of all points add up and the optimizer moves once (ReViT, section 3.4)
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
+from videoadapt.errors import RunError
 from videoadapt.log import Bar, Metrics, say, write_json
 from videoadapt.model.timesformer import Heads
 from videoadapt.model.weights import load_weights
@@ -48,10 +50,13 @@ def train(config: Config) -> dict[str, Any]:
         state.reset_ema()
     (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     clock = Clock()
-    if state.step < per_epoch * config.train.epochs:
-        _loop(state, per_epoch, checkpoints, clock)
+    finished = config.run.dir / "train.json"
+    if state.step == per_epoch * config.train.epochs and finished.exists():
+        done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+        return done
+    _loop(state, per_epoch, checkpoints, clock)
     summary = _summary(state, per_epoch, checkpoints, clock)
-    write_json(config.run.dir / "train.json", summary)
+    write_json(finished, summary)
     return summary
 
 
@@ -111,6 +116,11 @@ def train_step(state: State, forward: Callable[..., Heads], batches: Iterable[Ba
         tally.require_finite(point, state.step)
     limit = config.train.clip_grad or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if not torch.isfinite(norm):
+        raise RunError(
+            f"step {state.step}: the gradient is not finite though the losses are; nothing was changed by this step. "
+            "Lower train.lr, or set run.precision=fp32"
+        )
     state.optimizer.step()
     if state.ema is not None:
         state.ema.update(model)

@@ -99,6 +99,8 @@ def _costs(outcome: Outcome, population: Population, config: Config) -> dict[str
 
 def _difference(a: Outcome, b: Outcome, population: Population, counted: Choice) -> list[float]:
     """Top-1 of a minus b on the same videos, with its interval."""
+    if a is b:
+        return [0.0, 0.0, 0.0]
     return list(paired_difference(_video_right(a, population, 1)[counted], _video_right(b, population, 1)[counted]))
 
 
