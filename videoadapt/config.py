@@ -210,7 +210,7 @@ class AssignConfig(Section):
     loss: Literal["ce", "expected_cost"] = "ce"
     mu: Annotated[float, Field(ge=0.0)] = 2.0  # price of a wrong answer, in units of the costliest point's cost
     select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of the labelled clips that choose the threshold
-    tolerance: Fraction = 0.0  # accuracy that the threshold may lose on those clips against the costliest point
+    tolerance: Fraction = 0.005  # accuracy that the threshold may lose on those clips against the costliest point
 
 
 class EvaluateConfig(Section):
