@@ -76,7 +76,6 @@ setup(
     package_data={
         "videoadapt": ["py.typed"],
         "videoadapt.configs": ["*.yaml"],
-        "videoadapt.report": ["*.html", "*.j2"],
     },
     entry_points={"console_scripts": ["videoadapt = videoadapt.cli:main"]},
 )

@@ -25,7 +25,6 @@ from videoadapt.routing import route
 from videoadapt.runtime import peak_memory_bytes
 from videoadapt.scoring import Scores, inference_model, score
 
-
 # how an assigner was fitted is of no consequence for running it
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
 

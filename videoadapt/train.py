@@ -100,8 +100,8 @@ def _steps(loader: TrainLoader, step: int, per_epoch: int, config: Config) -> It
 def train_step(state: State, forward: Callable[..., Heads], batches: Iterable[Batch]) -> dict[str, float]:
     """One optimizer step over the parts of a global batch. Returns loss and top-1 of each point, gradient norm, rate.
 
-    Each part backpropagates the sum of its clips' losses over `train.batch`, so that neither accumulation nor a
-    layout over ranks changes the gradient.
+    Each part backpropagates the sum of its clips' losses over `train.batch`, so that accumulation does not change the
+    gradient (mixup and cutmix apart: they pair clips within a part).
     """
     config, model = state.config, state.model
     model.train()
