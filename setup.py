@@ -15,6 +15,7 @@ REQUIREMENTS = [
     "av>=12",
     "timm>=1.0.9",
     "einops>=0.8",
+    "pebble>=5.0",  # processes that may hang or crash on a file
     "submitit>=1.5",
     "huggingface_hub>=0.23",
     "Jinja2>=3.1",

@@ -188,16 +188,16 @@ def test_a_stream_is_in_the_order_asked_for_with_failures_in_their_places(
     write_list(tmp_path / "train.txt", [("gone.mp4", 0), *((f"v{i}.mp4", 0) for i in range(5))])
     data = {"train": {"annotations": str(tmp_path / "train.txt")}, "root": str(folder)}
     config = config_of(folder, tmp_path, data=data)
-    dataset = EvalVideos(index(config), config, temporal_views=2, spatial_crops=3)
+    dataset = EvalVideos(index(config), with_workers(config, workers), temporal_views=2, spatial_crops=3)
     rows = [5, 0, 2, 2]
-    videos = list(stream(dataset, rows, workers=workers, timeout_s=60))
+    videos = list(stream(dataset, rows))
     assert [video.video for video in videos] == rows
     assert [type(video) for video in videos] == [VideoViews, Failure, VideoViews, VideoViews]
     first = videos[0]
     assert isinstance(first, VideoViews)
     assert first.views.shape == (2, 3, 3, 4, SIZE, SIZE)
     assert first.thumbnails.shape == (2, 3, 2, 16, 16)
-    assert list(stream(dataset, [], workers=workers, timeout_s=60)) == []
+    assert list(stream(dataset, [])) == []
 
 
 def test_views_and_thumbnails_are_the_same_alone_and_together(config: Config, manifest: Manifest) -> None:
@@ -273,6 +273,6 @@ class Killed(EvalVideos):
 def test_a_late_or_killed_worker_stops_the_run_with_a_reason(
     config: Config, manifest: Manifest, kind: type[EvalVideos]
 ) -> None:
-    dataset = kind(manifest, config, temporal_views=1, spatial_crops=1)
+    dataset = kind(manifest, with_workers(config, 1, timeout_s=1.0), temporal_views=1, spatial_crops=1)
     with pytest.raises(RunError, match=r"reading videos failed: .*data\.timeout_s=1"):
-        list(stream(dataset, [0, 1], workers=1, timeout_s=1))
+        list(stream(dataset, [0, 1]))

@@ -148,7 +148,7 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
         done = json.loads(progress.read_text(encoding="utf-8"))
     array = np.lib.format.open_memmap(path, "r+" if done["count"] else "w+", np.uint8, shape)
     left = rows[done["count"] :].tolist()
-    videos = stream(dataset, left, workers=config.data.workers, timeout_s=config.data.timeout_s)
+    videos = stream(dataset, left)
     with Bar("thumbnails", total=len(rows), unit="clips", start=done["count"]) as bar:
         for number, video in enumerate(videos, start=done["count"]):
             if isinstance(video, VideoViews):

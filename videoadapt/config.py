@@ -47,7 +47,7 @@ class RunConfig(Section):
 class SplitConfig(Section):
     """Which videos make a split."""
 
-    annotations: Path | None = None  # a `path label` list, or a folder with one folder per class
+    annotations: Path | None = None  # an official CSV, a `path label` list, a JSON list, or a folder per class
 
 
 class DataConfig(Section):
@@ -56,15 +56,22 @@ class DataConfig(Section):
     root: Path | None = None  # where the relative paths of a list start; none = the folder of the list
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
-    classes: Path | None = None  # class names, one a line, in label order
+    classes: Path | None = None  # class names in label order: a file (lines, CSV or JSON), or `kinetics400`
     holdout: Fraction = 0.0  # share of the train split kept out of stage 1, for `label.source: holdout`
     reader: Literal["auto", "decord", "pyav"] = "auto"
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has
     timeout_s: Positive = 300.0
     short_side: tuple[int, int] | None = None  # training: range of the short side before the crop; none = model.size
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
     cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class IndexConfig(Section):
+    """How files are looked at before they are used."""
+
+    verify: Literal["quick", "full"] = "quick"  # full = every frame is decoded, and damage is noted
+    timeout_s: Positive = 60.0  # for one file; one that takes longer is recorded as broken
 
 
 class ModelConfig(Section):
@@ -217,7 +224,7 @@ class EvaluateConfig(Section):
     """The views of a video, and how speed is measured. Kinetics: 1 clip x 3 crops."""
 
     temporal_views: Count = 1
-    spatial_crops: Annotated[int, Field(ge=1, le=3)] = 3
+    spatial_crops: Count = 3
     batch: Count = 16  # views a forward pass
     failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
     speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
@@ -229,6 +236,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
+    index: IndexConfig = IndexConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()

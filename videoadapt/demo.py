@@ -21,6 +21,7 @@ from videoadapt.points import Point
 from videoadapt.report.costs import flops
 from videoadapt.report.figures import draw_accuracy_cost
 from videoadapt.report.tables import percent
+from videoadapt.runtime import worker_count
 from videoadapt.train import train
 
 SPLITS = {"train": 5000, "val": 1000}  # of train, data.holdout is kept for the assigner's labels
@@ -52,7 +53,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
 
     say(f"videoadapt demo: about 3 minutes on 2 cores; everything stays in {config.run.dir}")
     data = config.run.dir / "data"
-    timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=config.data.workers))
+    timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=worker_count(config.data.workers)))
     timed("index", lambda: index(config))
     timed("train", lambda: train(config))
     timed("label", lambda: label(config))

@@ -186,7 +186,7 @@ def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) 
         spatial_crops=config.evaluate.spatial_crops,
     )
     rows = list(dict.fromkeys(scores.rows[drawn].tolist()))
-    read = stream(dataset, rows, workers=config.data.workers, timeout_s=config.data.timeout_s)
+    read = stream(dataset, rows)
     videos = {video.video: video for video in read if isinstance(video, VideoViews)}
     missing = [row for row in rows if row not in videos]
     if missing:

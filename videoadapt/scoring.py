@@ -90,7 +90,7 @@ def score(
     parts = [folder / f"part-{i:05d}.npz" for i in range(len(chunks))]
     missing = [i for i, part in enumerate(parts) if not part.exists()]
     wanted = list(itertools.chain.from_iterable(chunks[i] for i in missing))
-    videos = stream(dataset, wanted, workers=config.data.workers, timeout_s=config.data.timeout_s)
+    videos = stream(dataset, wanted)
     with Bar(name, total=len(rows), unit="videos", start=len(rows) - len(wanted)) as bar:
         for i in missing:
             read = list(itertools.islice(videos, len(chunks[i])))

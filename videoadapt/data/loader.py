@@ -17,6 +17,7 @@ from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, Vide
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.sampling import seed_of
 from videoadapt.errors import RunError, UserError
+from videoadapt.runtime import worker_count
 
 
 @dataclass
@@ -54,7 +55,7 @@ class TrainLoader:
         self._rows, self._config = _train_rows(manifest), config
         self._steps = steps_per_epoch(manifest, config)
         self._keys: list[list[tuple[int, int]]] = []  # the loader goes through this list anew in each epoch
-        self._workers = min(config.data.workers, self._steps * config.train.accumulate)
+        self._workers = min(worker_count(config.data.workers), self._steps * config.train.accumulate)
         self._loader: DataLoader[Any] = DataLoader(
             TrainClips(manifest, config),
             batch_sampler=self._keys,
@@ -84,21 +85,20 @@ class TrainLoader:
         return [[(epoch, row) for row in rows[first : first + part]] for first in range(0, len(rows), part)]
 
 
-def stream(
-    dataset: EvalVideos, rows: Sequence[int], *, workers: int, timeout_s: float
-) -> Iterator[VideoViews | Failure]:
+def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Failure]:
     """The videos of some rows, one by one and in this order. Raises `RunError` as `TrainLoader.epoch` does."""
-    workers = min(workers, len(rows))
+    data = dataset.config.data
+    workers = min(worker_count(data.workers), len(rows))
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
         sampler=rows,
         collate_fn=_as_is,
         num_workers=workers,
-        timeout=timeout_s if workers else 0,
+        timeout=data.timeout_s if workers else 0,
         worker_init_fn=_start_worker,
     )
-    return _guarded(loader, timeout_s)
+    return _guarded(loader, data.timeout_s)
 
 
 def _train_rows(manifest: Manifest) -> np.ndarray:

@@ -23,6 +23,7 @@ from videoadapt.data.probe import VideoInfo
 from videoadapt.data.probing import Finding, probe_files
 from videoadapt.errors import UserError
 from videoadapt.log import replacing, say
+from videoadapt.runtime import worker_count
 
 _SCHEMA = pa.schema(
     [
@@ -35,12 +36,12 @@ _SCHEMA = pa.schema(
         ("rotation", pa.int64()),
         ("reader", pa.string()),
         ("bytes", pa.int64()),
-        *((name, pa.string()) for name in ("split", "status", "cause")),
+        *((name, pa.string()) for name in ("content", "damage", "split", "status", "cause")),
     ]
 )
 _KEY = b"videoadapt"  # of the metadata in the Parquet file
 _HASH_DIGITS = 12
-_NOTHING = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0)
+_NOTHING = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0, "")
 _FAILED_SHOWN = 10
 
 
@@ -60,6 +61,8 @@ class Row(NamedTuple):
     rotation: int
     reader: Literal["decord", "pyav", "image"]
     bytes: int
+    content: str
+    damage: str | None  # none = the file was not decoded whole
     split: Split
     status: Literal["ok", "missing", "broken"]
     cause: str
@@ -192,7 +195,7 @@ def _manifest_path(config: Config) -> Path:
 
 def _findings(listed: Sequence[Listed], config: Config) -> dict[str, Finding]:
     there = [video.path for video in listed if os.path.exists(video.path)]
-    return probe_files(there, cache=config.run.dir / "probed.jsonl", workers=config.data.workers)
+    return probe_files(there, cache=config.run.dir / "probed.jsonl", workers=worker_count(config.data.workers))
 
 
 def _table(listed: Sequence[Listed], findings: dict[str, Finding]) -> pd.DataFrame:

@@ -6,6 +6,7 @@ Whatever a library has to say against a file comes out as a `VideoError` of one 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class VideoInfo:
     rotation: int
     reader: ReaderName
     bytes: int
+    content: str  # hash of the file's bytes
+    damage: str | None = None  # what decoding all of it found, empty if all is well; none = not decoded
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -65,7 +68,7 @@ def probe(path: str | Path) -> VideoInfo:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         height, width = read_image(path).shape[:2]
         kind = path.suffix.lower().lstrip(".")
-        return VideoInfo(1, 1.0, width, height, 1.0, kind, "image", 0, "image", size)
+        return VideoInfo(1, 1.0, width, height, 1.0, kind, "image", 0, "image", size, content_hash(path))
     with open_container(path) as (container, stream):
         return _probe_stream(path, container, stream, size)
 
@@ -99,6 +102,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
         rotation=first.rotation % 360,
         reader="decord" if sound and whole and plain and _suits_decord(container.format.name, stream) else "pyav",
         bytes=size,
+        content=content_hash(path),
     )
 
 
@@ -189,6 +193,18 @@ def file_size(path: Path) -> int:
     if size == 0:
         raise VideoError(f"{path}: the file is empty")
     return size
+
+
+def content_hash(path: Path) -> str:
+    """32 hex digits of a file's bytes. Raises `VideoError` if it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def reason(error: BaseException) -> str:
