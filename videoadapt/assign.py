@@ -115,7 +115,7 @@ def _labelled_clips(config: Config) -> LabelledClips:
     path = config.run.dir / "labels" / "outcomes.parquet"
     if not path.exists():
         raise UserError(f"{path}: no label table; run `videoadapt label` with this config first")
-    made = json.loads((path.parent / "label.json").read_text(encoding="utf-8"))["source"]
+    made = _labelled_by(config)["source"]
     if made != config.label.source:
         raise UserError(
             f"{path}: holds labels of source {made}, but label.source is {config.label.source}; run `label`"
@@ -132,6 +132,11 @@ def _labelled_clips(config: Config) -> LabelledClips:
     rows = np.array([row_of[video] for video in clips["video"]])[used]
     thumbnails, found = _thumbnails(manifest, rows, config)
     return LabelledClips(thumbnails, np.flatnonzero(found), labels[used][found], right[used][found])
+
+
+def _labelled_by(config: Config) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((config.run.dir / "labels" / "label.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[Any, Bools]:
@@ -235,6 +240,7 @@ def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
         "label": config.label.model_dump(mode="json"),
         "points": list(config.model.points),
         "labels": clips.digest(),
+        "model": _labelled_by(config)["model"],
         "threshold": None,
     }
 

@@ -53,7 +53,8 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
 
     say(f"videoadapt demo: about 3 minutes on 2 cores; everything stays in {config.run.dir}")
     data = config.run.dir / "data"
-    timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=worker_count(config.data.workers)))
+    workers = worker_count(config.data.workers)
+    timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=workers))
     timed("index", lambda: index(config))
     timed("train", lambda: train(config))
     timed("label", lambda: label(config))

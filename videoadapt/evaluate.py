@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -16,14 +17,15 @@ from videoadapt.data.datasets import EvalVideos, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import CheckpointError, RunError, UserError
-from videoadapt.labels import Bools, Choice, softmax
-from videoadapt.log import Bar, write_json
+from videoadapt.labels import Choice
+from videoadapt.log import Bar, say, write_json
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
 from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of
-from videoadapt.report.outcomes import Outcome, Population, policy_rows, write_tables
+from videoadapt.report.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.routing import route
 from videoadapt.runtime import peak_memory_bytes
-from videoadapt.scoring import Scores, inference_model, score
+from videoadapt.scoring import Scores, inference_model, score, weights_digest
 
 # how an assigner was fitted is of no consequence for running it
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
@@ -33,13 +35,25 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Evaluates the fixed, assigned, random and oracle policies on the val split.
 
     Every listed video counts (`evaluate.failed`: as wrong, or left out). Writes `evaluate/` tables per view, clip and
-    video (Parquet) and `evaluate/evaluate.json`, which is returned.
+    video (Parquet) and per class (CSV), and `evaluate/evaluate.json`, which is returned. The ranks of a job share the
+    videos; their number changes no result.
     """
     start = time.monotonic()
-    manifest = load_or_index(config)
-    model = inference_model(config)
-    assigned = _assigned(config, model)
-    assigner = assigned.assigner if assigned else None
+    path = config.run.dir / "evaluate" / "evaluate.json"
+    with ranks():
+        manifest = first_rank_first(lambda: load_or_index(config))
+        model = inference_model(config)
+        assigned = _assigned(config, model)
+        scores = _score(model, manifest, assigned, config)
+        if rank() == 0:
+            summary = _summary(model, manifest, scores, assigned, config=config)
+            write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
+        wait_for_all()
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return written
+
+
+def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores:
     frame = manifest.table
     rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
     if not len(rows):
@@ -51,42 +65,47 @@ def evaluate(config: Config) -> dict[str, Any]:
         config,
         name="evaluate",
         temporal_views=config.evaluate.temporal_views,
-        assigner=assigner,
+        assigner=assigned.assigner if assigned else None,
     )
     if not len(scores.rows):
         first = scores.failures[0]
         raise UserError(
             f"data.val.annotations: none of {len(rows)} videos could be decoded; {first.path}: {first.cause}"
         )
+    return scores
+
+
+def _summary(
+    model: TimeSformer, manifest: Manifest, scores: Scores, assigned: Assigned | None, *, config: Config
+) -> dict[str, Any]:
+    points = model.config.points
     population = _population(manifest, scores)
-    right = _right(scores)
-    outcomes = [
-        _outcome(policy, scores, right, config) for policy in _policies(model.config.points, scores, assigned, config)
-    ]
+    outcomes = outcomes_of(scores, _policies(points, scores, assigned, config), config)
     write_tables(config, scores, population, outcomes)
-    speeds = _speeds(model, manifest, scores, right, outcomes, config=config)
-    summary = {
+    speeds = _speeds(model, manifest, scores, outcomes, config)
+    return {
         "split": "val",
         "manifest": manifest.hash,
+        "model": scores.model,
         "listed": len(population.videos),
         "scored": len(population.scored),
         "failed": population.failed,
         "failed_count_as": config.evaluate.failed,
+        "temporal_views": config.evaluate.temporal_views,
+        "spatial_crops": config.evaluate.spatial_crops,
         "views_per_video": config.evaluate.temporal_views * config.evaluate.spatial_crops,
         "macs_per_view": point_macs(config.model),
-        "assigner_macs": assigner_macs(config.assign, len(model.config.points)) if assigner else None,
+        "assigner_macs": assigner_macs(config.assign, len(points)) if assigned else None,
         "policies": policy_rows(outcomes, population, speeds, config),
-        "seconds": round(time.monotonic() - start, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    write_json(config.run.dir / "evaluate" / "evaluate.json", summary)
-    return summary
 
 
 def _assigned(config: Config, model: TimeSformer) -> Assigned | None:
-    if assigner_checkpoints(config.run.dir).latest() is None:
+    found = assigner_checkpoints(config.run.dir).latest()
+    if found is None:
         return None
-    assigned = Assigned.load(config.run.dir)
+    assigned = Assigned.load(found.path)
     if assigned.points != model.config.points:
         raise CheckpointError(
             f"{config.run.dir / 'assigner'}: was fitted for the points {', '.join(assigned.points)}, the model has "
@@ -94,6 +113,11 @@ def _assigned(config: Config, model: TimeSformer) -> Assigned | None:
         )
     fitted = assigned.assigner.config.model_dump(mode="json")
     require_same(config.run.dir / "assigner", config.assign, fitted, "assign", free=FITTING)
+    if found.meta["model"] != weights_digest(model):
+        say(
+            "the assigner was fitted to labels of other weights, or of another run.precision: run `label` and `assign` "
+            "again, or its choices are not those of this model"
+        )
     assigned.assigner.to(model.head.weight.device)
     return assigned
 
@@ -107,14 +131,10 @@ def _population(manifest: Manifest, scores: Scores) -> Population:
     return Population(
         videos=listed["video"].tolist(),
         truth=listed["label"].to_numpy(np.int64),
+        classes=manifest.classes,
         scored=np.array([position[row] for row in dict.fromkeys(scores.rows.tolist())], dtype=np.int64),
         failed=[{"path": str(listed.loc[row, "path"]), "cause": cause} for row, cause in causes.items()],
     )
-
-
-def _right(scores: Scores) -> Bools:
-    """Whether the model is right on each clip at each point, from the mean over its crops: `(clips, points)`."""
-    return softmax(scores.logits).mean(1).argmax(-1) == scores.truth[:, None]
 
 
 def _policies(points: tuple[str, ...], scores: Scores, assigned: Assigned | None, config: Config) -> list[Policy]:
@@ -125,29 +145,8 @@ def _policies(points: tuple[str, ...], scores: Scores, assigned: Assigned | None
     return [*policies, Oracle()]
 
 
-def _outcome(policy: Policy, scores: Scores, right: Bools, config: Config) -> Outcome:
-    points = config.model.points
-    clips = len(scores.rows)
-    choice = policy.choose(Evidence(clips, points, scores.assigned, right))
-    chosen = softmax(scores.logits[np.arange(clips), :, choice]).mean(1)  # (clips, classes)
-    _, video = np.unique(scores.rows, return_inverse=True)
-    sums = np.zeros((video.max() + 1, chosen.shape[1]))
-    np.add.at(sums, video, chosen)
-    macs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64)[choice]
-    macs *= config.evaluate.spatial_crops
-    if policy.assigner:
-        macs += assigner_macs(config.assign, len(points))
-    return Outcome(policy, choice, sums / np.bincount(video)[:, None], macs)
-
-
 def _speeds(
-    model: TimeSformer,
-    manifest: Manifest,
-    scores: Scores,
-    right: Bools,
-    outcomes: list[Outcome],
-    *,
-    config: Config,
+    model: TimeSformer, manifest: Manifest, scores: Scores, outcomes: list[Outcome], config: Config
 ) -> dict[str, float]:
     """Clips per second of each policy on the same random clips, decoded beforehand: assigner, routing and model.
 
@@ -170,7 +169,7 @@ def _speeds(
                     outcome.policy,
                     batch=config.evaluate.batch,
                     thumbnails=thumbnails,
-                    right=right[drawn],
+                    right=scores.right[drawn],
                 )
                 seconds[outcome.policy.name].append(time.perf_counter() - start)
                 bar.step(1, outcome.policy.name)
@@ -186,8 +185,7 @@ def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) 
         spatial_crops=config.evaluate.spatial_crops,
     )
     rows = list(dict.fromkeys(scores.rows[drawn].tolist()))
-    read = stream(dataset, rows)
-    videos = {video.video: video for video in read if isinstance(video, VideoViews)}
+    videos = {video.video: video for video in stream(dataset, rows) if isinstance(video, VideoViews)}
     missing = [row for row in rows if row not in videos]
     if missing:
         raise RunError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -30,7 +31,12 @@ def class_means(right: Bools, truth: Choice) -> Floats:
 
 
 def mean_class_interval(right: Bools, truth: Choice, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the mean class accuracy, videos drawn again within each class."""
+    """Bootstrap interval of the mean class accuracy, videos drawn again within each class.
+
+    Where all videos are right, or all wrong, drawing them again shows no spread: the Wilson interval then.
+    """
+    if right.all() or not right.any():
+        return wilson(int(right.sum()), len(right))
     counts = np.bincount(truth)
     counts = counts[counts > 0]
     drawn = np.random.default_rng(seed).binomial(counts, class_means(right, truth), (DRAWS, len(counts))) / counts
@@ -50,3 +56,13 @@ def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, 
     drawn = np.random.default_rng(seed).multinomial(total, smoothed, DRAWS)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / total, [0.025, 0.975])
     return float(shares[0] - shares[1]), float(low), float(high)
+
+
+def mcnemar(a_only: int, b_only: int) -> float:
+    """The exact two-sided p-value that a and b are equally often right, from the videos that only one gets right.
+
+    McNemar's test in its exact binomial form: where both are equally good, either is right alone with chance 1/2.
+    """
+    total = a_only + b_only
+    tail = sum(math.comb(total, count) for count in range(min(a_only, b_only) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**total)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from videoadapt.config import Config
 from videoadapt.data.manifest import load_or_index
 from videoadapt.errors import UserError
-from videoadapt.labels import LABEL_SPLITS, choose_labels, outcome_table, right_matrix, softmax
+from videoadapt.labels import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.log import write_json
 from videoadapt.report.tables import write_parquet
 from videoadapt.scoring import inference_model, score
@@ -31,9 +32,11 @@ def label(config: Config) -> dict[str, Any]:
     if not len(scores.rows):
         first = scores.failures[0]
         raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")
-    videos = manifest.table["video"].to_numpy()[scores.rows]
-    probabilities = softmax(scores.logits).mean(1)  # (clips, points, classes): the mean over the crops
-    table = outcome_table(videos, scores.clips, scores.truth, probabilities, points)
+    names = manifest["video"]
+    table = pd.concat(
+        outcome_table(names[part.rows].tolist(), part.clips, part.truth, part.probabilities(), points)
+        for part in scores.parts()
+    )
     clips, right = right_matrix(table, points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     clips["label"] = labels
@@ -44,6 +47,7 @@ def label(config: Config) -> dict[str, Any]:
         "source": config.label.source,
         "none_right": config.label.none_right,
         "manifest": manifest.hash,
+        "model": scores.model,
         "clips": len(labels),
         "failed": [{"path": f.path, "cause": f.cause} for f in scores.failures],
         "points": {

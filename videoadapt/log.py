@@ -27,7 +27,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-console = Console(stderr=True, highlight=False)
+# Rank 0 speaks for the job (torchrun numbers the ranks).
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def say(message: str) -> None:

@@ -1,6 +1,8 @@
 """The logits of every point on every view of a split: each video decoded once, in parts that survive an interruption.
 
-Labels, policies and reports are all derived from these scores.
+Parts are files of few videos, shared out over the ranks; what is in one depends neither on the rank that wrote it nor
+on the batch size. Labels, policies and reports are all derived from these parts, one after the other: the memory that
+a split needs does not grow with its logits.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,31 +27,63 @@ from videoadapt.config import Config
 from videoadapt.data.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest
-from videoadapt.labels import Floats
+from videoadapt.errors import RunError
+from videoadapt.labels import Bools, Floats, softmax
 from videoadapt.log import Bar, replacing
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.parallel import rank, wait_for_all, world_size
 from videoadapt.routing import assign_probabilities, view_logits
 from videoadapt.runtime import pick_device, precision_dtype
 
 VIDEOS_PER_PART = 32
+_APPEARS_S = 90.0  # that a file of another node may take to be seen through a network file system
 Ints = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of n clips of whole videos: logits `(n, crops, points, classes)` float32, and whose they are.
+
+    `rows` are the clips' manifest rows, `clips` their numbers within the video, all `(n,)`.
+    """
+
+    rows: Ints
+    clips: Ints
+    truth: Ints
+    logits: Floats
+
+    def probabilities(self) -> Floats:
+        """The mean over a clip's crops, `(n, points, classes)`."""
+        means: Floats = softmax(self.logits).mean(1)
+        return means
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of n clips: manifest row, number within the video, start, truth, and logits `(n, crops, points, classes)`.
+    """Scores of the n clips of a split, in the order of the manifest's rows; the logits stay on the disk.
 
+    `right` says whether the model is right on each clip at each point, by the mean over its crops, `(n, points)`.
     `assigned` are the assigner's probabilities `(n, points)`, absent without one. `failures` are the videos that could
-    not be read.
+    not be read. `model` is a digest of the weights that made the scores.
     """
 
     rows: Ints
     clips: Ints
     starts_s: Floats
     truth: Ints
-    logits: Floats
+    right: Bools
     assigned: Floats | None
     failures: list[Failure]
+    model: str
+    files: Sequence[Path]
+
+    def parts(self) -> Iterator[Scored]:
+        """The scores with their logits, part by part, in order."""
+        for file in self.files:
+            part = _read(file)
+            if "rows" in part:
+                yield _scored(part)
 
 
 def inference_model(config: Config) -> TimeSformer:
@@ -70,7 +105,11 @@ def score(
     temporal_views: int,
     assigner: Assigner | None = None,
 ) -> Scores:
-    """Scores of the videos in some rows of a manifest, all views and points; goes on where an earlier call stopped."""
+    """Scores of the videos in some rows (ascending) of a manifest, all views and points.
+
+    Goes on where an earlier call stopped, and tries again what could not be read then. Every rank calls it, does its
+    share, and returns the whole.
+    """
     dataset = EvalVideos(
         manifest,
         config,
@@ -78,35 +117,41 @@ def score(
         spatial_crops=config.evaluate.spatial_crops,
         thumbnails=assigner is not None,
     )
+    weights = weights_digest(model)
     settings = [
         model.config.model_dump(mode="json"),
         manifest.hash,
         list(map(int, rows)),
         [temporal_views, config.evaluate.spatial_crops, config.data.reader, str(model.head.weight.dtype)],
+        [weights, weights_digest(assigner) if assigner else None],
     ]
-    folder = config.run.dir / "scores" / f"{name}-{_fingerprint((model, assigner), settings)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     chunks = [list(rows[i : i + VIDEOS_PER_PART]) for i in range(0, len(rows), VIDEOS_PER_PART)]
-    parts = [folder / f"part-{i:05d}.npz" for i in range(len(chunks))]
-    missing = [i for i, part in enumerate(parts) if not part.exists()]
-    wanted = list(itertools.chain.from_iterable(chunks[i] for i in missing))
+    files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
+    todo = [(file, unread) for file, chunk in zip(files, chunks, strict=True) if (unread := _unread(file, chunk))]
+    wait_for_all()  # all have looked before the first one writes
+    mine = todo[rank() :: world_size()]
+    wanted = list(itertools.chain.from_iterable(unread for _, unread in mine))
+    done = len(rows) - sum(len(unread) for _, unread in todo)
     videos = stream(dataset, wanted)
-    with Bar(name, total=len(rows), unit="videos", start=len(rows) - len(wanted)) as bar:
-        for i in missing:
-            read = list(itertools.islice(videos, len(chunks[i])))
-            _save(parts[i], model, assigner, read, config.evaluate.batch)
+    with Bar(name, total=done + len(wanted), unit="videos", start=done) as bar:
+        for file, unread in mine:
+            read = list(itertools.islice(videos, len(unread)))
+            _write(file, _merged(file, _part(model, assigner, read, config.evaluate.batch)))
             bar.step(len(read))
-    return _load(parts)
+    wait_for_all()
+    return _load(files, weights)
 
 
-def _save(
-    path: Path, model: TimeSformer, assigner: Assigner | None, read: list[VideoViews | Failure], batch: int
-) -> None:
+def _unread(file: Path, chunk: list[int]) -> list[int]:
+    """The rows of a part that are still to be read: all of them, or those that failed."""
+    return [failure.video for failure in _failures(_read(file))] if file.exists() else chunk
+
+
+def _part(model: TimeSformer, assigner: Assigner | None, read: list[VideoViews | Failure], batch: int) -> Arrays:
     videos = [video for video in read if isinstance(video, VideoViews)]
     failures = [video for video in read if isinstance(video, Failure)]
-    arrays: dict[str, npt.NDArray[np.generic]] = {
-        "failures": np.array(json.dumps([[f.video, f.path, f.cause] for f in failures]))
-    }
+    arrays: Arrays = {"failures": np.array(json.dumps(failures))}
     if videos:
         views = torch.cat([video.views for video in videos])  # (clips, crops, C, T, S, S)
         flat = views.flatten(0, 1)
@@ -121,42 +166,78 @@ def _save(
         }
         if assigner is not None:
             arrays["assigned"] = assign_probabilities(assigner, torch.cat([video.thumbnails for video in videos]))
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    return arrays
 
 
-def _load(parts: Sequence[Path]) -> Scores:
-    loaded = [dict(np.load(part, allow_pickle=False)) for part in parts]
-    full = [part for part in loaded if "rows" in part]
-    failures = [Failure(*fields) for part in loaded for fields in json.loads(str(part["failures"]))]
-    if not full:
-        nothing = np.empty(0)
-        return Scores(nothing.astype(int), nothing.astype(int), nothing, nothing.astype(int), nothing, None, failures)
+def _merged(file: Path, new: Arrays) -> Arrays:
+    """What a part holds already and what was read of it now, in the order of the rows."""
+    old = _read(file) if file.exists() else {}
+    if "rows" not in old or "rows" not in new:
+        return old | new
+    order = np.lexsort([np.concatenate([old["clips"], new["clips"]]), np.concatenate([old["rows"], new["rows"]])])
+    merged = {key: np.concatenate([old[key], new[key]])[order] for key in new if key != "failures"}
+    return merged | {"failures": new["failures"]}
+
+
+def _write(file: Path, arrays: Arrays) -> None:
+    with replacing(file) as temporary, temporary.open("wb") as opened:
+        np.savez(opened, **arrays)  # type: ignore[arg-type]
+
+
+def _read(file: Path) -> Arrays:
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _failures(part: Arrays) -> list[Failure]:
+    return [Failure(*fields) for fields in json.loads(str(part["failures"]))]
+
+
+def _scored(part: Arrays) -> Scored:
+    return Scored(part["rows"], part["clips"], part["truth"], part["logits"])
+
+
+def _load(files: Sequence[Path], weights: str) -> Scores:
+    small: dict[str, list[npt.NDArray[Any]]] = {}
+    failures: list[Failure] = []
+    for file in files:
+        part = _read(_there(file))
+        failures += _failures(part)
+        if "rows" in part:
+            part["right"] = _scored(part).probabilities().argmax(-1) == part["truth"][:, None]
+            for key in part.keys() - {"logits", "failures"}:
+                small.setdefault(key, []).append(part[key])
 
     def joined(key: str) -> Any:
-        return np.concatenate([part[key] for part in full])
+        return np.concatenate(small[key]) if key in small else np.empty(0, np.int64)
 
     return Scores(
         rows=joined("rows"),
         clips=joined("clips"),
         starts_s=joined("starts_s"),
         truth=joined("truth"),
-        logits=joined("logits"),
-        assigned=joined("assigned") if "assigned" in full[0] else None,
+        right=joined("right"),
+        assigned=joined("assigned") if "assigned" in small else None,
         failures=failures,
+        model=weights,
+        files=files,
     )
 
 
-def _fingerprint(modules: Sequence[nn.Module | None], settings: list[Any]) -> str:
-    """What the scores depend on, so that parts of another model or population are never mixed in."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for module in modules:
-        if module is not None:
-            _hash_weights(digest, module)
-    return digest.hexdigest()[:12]
+def _there(file: Path) -> Path:
+    """A file that another rank has written. Raises `RunError` if it does not appear."""
+    deadline = time.monotonic() + _APPEARS_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"{file}: a rank wrote it, and this one cannot see it; run.dir must be shared by all nodes")
+        time.sleep(0.5)
+    return file
 
 
-def _hash_weights(digest: hashlib._Hash, module: nn.Module) -> None:
+def weights_digest(module: nn.Module) -> str:
+    """Of names and values, so that parts of another model are never mixed in."""
+    digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]

@@ -9,6 +9,8 @@ import pandas as pd
 
 from videoadapt.log import print_table, replacing, say
 
+SHOWN = 10  # failed videos
+
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     """A table, written whole or not at all."""
@@ -95,6 +97,8 @@ def print_assign(summary: dict[str, Any]) -> None:
 
 def print_evaluate(summary: dict[str, Any]) -> None:
     """One line per policy: accuracy with intervals, cost, speed."""
+    wrong = summary["failed_count_as"] == "wrong"
+    other = "top1_readable" if wrong else "top1_failed_wrong"
     rows = []
     for name, p in summary["policies"].items():
         difference, low, high = (100 * v for v in p["difference_to_costliest"])
@@ -103,8 +107,9 @@ def print_evaluate(summary: dict[str, Any]) -> None:
             (
                 name,
                 f"{percent(p['top1'])} ({percent(p['top1_low'])} to {percent(p['top1_high'])})",
+                *((percent(p[other]),) if summary["failed"] else ()),
                 f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
-                percent(p["top5"]),
+                "-" if p["top5"] is None else percent(p["top5"]),
                 f"{percent(p['mean_class'])} ({percent(p['mean_class_low'])} to {percent(p['mean_class_high'])})",
                 macs(p["macs_per_view"]),
                 macs(p["macs_per_video"]),
@@ -115,6 +120,7 @@ def print_evaluate(summary: dict[str, Any]) -> None:
     columns = (
         "policy",
         "top-1 % (95 %)",
+        *(("readable alone" if wrong else "failed as wrong",) if summary["failed"] else ()),
         "to costliest",
         "top-5 %",
         "mean class %",
@@ -123,14 +129,17 @@ def print_evaluate(summary: dict[str, Any]) -> None:
         "saved %",
         "clips/s",
     )
-    title = f"{summary['listed']} videos listed, {summary['scored']} read; {summary['views_per_video']} views a video"
+    title = (
+        f"{summary['listed']} videos listed, {summary['scored']} read; {summary['temporal_views']} clips x "
+        f"{summary['spatial_crops']} crops a video"
+    )
     print_table(title, columns, rows)
-    say(f"manifest {summary['manifest']}; a failed video counts as: {summary['failed_count_as']}")
-    if summary["failed"]:
-        name, first = next(iter(summary["policies"].items()))
-        say(f"top-1 of {name} over readable videos alone: {percent(first['top1_readable'])} %")
-    for failure in summary["failed"][:10]:
+    counts = "as wrong" if wrong else "not at all (evaluate.failed: exclude)"
+    say(f"manifest {summary['manifest']}; {len(summary['failed'])} videos failed, and count {counts}")
+    for failure in summary["failed"][:SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
+    if len(summary["failed"]) > SHOWN:
+        say(f"  and {len(summary['failed']) - SHOWN} more, in evaluate.json")
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     else:
