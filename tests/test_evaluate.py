@@ -1,0 +1,218 @@
+"""Evaluation that can be trusted: its numbers depend on the videos and the model, on nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import small_runs as runs
+from video_files import numbered, write_list, write_video
+from videoadapt.checkpoint import train_checkpoints
+from videoadapt.config import Config, dump_config
+from videoadapt.data.manifest import load_or_index
+from videoadapt.evaluate import evaluate
+from videoadapt.scoring import VIDEOS_PER_PART
+from videoadapt.state import State
+
+BROKEN = "broken.mp4"
+POINTS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated set with 70 validation videos, one of them broken: three parts of scores."""
+    folder = runs.make_data(tmp_path_factory.mktemp("evaluate") / "data")
+    made = (folder / "val.csv").read_text().splitlines()
+    for number in range(69):
+        path, label = made[number % len(made)].split()
+        link = folder / f"val{number}.mp4"
+        link.symlink_to(folder / path)
+        made.append(f"{link.name} {label}")
+    (folder / BROKEN).write_bytes(b"no video")
+    (folder / "val.csv").write_text("\n".join([*made[12:40], f"{BROKEN} 3", *made[40:]]) + "\n")
+    return folder
+
+
+def untrained(data: Path, run: Path, **sections: dict) -> Config:
+    """A config whose run holds a model as it was initialised."""
+    config = runs.config(data, run, data={"holdout": 0.0}, label={"source": "train"}, **sections)
+    state = State.start(config, load_or_index(config))
+    train_checkpoints(run).save(0, *state.saved())
+    return config
+
+
+def launch(config: Config, *overrides: str, ranks: int = 1, **options: object) -> subprocess.Popen[str]:
+    """`videoadapt evaluate` on so many ranks, in processes of their own."""
+    path = config.run.dir / "own.yaml"
+    path.write_text(dump_config(config))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    line = [sys.executable, *torchrun, "-m", "videoadapt", "evaluate", str(path), *overrides, "--json"]
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def logits(config: Config) -> np.ndarray:
+    parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
+    return np.concatenate([np.load(part)["logits"] for part in parts])
+
+
+def table(config: Config, name: str) -> pd.DataFrame:
+    return pd.read_parquet(config.run.dir / "evaluate" / f"{name}.parquet")
+
+
+def timeless(summary: dict) -> dict:
+    """A summary without what was measured of the machine."""
+    kept = {key: value for key, value in summary.items() if key not in {"seconds", "peak_memory_bytes"}}
+    policies = {name: row | {"clips_per_s": None} for name, row in kept["policies"].items()}
+    return kept | {"policies": policies}
+
+
+VIEWS = {"temporal_views": 2, "spatial_crops": 3, "speed_clips": 0}
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
+    config = untrained(data, tmp_path_factory.mktemp("alone"), evaluate=VIEWS)
+    return config, evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, ["evaluate.batch=5", "data.workers=1"]),
+        (2, ["evaluate.batch=64", "data.workers=0"]),
+        (1, ["evaluate.batch=1", "data.workers=2"]),
+    ],
+)
+def test_ranks_batches_and_workers_change_no_number(
+    data: Path, tmp_path: Path, alone: tuple[Config, dict], ranks: int, settings: list[str]
+) -> None:
+    config = untrained(data, tmp_path, evaluate=VIEWS)
+    process = launch(config, *settings, ranks=ranks)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    expected, summary = alone
+    np.testing.assert_allclose(logits(config), logits(expected), atol=1e-5)
+    ours, theirs = table(config, "videos"), table(expected, "videos")
+    pd.testing.assert_frame_equal(ours.drop(columns="p_best"), theirs.drop(columns="p_best"))
+    np.testing.assert_allclose(np.concatenate(ours["p_best"]), np.concatenate(theirs["p_best"]), atol=1e-5)
+    assert timeless(json.loads(out)) == timeless(summary)  # printed once, by the first rank
+
+
+def test_every_listed_video_counts_and_both_accuracies_are_there(alone: tuple[Config, dict]) -> None:
+    config, summary = alone
+    assert (summary["listed"], summary["scored"], len(summary["failed"])) == (70, 69, 1)
+    assert (summary["temporal_views"], summary["spatial_crops"]) == (2, 3)
+    videos = table(config, "videos").set_index(["policy", "video"])
+    for name, row in summary["policies"].items():
+        right = videos.loc[name, "right"]
+        assert not right[BROKEN]
+        assert row["top1"] == row["top1_failed_wrong"] == pytest.approx(right.mean())
+        assert row["top1_readable"] == pytest.approx(right.drop(BROKEN).mean())
+
+
+def test_a_video_is_the_mean_of_its_views(alone: tuple[Config, dict]) -> None:
+    config, _ = alone
+    views = table(config, "views")
+    assert len(views) == 69 * 2 * 3 * POINTS
+    point = views[views["point"] == "6"]
+    mean = point.groupby("video")["p_true"].mean()
+    videos = table(config, "videos")
+    here = videos[(videos["policy"] == "fixed:6") & ~videos["failed"]]
+    truths = {
+        row.video: row.p_best[list(row.best).index(row.truth)] for row in here.itertuples() if row.truth in row.best
+    }
+    assert len(truths) > 5  # noqa: PLR2004
+    np.testing.assert_allclose(list(truths.values()), mean[list(truths)], atol=1e-9)
+
+
+def test_the_class_table_follows_from_the_videos(alone: tuple[Config, dict]) -> None:
+    config, summary = alone
+    classes = pd.read_csv(config.run.dir / "evaluate" / "classes.csv")
+    for name, row in summary["policies"].items():
+        here = classes[classes["policy"] == name]
+        assert here["videos"].sum() == 70
+        assert here["top1"].mean() == pytest.approx(row["mean_class"])
+        assert here["top1"].is_monotonic_increasing
+        assert ((here["top1_low"] <= here["top1"] + 1e-9) & (here["top1"] <= here["top1_high"] + 1e-9)).all()
+
+
+def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    rows = [(str(write_video(data / f"v{i}.mp4", numbered(8, 64, 96, start=8 * i)).name), i % 3) for i in range(40)]
+    write_list(data / "train.csv", rows[:10])
+    write_list(data / "val.csv", rows)
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    config = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0})
+    away, back = data / "away", data / "v35.mp4"
+    back.rename(away)
+    assert evaluate(config)["failed"] == [{"path": str(back), "cause": "No such file or directory"}]
+    parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
+    assert len(parts) == 2 and VIDEOS_PER_PART == 32  # noqa: PLR2004
+    before = [part.stat().st_mtime_ns for part in parts]
+    away.rename(back)
+    again = evaluate(config)
+    assert (again["failed"], again["scored"]) == ([], 40)
+    after = [part.stat().st_mtime_ns for part in parts]
+    assert after[0] == before[0] and after[1] != before[1]
+    fresh = untrained(data, tmp_path / "fresh", evaluate={"speed_clips": 0})
+    assert timeless(evaluate(fresh)) == timeless(again)
+    np.testing.assert_allclose(logits(config), logits(fresh), atol=1e-5)
+
+
+def memory_mib(process: int) -> float:
+    """What a process holds for itself, without the pages that it shares with its workers."""
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: Path) -> None:
+    data, count = tmp_path / "data", 20_000
+    sources = [write_video(data / f"source{i}.mp4", numbered(6, 32, 48, start=6 * i)) for i in range(20)]
+    for number in range(count):
+        os.link(sources[number % 20], data / f"v{number}.mp4")
+    write_list(data / "val.csv", [(f"v{i}.mp4", i % 12) for i in range(count)])
+    write_list(data / "train.csv", [(f"source{i}.mp4", i % 12) for i in range(20)])
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    model = {"width": 16, "depth": 1, "patch": 8, "size": 32, "num_frames": 2, "points": ["4", "2"]}
+    config = untrained(data, tmp_path / "run", model=model, evaluate={"speed_clips": 0, "batch": 64})
+
+    process = launch(config, "data.workers=2", start_new_session=True)
+    parts = config.run.dir / "scores"
+    used: dict[int, float] = {}
+    stop_at = random.Random(time.time_ns()).randrange(5_000, 15_000)
+    while (done := len(list(parts.glob("*/part-*.npz"))) * VIDEOS_PER_PART) < stop_at:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        if done:
+            used[done] = memory_mib(process.pid)
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    early, late = (np.median([mib for done, mib in used.items() if low <= done < high]) for low, high in (
+        (0, stop_at // 3), (2 * stop_at // 3, stop_at)))  # fmt: skip
+    assert late < early + 30, f"memory grew from {early:.0f} to {late:.0f} MiB by {stop_at} videos: {used}"  # noqa: PLR2004
+
+    kept = len(list(parts.glob("*/part-*.npz")))
+    resumed, err = launch(config, "data.workers=2").communicate(timeout=900)
+    assert f"{count}/{count} videos" in err
+    for part in sorted(parts.glob("*/part-*.npz"))[: kept // 2]:
+        part.unlink()  # half of what the killed process wrote, done again by the resumed code
+    whole, _ = launch(config, "data.workers=1", "evaluate.batch=50").communicate(timeout=900)
+    assert timeless(json.loads(resumed)) == timeless(json.loads(whole))
+    assert json.loads(whole)["scored"] == count
