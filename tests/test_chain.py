@@ -128,6 +128,23 @@ def test_labelling_goes_on_where_it_stopped(run: Config, tmp_path: Path) -> None
     pd.testing.assert_frame_equal(pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet"), before)
 
 
+def test_a_clip_that_the_assigner_could_not_read_is_tried_again(run: Config, tmp_path: Path) -> None:
+    import shutil
+
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(run.data.root or Path(), data)
+    config = runs.config(data, folder, evaluate={"spatial_crops": 3})
+    train(config)
+    clips = label(config)["clips"]
+    held_out = Path(load_or_index(config).split("holdout")["path"][1])
+    held_out.rename(tmp_path / "away")
+    first = assign(config)
+    (tmp_path / "away").rename(held_out)
+    second = assign(config)
+    assert first["clips_fitted"] + first["clips_selecting"] == clips - 1
+    assert second["clips_fitted"] + second["clips_selecting"] == clips
+
+
 @pytest.mark.parametrize("loss", ["ce", "expected_cost"])
 def test_assigner_goes_on_where_it_stopped(run: Config, tmp_path: Path, loss: str) -> None:
     """Fitting 4 epochs, or the same 4 with everything after the second lost in between."""

@@ -5,9 +5,10 @@ r"""Evaluate a released TimeSformer under the paper's protocol: one clip in the 
 
 WEIGHTS is a `.pyth` of facebookresearch or a Hugging Face folder; the config names the architecture
 (timesformer_hr_k400.yaml and timesformer_l_k400.yaml for the other two). The released models know their costliest
-length alone, so that it is the only point, unless `model.points` says otherwise. The normalisation is the folder's own
-(`preprocessor_config.json`), or the config's, whose mean 0.45 and deviation 0.225 are those of facebookresearch.
-Stops, and goes on, as `videoadapt evaluate` does; torchrun spreads it over several processes.
+length alone, so that it is the only point, unless `model.points` says otherwise. The input is normalised as the config
+says: mean 0.45 and deviation 0.225, with which the released weights were trained. The processors of converted folders
+(`preprocessor_config.json`) state other values; where they do, that is said. For weights of your own, set `model.mean`
+and `model.std`. Stops, and goes on, as `videoadapt evaluate` does; torchrun spreads it over several processes.
 """
 
 from __future__ import annotations
@@ -54,13 +55,12 @@ def main() -> None:
 
 
 def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
-    """The config with the paper's protocol, the weights' own normalisation, and a run folder of their own."""
+    """The config with the paper's protocol and a run folder for these weights."""
     costliest = max(map(Point.parse, load_config(path, overrides).model.points))
     own = [
         f"model.points=['{costliest}']",
         f"run.dir=runs/released/{weights.stem}",
         *PROTOCOL,
-        *_normalisation(weights / "preprocessor_config.json"),
     ]
     config = load_config(path, [*own, *overrides])
     return config.model_copy(
@@ -68,11 +68,12 @@ def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
     )
 
 
-def _normalisation(path: Path) -> list[str]:
-    """`model.mean` and `model.std` as a Hugging Face folder states them; nothing where it does not."""
-    values = _read_json(path)
-    keys = {"model.mean": "image_mean", "model.std": "image_std"}
-    return [f"{key}={values[theirs]}" for key, theirs in keys.items() if theirs in values]
+def _note_normalisation(path: Path, config: Config) -> None:
+    """Says so where a Hugging Face folder states another normalisation than the one that is used."""
+    stated, model = _read_json(path), config.model
+    for key, used, theirs in (("mean", model.mean, "image_mean"), ("std", model.std, "image_std")):
+        if theirs in stated and list(used) != stated[theirs]:
+            say(f"note: {path} states {theirs} {stated[theirs]}; used is model.{key} {list(used)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def convert(weights: Path, config: Config) -> None:
     """Writes the weights as a checkpoint of ours, if they fill the whole model and name the classes as we do."""
     classes = load_or_index(config).classes
     _require_classes(weights / "config.json", classes)
+    _note_normalisation(weights / "preprocessor_config.json", config)
     model = build_model(config)
     report = load_weights(model, read_weights(weights).tensors)
     say(str(report))

@@ -140,7 +140,10 @@ def _labelled_by(config: Config) -> dict[str, Any]:
 
 
 def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[Any, Bools]:
-    """Every clip's thumbnails in one file, read once; goes on where it stopped. Also, which clips could be read."""
+    """Every clip's thumbnails in one file, read once, and which clips could be read.
+
+    Goes on where it stopped, and tries again what could not be read then.
+    """
     dataset = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1, views=False)
     shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
     key = [manifest.hash, rows.tolist(), shape, config.data.reader, config.model.model_dump(mode="json")]
@@ -152,21 +155,21 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
     if path.exists() and progress.exists():
         done = json.loads(progress.read_text(encoding="utf-8"))
     array = np.lib.format.open_memmap(path, "r+" if done["count"] else "w+", np.uint8, shape)
-    left = rows[done["count"] :].tolist()
-    videos = stream(dataset, left)
-    with Bar("thumbnails", total=len(rows), unit="clips", start=done["count"]) as bar:
-        for number, video in enumerate(videos, start=done["count"]):
+    found = np.ones(len(rows), dtype=bool)
+    found[done["failed"]] = found[done["count"] :] = False
+    numbers = np.flatnonzero(~found)
+    videos = stream(dataset, rows[numbers].tolist())
+    with Bar("thumbnails", total=len(rows), unit="clips", start=len(rows) - len(numbers)) as bar:
+        for number, video in zip(numbers.tolist(), videos, strict=True):
             if isinstance(video, VideoViews):
-                array[number] = video.thumbnails[0].numpy()
+                array[number], found[number] = video.thumbnails[0].numpy(), True
             else:
-                done["failed"].append(number)
                 say(f"left out: {video.path}: {video.cause}")
             bar.step()
-            if (number + 1) % SAVE_EVERY == 0 or number + 1 == len(rows):
+            if (number + 1) % SAVE_EVERY == 0 or number == numbers[-1]:
                 array.flush()
-                write_json(progress, done | {"count": number + 1})
-    found = np.ones(len(rows), dtype=bool)
-    found[done["failed"]] = False
+                count = max(done["count"], number + 1)
+                write_json(progress, {"count": count, "failed": np.flatnonzero(~found[:count]).tolist()})
     return array, found
 
 

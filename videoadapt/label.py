@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from videoadapt.config import Config
-from videoadapt.data.manifest import load_or_index
+from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
 from videoadapt.labels import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.log import write_json
+from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
 from videoadapt.report.tables import write_parquet
-from videoadapt.scoring import inference_model, score
+from videoadapt.scoring import Scores, inference_model, score
 
 
 def label(config: Config) -> dict[str, Any]:
     """Runs every point on every clip of the label source's splits and derives the labels.
 
-    Writes `labels/outcomes.parquet` (one row per clip and point) and `labels/labels.parquet`; returns the summary.
+    Writes `labels/outcomes.parquet` (one row per clip and point) and `labels/labels.parquet`; returns the summary. The
+    ranks of a job share the clips; their number changes no label.
     """
-    manifest = load_or_index(config)
-    model = inference_model(config)
-    points = model.config.points
+    path = config.run.dir / "labels" / "label.json"
+    with ranks():
+        manifest = first_rank_first(lambda: load_or_index(config))
+        scores = _score(manifest, config)
+        if rank() == 0:
+            write_json(path, _write_labels(manifest, scores, config))
+        wait_for_all()
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def _score(manifest: Manifest, config: Config) -> Scores:
     splits = LABEL_SPLITS[config.label.source]
     usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
-    scores = score(model, manifest, np.flatnonzero(usable).tolist(), config, name="label", temporal_views=1)
+    rows = np.flatnonzero(usable).tolist()
+    scores = score(inference_model(config), manifest, rows, config, name="label", temporal_views=1)
     if not len(scores.rows):
         first = scores.failures[0]
         raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")
-    names = manifest["video"]
+    return scores
+
+
+def _write_labels(manifest: Manifest, scores: Scores, config: Config) -> dict[str, Any]:
+    points, names = config.model.points, manifest["video"]
     table = pd.concat(
         outcome_table(names[part.rows].tolist(), part.clips, part.truth, part.probabilities(), points)
         for part in scores.parts()
@@ -43,7 +60,7 @@ def label(config: Config) -> dict[str, Any]:
     folder = config.run.dir / "labels"
     for name, frame in (("outcomes", table), ("labels", clips)):
         write_parquet(folder / f"{name}.parquet", frame)
-    summary = {
+    return {
         "source": config.label.source,
         "none_right": config.label.none_right,
         "manifest": manifest.hash,
@@ -57,5 +74,3 @@ def label(config: Config) -> dict[str, Any]:
         "none_right_clips": int((~right.any(axis=1)).sum()),
         "left_out": int((labels < 0).sum()),
     }
-    write_json(folder / "label.json", summary)
-    return summary
