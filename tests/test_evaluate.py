@@ -57,7 +57,7 @@ def launch(config: Config, *overrides: str, ranks: int = 1, **options: object) -
     path.write_text(dump_config(config))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     line = [sys.executable, *torchrun, "-m", "videoadapt", "evaluate", str(path), *overrides, "--json"]
-    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload]
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"cost", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state"},
     {"train", "assign", "label", "evaluate", "predict", "report", "export"},
-    {"launch", "demo"},
+    {"launch", "demo", "bench"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}

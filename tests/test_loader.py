@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import shutil
-from itertools import islice
+import signal
+import time
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from video_files import numbered, numbers_of, write_list, write_video
 from videoadapt.config import Config, make_config
 from videoadapt.data import datasets
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
-from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch, stream
+from videoadapt.data.loader import Batch, epoch_rows, steps_per_epoch, stream, train_batches
 from videoadapt.data.manifest import Manifest, index
 from videoadapt.data.readers import open_video
 from videoadapt.errors import RunError, UserError
@@ -60,6 +65,14 @@ def with_workers(config: Config, workers: int, timeout_s: float = 300.0) -> Conf
     return config.model_copy(update={"data": data})
 
 
+def parts(
+    manifest: Manifest, config: Config, start: int = 0, *, steps: int = 3, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    """The parts of some steps; an epoch has three."""
+    run = train_batches(manifest, config, start, rank=rank, world=world)
+    return list(chain.from_iterable(islice(run, steps)))
+
+
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
         torch.equal(a.clips, b.clips) and torch.equal(a.labels, b.labels) and torch.equal(a.videos, b.videos)
@@ -68,7 +81,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 
 
 def test_an_epoch_holds_whole_steps_of_different_videos(config: Config, manifest: Manifest) -> None:
-    batches = list(TrainLoader(manifest, config).epoch(0))
+    batches = parts(manifest, config)
     assert steps_per_epoch(manifest, config) == 3
     assert len(batches) == 6  # 3 steps of 2 parts; the 13th video is left out
     for batch in batches:
@@ -80,21 +93,54 @@ def test_an_epoch_holds_whole_steps_of_different_videos(config: Config, manifest
 
 
 def test_batches_are_the_same_whatever_the_number_of_workers(config: Config, manifest: Manifest) -> None:
-    loaders = [TrainLoader(manifest, with_workers(config, workers)) for workers in (0, 1, 2)]
-    for epoch in (0, 1):  # the second with workers that have lived through the first
-        expected, *others = [list(loader.epoch(epoch)) for loader in loaders]
-        assert all(same(expected, other) for other in others)
+    expected, *others = [parts(manifest, with_workers(config, workers), steps=6) for workers in (0, 1, 2)]
+    assert all(same(expected, other) for other in others)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_starting_at_a_batch_equals_skipping_those_before(config: Config, manifest: Manifest, workers: int) -> None:
-    loader = TrainLoader(manifest, with_workers(config, workers))
-    whole = list(loader.epoch(3))
-    assert same(list(loader.epoch(3, start=4)), whole[4:])
-    abandoned = list(islice(loader.epoch(3), 2))
-    assert same(abandoned, whole[:2])
-    assert same(list(loader.epoch(3, start=1)), whole[1:])  # also after an epoch that was left half-way
-    assert list(loader.epoch(3, start=6)) == []
+    config = with_workers(config, workers)
+    whole = parts(manifest, config, steps=6)
+    assert same(parts(manifest, config, 2, steps=4), whole[4:])  # in the middle of an epoch
+    assert same(parts(manifest, config, 3, steps=3), whole[6:])  # at its end
+    last = steps_per_epoch(manifest, config) * config.train.epochs
+    assert len(parts(manifest, config, last - 1, steps=9)) == 2
+    assert parts(manifest, config, last) == []
+
+
+def test_ranks_share_each_part_and_together_have_the_whole(config: Config, manifest: Manifest) -> None:
+    whole = parts(manifest, config)
+    shares = zip(*(parts(manifest, config, rank=rank, world=2) for rank in range(2)), strict=True)
+    joined = [
+        Batch(
+            torch.cat([batch.clips for batch in share]),
+            torch.cat([batch.labels for batch in share]),
+            torch.cat([batch.videos for batch in share]),
+            failures=[],
+        )
+        for share in shares
+    ]
+    assert same(joined, whole)
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(
+    folder: Path, tmp_path: Path, manifest: Manifest
+) -> None:
+    orders = set()
+    for seed, epoch in itertools.product(range(3), range(5)):
+        run = {"dir": str(tmp_path), "seed": seed}
+        in_parts = [
+            epoch_rows(
+                manifest, config_of(folder, tmp_path, run=run, train={"batch": 4, "accumulate": accumulate}), epoch
+            )
+            for accumulate in (1, 2, 4)
+        ]
+        assert [rows.shape for rows in in_parts] == [(3, 1, 4), (3, 2, 2), (3, 4, 1)]
+        (order,) = {tuple(rows.flat) for rows in in_parts}
+        assert len(set(order)) == 12
+        assert set(order) <= set(range(COUNT))
+        orders.add(order)
+    assert len(orders) == 15
 
 
 def test_skipped_batches_are_not_decoded(config: Config, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +151,8 @@ def test_skipped_batches_are_not_decoded(config: Config, manifest: Manifest, mon
         return open_video(path, *settings)
 
     monkeypatch.setattr(datasets, "open_video", watched)
-    assert len(list(TrainLoader(manifest, config).epoch(0, start=5))) == 1
-    assert len(opened) == 2
+    assert len(parts(manifest, config, 2, steps=1)) == 2
+    assert len(opened) == 4
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_clips(folder: Path, tmp_path: Path) -> None:
@@ -115,7 +161,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_clips(folder: Path, tmp_path: P
     manifest = index(config)
 
     def order(config: Config, epoch: int) -> list[int]:
-        return [int(row) for batch in TrainLoader(manifest, config).epoch(epoch) for row in batch.videos]
+        return [int(row) for batch in parts(manifest, config, 3 * epoch) for row in batch.videos]
 
     assert order(config, 0) == order(config, 0)
     assert order(config, 0) != order(config, 1)
@@ -149,12 +195,12 @@ def test_a_failed_video_is_counted_and_never_replaced(folder: Path, tmp_path: Pa
     shutil.copytree(folder, copy)
     config = config_of(copy, tmp_path / "run")
     manifest = index(config)
-    before = list(TrainLoader(manifest, config).epoch(0))
+    before = parts(manifest, config)
     for row in before[0].videos.tolist():  # a whole batch, after the index was made
         (copy / f"v{row}.mp4").write_bytes(b"torn")
     (copy / f"v{before[1].videos[0]}.mp4").unlink()
     for workers in (0, 2):
-        after = list(TrainLoader(manifest, with_workers(config, workers)).epoch(0))
+        after = parts(manifest, with_workers(config, workers))
         assert [len(batch.labels) for batch in after] == [0, 1, 2, 2, 2, 2]
         assert [failure.video for failure in after[0].failures] == before[0].videos.tolist()
         (gone,) = after[1].failures
@@ -172,9 +218,7 @@ def test_only_readable_train_videos_are_trained_on(folder: Path, tmp_path: Path)
         folder, tmp_path, data={**data, "root": str(folder), "workers": 0}, train={"batch": 3, "accumulate": 1}
     )
     manifest = index(config)
-    seen = {
-        int(row) for epoch in range(9) for batch in TrainLoader(manifest, config).epoch(epoch) for row in batch.videos
-    }
+    seen = {int(row) for batch in parts(manifest, config, steps=18) for row in batch.videos}
     assert seen == set(range(1, 7))
     larger = config_of(folder, tmp_path, train={"batch": 7, "accumulate": 1})
     with pytest.raises(UserError, match="7 clips a step, but only 6 train videos"):
@@ -248,31 +292,97 @@ def test_images_are_clips_that_stand_still(tmp_path: Path) -> None:
     assert (views.views == views.views[:, :, :, :1]).all()
 
 
+def test_a_whole_step_of_failed_videos_is_an_empty_step(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "videos"
+    shutil.copytree(folder, copy)
+    config = config_of(copy, tmp_path / "run")
+    manifest = index(config)
+    for row in epoch_rows(manifest, config, 0)[1].flat:
+        (copy / f"v{row}.mp4").unlink()
+    first, *middle, last = islice(train_batches(manifest, with_workers(config, 2)), 3)
+    assert [len(batch.labels) for batch in chain(first, last)] == [2, 2, 2, 2]
+    for batch in chain.from_iterable(middle):
+        assert (len(batch.clips), len(batch.labels), len(batch.videos)) == (0, 0, 0)
+        assert len(batch.failures) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_videos_nearly_all_fail_stops(folder: Path, tmp_path: Path, workers: int) -> None:
+    copy = tmp_path / "videos"
+    shutil.copytree(folder, copy)
+    config = config_of(copy, tmp_path / "run")
+    manifest = index(config)
+    for row in epoch_rows(manifest, config, 0)[1:].flat:  # two thirds
+        (copy / f"v{row}.mp4").unlink()
+    with pytest.raises(
+        RunError, match=r"8 of the last 12 training clips \(67%\) cannot be read, at last .*v\d+\.mp4: No"
+    ):
+        parts(manifest, with_workers(config, workers))
+
+
 class Late(EvalVideos):
-    """A file system that does not answer."""
+    """A file system that does not answer for row 2."""
 
     def __getitem__(self, number: int) -> VideoViews | Failure:
-        import time
-
-        time.sleep(30)
-        raise AssertionError
+        if number == 2:
+            time.sleep(3)
+        return super().__getitem__(number)
 
 
 class Killed(EvalVideos):
-    """A worker that runs out of memory."""
+    """A worker that runs out of memory at row 2, while another one reads."""
 
     def __getitem__(self, number: int) -> VideoViews | Failure:
-        import os
-        import signal
+        time.sleep(0.3)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.3)
+        return super().__getitem__(number)
 
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
+
+def test_a_late_worker_stops_the_run_with_its_file(config: Config, manifest: Manifest) -> None:
+    dataset = Late(manifest, with_workers(config, 1, timeout_s=1.0), temporal_views=1, spatial_crops=1)
+    videos = stream(dataset, [0, 2, 1])
+    assert isinstance(next(videos), VideoViews)
+    with pytest.raises(RunError, match=r"data\.timeout_s=1; being read: \S+v2\.mp4 for [12]\.\d s\. Is the file"):
+        next(videos)
 
 
-@pytest.mark.parametrize("kind", [Late, Killed])
-def test_a_late_or_killed_worker_stops_the_run_with_a_reason(
-    config: Config, manifest: Manifest, kind: type[EvalVideos]
-) -> None:
-    dataset = kind(manifest, with_workers(config, 1, timeout_s=1.0), temporal_views=1, spatial_crops=1)
-    with pytest.raises(RunError, match=r"reading videos failed: .*data\.timeout_s=1"):
-        list(stream(dataset, [0, 1]))
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_killed_worker_stops_the_run_with_its_file_first(config: Config, manifest: Manifest, method: str) -> None:
+    dataset = Killed(manifest, with_workers(config, 2), temporal_views=1, spatial_crops=1)
+    file = r"\S+v2\.mp4 for \d+\.\d s \(its worker died of SIGKILL\)"
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        with pytest.raises(RunError, match=rf"exited unexpectedly; being read: {file}"):
+            list(stream(dataset, [0, 2, 1, 3, 4, 5]))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_worker_that_dies_does_not_break_into_what_the_main_process_does(config: Config, manifest: Manifest) -> None:
+    dataset = Killed(manifest, with_workers(config, 1), temporal_views=1, spatial_crops=1)
+    videos = stream(dataset, [0, 2])
+    next(videos)
+    time.sleep(0.6)  # in which the worker dies
+    with pytest.raises(RunError, match="exited unexpectedly"):
+        next(videos)
+
+
+def test_no_worker_outlives_its_loader(config: Config, manifest: Manifest) -> None:
+    run = train_batches(manifest, with_workers(config, 2))
+    next(run)
+    assert len(multiprocessing.active_children()) == 2
+    run.close()  # type: ignore[attr-defined]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_on_the_host(config: Config, manifest: Manifest) -> None:
+    device = torch.device("cuda")
+    run = islice(train_batches(manifest, with_workers(config, 2), device=device), 6)
+    for step, expected in zip(run, islice(train_batches(manifest, config), 6), strict=True):
+        moved = [Batch(b.clips.cpu(), b.labels.cpu(), b.videos, b.failures) for b in step]
+        assert all(b.clips.device.type == "cuda" for b in step)
+        assert same(moved, expected)

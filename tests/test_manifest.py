@@ -1,24 +1,27 @@
-"""The manifest: lists and folders, what is missing or broken, going on after an interruption, and the hash."""
+"""The manifest: what is missing, broken, damaged, double or changed, and the hash of the population."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+import small_runs as runs
 from video_files import write_list, write_video
-from videoadapt.config import Config, make_config
-from videoadapt.data import probing
-from videoadapt.data.annotations import list_videos
-from videoadapt.data.manifest import Manifest, index, load_or_index, summary
+from videoadapt.config import Config, dump_config, make_config
+from videoadapt.data.checking import check
+from videoadapt.data.manifest import Manifest, index, load_or_index
 from videoadapt.data.probe import probe
-from videoadapt.errors import ConfigError, UserError
+from videoadapt.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +48,23 @@ def config_of(run: Path, num_classes: int = 3, **data: Any) -> Config:
     return make_config({"run": {"dir": str(run)}, "data": data, "model": {"num_classes": num_classes}})
 
 
-def labels_of(config: Config) -> dict[str, int]:
-    return {video.video: video.label for video in list_videos(config)[0]}
+def stored(config: Config) -> dict[str, Any]:
+    """What `index` has written for people and programs."""
+    told: dict[str, Any] = json.loads((config.run.dir / "index.json").read_text())
+    return told
+
+
+def none() -> dict[str, Any]:
+    return {"count": 0, "first": []}
 
 
 def test_index_states_every_listed_video_and_what_is_wrong_with_it(tmp_path: Path, videos: Path) -> None:
     rows: list[tuple[str, int | str]] = [("v0.mp4", 0), ("broken.mp4", 1), ("gone.mp4", 1), ("v1.mp4", 2)]
     train = write_list(videos / "train.txt", rows)
     val = write_list(videos / "val.txt", [("v2.mp4", 0)])
-    manifest = index(config_of(tmp_path / "run", train=train, val=val))
+    write_video(videos / "v1.mp4", 90)
+    config = config_of(tmp_path / "run", train=train, val=val)
+    manifest = index(config)
     assert len(manifest) == 5
     assert manifest["status"].tolist() == ["ok", "broken", "missing", "ok", "ok"]
     assert manifest["label"].tolist() == [0, 1, 1, 2, 0]
@@ -61,182 +72,228 @@ def test_index_states_every_listed_video_and_what_is_wrong_with_it(tmp_path: Pat
     assert manifest.split("train").readable["path"].tolist() == [str(videos / "v0.mp4"), str(videos / "v1.mp4")]
     row = manifest.row(0)
     assert row.info == probe(videos / "v0.mp4")
-    assert type(row.label) is int
+    assert (type(row.label), type(row.fps), row.damage) == (int, float, None)
     assert "cannot be read" in manifest.row(1).cause
     assert manifest.classes == ("0", "1", "2")
-    told = summary(manifest)
-    assert told["splits"]["train"] | {"causes": None} == {
-        "listed": 4, "ok": 2, "missing": 1, "broken": 1, "causes": None, "classes": 2, "hours": 0.0001
+    told = stored(config)
+    assert told["manifest"] == manifest.hash
+    assert told["splits"]["train"] == {
+        "listed": 4, "ok": 2, "missing": 1, "broken": 1, "damaged": 0, "classes": 2, "hours": 0.0009,
+        "seconds": [0.2, 1.6, 3.0],
     }  # fmt: skip
-    assert sum(told["splits"]["train"]["causes"].values()) == 2
-    assert [failed["path"] for failed in told["failed"]] == [str(videos / "broken.mp4"), str(videos / "gone.mp4")]
-    assert json.loads(json.dumps(told)) == told
+    assert told["missing"] == {"count": 1, "first": [str(videos / "gone.mp4")]}
+    assert [(cause["count"], cause["first"]) for cause in told["broken"]] == [(1, [str(videos / "broken.mp4")])]
+    assert sum(told["readers"].values()) == 3
+    assert told["verified"] == 0
 
 
-@pytest.mark.parametrize("separator", [" ", ",", "\t", ";", ", ", "  "])
-def test_lists_may_use_any_separator_and_paths_may_hold_spaces(tmp_path: Path, separator: str) -> None:
-    path = write_list(tmp_path / "l.txt", [("a.mp4", 0), ("my clips/b, c.mp4", 2), ("/d.mp4", 1)], separator)
-    path.write_text("# path label\n\n" + path.read_text() + "\n")
-    listed = list_videos(config_of(tmp_path, train=path))[0]
-    assert [(v.video, v.label) for v in listed] == [("a.mp4", 0), ("my clips/b, c.mp4", 2), ("/d.mp4", 1)]
-    assert [v.path for v in listed] == [str(tmp_path / "a.mp4"), str(tmp_path / "my clips/b, c.mp4"), "/d.mp4"]
-
-
-def test_labels_may_be_class_names_with_spaces(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("wrestling\narm wrestling\nhigh jump 2\n")
-    rows = [
-        ("my clip.mp4", "arm wrestling"),
-        ("b.mp4", "wrestling"),
-        ("c.mp4", "high jump 2"),
-        ("d.mp4", "arm_wrestling"),
-    ]
-    path = write_list(tmp_path / "l.txt", [*rows, ("e.mp4", 2)])
-    config = config_of(tmp_path, train=path, classes=str(tmp_path / "classes.txt"))
-    assert labels_of(config) == {"my clip.mp4": 1, "b.mp4": 0, "c.mp4": 2, "d.mp4": 1, "e.mp4": 2}
-    assert list_videos(config)[1] == ("wrestling", "arm wrestling", "high jump 2")
-
-
-def test_data_root_is_where_relative_paths_start(tmp_path: Path) -> None:
-    path = write_list(tmp_path / "lists" / "l.txt", [("a.mp4", 0)])
-    (video,) = list_videos(config_of(tmp_path, train=path, root=str(tmp_path / "videos")))[0]
-    assert video.path == str(tmp_path / "videos" / "a.mp4")
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("b.mp4 3", r"l\.txt:2: label 3 of b\.mp4: expected 0 to 2"),
-        ("b.mp4 -1", r"l\.txt:2: label -1"),
-        ("b.mp4 cats", r"l\.txt:2: label 'cats': expected a number"),
-        ("b.mp4", r"l\.txt:2: expected `path label`"),
-    ],
-)
-def test_a_label_that_cannot_be_is_refused_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
-    path = tmp_path / "l.txt"
-    path.write_text(f"a.mp4 0\n{line}\n")
-    with pytest.raises(ConfigError, match=said):
-        index(config_of(tmp_path, train=path))
-
-
-def test_a_video_in_two_splits_or_twice_in_one_is_refused_by_name(tmp_path: Path) -> None:
-    train = write_list(tmp_path / "train.txt", [("a.mp4", 0), ("b.mp4", 0)])
-    val = write_list(tmp_path / "val.txt", [("./b.mp4", 0)])
-    with pytest.raises(UserError, match=r"b\.mp4 is in both train and val \(.*train\.txt:2, .*val\.txt:1\)"):
-        index(config_of(tmp_path, train=train, val=val))
-    twice = write_list(tmp_path / "twice.txt", [("a.mp4", 0), ("a.mp4", 1)])
-    with pytest.raises(UserError, match=r"a\.mp4 is twice in train"):
-        index(config_of(tmp_path, train=twice))
-
-
-def class_folders(root: Path, video: Path, *names: str) -> Path:
-    for name in names:
-        (root / name / "deep").mkdir(parents=True)
-        shutil.copy(video, root / name / "deep" / "a.MP4")
-        (root / name / "readme.txt").write_text("no video")
-    return root
-
-
-def test_a_folder_per_class_gives_labels_in_the_order_of_names(tmp_path: Path, one_video: Path) -> None:
-    train = class_folders(tmp_path / "train", one_video, "dogs", "cats", "apes")
-    val = class_folders(tmp_path / "val", one_video, "cats")
+def test_duplicates_and_leaks_are_counted_with_examples(tmp_path: Path, one_video: Path) -> None:
+    a, b, c = (f"{letter * 11}_000001_000011" for letter in "abc")
+    same_source = f"{'a' * 11}_000020_000030"
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number, name in enumerate((a, same_source, b)):
+        write_video(folder / f"{name}.mp4", 6 + number)
+    shutil.copy(folder / f"{b}.mp4", folder / "copy of b.mp4")
+    shutil.copy(folder / f"{b}.mp4", folder / "second copy.mp4")
+    rows = [(f"{a}.mp4", 0), (f"{b}.mp4", 1), (f"{a}.mp4", 0), (f"{c}.mp4", 2), ("gone.mp4", 0), ("lost.mp4", 0)]
+    train = write_list(folder / "train.txt", rows)
+    val = write_list(
+        folder / "val.txt", [(f"{same_source}.mp4", 0), ("copy of b.mp4", 1), (f"{c}.mp4", 2), ("second copy.mp4", 1)]
+    )
     config = config_of(tmp_path / "run", train=train, val=val)
-    manifest = index(config)
-    assert manifest.classes == ("apes", "cats", "dogs")
-    assert manifest["label"].tolist() == [0, 1, 2, 1]
-    assert manifest["video"].tolist()[0] == "apes/deep/a.MP4"
-    (tmp_path / "val" / "fish").mkdir()
-    with pytest.raises(ConfigError, match="fish"):
-        list_videos(config)
+    assert index(config)["source"].tolist()[:2] == ["a" * 11, "b" * 11]
+    duplicates, leaks = stored(config)["duplicates"], stored(config)["leaks"]
+    assert duplicates["listed_twice"]["count"] == 1
+    assert a in duplicates["listed_twice"]["first"][0]
+    copies = [str(folder / name) for name in (f"{b}.mp4", "copy of b.mp4", "second copy.mp4")]
+    assert duplicates["same_content"] == {"count": 1, "first": [copies]}  # what is missing has no content
+    assert leaks["same_content"] == {"count": 1, "first": [[f"train: {copies[0]}", f"val: {copies[1]}"]]}
+    path_c = folder / f"{c}.mp4"
+    assert leaks["same_id"] == {"count": 1, "first": [[f"train: {path_c}", f"val: {path_c}"]]}
+    assert leaks["same_source"]["count"] == 2
+    assert leaks["same_source"]["first"][0] == [
+        f"train: {folder / a}.mp4", f"val: {folder / same_source}.mp4"
+    ]  # fmt: skip
 
 
-def test_a_few_class_folders_need_the_names_of_all_classes(tmp_path: Path, one_video: Path) -> None:
-    val = class_folders(tmp_path / "val", one_video, "high_jump", "abseiling")
-    with pytest.raises(ConfigError, match=r"model\.num_classes: is 3, but .* has 2 classes"):
-        list_videos(config_of(tmp_path, val=val))
-    (tmp_path / "classes.txt").write_text("abseiling\narchery\nhigh jump\n")
-    named = config_of(tmp_path, val=val, classes=str(tmp_path / "classes.txt"))
-    assert labels_of(named) == {"abseiling/deep/a.MP4": 0, "high_jump/deep/a.MP4": 2}
-
-
-def test_sources_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train\.annotations, data\.val\.annotations: neither is given"):
-        index(config_of(tmp_path))
-    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .*nowhere\.txt does not exist"):
-        index(config_of(tmp_path, val=tmp_path / "nowhere.txt"))
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match="not a text file"):
-        index(config_of(tmp_path, val=tmp_path / "binary.txt"))
-
-
-def test_a_split_without_a_readable_video_is_refused_with_counts_and_root(tmp_path: Path, videos: Path) -> None:
-    train = write_list(tmp_path / "train.txt", [("gone.mp4", 0), ("lost.mp4", 1), ("broken.mp4", 1)])
-    with pytest.raises(UserError, match=rf"not one of the 3 videos .* 2 missing, 1 broken, .* {videos} \(data\.root\)"):
-        index(config_of(tmp_path / "run", train=train, root=str(videos)))
-    assert not (tmp_path / "run" / "manifest.parquet").exists()
-
-
-def test_index_goes_on_where_it_stopped(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [(f"v{i}.mp4", i % 3) for i in range(9)]
-    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [*rows, ("broken.mp4", 0)]))
-    first = index(config)
-    found = tmp_path / "run" / "probed.jsonl"
-    lines = found.read_text().splitlines()
-    assert len(lines) == 9
-    # As an interruption leaves it: some probed, one line torn. One file changes, and the broken one is mended.
-    found.write_text("\n".join(lines[:5]) + "\n" + lines[5][:40])
-    write_video(videos / "v0.mp4", 7)
-    shutil.copy(videos / "v1.mp4", videos / "broken.mp4")
-    probed: list[str] = []
-
-    def in_this_process(paths: list[str], workers: int) -> Any:  # noqa: ARG001 - the signature of what it replaces
-        probed.extend(Path(path).name for path in paths)
-        return ((path, probe(path)) for path in paths)
-
-    monkeypatch.setattr(probing, "_probe_in_processes", in_this_process)
-    second = index(config)
-    known = {Path(json.loads(line)["stamp"].split(" ", 2)[2]).name for line in lines[:5]} - {"v0.mp4"}
-    assert sorted(probed) == sorted(({name for name, _ in rows} | {"broken.mp4"}) - known)
-    assert second["frames"].tolist() == [7, *first["frames"].tolist()[1:-1], 6]
-
-
-def crash_on_bad(path: str | Path) -> Any:
-    if Path(path).name in {"v3.mp4", "v7.mp4"}:
-        os._exit(11)
-    return probe(path)
-
-
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the patch reaches forked processes only")
-def test_a_file_that_crashes_its_process_is_broken_and_the_others_are_not(
-    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_of_equal_names_below_two_folders_are_no_leak_unless_their_content_is(
+    tmp_path: Path, one_video: Path
 ) -> None:
-    monkeypatch.setattr(probing, "probe", crash_on_bad)
-    monkeypatch.setattr(probing, "_CHUNK", 2)
-    train = write_list(videos / "l.txt", [(f"v{i}.mp4", 0) for i in range(9)])
-    manifest = index(config_of(tmp_path / "run", train=train))
-    broken = {Path(row.path).name: row.cause for row in map(manifest.row, range(9)) if row.status == "broken"}
-    assert list(broken) == ["v3.mp4", "v7.mp4"]
-    assert all("crashed" in cause for cause in broken.values())
+    for split, frames in (("train", 6), ("val", 7)):
+        write_video(tmp_path / split / "a" / "1.mp4", frames)
+        shutil.copy(one_video, tmp_path / split / "a" / f"{split}.mp4")
+    config = config_of(tmp_path / "run", 1, train=tmp_path / "train", val=tmp_path / "val")
+    index(config)
+    leaks = stored(config)["leaks"]
+    assert (leaks["same_id"], leaks["same_source"]) == (none(), none())
+    assert leaks["same_content"]["count"] == 1
 
 
-def test_holdout_depends_on_ids_and_seed_not_on_the_order_of_the_list(tmp_path: Path) -> None:
-    names = [f"v{i}.mp4" for i in range(400)]
+def test_further_files_of_one_id_are_told(tmp_path: Path, one_video: Path) -> None:
+    name = "abcdefghijk_000001_000011.mp4"
+    for folder in ("x", "y"):
+        (tmp_path / "videos" / folder).mkdir(parents=True)
+        shutil.copy(one_video, tmp_path / "videos" / folder / name)
+    table = tmp_path / "val.csv"
+    table.write_text("label,youtube_id,time_start,time_end,split\na,abcdefghijk,1,11,val\n")
+    config = config_of(tmp_path / "run", 1, val=table, root=str(tmp_path / "videos"))
+    index(config)
+    further = stored(config)["duplicates"]["further_files"]
+    assert further["count"] == 1
+    assert str(tmp_path / "videos" / "y" / name) in further["first"][0]
 
-    def held(order: list[str], seed: int = 0, share: float = 0.25) -> set[str]:
-        train = write_list(tmp_path / "train.txt", [(name, 0) for name in order])
-        val = write_list(tmp_path / "val.txt", [("other.mp4", 0)])
-        config = config_of(tmp_path, train=train, val=val, holdout=share)
-        config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-        listed = list_videos(config)[0]
-        assert [video.split for video in listed if video.video == "other.mp4"] == ["val"]
-        return {video.video for video in listed if video.split == "holdout"}
 
-    chosen = held(names)
-    assert 0.17 < len(chosen) / len(names) < 0.33
-    assert held(names[::-1]) == chosen
-    assert held(names[:200]) == chosen & set(names[:200])
-    assert held(names, seed=1) != chosen
-    assert held(names, share=0.5) > chosen
-    assert held(names, share=0.0) == set()
+def test_the_hash_does_not_depend_on_the_format_of_the_list(tmp_path: Path, one_video: Path) -> None:
+    names = ["abcdefghijk_000001_000011", "bcdefghijkl_000002_000012"]
+    for name in names:
+        (tmp_path / "a").mkdir(exist_ok=True)
+        shutil.copy(one_video, tmp_path / "a" / f"{name}.mp4")
+    table = tmp_path / "val.csv"
+    rows = "".join(f"a,{name[:11]},{int(name[12:18])},{int(name[19:])},val\n" for name in names)
+    table.write_text(f"label,youtube_id,time_start,time_end,split\n{rows}")
+    listed = write_list(tmp_path / "val.txt", [(f"a/{name}.mp4", 0) for name in names[::-1]])
+    hashes = {index(config_of(tmp_path / f"run{i}", 1, val=val)).hash for i, val in enumerate((table, listed))}
+    assert len(hashes) == 1
+
+
+def test_names_in_any_language_are_kept(tmp_path: Path, one_video: Path) -> None:
+    names = ["прыжок/ümläut é.mp4", "日本/🎥.mp4"]
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(one_video, tmp_path / name)
+    config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [(name, 0) for name in names]))
+    index(config)
+    assert load_or_index(config).readable["path"].tolist() == [str(tmp_path / name) for name in names]
+
+
+def test_a_name_that_no_table_can_hold_is_refused(tmp_path: Path, one_video: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    shutil.copy(os.fsencode(one_video), os.fsencode(tmp_path / "train" / "a") + b"/caf\xe9.mp4")
+    with pytest.raises(UserError, match=r"caf.udce9\.mp4'.*: its name is not UTF-8"):
+        index(config_of(tmp_path / "run", 1, train=tmp_path / "train"))
+
+
+def test_a_split_without_a_readable_video_is_stated_by_index_and_refused_for_training(
+    tmp_path: Path, videos: Path
+) -> None:
+    train = write_list(tmp_path / "train.txt", [("gone.mp4", 0), ("lost.mp4", 1), ("broken.mp4", 1)])
+    config = config_of(tmp_path / "run", train=train, root=str(videos))
+    assert index(config)["status"].tolist() == ["missing", "missing", "broken"]
+    assert stored(config)["splits"]["train"]["listed"] == 3
+    with pytest.raises(UserError, match=rf"not one of the 3 videos .* 2 missing, 1 broken, .* {videos} \(data\.root\)"):
+        load_or_index(config)
+    shutil.copy(videos / "v0.mp4", videos / "gone.mp4")
+    assert len(load_or_index(config).readable) == 1
+
+
+def test_a_holdout_that_chance_left_empty_is_told_as_such(tmp_path: Path, videos: Path) -> None:
+    train = write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 0)])
+    with pytest.raises(UserError, match=r"data\.holdout: a share of 0\.001 of the 2 videos .* split holdout"):
+        load_or_index(config_of(tmp_path / "run", train=train, holdout=0.001))
+    with pytest.raises(UserError, match=r"data\.holdout: .* none for the split train"):
+        load_or_index(config_of(tmp_path / "run", train=train, holdout=0.999))
+
+
+def verified(config: Config) -> Config:
+    return config.model_copy(update={"index": config.index.model_copy(update={"verify": "full"})})
+
+
+def test_full_verification_notes_damage_and_keeps_the_video(tmp_path: Path, videos: Path) -> None:
+    content = bytearray(write_video(videos / "v1.mp4", 30).read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
+    (videos / "v1.mp4").write_bytes(content)
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 1)]))
+    quick = load_or_index(config)
+    assert [quick.row(i).damage for i in range(2)] == [None, None]
+    full = load_or_index(verified(config))
+    assert full["status"].tolist() == ["ok", "ok"]
+    assert full.row(0) == quick.row(0)._replace(damage="")
+    assert "of 30 frames damaged" in str(full.row(1).damage)
+    assert full.row(1).reader == "pyav"
+    assert full.hash == quick.hash
+    told = stored(config)
+    assert (told["verified"], told["splits"]["train"]["damaged"], told["damaged"]["count"]) == (2, 1, 1)
+    assert str(videos / "v1.mp4") in told["damaged"]["first"][0]
+    assert load_or_index(config)["damage"].tolist() == full["damage"].tolist()  # not forgotten by a quick call
+
+
+def test_files_are_checked_against_the_manifest(tmp_path: Path, videos: Path) -> None:
+    rows = [*((f"v{i}.mp4", 0) for i in range(5)), ("broken.mp4", 1), ("gone.mp4", 2), ("lost.mp4", 2)]
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", rows))
+    index(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert check(tmp_path / "run", config) | {"manifest": ""} == {
+        "manifest": "", "videos": 8, "unchanged": 8, "changes": {}, "differences": []
+    }  # fmt: skip
+    (videos / "v1.mp4").unlink()
+    (videos / "v2.mp4").write_bytes(b"no video")
+    write_video(videos / "v3.mp4", 7)
+    content = (videos / "v4.mp4").read_bytes()
+    (videos / "v4.mp4").write_bytes(content.replace(b"Lavf", b"Lavg"))  # as long as before
+    shutil.copy(videos / "v0.mp4", videos / "broken.mp4")
+    shutil.copy(videos / "v0.mp4", videos / "gone.mp4")
+    result = check(tmp_path / "run" / "manifest.parquet", config)
+    assert {Path(row["path"]).name: row["change"] for row in result["differences"]} == {
+        "v1.mp4": "gone", "v2.mp4": "broken now", "v3.mp4": "changed", "v4.mp4": "changed",
+        "broken.mp4": "readable now", "gone.mp4": "found now",
+    }  # fmt: skip
+    assert (result["videos"], result["unchanged"], result["changes"]["changed"]) == (8, 2, 2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_index_on_the_command_line_prints_one_screen_and_fails_without_a_readable_video(
+    tmp_path: Path, videos: Path
+) -> None:
+    rows = [*((f"v{i}.mp4", 0) for i in range(9)), *((f"gone{i}.mp4", 1) for i in range(500)), ("broken.mp4", 2)]
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", rows))
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    done = runs.command("index", tmp_path / "c.yaml")
+    assert done.returncode == 0, done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) < 40
+    assert "missing: 500" in done.stderr
+    assert json.loads(runs.command("index", tmp_path / "c.yaml", "--json").stdout) == stored(config)
+    write_list(videos / "l.txt", [("gone.mp4", 0)])
+    done = runs.command("index", tmp_path / "c.yaml")
+    assert done.returncode == 2
+    assert "listed" in done.stdout
+    assert "error: data.train: not one of the 1 videos" in done.stderr
+
+
+def test_check_on_the_command_line_needs_no_config_and_fails_on_a_difference(tmp_path: Path, videos: Path) -> None:
+    index(config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 0)])))
+    done = runs.command("index", "--check", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (videos / "v1.mp4").unlink()
+    done = runs.command("index", "--check", tmp_path / "run" / "manifest.parquet", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["changes"] == {"gone": 1}
+    assert "1 gone" in done.stderr
+    assert runs.command("index").returncode == 2
+
+
+def test_ctrl_c_stops_at_once_and_what_was_found_is_used(tmp_path: Path, videos: Path) -> None:
+    write_video(videos / "long.mp4", 300)
+    for number in range(400):
+        os.link(videos / "long.mp4", videos / f"l{number}.mp4")
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [(f"l{i}.mp4", 0) for i in range(400)]))
+    (tmp_path / "c.yaml").write_text(dump_config(verified(config)))
+    line = [sys.executable, "-m", "videoadapt", "index", str(tmp_path / "c.yaml")]
+    cache = tmp_path / "run" / "probed.jsonl"
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and (not cache.exists() or cache.stat().st_size < 2000):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes
+        start = time.monotonic()
+        said = process.communicate()[1]
+        assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    found = cache.read_text().count("stamp")
+    assert 0 < found < 400
+    assert len(index(config).readable) == 400
+    assert cache.read_text().count("stamp") <= 401  # one line may be torn
 
 
 def test_a_saved_manifest_is_the_same_when_loaded(tmp_path: Path, videos: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from test_frame_accuracy import real_clips
 from video_files import cut_by_copy, numbered, numbers_of, write_video, write_without_times
-from videoadapt.data.probe import VIDEO_SUFFIXES, VideoInfo, decord_module, probe
+from videoadapt.data.probe import IMAGE_FOLDER_FPS, decord_module, probe
 from videoadapt.data.readers import DecordReader, PyAVReader, open_video
 from videoadapt.errors import VideoError
 
@@ -119,6 +122,70 @@ def test_an_image_is_a_video_of_one_frame_turned_as_its_exif_says(tmp_path: Path
         assert probe(tmp_path / name).reader == "image"
 
 
+def write_images(folder: Path, names: Sequence[str]) -> Path:
+    """A folder of images that carry their places in `names`."""
+    folder.mkdir(parents=True)
+    for name, picture in zip(names, numbered(len(names)), strict=True):
+        Image.fromarray(picture).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"img_{number:05}.jpg" for number in range(12)],
+        [f"{number}.png" for number in range(12)],  # 10 comes after 9
+        ["a2b1.jpg", "a2b10.jpg", "a10b2.jpg"],
+    ],
+)
+def test_a_folder_of_images_is_a_video(tmp_path: Path, names: list[str]) -> None:
+    folder = write_images(tmp_path / "clip", names)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._img.jpg").write_bytes(b"left by a file manager")
+    info = probe(folder)
+    assert (info.frames, info.fps, info.container, info.reader) == (len(names), IMAGE_FOLDER_FPS, "folder", "image")
+    assert (info.height, info.width, info.codec) == (64, 96, names[0][-3:])
+    assert info.bytes == sum((folder / name).stat().st_size for name in names)
+    wanted = [len(names) - 1, 0, 1, 1]
+    assert numbers_of(open_video(folder, info=info).frames(wanted)) == wanted
+
+
+def test_of_a_folder_only_the_wanted_images_are_opened(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "clip", ["0.png", "1.png", "2.png"])
+    (folder / "1.png").write_bytes(b"torn")
+    Image.fromarray(numbered(1, 32, 48)[0]).save(folder / "2.png")
+    video = open_video(folder)
+    assert numbers_of(video.frames([0])) == [0]
+    with pytest.raises(VideoError, match=r"1.png: cannot be read as an image"):
+        video.frames([0, 1])
+    with pytest.raises(VideoError, match=r"2.png: is 48x32, but the first image of its video is 96x64"):
+        video.frames([2])
+
+
+def test_a_folder_that_changed_or_has_no_images_is_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "clip", ["0.png", "1.png"])
+    info = probe(folder)
+    (folder / "1.png").unlink()
+    with pytest.raises(VideoError, match="has 1 images, but had 2 when it was indexed"):
+        open_video(folder, info=info)
+    assert probe(folder).content != info.content
+    (folder / "0.png").unlink()
+    with pytest.raises(VideoError, match="a folder without images"):
+        open_video(folder)
+
+
+@needs_decord
+def test_decord_is_refused_where_it_is_not_trusted(tmp_path: Path) -> None:
+    stream = write_video(tmp_path / "a.ts", 10)
+    with pytest.raises(VideoError, match=r"h264 in mpegts.*use reader auto or pyav"):
+        open_video(stream, "decord")
+    sound = write_video(tmp_path / "a.mp4", 10)
+    damaged = replace(probe(sound), reader="pyav", damage="3 of 10 frames damaged")
+    with pytest.raises(VideoError, match=r"damaged, 3 of 10.*use reader auto or pyav"):
+        open_video(sound, "decord", damaged)
+    assert isinstance(open_video(sound, info=damaged), PyAVReader)
+
+
 def bad_files(folder: Path) -> list[Path]:
     """One file of each kind that is no video, or only a part of one."""
     whole = write_video(folder / "good" / "a.mp4", numbered(60, 128, 160)).read_bytes()
@@ -176,13 +243,13 @@ def test_a_torn_mp4_with_its_index_in_front_is_refused(tmp_path: Path) -> None:
 def test_pyav_says_so_when_a_file_ends_early_or_is_damaged(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", numbered(40, 128, 160))
     info = probe(path)
-    longer = VideoInfo(**{**info.__dict__, "frames": 50})
-    with pytest.raises(VideoError, match="ended after 40 of 50 frames"):
+    longer = replace(info, frames=50)
+    with pytest.raises(VideoError, match="has 40 frames, but had 50"):
         PyAVReader(path, longer).frames([45])
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2 : len(damaged) // 2 + 300] = bytes(300)
     path.write_bytes(damaged)
-    with pytest.raises(VideoError, match="damaged|cannot be read"):
+    with pytest.raises(VideoError, match=r"has \d+ frames, but had 40|damaged"):
         PyAVReader(path, info).frames(range(40))
 
 
@@ -203,10 +270,6 @@ def test_without_decord_pyav_reads_everything(tmp_path: Path, monkeypatch: pytes
     assert isinstance(open_video(path, info=elsewhere), PyAVReader)
     with pytest.raises(ValueError, match="not installed"):
         open_video(path, "decord")
-
-
-def real_clips(shared: Path) -> list[Path]:
-    return sorted(path for path in (shared / "data" / "clips").iterdir() if path.suffix in VIDEO_SUFFIXES)
 
 
 def test_real_clips_are_read_to_their_last_frame(shared: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import small_runs as runs
 from videoadapt.checkpoint import load_checkpoint, load_model, train_checkpoints
 from videoadapt.config import Config, dump_config
-from videoadapt.data.loader import TrainLoader
+from videoadapt.data.loader import epoch_rows, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.state import State
@@ -33,8 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_batches(config: Config) -> tuple[State, list]:
     manifest = load_or_index(config)
     state = State.start(config, manifest)
-    batches = TrainLoader(manifest, config).epoch(0)
-    return state, [next(batches) for _ in range(config.train.accumulate)]
+    return state, next(train_batches(manifest, config))
 
 
 def gradients(state: State) -> dict[str, Tensor]:
@@ -249,3 +248,18 @@ def test_videos_that_fail_are_skipped_counted_and_listed(data: Path, tmp_path: P
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [line["path"] for line in listed] == [str(bad)]
     assert summary["steps"] == len(manifest.split("train")) // 4
+
+
+def test_where_reading_fails_what_was_trained_is_saved(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    config = runs.config(copy, tmp_path / "run", train={"epochs": 2, "batch": 4, "save_steps": 0})
+    manifest = load_or_index(config)
+    for row in epoch_rows(manifest, config, 0)[2:].flat:  # after two steps the file system goes away
+        Path(manifest.row(int(row)).path).unlink()
+    with pytest.raises(RunError, match="of the last .* training clips"):
+        train(config)
+    saved = train_checkpoints(config.run.dir).latest()
+    assert saved is not None
+    steps = [json.loads(line)["step"] for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert saved.meta["step"] == steps[-1] > 2

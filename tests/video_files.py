@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -43,22 +44,31 @@ def write_video(
     b_frames: int = 2,
     rotation: float = 0.0,
     pixels: str = "yuv420p",
+    times_ms: Sequence[int] | None = None,
+    options: dict[str, str] | None = None,
+    muxer: dict[str, str] | None = None,
 ) -> Path:
     """Encode frames (T, H, W, 3), or so many numbered ones, into the container that the suffix names.
 
-    `rotation` in degrees goes into the display matrix, as phones write it.
+    `rotation` in degrees goes into the display matrix, as phones write it. `times_ms` says when each frame is shown, if
+    not at an even rate. `options` go to the encoder, `muxer` to the writer of the container.
     """
     images = numbered(frames) if isinstance(frames, int) else frames
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = cast("VideoStream", container.add_stream(codec, rate=fps))
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options or {}))
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], pixels
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames
         stream.thread_type = "NONE"
         if rotation:
             stream.set_display_rotation(rotation)
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 

@@ -15,6 +15,7 @@ from videoadapt.errors import RunError, UserError
 
 # typer carries a click of its own in newer versions: its base class, wherever it lives
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+INTERRUPTED = 130  # exit code
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +26,9 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML config.", show_default=False, metavar="CONFIG")]
+OptionalConfig = Annotated[
+    Path | None, typer.Argument(help="The run's YAML config.", show_default=False, metavar="CONFIG")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value ...", show_default=False, metavar="[KEY=VALUE]...")
 ]
@@ -36,7 +40,10 @@ def main() -> None:
     # Threads that spin at barriers make training 6 times slower as soon as another process needs a core (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code
+            raise KeyboardInterrupt
+        sys.exit(code)
     except USAGE_ERROR as error:
         error.show()
         sys.exit(2)
@@ -48,12 +55,18 @@ def main() -> None:
         _fail(error, 1)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(error: Exception, code: int) -> None:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _required(config: Path | None) -> Path:
+    if config is None:
+        raise UserError("missing argument CONFIG, the run's YAML file")
+    return config
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
@@ -63,6 +76,8 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, printer: Any, *args: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # rank 0 speaks for the job
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -89,13 +104,41 @@ def demo(overrides: Overrides = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def index(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def index(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MANIFEST", help="Look again at the files of a manifest (or run folder) instead; needs no config."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Make the manifest: probe every listed video."""
+    if check is not None:
+        _check(check, _load(config, overrides) if config else None, as_json)
+        return
     from videoadapt.data.manifest import index as run
-    from videoadapt.data.manifest import summary
+    from videoadapt.data.manifest import index_path, require_readable
     from videoadapt.report.tables import print_index
 
-    _show(summary(run(_load(config, overrides))), as_json, print_index)
+    loaded = _load(_required(config), overrides)
+    manifest = run(loaded)
+    _show(json.loads(index_path(loaded).read_text()), as_json, print_index)
+    require_readable(manifest, loaded)
+
+
+def _check(manifest: Path, config: Any, as_json: bool) -> None:
+    from videoadapt.config import Config
+    from videoadapt.data.checking import check
+    from videoadapt.report.tables import print_check
+
+    result = check(manifest, config or Config())
+    _show(result, as_json, print_check)
+    if result["changes"]:
+        changes = ", ".join(f"{count} {change}" for change, count in result["changes"].items())
+        raise RunError(f"{manifest}: its files are not as they were: {changes}; `videoadapt index` makes it anew")
 
 
 @app.command()
@@ -126,12 +169,28 @@ def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
 
 
 @app.command()
-def evaluate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def evaluate(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    against: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare",
+            metavar="RUN_A RUN_B",
+            help="Compare two evaluated runs (folders, or FOLDER:POLICY) instead; needs no config.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Accuracy, cost and speed of all policies on the val split."""
     from videoadapt.evaluate import evaluate as run
+    from videoadapt.report.compare import compare, print_compare
     from videoadapt.report.tables import print_evaluate
 
-    _show(run(_load(config, overrides)), as_json, print_evaluate)
+    if against is not None:
+        _show(compare(*against), as_json, print_compare)
+    else:
+        _show(run(_load(_required(config), overrides)), as_json, print_evaluate)
 
 
 @app.command()
@@ -163,3 +222,27 @@ def predict(config: ConfigFile, videos: VideosAndOverrides, policy: PolicyName =
     _show(result, as_json, print_predictions)
     if result["failed"]:
         raise UserError("; ".join(row["cause"] for row in result["failed"]))
+
+
+bench = typer.Typer(no_args_is_help=True, help="Our parts beside what people would use instead, on this machine.")
+app.add_typer(bench, name="bench")
+SettingsAndVideos = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="rounds=5, clips=3 (in a round) ...; video files instead of the generated ones.",
+        show_default=False,
+        metavar="[KEY=VALUE]... [VIDEO]...",
+    ),
+]
+_SETTING = re.compile(r"[a-z_]+=.*")
+
+
+@bench.command("data")
+def bench_data(words: SettingsAndVideos = None, as_json: Json = False) -> None:
+    """Clips per CPU-second and memory of our loaders, pytorchvideo's, torchcodec and ffmpeg."""
+    from videoadapt.bench.data import bench_data as run
+    from videoadapt.bench.data import print_bench_data
+
+    settings = [word for word in words or [] if _SETTING.fullmatch(word) and not Path(word).exists()]
+    videos = [word for word in words or [] if word not in settings]
+    _show(run(settings, videos), as_json, print_bench_data)

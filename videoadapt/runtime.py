@@ -6,9 +6,10 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -29,30 +30,65 @@ def precision_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use: the least of its affinity, its cgroup's quota and `SLURM_CPUS_PER_TASK`."""
+class CpuLimit(NamedTuple):
+    """How many CPUs this process may use, and what says so."""
+
+    cpus: int
+    source: str
+
+
+def cpu_limit(
+    environment: Mapping[str, str] = os.environ,
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    own_cgroups: Path = Path("/proc/self/cgroup"),
+) -> CpuLimit:
+    """The least of the process's affinity, its cgroup's quota and `SLURM_CPUS_PER_TASK`; at least 1.
+
+    The ranks that torchrun starts on a node share these CPUs evenly; tasks that SLURM starts have each their own.
+    """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    limits = [affinity, _cgroup_cpus(), int(slurm) if slurm.isdigit() else None]
-    return max(1, min(limit for limit in limits if limit is not None))
+    limits = [(float(affinity), "CPU affinity")]
+    if (quota := _cgroup_cpus(cgroups, own_cgroups)) is not None:
+        limits.append((quota, "cgroup quota"))
+    if (slurm := environment.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        limits.append((float(slurm), "SLURM_CPUS_PER_TASK"))
+    cpus, source = min(limits)
+    ranks = int(environment["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in environment else 1
+    if ranks > 1:
+        source += f" {cpus:g}, shared by {ranks} ranks"
+    return CpuLimit(max(1, int(cpus / ranks)), source)
 
 
-def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The quota of the process's cgroup (v2) or of any above it, in whole CPUs; none without one."""
+def _cgroup_cpus(cgroups: Path, own_cgroups: Path) -> float | None:
+    """The least quota of the process's cgroups (v1 or v2) and of those above them; none without one."""
     try:
-        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
+        lines = own_cgroups.read_text().splitlines()  # v2: `0::/group`; v1: `4:cpu,cpuacct:/group`
+    except OSError:
         return None
-    folder = root / group.lstrip("/")
     quotas = []
-    for path in (folder, *folder.parents):
-        try:
-            quota, period = (path / "cpu.max").read_text().split()
-        except (OSError, ValueError):
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
             continue
-        if quota != "max":
-            quotas.append(int(quota) / int(period))
-    return max(1, int(min(quotas))) if quotas else None
+        mount = cgroups / "cpu" if controllers else cgroups
+        folder = mount / group.lstrip("/")
+        # Inside a container the group's own folder may not be there, but the mount is the container's group.
+        quotas += [_quota(path) for path in (folder, *folder.parents) if path.is_relative_to(mount)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / file).read_text() for file in files).split()
+        except OSError:
+            continue
+        return None if quota in {"max", "-1"} else int(quota) / int(period)
+    return None
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, as `cpu_limit` finds them."""
+    return cpu_limit().cpus
 
 
 def worker_count(workers: Literal["auto"] | int) -> int:

@@ -10,6 +10,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,7 @@ from torch import Tensor
 from videoadapt import losses
 from videoadapt.checkpoint import Checkpoints, train_checkpoints
 from videoadapt.config import Config, dump_config
-from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch
+from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
@@ -28,7 +29,7 @@ from videoadapt.log import Bar, Metrics, say, write_json
 from videoadapt.model.timesformer import Heads
 from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
-from videoadapt.runtime import StopRequest, peak_memory_bytes, precision_dtype
+from videoadapt.runtime import StopRequest, peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.state import Clock, State, Tally
 
 
@@ -49,7 +50,7 @@ def train(config: Config) -> dict[str, Any]:
         say(str(load_weights(state.model, config.train.init)))
         state.reset_ema()
     (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    clock = Clock()
+    clock = Clock(worker_count(config.data.workers), state.device)
     finished = config.run.dir / "train.json"
     if state.step == per_epoch * config.train.epochs and finished.exists():
         done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
@@ -64,13 +65,11 @@ def _loop(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock) 
     config = state.config
     total = per_epoch * config.train.epochs
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
-    metrics = Metrics(config.run.dir, state.step)
     forward = torch.compile(state.model) if config.train.compile else state.model
-    loader = TrainLoader(state.manifest, config)
+    steps = train_batches(state.manifest, config, state.step, device=state.device)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
-    with StopRequest() as stop, bar:
-        for parts in _steps(loader, state.step, per_epoch, config):
-            batches = clock.wait_for(parts)
+    with StopRequest() as stop, closing(Metrics(config.run.dir, state.step)) as metrics, bar:
+        for batches in clock.timed(_saved_if_reading_fails(steps, state, checkpoints)):
             schedule.step_update(state.step)
             values = train_step(state, forward, batches)
             state.step += 1
@@ -84,17 +83,20 @@ def _loop(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock) 
             if stop.requested and state.step < total:
                 say(f"stopped at step {state.step} of {total}; the same command goes on from there")
                 raise KeyboardInterrupt
-    metrics.close()
 
 
-def _steps(loader: TrainLoader, step: int, per_epoch: int, config: Config) -> Iterator[Iterator[Batch]]:
-    """The parts of every step that is left; nothing that lies before `step` is decoded."""
-    accumulate = config.train.accumulate
-    for epoch in range(step // per_epoch, config.train.epochs):
-        done = step % per_epoch if epoch == step // per_epoch else 0
-        batches = loader.epoch(epoch, done * accumulate)
-        for _ in range(done, per_epoch):
-            yield itertools.islice(batches, accumulate)
+def _saved_if_reading_fails(
+    steps: Iterator[list[Batch]], state: State, checkpoints: Checkpoints
+) -> Iterator[list[Batch]]:
+    """The same steps. Where the next one cannot be read, what was trained until then is saved first."""
+    begun = state.step
+    try:
+        yield from steps
+    except Exception:
+        if state.step > begun:
+            checkpoints.save(state.step, *state.saved())
+            say(f"saved at step {state.step}; the same command goes on from there")
+        raise
 
 
 def train_step(state: State, forward: Callable[..., Heads], batches: Iterable[Batch]) -> dict[str, float]:
@@ -134,8 +136,7 @@ def _backpropagate(
 ) -> None:
     config, device = state.config, state.device
     data, model = config.data, config.model
-    clips = normalise(batch.clips.to(device, non_blocking=True), model.mean, model.std, torch.float32)
-    labels = batch.labels.to(device, non_blocking=True)
+    clips, labels = normalise(batch.clips, model.mean, model.std, torch.float32), batch.labels
     clips, targets = mix(
         clips,
         labels,

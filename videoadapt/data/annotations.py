@@ -1,167 +1,178 @@
-"""The videos that a config names, with their labels: from `path label` lists, or from a folder per class."""
+"""The videos that a config names: their files, ids and labels, whatever format the annotations have."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from videoadapt.config import Config
-from videoadapt.data.probe import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from videoadapt.data.classes import class_number, kinetics400, plain, read_classes, require_usual_order
+from videoadapt.data.lists import SPLIT_NAMES, Entry, Source, Split, is_list, read_list, read_named
+from videoadapt.data.lookup import best_first, files_by_stem, video_id
 from videoadapt.data.sampling import seed_of
 from videoadapt.errors import ConfigError, UserError
 
-Split = Literal["train", "val", "holdout"]
-
-_SEPARATOR = re.compile(r"[ \t,;]+")
 _HOLDOUT_STEPS = 1 << 63  # `seed_of` draws from [0, 2^63)
 
 
-@dataclass(frozen=True)
-class Listed:
-    """One video of a source: its absolute path, its id (the path as the source has it), and its label."""
+class Listed(NamedTuple):
+    """One video of a source."""
 
-    path: str
-    video: str
+    path: str  # absolute; if no file was found, where it was expected
+    video: str  # id: of Kinetics, the file's name without suffix; else the path as the source has it
+    source: str  # the YouTube id of a Kinetics file, else empty
     label: int
     split: Split
     where: str  # file and line, or folder, for messages
 
 
-def list_videos(config: Config) -> tuple[list[Listed], tuple[str, ...]]:
-    """All videos of `data.train` and `data.val`, and the class names in label order; without names, the numbers.
+@dataclass(frozen=True)
+class Listing:
+    """What a config names. Each video is once in a split, but may be in several."""
 
-    A share `data.holdout` of the train videos, chosen by a hash of seed and video id, is in split `holdout`. Raises
-    `ConfigError`, naming file, line and label, for what cannot be used, `UserError` for a video that is listed twice.
+    videos: list[Listed]
+    classes: tuple[str, ...]  # names in label order; without names, the numbers
+    twice: list[str]  # a line for each video that its split lists again, with the same label
+    copies: list[str]  # a line for each file that was left, because another of its name was taken
+
+
+def list_videos(config: Config) -> Listing:
+    """All videos of `data.train` and `data.val`, in their order, whether or not their files are there.
+
+    Files of Kinetics' and Something-Something's tables are found by name below `data.root`, else beside the table. A
+    share `data.holdout` of the train videos, chosen by a hash of seed and source, is in split `holdout`. Raises
+    `ConfigError`, naming file, line and label, for what cannot be used, and `UserError` for a video with two labels.
     """
-    sources = _sources(config)
-    names = _class_names(config, sources)
-    numbers = {_plain(name): number for number, name in enumerate(names)}
-    listed = []
-    for split, source in sources.items():
-        videos = _folder(source, split, numbers) if source.is_dir() else _list(source, split, numbers, config.data.root)
-        for video in videos:
-            if not 0 <= video.label < config.model.num_classes:
-                last = config.model.num_classes - 1
-                raise ConfigError(
-                    f"{video.where}: label {video.label} of {video.video}: expected 0 to {last} (model.num_classes)"
-                )
-            listed.append(video)
-    _refuse_twice(listed)
-    held = [_hold_out(video, config) for video in listed]
-    return held, names or tuple(map(str, range(config.model.num_classes)))
+    paths = _annotations(config)
+    roots = {split: Path(os.path.abspath(config.data.root or path.parent)) for split, path in paths.items()}
+    named = {split: read_named(path, split, roots[split]) for split, path in paths.items() if not is_list(path, split)}
+    names, origin = _class_names(config, paths, named)
+    numbers = {plain(name): number for number, name in enumerate(names)}
+    sources = {
+        split: named.get(split) or read_list(path, split, roots[split], numbers) for split, path in paths.items()
+    }
+    listed, copies = _listed(sources, numbers, origin)
+    _check(listed, paths, config, named=bool(names))
+    videos, twice = _once(listed)
+    held = [_hold_out(video, config) for video in videos] if config.data.holdout else videos
+    return Listing(held, names or tuple(map(str, range(config.model.num_classes))), twice, copies)
 
 
-def _sources(config: Config) -> dict[Split, Path]:
+def _annotations(config: Config) -> dict[Split, Path]:
     given: dict[Split, Path | None] = {"train": config.data.train.annotations, "val": config.data.val.annotations}
-    sources = {split: path for split, path in given.items() if path is not None}
-    if not sources:
+    paths = {split: path for split, path in given.items() if path is not None}
+    if not paths:
         raise ConfigError(
-            "data.train.annotations, data.val.annotations: neither is given; name a `path label` list or a folder"
+            "data.train.annotations, data.val.annotations: neither is given; name an official CSV or JSON, "
+            "a `path label` list or a folder per class"
         )
-    for split, path in sources.items():
+    for split, path in paths.items():
         if not path.exists():
             raise ConfigError(f"data.{split}.annotations: {path} does not exist")
-    return sources
+    return paths
 
 
-def _class_names(config: Config, sources: Mapping[Split, Path]) -> tuple[str, ...]:
-    """The names from `data.classes`, else from the folders; none for lists with numbers."""
+def _class_names(
+    config: Config, paths: Mapping[Split, Path], named: Mapping[Split, Source]
+) -> tuple[tuple[str, ...], str]:
+    """The names from `data.classes`, else from tables and folders, and where they are from; none for lists alone."""
     if config.data.classes is not None:
-        names = tuple(filter(None, (line.strip() for line in _lines(config.data.classes, "data.classes"))))
-        origin = str(config.data.classes)
+        names, origin = read_classes(config.data.classes), str(config.data.classes)
     else:
-        names, origin = _folder_classes(sources)
-    if len({_plain(name) for name in names}) < len(names):
+        names, origin = _names_found(paths, named)
+    if len(set(map(plain, names))) < len(names):
         raise ConfigError(f"{origin}: a class is named twice")
     if names and len(names) != config.model.num_classes:
-        raise ConfigError(f"model.num_classes: is {config.model.num_classes}, but {origin} has {len(names)} classes")
-    return names
-
-
-def _folder_classes(sources: Mapping[Split, Path]) -> tuple[tuple[str, ...], str]:
-    found = {split: {p.name for p in _visible(path) if p.is_dir()} for split, path in sources.items() if path.is_dir()}
-    new = found.get("val", set()) - found.get("train", found.get("val", set()))
-    if new:
         raise ConfigError(
-            f"data.val.annotations: {sources['val']} has classes that {sources['train']} has not: {sorted(new)}"
+            f"model.num_classes: is {config.model.num_classes}, but {origin} has {len(names)} classes; change it, or "
+            "name all classes in data.classes, which may be `kinetics400`"
         )
-    origin = " and ".join(str(sources[split]) for split in found)
-    return tuple(sorted(set().union(*found.values()))), origin
+    require_usual_order(names, origin)
+    return names, origin
 
 
-def _folder(folder: Path, split: Split, numbers: Mapping[str, int]) -> Iterator[Listed]:
-    for kind in sorted(p for p in _visible(folder) if p.is_dir()):
-        label = numbers.get(_plain(kind.name))
-        if label is None:
-            raise ConfigError(f"{kind}: this folder's name is not a class of data.classes")
-        for parent, folders, files in os.walk(kind, followlinks=True):
-            folders.sort()
-            for path in sorted(Path(parent, name) for name in files if not name.startswith(".")):
-                if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-                    yield Listed(os.path.abspath(path), path.relative_to(folder).as_posix(), label, split, str(kind))
+def _names_found(paths: Mapping[Split, Path], named: Mapping[Split, Source]) -> tuple[tuple[str, ...], str]:
+    found = [source.classes for source in named.values() if source.classes]  # train first
+    known = set(map(plain, found[0])) if found else set()
+    new = sorted(name for classes in found[1:] for name in classes if plain(name) not in known)
+    if new:
+        raise ConfigError(f"data.val.annotations: {paths['val']} has classes that {paths['train']} has not: {new}")
+    return tuple(sorted(found[0])) if found else (), " and ".join(str(paths[split]) for split in named)
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if not path.name.startswith("."))
+def _listed(sources: Mapping[Split, Source], numbers: Mapping[str, int], origin: str) -> tuple[list[Listed], list[str]]:
+    files = {root: files_by_stem(root) for root in {source.root for source in sources.values() if source.by_name}}
+    listed, copies = [], []
+    for split, source in sources.items():
+        for entry in source.entries:
+            path, *others = _places(entry, source, split, files.get(source.root, {}))
+            copies += [f"{other}: left, {path} is taken" for other in others]
+            label = class_number(entry.label, numbers, origin=origin, where=entry.where)
+            listed.append(Listed(path, *video_id(entry.name), label, split, entry.where))
+    return listed, copies
 
 
-def _list(path: Path, split: Split, numbers: Mapping[str, int], root: Path | None) -> Iterator[Listed]:
-    base = root or path.parent
-    for number, line in enumerate(_lines(path, f"data.{split}.annotations"), start=1):
-        text = line.strip()
-        if text and not text.startswith("#"):
-            where = f"{path}:{number}"
-            video, label = _parse(text, numbers, where)
-            yield Listed(os.path.abspath(base / video), video, label, split, where)
+def _places(entry: Entry, source: Source, split: Split, files: Mapping[str, list[str]]) -> list[str]:
+    """The files that may be this video, the best first; if there is none, where it was expected."""
+    found = files.get(os.path.splitext(entry.name)[0], []) if source.by_name else []
+    if len(found) > 1:
+        return best_first(found, source.root, SPLIT_NAMES[split], entry.label)
+    return found or [os.path.abspath(os.path.join(source.root, entry.name))]
 
 
-def _parse(text: str, numbers: Mapping[str, int], where: str) -> tuple[str, int]:
-    """Path and label of a line: the label is the last field. Both may hold spaces; the longest class name counts."""
-    gaps = [gap for gap in _SEPARATOR.finditer(text) if gap.start() > 0]
-    for gap in gaps if numbers else ():
-        label = numbers.get(_plain(text[gap.end() :]))
-        if label is not None:
-            return text[: gap.start()].strip('"'), label
-    if not gaps:
-        raise ConfigError(f"{where}: expected `path label`, got {text!r}")
-    field = text[gaps[-1].end() :].strip('"')
-    if not re.fullmatch(r"-?\d+", field):
-        known = "a class of data.classes" if numbers else "data.classes to name the classes"
-        raise ConfigError(f"{where}: label {field!r}: expected a number, or {known}")
-    return text[: gaps[-1].start()].strip('"'), int(field)
-
-
-def _plain(name: str) -> str:
-    """A class name as it is compared: folders are often called arm_wrestling for `arm wrestling`."""
-    return name.strip().strip('"').replace(" ", "_")
-
-
-def _lines(path: Path, field: str) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{field}: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{field}: {path} is not a text file in UTF-8") from None
-
-
-def _refuse_twice(listed: list[Listed]) -> None:
-    first: dict[str, Listed] = {}
+def _check(listed: Sequence[Listed], paths: Mapping[Split, Path], config: Config, *, named: bool) -> None:
+    classes = config.model.num_classes
     for video in listed:
-        other = first.setdefault(video.path, video)
-        if other is not video:
-            splits = "twice in" if other.split == video.split else f"in both {other.split} and"
-            raise UserError(
-                f"{video.path} is {splits} {video.split} ({other.where}, {video.where}); list each video once"
+        if not 0 <= video.label < classes:
+            raise ConfigError(
+                f"{video.where}: label {video.label} of {video.video}: expected 0 to {classes - 1} (model.num_classes)"
             )
+    for split, path in paths.items():
+        videos = [video for video in listed if video.split == split]
+        if not videos:
+            raise ConfigError(f"data.{split}.annotations: {path} lists no video")
+        if not named and classes == len(kinetics400()):
+            _require_usual_numbers(videos)
+
+
+def _require_usual_numbers(videos: Iterable[Listed]) -> None:
+    """Raise `ConfigError` if folders per class of Kinetics-400 show that the numbers are of another order of names."""
+    usual = {plain(name): number for number, name in enumerate(kinetics400())}
+    first = None
+    for video in videos:
+        folder = PurePath(video.path).parent.name
+        number = usual.get(plain(folder))
+        if number is None:
+            return
+        if number != video.label and first is None:
+            first = f"{video.where}: label {video.label}, but {folder} is class {number} in the order of Kinetics-400"
+    if first is not None:
+        raise ConfigError(f"{first} that released models share; number the labels as data.classes=kinetics400 does")
+
+
+def _once(listed: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
+    """The videos, each once in a split, and a line for each that was listed again."""
+    first: dict[tuple[Split, str], Listed] = {}
+    videos, twice = [], []
+    for video in listed:
+        other = first.get((video.split, video.video)) or first.get((video.split, video.path))
+        if other is None:
+            first[video.split, video.video] = first[video.split, video.path] = video
+            videos.append(video)
+        elif other.label == video.label:
+            twice.append(f"{video.video}: {other.where} and again {video.where}")
+        else:
+            raise UserError(
+                f"{video.video} has two labels, {other.label} ({other.where}) and {video.label} ({video.where}); "
+                "list it once"
+            )
+    return videos, twice
 
 
 def _hold_out(video: Listed, config: Config) -> Listed:
-    drawn = seed_of("holdout", config.run.seed, video.video) / _HOLDOUT_STEPS
-    if video.split != "train" or drawn >= config.data.holdout:
-        return video
-    return Listed(video.path, video.video, video.label, "holdout", video.where)
+    # By source, so that no two clips of one YouTube video end on both sides.
+    drawn = seed_of("holdout", config.run.seed, video.source or video.video) / _HOLDOUT_STEPS
+    return video._replace(split="holdout") if video.split == "train" and drawn < config.data.holdout else video

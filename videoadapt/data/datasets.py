@@ -35,6 +35,10 @@ class Clip:
     label: int
     video: int
 
+    def pin_memory(self) -> Clip:
+        """For the loader, which copies it to page-locked memory where it goes to a GPU."""
+        return Clip(self.frames.pin_memory(), self.label, self.video)
+
 
 @dataclass
 class VideoViews:

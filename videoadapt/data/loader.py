@@ -1,16 +1,26 @@
-"""Batches for training and a stream of videos for evaluation, from worker processes that only read and crop."""
+"""Batches for training and a stream of videos for evaluation, from worker processes that only read and crop.
+
+Workers deliver clip by clip: the first step is there sooner than if one worker made it whole, a timeout is that of one
+clip, and what waits in shared memory does not grow with the number of workers.
+"""
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
@@ -19,22 +29,28 @@ from videoadapt.data.sampling import seed_of
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime import worker_count
 
+T = TypeVar("T")
+Key = tuple[int, int]  # epoch and row of the manifest
+
+_CPU = torch.device("cpu")
+_FAILURES_WATCHED = 256  # clips; a run stops if more than half of the last ones failed
+_AHEAD_PER_WORKER = 64  # clips at most; each that waits holds a file descriptor of its worker
+_LOOK_EVERY_S = 2.0  # while waiting: whether a worker has died
+_FILES_NAMED = 4
+
 
 @dataclass
 class Batch:
     """B clips (B, C, T, S, S) uint8, their labels and their videos' rows in the manifest, (B,) int64.
 
-    B is smaller than asked for, down to 0, by the videos that failed.
+    Clips and labels are on the device that was asked for, `videos` on the host. B is smaller than asked for, down to 0,
+    by the videos that failed.
     """
 
     clips: Tensor
     labels: Tensor
     videos: Tensor
     failures: list[Failure]
-
-    def pin_memory(self) -> Batch:
-        """For the loader, which copies it to page-locked memory where there is a GPU."""
-        return Batch(self.clips.pin_memory(), self.labels.pin_memory(), self.videos.pin_memory(), self.failures)
 
 
 def steps_per_epoch(manifest: Manifest, config: Config) -> int:
@@ -45,77 +61,204 @@ def steps_per_epoch(manifest: Manifest, config: Config) -> int:
     return videos // config.train.batch
 
 
-class TrainLoader:
-    """The train split's batches, epoch by epoch; its workers live as long as it does.
+def epoch_rows(manifest: Manifest, config: Config, epoch: int) -> np.ndarray:
+    """The manifest rows of an epoch in its order, (steps, parts of a step, clips of a part) int64.
 
-    What an epoch holds depends on (manifest, config, epoch), not on the number of workers, nor on where it starts.
+    Depends on (manifest, run.seed, epoch) and the sizes of steps and parts alone. An incomplete step is dropped.
     """
+    steps, train = steps_per_epoch(manifest, config), config.train
+    order = np.random.default_rng(seed_of("order", config.run.seed, epoch)).permutation(_train_rows(manifest))
+    return order[: steps * train.batch].reshape(steps, train.accumulate, train.batch // train.accumulate)
 
-    def __init__(self, manifest: Manifest, config: Config) -> None:
-        self._rows, self._config = _train_rows(manifest), config
-        self._steps = steps_per_epoch(manifest, config)
-        self._keys: list[list[tuple[int, int]]] = []  # the loader goes through this list anew in each epoch
-        self._workers = min(worker_count(config.data.workers), self._steps * config.train.accumulate)
-        self._loader: DataLoader[Any] = DataLoader(
-            TrainClips(manifest, config),
-            batch_sampler=self._keys,
-            collate_fn=_collate,
-            num_workers=self._workers,
-            persistent_workers=self._workers > 0,
-            timeout=config.data.timeout_s if self._workers else 0,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # the loader draws a seed an epoch: not from the stream that drop path uses
-            pin_memory=torch.cuda.is_available() and config.run.device != "cpu",
-        )
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of `train.batch / train.accumulate` clips in the epoch's order, without the first `start`.
+def train_batches(
+    manifest: Manifest,
+    config: Config,
+    start: int = 0,
+    *,
+    device: torch.device = _CPU,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[list[Batch]]:
+    """Every training step from `start` to the end of the last epoch: its `train.accumulate` parts, on `device`.
 
-        Those are not decoded. An incomplete step at the end is dropped. Raises `RunError` if a worker dies, or does not
-        answer within `data.timeout_s`.
-        """
-        self._keys[:] = self._order(epoch)[start:]
-        return _guarded(self._loader, self._config.data.timeout_s)
-
-    def _order(self, epoch: int) -> list[list[tuple[int, int]]]:
-        train = self._config.train
-        rng = np.random.default_rng(seed_of("order", self._config.run.seed, epoch))
-        rows = rng.permutation(self._rows)[: self._steps * train.batch].tolist()
-        part = train.batch // train.accumulate
-        return [[(epoch, row) for row in rows[first : first + part]] for first in range(0, len(rows), part)]
+    What a step holds depends on (manifest, config, step), not on the number of workers, nor on `start`; a rank gets its
+    share of each part, and all ranks' shares are the whole. Nothing before `start` is decoded. Workers read on into the
+    next epoch. Raises `RunError` if a worker dies or does not answer within `data.timeout_s`, naming the files, and if
+    most videos fail.
+    """
+    on_gpu, step_clips = device.type == "cuda", -(-config.train.batch // world)
+    epoch_clips = steps_per_epoch(manifest, config) * step_clips
+    plan, ahead = itertools.tee(_plan(manifest, config, start, rank, world))
+    keys = (key for step in ahead for part in step for key in part)
+    workers = min(worker_count(config.data.workers), epoch_clips)
+    read = _read(TrainClips(manifest, config), keys, workers, ahead=step_clips, pin=on_gpu)
+    clips = _unless_most_fail(read, min(_FAILURES_WATCHED, epoch_clips))
+    steps = ([_gather(itertools.islice(clips, len(part)), device) for part in step] for step in plan)
+    yield from _one_ahead(steps, device) if on_gpu else steps
 
 
 def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Failure]:
-    """The videos of some rows, one by one and in this order. Raises `RunError` as `TrainLoader.epoch` does."""
-    data = dataset.config.data
-    workers = min(worker_count(data.workers), len(rows))
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=rows,
-        collate_fn=_as_is,
-        num_workers=workers,
-        timeout=data.timeout_s if workers else 0,
-        worker_init_fn=_start_worker,
-    )
-    return _guarded(loader, data.timeout_s)
+    """The videos of some rows, one by one and in this order. Raises `RunError` if a worker dies or is late."""
+    return _read(dataset, rows, min(worker_count(dataset.config.data.workers), len(rows)))
 
 
 def _train_rows(manifest: Manifest) -> np.ndarray:
     return np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
 
 
-def _collate(items: Sequence[Clip | Failure]) -> Batch:
-    clips = [item for item in items if isinstance(item, Clip)]
+def _plan(manifest: Manifest, config: Config, start: int, rank: int, world: int) -> Iterator[list[list[Key]]]:
+    """The keys of every step from `start` on, part by part."""
+    per_epoch = steps_per_epoch(manifest, config)
+    for epoch in range(start // per_epoch, config.train.epochs):
+        for step in epoch_rows(manifest, config, epoch)[max(0, start - epoch * per_epoch) :]:
+            yield [[(epoch, row) for row in np.array_split(part, world)[rank].tolist()] for part in step]
+
+
+def _gather(items: Iterable[Clip | Failure], device: torch.device) -> Batch:
+    every = list(items)
+    clips = [item for item in every if isinstance(item, Clip)]
+    frames = [clip.frames.to(device, non_blocking=True) for clip in clips]
+    labels = torch.tensor([clip.label for clip in clips], dtype=torch.int64, pin_memory=device.type == "cuda")
     return Batch(
-        clips=torch.stack([clip.frames for clip in clips]) if clips else torch.empty((0,) * 5, dtype=torch.uint8),
-        labels=torch.tensor([clip.label for clip in clips], dtype=torch.int64),
+        # At once: copied one by one on a CPU, each clip would wake all of torch's threads, which then spin.
+        clips=torch.stack(frames) if frames else torch.empty((0,) * 5, dtype=torch.uint8, device=device),
+        labels=labels.to(device, non_blocking=True),
         videos=torch.tensor([clip.video for clip in clips], dtype=torch.int64),
-        failures=[item for item in items if isinstance(item, Failure)],
+        failures=[item for item in every if isinstance(item, Failure)],
     )
 
 
-def _as_is(item: Any) -> Any:
+def _one_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same steps; each is copied to the GPU, on a stream of its own, while the one before it is computed."""
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def fetch() -> tuple[list[Batch] | None, torch.cuda.Event]:
+        with torch.cuda.stream(copying):
+            return next(steps, None), copying.record_event()
+
+    following, copied = fetch()
+    while following is not None:
+        step, ready = following, copied
+        following, copied = fetch()
+        computing.wait_event(ready)
+        for batch in step:
+            for tensor in (batch.clips, batch.labels):
+                tensor.record_stream(computing)  # else its memory could be given to the next copy too early
+        yield step
+
+
+def _unless_most_fail(items: Iterable[Clip | Failure], window: int) -> Iterator[Clip | Failure]:
+    """The same items. Raises `RunError` once more than half of the last `window` are failures."""
+    failed: deque[bool] = deque(maxlen=window)
+    for item in items:
+        failed.append(isinstance(item, Failure))
+        if isinstance(item, Failure) and len(failed) == window and (count := sum(failed)) > window / 2:
+            raise RunError(
+                f"{count} of the last {window} training clips ({count / window:.0%}) cannot be read, at last "
+                f"{item.path}: {item.cause}. Look whether its file system is there; if so, run `videoadapt index`"
+            )
+        yield item
+
+
+def _read(
+    dataset: TrainClips | EvalVideos, keys: Iterable[Any], workers: int, *, ahead: int = 0, pin: bool = False
+) -> Iterator[Any]:
+    """`dataset[key]` for each key, in order; the workers read at least two items each ahead, and `ahead` together."""
+    if not workers:
+        yield from map(dataset.__getitem__, keys)
+        return
+    timeout_s = dataset.config.data.timeout_s
+    noted = _Noted(dataset, workers)
+    loader: DataLoader[Any] = DataLoader(
+        noted,
+        batch_size=None,
+        sampler=keys,
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=min(max(2, -(-ahead // workers)), _AHEAD_PER_WORKER),
+        timeout=min(_LOOK_EVERY_S, timeout_s),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the loader draws a seed: not from the stream that drop path uses
+        pin_memory=pin,
+    )
+    items, processes = _started(loader)
+    while (item := _wait(items, timeout_s, lambda: noted.being_read(processes))) is not None:
+        yield item
+
+
+def _wait(items: Iterator[Any], timeout_s: float, being_read: Callable[[], str]) -> Any:
+    """The next item, None at the end. The loader looks every `_LOOK_EVERY_S` whether its workers live."""
+    late = time.monotonic() + timeout_s
+    while True:
+        try:
+            return next(items, None)
+        except RuntimeError as error:  # the loader's class for all that follows
+            message = str(error)
+            if "exited unexpectedly" in message:
+                raise RunError(
+                    f"reading videos failed: {message}{being_read()}. It may have lacked memory or /dev/shm; if it "
+                    "ends at the same file again, leave that file out"
+                ) from error
+            if "timed out" not in message:
+                raise
+            if time.monotonic() >= late:
+                raise RunError(
+                    f"reading videos failed: nothing came within data.timeout_s={timeout_s:g}{being_read()}. Is the "
+                    "file system slow or gone? Raise data.timeout_s, or leave out the file that hangs"
+                ) from error
+
+
+def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    """A loader at work, and its processes (among other children of this one).
+
+    Its handler of SIGCHLD is taken away: that raises wherever the main process is when a worker dies, such as in the
+    middle of an optimizer's step. The loader looks for itself while it is waited for.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return items, multiprocessing.active_children()
+
+
+class _Noted(Dataset[Any]):
+    """A dataset whose workers note what they read, since when and who they are, for the main process to see."""
+
+    def __init__(self, dataset: TrainClips | EvalVideos, workers: int) -> None:
+        self.dataset = dataset
+        self._notes = torch.full((workers, 3), -1.0, dtype=torch.float64).share_memory_()  # row, since_s, pid
+
+    def __getitem__(self, key: Any) -> Any:
+        info = get_worker_info()
+        assert info is not None
+        row = key[-1] if isinstance(key, tuple) else key
+        note = (row, time.monotonic(), multiprocessing.current_process().pid)
+        self._notes[info.id] = torch.tensor(note, dtype=torch.float64)
+        item = self.dataset[key]
+        self._notes[info.id, 0] = -1
+        return item
+
+    def being_read(self, processes: Sequence[BaseProcess]) -> str:
+        """`; being read: FILE for 3.2 s, ...`: first those whose worker died, then the longest; empty for none."""
+        ends = {process.pid: process.exitcode for process in processes}
+        now = time.monotonic()
+        files = []
+        for row, since_s, pid in self._notes.tolist():
+            if row >= 0:
+                end = ends.get(int(pid))
+                died = f" (its worker died{_signal_name(end)})" if end is not None else ""
+                path = self.dataset.manifest.row(int(row)).path
+                files.append((not died, since_s, f"{path} for {now - since_s:.1f} s{died}"))
+        named = ", ".join(text for *_, text in sorted(files)[:_FILES_NAMED])
+        return f"; being read: {named}" if named else ""
+
+
+def _signal_name(exit_code: int) -> str:
+    return f" of {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
+
+
+def _as_is(item: T) -> T:
     return item
 
 
@@ -125,14 +268,3 @@ def _start_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-
-
-def _guarded(loader: DataLoader[Any], timeout_s: float) -> Iterator[Any]:
-    try:
-        yield from loader
-    except RuntimeError as error:  # the loader's class for a worker that died or is late
-        message = str(error).strip().splitlines()[0]
-        raise RunError(
-            f"reading videos failed: {message}. A worker that was killed may lack memory or /dev/shm; "
-            f"one that is late, a file system that answers within data.timeout_s={timeout_s:g}"
-        ) from error

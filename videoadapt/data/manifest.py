@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import starmap
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import parquet
 
 from videoadapt.config import Config
-from videoadapt.data.annotations import Listed, Split, list_videos
-from videoadapt.data.probe import VideoInfo
+from videoadapt.data.annotations import Listed, Listing, list_videos
+from videoadapt.data.lists import Split
+from videoadapt.data.population import summary
+from videoadapt.data.probe import ReaderName, VideoInfo
 from videoadapt.data.probing import Finding, probe_files
 from videoadapt.errors import UserError
-from videoadapt.log import replacing, say
+from videoadapt.log import replacing, say, write_json
 from videoadapt.runtime import worker_count
 
 _SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("path", "video")),
+        *((name, pa.string()) for name in ("path", "video", "source")),
         *((name, pa.int64()) for name in ("label", "frames")),
         ("fps", pa.float64()),
         *((name, pa.int64()) for name in ("width", "height")),
@@ -41,15 +44,16 @@ _SCHEMA = pa.schema(
 )
 _KEY = b"videoadapt"  # of the metadata in the Parquet file
 _HASH_DIGITS = 12
+_values = attrgetter(*VideoInfo.__dataclass_fields__)
 _NOTHING = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0, "")
-_FAILED_SHOWN = 10
 
 
 class Row(NamedTuple):
     """One video. `status` is `ok`, `missing` or `broken`, with a `cause`; what was not found is 0 or empty."""
 
     path: str  # absolute
-    video: str  # id: the path as the source has it
+    video: str  # id
+    source: str  # YouTube id, or empty
     label: int
     frames: int
     fps: float
@@ -59,7 +63,7 @@ class Row(NamedTuple):
     codec: str
     container: str
     rotation: int
-    reader: Literal["decord", "pyav", "image"]
+    reader: ReaderName
     bytes: int
     content: str
     damage: str | None  # none = the file was not decoded whole
@@ -69,8 +73,8 @@ class Row(NamedTuple):
 
     @property
     def info(self) -> VideoInfo:
-        """What `probe` found."""
-        return VideoInfo(**{name: getattr(self, name) for name in VideoInfo.__dataclass_fields__})
+        """What `probe` or `verify` found."""
+        return VideoInfo(*_values(self))
 
 
 class Manifest:
@@ -80,46 +84,58 @@ class Manifest:
     from 0 in each manifest, also in one that `split` or `readable` has made.
     """
 
-    def __init__(self, table: pd.DataFrame, classes: Sequence[str], fingerprint: str = "") -> None:
-        self.table, self.classes, self.fingerprint = table.reset_index(drop=True), tuple(classes), fingerprint
+    def __init__(self, table: pa.Table | pd.DataFrame, classes: Sequence[str], fingerprint: str = "") -> None:
+        if isinstance(table, pd.DataFrame):
+            table = pa.Table.from_pandas(table, schema=_SCHEMA, preserve_index=False)
+        # Arrow's memory has no reference counts: the workers of a loader read it without copying it.
+        self._arrow = table.combine_chunks().replace_schema_metadata()
+        self.classes, self.fingerprint = tuple(classes), fingerprint
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self._arrow)
 
     def __getitem__(self, column: str) -> np.ndarray:
         """A column, (rows,): object for text, int64 or float64 for numbers."""
-        values: np.ndarray = self.table[column].to_numpy()
+        values: np.ndarray = self._arrow[column].to_numpy()
         return values
 
     def row(self, number: int) -> Row:
-        """One row, numbers as Python's own."""
-        return Row(*(v.item() if isinstance(v, np.generic) else v for v in self.table.iloc[number]))
+        """One row."""
+        return Row(*(column[number].as_py() for column in self._arrow.itercolumns()))
 
-    @property
+    def __iter__(self) -> Iterator[Row]:
+        """All rows, in order."""
+        return starmap(Row, zip(*(column.to_pylist() for column in self._arrow.itercolumns()), strict=True))
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """All rows; changing them does not change the manifest."""
+        return self._arrow.to_pandas()
+
+    @cached_property
     def hash(self) -> str:
         """12 hex digits that change with the population: any video's id, label, split or status."""
-        columns = self.table[["video", "label", "split", "status"]]
-        lines = sorted("\t".join(map(str, row)) for row in columns.itertuples(index=False, name=None))
+        columns = (self._arrow[name].cast(pa.string()) for name in ("video", "label", "split", "status"))
+        lines = sorted(pc.binary_join_element_wise(*columns, "\t").to_pylist())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_HASH_DIGITS]
 
     @property
     def readable(self) -> Manifest:
         """The videos with status `ok`."""
-        return self._where(self.table["status"] == "ok")
+        return self._where("status", "ok")
 
     def split(self, name: Split) -> Manifest:
         """The videos of one split, whatever their status."""
-        return self._where(self.table["split"] == name)
+        return self._where("split", name)
 
-    def _where(self, mask: Any) -> Manifest:
-        return Manifest(self.table[mask], self.classes, self.fingerprint)
+    def _where(self, column: str, value: str) -> Manifest:
+        return Manifest(self._arrow.filter(pc.equal(self._arrow[column], value)), self.classes, self.fingerprint)
 
     def save(self, path: Path) -> None:
         """Write a Parquet file, whole or not at all."""
         meta = json.dumps({"classes": self.classes, "fingerprint": self.fingerprint, "hash": self.hash})
-        table = pa.Table.from_pandas(self.table, schema=_SCHEMA, preserve_index=False)
         with replacing(Path(path)) as temporary:
-            parquet.write_table(table.replace_schema_metadata({_KEY: meta.encode()}), temporary)
+            parquet.write_table(self._arrow.replace_schema_metadata({_KEY: meta.encode()}), temporary)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -127,109 +143,129 @@ class Manifest:
         try:
             table = parquet.read_table(path)
             meta = json.loads((table.schema.metadata or {})[_KEY])
-            manifest = cls(table.to_pandas(), meta["classes"], meta["fingerprint"])
+            classes, fingerprint, expected = meta["classes"], meta["fingerprint"], meta["hash"]
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: cannot be read as a manifest: {str(error).splitlines()[0]}") from None
         except (KeyError, ValueError):
             raise UserError(f"{path}: not a manifest of videoadapt; make one with `videoadapt index`") from None
-        if not table.schema.equals(_SCHEMA) or meta.get("hash") != manifest.hash:
+        if not table.schema.equals(_SCHEMA) or expected != (manifest := cls(table, classes, fingerprint)).hash:
             raise UserError(f"{path}: its columns or rows were changed; make it again with `videoadapt index`")
         return manifest
 
 
 def index(config: Config) -> Manifest:
-    """List the videos that a config names, probe each, and write `run.dir/manifest.parquet`.
+    """List the videos that a config names, look at each, and write `manifest.parquet` and `index.json` in `run.dir`.
 
-    What was probed is kept in `run.dir/probed.jsonl`, so that an interrupted call, or one after a change of the lists,
-    goes on where it stopped. Raises `ConfigError` or `UserError` for lists that cannot be used, and for a split without
-    a single readable video.
+    With `index.verify: full` every frame is decoded. What was found is kept in `run.dir/probed.jsonl`, so that an
+    interrupted call, or one after a change of the lists, goes on where it stopped. Raises `ConfigError` or `UserError`
+    for lists that cannot be used; that files cannot be read is stated in the manifest.
     """
-    listed, classes = list_videos(config)
-    manifest = Manifest(_table(listed, _findings(listed, config)), classes, _fingerprint(listed, classes))
-    _require_readable(manifest, config)
+    listing = list_videos(config)
+    _require_utf8(listing.videos)
+    findings = probe_files(
+        [video.path for video in listing.videos],
+        full=config.index.verify == "full",
+        cache=config.run.dir / "probed.jsonl",
+        workers=worker_count(config.data.workers),
+        timeout_s=config.index.timeout_s,
+    )
+    manifest = Manifest(_table(listing.videos, findings), listing.classes, _fingerprint(listing))
     manifest.save(_manifest_path(config))
+    write_json(index_path(config), summary(manifest.table, manifest.hash, listing))
     return manifest
 
 
 def load_or_index(config: Config) -> Manifest:
-    """The run's manifest, if it was made from the same lists, labels and holdout; else a new one, from `index`."""
+    """The run's manifest, if it still serves; else a new one, from `index`. Raises as `require_readable` does.
+
+    It serves if it was made from the same lists, labels and holdout, is verified as the config wants it, and has a
+    readable video in each split.
+    """
     path = _manifest_path(config)
-    if not path.exists():
-        return index(config)
-    manifest = Manifest.load(path)
-    if manifest.fingerprint == _fingerprint(*list_videos(config)):
-        return manifest
-    say(f"{path} was made from other lists or settings; indexing again")
-    return index(config)
+    if path.exists():
+        manifest = Manifest.load(path)
+        outdated = _outdated(manifest, config)
+        if not outdated:
+            return manifest
+        say(f"{path} {outdated}; indexing again")
+    manifest = index(config)
+    require_readable(manifest, config)
+    return manifest
 
 
-def summary(manifest: Manifest) -> dict[str, Any]:
-    """Counts for people and programs, JSON-able: per split, and the first failed videos with their causes."""
-    failed = manifest.table[manifest.table["status"] != "ok"]
-    return {
-        "manifest": manifest.hash,
-        "classes": len(manifest.classes),
-        "splits": {name: _split_summary(manifest.split(name)) for name in sorted(set(manifest["split"]))},
-        "failed": failed[["path", "cause"]].head(_FAILED_SHOWN).to_dict("records"),
-    }
+def _outdated(manifest: Manifest, config: Config) -> str:
+    """Why a manifest does not serve a config, or nothing."""
+    if manifest.fingerprint != _fingerprint(list_videos(config)):
+        return "was made from other lists or settings"
+    if config.index.verify == "full" and manifest.readable._arrow["damage"].null_count:
+        return "holds videos that were not decoded whole"
+    if any(not len(manifest.split(split).readable) for split in _sources(config)):
+        return "has a split without a readable video"
+    return ""
 
 
-def _split_summary(part: Manifest) -> dict[str, Any]:
-    status = Counter(part["status"])
-    readable = part.readable
-    return {
-        "listed": len(part),
-        "ok": status["ok"],
-        "missing": status["missing"],
-        "broken": status["broken"],
-        # Numbers in a message differ from file to file.
-        "causes": dict(Counter(re.sub(r"\d+", "N", cause) for cause in part["cause"] if cause).most_common()),
-        "classes": len(set(readable["label"].tolist())),
-        "hours": round(float(readable["duration_s"].sum()) / 3600, 4),
-    }
+def index_path(config: Config) -> Path:
+    """Where `index` writes its summary."""
+    return config.run.dir / "index.json"
 
 
 def _manifest_path(config: Config) -> Path:
     return config.run.dir / "manifest.parquet"
 
 
-def _findings(listed: Sequence[Listed], config: Config) -> dict[str, Finding]:
-    there = [video.path for video in listed if os.path.exists(video.path)]
-    return probe_files(there, cache=config.run.dir / "probed.jsonl", workers=worker_count(config.data.workers))
+def _require_utf8(listed: Sequence[Listed]) -> None:
+    """Neither Parquet nor JSON can hold other names, which file systems allow."""
+    for video in listed:
+        try:
+            video.path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{video.path!r} ({video.where}): its name is not UTF-8; rename it") from None
 
 
-def _table(listed: Sequence[Listed], findings: dict[str, Finding]) -> pd.DataFrame:
-    return pd.DataFrame([_row(video, findings.get(video.path)) for video in listed], columns=Row._fields)
+def _table(listed: Sequence[Listed], findings: Mapping[str, Finding]) -> pa.Table:
+    columns = zip(*(_row(video, findings[video.path]) for video in listed), strict=True)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
 
 
-def _row(video: Listed, finding: Finding | None) -> Row:
+def _row(video: Listed, finding: Finding) -> Row:
     if finding is None:
         info, status, cause = _NOTHING, "missing", "no such file"
     elif isinstance(finding, str):
         info, status, cause = _NOTHING, "broken", finding
     else:
         info, status, cause = finding, "ok", ""
-    return Row._make((video.path, video.video, video.label, *astuple(info), video.split, status, cause))
+    return Row._make((video.path, video.video, video.source, video.label, *_values(info), video.split, status, cause))
 
 
-def _fingerprint(listed: Sequence[Listed], classes: Sequence[str]) -> str:
+def _fingerprint(listing: Listing) -> str:
     """Of everything that a manifest is made from, but the videos themselves."""
-    rows = [(video.path, video.video, video.label, video.split) for video in listed]
-    return hashlib.sha256(json.dumps([rows, list(classes)]).encode()).hexdigest()
+    rows = [(video.path, video.video, video.label, video.split) for video in listing.videos]
+    return hashlib.sha256(json.dumps([rows, listing.classes]).encode()).hexdigest()
 
 
-def _require_readable(manifest: Manifest, config: Config) -> None:
-    sources: dict[Split, Path | None] = {"train": config.data.train.annotations, "val": config.data.val.annotations}
-    if config.data.holdout:
-        sources["holdout"] = sources["train"]
-    for split, source in sources.items():
+def _sources(config: Config) -> dict[Split, Path]:
+    """The annotations of each split that a config asks for."""
+    train, val = config.data.train.annotations, config.data.val.annotations
+    given: dict[Split, Path | None] = {"train": train, "val": val, "holdout": train if config.data.holdout else None}
+    return {split: path for split, path in given.items() if path is not None}
+
+
+def require_readable(manifest: Manifest, config: Config) -> None:
+    """Raise `UserError` if a split that the config names has not one readable video."""
+    for split, source in _sources(config).items():
         part = manifest.split(split)
-        if source is None or len(part.readable):
+        if len(part.readable):
             continue
+        if not len(part):
+            total = len(manifest) - len(manifest.split("val"))
+            raise UserError(
+                f"data.holdout: a share of {config.data.holdout:g} of the {total} videos of {source} left none for "
+                f"the split {split}; change data.holdout, or draw again with another run.seed"
+            )
         count = Counter(part["status"])
-        root = config.data.root or source.parent
-        first = next((f"; the first: {row.path}: {row.cause}" for row in map(part.row, range(min(len(part), 1)))), "")
+        first = part.row(0)
         raise UserError(
             f"data.{split}: not one of the {len(part)} videos of {source} can be read: {count['missing']} missing, "
-            f"{count['broken']} broken, relative paths looked up in {root} (data.root){first}"
+            f"{count['broken']} broken, relative paths looked up in {config.data.root or source.parent} (data.root); "
+            f"the first: {first.path}: {first.cause}"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from videoadapt.errors import VideoError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 ReaderName = Literal["decord", "pyav", "image"]
@@ -35,10 +39,13 @@ _DECORD_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 _DECORD_MIN_WIDTH = 32
 _DECORD_REFUSED_WIDTHS = frozenset({48, 72})
+_IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # of NAL units
 
 # FFmpeg also "plays" text, still images, and lists of other files or addresses.
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make us open others, or the network
+
+IMAGE_FOLDER_FPS = 30.0  # assumed: images do not say how fast they are to be shown
 
 _MAX_FPS = 1000.0  # a rate beyond it is the work of broken timestamps
 
@@ -57,29 +64,89 @@ class VideoInfo:
     rotation: int
     reader: ReaderName
     bytes: int
-    content: str  # hash of the file's bytes
+    content: str  # hash of the file's bytes; of a folder's names and sizes
     damage: str | None = None  # what decoding all of it found, empty if all is well; none = not decoded
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """What a file holds, from its packets and its first frame: a few ms. Raises `VideoError` if it is no video."""
+    """What a file holds, from its packets and its first frame: a few ms. A folder of images is one video.
+
+    Raises `VideoError` if it is no video.
+    """
     path = Path(path)
+    if path.is_dir():
+        return _probe_folder(path)
     size = file_size(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         height, width = read_image(path).shape[:2]
-        kind = path.suffix.lower().lstrip(".")
-        return VideoInfo(1, 1.0, width, height, 1.0, kind, "image", 0, "image", size, content_hash(path))
+        return VideoInfo(1, 1.0, width, height, 1.0, _image_codec(path), "image", 0, "image", size, content_hash(path))
     with open_container(path) as (container, stream):
         return _probe_stream(path, container, stream, size)
 
 
+def _probe_folder(path: Path) -> VideoInfo:
+    images = image_files(path)
+    sizes = [file_size(image) for image in images]
+    height, width = read_image(images[0]).shape[:2]
+    listing = "".join(f"{image.name}\t{size}\n" for image, size in zip(images, sizes, strict=True))
+    return VideoInfo(
+        frames=len(images),
+        fps=IMAGE_FOLDER_FPS,
+        width=width,
+        height=height,
+        duration_s=len(images) / IMAGE_FOLDER_FPS,
+        codec=_image_codec(images[0]),
+        container="folder",
+        rotation=0,
+        reader="image",
+        bytes=sum(sizes),
+        content=_digest(listing.encode()).hexdigest(),
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder in the order of their names, in which numbers count as numbers.
+
+    Raises `VideoError` if there are none.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]  # macOS leaves `._` files about
+    except OSError as error:
+        raise VideoError(f"{folder}: {error.strerror or error}") from None
+    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise VideoError(f"{folder}: a folder without images, not a video")
+    return [folder / name for name in sorted(images, key=_natural)]
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", name)  # texts and numbers in turn
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def _image_codec(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
+
+
+def check_unchanged(path: Path, info: VideoInfo) -> None:
+    """Raise `VideoError` if a file has not the size that it was probed with, or a folder not as many images."""
+    if info.container == "folder":
+        now, then, unit = len(image_files(path)), info.frames, "images"
+    else:
+        now, then, unit = file_size(path), info.bytes, "bytes"
+    if now != then:
+        raise VideoError(f"{path}: has {now} {unit}, but had {then} when it was indexed; run `videoadapt index`")
+
+
 def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, size: int) -> VideoInfo:
     _refuse_torn(path, container, stream, size)
-    first, times, discarded = None, [], 0
+    first, discarded, closed = None, 0, True
+    times: list[int | None] = []
     for packet in container.demux(stream):
-        if first is None:  # the packet after the last one is empty and flushes the decoder
-            first = next(iter(stream.decode(packet)), None)
-        if packet.size:
+        if first is None:
+            first = _first_frame(stream.codec_context, packet, alone=not times)
+        if packet.size:  # the packet after the last one is empty
+            closed &= not (times and packet.is_keyframe) or _stands_alone(stream.codec_context.name, packet)
             times.append(packet.pts)
             discarded += packet.is_discard
     frames = len(times) - discarded
@@ -89,7 +156,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
     sound = len(set(times) - {None}) == len(times)
     fps = _frame_rate(path, stream, sound)
     whole = discarded == 0 and len(times) == (stream.frames or len(times))
-    plain = first.rotation == 0 and len(container.streams.video) == 1
+    plain = closed and first.rotation == 0 and len(container.streams.video) == 1
     height, width = upright((first.height, first.width), first.rotation)
     return VideoInfo(
         frames=frames,
@@ -104,6 +171,31 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
         bytes=size,
         content=content_hash(path),
     )
+
+
+def _stands_alone(codec: str, keyframe: Packet[VideoStream]) -> bool:
+    """Whether no frame after a keyframe needs one from before it: an IDR picture, in H.264 and HEVC.
+
+    Elsewhere decord seeks to wrong frames: with an open GOP, or pictures that are refreshed bit by bit.
+    """
+    if codec not in _IDR_TYPES:
+        return True
+    data, place = memoryview(keyframe), 0
+    while place + 4 < len(data):
+        header = data[place + 4]
+        if (header & 0x1F if codec == "h264" else header >> 1 & 0x3F) in _IDR_TYPES[codec]:
+            return True
+        place += 4 + int.from_bytes(data[place : place + 4], "big")  # units come after their lengths
+    return False
+
+
+def _first_frame(codec: VideoCodecContext, packet: Packet[VideoStream], alone: bool) -> VideoFrame | None:
+    """The frame of the first packet, without decoding those that the decoder would wait for; none if it has none."""
+    frames = codec.decode(packet)
+    if alone and not frames and packet.is_keyframe and not packet.is_discard:
+        frames = codec.decode(None)
+        codec.flush_buffers()
+    return frames[0] if frames else None
 
 
 def _refuse_torn(path: Path, container: InputContainer, stream: VideoStream, size: int) -> None:
@@ -165,6 +257,8 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     if stream is None or Disposition.attached_pic in stream.disposition:  # the cover of a piece of music
         raise VideoError(f"{path}: holds no video stream")
     video = cast("VideoStream", stream)
+    if video.codec_context is None:
+        raise VideoError(f"{path}: FFmpeg has no decoder for its video")
     video.thread_type = "NONE"
     return video
 
@@ -195,9 +289,13 @@ def file_size(path: Path) -> int:
     return size
 
 
+def _digest(content: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(content, digest_size=16)
+
+
 def content_hash(path: Path) -> str:
     """32 hex digits of a file's bytes. Raises `VideoError` if it cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = _digest()
     try:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):

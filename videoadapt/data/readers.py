@@ -1,19 +1,21 @@
-"""Frames of a video file by number: decord where it is right, PyAV elsewhere, Pillow for images."""
+"""Frames of a video by number: decord where it is right, PyAV elsewhere, Pillow for images and folders of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from videoadapt.data.decoding import Way, frames_by_count, frames_by_time, open_source, read_timeline
 from videoadapt.data.probe import (
     VideoInfo,
+    check_unchanged,
     decord_module,
-    file_size,
-    open_container,
+    image_files,
     probe,
     read_image,
     reason,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 Indices = Sequence[int] | np.ndarray
+
+WAYS: tuple[Way, ...] = ("skipping", "selective", "sequential")
 
 
 class VideoReader(Protocol):
@@ -49,22 +53,21 @@ class VideoReader(Protocol):
 def open_video(
     path: str | Path, reader: Literal["auto", "decord", "pyav"] = "auto", info: VideoInfo | None = None
 ) -> VideoReader:
-    """Open a video or an image. `auto` takes the reader that `probe` trusts; images have a reader of their own.
+    """Open a video, an image, or a folder of images. `auto` takes the reader that `probe` trusts with the file.
 
     `info`, from an earlier `probe` of the same file, saves probing it again. Raises `VideoError` for whatever cannot be
-    read (missing, a folder, empty, torn, no video in it), `UserError` if decord is asked for and not installed.
+    read (missing, empty, torn, no video in it), and for `decord` on a file that it is not trusted with; `UserError` if
+    decord is asked for and not installed.
     """
     path = Path(path)
     if info is None:
         info = probe(path)
-    elif (size := file_size(path)) != info.bytes:
-        raise VideoError(f"{path}: has {size} bytes, but had {info.bytes} when it was indexed; run `videoadapt index`")
+    else:
+        check_unchanged(path, info)
     if info.reader == "image":
-        return ImageReader(path)
-    if reader == "decord" and decord_module() is None:
-        raise UserError("reader decord: it is not installed, or has no wheel for this platform; use auto or pyav")
+        return ImageReader(path, info)
     if reader == "decord":
-        return DecordReader(path, info)
+        return _trusted_decord(path, info)
     # A manifest may come from a machine that has decord.
     if reader == "auto" and info.reader == "decord" and decord_module() is not None:
         try:
@@ -72,6 +75,15 @@ def open_video(
         except VideoError:
             pass  # it refuses some sound files, such as mkv of one frame; PyAV judges the others
     return PyAVReader(path, info)
+
+
+def _trusted_decord(path: Path, info: VideoInfo) -> DecordReader:
+    if decord_module() is None:
+        raise UserError("reader decord: it is not installed, or has no wheel for this platform; use auto or pyav")
+    if info.reader != "decord":
+        why = f"damaged, {info.damage}" if info.damage else f"{info.codec} in {info.container}, {info.width} wide"
+        raise VideoError(f"{path}: decord may return wrong frames of this file ({why}); use reader auto or pyav")
+    return DecordReader(path, info)
 
 
 class DecordReader:
@@ -109,11 +121,57 @@ class DecordReader:
 
 
 class PyAVReader:
-    """Decodes from the start to the last wanted frame, and looks whether FFmpeg calls a frame damaged."""
+    """Decodes what the wanted frames need, and looks whether FFmpeg finds it damaged.
+
+    `ways` are tried in turn, see `frames_by_time`; the last one has the last word on frames that cannot be had.
+    """
+
+    def __init__(self, path: Path, info: VideoInfo, ways: Sequence[Way] = WAYS) -> None:
+        self.path, self.num_frames, self.fps = path, info.frames, info.fps
+        self.width, self.height, self._ways = info.width, info.height, ways
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def frames(self, indices: Indices) -> np.ndarray:
+        """See `VideoReader.frames`."""
+        wanted = _checked(self.path, indices, self.num_frames)
+        if not len(wanted):
+            return np.empty((0, self.height, self.width, 3), np.uint8)
+        with open_source(self.path) as source:
+            timeline = read_timeline(source)
+            if timeline is None:
+                return self._gather(wanted, frames_by_count(source, set(wanted.tolist())))
+            if len(timeline.shown) != self.num_frames:
+                raise VideoError(
+                    f"{self.path}: has {len(timeline.shown)} frames, but had {self.num_frames} when it was probed"
+                )
+            *first, last = (frames_by_time(source, timeline, set(wanted.tolist()), way) for way in self._ways)
+            for frames in first:
+                with suppress(VideoError):
+                    return self._gather(wanted, frames)
+            return self._gather(wanted, last)
+
+    def _gather(self, wanted: np.ndarray, frames: Iterable[tuple[int, VideoFrame]]) -> np.ndarray:
+        from av.video.reformatter import VideoReformatter
+
+        reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+        out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
+        for number, frame in frames:
+            # Upright; if a stream changes its size, as large as its first frame.
+            height, width = upright((self.height, self.width), frame.rotation)
+            rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+            out[wanted == number] = np.rot90(rgb, frame.rotation // 90)
+        return out
+
+
+class ImageReader:
+    """An image as a video of one frame, or a folder of images as one video; opens those that are wanted."""
 
     def __init__(self, path: Path, info: VideoInfo) -> None:
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
         self.width, self.height = info.width, info.height
+        self._images = image_files(path) if path.is_dir() else [path]
 
     def __len__(self) -> int:
         return self.num_frames
@@ -122,41 +180,18 @@ class PyAVReader:
         """See `VideoReader.frames`."""
         wanted = _checked(self.path, indices, self.num_frames)
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
-        if not len(wanted):
-            return out
-        with open_container(self.path) as (container, stream):
-            number = -1
-            for number, frame in enumerate(container.decode(stream)):
-                # Later frames may be predicted from a damaged one, wanted or not.
-                if frame.is_corrupt:
-                    raise VideoError(f"{self.path}: frame {number} is damaged")
-                if (places := wanted == number).any():
-                    out[places] = self._rgb(frame)
-                if number == wanted.max():
-                    return out
-        raise VideoError(f"{self.path}: ended after {number + 1} of {self.num_frames} frames")
+        for number in set(wanted.tolist()):
+            out[wanted == number] = self._read(self._images[number])
+        return out
 
-    def _rgb(self, frame: VideoFrame) -> np.ndarray:
-        """(H, W, 3) uint8, turned as to be shown; if a stream changes its size, as large as its first frame."""
-        height, width = upright((self.height, self.width), frame.rotation)
-        rgb = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
-        return np.rot90(rgb, frame.rotation // 90)
-
-
-class ImageReader:
-    """An image as a video of one frame, at 1 frame a second."""
-
-    def __init__(self, path: Path) -> None:
-        self._frame = read_image(path)
-        self.path, self.num_frames, self.fps = path, 1, 1.0
-        self.height, self.width = self._frame.shape[:2]
-
-    def __len__(self) -> int:
-        return 1
-
-    def frames(self, indices: Indices) -> np.ndarray:
-        """See `VideoReader.frames`."""
-        return self._frame[None][_checked(self.path, indices, 1)]
+    def _read(self, image: Path) -> np.ndarray:
+        frame = read_image(image)
+        if frame.shape[:2] != (self.height, self.width):
+            raise VideoError(
+                f"{image}: is {frame.shape[1]}x{frame.shape[0]}, but the first image of its video is "
+                f"{self.width}x{self.height}; all must have one size"
+            )
+        return frame
 
 
 def _checked(path: Path, indices: Indices, total: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pandas as pd
 from videoadapt.log import print_table, replacing, say
 
 SHOWN = 10  # failed videos
+_CAUSES_SHOWN, _EXAMPLES_SHOWN = 4, 2  # so that a population fits on a screen
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
@@ -39,15 +40,68 @@ def percent(value: float) -> str:
 
 
 def print_index(summary: dict[str, Any]) -> None:
-    """The population: what was listed, and what of it can be read."""
+    """The population on one screen: what was listed, what of it can be read, and what is doubtful about it."""
     rows = [
-        (name, s["listed"], s["ok"], s["missing"], s["broken"], s["classes"], f"{s['hours']:.2f}")
+        (
+            name,
+            *(s[key] for key in ("listed", "ok", "missing", "broken", "damaged", "classes")),
+            f"{s['hours']:.2f}",
+            " / ".join(f"{seconds:.1f}" for seconds in s["seconds"]) or "-",
+        )
         for name, s in summary["splits"].items()
     ]
-    print_table("Manifest", ("split", "listed", "readable", "missing", "broken", "classes", "hours"), rows)
-    for failure in summary["failed"]:
-        say(f"  {failure['path']}: {failure['cause']}")
-    say(f"manifest {summary['manifest']}")
+    columns = (
+        "split",
+        "listed",
+        "readable",
+        "missing",
+        "broken",
+        "damaged",
+        "classes",
+        "hours",
+        "shortest / median / longest s",
+    )
+    print_table(f"Manifest {summary['manifest']}, of {summary['classes']} classes", columns, rows)
+    if summary["readers"]:
+        readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
+        say(f"read by: {readers}; decoded whole to find damage: {summary['verified']}")
+    _say_examples("missing", summary["missing"])
+    for cause in summary["broken"][:_CAUSES_SHOWN]:
+        say(f"broken: {cause['count']} of cause `{cause['cause']}`, the first {cause['first'][0]}")
+    others = summary["broken"][_CAUSES_SHOWN:]
+    if others:
+        say(f"broken: {sum(cause['count'] for cause in others)} of {len(others)} other causes, in index.json")
+    _say_examples("damaged", summary["damaged"])
+    duplicates, leaks = summary["duplicates"], summary["leaks"]
+    _say_examples("listed twice, counted once", duplicates["listed_twice"])
+    _say_examples("further files of the same name", duplicates["further_files"])
+    _say_examples("groups of files with the same content", duplicates["same_content"])
+    _say_examples("leaks between splits, the same video", leaks["same_id"])
+    _say_examples("leaks between splits, clips of the same YouTube video", leaks["same_source"])
+    _say_examples("leaks between splits, the same content", leaks["same_content"])
+    if not any(some["count"] for some in (*duplicates.values(), *leaks.values())):
+        say("no duplicates, and no leaks between splits")
+
+
+def _say_examples(name: str, some: dict[str, Any]) -> None:
+    """How many there are and the first of them; nothing if there are none."""
+    if not some["count"]:
+        return
+    say(f"{name}: {some['count']}")
+    for item in some["first"][:_EXAMPLES_SHOWN]:
+        say("  " + (item if isinstance(item, str) else "  =  ".join(item[:_EXAMPLES_SHOWN])))
+
+
+def print_check(result: dict[str, Any]) -> None:
+    """How the files differ from their manifest."""
+    changes = result["changes"]
+    rows = [*changes.items(), ("unchanged", result["unchanged"]), ("listed", result["videos"])]
+    print_table("Check", (f"manifest {result['manifest']}", "videos"), rows)
+    for difference in result["differences"][:SHOWN]:
+        cause = f": {difference['cause']}" if difference["cause"] else ""
+        say(f"  {difference['change']}: {difference['path']} ({difference['split']}){cause}")
+    if len(result["differences"]) > SHOWN:
+        say(f"  and {len(result['differences']) - SHOWN} more; --json lists all")
 
 
 def print_train(summary: dict[str, Any]) -> None:

@@ -1,0 +1,164 @@
+"""Does reading leak? Draws clips through the training loader and watches the memory of every process.
+
+    python tools/bench_loader_memory.py --clips 10000
+    python tools/bench_loader_memory.py --manifest runs/base/manifest.parquet --reader pyav --json
+
+Without a manifest it makes 32 videos of 10 s, each listed 8 times. Linux only: it reads /proc/PID/smaps_rollup. USS is
+what a process has for itself, PSS adds its part of what is shared, RSS counts shared pages (libraries) in full. A slope
+is fitted to the USS after the first fifth of the clips, in which caches fill.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import av
+import numpy as np
+import typer
+
+from videoadapt.config import Config, make_config
+from videoadapt.data.loader import train_batches
+from videoadapt.data.manifest import Manifest, load_or_index
+from videoadapt.log import Bar, print_table
+
+FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the videos made here
+BATCH = 8  # clips
+WARM_UP = 0.2  # share of the clips
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in KB."""
+
+    rss: int
+    pss: int
+    uss: int
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A process over the clips that were drawn; KB, and KB of USS for each 1,000 clips with its standard error."""
+
+    process: str
+    first_uss: int
+    last_uss: int
+    peak: Memory
+    slope: float
+    slope_error: float
+
+
+def memory(pid: int) -> Memory:
+    """What the kernel says of a process now."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    kb = {name.rstrip(":"): int(value) for name, value, *_ in map(str.split, lines)}
+    return Memory(kb["Rss"], kb["Pss"], kb["Private_Clean"] + kb["Private_Dirty"])
+
+
+def trend(process: str, clips: list[int], samples: list[Memory]) -> Trend:
+    """The least-squares slope after the warm-up. Neighbouring samples are taken as independent."""
+    warm = int(len(samples) * WARM_UP)
+    x, y = np.array(clips[warm:]) / 1000, np.array([sample.uss for sample in samples[warm:]], dtype=float)
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    peak = Memory(*(max(values) for values in zip(*((s.rss, s.pss, s.uss) for s in samples), strict=True)))
+    return Trend(process, int(y[0]), int(y[-1]), peak, float(slope), float(covariance[0, 0] ** 0.5))
+
+
+def watch(manifest: Manifest, config: Config, clips: int, every: int) -> list[Trend]:
+    """Draws clips through the loader and samples the main process and each worker."""
+    samples: dict[str, list[Memory]] = {}
+    drawn, at = 0, list[int]()
+    with Bar(f"reader {config.data.reader}", total=clips, unit="clips") as bar:
+        for parts in train_batches(manifest, config):
+            count = sum(len(batch.labels) for batch in parts)
+            drawn += count
+            bar.step(count)
+            if drawn // every > len(at):
+                at.append(drawn)
+                workers = sorted(process.pid or 0 for process in multiprocessing.active_children())
+                names = {os.getpid(): "main", **{pid: f"worker {i}" for i, pid in enumerate(workers)}}
+                for pid, name in names.items():
+                    samples.setdefault(name, []).append(memory(pid))
+            if drawn >= clips:
+                break
+    return [trend(name, at, taken) for name, taken in samples.items()]
+
+
+def write_videos(folder: Path, height: int, width: int) -> Path:
+    """Videos of moving noise, and a list that names each several times. Returns the list."""
+    rng = np.random.default_rng(0)
+    for number in range(FILES):
+        with av.open(str(folder / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            picture = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+            for image in _moving(picture, height, width):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    for copy in range(COPIES):
+        for number in range(FILES):
+            (folder / f"{number}-{copy}.mp4").symlink_to(folder / f"{number}.mp4")
+    lines = [f"{number}-{copy}.mp4 0\n" for copy in range(COPIES) for number in range(FILES)]
+    listed = folder / "train.txt"
+    listed.write_text("".join(lines), encoding="utf-8")
+    return listed
+
+
+def _moving(picture: np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
+    still = np.resize(picture, (height, width, 3))
+    for shift in range(SECONDS * FPS):
+        yield np.roll(still, shift, axis=1)
+
+
+def run_config(folder: Path, listed: Path | None, *, reader: str, workers: int, crop: int) -> Config:
+    """A run that draws clips for as long as one wants, eight a step."""
+    return make_config(
+        {
+            "run": {"dir": folder, "device": "cpu"},
+            "data": {"train": {"annotations": listed}, "workers": workers, "reader": reader},
+            "model": {"size": crop, "points": [crop // 16]},
+            "train": {"batch": BATCH, "epochs": 1_000_000},
+        }
+    )
+
+
+def main(
+    *,
+    clips: int = 10_000,
+    workers: int = 2,
+    size: Annotated[tuple[int, int], typer.Option(help="Height and width of the videos that are made.")] = (96, 128),
+    crop: Annotated[int, typer.Option(help="Side of the clips, in pixels.")] = 224,
+    reader: Annotated[list[str] | None, typer.Option(help="auto, decord or pyav; may be given again.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="Of an indexed run, instead of videos made here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Draws the clips with each reader, and prints a table or JSON."""
+    found: dict[str, list[Trend]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        listed = None if manifest else write_videos(folder, *size)
+        for kind in reader or ["auto", "pyav"]:
+            config = run_config(folder / "run", listed, reader=kind, workers=workers, crop=crop)
+            population = Manifest.load(manifest) if manifest else load_or_index(config)
+            found[kind] = watch(population, config, clips, every=max(BATCH, clips // 100))
+    if as_json:
+        print(json.dumps({kind: [asdict(trend) for trend in trends] for kind, trends in found.items()}, indent=2))
+        return
+    columns = ["reader", "process", "USS first", "last", "peak", "PSS peak", "RSS peak", "KB per 1,000 clips"]
+    rows = [
+        [kind, t.process, *(f"{kb / 1024:.1f}" for kb in (t.first_uss, t.last_uss, t.peak.uss, t.peak.pss, t.peak.rss))]
+        + [f"{t.slope:+.1f} ± {t.slope_error:.1f}"]
+        for kind, trends in found.items()
+        for t in trends
+    ]
+    print_table(f"Memory in MB while {clips} clips were drawn by {workers} workers", columns, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
