@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 Way = Literal["skipping", "selective", "sequential"]
 
 _KEPT_BYTES = 64 << 20  # the packets of larger files are read again for each pass over them
-# A hole in a file reads as zeros, which decoders take for a picture. These codecs never write as many in a row.
-_WITHOUT_ZEROS = frozenset({"h264", "hevc"})
+
+# A hole in a file reads as zeros, which decoders may take for a picture. H.264 and HEVC never write as many in a row,
+# but to pad a stream without lengths.
 _HOLE = bytes(8)
 
 
@@ -151,10 +152,15 @@ def frames_by_time(
     last = max(packet_of.values())
     stretches = [Stretch(0, last)] if way == "sequential" else timeline.stretches(packet_of.values())
     needed = set(packet_of.values()) if way == "skipping" else None
-    damaged_pts, missing = [], set(wanted)
+    damaged_pts: list[int | None] = []
+    missing, latest_pts = set(wanted), None
     for decoded in decode(source.codec, _chosen(source, stretches, needed)):
         if decoded.damaged:
             damaged_pts.append(decoded.pts)
+        elif latest_pts is not None and decoded.pts is not None and decoded.pts < latest_pts:
+            damaged_pts.append(None)  # times that go back are wrong, no one knows where
+        else:
+            latest_pts = decoded.pts
         number = number_at.get(decoded.pts)
         if decoded.frame is not None and number is not None:
             missing.discard(number)
@@ -194,8 +200,9 @@ def decode(codec: VideoCodecContext, packets: Iterable[Packet[VideoStream] | Non
     """
     import av
 
+    holes_show = codec.name in {"h264", "hevc"} and _has_record(codec)
     for packet in packets:
-        if packet is not None and codec.name in _WITHOUT_ZEROS and _HOLE in bytes(packet):
+        if holes_show and packet is not None and _HOLE in bytes(packet):
             yield Decoded(packet.pts, None)
             continue
         try:
@@ -235,9 +242,12 @@ def _chosen(
 
 def _marks_unreferred(codec: VideoCodecContext) -> bool:
     """Whether the decoder can tell which frames no other refers to."""
-    extradata = codec.extradata or b""
-    if codec.name == "hevc" and extradata[:1] == b"\x01":
-        # With more than one temporal layer, the mark holds for frames of the same layer only. Byte 21 of an mp4's or
-        # mkv's configuration record counts them.
-        return extradata[21] >> 3 & 7 == 1
+    if codec.name == "hevc" and codec.extradata and _has_record(codec):
+        # With several temporal layers the mark counts within a layer only. Byte 21 of the record tells how many.
+        return codec.extradata[21] >> 3 & 7 == 1
     return codec.name == "h264"
+
+
+def _has_record(codec: VideoCodecContext) -> bool:
+    """Whether an H.264 or HEVC stream is as in mp4 and mkv: its units after their lengths, its settings in a record."""
+    return (codec.extradata or b"")[:1] == b"\x01"

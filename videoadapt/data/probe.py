@@ -190,11 +190,13 @@ def _stands_alone(codec: str, keyframe: Packet[VideoStream]) -> bool:
 
 
 def _first_frame(codec: VideoCodecContext, packet: Packet[VideoStream], alone: bool) -> VideoFrame | None:
-    """The frame of the first packet, without decoding those that the decoder would wait for; none if it has none."""
+    """A frame that comes out at a packet; the first packet, `alone`, need not wait for those that follow it."""
     frames = codec.decode(packet)
     if alone and not frames and packet.is_keyframe and not packet.is_discard:
         frames = codec.decode(None)
         codec.flush_buffers()
+        if not frames:
+            frames = codec.decode(packet)
     return frames[0] if frames else None
 
 

@@ -1,0 +1,228 @@
+"""The loaders that are measured, ours and others': each reads the same clips, and runs in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from videoadapt.config import Config
+from videoadapt.data.datasets import Failure, TrainClips
+from videoadapt.data.manifest import Manifest, Row
+from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of
+from videoadapt.errors import UserError, VideoError
+from videoadapt.runtime import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Clips to read: keys of `TrainClips`, (epoch, row of the manifest), of readable videos."""
+
+    manifest: Manifest
+    config: Config
+    keys: list[tuple[int, int]]
+
+    def clips(self) -> list[tuple[Row, float]]:
+        """The video of each clip, and where `TrainClips` starts the clip, in seconds."""
+        return [(row, self._start_s(row, epoch)) for epoch, row in ((e, self.manifest.row(n)) for e, n in self.keys)]
+
+    def _start_s(self, row: Row, epoch: int) -> float:
+        clip_s = clip_seconds(self.config.model, row.fps)
+        seed = seed_of("start", self.config.run.seed, epoch, row.video)
+        return clip_starts("random", duration_s=row.duration_s, clip_s=clip_s, clips=1, seed=seed)[0]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How fast some clips were read, the peak memory of the process, and a digest of each clip of our loaders."""
+
+    clips_per_cpu_s: float
+    peak_bytes: int
+    digests: list[str]
+
+
+# Gives the clips of some work, (C, T, S, S), one by one; what only decodes gives None.
+Read = Callable[[Work], Iterator[Tensor | None]]
+
+
+def start(name: str, work: Work) -> int:
+    """Prepares this process for a loader: imports, one thread on one core, and a turn that is not measured.
+
+    Returns the memory that the process holds after the imports, in bytes. Raises what a missing library raises.
+    """
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # libraries that take all cores find one
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    read = LOADERS[name]()
+    imported_bytes = _memory_after_imports()
+    for _ in read(work):  # the first use of much memory is slow, above all in virtual machines
+        pass
+    return imported_bytes
+
+
+def measure(name: str, work: Work) -> Turn:
+    """Reads the work with a loader that `start` has prepared; its CPU time counts child processes too."""
+    clips = LOADERS[name]()(work)
+    cpu_s, digests = 0.0, []
+    for _ in work.keys:
+        before = _cpu_s()
+        clip = next(clips)
+        cpu_s += _cpu_s() - before
+        if clip is not None and name in OURS:  # not a part of loading, so not of its time
+            digests.append(hashlib.blake2b(clip.numpy().tobytes(), digest_size=16).hexdigest())
+    return Turn(len(work.keys) / cpu_s, _peak_bytes(), digests)
+
+
+def _cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _memory_after_imports() -> int:
+    """Resident bytes of this process; its peak counts from here on, where the system can forget the one before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    """The largest resident set of this process. `getrusage` would count that of the process which started it, too."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return peak_memory_bytes()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def _ours(reader: Literal["auto", "pyav"]) -> Read:
+    import av  # noqa: F401 - so that its memory counts as imported
+
+    from videoadapt.data.probe import decord_module
+
+    decord_module()
+
+    def read(work: Work) -> Iterator[Tensor]:
+        data = work.config.data.model_copy(update={"reader": reader})
+        dataset = TrainClips(work.manifest, work.config.model_copy(update={"data": data}))
+        for key in work.keys:
+            clip = dataset[key]
+            if isinstance(clip, Failure):
+                raise VideoError(f"{clip.path}: {clip.cause}")
+            yield clip.frames
+
+    return read
+
+
+def _pytorchvideo(decoder: Literal["decord", "pyav"]) -> Read:
+    import av  # noqa: F401
+    from pytorchvideo.data import LabeledVideoDataset
+    from pytorchvideo.data.clip_sampling import ClipInfo, ClipSampler
+    from torch.utils.data import SequentialSampler
+
+    if decoder == "decord":
+        import decord  # noqa: F401
+
+    class Planned(ClipSampler):
+        """Takes the clip that the video's label names."""
+
+        def __call__(self, last_end_s: Any, duration_s: Any, label: dict[str, float]) -> ClipInfo:  # noqa: ARG002
+            return ClipInfo(label["start_s"], label["end_s"], 0, 0, True)
+
+    def read(work: Work) -> Iterator[Tensor]:
+        model = work.config.model
+        videos = [
+            (row.path, {"start_s": start_s, "end_s": start_s + clip_seconds(model, row.fps)})
+            for row, start_s in work.clips()
+        ]
+        clips = LabeledVideoDataset(
+            videos, Planned(0.0), video_sampler=SequentialSampler, decode_audio=False, decoder=decoder
+        )
+        for clip in clips:
+            frames = clip["video"]  # C T H W, float32: the whole span
+            wanted = torch.linspace(0, frames.shape[1] - 1, model.num_frames).long()
+            yield _augment(frames[:, wanted].transpose(0, 1), work.config)
+
+    return read
+
+
+def _torchcodec() -> Read:
+    from torchcodec.decoders import VideoDecoder
+
+    def read(work: Work) -> Iterator[Tensor]:
+        for row, start_s in work.clips():
+            video = VideoDecoder(row.path, num_ffmpeg_threads=1, seek_mode="exact")
+            yield _augment(video.get_frames_at(_indices(row, start_s, work.config).tolist()).data, work.config)
+
+    return read
+
+
+def _ffmpeg() -> Read:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise UserError("ffmpeg is not on the path")
+
+    def read(work: Work) -> Iterator[None]:
+        for row, _ in work.clips():
+            command = [program, "-v", "error", "-threads", "1", "-i", row.path, "-map", "0:v:0", "-f", "null", "-"]
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+            yield None
+
+    return read
+
+
+def ffmpeg_version() -> dict[str, str]:
+    """Of the program on the path, if there is one."""
+    program = shutil.which("ffmpeg")
+    if program is None:
+        return {}
+    words = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout.split()
+    return {"ffmpeg": words[2]}
+
+
+def _indices(row: Row, start_s: float, config: Config) -> np.ndarray:
+    model = config.model
+    return frame_indices(
+        start_s,
+        total_frames=row.frames,
+        file_fps=row.fps,
+        num_frames=model.num_frames,
+        stride_frames=model.stride_frames,
+        fps=model.fps,
+    )
+
+
+def _augment(images: Tensor, config: Config) -> Tensor:
+    """What `TrainClips` does, for frames of others: (T, C, H, W) -> (C, T, S, S) of the same type."""
+    size, short_side = config.model.size, config.data.short_side or (config.model.size,) * 2
+    images = F.resize(images, [short_side[0]], antialias=True)
+    top, left = (int(torch.randint(side - size + 1, ())) for side in images.shape[-2:])
+    return images[..., top : top + size, left : left + size].transpose(0, 1).contiguous()
+
+
+OURS_AUTO, OURS_PYAV = "videoadapt, auto", "videoadapt, PyAV"
+OURS = (OURS_AUTO, OURS_PYAV)
+PEER_DECORD, PEER_PYAV = "pytorchvideo, decord", "pytorchvideo, PyAV"
+FFMPEG = "ffmpeg, whole file"
+
+# Each imports what it needs and returns the function that reads.
+LOADERS: dict[str, Callable[[], Read]] = {
+    OURS_AUTO: partial(_ours, "auto"),
+    OURS_PYAV: partial(_ours, "pyav"),
+    PEER_DECORD: partial(_pytorchvideo, "decord"),
+    PEER_PYAV: partial(_pytorchvideo, "pyav"),
+    "torchcodec, exact": _torchcodec,
+    FFMPEG: _ffmpeg,
+}
