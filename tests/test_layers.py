@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 # A name is a module of videoadapt, or a folder of it: inside a folder, imports are free.
 LAYERS = [
     {"errors", "points", "config", "log", "runtime"},
-    {"model", "data", "parallel", "losses", "optim"},
+    {"model", "data", "groups", "parallel", "losses", "optim"},
     {"cost", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state"},
     {"train", "assign", "label", "evaluate", "predict", "report", "export"},

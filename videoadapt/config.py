@@ -28,6 +28,10 @@ def _parse_points(value: Any) -> Any:
     return [value] if isinstance(value, (int, str)) else value
 
 
+def _parse_groups(value: Any) -> Any:
+    return {str(key).replace(" ", ""): count for key, count in value.items()} if isinstance(value, dict) else value
+
+
 class Section(BaseModel):
     """A part of the config: immutable, and unknown keys are errors."""
 
@@ -65,6 +69,11 @@ class DataConfig(Section):
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
     cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class IndexConfig(Section):
@@ -196,6 +205,14 @@ class TrainConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """Stage 1 on several ranks: which of them train which token lengths."""
+
+    # ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none = every rank
+    # trains every point
+    groups: Annotated[Literal["auto"] | dict[str, Count] | None, BeforeValidator(_parse_groups)] = None
+
+
 class LabelConfig(Section):
     """Stage 2: on which clips, and by which rule, labels are made."""
 
@@ -240,6 +257,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     label: LabelConfig = LabelConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -259,9 +277,26 @@ class Config(Section):
             raise ConfigError(
                 f"assign.frames: {self.assign.frames} is more than a clip has (model.num_frames {model.num_frames})"
             )
+        if self.data.mixes and (self.train.batch // self.train.accumulate) % 2:
+            raise ConfigError(
+                f"train.batch: {self.train.batch} clips in {self.train.accumulate} parts (train.accumulate) are an odd "
+                "number in each, but mixup and cutmix take clips in pairs"
+            )
+        if isinstance(self.parallel.groups, dict):
+            _check_groups(self.parallel.groups, model.lengths)
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
         return self
+
+
+def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
+    named = [text for key in groups for text in key.split("+")]
+    wanted = sorted(map(str, lengths), key=int, reverse=True)
+    if sorted(named) != sorted(wanted):
+        raise ConfigError(
+            f"parallel.groups: {groups}: expected each length of model.points ({', '.join(wanted)}) once, as a key or in "
+            "one such as 10+7"
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

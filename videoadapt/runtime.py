@@ -22,7 +22,8 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError("run.device: cuda was asked for, but torch sees no GPU; use run.device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    # On a node with several ranks, each has a GPU of its own.
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
 def precision_dtype(name: str) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,10 +48,12 @@ class Tally:
         self.right.append(right.float())
         self.videos.append(videos)
 
-    def mean(self, name: str) -> float:
-        """The mean over clips of `loss` or `right`; 0 where every clip failed."""
-        values = getattr(self, name)
-        return float(torch.cat(values).mean()) if values else 0.0
+    def sums(self) -> Tensor:
+        """The sum of the losses, of the hits, and the number of clips: (3,) float64 on the host."""
+        if not self.loss:
+            return torch.zeros(3, dtype=torch.float64)
+        loss, right = torch.cat(self.loss).double(), torch.cat(self.right).double()
+        return torch.stack([loss.sum(), right.sum(), torch.tensor(float(len(loss)), device=loss.device)]).cpu()
 
     def require_finite(self, point: str, step: int) -> None:
         """Raises `RunError`, naming the clips, where a loss is NaN or infinite."""
@@ -100,9 +102,6 @@ class State:
         tensors |= optimizer_tensors(self.model, self.optimizer)
         if self.ema is not None:
             tensors |= {f"ema/{name}": t for name, t in self.ema.module.state_dict().items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors, self.config.model_dump(mode="json") | {
             "classes": list(self.manifest.classes),
             "manifest": self.manifest.hash,
@@ -122,17 +121,14 @@ class State:
         restore_optimizer(self.model, self.optimizer, checkpoint)
         if self.ema is not None:
             fill(self.ema.module, checkpoint.part("ema"), checkpoint.path)
-        torch.set_rng_state(checkpoint.tensors["random/cpu"])
-        if self.device.type == "cuda" and "random/cuda" in checkpoint.tensors:
-            torch.cuda.set_rng_state(checkpoint.tensors["random/cuda"], self.device)
         self.step, self.skipped = checkpoint.meta["step"], checkpoint.meta["skipped"]
         say(f"going on from {checkpoint.path} at step {self.step}")
 
-    def skip(self, failure: Failure) -> None:
-        """Counts and lists a video that failed; nothing takes its place."""
-        self.skipped += 1
-        with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, "path": failure.path, "cause": failure.cause}) + "\n")
+    def list_skipped(self, failures: Iterable[Failure]) -> None:
+        """Writes down the videos that failed in a step; nothing takes their places."""
+        for failure in failures:
+            with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, "path": failure.path, "cause": failure.cause}) + "\n")
 
     def note(self, values: dict[str, float], clock: Clock) -> str:
         """What the progress display says of a step."""
@@ -199,8 +195,9 @@ class Clock:
 
     STRETCH_STEPS, STRETCH_S = 20, 30.0
 
-    def __init__(self, workers: int, device: torch.device) -> None:
+    def __init__(self, workers: int, device: torch.device, ranks: int = 1) -> None:
         self.start = time.monotonic()
+        self._ranks = ranks  # that share the clips with this one
         self._workers, self._on_gpu = workers, device.type == "cuda"
         self._clips, self._waited_s = 0, 0.0
         self._before = Pace(0, 0.0, 0.0)  # this stretch
@@ -226,7 +223,7 @@ class Clock:
     def rates(self) -> dict[str, float]:
         """`clips_per_s` and `wait_share` since the start."""
         pace = self.pace()
-        return {"clips_per_s": pace.clips_per_s, "wait_share": pace.wait_share}
+        return {"clips_per_s": pace.clips_per_s * self._ranks, "wait_share": pace.wait_share}
 
     def _look(self) -> None:
         self._steps += 1

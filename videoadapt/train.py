@@ -6,83 +6,140 @@ gradients of all points add up and the optimizer moves once (ReViT, section 3.4)
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from videoadapt import losses
 from videoadapt.checkpoint import Checkpoints, train_checkpoints
 from videoadapt.config import Config, dump_config
+from videoadapt.cost import point_macs
 from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.errors import RunError
+from videoadapt.groups import Group, GroupPlan, make_plan
 from videoadapt.log import Bar, Metrics, say, write_json
-from videoadapt.model.timesformer import Heads
+from videoadapt.model.timesformer import Heads, TimeSformer
 from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
+from videoadapt.parallel import (
+    TeacherExchange,
+    first_rank_first,
+    gradients_apart,
+    rank,
+    ranks,
+    spread_gradients,
+    summed,
+    wait_for_all,
+    world_size,
+)
 from videoadapt.runtime import StopRequest, peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.state import Clock, State, Tally
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What this rank does in every step: its points and clips, its model, and how the teacher's logits come to it."""
+
+    plan: GroupPlan
+    group: Group
+    forward: nn.Module
+    exchange: TeacherExchange | None  # none where every rank has its own teacher
+
+    @classmethod
+    def take(cls, config: Config, model: TimeSformer) -> Seat:
+        """This rank's seat. Raises `ConfigError` where `parallel.groups` needs another number of ranks."""
+        macs = {point: float(value) for point, value in point_macs(config.model).items()}
+        plan = make_plan(config, world_size(), macs)
+        forward = spread_gradients(torch.compile(model) if config.train.compile else model)  # type: ignore[arg-type]
+        weight = model.head.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        several = len(plan.groups) > 1
+        exchange = TeacherExchange(plan, config.model.num_classes, dtype, weight.device) if several else None
+        return cls(plan, plan.group(rank()), forward, exchange)
+
+    def share(self, clips: int, *, pairs: bool) -> range:
+        """The positions, of a part's clips, that this rank trains."""
+        return self.group.share(rank(), clips, pairs=pairs)
 
 
 def train(config: Config) -> dict[str, Any]:
     """Trains the model of a config to the end, going on from the run's newest checkpoint if it has one.
 
-    Ctrl-C and SIGTERM save at the next step and raise `KeyboardInterrupt`. Raises `RunError` for a loss that is not
-    finite, before anything is changed by it.
+    The ranks of a job share the work as `parallel.groups` says; it changes the result by rounding alone. Ctrl-C and
+    SIGTERM save at the next step and raise `KeyboardInterrupt`. Raises `RunError` for a loss that is not finite, before
+    anything is changed by it.
     """
-    manifest = load_or_index(config)
-    per_epoch = steps_per_epoch(manifest, config)
-    checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints)
-    state = State.start(config, manifest)
-    found = checkpoints.latest()
-    if found is not None:
-        state.restore(found)
-    elif config.train.init:
-        say(str(load_weights(state.model, config.train.init)))
-        state.reset_ema()
-    (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    clock = Clock(worker_count(config.data.workers), state.device)
     finished = config.run.dir / "train.json"
-    if state.step == per_epoch * config.train.epochs and finished.exists():
-        done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-        return done
-    _loop(state, per_epoch, checkpoints, clock)
-    summary = _summary(state, per_epoch, checkpoints, clock)
-    write_json(finished, summary)
-    return summary
+    with ranks():
+        manifest = first_rank_first(lambda: load_or_index(config))
+        per_epoch = steps_per_epoch(manifest, config)
+        checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints)
+        state = State.start(config, manifest)
+        found = checkpoints.latest()
+        if found is not None:
+            state.restore(found)
+        elif config.train.init:
+            say(str(load_weights(state.model, config.train.init)))
+            state.reset_ema()
+        if not (state.step == per_epoch * config.train.epochs and finished.exists()):
+            _train(state, per_epoch, checkpoints)
+        wait_for_all()
+    done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+    return done
 
 
-def _loop(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock) -> None:
+def _train(state: State, per_epoch: int, checkpoints: Checkpoints) -> None:
+    config, seat = state.config, Seat.take(state.config, state.model)
+    if world_size() > 1:
+        say(f"{world_size()} ranks, by point: {seat.plan}")
+    clock = Clock(worker_count(config.data.workers), state.device, len(seat.group.ranks))
+    if rank() == 0:
+        (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    with closing(Metrics(config.run.dir, state.step)) if rank() == 0 else nullcontext() as metrics:
+        _loop(state, seat, checkpoints, clock, metrics)
+    if rank() == 0:
+        write_json(config.run.dir / "train.json", _summary(state, per_epoch, checkpoints, clock))
+
+
+def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metrics: Metrics | None) -> None:
     config = state.config
+    per_epoch = steps_per_epoch(state.manifest, config)
     total = per_epoch * config.train.epochs
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
-    forward = torch.compile(state.model) if config.train.compile else state.model
-    steps = train_batches(state.manifest, config, state.step, device=state.device)
+    share = partial(seat.share, pairs=config.data.mixes)
+    steps = train_batches(state.manifest, config, state.step, device=state.device, share=share)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
-    with StopRequest() as stop, closing(Metrics(config.run.dir, state.step)) as metrics, bar:
+    with StopRequest() as stop, bar:
         for batches in clock.timed(_saved_if_reading_fails(steps, state, checkpoints)):
             schedule.step_update(state.step)
-            values = train_step(state, forward, batches)
+            values = train_step(state, seat, batches)
             state.step += 1
-            metrics.write(state.step, values | clock.rates())
-            for failure in itertools.chain.from_iterable(batch.failures for batch in batches):
-                state.skip(failure)
+            if metrics is not None:
+                metrics.write(state.step, values | clock.rates())
             bar.step(config.train.batch, state.note(values, clock))
+            stopping = bool(summed(torch.tensor(float(stop.requested))))  # all ranks at the same step
             due = state.step % (config.train.save_steps or per_epoch) == 0
-            if due or stop.requested or state.step == total:
-                checkpoints.save(state.step, *state.saved())
-            if stop.requested and state.step < total:
+            if due or stopping or state.step == total:
+                _save(state, checkpoints)
+            if stopping and state.step < total:
                 say(f"stopped at step {state.step} of {total}; the same command goes on from there")
                 raise KeyboardInterrupt
+
+
+def _save(state: State, checkpoints: Checkpoints) -> None:
+    if rank() == 0:
+        checkpoints.save(state.step, *state.saved())
 
 
 def _saved_if_reading_fails(
@@ -94,28 +151,30 @@ def _saved_if_reading_fails(
         yield from steps
     except Exception:
         if state.step > begun:
-            checkpoints.save(state.step, *state.saved())
+            _save(state, checkpoints)
             say(f"saved at step {state.step}; the same command goes on from there")
         raise
 
 
-def train_step(state: State, forward: Callable[..., Heads], batches: Iterable[Batch]) -> dict[str, float]:
+def train_step(state: State, seat: Seat, batches: Sequence[Batch]) -> dict[str, float]:
     """One optimizer step over the parts of a global batch. Returns loss and top-1 of each point, gradient norm, rate.
 
-    Each part backpropagates the sum of its clips' losses over `train.batch`, so that accumulation does not change the
-    gradient (mixup and cutmix apart: they pair clips within a part).
+    Each rank backpropagates, part by part, the sum of its clips' losses over `train.batch`; the gradients of all ranks
+    add up, so that neither accumulation nor the plan changes the step (ReViT, section 3.4).
     """
     config, model = state.config, state.model
+    # Drop path draws from torch's stream, which so needs no saving; it depends on the plan, and nothing else does.
+    torch.manual_seed(seed_of("step", config.run.seed, state.step, rank()))
     model.train()
     model.activation_checkpointing = config.train.activation_checkpointing
     state.optimizer.zero_grad(set_to_none=True)
     tallies = {point: Tally() for point in config.model.points}
     for part, batch in enumerate(batches):
-        if len(batch.labels):
-            seed = seed_of("mix", config.run.seed, state.step, part)
-            _backpropagate(batch, forward, state, tallies, seed)
-    for point, tally in tallies.items():
-        tally.require_finite(point, state.step)
+        _backpropagate(batch, part, seat, state, tallies)
+    failures = (
+        [failure for batch in batches for failure in batch.failures] if rank() in seat.plan.groups[0].ranks else []
+    )
+    values = _gathered(state, tallies, len(failures))
     limit = config.train.clip_grad or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     if not torch.isfinite(norm):
@@ -126,36 +185,78 @@ def train_step(state: State, forward: Callable[..., Heads], batches: Iterable[Ba
     state.optimizer.step()
     if state.ema is not None:
         state.ema.update(model)
-    values = {f"loss/{point}": tally.mean("loss") for point, tally in tallies.items()}
-    values |= {f"top1/{point}": tally.mean("right") for point, tally in tallies.items()}
+    state.list_skipped(failures)
     return values | {"grad_norm": float(norm), "lr": state.optimizer.param_groups[0]["lr"]}
 
 
-def _backpropagate(
-    batch: Batch, forward: Callable[..., Heads], state: State, tallies: dict[str, Tally], seed: int
-) -> None:
-    config, device = state.config, state.device
-    data, model = config.data, config.model
-    clips, labels = normalise(batch.clips, model.mean, model.std, torch.float32), batch.labels
+def _gathered(state: State, tallies: dict[str, Tally], failures: int) -> dict[str, float]:
+    """Loss and top-1 of each point over all ranks. Raises `RunError` on every rank if a loss of one is not finite."""
+    sums = summed(torch.stack([*(tally.sums() for tally in tallies.values()), torch.tensor([0.0, 0.0, failures])]))
+    for point, tally in tallies.items():
+        tally.require_finite(point, state.step)
+    if not torch.isfinite(sums).all():
+        raise RunError(f"step {state.step}: the loss of another rank is not finite; its message names the clips")
+    state.skipped += int(sums[-1, 2])
+    loss, right, clips = sums[:-1].T.tolist()
+    values = {f"loss/{p}": value / max(n, 1) for p, value, n in zip(tallies, loss, clips, strict=True)}
+    return values | {f"top1/{p}": value / max(n, 1) for p, value, n in zip(tallies, right, clips, strict=True)}
+
+
+def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: dict[str, Tally]) -> None:
+    config, clips_of_part = state.config, state.config.train.batch // state.config.train.accumulate
+    if not len(batch.labels) and world_size() == 1:
+        return
+    clips, targets, weights = _prepared(batch, state)
+    shares = [seat.plan.groups[0].share(r, clips_of_part, pairs=config.data.mixes) for r in seat.plan.groups[0].ranks]
+    places = torch.tensor([position - part * clips_of_part for position in batch.positions], dtype=torch.int64)
+    teaches = seat.group is seat.plan.groups[0]
+    if seat.exchange is not None and not teaches:
+        seat.exchange.start(shares)  # the logits travel while this rank's first forward pass runs
+    teacher: Tensor | None = None
+    for point in seat.group.points:  # costliest first: it teaches the others
+        final = part == config.train.accumulate - 1 and point == seat.group.points[-1]
+        with nullcontext() if final else gradients_apart(seat.forward):
+            bf16 = config.run.precision == "bf16"
+            with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
+                heads: Heads = seat.forward(clips, point, heads=True)
+            learned = heads.mean().detach()
+            if teacher is None and not teaches:
+                assert seat.exchange is not None
+                teacher = torch.full_like(learned, float("nan"), dtype=seat.exchange.dtype)
+                teacher[: len(places)] = seat.exchange.logits()[places.to(state.device)]
+                weights = weights * teacher.isfinite().all(-1)  # a clip that its teacher could not read teaches nothing
+                teacher = teacher.nan_to_num()
+            loss = losses.point_loss(heads, targets, teacher, config.loss)
+            if teacher is None and seat.exchange is not None:
+                own = torch.full((len(shares[rank()]), learned.shape[1]), float("nan"), device=state.device)
+                own[places - shares[rank()].start] = learned[: len(places)].to(own.dtype)
+                seat.exchange.start(shares, own)
+            ((loss * weights).sum() / config.train.batch).backward()
+        here = slice(len(batch.labels))
+        tallies[point].add(loss.detach()[here], learned.argmax(-1)[here] == batch.labels, batch.videos)
+        teacher = learned if teacher is None else teacher
+
+
+def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips, targets and weights of a batch; of one without clips, an empty clip without weight.
+
+    Other ranks wait for this one's gradients, whatever happened to its videos.
+    """
+    data, model, dtype = state.config.data, state.config.model, state.model.head.weight.dtype
+    if not len(batch.labels):
+        empty = torch.zeros((1, 3, model.num_frames, model.size, model.size), dtype=dtype, device=state.device)
+        return empty, empty.new_zeros((1, model.num_classes)), empty.new_zeros(1)
     clips, targets = mix(
-        clips,
-        labels,
+        normalise(batch.clips, model.mean, model.std, dtype),
+        batch.labels,
+        batch.positions,
         num_classes=model.num_classes,
         mixup=data.mixup,
         cutmix=data.cutmix,
-        smoothing=config.loss.label_smoothing,
-        seed=seed,
+        smoothing=state.config.loss.label_smoothing,
+        seed=seed_of("mix", state.config.run.seed, state.step),
     )
-    teacher: Tensor | None = None
-    bf16 = config.run.precision == "bf16"
-    for point in model.points:  # costliest first: it teaches the others
-        with torch.autocast(device.type, precision_dtype("bf16"), enabled=bf16):
-            heads = forward(clips, point, heads=True)
-        loss = losses.point_loss(heads, targets, teacher, config.loss)
-        (loss.sum() / config.train.batch).backward()
-        logits = heads.mean().detach()
-        tallies[point].add(loss.detach(), logits.argmax(-1) == labels, batch.videos)
-        teacher = logits if teacher is None else teacher
+    return clips, targets, torch.ones(len(batch.labels), device=state.device)
 
 
 def _summary(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock) -> dict[str, Any]:

@@ -43,13 +43,14 @@ _FILES_NAMED = 4
 class Batch:
     """B clips (B, C, T, S, S) uint8, their labels and their videos' rows in the manifest, (B,) int64.
 
-    Clips and labels are on the device that was asked for, `videos` on the host. B is smaller than asked for, down to 0,
-    by the videos that failed.
+    `positions` are the clips' places in the step of all ranks. Clips and labels are on the device that was asked for,
+    the rest on the host. B is smaller than asked for, down to 0, by the videos that failed.
     """
 
     clips: Tensor
     labels: Tensor
     videos: Tensor
+    positions: list[int]
     failures: list[Failure]
 
 
@@ -77,24 +78,32 @@ def train_batches(
     start: int = 0,
     *,
     device: torch.device = _CPU,
-    rank: int = 0,
-    world: int = 1,
+    share: Callable[[int], range] = range,
 ) -> Iterator[list[Batch]]:
     """Every training step from `start` to the end of the last epoch: its `train.accumulate` parts, on `device`.
 
-    What a step holds depends on (manifest, config, step), not on the number of workers, nor on `start`; a rank gets its
-    share of each part, and all ranks' shares are the whole. Nothing before `start` is decoded. Workers read on into the
+    What a step holds depends on (manifest, config, step), not on the number of workers, nor on `start`. `share` says
+    which positions of a part's clips this rank reads, from their number; without it, all. Nothing before `start` is decoded. Workers read on into the
     next epoch. Raises `RunError` if a worker dies or does not answer within `data.timeout_s`, naming the files, and if
     most videos fail.
     """
-    on_gpu, step_clips = device.type == "cuda", -(-config.train.batch // world)
+    on_gpu = device.type == "cuda"
+    part_clips = config.train.batch // config.train.accumulate
+    own = share(part_clips)
+    step_clips = len(own) * config.train.accumulate
     epoch_clips = steps_per_epoch(manifest, config) * step_clips
-    plan, ahead = itertools.tee(_plan(manifest, config, start, rank, world))
+    plan, ahead = itertools.tee(_plan(manifest, config, start, own))
     keys = (key for step in ahead for part in step for key in part)
     workers = min(worker_count(config.data.workers), epoch_clips)
     read = _read(TrainClips(manifest, config), keys, workers, ahead=step_clips, pin=on_gpu)
     clips = _unless_most_fail(read, min(_FAILURES_WATCHED, epoch_clips))
-    steps = ([_gather(itertools.islice(clips, len(part)), device) for part in step] for step in plan)
+    steps = (
+        [
+            _gather(itertools.islice(clips, len(part)), number * part_clips + own.start, device)
+            for number, part in enumerate(step)
+        ]
+        for step in plan
+    )
     yield from _one_ahead(steps, device) if on_gpu else steps
 
 
@@ -107,15 +116,16 @@ def _train_rows(manifest: Manifest) -> np.ndarray:
     return np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
 
 
-def _plan(manifest: Manifest, config: Config, start: int, rank: int, world: int) -> Iterator[list[list[Key]]]:
-    """The keys of every step from `start` on, part by part."""
+def _plan(manifest: Manifest, config: Config, start: int, own: range) -> Iterator[list[list[Key]]]:
+    """The keys of every step from `start` on, part by part, at the `own` positions of each part."""
     per_epoch = steps_per_epoch(manifest, config)
     for epoch in range(start // per_epoch, config.train.epochs):
         for step in epoch_rows(manifest, config, epoch)[max(0, start - epoch * per_epoch) :]:
-            yield [[(epoch, row) for row in np.array_split(part, world)[rank].tolist()] for part in step]
+            yield [[(epoch, row) for row in part[own.start : own.stop].tolist()] for part in step]
 
 
-def _gather(items: Iterable[Clip | Failure], device: torch.device) -> Batch:
+def _gather(items: Iterable[Clip | Failure], first: int, device: torch.device) -> Batch:
+    """A batch of clips that lie one after the other in the step, from position `first` on."""
     every = list(items)
     clips = [item for item in every if isinstance(item, Clip)]
     frames = [clip.frames.to(device, non_blocking=True) for clip in clips]
@@ -125,6 +135,7 @@ def _gather(items: Iterable[Clip | Failure], device: torch.device) -> Batch:
         clips=torch.stack(frames) if frames else torch.empty((0,) * 5, dtype=torch.uint8, device=device),
         labels=labels.to(device, non_blocking=True),
         videos=torch.tensor([clip.video for clip in clips], dtype=torch.int64),
+        positions=[first + number for number, item in enumerate(every) if isinstance(item, Clip)],
         failures=[item for item in every if isinstance(item, Failure)],
     )
 

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from videoadapt.data.sampling import spread
+from videoadapt.data.sampling import seed_of, spread
 
 
 def augment(frames: np.ndarray, *, size: int, short_side: tuple[int, int] | None, flip: float, seed: int) -> Tensor:
@@ -83,24 +81,53 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
 
 
 def mix(  # noqa: PLR0913 - settings, by name
-    clips: Tensor, labels: Tensor, *, num_classes: int, mixup: float, cutmix: float, smoothing: float, seed: int
+    clips: Tensor,
+    labels: Tensor,
+    positions: Sequence[int],
+    *,
+    num_classes: int,
+    mixup: float,
+    cutmix: float,
+    smoothing: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup or cutmix of each clip with the one before it in the batch, and soft targets.
+    """Mixup or cutmix of the clips at positions 2i and 2i + 1 of a step with each other, and soft targets.
 
     Clips (B, C, T, H, W) floating point and labels (B,) int64 -> clips of the same shape and targets (B, num_classes)
     float32, rows adding to 1. `mixup` and `cutmix` are the alphas of their beta distributions, 0 is off; with both on,
-    `seed` chooses one for the batch. `smoothing` spreads that share of the targets over all classes. Depends on the
-    arguments alone, and leaves torch's global generator as it was.
+    one is drawn. A pair's draws depend on `seed` and i alone, so that it does not matter which clips are in the batch
+    beside it; a clip without its partner is left as it is. `smoothing` spreads that share of the targets over all
+    classes.
     """
     targets = functional.one_hot(labels, num_classes).float()
-    alphas = {v2.MixUp: mixup, v2.CutMix: cutmix}
-    on = [kind for kind, alpha in alphas.items() if alpha > 0]
-    if on:
-        kind = random.Random(seed).choice(on)
-        video = tv_tensors.Video(clips.transpose(1, 2))  # B C T H W -> B T C H W
-        # Their draws are made on the CPU, also for clips on a GPU.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            video, targets = kind(alpha=alphas[kind], num_classes=num_classes)(video, targets)
-        clips = video.as_subclass(Tensor).transpose(1, 2)  # B T C H W -> B C T H W
-    return clips, targets * (1.0 - smoothing) + smoothing / num_classes
+    alphas = {kind: alpha for kind, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0}
+    place = {position: number for number, position in enumerate(positions)}
+    pairs = [(place[p], place[p + 1], p // 2) for p in positions if p % 2 == 0 and p + 1 in place] if alphas else []
+    mixed, truths = (clips.clone(), targets.clone()) if pairs else (clips, targets)
+    for a, b, number in pairs:
+        draw = random.Random(seed_of("mix", seed, number))
+        kind = draw.choice(sorted(alphas))
+        kept = draw.betavariate(alphas[kind], alphas[kind])
+        if kind == "mixup":
+            mixed[a], mixed[b] = torch.lerp(clips[b], clips[a], kept), torch.lerp(clips[a], clips[b], kept)
+        else:
+            rows, columns = _box(clips.shape[-2:], 1.0 - kept, draw)
+            for here, other in ((a, b), (b, a)):
+                mixed[here, ..., rows, columns] = clips[other, ..., rows, columns]
+            kept = 1.0 - _length(rows) * _length(columns) / (clips.shape[-2] * clips.shape[-1])
+        truths[a], truths[b] = torch.lerp(targets[b], targets[a], kept), torch.lerp(targets[a], targets[b], kept)
+    return mixed, truths * (1.0 - smoothing) + smoothing / num_classes
+
+
+def _box(size: Sequence[int], share: float, draw: random.Random) -> tuple[slice, slice]:
+    """Rows and columns of a box with this share of the area, around any point, cut at the border (CutMix, eq. 2)."""
+    slices = []
+    for side in size:
+        centre, half = draw.randrange(side), side * share**0.5 / 2
+        slices.append(slice(max(int(centre - half), 0), min(int(centre + half), side)))
+    return slices[0], slices[1]
+
+
+def _length(part: slice) -> int:
+    length: int = part.stop - part.start
+    return length
