@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def with_workers(config: Config, workers: int, timeout_s: float = 300.0) -> Conf
 
 
 def parts(
-    manifest: Manifest, config: Config, start: int = 0, *, steps: int = 3, rank: int = 0, world: int = 1
+    manifest: Manifest, config: Config, start: int = 0, *, steps: int = 3, share: Callable[[int], range] = range
 ) -> list[Batch]:
     """The parts of some steps; an epoch has three."""
-    run = train_batches(manifest, config, start, rank=rank, world=world)
+    run = train_batches(manifest, config, start, share=share)
     return list(chain.from_iterable(islice(run, steps)))
 
 
@@ -110,12 +111,15 @@ def test_starting_at_a_batch_equals_skipping_those_before(config: Config, manife
 
 def test_ranks_share_each_part_and_together_have_the_whole(config: Config, manifest: Manifest) -> None:
     whole = parts(manifest, config)
-    shares = zip(*(parts(manifest, config, rank=rank, world=2) for rank in range(2)), strict=True)
+    halves: list[Callable[[int], range]] = [lambda clips: range(clips // 2), lambda clips: range(clips // 2, clips)]
+    shares = list(zip(*(parts(manifest, config, share=half) for half in halves), strict=True))
+    assert [batch.positions for batch in shares[1]] == [[2], [3]]  # of the second part, in the step
     joined = [
         Batch(
             torch.cat([batch.clips for batch in share]),
             torch.cat([batch.labels for batch in share]),
             torch.cat([batch.videos for batch in share]),
+            list(chain.from_iterable(batch.positions for batch in share)),
             failures=[],
         )
         for share in shares
@@ -383,6 +387,6 @@ def test_batches_on_a_gpu_are_those_on_the_host(config: Config, manifest: Manife
     device = torch.device("cuda")
     run = islice(train_batches(manifest, with_workers(config, 2), device=device), 6)
     for step, expected in zip(run, islice(train_batches(manifest, config), 6), strict=True):
-        moved = [Batch(b.clips.cpu(), b.labels.cpu(), b.videos, b.failures) for b in step]
+        moved = [Batch(b.clips.cpu(), b.labels.cpu(), b.videos, b.positions, b.failures) for b in step]
         assert all(b.clips.device.type == "cuda" for b in step)
         assert same(moved, expected)

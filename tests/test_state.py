@@ -61,7 +61,7 @@ def run(clock: Clock, time: Time, steps: int, *, wait_s: float, busy_s: float) -
         for _ in range(steps):
             time.now += wait_s
             labels = torch.zeros(4, dtype=torch.int64)
-            yield [Batch(torch.empty(4), labels, labels, []) for _ in range(2)]
+            yield [Batch(torch.empty(4), labels, labels, [], []) for _ in range(2)]
 
     for _ in clock.timed(batches()):
         time.now += busy_s

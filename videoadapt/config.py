@@ -294,8 +294,8 @@ def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
     wanted = sorted(map(str, lengths), key=int, reverse=True)
     if sorted(named) != sorted(wanted):
         raise ConfigError(
-            f"parallel.groups: {groups}: expected each length of model.points ({', '.join(wanted)}) once, as a key or in "
-            "one such as 10+7"
+            f"parallel.groups: {groups}: expected each length of model.points ({', '.join(wanted)}) once, as a key "
+            "or in one such as 10+7"
         )
 
 

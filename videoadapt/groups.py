@@ -77,8 +77,8 @@ def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPl
     if largest > units:
         raise ConfigError(
             f"train.batch: {config.train.batch} clips in {config.train.accumulate} parts leave nothing for some of the "
-            f"{largest} ranks of a group{' (mixup and cutmix need two clips each)' if config.data.mixes else ''}; raise "
-            "train.batch, or lower train.accumulate"
+            f"{largest} ranks of a group{' (mixup and cutmix need two clips each)' if config.data.mixes else ''}; "
+            "raise train.batch, or lower train.accumulate"
         )
     return plan
 

@@ -94,14 +94,14 @@ def spread_gradients(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def _sum(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # noqa: ARG001 - torch's signature
+def _sum(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - DDP refuses annotations in text
     # DDP's own hook divides by the number of ranks, with the precision of a float32.
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 
 
 def gradients_apart(model: nn.Module) -> AbstractContextManager[None]:
-    """While entered, backward passes add to this rank's gradients alone; the next one outside sums all that there is."""
+    """While entered, backward passes add to this rank's gradients alone; the next one outside sums them all."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 

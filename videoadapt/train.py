@@ -68,6 +68,11 @@ class Seat:
         exchange = TeacherExchange(plan, config.model.num_classes, dtype, weight.device) if several else None
         return cls(plan, plan.group(rank()), forward, exchange)
 
+    @property
+    def teaches(self) -> bool:
+        """Whether this rank trains the costliest point."""
+        return self.group is self.plan.groups[0]
+
     def share(self, clips: int, *, pairs: bool) -> range:
         """The positions, of a part's clips, that this rank trains."""
         return self.group.share(rank(), clips, pairs=pairs)
@@ -171,9 +176,8 @@ def train_step(state: State, seat: Seat, batches: Sequence[Batch]) -> dict[str, 
     tallies = {point: Tally() for point in config.model.points}
     for part, batch in enumerate(batches):
         _backpropagate(batch, part, seat, state, tallies)
-    failures = (
-        [failure for batch in batches for failure in batch.failures] if rank() in seat.plan.groups[0].ranks else []
-    )
+    # Of all groups that read the same videos, the teacher's counts.
+    failures = [failure for batch in batches for failure in batch.failures] if seat.teaches else []
     values = _gathered(state, tallies, len(failures))
     limit = config.train.clip_grad or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -209,8 +213,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     clips, targets, weights = _prepared(batch, state)
     shares = [seat.plan.groups[0].share(r, clips_of_part, pairs=config.data.mixes) for r in seat.plan.groups[0].ranks]
     places = torch.tensor([position - part * clips_of_part for position in batch.positions], dtype=torch.int64)
-    teaches = seat.group is seat.plan.groups[0]
-    if seat.exchange is not None and not teaches:
+    if seat.exchange is not None and not seat.teaches:
         seat.exchange.start(shares)  # the logits travel while this rank's first forward pass runs
     teacher: Tensor | None = None
     for point in seat.group.points:  # costliest first: it teaches the others
@@ -220,7 +223,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
             with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
                 heads: Heads = seat.forward(clips, point, heads=True)
             learned = heads.mean().detach()
-            if teacher is None and not teaches:
+            if teacher is None and not seat.teaches:
                 assert seat.exchange is not None
                 teacher = torch.full_like(learned, float("nan"), dtype=seat.exchange.dtype)
                 teacher[: len(places)] = seat.exchange.logits()[places.to(state.device)]

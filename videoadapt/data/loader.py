@@ -83,9 +83,9 @@ def train_batches(
     """Every training step from `start` to the end of the last epoch: its `train.accumulate` parts, on `device`.
 
     What a step holds depends on (manifest, config, step), not on the number of workers, nor on `start`. `share` says
-    which positions of a part's clips this rank reads, from their number; without it, all. Nothing before `start` is decoded. Workers read on into the
-    next epoch. Raises `RunError` if a worker dies or does not answer within `data.timeout_s`, naming the files, and if
-    most videos fail.
+    which positions of a part's clips this rank reads, given their number; without it, all. Nothing before `start` is
+    decoded. Workers read on into the next epoch. Raises `RunError` if a worker dies or does not answer within
+    `data.timeout_s`, naming the files, and if most videos fail.
     """
     on_gpu = device.type == "cuda"
     part_clips = config.train.batch // config.train.accumulate

@@ -1,0 +1,121 @@
+"""Training on several ranks equals training on one: the same gradients, the same parameters on every rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import small_runs as runs
+from videoadapt.checkpoint import train_checkpoints
+from videoadapt.config import Config, dump_config
+
+PROGRAM = Path(__file__).with_name("grouped_steps.py")
+LAYOUTS = {
+    "two ranks, no groups": (2, None),
+    "1, 1": (2, {"8": 1, "6+4": 1}),
+    "1, 1 with the students apart": (2, {"8+4": 1, "6": 1}),
+    "2, 1": (3, {"8": 2, "6+4": 1}),
+    "1, 1, 1": (3, {"8": 1, "6": 1, "4": 1}),
+    "2, 1, 1": (4, {"8": 2, "6": 1, "4": 1}),
+    "1, 3": (4, {"8": 1, "6+4": 3}),
+}
+TOLERANCE = {"torch.float64": 1e-10, "torch.float32": 1e-5}
+ONE_STEP = [(1, dtype) for dtype in TOLERANCE]
+FIVE_STEPS = (5, "torch.float64")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_data(tmp_path_factory.mktemp("grouped") / "data")
+
+
+def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Config:
+    """Every way in which points and clips could influence one another; drop path off, for it may differ."""
+    defaults: dict[str, dict] = {
+        "model": {"drop_path": 0.0, "distill_token": True},
+        "data": {"mixup": 0.4, "cutmix": 1.0},
+        "train": {"batch": 16, "accumulate": 2, "clip_grad": None, "optimizer": "sgd", "lr": 0.1, "ema": None},
+        "parallel": {"groups": groups},
+    }
+    return runs.config(data, folder / "run", **{name: v | sections.get(name, {}) for name, v in defaults.items()})
+
+
+def torchrun(ranks: int, *words: object) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    line = [sys.executable, *torchrun, *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[:6000]
+
+
+def trained(data: Path, folder: Path, ranks: int, groups: object) -> list[dict[Any, Any]]:
+    """What each rank holds, by number of steps and precision."""
+    folder.mkdir(parents=True)
+    config = tiny(data, folder, groups)
+    (folder / "config.yaml").write_text(dump_config(config))
+    torchrun(ranks, PROGRAM, folder / "config.yaml", folder)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def sequential(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    return trained(data, tmp_path_factory.mktemp("sequential") / "alone", 1, None)[0]
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_on_several_ranks_equal_those_of_one(
+    data: Path, tmp_path: Path, sequential: dict[Any, Any], layout: str
+) -> None:
+    """With mixing, accumulation, a distillation token, and a clip that nobody can read."""
+    held = trained(data, tmp_path / "grouped", *LAYOUTS[layout])
+    for key in ONE_STEP:
+        expected = sequential[key]
+        for found in (rank[key] for rank in held):
+            assert found["gradients"].keys() == expected["gradients"].keys()
+            for name, gradient in expected["gradients"].items():
+                assert difference(found["gradients"][name], gradient) < TOLERANCE[key[1]], name
+            assert found["values"] == pytest.approx(expected["values"], rel=1e-5)
+            assert found["skipped"] == expected["skipped"] == 1
+    first, *others = (rank[FIVE_STEPS]["parameters"] for rank in held)
+    for name, parameter in first.items():
+        assert all(torch.equal(other[name], parameter) for other in others), name  # the same bits on all ranks
+        assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [((1, None), (3, {"8": 1, "6": 1, "4": 1})), ((2, None), (1, None))])
+def test_a_run_goes_on_with_another_plan(
+    data: Path, tmp_path: Path, first: tuple[int, Any], second: tuple[int, Any]
+) -> None:
+    """Real training from files; all after the first checkpoint is lost, and trained again on other ranks."""
+    settings = {"data": {"workers": 1}, "train": {"epochs": 2, "save_steps": 2, "keep_checkpoints": 9}}
+    whole = tiny(data, tmp_path / "whole", None, **settings)
+    split = tiny(data, tmp_path / "split", None, **settings)
+    for config in (whole, split):
+        config.run.dir.mkdir(parents=True)
+        (config.run.dir / "own.yaml").write_text(dump_config(config))
+    verb = ["-m", "videoadapt", "train"]
+    torchrun(1, *verb, whole.run.dir / "own.yaml")
+    for number, (ranks, groups) in enumerate((first, second)):
+        config = split.model_copy(update={"parallel": split.parallel.model_copy(update={"groups": groups})})
+        (config.run.dir / "own.yaml").write_text(dump_config(config))
+        torchrun(ranks, *verb, config.run.dir / "own.yaml")
+        if number == 0:
+            for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
+                path.unlink()  # all but the first: the rest is trained again, on the other ranks
+            (config.run.dir / "checkpoints" / "last").unlink()
+            (config.run.dir / "train.json").unlink()
+    ends = [train_checkpoints(config.run.dir).latest() for config in (whole, split)]
+    assert ends[0] is not None and ends[1] is not None  # noqa: PT018
+    assert ends[0].meta["step"] == ends[1].meta["step"] > 2
+    for name, tensor in ends[0].part("model").items():
+        torch.testing.assert_close(ends[1].part("model")[name], tensor, rtol=1e-4, atol=1e-5)
