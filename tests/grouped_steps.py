@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from videoadapt.batchnorm import share_statistics
 from videoadapt.config import Config, load_config
 from videoadapt.data.datasets import Failure
 from videoadapt.data.loader import Batch
@@ -55,10 +56,12 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
     for step in range(steps):
         values = train_step(state, seat, batches(config, seat, step))
         state.step += 1
+    share_statistics(state.model, seat.plan)
     named = dict(state.model.named_parameters())
     return {
         "gradients": {name: parameter.grad for name, parameter in named.items()},
         "parameters": {name: parameter.detach() for name, parameter in named.items()},
+        "buffers": dict(state.model.named_buffers()),
         "values": values,
         "skipped": state.skipped,
     }

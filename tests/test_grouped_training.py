@@ -52,10 +52,10 @@ def torchrun(ranks: int, *words: object) -> None:
     assert done.returncode == 0, done.stderr[:6000]
 
 
-def trained(data: Path, folder: Path, ranks: int, groups: object) -> list[dict[Any, Any]]:
+def trained(data: Path, folder: Path, ranks: int, groups: object, **sections: dict) -> list[dict[Any, Any]]:
     """What each rank holds, by number of steps and precision."""
     folder.mkdir(parents=True)
-    config = tiny(data, folder, groups)
+    config = tiny(data, folder, groups, **sections)
     (folder / "config.yaml").write_text(dump_config(config))
     torchrun(ranks, PROGRAM, folder / "config.yaml", folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
@@ -89,6 +89,21 @@ def test_steps_on_several_ranks_equal_those_of_one(
     for name, parameter in first.items():
         assert all(torch.equal(other[name], parameter) for other in others), name  # the same bits on all ranks
         assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
+
+
+@pytest.mark.slow
+def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(data: Path, tmp_path: Path) -> None:
+    """Gradients through the statistics too, and statistics that every rank knows when they are saved."""
+    stem = {"model": {"embed": "stem"}}
+    [alone] = trained(data, tmp_path / "alone", 1, None, **stem)
+    for held in trained(data, tmp_path / "grouped", 3, {"8": 2, "6+4": 1}, **stem):
+        for key in (ONE_STEP[0], FIVE_STEPS):
+            expected, found = alone[key], held[key]
+            assert any("running_var" in name for name in expected["buffers"])
+            for name, buffer in expected["buffers"].items():
+                torch.testing.assert_close(found["buffers"][name], buffer, rtol=1e-9, atol=1e-12)
+            for name, gradient in expected["gradients"].items():
+                assert difference(found["gradients"][name], gradient) < 1e-8, name
 
 
 @pytest.mark.slow

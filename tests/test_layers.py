@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 LAYERS = [
     {"errors", "points", "config", "log", "runtime"},
     {"model", "data", "groups", "parallel", "losses", "optim"},
-    {"cost", "checkpoint", "labels", "assigner", "intervals"},
+    {"batchnorm", "cost", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state"},
     {"train", "assign", "label", "evaluate", "predict", "report", "export"},
     {"launch", "demo", "bench"},

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from videoadapt import losses
+from videoadapt.batchnorm import share_statistics, synchronise
 from videoadapt.checkpoint import Checkpoints, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.cost import point_macs
@@ -61,6 +62,7 @@ class Seat:
         """This rank's seat. Raises `ConfigError` where `parallel.groups` needs another number of ranks."""
         macs = {point: float(value) for point, value in point_macs(config.model).items()}
         plan = make_plan(config, world_size(), macs)
+        synchronise(model, plan)
         forward = spread_gradients(torch.compile(model) if config.train.compile else model)  # type: ignore[arg-type]
         weight = model.head.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -136,6 +138,8 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
             stopping = bool(summed(torch.tensor(float(stop.requested))))  # all ranks at the same step
             due = state.step % (config.train.save_steps or per_epoch) == 0
             if due or stopping or state.step == total:
+                for module in filter(None, (state.model, state.ema and state.ema.module)):
+                    share_statistics(module, seat.plan)
                 _save(state, checkpoints)
             if stopping and state.step < total:
                 say(f"stopped at step {state.step} of {total}; the same command goes on from there")
