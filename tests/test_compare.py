@@ -29,7 +29,7 @@ def evaluated(folder: Path, right: dict[str, bool | None], **summary: object) ->
     table = pd.DataFrame(rows, columns=["policy", "video", "truth", "prediction", "right", "failed"])
     (folder / "evaluate").mkdir(parents=True)
     table.to_parquet(folder / "evaluate" / "videos.parquet")
-    values = {"manifest": "abc", "failed_count_as": "wrong", "policies": {"fixed:14": {}}} | summary
+    values = {"manifest": "abc", "files": "def", "failed_count_as": "wrong", "policies": {"fixed:14": {}}} | summary
     (folder / "evaluate" / "evaluate.json").write_text(json.dumps(values))
     return str(folder)
 
@@ -41,7 +41,8 @@ def right() -> tuple[dict[str, bool | None], dict[str, bool | None]]:
 
 
 def test_counts_difference_and_p_value(tmp_path: Path, right: tuple[dict, dict]) -> None:
-    result = compare(evaluated(tmp_path / "a", right[0]), evaluated(tmp_path / "b", right[1]))
+    result = compare(evaluated(tmp_path / "a", right[0]), evaluated(tmp_path / "b", right[1], files="xyz"))
+    assert (result["manifests"], result["files"]) == (["abc", "abc"], ["def", "xyz"])
     [row] = result["policies"]
     assert result["common"] == row["videos"] == 100
     assert row["right_in_one_only"] == [A_ONLY, B_ONLY]
@@ -98,6 +99,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, right: tuple[dict, d
             other / "evaluate/videos.parquet"
         )
         compare(a, str(other))
+    unread = dict.fromkeys(right[0])
+    with pytest.raises(UserError, match="not one was read by both"):
+        compare(a, evaluated(tmp_path / "e", unread, failed_count_as="exclude"))
     renumbered = Path(evaluated(tmp_path / "d", right[0])) / "evaluate" / "videos.parquet"
     pd.read_parquet(renumbered).assign(truth=1).to_parquet(renumbered)
     with pytest.raises(UserError, match="number them otherwise"):

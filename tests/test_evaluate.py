@@ -19,8 +19,10 @@ import small_runs as runs
 from video_files import numbered, write_list, write_video
 from videoadapt.checkpoint import train_checkpoints
 from videoadapt.config import Config, dump_config
-from videoadapt.data.manifest import load_or_index
+from videoadapt.data.manifest import index, load_or_index
+from videoadapt.errors import UserError
 from videoadapt.evaluate import evaluate
+from videoadapt.report.compare import compare
 from videoadapt.scoring import VIDEOS_PER_PART
 from videoadapt.state import State
 
@@ -148,12 +150,8 @@ def test_the_class_table_follows_from_the_videos(alone: tuple[Config, dict]) -> 
         assert ((here["top1_low"] <= here["top1"] + 1e-9) & (here["top1"] <= here["top1_high"] + 1e-9)).all()
 
 
-def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    rows = [(str(write_video(data / f"v{i}.mp4", numbered(8, 64, 96, start=8 * i)).name), i % 3) for i in range(40)]
-    write_list(data / "train.csv", rows[:10])
-    write_list(data / "val.csv", rows)
-    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(numbered_videos: Path, tmp_path: Path) -> None:
+    data = numbered_videos
     config = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0})
     away, back = data / "away", data / "v35.mp4"
     back.rename(away)
@@ -169,6 +167,76 @@ def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(tmp_path: Pat
     fresh = untrained(data, tmp_path / "fresh", evaluate={"speed_clips": 0})
     assert timeless(evaluate(fresh)) == timeless(again)
     np.testing.assert_allclose(logits(config), logits(fresh), atol=1e-5)
+
+
+@pytest.fixture
+def numbered_videos(tmp_path: Path) -> Path:
+    """Forty validation videos of their own, in a folder that a test may change."""
+    data = tmp_path / "data"
+    rows = [(str(write_video(data / f"v{i}.mp4", numbered(8, 64, 96, start=8 * i)).name), i % 3) for i in range(40)]
+    write_list(data / "train.csv", rows[:10])
+    write_list(data / "val.csv", rows)
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    return data
+
+
+def test_other_files_under_the_same_names_are_scored_again(numbered_videos: Path, tmp_path: Path) -> None:
+    """Such as resized copies: the population is the same, the pixels are not."""
+    config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
+    first, before = evaluate(config), logits(config)
+    for i in range(39):
+        (numbered_videos / f"v{i}.mp4").write_bytes((numbered_videos / f"v{i + 1}.mp4").read_bytes())
+    index(config)
+    second = evaluate(config)
+    assert first["manifest"] == second["manifest"]
+    assert first["files"] != second["files"]
+    newest = max(config.run.dir.glob("scores/evaluate-*"), key=lambda folder: folder.stat().st_mtime_ns)
+    after = np.concatenate([np.load(part)["logits"] for part in sorted(newest.glob("part-*.npz"))])
+    np.testing.assert_allclose(after[:39], before[1:], atol=1e-5)
+    assert np.abs(after[:39] - before[:39]).max() > 1e-4
+
+
+def test_damage_that_verification_finds_is_not_hidden_by_earlier_scores(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    noise = np.random.default_rng(0).integers(0, 256, (60, 64, 96, 3), np.uint8)
+    path = write_video(data / "v0.mp4", noise)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(600) + whole[len(whole) // 2 + 600 :])
+    write_list(data / "val.csv", [("v0.mp4", 0), (write_video(data / "v1.mp4", noise[:30]).name, 1)])
+    write_list(data / "train.csv", [("v1.mp4", 1)])
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    quick = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0, "temporal_views": 8})
+    evaluate(quick)
+    full = quick.model_copy(update={"index": quick.index.model_copy(update={"verify": "full"})})
+    found = evaluate(full)
+    assert [failure["path"] for failure in found["failed"]] == [str(path)]
+    assert "damaged" in found["failed"][0]["cause"]
+
+
+def test_a_torn_part_is_scored_again(numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
+    whole, before = evaluate(config), logits(config)
+    part = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))[0]
+    part.write_bytes(part.read_bytes()[:1000])
+    assert timeless(evaluate(config)) == timeless(whole)
+    assert "torn" in capsys.readouterr().err
+    assert np.array_equal(logits(config), before)
+
+
+def test_a_summary_never_stands_beside_tables_of_another_evaluation(
+    numbered_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
+    evaluate(config)
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("videoadapt.report.outcomes.write_csv", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        evaluate(config)
+    with pytest.raises(UserError, match="run `videoadapt evaluate` first"):
+        compare(str(config.run.dir), str(config.run.dir))
 
 
 def memory_mib(process: int) -> float:

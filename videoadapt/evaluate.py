@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from videoadapt.assigner import assigner_macs
@@ -25,8 +26,9 @@ from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random,
 from videoadapt.report.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.routing import route
 from videoadapt.runtime import peak_memory_bytes
-from videoadapt.scoring import Scores, inference_model, score, weights_digest
+from videoadapt.scoring import Scores, files_digest, inference_model, score, weights_digest
 
+HARDEST = 5  # classes shown; all are in classes.csv
 # how an assigner was fitted is of no consequence for running it
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
 
@@ -81,11 +83,14 @@ def _summary(
     points = model.config.points
     population = _population(manifest, scores)
     outcomes = outcomes_of(scores, _policies(points, scores, assigned, config), config)
-    write_tables(config, scores, population, outcomes)
     speeds = _speeds(model, manifest, scores, outcomes, config)
+    # A summary stands beside the tables that it was made with, or there is none.
+    (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
+    classes = write_tables(config, scores, population, outcomes)
     return {
         "split": "val",
         "manifest": manifest.hash,
+        "files": files_digest(manifest, sorted(set(scores.rows.tolist()))),
         "model": scores.model,
         "listed": len(population.videos),
         "scored": len(population.scored),
@@ -97,8 +102,16 @@ def _summary(
         "macs_per_view": point_macs(config.model),
         "assigner_macs": assigner_macs(config.assign, len(points)) if assigned else None,
         "policies": policy_rows(outcomes, population, speeds, config),
+        "hardest_classes": _hardest(classes),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _hardest(classes: pd.DataFrame) -> list[dict[str, Any]]:
+    """The classes that the first policy is worst at, of those with two videos or more."""
+    first = classes[(classes["policy"] == classes["policy"].iloc[0]) & (classes["videos"] > 1)]
+    shown: list[dict[str, Any]] = first.head(HARDEST)[["class", "videos", "top1", "taken_for"]].to_dict("records")
+    return shown
 
 
 def _assigned(config: Config, model: TimeSformer) -> Assigned | None:

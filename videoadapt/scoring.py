@@ -11,10 +11,11 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +28,20 @@ from videoadapt.config import Config
 from videoadapt.data.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest
+from videoadapt.data.probe import reason
 from videoadapt.errors import RunError
 from videoadapt.labels import Bools, Floats, softmax
-from videoadapt.log import Bar, replacing
+from videoadapt.log import Bar, replacing, say
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.parallel import rank, wait_for_all, world_size
 from videoadapt.routing import assign_probabilities, view_logits
 from videoadapt.runtime import pick_device, precision_dtype
 
 VIDEOS_PER_PART = 32
+VERSION = 1  # raised when the same videos and weights give other scores: other frames, crops or arithmetic
+# of a manifest: what decides which pixels are read
+_FILE_COLUMNS = ["content", "frames", "fps", "rotation", "reader", "damage"]
+_TORN = (OSError, ValueError, KeyError, EOFError, BadZipFile)  # what numpy raises for a file that is not whole
 _APPEARS_S = 90.0  # that a file of another node may take to be seen through a network file system
 Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -119,8 +125,10 @@ def score(
     )
     weights = weights_digest(model)
     settings = [
+        VERSION,
         model.config.model_dump(mode="json"),
         manifest.hash,
+        files_digest(manifest, rows),
         list(map(int, rows)),
         [temporal_views, config.evaluate.spatial_crops, config.data.reader, str(model.head.weight.dtype)],
         [weights, weights_digest(assigner) if assigner else None],
@@ -136,47 +144,85 @@ def score(
     videos = stream(dataset, wanted)
     with Bar(name, total=done + len(wanted), unit="videos", start=done) as bar:
         for file, unread in mine:
-            read = list(itertools.islice(videos, len(unread)))
-            _write(file, _merged(file, _part(model, assigner, read, config.evaluate.batch)))
-            bar.step(len(read))
+            found = [_earlier(file)]
+            failures: list[Failure] = []
+            for videos_read in _batches(itertools.islice(videos, len(unread)), config.evaluate.batch):
+                whole = [video for video in videos_read if isinstance(video, VideoViews)]
+                failures += [video for video in videos_read if isinstance(video, Failure)]
+                found.append(_scores_of(whole, model, assigner, config.evaluate.batch) if whole else {})
+                bar.step(len(videos_read))
+            _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
     wait_for_all()
     return _load(files, weights)
 
 
+def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:
+    """12 hex digits of the files behind some rows: of their bytes, and of how they are read.
+
+    Other copies of the same videos have the same `Manifest.hash`, but not this.
+    """
+    table = manifest.table.loc[list(rows), _FILE_COLUMNS]
+    return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()[:12]
+
+
 def _unread(file: Path, chunk: list[int]) -> list[int]:
     """The rows of a part that are still to be read: all of them, or those that failed."""
-    return [failure.video for failure in _failures(_read(file))] if file.exists() else chunk
+    if not file.exists():
+        return chunk
+    try:
+        return [failure.video for failure in _failures(_read(file))]
+    except _TORN as error:
+        say(f"{file}: torn ({reason(error)}); its videos are scored again")
+        file.unlink(missing_ok=True)
+        return chunk
 
 
-def _part(model: TimeSformer, assigner: Assigner | None, read: list[VideoViews | Failure], batch: int) -> Arrays:
-    videos = [video for video in read if isinstance(video, VideoViews)]
-    failures = [video for video in read if isinstance(video, Failure)]
-    arrays: Arrays = {"failures": np.array(json.dumps(failures))}
-    if videos:
-        views = torch.cat([video.views for video in videos])  # (clips, crops, C, T, S, S)
-        flat = views.flatten(0, 1)
-        logits = torch.stack([view_logits(model, flat, p, batch=batch) for p in model.config.points], dim=1)
-        counts = [len(video.starts_s) for video in videos]
-        arrays |= {
-            "rows": np.repeat([video.video for video in videos], counts),
-            "clips": np.concatenate([np.arange(count) for count in counts]),
-            "starts_s": np.concatenate([video.starts_s for video in videos]).astype(np.float64),
-            "truth": np.repeat([video.label for video in videos], counts),
-            "logits": logits.unflatten(0, views.shape[:2]).numpy(),
-        }
-        if assigner is not None:
-            arrays["assigned"] = assign_probabilities(assigner, torch.cat([video.thumbnails for video in videos]))
+def _batches(videos: Iterable[VideoViews | Failure], views: int) -> Iterator[list[VideoViews | Failure]]:
+    """The same videos in lists of so many views, or a few more: a list is all that is in memory at once."""
+    batch: list[VideoViews | Failure] = []
+    count = 0
+    for video in videos:
+        batch.append(video)
+        count += video.views.shape[0] * video.views.shape[1] if isinstance(video, VideoViews) else 0
+        if count >= views:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner | None, batch: int) -> Arrays:
+    views = torch.cat([video.views for video in videos])  # (clips, crops, C, T, S, S)
+    flat = views.flatten(0, 1)
+    logits = torch.stack([view_logits(model, flat, p, batch=batch) for p in model.config.points], dim=1)
+    counts = [len(video.starts_s) for video in videos]
+    arrays: Arrays = {
+        "rows": np.repeat([video.video for video in videos], counts),
+        "clips": np.concatenate([np.arange(count) for count in counts]),
+        "starts_s": np.concatenate([video.starts_s for video in videos]).astype(np.float64),
+        "truth": np.repeat([video.label for video in videos], counts),
+        "logits": logits.unflatten(0, views.shape[:2]).numpy(),
+    }
+    if assigner is not None:
+        arrays["assigned"] = assign_probabilities(assigner, torch.cat([video.thumbnails for video in videos]))
     return arrays
 
 
-def _merged(file: Path, new: Arrays) -> Arrays:
-    """What a part holds already and what was read of it now, in the order of the rows."""
-    old = _read(file) if file.exists() else {}
-    if "rows" not in old or "rows" not in new:
-        return old | new
-    order = np.lexsort([np.concatenate([old["clips"], new["clips"]]), np.concatenate([old["rows"], new["rows"]])])
-    merged = {key: np.concatenate([old[key], new[key]])[order] for key in new if key != "failures"}
-    return merged | {"failures": new["failures"]}
+def _earlier(file: Path) -> Arrays:
+    """The scores that a part holds already."""
+    part = _read(file) if file.exists() else {}
+    part.pop("failures", None)
+    return part
+
+
+def _joined(found: Sequence[Arrays]) -> Arrays:
+    """All scores of a part, in the order of the rows, whenever they were read."""
+    full = [arrays for arrays in found if arrays]
+    if not full:
+        return {}
+    joined = {key: np.concatenate([arrays[key] for arrays in full]) for key in full[0]}
+    order = np.lexsort([joined["clips"], joined["rows"]])
+    return {key: values[order] for key, values in joined.items()}
 
 
 def _write(file: Path, arrays: Arrays) -> None:

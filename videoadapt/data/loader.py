@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import resource
 import signal
 import threading
 import time
@@ -211,6 +212,11 @@ def _wait(items: Iterator[Any], timeout_s: float, being_read: Callable[[], str])
                     f"reading videos failed: {message}{being_read()}. It may have lacked memory or /dev/shm; if it "
                     "ends at the same file again, leave that file out"
                 ) from error
+            if "Too many open files" in message:
+                raise RunError(
+                    f"reading videos failed: each clip that waits holds an open file, and the limit is "
+                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}; raise it (ulimit -n), or set train.accumulate"
+                ) from error
             if "timed out" not in message:
                 raise
             if time.monotonic() >= late:
@@ -226,6 +232,9 @@ def _started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]
     Its handler of SIGCHLD is taken away: that raises wherever the main process is when a worker dies, such as in the
     middle of an optimizer's step. The loader looks for itself while it is waited for.
     """
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < most:  # shells give 1,024, and each clip that waits holds an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     before = signal.getsignal(signal.SIGCHLD)
     items = iter(loader)
     if threading.current_thread() is threading.main_thread():

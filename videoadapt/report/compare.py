@@ -31,6 +31,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     return {
         "runs": [a, b],
         "manifests": [side.summary["manifest"] for side in sides],
+        "files": [side.summary["files"] for side in sides],
         "listed": [len(side.videos) for side in sides],
         "common": len(common),
         "failed_count_as": _counting(sides),
@@ -89,6 +90,8 @@ def _compared(sides: list[_Evaluated], pair: tuple[str, str], common: list[str])
     if _counting(sides) == "exclude":
         readable = ~(a["failed"] | b["failed"])
         a, b = a[readable], b[readable]
+        if not len(a):
+            raise UserError("of the videos that both runs list, not one was read by both; nothing can be compared")
     right_a, right_b = a["right"].to_numpy(), b["right"].to_numpy()
     a_only, b_only = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     return {
@@ -122,7 +125,8 @@ def print_compare(summary: dict[str, Any]) -> None:
         rows,
     )
     if summary["manifests"][0] == summary["manifests"][1]:
-        say(f"the same manifest, {summary['manifests'][0]}; failed videos: {summary['failed_count_as']}")
+        files = "the same files" if summary["files"][0] == summary["files"][1] else "but OTHER FILES of these videos"
+        say(f"the same manifest, {summary['manifests'][0]}, {files}; failed videos: {summary['failed_count_as']}")
     else:
         listed = " and ".join(map(str, summary["listed"]))
         say(

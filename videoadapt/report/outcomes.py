@@ -159,8 +159,11 @@ def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:
     return right
 
 
-def write_tables(config: Config, scores: Scores, population: Population, outcomes: list[Outcome]) -> None:
-    """`views.parquet` per view and point; `clips.parquet`, `videos.parquet` and `classes.csv` per policy."""
+def write_tables(config: Config, scores: Scores, population: Population, outcomes: list[Outcome]) -> pd.DataFrame:
+    """`views.parquet` per view and point; `clips.parquet`, `videos.parquet` and `classes.csv` per policy.
+
+    Returns the table of classes.
+    """
     folder, points = config.run.dir / "evaluate", config.model.points
     scored = zip(dict.fromkeys(scores.rows.tolist()), population.scored, strict=True)
     names = {row: population.videos[position] for row, position in scored}
@@ -171,7 +174,9 @@ def write_tables(config: Config, scores: Scores, population: Population, outcome
     write_parquet(folder / "clips.parquet", pd.concat(_clip_table(o, scores, videos, points) for o in outcomes))
     table = pd.concat(_video_table(outcome, population, videos) for outcome in outcomes)
     write_parquet(folder / "videos.parquet", table)
-    write_csv(folder / "classes.csv", class_table(table, population.classes, config.evaluate.failed))
+    classes = class_table(table, population.classes, config.evaluate.failed)
+    write_csv(folder / "classes.csv", classes)
+    return classes
 
 
 _VIEWS = pa.schema(

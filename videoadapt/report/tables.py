@@ -64,8 +64,8 @@ def print_index(summary: dict[str, Any]) -> None:
     print_table(f"Manifest {summary['manifest']}, of {summary['classes']} classes", columns, rows)
     if summary["readers"]:
         readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
-        say(f"read by: {readers}; decoded whole to find damage: {summary['verified']}")
-    _say_examples("missing", summary["missing"])
+        say(f"to be read by: {readers}; decoded whole to find damage: {summary['verified']}")
+    _say_examples("missing files", summary["missing"])
     for cause in summary["broken"][:_CAUSES_SHOWN]:
         say(f"broken: {cause['count']} of cause `{cause['cause']}`, the first {cause['first'][0]}")
     others = summary["broken"][_CAUSES_SHOWN:]
@@ -194,6 +194,13 @@ def print_evaluate(summary: dict[str, Any]) -> None:
         say(f"  failed: {failure['path']}: {failure['cause']}")
     if len(summary["failed"]) > SHOWN:
         say(f"  and {len(summary['failed']) - SHOWN} more, in evaluate.json")
+    if summary["hardest_classes"]:
+        hardest = ", ".join(
+            f"{row['class']} {percent(row['top1'])} %"
+            + (f" (taken for {row['taken_for']})" if row["taken_for"] else "")
+            for row in summary["hardest_classes"]
+        )
+        say(f"hardest classes of {next(iter(summary['policies']))}: {hardest}; all classes: evaluate/classes.csv")
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     else:
