@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 
 # A name is a module of videoadapt, or a folder of it: inside a folder, imports are free.
 LAYERS = [
-    {"errors", "points", "config", "log", "runtime"},
-    {"model", "data", "parallel", "losses", "optim"},
+    {"errors", "points", "config", "log", "runtime", "cluster", "stopping"},
+    {"model", "data", "parallel", "lease", "losses", "optim"},
     {"cost", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state"},
     {"train", "assign", "label", "evaluate", "predict", "report", "export"},
-    {"launch", "demo"},
+    {"launch", "submission", "jobs", "demo"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}

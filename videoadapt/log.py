@@ -27,8 +27,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-# Rank 0 speaks for the job (torchrun numbers the ranks).
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+from videoadapt.cluster import place_of
+
+# Rank 0 speaks for the job.
+console = Console(stderr=True, highlight=False, quiet=place_of(os.environ).rank != 0)
 
 
 def say(message: str) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Literal
 
 import torch
@@ -64,25 +62,3 @@ def peak_memory_bytes() -> int:
     """The largest resident set that this process or one of its finished children has had."""
     kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kib if sys.platform == "darwin" else kib * 1024
-
-
-class StopRequest:
-    """While entered, a first Ctrl-C or SIGTERM sets `requested`, for a loop to stop at its next step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

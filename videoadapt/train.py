@@ -17,30 +17,38 @@ import torch
 from torch import Tensor
 
 from videoadapt import losses
-from videoadapt.checkpoint import Checkpoints, train_checkpoints
+from videoadapt.checkpoint import Checkpoints, Guard, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.errors import RunError
+from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, Metrics, say, write_json
 from videoadapt.model.timesformer import Heads
 from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
-from videoadapt.runtime import StopRequest, peak_memory_bytes, precision_dtype
+from videoadapt.parallel import by_first_rank, ranks
+from videoadapt.runtime import peak_memory_bytes, precision_dtype
 from videoadapt.state import Clock, State, Tally
+from videoadapt.stopping import StopRequest
 
 
 def train(config: Config) -> dict[str, Any]:
     """Trains the model of a config to the end, going on from the run's newest checkpoint if it has one.
 
     Ctrl-C and SIGTERM save at the next step and raise `KeyboardInterrupt`. Raises `RunError` for a loss that is not
-    finite, before anything is changed by it.
+    finite, before anything is changed by it, and where another run writes into the folder.
     """
+    with ranks(config), sole_writer(config, "train") as guard:
+        return by_first_rank(lambda: _train(config, guard))  # one rank trains, whatever their number
+
+
+def _train(config: Config, guard: Guard) -> dict[str, Any]:
     manifest = load_or_index(config)
     per_epoch = steps_per_epoch(manifest, config)
-    checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints)
+    checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
     state = State.start(config, manifest)
     found = checkpoints.latest()
     if found is not None:
