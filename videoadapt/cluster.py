@@ -47,7 +47,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
         )
     if environment.get("SUBMITIT_EXECUTOR") == "local":
         name = f"local-{environment.get('SUBMITIT_LOCAL_JOB_ID', '')}"
-        rank, world = number("SUBMITIT_LOCAL_GLOBALRANK"), number("SUBMITIT_LOCAL_NTASKS", 1)
+        rank, world = number("SUBMITIT_LOCAL_GLOBALID"), number("SUBMITIT_LOCAL_NTASKS", 1)
         return Place("submitit", rank, world, number("SUBMITIT_LOCAL_LOCALID"), name)
     return Place("none", 0, 1, 0)
 
