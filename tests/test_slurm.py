@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, ClusterError
+from slurm_cluster import Cluster, ClusterError, alive
 
 import small_runs as runs
 from test_launch import options_of
@@ -151,7 +152,7 @@ def test_launch_runs_the_chain_to_a_finished_evaluation(slurm: Slurm) -> None:
 def test_a_job_near_its_time_limit_is_requeued_and_ends_as_if_never_stopped(
     slurm: Slurm, never_stopped: dict[str, torch.Tensor]
 ) -> None:
-    config = slurm.config("warned", train=LONG)
+    config = slurm.config("warned", train=LONG, data={"workers": 1})  # processes that get the signal too
     job = slurm.sbatch("train", config, "--nodes=3")
     slurm.wait_for_step(config, 3)
     slurm.cluster.run("scancel", "--signal=USR2", job)
@@ -162,7 +163,7 @@ def test_a_job_near_its_time_limit_is_requeued_and_ends_as_if_never_stopped(
 
 
 def test_a_preempted_job_waits_for_its_end_and_goes_on(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
-    config = slurm.config("preempted", train=LONG)
+    config = slurm.config("preempted", train=LONG, data={"workers": 1})
     job = slurm.sbatch("train", config, "--nodes=3")
     slurm.wait_for_step(config, 3)
     slurm.cluster.run("scancel", "--signal=TERM", job)
@@ -210,6 +211,58 @@ def test_a_killed_node_is_survived(slurm: Slurm, never_stopped: dict[str, torch.
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
     slurm.cluster.revive_node("127.0.0.2")
     assert_as_never_stopped(config, never_stopped)
+
+
+def test_what_is_left_of_a_superseded_start_can_write_no_more(slurm: Slurm) -> None:
+    config = slurm.config(
+        "fenced",
+        train={"epochs": 400, "save_steps": 2},
+        slurm={"cpus_per_task": 1, "exclude": "127.0.0.[1-2]"},
+        launch={"stage": "train"},
+    )
+    (handle,) = submit(jobs_of(config)[0], config)
+    slurm.wait_for_step(config, 3)
+    old = json.loads((config.run.dir / "train.owner").read_text())["pid"]
+    slurm.cluster.kill_node("127.0.0.3", spare=old)
+    job = handle.job_id
+    wait_until(lambda: slurm.state(job) == "PENDING", 60, lambda: "the node's end to be noticed")
+    assert alive(old)
+    slurm.cluster.run("scontrol", "update", f"jobid={job}", "ExcNodeList=", "StartTime=now")
+    wait_until(lambda: not alive(old), 60, lambda: "the old start to end")
+    told = handle.paths.stderr.read_text(errors="replace")
+    assert f"now names job {job}, restart 1, process" in told
+    assert f"this process (job {job}, restart 0, process {old} on" in told
+    before = steps(config)
+    wait_until(lambda: steps(config) > before, 30, lambda: "the new start to go on")
+    slurm.cluster.run("scancel", job)
+    slurm.cluster.revive_node("127.0.0.3")
+
+
+FAILING = """
+import sys
+from videoadapt.config import load_config
+from videoadapt.parallel import rank, ranks, wait_for_all
+
+with ranks(load_config(sys.argv[1])):
+    wait_for_all()
+    if rank() == 1:
+        raise ValueError("the first cause")
+    wait_for_all()
+"""
+
+
+def test_one_dead_rank_ends_the_job_in_seconds_with_one_traceback(slurm: Slurm) -> None:
+    config = slurm.config("dead_rank")
+    program = slurm.folder / "failing.py"
+    program.write_text(FAILING)
+    line = f"srun --kill-on-bad-exit=1 {sys.executable} {program} {slurm.file(config)}"
+    log = f"--output={config.run.dir}-%j.log"
+    job = slurm.cluster.run("sbatch", "--parsable", log, "--nodes=3", "--ntasks-per-node=1", "--wrap", line).strip()
+    wait_until(lambda: "the first cause" in slurm.log(config, job), 60, lambda: "the failure")
+    failed_at = time.monotonic()
+    assert slurm.wait(job, 30) == "FAILED"
+    assert time.monotonic() - failed_at < 15
+    assert slurm.log(config, job).count("Traceback") == 1
 
 
 def test_states_are_known_without_sacct(slurm: Slurm) -> None:

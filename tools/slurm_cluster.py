@@ -124,10 +124,14 @@ class Cluster:
         found: dict[str, int] = json.loads(self._pids.read_text()) if self._pids.exists() else {}
         return found
 
-    def kill_node(self, node: str) -> None:
-        """Kills a node's daemon and all that it has started, as a power cut does."""
+    def kill_node(self, node: str, *, spare: int | None = None) -> None:
+        """Kills a node's daemon and all that it has started, as a power cut does.
+
+        With `spare`, this process and its children go on: SLURM is dead there, and does not know of them any more.
+        """
         for pid in (self.daemons()[node], *self._step_processes(node)):
-            _send(pid, signal.SIGKILL)
+            if spare is None or spare not in (pid, _parent(pid)):
+                _send(pid, signal.SIGKILL)
 
     def revive_node(self, node: str) -> None:
         """Starts the daemon of a node that was killed."""

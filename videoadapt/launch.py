@@ -43,11 +43,13 @@ def jobs_of(config: Config) -> list[Job]:
     """The submissions of `launch.stage`, each of which needs the one before it.
 
     With `launch.shards`, label and evaluate are two: an array that scores, and a job that puts the scores together.
+    One machine gains nothing from an array, and runs none.
     """
+    arrays = config.launch.shards > 1 and config.launch.cluster == "slurm"
     stages = STAGES if config.launch.stage == "all" else (config.launch.stage,)
     jobs: list[Job] = []
     for stage in stages:
-        if stage in ("label", "evaluate") and config.launch.shards > 1:
+        if stage in ("label", "evaluate") and arrays:
             jobs += [Job(stage, 1, 1, config.launch.shards), Job(stage, 1, 1)]
         elif stage == "assign":
             jobs.append(Job(stage, 1, 1))
@@ -186,8 +188,6 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[dict[str, Any]]:
     for job in jobs:
         if job.nodes > 1:
             raise ConfigError(f"slurm.nodes: launch.cluster=local has one node, this machine, not {job.nodes}")
-        if job.shards > 1:
-            continue  # one machine gains nothing from an array: the job after it scores what is not scored
         executor = submitit.LocalExecutor(folder=_folder(config) / "%j")
         executor.update_parameters(
             tasks_per_node=job.tasks_per_node,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from videoadapt.cluster import slurm_job
 from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.sampling import seed_of
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime import worker_count
+from videoadapt.stopping import WARNINGS
 
 
 @dataclass
@@ -124,6 +127,10 @@ def _start_worker(number: int) -> None:
     # installed must not keep workers alive.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if slurm_job(os.environ) is not None:  # its signals reach workers too, which must live until the job has saved
+        for warning in WARNINGS:
+            signal.signal(warning, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)
 
 
