@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_shards_are_an_array_and_a_job_that_puts_them_together() -> None:
 
 
 def test_all_that_a_cluster_may_want_is_asked_for() -> None:
-    wanted = {
+    wanted: dict[str, Any] = {
         "partition": "gpu",
         "account": "vision",
         "qos": "high",

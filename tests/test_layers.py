@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "points", "config", "log", "runtime", "cluster", "stopping"},
     {"model", "data", "parallel", "lease", "losses", "optim"},
     {"cost", "checkpoint", "labels", "assigner", "intervals"},
-    {"policy", "routing", "scoring", "state"},
+    {"policy", "routing", "scoring", "state", "preflight"},
     {"train", "assign", "label", "evaluate", "predict", "report", "export"},
     {"launch", "submission", "jobs", "demo"},
     {"cli"},

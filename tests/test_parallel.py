@@ -16,6 +16,7 @@ from videoadapt.parallel import (
     any_rank,
     by_first_rank,
     first_rank_first,
+    gather,
     gpu_index,
     rank,
     ranks,
@@ -25,18 +26,15 @@ from videoadapt.parallel import (
 )
 
 JOIN_S = 4.0
-HEAD = (
-    """
+HEAD = """
 import sys, time
 from pathlib import Path
 from videoadapt.config import make_config
-from videoadapt.parallel import any_rank, by_first_rank, first_rank_first, rank, ranks, wait_for_all, world_size
+from videoadapt.parallel import any_rank, by_first_rank, first_rank_first, gather, rank, ranks, wait_for_all, world_size
 
 folder = Path(sys.argv[1])
-config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": %g}})
+config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": float(sys.argv[2])}})
 """
-    % JOIN_S
-)  # noqa: UP031 - the program has braces
 
 
 def config_of(folder: Path, **parallel: int | float) -> Config:
@@ -56,7 +54,7 @@ class Ranks:
         self.since = time.monotonic()
         self.processes = {
             rank: subprocess.Popen(
-                [sys.executable, "-c", HEAD + program, str(folder)],
+                [sys.executable, "-c", HEAD + program, str(folder), str(JOIN_S)],
                 env=os.environ | as_step(rank, world),
                 stderr=subprocess.PIPE,
                 text=True,
@@ -80,6 +78,7 @@ def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
         wait_for_all()
         assert first_rank_first(lambda: "done") == "done"
         assert by_first_rank(lambda: "done") == "done"
+        assert gather("mine") == ["mine"]
         assert any_rank(True)
         assert not any_rank(False)
 
@@ -97,6 +96,7 @@ for meeting in range(2):
     with ranks(config):
         assert first_rank_first(action) == "made"
         assert by_first_rank(lambda: [rank()]) == [0]
+        assert gather(rank() * 10) == [number * 10 for number in range(world_size())]
         assert any_rank(rank() == 1) and not any_rank(False)
         (folder / f"rank{rank()}of{world_size()}").touch()
 """
@@ -106,7 +106,7 @@ def test_ranks_of_torchrun_act_together(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(HEAD + ACTION)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    done = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([*run, str(tmp_path), str(JOIN_S)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of2", "rank1of2"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, ClusterError, alive
 
 import small_runs as runs
+from slurm_cluster import Cluster, ClusterError, alive
 from test_launch import options_of
 from videoadapt.checkpoint import train_checkpoints
 from videoadapt.config import Config, dump_config, load_config

@@ -219,6 +219,15 @@ def any_rank(here: bool) -> bool:
     return bool(flag)
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank; it must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_rank_first(action: Callable[[], T]) -> T:
     """Rank 0 does it, then the others, which find on the disk what it has made."""
     if rank() == 0:

@@ -20,7 +20,7 @@ from videoadapt import losses
 from videoadapt.checkpoint import Checkpoints, Guard, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import Batch, TrainLoader, steps_per_epoch
-from videoadapt.data.manifest import load_or_index
+from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.errors import RunError
@@ -29,7 +29,8 @@ from videoadapt.log import Bar, Metrics, say, write_json
 from videoadapt.model.timesformer import Heads
 from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
-from videoadapt.parallel import by_first_rank, ranks
+from videoadapt.parallel import by_first_rank, first_rank_first, ranks
+from videoadapt.preflight import preflight
 from videoadapt.runtime import peak_memory_bytes, precision_dtype
 from videoadapt.state import Clock, State, Tally
 from videoadapt.stopping import StopRequest
@@ -42,11 +43,12 @@ def train(config: Config) -> dict[str, Any]:
     finite, before anything is changed by it, and where another run writes into the folder.
     """
     with ranks(config), sole_writer(config, "train") as guard:
-        return by_first_rank(lambda: _train(config, guard))  # one rank trains, whatever their number
+        manifest = first_rank_first(lambda: load_or_index(config))
+        preflight(config, manifest)
+        return by_first_rank(lambda: _train(config, manifest, guard))  # one rank trains, whatever their number
 
 
-def _train(config: Config, guard: Guard) -> dict[str, Any]:
-    manifest = load_or_index(config)
+def _train(config: Config, manifest: Manifest, guard: Guard) -> dict[str, Any]:
     per_epoch = steps_per_epoch(manifest, config)
     checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
     state = State.start(config, manifest)
