@@ -152,6 +152,18 @@ def test_several_tasks_without_srun_are_refused(monkeypatch: pytest.MonkeyPatch,
         ranks(config_of(tmp_path)).__enter__()
 
 
+def test_a_promised_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    config = make_config({"run": {"dir": str(tmp_path)}})
+    with pytest.raises(RunError, match="SLURM gave GPU 3 to this task, but torch sees none; look at nvidia-smi"):
+        ranks(config).__enter__()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with ranks(config):
+        pass
+
+
 def test_each_rank_takes_its_own_gpu() -> None:
     assert [gpu_index(local, 4) for local in range(5)] == [0, 1, 2, 3, None]
     assert [gpu_index(local, 1) for local in range(3)] == [0, 0, 0]  # bound by SLURM to one each
