@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+import slurm_cluster  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))  # the models of the tests are too small for more
 settings.register_profile("local", deadline=None)
@@ -54,14 +56,20 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cluster]:
+    """A real SLURM of three nodes, for tests marked `slurm`."""
+    absent = slurm_cluster.missing()
+    need(not absent, f"no SLURM on this machine: {', '.join(absent)} not found")
+    started = slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"))
+    started.start()
+    yield started
+    started.stop()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run."""
-    missing = {}
     if not torch.cuda.is_available():
-        missing["gpu"] = pytest.mark.skip(reason="no CUDA device")
-    if shutil.which("sbatch") is None:
-        missing["slurm"] = pytest.mark.skip(reason="no SLURM: sbatch is not on the path")
-    for item in items:
-        for name, skip in missing.items():
-            if name in item.keywords:
-                item.add_marker(skip)
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

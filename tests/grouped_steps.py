@@ -17,9 +17,10 @@ from videoadapt.config import Config, load_config
 from videoadapt.data.datasets import Failure
 from videoadapt.data.loader import Batch
 from videoadapt.data.manifest import Manifest, load_or_index
+from videoadapt.groups import make_plan
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.optim import make_optimizer
-from videoadapt.parallel import first_rank_first, rank, ranks
+from videoadapt.parallel import first_rank_first, rank, ranks, world_size
 from videoadapt.state import State
 from videoadapt.train import Seat, train_step
 
@@ -51,7 +52,7 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
         for parameter in state.model.parameters():  # off the zeros that it starts with
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.05)
     state.optimizer = make_optimizer(state.model.named_parameters(), config.train)
-    seat = Seat.take(config, state.model)
+    seat = Seat.take(config, state.model, make_plan(config, world_size(), {}))
     values = {}
     for step in range(steps):
         values = train_step(state, seat, batches(config, seat, step))
@@ -69,7 +70,7 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
 
 def main(path: str, folder: str) -> None:
     config = load_config(path)
-    with ranks():
+    with ranks(config):
         manifest = first_rank_first(lambda: load_or_index(config))
         held = {(steps, str(dtype)): trained(config, manifest, steps, dtype) for steps, dtype in TRAININGS}
         torch.save(held, Path(folder) / f"rank{rank()}.pt")

@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 
 # A name is a module of videoadapt, or a folder of it: inside a folder, imports are free.
 LAYERS = [
-    {"errors", "points", "config", "log", "runtime"},
-    {"model", "data", "groups", "parallel", "losses", "optim"},
+    {"errors", "points", "config", "log", "runtime", "cluster", "stopping"},
+    {"model", "data", "groups", "parallel", "lease", "losses", "optim"},
     {"batchnorm", "cost", "checkpoint", "labels", "assigner", "intervals"},
-    {"policy", "routing", "scoring", "state"},
+    {"policy", "routing", "scoring", "state", "preflight"},
     {"train", "assign", "label", "evaluate", "predict", "report", "export"},
-    {"launch", "demo", "bench"},
+    {"launch", "submission", "jobs", "demo", "bench"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}

@@ -1,33 +1,90 @@
-"""Ranks: one process alone needs no launcher, several meet, and rank 0 goes first where it must."""
+"""Ranks: one process alone needs no launcher, several meet or say who is missing, and one failure is told once."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from videoadapt.config import Config, make_config
 from videoadapt.errors import RunError
-from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all, world_size
+from videoadapt.parallel import (
+    any_rank,
+    by_first_rank,
+    first_rank_first,
+    gather,
+    gpu_index,
+    rank,
+    ranks,
+    shared_gpu,
+    wait_for_all,
+    world_size,
+)
+
+JOIN_S = 4.0
+HEAD = """
+import sys, time
+from pathlib import Path
+from videoadapt.config import make_config
+from videoadapt.parallel import any_rank, by_first_rank, first_rank_first, gather, rank, ranks, wait_for_all, world_size
+
+folder = Path(sys.argv[1])
+config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": float(sys.argv[2])}})
+"""
 
 
-def test_one_process_alone_is_rank_0_of_1() -> None:
-    with ranks():
+def config_of(folder: Path, **parallel: int | float) -> Config:
+    return make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": parallel})
+
+
+def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
+    """The variables that srun gives to a task."""
+    numbers = {"STEP_NUM_TASKS": world, "NTASKS": world, "PROCID": rank, "LOCALID": rank, "STEP_ID": 0}
+    return {"SLURM_JOB_ID": job, **{f"SLURM_{name}": str(number) for name, number in numbers.items()}}
+
+
+class Ranks:
+    """A program's ranks, started as srun would, without a SLURM."""
+
+    def __init__(self, program: str, folder: Path, world: int, *, started: list[int] | None = None) -> None:
+        self.since = time.monotonic()
+        self.processes = {
+            rank: subprocess.Popen(
+                [sys.executable, "-c", HEAD + program, str(folder), str(JOIN_S)],
+                env=os.environ | as_step(rank, world),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (range(world) if started is None else started)
+        }
+
+    def ended(self, timeout_s: float = 100.0) -> dict[int, tuple[int, str]]:
+        """Exit code and standard error by rank, when all have ended."""
+        try:
+            told = {rank: process.communicate(timeout=timeout_s)[1] for rank, process in self.processes.items()}
+            return {rank: (process.returncode, told[rank]) for rank, process in self.processes.items()}
+        finally:
+            for process in self.processes.values():
+                process.kill()
+
+
+def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
+    with ranks(config_of(tmp_path)):
         assert (rank(), world_size()) == (0, 1)
         wait_for_all()
         assert first_rank_first(lambda: "done") == "done"
+        assert by_first_rank(lambda: "done") == "done"
+        assert gather("mine") == ["mine"]
+        assert any_rank(True)
+        assert not any_rank(False)
 
 
-def test_rank_0_acts_before_the_others(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import sys, time
-from pathlib import Path
-from videoadapt.parallel import first_rank_first, rank, ranks, world_size
-
-file = Path(sys.argv[1])
+ACTION = """
+file = folder / "made.txt"
 
 def action():
     if rank() == 0:
@@ -35,20 +92,127 @@ def action():
         file.write_text("made")
     return file.read_text()
 
-with ranks():
-    assert first_rank_first(action) == "made"
-    file.with_name(f"rank{rank()}of{world_size()}").touch()
+for meeting in range(2):
+    with ranks(config):
+        assert first_rank_first(action) == "made"
+        assert by_first_rank(lambda: [rank()]) == [0]
+        assert gather(rank() * 10) == [number * 10 for number in range(world_size())]
+        assert any_rank(rank() == 1) and not any_rank(False)
+        (folder / f"rank{rank()}of{world_size()}").touch()
 """
-    )
+
+
+def test_ranks_of_torchrun_act_together(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(HEAD + ACTION)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    done = subprocess.run([*run, str(tmp_path / "made.txt")], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([*run, str(tmp_path), str(JOIN_S)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0of2", "rank1of2"]
+    assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of2", "rank1of2"]
 
 
-def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_srun_meet_by_a_file_in_the_run_folder(tmp_path: Path) -> None:
+    ended = Ranks(ACTION, tmp_path, 3).ended()
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+    assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of3", "rank1of3", "rank2of3"]
+
+
+def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot meet: .*RANK"), ranks():
+    with pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot meet: .*RANK"), ranks(config_of(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize(("started", "missing"), [([0, 2], "1"), ([1], "0")])
+def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path, started: list[int], missing: str) -> None:
+    job = Ranks("with ranks(config): pass", tmp_path, 3, started=started)
+    ended = job.ended()
+    assert time.monotonic() - job.since < JOIN_S + 30
+    told = "".join(errors for _, errors in ended.values())
+    assert told.count("Traceback") == 1
+    assert f"of 3 ranks met within {JOIN_S:g} s (parallel.join_s); missing: rank {missing}. See" in told
+    assert all(code != 0 for code, _ in ended.values())
+
+
+def test_the_world_must_be_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"3 ranks were asked for, this process is one of 1 \(no launcher started it\)"):
+        ranks(config_of(tmp_path, ranks=3)).__enter__()
+    for name, value in as_step(0, 2).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=r"3 ranks were asked for, this process is one of 2 \(slurm started it\)"):
+        ranks(config_of(tmp_path, ranks=3)).__enter__()
+
+
+def test_several_tasks_without_srun_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(RunError, match=r"job 7 has 4 tasks, but this process was not started by srun"):
+        ranks(config_of(tmp_path)).__enter__()
+
+
+def test_a_promised_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    config = make_config({"run": {"dir": str(tmp_path)}})
+    with pytest.raises(RunError, match="SLURM gave GPU 3 to this task, but torch sees none; look at nvidia-smi"):
+        ranks(config).__enter__()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with ranks(config):
+        pass
+
+
+def test_each_rank_takes_its_own_gpu() -> None:
+    assert [gpu_index(local, 4) for local in range(5)] == [0, 1, 2, 3, None]
+    assert [gpu_index(local, 1) for local in range(3)] == [0, 0, 0]  # bound by SLURM to one each
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fault"),
+    [
+        ([("a", "x"), ("a", "y"), ("b", "x")], ""),
+        ([("a", None), ("b", None)], ""),
+        ([("a", "x"), ("b", None)], "rank 1 found no GPU, on b, and others did"),
+        ([("a", "x"), ("b", "x"), ("a", "x")], "ranks 0 and 2 would share one GPU of a"),
+    ],
+)
+def test_gpus_that_do_not_match_the_ranks(gpus: list[tuple[str, str | None]], fault: str) -> None:
+    assert shared_gpu(gpus).startswith(fault)
+    assert bool(shared_gpu(gpus)) == bool(fault)
+
+
+def test_the_first_failure_is_told_and_no_other(tmp_path: Path) -> None:
+    program = """
+with ranks(config):
+    wait_for_all()
+    if rank() == 1:
+        raise ValueError("the first cause")
+    wait_for_all()
+"""
+    job = Ranks(program, tmp_path, 3)
+    ended = job.ended()
+    assert time.monotonic() - job.since < 40
+    assert "ValueError: the first cause" in ended[1][1]
+    assert "".join(errors for _, errors in ended.values()).count("Traceback") == 1
+    assert all(code != 0 for code, _ in ended.values())
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"])
+def test_a_rank_that_died_or_hangs_is_named(tmp_path: Path, end: str) -> None:
+    program = f"""
+import os, signal
+with ranks(config, timeout_s=3.0):
+    wait_for_all()
+    if rank() == 1:
+        {end}
+    wait_for_all()
+"""
+    job = Ranks(program, tmp_path, 3)
+    errors = {rank: job.processes[rank].communicate(timeout=90)[1] for rank in (0, 2)}
+    assert time.monotonic() - job.since < 45
+    job.processes[1].kill()
+    told = "".join(errors.values())
+    assert "rank 1 of 3 died or hangs: the other ranks waited for it in vain" in told
+    assert told.count("RunError:") == 1

@@ -21,6 +21,7 @@ from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import epoch_rows, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError
+from videoadapt.groups import make_plan
 from videoadapt.state import State
 from videoadapt.train import Seat, train, train_step
 
@@ -28,6 +29,11 @@ from videoadapt.train import Seat, train, train_step
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_data(tmp_path_factory.mktemp("data"))
+
+
+def alone(state: State) -> Seat:
+    """The seat of the only rank."""
+    return Seat.take(state.config, state.model, make_plan(state.config, 1, {}))
 
 
 def first_batches(config: Config) -> tuple[State, list]:
@@ -58,7 +64,7 @@ def test_accumulation_does_not_change_the_gradient(data: Path, tmp_path: Path) -
         config = runs.config(data, tmp_path / "run", train={"accumulate": accumulate}, model={"drop_path": 0.0})
         config = config.model_copy(update={"train": config.train.model_copy(update={"clip_grad": None})})
         state, batches = first_batches(config)
-        train_step(state, Seat.take(state.config, state.model), batches)
+        train_step(state, alone(state), batches)
         found.append(gradients(state))
     for name, gradient in found[0].items():
         assert torch.linalg.norm(gradient - found[1][name]) <= 1e-4 * torch.linalg.norm(gradient) + 1e-7, name
@@ -69,7 +75,7 @@ def test_the_gradient_is_the_sum_over_points_of_the_mean_over_clips(data: Path, 
     config = runs.config(data, tmp_path / "run", model={"drop_path": 0.0}, loss={"lam": 0.7, "tau": 2.0})
     config = config.model_copy(update={"train": config.train.model_copy(update={"clip_grad": None})})
     state, batches = first_batches(config)
-    train_step(state, Seat.take(state.config, state.model), batches)
+    train_step(state, alone(state), batches)
     found = gradients(state)
 
     torch.manual_seed(config.run.seed)
@@ -95,7 +101,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(data: Path,
         state.model.head.weight[0, 0] = float("nan")
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     with pytest.raises(RunError, match=r"step 0, point 8: the loss is not finite .*rows \["):
-        train_step(state, Seat.take(state.config, state.model), batches)
+        train_step(state, alone(state), batches)
     for name, parameter in state.model.named_parameters():
         assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
@@ -105,7 +111,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(data: P
     state.model.cls_token.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     with pytest.raises(RunError, match="gradient is not finite"):
-        train_step(state, Seat.take(state.config, state.model), batches)
+        train_step(state, alone(state), batches)
     assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
 
 

@@ -45,7 +45,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         config = released_config(given.weights, given.config, given.overrides)
-        with ranks():
+        with ranks(config):
             first_rank_first(lambda: convert(given.weights, config))
             summary = evaluate(config)
             if rank() == 0:

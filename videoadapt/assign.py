@@ -38,10 +38,13 @@ from videoadapt.labels import (
     choose_threshold,
     right_matrix,
 )
+from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, say, write_json
 from videoadapt.optim import make_optimizer, make_schedule
+from videoadapt.parallel import by_first_rank, ranks
 from videoadapt.routing import assign_probabilities
-from videoadapt.runtime import StopRequest, pick_device
+from videoadapt.runtime import pick_device
+from videoadapt.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,13 @@ def assign(config: Config) -> dict[str, Any]:
     """Fits the assigner on the run's label table, going on from its newest checkpoint; returns the summary.
 
     A share `assign.select` of the clips is kept apart: on it the threshold is chosen that saves most while losing at
-    most `assign.tolerance` of the costliest point's accuracy.
+    most `assign.tolerance` of the costliest point's accuracy. One process does it.
     """
+    with ranks(config), sole_writer(config, "assign") as guard:
+        return by_first_rank(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
+
+
+def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
     start = time.monotonic()
     points = config.model.points
     if len(points) == 1:
@@ -85,13 +93,13 @@ def assign(config: Config) -> dict[str, Any]:
     select, fit = clips.take(np.sort(order[:kept])), clips.take(np.sort(order[kept:]))
     if not len(fit.labels):
         raise UserError(f"assign: {len(order)} labelled clips are too few to fit and to choose a threshold")
-    assigner, step = _fit(fit, config)
+    assigner, step = _fit(fit, config, checkpoints)
     costs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64)
     parts = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
     probabilities = np.concatenate([assign_probabilities(assigner, select.batch(part)) for part in parts])
     threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
     meta = _meta(config, fit) | {"threshold": threshold}
-    assigner_checkpoints(config.run.dir).save(step + 1, _tensors(assigner, None), meta)
+    checkpoints.save(step + 1, _tensors(assigner, None), meta)
     choice = cheapest_sufficient(probabilities, threshold)
     macs = assigner_macs(config.assign, len(points))
     summary = {
@@ -176,7 +184,7 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
 SAVE_EVERY = 500  # thumbnails
 
 
-def _fit(clips: LabelledClips, config: Config) -> tuple[Assigner, int]:
+def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tuple[Assigner, int]:
     """Trains the assigner; each epoch's order and flips depend on (seed, epoch) alone. Returns it and its last step."""
     settings = config.assign
     device = pick_device(config.run.device)
@@ -193,7 +201,6 @@ def _fit(clips: LabelledClips, config: Config) -> tuple[Assigner, int]:
     optimizer = make_optimizer(assigner.named_parameters(), recipe)
     per_epoch = max(1, len(clips.labels) // settings.batch)
     schedule = make_schedule(optimizer, recipe, per_epoch)
-    checkpoints = assigner_checkpoints(config.run.dir)
     epoch = _resume(checkpoints, assigner, optimizer, config, clips.digest())
     macs = point_macs(config.model)
     costs = torch.tensor([float(macs[p]) for p in config.model.points], device=device)

@@ -7,7 +7,8 @@ with a sentence, and where nobody named it, the one before it is used. Nothing i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from videoadapt.model.timesformer import TimeSformer
 
 KEY = "videoadapt"
 VERSION = 1
+Guard = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,22 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one stage in a folder: `step-00000120.safetensors`, ..., and `last`."""
+    """The checkpoints of one stage in a folder: `step-00000120.safetensors`, ..., and `last`.
+
+    They are written and removed inside `guard`, which raises where this process may not write any more.
+    """
 
     folder: Path
     kind: str
     keep: int = 2
+    guard: Guard = nullcontext
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
         """Writes the checkpoint of a step, points `last` to it, and removes all but the newest `keep`."""
+        with self.guard():
+            return self._save(step, tensors, meta)
+
+    def _save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
         path = self.folder / f"step-{step:08d}.safetensors"
         save_checkpoint(path, self.kind, tensors, {"step": step, **meta})
         try:
@@ -112,14 +122,14 @@ class Checkpoints:
         return [path for path in files if not announced or path.name <= named]
 
 
-def train_checkpoints(run: Path, keep: int = 2) -> Checkpoints:
+def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> Checkpoints:
     """Where stage 1 of a run keeps its checkpoints."""
-    return Checkpoints(run / "checkpoints", "train", keep)
+    return Checkpoints(run / "checkpoints", "train", keep, guard)
 
 
-def assigner_checkpoints(run: Path) -> Checkpoints:
+def assigner_checkpoints(run: Path, guard: Guard = nullcontext) -> Checkpoints:
     """Where stage 2 of a run keeps its checkpoints."""
-    return Checkpoints(run / "assigner", "assigner")
+    return Checkpoints(run / "assigner", "assigner", guard=guard)
 
 
 def require_same(

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from videoadapt.cluster import place_of, slurm_job
 from videoadapt.errors import RunError, UserError
+from videoadapt.stopping import JOB_SIGNALS, StopRequest
 
 # typer carries a click of its own in newer versions: its base class, wherever it lives
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -40,7 +42,8 @@ def main() -> None:
     # Threads that spin at barriers make training 6 times slower as soon as another process needs a core (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False) or 0
+        with StopRequest(JOB_SIGNALS if slurm_job(os.environ) else ()):  # before torch is imported: see there
+            code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code
             raise KeyboardInterrupt
         sys.exit(code)
@@ -59,7 +62,9 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    place = place_of(os.environ)
+    rank = f" on rank {place.rank} of {place.world}" if place.world > 1 else ""
+    print(f"error{rank}: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -69,6 +74,12 @@ def _required(config: Path | None) -> Path:
     return config
 
 
+def _run_stage(stage: Any, config: Any) -> dict[str, Any]:
+    from videoadapt.jobs import run_stage
+
+    return run_stage(stage, config)
+
+
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from videoadapt.config import load_config
 
@@ -76,9 +87,9 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, printer: Any, *args: Any) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if place_of(os.environ).rank != 0:
         return  # rank 0 speaks for the job
-    if as_json:
+    if as_json or "shard" in result:
         print(json.dumps(result, indent=2))
     else:
         printer(result, *args)
@@ -145,27 +156,24 @@ def _check(manifest: Path, config: Any, as_json: bool) -> None:
 def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Stage 1: train one model at all points."""
     from videoadapt.report.tables import print_train
-    from videoadapt.train import train as run
 
-    _show(run(_load(config, overrides)), as_json, print_train)
+    _show(_run_stage("train", _load(config, overrides)), as_json, print_train)
 
 
 @app.command()
 def label(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Stage 2: find the cheapest right point of every clip."""
-    from videoadapt.label import label as run
     from videoadapt.report.tables import print_label
 
-    _show(run(_load(config, overrides)), as_json, print_label)
+    _show(_run_stage("label", _load(config, overrides)), as_json, print_label)
 
 
 @app.command()
 def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Stage 2: fit the assigner to the labels."""
-    from videoadapt.assign import assign as run
     from videoadapt.report.tables import print_assign
 
-    _show(run(_load(config, overrides)), as_json, print_assign)
+    _show(_run_stage("assign", _load(config, overrides)), as_json, print_assign)
 
 
 @app.command()
@@ -183,14 +191,22 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and speed of all policies on the val split."""
-    from videoadapt.evaluate import evaluate as run
     from videoadapt.report.compare import compare, print_compare
     from videoadapt.report.tables import print_evaluate
 
     if against is not None:
         _show(compare(*against), as_json, print_compare)
     else:
-        _show(run(_load(_required(config), overrides)), as_json, print_evaluate)
+        _show(_run_stage("evaluate", _load(_required(config), overrides)), as_json, print_evaluate)
+
+
+@app.command()
+def launch(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Submit stages to SLURM, or run them here (launch.stage, launch.cluster, slurm.*)."""
+    from videoadapt.launch import launch as run
+    from videoadapt.launch import print_launch
+
+    _show(run(_load(config, overrides), [str(config), *(overrides or [])]), as_json, print_launch)
 
 
 @app.command()

@@ -205,14 +205,6 @@ class TrainConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    """Stage 1 on several ranks: which of them train which token lengths."""
-
-    # ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none = every rank
-    # trains every point
-    groups: Annotated[Literal["auto"] | dict[str, Count] | None, BeforeValidator(_parse_groups)] = None
-
-
 class LabelConfig(Section):
     """Stage 2: on which clips, and by which rule, labels are made."""
 
@@ -248,6 +240,59 @@ class EvaluateConfig(Section):
     speed_repeats: Count = 3
 
 
+class ParallelConfig(Section):
+    """The ranks of a stage, which of them train what, and the shards of a stage that is an array of jobs."""
+
+    # ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none = every rank
+    # trains every point
+    groups: Annotated[Literal["auto"] | dict[str, Count] | None, BeforeValidator(_parse_groups)] = None
+    ranks: Count | None = None  # how many there must be, or nothing starts; none = as many as the launcher started
+    join_s: Positive = 50.0  # for all ranks to meet
+    shard: str | None = None  # I/N: score only this part of the videos (label, evaluate), and leave the rest to others
+
+    @model_validator(mode="after")
+    def _numbers(self) -> ParallelConfig:
+        if self.shard is not None:
+            number, _, count = self.shard.partition("/")
+            if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+                raise ConfigError(f"parallel.shard: expected I/N with I from 0 to N - 1, such as 0/4, got {self.shard}")
+        return self
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """The number of this shard, from 0, and how many there are."""
+        number, _, count = (self.shard or "0/1").partition("/")
+        return int(number), int(count)
+
+
+class LaunchConfig(Section):
+    """What `videoadapt launch` starts, and where."""
+
+    stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"  # all = the four in turn
+    cluster: Literal["slurm", "local"] = "slurm"  # local = on this machine, one stage after the other
+    shards: Count = 1  # jobs of the array that label and evaluate are scored by; 1 = no array
+
+
+class SlurmConfig(Section):
+    """What a job asks SLURM for. `assign`, and each job of an array, is one task with its GPUs, CPUs and memory."""
+
+    partition: str | None = None  # none, here and below: the cluster's default
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None  # features that nodes must have
+    exclude: str | None = None  # nodes that must not be used
+    comment: str | None = None
+    time_minutes: Count = 1440  # limit of one start of a job; near it, the job saves and is requeued
+    nodes: Count = 1
+    tasks_per_node: Count = 1  # one for each GPU
+    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1  # 0 on clusters without GPUs
+    cpus_per_task: Count = 8  # one reads videos, or computes, for each
+    mem_gb: Count | None = None  # of a node
+    setup: tuple[str, ...] = ()  # shell lines before the command: modules, environments
+    signal_s: Count = 120  # before the time limit, when the job is told to save
+    max_restarts: Annotated[int, Field(ge=0)] = 20  # a job that needs more ends as failed
+
+
 class Config(Section):
     """Everything that one run needs; `load_config` makes it from a YAML file."""
 
@@ -257,10 +302,12 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
-    parallel: ParallelConfig = ParallelConfig()
     label: LabelConfig = LabelConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -19,6 +19,7 @@ from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.labels import Choice
+from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, say, write_json
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
@@ -38,15 +39,17 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Every listed video counts (`evaluate.failed`: as wrong, or left out). Writes `evaluate/` tables per view, clip and
     video (Parquet) and per class (CSV), and `evaluate/evaluate.json`, which is returned. The ranks of a job share the
-    videos; their number changes no result.
+    videos; their number changes no result. A shard (`parallel.shard`) only scores its videos.
     """
     start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
-    with ranks():
+    with ranks(config), sole_writer(config, "evaluate"):
         manifest = first_rank_first(lambda: load_or_index(config))
         model = inference_model(config)
         assigned = _assigned(config, model)
         scores = _score(model, manifest, assigned, config)
+        if scores is None:
+            return {"shard": config.parallel.shard}
         if rank() == 0:
             summary = _summary(model, manifest, scores, assigned, config=config)
             write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
@@ -55,7 +58,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     return written
 
 
-def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores:
+def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
     frame = manifest.table
     rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
     if not len(rows):
@@ -69,7 +72,7 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
         temporal_views=config.evaluate.temporal_views,
         assigner=assigned.assigner if assigned else None,
     )
-    if not len(scores.rows):
+    if scores is not None and not len(scores.rows):
         first = scores.failures[0]
         raise UserError(
             f"data.val.annotations: none of {len(rows)} videos could be decoded; {first.path}: {first.cause}"

@@ -12,6 +12,7 @@ from videoadapt.config import Config
 from videoadapt.data.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
 from videoadapt.labels import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
+from videoadapt.lease import sole_writer
 from videoadapt.log import write_json
 from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
 from videoadapt.report.tables import write_parquet
@@ -22,12 +23,14 @@ def label(config: Config) -> dict[str, Any]:
     """Runs every point on every clip of the label source's splits and derives the labels.
 
     Writes `labels/outcomes.parquet` (one row per clip and point) and `labels/labels.parquet`; returns the summary. The
-    ranks of a job share the clips; their number changes no label.
+    ranks of a job share the clips; their number changes no label. A shard (`parallel.shard`) only scores its clips.
     """
     path = config.run.dir / "labels" / "label.json"
-    with ranks():
+    with ranks(config), sole_writer(config, "label"):
         manifest = first_rank_first(lambda: load_or_index(config))
         scores = _score(manifest, config)
+        if scores is None:
+            return {"shard": config.parallel.shard}
         if rank() == 0:
             write_json(path, _write_labels(manifest, scores, config))
         wait_for_all()
@@ -35,14 +38,14 @@ def label(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _score(manifest: Manifest, config: Config) -> Scores:
+def _score(manifest: Manifest, config: Config) -> Scores | None:
     splits = LABEL_SPLITS[config.label.source]
     usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
     rows = np.flatnonzero(usable).tolist()
     scores = score(inference_model(config), manifest, rows, config, name="label", temporal_views=1)
-    if not len(scores.rows):
+    if scores is not None and not len(scores.rows):
         first = scores.failures[0]
         raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")
     return scores

@@ -27,8 +27,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-# Rank 0 speaks for the job (torchrun numbers the ranks).
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+from videoadapt.cluster import place_of
+
+# Rank 0 speaks for the job.
+console = Console(stderr=True, highlight=False, quiet=place_of(os.environ).rank != 0)
 
 
 def say(message: str) -> None:
@@ -95,15 +97,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout; text to the left, numbers (given as strings or numbers) to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, aside: bool = False) -> None:
+    """A table on stdout, or, aside, on stderr; text to the left, numbers (as strings or numbers) to the right."""
     table = Table(title=title, title_justify="left", header_style="bold", expand=False)
     for number, column in enumerate(columns):
         numeric = all(_looks_numeric(row[number]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False, width=None if console.is_terminal else 160).print(table, markup=False)
+    Console(stderr=aside, highlight=False, width=None if console.is_terminal else 160).print(table, markup=False)
 
 
 def _looks_numeric(cell: Any) -> bool:

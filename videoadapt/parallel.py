@@ -1,47 +1,200 @@
-"""The ranks of a job: who am I of how many, and waiting for one another.
+"""The ranks of a job: who am I of how many, meeting the others, and waiting for one another.
 
 One process alone is rank 0 of 1: code that asks for its rank needs no second path.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from videoadapt.cluster import Place, place_of, slurm_job
+from videoadapt.config import Config
 from videoadapt.errors import RunError
 from videoadapt.groups import GroupPlan
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=12)  # for the slowest rank; the launcher ends the job at once where one dies
+PATIENCE_S = 12 * 3600.0  # for the slowest rank of a stage whose ranks meet only at its end
+_LAST_WORDS_S = 5.0  # after the first failed collective, for the other ranks to say that theirs failed too
+_meetings = itertools.count()  # each meeting of this process has keys of its own
 
 
 @contextmanager
-def ranks() -> Iterator[None]:
-    """While entered, this process is one of the ranks that torchrun started (`WORLD_SIZE`), or the only one.
+def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
+    """While entered, this process is one of the ranks that torchrun, srun or submitit started, or the only one.
 
-    Raises `RunError` where the ranks cannot meet.
+    Ranks meet within `parallel.join_s`, by a file in the run folder (torchrun: by its own store), and each has a GPU of
+    its own where there are GPUs. A collective that lasts longer than `timeout_s` fails.
+
+    Where ranks fail, one of them raises: the one that failed first or, where one died or hangs, one that names it. The
+    others raise `SystemExit`. Raises `RunError` where the ranks cannot meet, or are not as many as `parallel.ranks`.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    place = place_of(os.environ)
+    _require_asked_for(place, config.parallel.ranks, os.environ)
+    gpu = _own_gpu(place, config)
+    if dist.is_initialized() or place.world == 1:
         yield
         return
+    store = _store(place, config)
     try:
-        # Host tensors by gloo, those of a GPU by NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-    except (RuntimeError, ValueError) as error:  # ValueError: variables of the launcher are missing
-        raise RunError(f"the {os.environ['WORLD_SIZE']} ranks (WORLD_SIZE) cannot meet: {error}") from error
-    try:
+        _meet(store, place, gpu, config.parallel.join_s)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",  # host tensors by gloo, those of a GPU by NCCL
+            store=dist.PrefixStore("collectives", store),
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timedelta(seconds=timeout_s),
+        )
         yield
+    except Exception as error:
+        raise _verdict(store, place, error) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _require_asked_for(place: Place, expected: int | None, environment: Mapping[str, str]) -> None:
+    job = slurm_job(environment)
+    if place.launcher == "none" and job is not None and job.tasks > 1:
+        raise RunError(
+            f"job {job.id} has {job.tasks} tasks, but this process was not started by srun: it would work alone while "
+            "the others idle. Put srun before the command"
+        )
+    if expected is not None and expected != place.world:
+        started = "no launcher started it" if place.launcher == "none" else f"{place.launcher} started it"
+        raise RunError(
+            f"parallel.ranks: {expected} ranks were asked for, this process is one of {place.world} ({started}); start "
+            f"it by srun --ntasks={expected} or torchrun --nproc-per-node"
+        )
+
+
+def _own_gpu(place: Place, config: Config) -> str | None:
+    """Makes one GPU this rank's own; returns what tells it from all others. None without GPUs."""
+    if config.run.device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        promised = os.environ.get("CUDA_VISIBLE_DEVICES", "") if slurm_job(os.environ) else ""
+        if promised:
+            raise RunError(
+                f"{socket.gethostname()}: SLURM gave GPU {promised} to this task, but torch sees none; look at "
+                "nvidia-smi there, or set run.device=cpu"
+            )
+        return None
+    count = torch.cuda.device_count()
+    index = gpu_index(place.local_rank, count)
+    if index is None:
+        raise RunError(
+            f"{socket.gethostname()}: local rank {place.local_rank} finds {count} GPUs; start one rank for each GPU"
+        )
+    torch.cuda.set_device(index)
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def gpu_index(local_rank: int, count: int) -> int | None:
+    """Which of the `count` visible GPUs a rank takes: its own, where it sees no other; none if there are too few."""
+    if count == 1:
+        return 0  # bound by SLURM, or shared: `_meet` finds that out
+    return local_rank if local_rank < count else None
+
+
+def _store(place: Place, config: Config) -> Any:
+    number = next(_meetings)
+    if place.launcher == "torchrun":
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.join_s)))
+        except (RuntimeError, ValueError) as error:  # ValueError: variables of the launcher are missing
+            raise RunError(f"the {place.world} ranks (WORLD_SIZE) cannot meet: {error}") from error
+        return dist.PrefixStore(str(number), store)
+    folder = config.run.dir / "ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return dist.FileStore(str(folder / f"{place.meeting}-{number}"), place.world)
+
+
+def _meet(store: Any, place: Place, gpu: str | None, join_s: float) -> None:
+    """Waits until every rank is here, and rank 0 has found nothing wrong. Raises `RunError` on every rank if not."""
+    store.set(f"here/{place.rank}", json.dumps({"host": socket.gethostname(), "gpu": gpu}))
+    if place.rank == 0:
+        absent = _absent(store, "here", range(place.world), join_s)
+        fault = _fault(store, place.world, absent, join_s)
+        store.set("fault", fault)
+    else:
+        try:
+            store.wait(["fault"], timedelta(seconds=join_s + _LAST_WORDS_S))
+        except RuntimeError:
+            raise RunError(_not_all_here([0], place.world, join_s)) from None
+        fault = store.get("fault").decode()
+    if fault:
+        raise RunError(fault)
+
+
+def _fault(store: Any, world: int, absent: Sequence[int], join_s: float) -> str:
+    if absent:
+        return _not_all_here(absent, world, join_s)
+    told = [json.loads(store.get(f"here/{rank}")) for rank in range(world)]
+    return shared_gpu([(one["host"], one["gpu"]) for one in told])
+
+
+def _not_all_here(absent: Sequence[int], world: int, join_s: float) -> str:
+    return (
+        f"{world - len(absent)} of {world} ranks met within {join_s:g} s (parallel.join_s); missing: rank "
+        f"{', '.join(map(str, absent))}. See what they printed, and whether all nodes see the same run.dir"
+    )
+
+
+def shared_gpu(gpus: Sequence[tuple[str, str | None]]) -> str:
+    """What is wrong with the (host, GPU) of ranks 0, 1, ...: some have none, or two have the same. Else empty."""
+    without = [rank for rank, (_, gpu) in enumerate(gpus) if gpu is None]
+    if 0 < len(without) < len(gpus):
+        return f"rank {', '.join(map(str, without))} found no GPU, on {gpus[without[0]][0]}, and others did"
+    for rank, (host, gpu) in enumerate(gpus):
+        first = gpus.index((host, gpu))
+        if gpu is not None and first < rank:
+            return f"ranks {first} and {rank} would share one GPU of {host}; start one rank for each GPU"
+    return ""
+
+
+def _absent(store: Any, key: str, expected: Sequence[int], wait_s: float) -> list[int]:
+    """The ranks that have not set their key when all have, or the time is over."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        absent = [rank for rank in expected if not store.check([f"{key}/{rank}"])]
+        if not absent or time.monotonic() > deadline:
+            return absent
+        time.sleep(0.1)
+
+
+def _verdict(store: Any, place: Place, error: Exception) -> BaseException:
+    """What this rank raises for an error: the error itself, what it means, or `SystemExit` where another one tells."""
+    try:
+        store.set(f"lost/{place.rank}", "")
+        if _is_of_collectives(error):
+            absent = _absent(store, "lost", range(place.world), _LAST_WORDS_S)
+            if absent:
+                error = RunError(
+                    f"rank {', '.join(map(str, absent))} of {place.world} died or hangs: the other ranks waited for it "
+                    f"in vain ({str(error).splitlines()[0]})"
+                )
+        first = store.add("failed", 1) == 1
+    except RuntimeError:  # the store has gone with its host: nobody else can be asked
+        return error
+    return error if first else SystemExit(1)
+
+
+def _is_of_collectives(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def rank() -> int:
@@ -58,6 +211,24 @@ def wait_for_all() -> None:
     """Returns when every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def any_rank(here: bool) -> bool:
+    """Whether it is so on any rank; every rank asks, and all get the same answer."""
+    if not dist.is_initialized():
+        return here
+    flag = torch.tensor(int(here))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank; it must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def first_rank_first(action: Callable[[], T]) -> T:
@@ -133,3 +304,12 @@ class TeacherExchange:
         for _, _, work in self._running:
             work.wait()
         return torch.cat([values for _, values, _ in self._running])
+
+
+def by_first_rank(action: Callable[[], T]) -> T:
+    """Rank 0 does it while the others wait; every rank gets the result, which must be picklable."""
+    if not dist.is_initialized():
+        return action()
+    results = [action() if rank() == 0 else None]
+    dist.broadcast_object_list(results)
+    return cast(T, results[0])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,8 +20,8 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError("run.device: cuda was asked for, but torch sees no GPU; use run.device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    # On a node with several ranks, each has a GPU of its own.
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    # The current one: `parallel.ranks` gives each rank of a node a GPU of its own.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def precision_dtype(name: str) -> torch.dtype:
@@ -101,25 +99,3 @@ def peak_memory_bytes() -> int:
     """The largest resident set that this process or one of its finished children has had."""
     kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kib if sys.platform == "darwin" else kib * 1024
-
-
-class StopRequest:
-    """While entered, a first Ctrl-C or SIGTERM sets `requested`, for a loop to stop at its next step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -33,9 +33,10 @@ from videoadapt.errors import RunError
 from videoadapt.labels import Bools, Floats, softmax
 from videoadapt.log import Bar, replacing, say
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.parallel import rank, wait_for_all, world_size
+from videoadapt.parallel import any_rank, rank, world_size
 from videoadapt.routing import assign_probabilities, view_logits
 from videoadapt.runtime import pick_device, precision_dtype
+from videoadapt.stopping import StopRequest
 
 VIDEOS_PER_PART = 32
 VERSION = 1  # raised when the same videos and weights give other scores: other frames, crops or arithmetic
@@ -110,11 +111,12 @@ def score(
     name: str,
     temporal_views: int,
     assigner: Assigner | None = None,
-) -> Scores:
+) -> Scores | None:
     """Scores of the videos in some rows (ascending) of a manifest, all views and points.
 
     Goes on where an earlier call stopped, and tries again what could not be read then. Every rank calls it, does its
-    share, and returns the whole.
+    share, and returns the whole; of a shard (`parallel.shard`), all do the shard's part, and nothing is returned.
+    Ctrl-C and a job's signals end it after a part: `KeyboardInterrupt` on every rank.
     """
     dataset = EvalVideos(
         manifest,
@@ -136,14 +138,16 @@ def score(
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     chunks = [list(rows[i : i + VIDEOS_PER_PART]) for i in range(0, len(rows), VIDEOS_PER_PART)]
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
-    todo = [(file, unread) for file, chunk in zip(files, chunks, strict=True) if (unread := _unread(file, chunk))]
-    wait_for_all()  # all have looked before the first one writes
-    mine = todo[rank() :: world_size()]
+    number, count = config.parallel.shard_of
+    share = slice(number * world_size() + rank(), None, count * world_size())
+    mine = [(file, _unread(file, chunk)) for file, chunk in list(zip(files, chunks, strict=True))[share]]
     wanted = list(itertools.chain.from_iterable(unread for _, unread in mine))
-    done = len(rows) - sum(len(unread) for _, unread in todo)
     videos = stream(dataset, wanted)
-    with Bar(name, total=done + len(wanted), unit="videos", start=done) as bar:
+    total = sum(map(len, chunks[share]))
+    with StopRequest() as stop, Bar(name, total=total, unit="videos", start=total - len(wanted)) as bar:
         for file, unread in mine:
+            if not unread or stop.requested:
+                continue
             found = [_earlier(file)]
             failures: list[Failure] = []
             for videos_read in _batches(itertools.islice(videos, len(unread)), config.evaluate.batch):
@@ -152,8 +156,9 @@ def score(
                 found.append(_scores_of(whole, model, assigner, config.evaluate.batch) if whole else {})
                 bar.step(len(videos_read))
             _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
-    wait_for_all()
-    return _load(files, weights)
+    if any_rank(stop.requested):
+        raise KeyboardInterrupt
+    return None if config.parallel.shard else _load(files, weights)
 
 
 def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:

@@ -29,12 +29,14 @@ from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.errors import RunError
 from videoadapt.groups import Group, GroupPlan, make_plan
+from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, Metrics, say, write_json
 from videoadapt.model.timesformer import Heads, TimeSformer
 from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
 from videoadapt.parallel import (
     TeacherExchange,
+    any_rank,
     first_rank_first,
     gradients_apart,
     rank,
@@ -44,8 +46,12 @@ from videoadapt.parallel import (
     wait_for_all,
     world_size,
 )
-from videoadapt.runtime import StopRequest, peak_memory_bytes, precision_dtype, worker_count
+from videoadapt.preflight import preflight
+from videoadapt.runtime import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.state import Clock, State, Tally
+from videoadapt.stopping import StopRequest
+
+STEP_S = 1800.0  # that a rank waits for the others within a step, loading included
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,8 @@ class Seat:
     exchange: TeacherExchange | None  # none where every rank has its own teacher
 
     @classmethod
-    def take(cls, config: Config, model: TimeSformer) -> Seat:
-        """This rank's seat. Raises `ConfigError` where `parallel.groups` needs another number of ranks."""
-        macs = {point: float(value) for point, value in point_macs(config.model).items()}
-        plan = make_plan(config, world_size(), macs)
+    def take(cls, config: Config, model: TimeSformer, plan: GroupPlan) -> Seat:
+        """This rank's seat in a plan; every rank must take its own."""
         synchronise(model, plan)
         forward = spread_gradients(torch.compile(model) if config.train.compile else model)  # type: ignore[arg-type]
         weight = model.head.weight
@@ -85,13 +89,16 @@ def train(config: Config) -> dict[str, Any]:
 
     The ranks of a job share the work as `parallel.groups` says; it changes the result by rounding alone. Ctrl-C and
     SIGTERM save at the next step and raise `KeyboardInterrupt`. Raises `RunError` for a loss that is not finite, before
-    anything is changed by it.
+    anything is changed by it, and where another run writes into the folder.
     """
     finished = config.run.dir / "train.json"
-    with ranks():
+    with ranks(config):
+        plan = make_plan(config, world_size(), {p: float(macs) for p, macs in point_macs(config.model).items()})
         manifest = first_rank_first(lambda: load_or_index(config))
+    with ranks(config, STEP_S), sole_writer(config, "train") as guard:
+        preflight(config, manifest)
         per_epoch = steps_per_epoch(manifest, config)
-        checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints)
+        checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
         state = State.start(config, manifest)
         found = checkpoints.latest()
         if found is not None:
@@ -100,14 +107,14 @@ def train(config: Config) -> dict[str, Any]:
             say(str(load_weights(state.model, config.train.init)))
             state.reset_ema()
         if not (state.step == per_epoch * config.train.epochs and finished.exists()):
-            _train(state, per_epoch, checkpoints)
+            _train(state, Seat.take(config, state.model, plan), per_epoch, checkpoints)
         wait_for_all()
     done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
     return done
 
 
-def _train(state: State, per_epoch: int, checkpoints: Checkpoints) -> None:
-    config, seat = state.config, Seat.take(state.config, state.model)
+def _train(state: State, seat: Seat, per_epoch: int, checkpoints: Checkpoints) -> None:
+    config = state.config
     if world_size() > 1:
         say(f"{world_size()} ranks, by point: {seat.plan}")
     clock = Clock(worker_count(config.data.workers), state.device, len(seat.group.ranks))
@@ -135,7 +142,7 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
             if metrics is not None:
                 metrics.write(state.step, values | clock.rates())
             bar.step(config.train.batch, state.note(values, clock))
-            stopping = bool(summed(torch.tensor(float(stop.requested))))  # all ranks at the same step
+            stopping = any_rank(stop.requested)  # all at the same step
             due = state.step % (config.train.save_steps or per_epoch) == 0
             if due or stopping or state.step == total:
                 for module in filter(None, (state.model, state.ema and state.ema.module)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import resource
 import signal
 import threading
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from videoadapt.cluster import slurm_job
 from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.sampling import seed_of
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime import worker_count
+from videoadapt.stopping import WARNINGS
 
 T = TypeVar("T")
 Key = tuple[int, int]  # epoch and row of the manifest
@@ -287,4 +290,8 @@ def _start_worker(number: int) -> None:
     # installed must not keep workers alive.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if slurm_job(os.environ) is not None:  # its signals reach workers too, which must live until the job has saved
+        for warning in WARNINGS:
+            signal.signal(warning, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     torch.set_num_threads(1)

@@ -1,0 +1,275 @@
+"""On a real SLURM of three virtual nodes: the chain, time limits, preemption, dead nodes, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import small_runs as runs
+from slurm_cluster import Cluster, ClusterError, alive
+from test_launch import options_of
+from videoadapt.checkpoint import train_checkpoints
+from videoadapt.config import Config, dump_config, load_config
+from videoadapt.launch import jobs_of, sbatch_options, submit
+
+pytestmark = pytest.mark.slurm
+
+FILES = Path(__file__).parents[1] / "slurm"
+LONG = {"epochs": 12, "save_steps": 0}  # long enough for something to happen in the middle
+STEPS = 60
+SMALL = ("--cpus-per-task=1", "--gpus-per-task=1")
+
+
+class Slurm:
+    """Submits runs of the small data set, and looks after them."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.data = runs.make_data(folder / "data")
+
+    def config(self, name: str, **sections: dict) -> Config:
+        """A run of its own; the file is beside the run folder."""
+        config = runs.config(self.data, self.folder / name, **{"slurm": {"cpus_per_task": 1}, **sections})
+        self.file(config).write_text(dump_config(config))
+        return config
+
+    def file(self, config: Config) -> Path:
+        return config.run.dir.with_suffix(".yaml")
+
+    def sbatch(self, stage: str, config: Config, *options: str) -> str:
+        """The id of a job of `slurm/STAGE.sbatch`."""
+        log = f"--output={config.run.dir}-%j.log"
+        script = str(FILES / f"{stage}.sbatch")
+        return self.cluster.run("sbatch", "--parsable", log, *SMALL, *options, script, str(self.file(config))).strip()
+
+    def log(self, config: Config, job: str) -> str:
+        path = Path(f"{config.run.dir}-{job}.log")
+        return path.read_text() if path.exists() else ""
+
+    def state(self, job: str) -> str:
+        return self.cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def wait(self, job: str, timeout_s: float = 120.0) -> str:
+        """The state in which a job ends; one that was requeued starts at once instead of two minutes later."""
+
+        def ended() -> bool:
+            state = self.state(job)
+            if state == "PENDING":
+                try:
+                    self.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+                except ClusterError:  # it has started, or is being cleaned up
+                    pass
+            return state not in {"PENDING", "RUNNING", "COMPLETING", "NODE_FAIL", "REQUEUED"}
+
+        wait_until(ended, timeout_s, lambda: f"job {job} to end; it is {self.state(job)}")
+        return self.state(job)
+
+    def wait_for_step(self, config: Config, step: int) -> None:
+        metrics = config.run.dir / "metrics.jsonl"
+        wait_until(
+            lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step, 90, lambda: f"step {step}"
+        )
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what()}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def slurm(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    folder = tmp_path_factory.mktemp("jobs")
+    command = folder / "bin" / "videoadapt"  # of this interpreter, whatever is installed
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m videoadapt "$@"\n')
+    command.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", str(FILES.parent))
+        patch.setenv("SLURM_CONF", str(cluster.conf))
+        yield Slurm(cluster, folder)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(slurm: Slurm) -> dict[str, torch.Tensor]:
+    """The final tensors of a run of sbatch on three nodes that nothing happens to."""
+    config = slurm.config("never_stopped", train=LONG)
+    job = slurm.sbatch("train", config, "--nodes=3")
+    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
+    assert json.loads((config.run.dir / "train.json").read_text())["steps"] == steps(config)
+    return final_tensors(config)
+
+
+def steps(config: Config) -> int:
+    found = train_checkpoints(config.run.dir).latest()
+    assert found
+    step: int = found.meta["step"]
+    return step
+
+
+def final_tensors(config: Config) -> dict[str, torch.Tensor]:
+    found = train_checkpoints(config.run.dir).latest()
+    assert found
+    assert found.meta["step"] == STEPS
+    return found.tensors
+
+
+def assert_as_never_stopped(config: Config, expected: dict[str, torch.Tensor]) -> None:
+    tensors = final_tensors(config)
+    assert tensors.keys() == expected.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
+    lines = (config.run.dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_launch_runs_the_chain_to_a_finished_evaluation(slurm: Slurm) -> None:
+    config = slurm.config("chain", slurm={"nodes": 3, "cpus_per_task": 1}, launch={"shards": 2})
+    done = runs.command("launch", slurm.file(config), "launch.stage=all", "--json")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads(done.stdout)["jobs"]
+    assert [job["stage"] for job in jobs] == ["train", "label", "label", "assign", "evaluate", "evaluate"]
+    assert slurm.wait(jobs[-1]["id"]) == "COMPLETED"
+    assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12
+    assert Path(jobs[0]["log"]).exists()
+    for job, told in zip(jobs_of(load_config(slurm.file(config))), jobs, strict=True):
+        (script,) = (config.run.dir / "jobs" / told["id"]).glob("*submission.sh")
+        asked = options_of(script.read_text())
+        assert {name: asked[name] for name in sbatch_options(job, config) if name != "array"} == {
+            name: value for name, value in sbatch_options(job, config).items() if name != "array"
+        }
+
+
+def test_a_job_near_its_time_limit_is_requeued_and_ends_as_if_never_stopped(
+    slurm: Slurm, never_stopped: dict[str, torch.Tensor]
+) -> None:
+    config = slurm.config("warned", train=LONG, data={"workers": 1})  # processes that get the signal too
+    job = slurm.sbatch("train", config, "--nodes=3")
+    slurm.wait_for_step(config, 3)
+    slurm.cluster.run("scancel", "--signal=USR2", job)
+    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
+    assert "saved and requeued (restart 1)" in slurm.log(config, job)
+    assert "going on from" in slurm.log(config, job)
+    assert_as_never_stopped(config, never_stopped)
+
+
+def test_a_preempted_job_waits_for_its_end_and_goes_on(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
+    config = slurm.config("preempted", train=LONG, data={"workers": 1})
+    job = slurm.sbatch("train", config, "--nodes=3")
+    slurm.wait_for_step(config, 3)
+    slurm.cluster.run("scancel", "--signal=TERM", job)
+    wait_until(lambda: "saved, waiting for the end" in slurm.log(config, job), 30, lambda: "the save")
+    assert slurm.state(job) == "RUNNING"
+    slurm.cluster.run("scontrol", "requeue", job)  # as preemption ends
+    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
+    assert_as_never_stopped(config, never_stopped)
+
+
+def test_a_job_without_restarts_left_has_failed(slurm: Slurm) -> None:
+    config = slurm.config("worn_out", train=LONG, slurm={"max_restarts": 0})
+    job = slurm.sbatch("train", config, "--nodes=2")
+    slurm.wait_for_step(config, 3)
+    slurm.cluster.run("scancel", "--signal=USR2", job)
+    assert slurm.wait(job) == "FAILED"
+    assert f"job {job} was restarted 0 times and may not be again (slurm.max_restarts 0)" in slurm.log(config, job)
+    assert 3 <= steps(config) < STEPS
+
+
+def test_a_second_run_in_a_folder_and_a_wrong_world_are_refused(slurm: Slurm) -> None:
+    config = slurm.config("twice", train=LONG)
+    first = slurm.sbatch("train", config)
+    slurm.wait_for_step(config, 1)
+    second = slurm.sbatch("train", config)
+    assert slurm.wait(second, 60) == "FAILED"
+    assert f"is in use by job {first}, restart 0" in slurm.log(config, second)
+    slurm.cluster.run("scancel", first)
+    other = slurm.config("world")
+    script = f"#!/bin/sh\nvideoadapt train {slurm.file(other)}\n"  # no srun
+    path = slurm.folder / "alone.sh"
+    path.write_text(script)
+    alone = slurm.cluster.run("sbatch", "--parsable", f"--output={other.run.dir}-%j.log", "-n3", str(path)).strip()
+    assert slurm.wait(alone, 60) == "FAILED"
+    assert f"job {alone} has 3 tasks, but this process was not started by srun" in slurm.log(other, alone)
+
+
+def test_a_killed_node_is_survived(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
+    config = slurm.config("killed", train=LONG | {"save_steps": 2})
+    job = slurm.sbatch("train", config, "--nodelist=127.0.0.2")
+    slurm.wait_for_step(config, 5)
+    slurm.cluster.kill_node("127.0.0.2")
+    wait_until(lambda: slurm.state(job) not in {"RUNNING", "COMPLETING"}, 60, lambda: "the node's end to be noticed")
+    slurm.cluster.run("scontrol", "update", f"jobid={job}", "ReqNodeList=")
+    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
+    slurm.cluster.revive_node("127.0.0.2")
+    assert_as_never_stopped(config, never_stopped)
+
+
+def test_what_is_left_of_a_superseded_start_can_write_no_more(slurm: Slurm) -> None:
+    config = slurm.config(
+        "fenced",
+        train={"epochs": 400, "save_steps": 2},
+        slurm={"cpus_per_task": 1, "exclude": "127.0.0.[1-2]"},
+        launch={"stage": "train"},
+    )
+    (handle,) = submit(jobs_of(config)[0], config)
+    slurm.wait_for_step(config, 3)
+    old = json.loads((config.run.dir / "train.owner").read_text())["pid"]
+    slurm.cluster.kill_node("127.0.0.3", spare=old)
+    job = handle.job_id
+    wait_until(lambda: slurm.state(job) == "PENDING", 60, lambda: "the node's end to be noticed")
+    assert alive(old)
+    slurm.cluster.run("scontrol", "update", f"jobid={job}", "ExcNodeList=", "StartTime=now")
+    wait_until(lambda: not alive(old), 60, lambda: "the old start to end")
+    told = handle.paths.stderr.read_text(errors="replace")
+    assert f"now names job {job}, restart 1, process" in told
+    assert f"this process (job {job}, restart 0, process {old} on" in told
+    before = steps(config)
+    wait_until(lambda: steps(config) > before, 30, lambda: "the new start to go on")
+    slurm.cluster.run("scancel", job)
+    slurm.cluster.revive_node("127.0.0.3")
+
+
+FAILING = """
+import sys
+from videoadapt.config import load_config
+from videoadapt.parallel import rank, ranks, wait_for_all
+
+with ranks(load_config(sys.argv[1])):
+    wait_for_all()
+    if rank() == 1:
+        raise ValueError("the first cause")
+    wait_for_all()
+"""
+
+
+def test_one_dead_rank_ends_the_job_in_seconds_with_one_traceback(slurm: Slurm) -> None:
+    config = slurm.config("dead_rank")
+    program = slurm.folder / "failing.py"
+    program.write_text(FAILING)
+    line = f"srun --kill-on-bad-exit=1 {sys.executable} {program} {slurm.file(config)}"
+    log = f"--output={config.run.dir}-%j.log"
+    job = slurm.cluster.run("sbatch", "--parsable", log, "--nodes=3", "--ntasks-per-node=1", "--wrap", line).strip()
+    wait_until(lambda: "the first cause" in slurm.log(config, job), 60, lambda: "the failure")
+    failed_at = time.monotonic()
+    assert slurm.wait(job, 30) == "FAILED"
+    assert time.monotonic() - failed_at < 15
+    assert slurm.log(config, job).count("Traceback") == 1
+
+
+def test_states_are_known_without_sacct(slurm: Slurm) -> None:
+    config = slurm.config("cancelled", train=LONG, launch={"stage": "train"})
+    (handle,) = submit(jobs_of(config)[0], config)
+    slurm.wait_for_step(config, 1)
+    assert handle.get_info(mode="force")["State"] == "RUNNING"
+    handle.cancel()
+    slurm.wait(handle.job_id)
+    assert handle.get_info(mode="force")["State"] == "CANCELLED"
+    assert handle.done(force_check=True)

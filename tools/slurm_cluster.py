@@ -1,0 +1,274 @@
+"""A real SLURM on this machine, for trying jobs out: one controller, virtual nodes, GPUs that are only pretended.
+
+    python tools/slurm_cluster.py start FOLDER     # prints the line that makes sbatch find it
+    export SLURM_CONF=FOLDER/slurm.conf
+    python tools/slurm_cluster.py status FOLDER
+    python tools/slurm_cluster.py stop FOLDER
+
+Needs Debian's or Ubuntu's packages `slurmctld slurmd slurm-client`, no systemd, munge or database; all that it writes
+is in FOLDER. Jobs are not authenticated, and its ports are open to all on this machine: not for one that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+DAEMONS = ("slurmctld", "slurmd")
+TOOLS = ("srun", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
+CPUS, GPUS, MEMORY_MB = 8, 8, 64_000  # that each node claims to have
+START_S, STOP_S = 30.0, 15.0
+
+CONF = """\
+ClusterName=onemachine
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+# Else one job takes a node's whole memory.
+DefMemPerCPU=500
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
+SlurmdParameters=config_overrides
+GresTypes=gpu
+JobRequeue=1
+ReturnToService=2
+# Seconds until a silent node counts as failed.
+SlurmdTimeout=10
+KillWait=5
+MinJobAge=600
+CompleteWait=0
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+JobCompType=jobcomp/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+{nodes}
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+# Addresses as names: ranks that look their own node up by name find it.
+NODE = (
+    "NodeName=127.0.0.{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
+    "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory_mb} Gres=gpu:{gpus} State=UNKNOWN"
+)
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be started, or is not there."""
+
+
+class Cluster:
+    """The cluster of a folder. Raises `ClusterError` where it cannot do what is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.conf = self.folder / "slurm.conf"
+        self._pids = self.folder / "pids.json"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment in which SLURM's tools find this cluster."""
+        path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        return kept | {"PATH": path, "SLURM_CONF": str(self.conf)}
+
+    def run(self, *command: str) -> str:
+        """Standard output of one of SLURM's tools."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        if done.returncode:
+            raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def start(self, nodes: int = 3) -> None:
+        """Starts the daemons, and returns when all nodes are idle."""
+        if absent := missing():
+            raise ClusterError(f"not installed: {', '.join(absent)}; apt-get install slurmctld slurmd slurm-client")
+        if any(map(alive, self.daemons().values())):
+            raise ClusterError(f"{self.folder}: a cluster runs there already")
+        names = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
+        for name in ("state", "log", "dev", *(f"spool/{node}" for node in names)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._write_conf(nodes)
+        controller = {"slurmctld": self._spawn("slurmctld", "slurmctld", "-D", "-c", "-i", "-f", str(self.conf))}
+        self._pids.write_text(json.dumps(controller | {node: self._start_node(node) for node in names}))
+        try:
+            _wait_until(lambda: self._idle(nodes), START_S, f"{nodes} idle nodes; see {self.folder / 'log'}")
+        except ClusterError:
+            self.stop()
+            raise
+
+    def daemons(self) -> dict[str, int]:
+        """The process ids of the controller and of the nodes' daemons, by name."""
+        found: dict[str, int] = json.loads(self._pids.read_text()) if self._pids.exists() else {}
+        return found
+
+    def kill_node(self, node: str, *, spare: int | None = None) -> None:
+        """Kills a node's daemon and all that it has started, as a power cut does.
+
+        With `spare`, this process and its children go on: SLURM is dead there, and does not know of them any more.
+        """
+        for pid in (self.daemons()[node], *self._step_processes(node)):
+            if spare is None or spare not in (pid, _parent(pid)):
+                _send(pid, signal.SIGKILL)
+
+    def revive_node(self, node: str) -> None:
+        """Starts the daemon of a node that was killed."""
+        self._pids.write_text(json.dumps(self.daemons() | {node: self._start_node(node)}))
+
+    def stop(self) -> None:
+        """Cancels all jobs, then ends the daemons."""
+        daemons = self.daemons()
+        if alive(daemons.get("slurmctld", 0)):
+            self.run("scancel", "--full", f"--user={getpass.getuser()}")
+            _wait_until(lambda: not self.run("squeue", "--noheader").strip(), STOP_S, "jobs to end", strict=False)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in daemons.values():
+                _send(pid, number)
+            _wait_until(lambda: not any(map(alive, daemons.values())), STOP_S, "daemons to end", strict=False)
+        self._pids.unlink(missing_ok=True)
+
+    def _write_conf(self, nodes: int) -> None:
+        lines = [
+            NODE.format(number=number, port=_free_port(), cpus=CPUS, gpus=GPUS, memory_mb=MEMORY_MB)
+            for number in range(1, nodes + 1)
+        ]
+        host, user = socket.gethostname().split(".")[0], getpass.getuser()
+        self.conf.write_text(
+            CONF.format(host=host, port=_free_port(), user=user, folder=self.folder, nodes="\n".join(lines))
+        )
+        for number in range(GPUS):  # a GPU is a character device to SLURM, whatever it does
+            device = self.folder / "dev" / f"gpu{number}"
+            device.unlink(missing_ok=True)
+            device.symlink_to("/dev/null")
+        gpus = f"AutoDetect=off\nName=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
+        (self.folder / "gres.conf").write_text(gpus)
+
+    def _start_node(self, node: str) -> int:
+        return self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
+
+    def _spawn(self, name: str, *command: str) -> int:
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            ).pid
+
+    def _idle(self, nodes: int) -> bool:
+        if dead := [name for name, pid in self.daemons().items() if not alive(pid)]:
+            raise ClusterError(f"{', '.join(dead)} ended at once; see {self.folder / 'log'}")
+        try:
+            return self.run("sinfo", "--noheader", "--format=%D %t").split() == [str(nodes), "idle"]
+        except ClusterError:  # the controller does not answer yet
+            return False
+
+    def _step_processes(self, node: str) -> list[int]:
+        """What the node's jobs have started, after the step daemons that watch over it and would report its end."""
+        tasks = [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if f"SLURMD_NODENAME={node}" in _read(folder / "environ").split("\0")
+            and f"SLURM_CONF={self.conf}" in _read(folder / "environ").split("\0")
+        ]
+        parents = {_parent(pid) for pid in tasks}
+        return [pid for pid in parents if _read(Path(f"/proc/{pid}/cmdline")).startswith("slurmstepd")] + tasks
+
+
+def missing() -> list[str]:
+    """The programs of SLURM that this machine lacks."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return [name for name in (*DAEMONS, *TOOLS) if shutil.which(name, path=path) is None]
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port: int = opened.getsockname()[1]
+        return port
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # a process that has ended, or somebody else's
+        return ""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    stat = _read(Path(f"/proc/{pid}/stat"))
+    return bool(stat) and stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def _parent(pid: int) -> int:
+    stat = _read(Path(f"/proc/{pid}/stat"))
+    return int(stat.rpartition(")")[2].split()[1]) if stat else 0
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    if alive(pid):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _wait_until(done: Callable[[], bool], seconds: float, what: str, *, strict: bool = True) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            if strict:
+                raise ClusterError(f"waited {seconds:g} s for {what}")
+            return
+        time.sleep(0.1)
+
+
+def main() -> None:
+    """Starts, stops or shows the cluster of a folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["start", "stop", "status"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nodes", type=int, default=3, help="virtual nodes [default: 3]")
+    given = parser.parse_args()
+    cluster = Cluster(given.folder)
+    try:
+        if given.action == "start":
+            cluster.start(given.nodes)
+            print(f"export SLURM_CONF={cluster.conf}")
+        elif given.action == "stop":
+            cluster.stop()
+        else:
+            for name, pid in cluster.daemons().items():
+                print(f"{name:12} {pid:8} {'runs' if alive(pid) else 'has ended'}")
+    except ClusterError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A stage as a job: what a verb, `srun` and submitit all call, and what becomes of a job that is told to stop.
+
+Imports no stage before the handlers of the job's signals are installed: importing torch takes seconds, in which a
+signal would kill the job for good.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
+
+from videoadapt.cluster import SlurmJob, place_of, requeue, slurm_job
+from videoadapt.config import Config
+from videoadapt.errors import RunError
+from videoadapt.log import say
+from videoadapt.stopping import JOB_SIGNALS, WARNINGS, StopRequest
+
+Stage = Literal["train", "label", "assign", "evaluate"]
+
+_KILLED_WITHIN_S = 600.0  # after SIGTERM; clusters grant less
+_TERMINATED = 128 + signal.SIGTERM  # exit code
+
+
+def run_stage(stage: Stage, config: Config) -> dict[str, Any]:
+    """Runs a stage to its end and returns its summary; in a SLURM job, signals make it save first.
+
+    Near its time limit (SIGUSR1, SIGUSR2) the job is then requeued, at most `slurm.max_restarts` times: `SystemExit`,
+    or `RunError` after the last. At preemption (SIGTERM) it waits for its end, after which SLURM requeues it: a job
+    that ended by itself would count as completed.
+    """
+    job = slurm_job(os.environ)
+    if job is not None and job.restarts > config.slurm.max_restarts:
+        raise RunError(_out_of_restarts(job, config))
+    with StopRequest(JOB_SIGNALS if job is not None else ()) as stop:
+        try:
+            return _function(stage)(config)
+        except KeyboardInterrupt:
+            if job is None or stop.received not in JOB_SIGNALS:
+                raise
+            _leave(job, stop.received in WARNINGS, config)
+
+
+def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
+    if stage == "train":
+        from videoadapt.train import train
+
+        return train
+    if stage == "label":
+        from videoadapt.label import label
+
+        return label
+    if stage == "assign":
+        from videoadapt.assign import assign
+
+        return assign
+    from videoadapt.evaluate import evaluate
+
+    return evaluate
+
+
+def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
+    if not warned:
+        say(f"job {job.id} loses its nodes: saved, waiting for the end")
+        time.sleep(_KILLED_WITHIN_S)
+        raise SystemExit(_TERMINATED)
+    if job.restarts >= config.slurm.max_restarts:
+        raise RunError(_out_of_restarts(job, config))
+    if place_of(os.environ).rank == 0:
+        requeue(job.id)
+        say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
+    else:  # to end before rank 0 has asked would be to fail
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_KILLED_WITHIN_S)
+    raise SystemExit(_TERMINATED)
+
+
+def _out_of_restarts(job: SlurmJob, config: Config) -> str:
+    return (
+        f"job {job.id} was restarted {job.restarts} times and may not be again (slurm.max_restarts "
+        f"{config.slurm.max_restarts}); what is saved is intact: submit it again to go on"
+    )

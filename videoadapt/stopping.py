@@ -1,0 +1,48 @@
+"""How a process is asked to stop: Ctrl-C, and the signals of a cluster. Imports no torch: see `StopRequest`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit is near: what a job asks its cluster to send
+JOB_SIGNALS = (signal.SIGTERM, *WARNINGS)  # SIGTERM: the job loses its nodes soon
+
+
+class StopRequest:
+    """While entered, a first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 only sets `received`, for a loop to stop at a step.
+
+    A signal kills a process that has no handler for it, and importing torch takes seconds: the entry point of a job
+    enters a request for `JOB_SIGNALS` before, and a loop's own request, entered inside, knows what came earlier.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, *JOB_SIGNALS)) -> None:
+        self.received: signal.Signals | None = None
+        self._signals = signals
+
+    @property
+    def requested(self) -> bool:
+        """Whether any signal has come."""
+        return self.received is not None
+
+    def __enter__(self) -> StopRequest:
+        self._outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if isinstance(self._outer, StopRequest):
+            self.received = self._outer.received
+        self._before = {number: signal.signal(number, self._handle) for number in self._signals}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if isinstance(self._outer, StopRequest):
+            self._outer.received = self.received
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received not in WARNINGS:  # SIGTERM may follow a warning, which still asks for another start
+            self.received = signal.Signals(number)
