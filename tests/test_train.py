@@ -256,7 +256,10 @@ def test_videos_that_fail_are_skipped_counted_and_listed(data: Path, tmp_path: P
     assert summary["steps"] == len(manifest.split("train")) // 4
 
 
-def test_where_reading_fails_what_was_trained_is_saved(data: Path, tmp_path: Path) -> None:
+def test_where_reading_fails_what_was_trained_is_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("videoadapt.train.preflight", lambda *_: None)  # it would see that the files are gone
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     config = runs.config(copy, tmp_path / "run", train={"epochs": 2, "batch": 4, "save_steps": 0})
