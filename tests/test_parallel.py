@@ -199,6 +199,24 @@ with ranks(config):
     assert all(code != 0 for code, _ in ended.values())
 
 
+def test_one_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> None:
+    program = """
+def stop():
+    raise KeyboardInterrupt
+
+me = None
+try:
+    with ranks(config):
+        me = rank()
+        by_first_rank(stop)
+except KeyboardInterrupt:
+    (folder / f"interrupted{me}").touch()
+"""
+    ended = Ranks(program, tmp_path, 3).ended()
+    assert {path.name for path in tmp_path.glob("interrupted*")} == {f"interrupted{number}" for number in range(3)}
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+
+
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"])
 def test_a_rank_that_died_or_hangs_is_named(tmp_path: Path, end: str) -> None:
     program = f"""

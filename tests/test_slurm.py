@@ -56,7 +56,7 @@ class Slurm:
     def state(self, job: str) -> str:
         return self.cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def wait(self, job: str, timeout_s: float = 120.0) -> str:
+    def wait(self, job: str, timeout_s: float = 240.0) -> str:
         """The state in which a job ends; one that was requeued starts at once instead of two minutes later."""
 
         def ended() -> bool:
@@ -167,6 +167,7 @@ def test_a_preempted_job_waits_for_its_end_and_goes_on(slurm: Slurm, never_stopp
     slurm.wait_for_step(config, 3)
     slurm.cluster.run("scancel", "--signal=TERM", job)
     wait_until(lambda: "saved, waiting for the end" in slurm.log(config, job), 30, lambda: "the save")
+    time.sleep(7)  # longer than ranks wait for one that has died
     assert slurm.state(job) == "RUNNING"
     slurm.cluster.run("scontrol", "requeue", job)  # as preemption ends
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
@@ -223,8 +224,9 @@ def test_what_is_left_of_a_superseded_start_can_write_no_more(slurm: Slurm) -> N
     slurm.wait_for_step(config, 3)
     old = json.loads((config.run.dir / "train.owner").read_text())["pid"]
     slurm.cluster.kill_node("127.0.0.3", spare=old)
+    slurm.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=down", "reason=lost")  # faster than to wait
     job = handle.job_id
-    wait_until(lambda: slurm.state(job) == "PENDING", 60, lambda: "the node's end to be noticed")
+    wait_until(lambda: slurm.state(job) == "PENDING", 60, lambda: "the job to be requeued")
     assert alive(old)
     slurm.cluster.run("scontrol", "update", f"jobid={job}", "ExcNodeList=", "StartTime=now")
     wait_until(lambda: not alive(old), 60, lambda: "the old start to end")

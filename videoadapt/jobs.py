@@ -40,7 +40,8 @@ def run_stage(stage: Stage, config: Config) -> dict[str, Any]:
         except KeyboardInterrupt:
             if job is None or stop.received not in JOB_SIGNALS:
                 raise
-            _leave(job, stop.received in WARNINGS, config)
+        # Outside the handler, which would keep the stage's workers alive: they get the signals that follow.
+        _leave(job, stop.received in WARNINGS, config)
 
 
 def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:

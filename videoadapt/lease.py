@@ -135,6 +135,10 @@ class Lease:
                             f"{self.path}: locked by another process for {_WAIT_S:g} s; is it stuck?"
                         ) from None
                     time.sleep(0.05)
+                except OSError as error:
+                    raise RunError(
+                        f"{self.path}: this file system takes no locks ({error}); use a run.dir on one that does"
+                    ) from None
             yield file
 
 

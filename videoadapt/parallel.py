@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -40,7 +40,8 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
     its own where there are GPUs. A collective that lasts longer than `timeout_s` fails.
 
     Where ranks fail, one of them raises: the one that failed first or, where one died or hangs, one that names it. The
-    others raise `SystemExit`. Raises `RunError` where the ranks cannot meet, or are not as many as `parallel.ranks`.
+    others raise `SystemExit`. Where one is interrupted, the others are too. Raises `RunError` where the ranks cannot
+    meet, or are not as many as `parallel.ranks`.
     """
     place = place_of(os.environ)
     _require_asked_for(place, config.parallel.ranks, os.environ)
@@ -59,8 +60,15 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
             timeout=timedelta(seconds=timeout_s),
         )
         yield
+    except KeyboardInterrupt:
+        with suppress(RuntimeError):  # the store may have gone with its host
+            store.set("stopped", "")
+        raise
     except Exception as error:
-        raise _verdict(store, place, error) from error
+        verdict = _verdict(store, place, error)
+        if verdict is error:
+            raise
+        raise verdict from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -179,6 +187,8 @@ def _absent(store: Any, key: str, expected: Sequence[int], wait_s: float) -> lis
 def _verdict(store: Any, place: Place, error: Exception) -> BaseException:
     """What this rank raises for an error: the error itself, what it means, or `SystemExit` where another one tells."""
     try:
+        if store.check(["stopped"]):
+            return KeyboardInterrupt()
         store.set(f"lost/{place.rank}", "")
         if _is_of_collectives(error):
             absent = _absent(store, "lost", range(place.world), _LAST_WORDS_S)
