@@ -36,7 +36,9 @@ class Slurm:
 
     def config(self, name: str, **sections: dict) -> Config:
         """A run of its own; the file is beside the run folder."""
-        config = runs.config(self.data, self.folder / name, **{"slurm": {"cpus_per_task": 1}, **sections})
+        sections = {"slurm": {"cpus_per_task": 1}, **sections}
+        sections["parallel"] = {"groups": "auto"} | sections.get("parallel", {})  # on three ranks, one for each length
+        config = runs.config(self.data, self.folder / name, **sections)
         self.file(config).write_text(dump_config(config))
         return config
 
