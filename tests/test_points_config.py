@@ -175,7 +175,7 @@ VALUES: list[tuple[str, Any]] = [
     ("assign.stages", 8),
     ("assign.select", 0.0),
     ("assign.mu", float("inf")),
-    ("evaluate.spatial_crops", 4),
+    ("evaluate.spatial_crops", 0),
 ]
 
 
