@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from video_files import write_list
 from videoadapt.config import Config, make_config
-from videoadapt.data.annotations import Listed, Listing, list_videos
+from videoadapt.data.annotations import Listed, Listing, fingerprint, list_videos
 from videoadapt.data.classes import kinetics400
 from videoadapt.errors import ConfigError, UserError
 
@@ -119,6 +119,7 @@ def test_a_folder_of_frame_images_may_be_listed_with_their_count(tmp_path: Path,
     listing = listing_of(train=path)
     assert places(listing, tmp_path) == [f"frames/{CLIP}", "my frames.mp4", "gone", "clip 7", f"frames/{SOURCE}"]
     assert [video.label for video in listing.videos] == [0, 1, 2, 2, 1]
+    assert [video.frames for video in listing.videos] == [300, 300, 300, None, None]
     assert listing.videos[0].video == CLIP
 
 
@@ -144,17 +145,36 @@ def test_a_folder_per_class_gives_labels_in_the_order_of_names(tmp_path: Path) -
     train = touch(
         tmp_path / "train", *(f"{name}/deep/{f}" for name in ("dogs", "cats", "apes") for f in ("a.MP4", "x"))
     )
-    val = touch(tmp_path / "val", "cats/b.mp4", "cats/.b.mp4", "cats/c.jpg", "cats/deep/d.png", "readme.txt")
+    val = touch(tmp_path / "val", "cats/b.mp4", "cats/.b.mp4", "cats/c.jpg", "cats/deep/d.avi", "readme.txt")
     listing = listing_of(train=train, val=val)
     assert listing.classes == ("apes", "cats", "dogs")
     assert labels_of(listing) == {
         "apes/deep/a.MP4": 0, "cats/deep/a.MP4": 1, "dogs/deep/a.MP4": 2,
-        "cats/b.mp4": 1, "cats/c.jpg": 1, "cats/deep/d.png": 1,
+        "cats/b.mp4": 1, "cats/c.jpg": 1, "cats/deep/d.avi": 1,
     }  # fmt: skip
-    assert places(listing, tmp_path)[-1] == "val/cats/deep/d.png"
+    assert places(listing, tmp_path)[-1] == "val/cats/deep/d.avi"
     (val / "fish").mkdir()
     with pytest.raises(ConfigError, match=r"data\.val\.annotations: .* has classes that .* has not: \['fish'\]"):
         listing_of(train=train, val=val)
+
+
+def test_images_in_the_folder_of_a_class_are_videos_and_a_folder_of_images_below_it_is_one(tmp_path: Path) -> None:
+    frames = [f"img_{number:05}.jpg" for number in range(40)]
+    train = touch(
+        tmp_path / "train",
+        *(f"cats/{video}/{name}" for video in ("vid1", "more/vid2") for name in frames),
+        "dogs/n02_1.jpg", "dogs/n02_2.jpg", "dogs/clips/a.mp4", "dogs/clips/a.jpg",
+    )  # fmt: skip
+    assert labels_of(listing_of(2, train=train)) == {
+        "cats/more/vid2": 0, "cats/vid1": 0,
+        "dogs/n02_1.jpg": 1, "dogs/n02_2.jpg": 1, "dogs/clips/a.mp4": 1, "dogs/clips/a.jpg": 1,
+    }  # fmt: skip
+
+
+def test_a_folder_without_class_folders_is_refused_with_what_is_expected(tmp_path: Path) -> None:
+    train = touch(tmp_path / "train", "a.jpg", "b.jpg")
+    with pytest.raises(ConfigError, match=r"train lists no video; expected a folder per class"):
+        listing_of(train=train)
 
 
 def test_a_few_class_folders_need_the_names_of_all_classes(tmp_path: Path) -> None:
@@ -246,13 +266,29 @@ def test_of_a_csv_of_several_splits_the_rows_of_the_split_are_taken(tmp_path: Pa
     classes = write(tmp_path / "classes.txt", "a\nb\n")
     listing = listing_of(2, train=both, val=both, classes=classes)
     assert [(video.source[:1], video.split) for video in listing.videos] == [("a", "train"), ("b", "val"), ("c", "val")]
-    test = write_csv(tmp_path / "test.csv", [("a", "ddddddddddd", 0, 10, "test")])
-    assert [video.split for video in listing_of(1, val=test).videos] == ["val"]
+    assert listing.notes == []
     neither = write_csv(tmp_path / "x.csv", [("a", "aaaaaaaaaaa", 0, 10, "test"), ("b", "bbbbbbbbbbb", 0, 10, "val")])
     with pytest.raises(
         ConfigError, match=r"data\.train\.annotations: .*expected rows of split train, got only test, val"
     ):
         listing_of(2, train=neither)
+
+
+@pytest.mark.parametrize(("split", "given"), [("val", "train"), ("train", "val"), ("train", "Validate")])
+def test_a_table_of_the_other_split_is_refused(tmp_path: Path, split: str, given: str) -> None:
+    path = write_csv(tmp_path / "k400.csv", [("a", f"{n:011d}", 0, 10, given) for n in range(3)])
+    with pytest.raises(
+        ConfigError,
+        match=rf"data\.{split}\.annotations: {path}: column split: expected rows of split {split}.*, got only {given}$",
+    ):
+        listing_of(1, **{split: path})
+
+
+def test_a_table_of_a_test_split_may_be_used_and_that_is_noted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "test.csv", [("a", "ddddddddddd", 0, 10, "test")])
+    listing = listing_of(1, val=path)
+    assert [video.split for video in listing.videos] == ["val"]
+    assert listing.notes == [f"data.val.annotations: all rows of {path} are of split 'test', taken as val"]
 
 
 @pytest.mark.parametrize("gone", COLUMNS)
@@ -540,3 +576,43 @@ def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> Non
     assert {"train"} in splits
     assert {"holdout"} in splits
     assert all(len(found) == 1 for found in splits)
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_changes_with_what_is_listed_and_not_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("a", "aaaaaaaaaaa", 0, 10, "train"), ("b", "bbbbbbbbbbb", 0, 10, "train")]
+    table = write_csv(tmp_path / "train.csv", rows)
+    frames = write_list(tmp_path / "val.txt", [("clip 7", 0)])
+    classes = write(tmp_path / "classes.txt", "a\nb\n")
+    settings: dict[str, Any] = {"train": table, "val": frames, "classes": classes, "root": tmp_path / "videos"}
+
+    def of(num_classes: int = 2, seed: int = 0, **changed: Any) -> str:
+        return fingerprint(config_of(num_classes, seed, **settings | changed))
+
+    first = of()
+    touch(tmp_path / "videos", "aaaaaaaaaaa_000000_000010.mp4", "b/bbbbbbbbbbb_000000_000010.mkv", "clip 7/1.jpg")
+    monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("the root was gone through"))
+    assert of() == of(seed=1) == first
+    changed = [of(3), of(holdout=0.5), of(holdout=0.5, seed=1), of(root=tmp_path), of(classes=None), of(val=table)]
+    write(classes, "b\na\n")
+    changed.append(of())
+    write_csv(table, rows[:1])
+    changed.append(of())
+    assert len({first, *changed}) == 1 + len(changed)
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_classes_and_videos(tmp_path: Path) -> None:
+    train = touch(tmp_path / "train", "cats/a.mp4", "dogs/b.mp4")
+    found = [fingerprint(config_of(train=train))]
+    for name in ("cats/c.mp4", "apes/readme.txt"):
+        touch(train, name)
+        found.append(fingerprint(config_of(train=train)))
+    train.rename(tmp_path / "elsewhere")
+    found.append(fingerprint(config_of(train=tmp_path / "elsewhere")))
+    assert len(set(found)) == 4
+    touch(tmp_path / "elsewhere", "cats/notes.txt")
+    assert fingerprint(config_of(train=tmp_path / "elsewhere")) == found[-1]

@@ -23,6 +23,11 @@ COUNT = 60
 UNEVEN_MS = np.cumsum(np.random.default_rng(0).integers(5, 90, COUNT)).tolist()
 X265 = "log-level=none:pools=1:frame-threads=1"
 
+# Colours that change from line to line: readers that take the two fields for one picture mix them.
+_LINES = numbered(COUNT, 96, 128)
+_LINES[:, ::4, :, 0] = _LINES[:, 1::4, :, 0] = 255
+_LINES[:, 2::4, :, 2] = _LINES[:, 3::4, :, 2] = 0
+
 # What `write_video` is given, by the file's name.
 KINDS: dict[str, dict[str, Any]] = {
     "gop12.mp4": {"gop": 12},
@@ -41,6 +46,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "h264.ts": {"options": {"x264-params": "open-gop=1"}},
     "h264.avi": {"b_frames": 0},
     "b_frames.avi": {},  # avi has no times of showing, and those that FFmpeg guesses are wrong
+    "interlaced.mp4": {"frames": _LINES, "options": {"x264-params": "tff=1"}},
+    "interlaced.mkv": {"frames": _LINES, "options": {"flags": "+ilme+ildct"}},
     "ten_bit.mp4": {"pixels": "yuv420p10le"},
     "hevc.mp4": {"codec": "libx265", "options": {"x265-params": X265}},
     "hevc_closed.mp4": {"codec": "libx265", "options": {"x265-params": f"{X265}:open-gop=0"}},

@@ -14,13 +14,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 import small_runs as runs
-from video_files import write_list, write_video
+from video_files import numbered, write_list, write_video
 from videoadapt.config import Config, dump_config, make_config
 from videoadapt.data.checking import check
 from videoadapt.data.manifest import Manifest, index, load_or_index
-from videoadapt.data.probe import probe
+from videoadapt.data.probe import PROBE_VERSION, probe
 from videoadapt.errors import UserError
 
 
@@ -46,6 +47,14 @@ def config_of(run: Path, num_classes: int = 3, **data: Any) -> Config:
         if split in data:
             data[split] = {"annotations": str(data[split])}
     return make_config({"run": {"dir": str(run)}, "data": data, "model": {"num_classes": num_classes}})
+
+
+def write_frames(folder: Path, count: int) -> Path:
+    """A folder of images without compression, all of one size in bytes."""
+    folder.mkdir()
+    for number, frame in enumerate(numbered(count)):
+        Image.fromarray(frame).save(folder / f"img_{number}.bmp")
+    return folder
 
 
 def stored(config: Config) -> dict[str, Any]:
@@ -242,6 +251,117 @@ def test_files_are_checked_against_the_manifest(tmp_path: Path, videos: Path) ->
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_an_image_that_was_written_over_is_a_change_and_index_sees_it(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "clip", 3)
+    config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [("clip 3", 0)]))
+    index(config)
+    assert check(tmp_path / "run", config)["changes"] == {}
+    Image.fromarray(numbered(1, start=9)[0]).save(folder / "img_1.bmp")  # as large as before
+    assert check(tmp_path / "run", config)["changes"] == {"changed": 1}
+    index(config)
+    assert check(tmp_path / "run", config)["changes"] == {}
+
+
+def test_a_folder_with_another_number_of_frames_than_listed_is_broken(tmp_path: Path) -> None:
+    write_frames(tmp_path / "a", 20)
+    write_frames(tmp_path / "b", 20)
+    train = write_list(tmp_path / "l.txt", [("a 300", 0), ("b 20", 0)])
+    config = config_of(tmp_path / "run", train=train)
+    manifest = index(config)
+    assert manifest["status"].tolist() == ["broken", "ok"]
+    assert manifest.row(0).cause == "the list says 300 frames, the folder has 20"
+    assert check(tmp_path / "run", config)["changes"] == {}
+
+
+def test_folders_of_images_are_broken_by_the_same_cause_whatever_their_images_are_called(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = write_frames(tmp_path / name, 3)
+        (folder / "img_0.bmp").unlink()
+        (folder / "img_0.bmp").write_bytes(b"torn")
+        for image in folder.iterdir():
+            image.rename(folder / f"{name} {image.name}")
+    config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [("a", 0), ("b", 0)]))
+    assert index(config).row(0).cause.startswith("a img_0.bmp: cannot be read as an image")
+    (cause,) = stored(config)["broken"]
+    assert (cause["count"], cause["first"]) == (2, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert cause["cause"].startswith("cannot be read as an image")
+    with pytest.raises(UserError) as caught:
+        load_or_index(config)
+    assert str(caught.value).count(str(tmp_path / "a")) == 1
+
+
+def test_a_file_of_both_splits_is_missing_once(tmp_path: Path, videos: Path) -> None:
+    rows: list[tuple[str, int | str]] = [("v0.mp4", 0), ("gone.mp4", 0), ("broken.mp4", 0)]
+    train, val = (write_list(videos / f"{split}.txt", rows) for split in ("train", "val"))
+    config = config_of(tmp_path / "run", train=train, val=val)
+    index(config)
+    told = stored(config)
+    assert told["missing"] == {"count": 1, "first": [str(videos / "gone.mp4")]}
+    assert told["broken"][0]["first"] == [str(videos / "broken.mp4")]
+    assert [split["missing"] for split in told["splits"].values()] == [1, 1]
+
+
+def test_what_should_be_known_of_a_source_is_said_and_stored(
+    tmp_path: Path, one_video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(one_video, tmp_path / "abcdefghijk_000001_000011.mp4")
+    table = tmp_path / "test.csv"
+    table.write_text("label,youtube_id,time_start,time_end,split\na,abcdefghijk,1,11,test\n")
+    config = config_of(tmp_path / "run", 1, val=table)
+    index(config)
+    (note,) = stored(config)["notes"]
+    assert "are of split 'test', taken as val" in note
+    assert note in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [".", "a"])
+def test_files_that_come_change_no_manifest_until_it_is_made_again(
+    tmp_path: Path, one_video: Path, folder: str
+) -> None:
+    root = tmp_path / "videos"
+    (root / folder).mkdir(parents=True)
+    names = ["abcdefghijk_000001_000011", "bcdefghijkl_000002_000012"]
+    table = tmp_path / "val.csv"
+    rows = "".join(f"a,{name[:11]},{int(name[12:18])},{int(name[19:])},val\n" for name in names)
+    table.write_text(f"label,youtube_id,time_start,time_end,split\n{rows}")
+    config = config_of(tmp_path / "run", 1, val=table, root=str(root))
+    shutil.copy(one_video, root / folder / f"{names[0]}.mp4")
+    first = load_or_index(config)
+    assert first["cause"].tolist() == ["", "no such file when it was indexed; run `videoadapt index` again"]
+    shutil.copy(one_video, root / folder / f"{names[1]}.mp4")
+    assert load_or_index(config).hash == first.hash
+    assert len(index(config).readable) == 2
+    assert len(load_or_index(config).readable) == 2
+
+
+def test_a_manifest_that_another_version_of_probe_made_is_made_again(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0)]))
+    first = load_or_index(config).fingerprint
+    monkeypatch.setattr("videoadapt.data.manifest.PROBE_VERSION", PROBE_VERSION + 1)
+    assert load_or_index(config).fingerprint != first
+
+
+def test_nothing_is_lost_while_the_videos_are_not_there(tmp_path: Path, videos: Path) -> None:
+    train = write_list(tmp_path / "train.txt", [("v0.mp4", 0), ("v1.mp4", 0)])
+    config = config_of(tmp_path / "run", train=train, root=str(videos))
+    path, former = tmp_path / "run" / "manifest.parquet", tmp_path / "run" / "manifest.before.parquet"
+    good = index(config).hash
+    videos.rename(tmp_path / "elsewhere")
+    assert load_or_index(config).hash == good
+    write_list(train, [("v0.mp4", 0), ("v1.mp4", 1)])
+    with pytest.raises(UserError, match="not one of the 2 videos"):
+        load_or_index(config)
+    assert Manifest.load(path).hash == good
+    for _ in range(2):  # asked for by name, it is made; the second has nothing to lose
+        assert len(index(config).readable) == 0
+        assert Manifest.load(former).hash == good
+    (tmp_path / "elsewhere").rename(videos)
+    assert len(index(config).readable) == 2
+    assert Manifest.load(former).hash == good
+
+
 def test_index_on_the_command_line_prints_one_screen_and_fails_without_a_readable_video(
     tmp_path: Path, videos: Path
 ) -> None:
@@ -251,7 +371,7 @@ def test_index_on_the_command_line_prints_one_screen_and_fails_without_a_readabl
     done = runs.command("index", tmp_path / "c.yaml")
     assert done.returncode == 0, done.stderr
     assert len((done.stdout + done.stderr).splitlines()) < 40
-    assert "missing: 500" in done.stderr
+    assert "missing files: 500" in done.stderr
     assert json.loads(runs.command("index", tmp_path / "c.yaml", "--json").stdout) == stored(config)
     write_list(videos / "l.txt", [("gone.mp4", 0)])
     done = runs.command("index", tmp_path / "c.yaml")
@@ -270,6 +390,9 @@ def test_check_on_the_command_line_needs_no_config_and_fails_on_a_difference(tmp
     assert json.loads(done.stdout)["changes"] == {"gone": 1}
     assert "1 gone" in done.stderr
     assert runs.command("index").returncode == 2
+    done = runs.command("index", "--check", tmp_path / "nothing")
+    assert done.returncode == 2
+    assert "nothing: no such file or folder; expected a manifest, or the folder of a run" in done.stderr
 
 
 def test_ctrl_c_stops_at_once_and_what_was_found_is_used(tmp_path: Path, videos: Path) -> None:

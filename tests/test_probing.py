@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from video_files import write_video
+from video_files import numbered, write_video
+from videoadapt.data import probing
 from videoadapt.data.probe import VideoInfo, probe
 from videoadapt.data.probing import Finding, look_at, probe_files
 from videoadapt.data.verify import verify
@@ -120,7 +122,7 @@ def found(paths: list[str], cache: Path, *, full: bool = False) -> dict[str, Fin
 def entries(cache: Path) -> list[str]:
     """The names of the files in a cache, in the order in which they were looked at."""
     lines = filter(None, cache.read_text().splitlines())
-    return [Path(json.loads(line)["stamp"].split(" ", 2)[2]).name for line in lines]
+    return [json.loads(line)["stamp"].rpartition("/")[2] for line in lines]
 
 
 def test_what_was_found_is_kept_and_failures_are_not(paths: list[str], tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(paths: list[str], tmp_path
     first = found(paths, cache)
     lines = cache.read_text().split("\n")
     cache.write_text("\n".join(lines[:4]) + "\n" + lines[4][:40])  # three were found, the fourth line is torn
-    kept = [Path(json.loads(line)["stamp"].split(" ", 2)[2]).name for line in lines[1:4]]
+    kept = [json.loads(line)["stamp"].rpartition("/")[2] for line in lines[1:4]]
     changed = next(path for path in paths if Path(path).name == kept[0])
     write_video(Path(changed), 7)
     shutil.copy(paths[1], paths[6])
@@ -160,6 +162,37 @@ def test_a_full_finding_serves_a_quick_call_but_not_the_other_way_round(paths: l
     assert full != quick
     assert found(paths[:5], cache, full=True) == found(paths[:5], cache) == full
     assert len(entries(cache)) == 10
+
+
+def test_an_image_that_is_written_over_in_its_folder_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(numbered(1, start=number)[0]).save(folder / f"{number}.bmp")
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    cache, path = tmp_path / "cache" / "probed.jsonl", str(folder)
+    first = found([path], cache)
+    assert found([path], cache) == first
+    assert len(entries(cache)) == 1
+    folder_time = folder.stat().st_mtime_ns
+    Image.fromarray(numbered(1, start=9)[0]).save(folder / "1.bmp")  # as large as before
+    assert folder.stat().st_mtime_ns == folder_time
+    second = found([path], cache)
+    assert second == {path: probe(folder)}
+    assert second != first
+
+
+def test_findings_of_another_version_are_not_used(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "probed.jsonl"
+    first = found(paths[:2], cache)
+    monkeypatch.setattr(probing, "PROBE_VERSION", probing.PROBE_VERSION + 1)
+    assert found(paths[:2], cache) == first
+    assert len(entries(cache)) == 4
+    monkeypatch.setattr(probing, "version", lambda _: "0.1")
+    assert found(paths[:2], cache) == first
+    assert len(entries(cache)) == 6
 
 
 def test_a_file_that_may_not_be_read_is_broken_not_missing(tmp_path: Path, six_frames: Path) -> None:

@@ -48,7 +48,7 @@ def test_decord_and_pyav_return_the_same_frames(tmp_path: Path, gop: int, b_fram
 def test_auto_returns_exactly_the_frames_asked_for(tmp_path: Path, name: str, codec: str, trusted: str) -> None:
     path = write_video(tmp_path / name, 40, codec=codec)
     info = probe(path)
-    assert info.reader == (trusted if decord_module() else "pyav")
+    assert info.reader == trusted
     assert (info.frames, info.fps, info.width, info.height, info.rotation) == (40, 30.0, 96, 64, 0)
     assert info.duration_s == pytest.approx(40 / 30)
     video = open_video(path)
@@ -150,15 +150,57 @@ def test_a_folder_of_images_is_a_video(tmp_path: Path, names: list[str]) -> None
     assert numbers_of(open_video(folder, info=info).frames(wanted)) == wanted
 
 
+FLOW = [f"flow_{axis}_{number:05}.jpg" for axis in "xy" for number in range(4)]
+FRAMES = [f"img_{number:05}.jpg" for number in range(4)]
+
+
+@pytest.mark.parametrize("beside", [FLOW, [name.removeprefix("flow_") for name in FLOW], ["cover.jpg"]])
+def test_optical_flow_and_other_images_are_not_frames(tmp_path: Path, beside: list[str]) -> None:
+    folder = write_images(tmp_path / "clip", [*FRAMES, *beside])
+    assert probe(folder).frames == 4
+    assert numbers_of(open_video(folder).frames(range(4))) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "names", [["left_1.jpg", "right_1.jpg"], ["img_1.jpg", "img_1.png"], ["a.jpg", "b.jpg"], FLOW], ids=len
+)
+def test_a_folder_of_which_it_is_not_clear_what_the_frames_are_is_refused(tmp_path: Path, names: list[str]) -> None:
+    folder = write_images(tmp_path / "clip", names)
+    with pytest.raises(VideoError, match=r"clip: holds images named .*; expected the frames of one video"):
+        open_video(folder)
+
+
+def test_the_content_of_a_folder_is_that_of_its_frames(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "clip", [*FRAMES, *FLOW])
+    content = probe(folder).content
+    (folder / FLOW[0]).write_bytes(b"another")
+    assert probe(folder).content == content
+    image = folder / FRAMES[2]
+    image.write_bytes(image.read_bytes()[:-1] + b"x")  # as long as before
+    assert probe(folder).content != content
+
+
+def test_a_file_that_is_opened_without_having_been_probed_is_not_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "a.mp4", 6)
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(path)
+
+    monkeypatch.setattr("videoadapt.data.probe.content_hash", refuse)
+    assert len(open_video(path)) == 6
+
+
 def test_of_a_folder_only_the_wanted_images_are_opened(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "clip", ["0.png", "1.png", "2.png"])
     (folder / "1.png").write_bytes(b"torn")
     Image.fromarray(numbered(1, 32, 48)[0]).save(folder / "2.png")
     video = open_video(folder)
     assert numbers_of(video.frames([0])) == [0]
-    with pytest.raises(VideoError, match=r"1.png: cannot be read as an image"):
+    with pytest.raises(VideoError, match=rf"^{folder}: 1.png: cannot be read as an image"):
         video.frames([0, 1])
-    with pytest.raises(VideoError, match=r"2.png: is 48x32, but the first image of its video is 96x64"):
+    with pytest.raises(VideoError, match=rf"^{folder}: 2.png: is 48x32, but the first image of its video is 96x64"):
         video.frames([2])
 
 
@@ -166,7 +208,7 @@ def test_a_folder_that_changed_or_has_no_images_is_refused(tmp_path: Path) -> No
     folder = write_images(tmp_path / "clip", ["0.png", "1.png"])
     info = probe(folder)
     (folder / "1.png").unlink()
-    with pytest.raises(VideoError, match="has 1 images, but had 2 when it was indexed"):
+    with pytest.raises(VideoError, match="has 1 frames, but had 2 when it was indexed"):
         open_video(folder, info=info)
     assert probe(folder).content != info.content
     (folder / "0.png").unlink()
@@ -261,13 +303,29 @@ def test_a_file_that_changed_since_it_was_probed_is_refused(tmp_path: Path) -> N
         open_video(path, info=info)
 
 
+def test_a_file_that_was_moved_since_it_was_probed_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 20)
+    info = probe(path)
+    path.rename(tmp_path / "b.mp4")
+    with pytest.raises(VideoError, match=r"a.mp4: lies elsewhere, or is gone.*run `videoadapt index`"):
+        open_video(path, info=info)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_an_uneven_rate_is_not_taken_for_the_duration(tmp_path: Path, name: str) -> None:
+    times_ms = [*range(0, 1000, 100), *range(5000, 6000, 20)]
+    info = probe(write_video(tmp_path / name, len(times_ms), times_ms=times_ms))
+    assert info.duration_s == pytest.approx(6.0, abs=0.2)
+
+
 def test_without_decord_pyav_reads_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 20)
-    elsewhere = probe(path)  # by a machine that has decord
-    for module in ("probe", "readers"):
-        monkeypatch.setattr(f"videoadapt.data.{module}.decord_module", lambda: None)
-    assert probe(path).reader == "pyav"
-    assert isinstance(open_video(path, info=elsewhere), PyAVReader)
+    found = probe(path)
+    monkeypatch.setattr("videoadapt.data.readers.decord_module", lambda: None)
+    monkeypatch.setattr("videoadapt.data.probe.decord_module", lambda: None)
+    assert probe(path) == found  # what is stored serves machines with and without decord
+    assert isinstance(open_video(path), PyAVReader)
+    assert isinstance(open_video(path, info=found), PyAVReader)
     with pytest.raises(ValueError, match="not installed"):
         open_video(path, "decord")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from videoadapt.data.classes import class_number, kinetics400, plain, read_class
 from videoadapt.data.lists import SPLIT_NAMES, Entry, Source, Split, is_list, read_list, read_named
 from videoadapt.data.lookup import best_first, files_by_stem, video_id
 from videoadapt.data.sampling import seed_of
+from videoadapt.data.textfiles import read_text
 from videoadapt.errors import ConfigError, UserError
 
 _HOLDOUT_STEPS = 1 << 63  # `seed_of` draws from [0, 2^63)
@@ -27,6 +30,7 @@ class Listed(NamedTuple):
     label: int
     split: Split
     where: str  # file and line, or folder, for messages
+    frames: int | None = None  # as a list of folders of frame images states them
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Listing:
     classes: tuple[str, ...]  # names in label order; without names, the numbers
     twice: list[str]  # a line for each video that its split lists again, with the same label
     copies: list[str]  # a line for each file that was left, because another of its name was taken
+    notes: list[str]  # what people should know of the sources
 
 
 def list_videos(config: Config) -> Listing:
@@ -47,7 +52,7 @@ def list_videos(config: Config) -> Listing:
     `ConfigError`, naming file, line and label, for what cannot be used, and `UserError` for a video with two labels.
     """
     paths = _annotations(config)
-    roots = {split: Path(os.path.abspath(config.data.root or path.parent)) for split, path in paths.items()}
+    roots = {split: _root(path, config) for split, path in paths.items()}
     named = {split: read_named(path, split, roots[split]) for split, path in paths.items() if not is_list(path, split)}
     names, origin = _class_names(config, paths, named)
     numbers = {plain(name): number for number, name in enumerate(names)}
@@ -58,7 +63,33 @@ def list_videos(config: Config) -> Listing:
     _check(listed, paths, config, named=bool(names))
     videos, twice = _once(listed)
     held = [_hold_out(video, config) for video in videos] if config.data.holdout else videos
-    return Listing(held, names or tuple(map(str, range(config.model.num_classes))), twice, copies)
+    notes = [source.note for source in sources.values() if source.note]
+    return Listing(held, names or tuple(map(str, range(config.model.num_classes))), twice, copies, notes)
+
+
+def fingerprint(config: Config) -> str:
+    """64 hex digits that change when `list_videos` would list other videos, or with other labels, splits or classes.
+
+    Where the files of tables and lists lie, or whether they are there, does not count, and is not looked up: only
+    annotations that are folders are gone through. Raises `ConfigError` for annotations that cannot be read.
+    """
+    data = config.data
+    sources = {split: _content(path, split, _root(path, config)) for split, path in _annotations(config).items()}
+    classes = None if data.classes is None else read_classes(data.classes)
+    drawn = (data.holdout, config.run.seed) if data.holdout else None
+    return hashlib.sha256(json.dumps([sources, classes, config.model.num_classes, drawn]).encode()).hexdigest()
+
+
+def _content(path: Path, split: Split, root: Path) -> list[str]:
+    """Where names start, and what an annotation file says, or the classes and videos of a folder."""
+    if not path.is_dir():
+        return [str(root), read_text(path, f"data.{split}.annotations")]
+    source = read_named(path, split, root)
+    return [str(source.root), *sorted(source.classes), *(entry.name for entry in source.entries)]
+
+
+def _root(path: Path, config: Config) -> Path:
+    return Path(os.path.abspath(config.data.root or path.parent))
 
 
 def _annotations(config: Config) -> dict[Split, Path]:
@@ -111,7 +142,7 @@ def _listed(sources: Mapping[Split, Source], numbers: Mapping[str, int], origin:
             path, *others = _places(entry, source, split, files.get(source.root, {}))
             copies += [f"{other}: left, {path} is taken" for other in others]
             label = class_number(entry.label, numbers, origin=origin, where=entry.where)
-            listed.append(Listed(path, *video_id(entry.name), label, split, entry.where))
+            listed.append(Listed(path, *video_id(entry.name), label, split, entry.where, entry.frames))
     return listed, copies
 
 
@@ -133,7 +164,8 @@ def _check(listed: Sequence[Listed], paths: Mapping[Split, Path], config: Config
     for split, path in paths.items():
         videos = [video for video in listed if video.split == split]
         if not videos:
-            raise ConfigError(f"data.{split}.annotations: {path} lists no video")
+            expected = "; expected a folder per class, of videos or images" if path.is_dir() else ""
+            raise ConfigError(f"data.{split}.annotations: {path} lists no video{expected}")
         if not named and classes == len(kinetics400()):
             _require_usual_numbers(videos)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from videoadapt.config import Config
 from videoadapt.data.manifest import Manifest, Row
-from videoadapt.data.probe import probe
-from videoadapt.data.probing import Finding, exists, look_at
+from videoadapt.data.probe import exists, probe
+from videoadapt.data.probing import Finding, look_at
+from videoadapt.errors import UserError
 from videoadapt.log import Bar
 from videoadapt.runtime import worker_count
 
@@ -21,6 +22,8 @@ def check(path: Path, config: Config) -> dict[str, Any]:
     Each file is read whole and its bytes are compared, in `data.workers` processes, `index.timeout_s` for each. Raises
     `UserError` if the manifest cannot be read.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; expected a manifest, or the folder of a run")
     manifest = Manifest.load(path / "manifest.parquet" if path.is_dir() else path)
     now = _look(set(manifest["path"]), config)
     changes = ((row, now[row.path], _change(row, now[row.path])) for row in manifest)
@@ -43,7 +46,7 @@ def _look(paths: set[str], config: Config) -> dict[str, Finding]:
     todo = sorted(paths - found.keys())
     workers = worker_count(config.data.workers)
     with (
-        Bar("check", total=len(paths), unit="videos", start=len(found)) as bar,
+        Bar("check", total=len(paths), unit="files", start=len(found)) as bar,
         closing(look_at(todo, probe, workers=workers, timeout_s=config.index.timeout_s)) as findings,
     ):
         for path, finding in findings:
@@ -58,6 +61,6 @@ def _change(row: Row, now: Finding) -> str:
         return "" if row.status == "missing" else "gone"
     if isinstance(now, str):
         return "" if row.status == "broken" else "broken now"
-    if row.status != "ok":
-        return "found now" if row.status == "missing" else "readable now"
-    return "" if (now.bytes, now.content) == (row.bytes, row.content) else "changed"
+    if (now.bytes, now.content) == (row.bytes, row.content):
+        return ""
+    return {"ok": "changed", "missing": "found now", "broken": "readable now"}[row.status]

@@ -4,15 +4,17 @@
   from YouTube ids to `{"annotations": {"label", "segment"}, "subset"}`.
 - Something-Something V2: a JSON list of `{"id", "template", "label"}`; the class is the template without brackets.
 - Lists of TimeSformer, SlowFast, VideoMAE and MMAction2: `path label`, or `folder total_frames label` for folders of
-  frame images; fields are separated by spaces, tabs, commas or semicolons, and paths may hold any of these.
-- A folder with a folder per class, of videos, or of images as videos of one frame.
+  frame images, which must hold as many frames; fields are separated by spaces, tabs, commas or semicolons, and paths
+  may hold any of these.
+- A folder with a folder per class. Videos lie in it at any depth. Images directly in the folder of a class are videos
+  of one frame; a folder further down that holds images and no videos is one video, with the images as its frames.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -31,7 +33,7 @@ SPLIT_NAMES: dict[Split, frozenset[str]] = {
 }
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 _SEPARATOR = re.compile(r"[ \t,;]+")
-_COUNTED = re.compile(r"(.*[^ \t,;])[ \t,;]+\d+")  # a folder and the number of its frames
+_COUNTED = re.compile(r"(?P<folder>.*[^ \t,;])[ \t,;]+(?P<frames>\d+)")
 
 
 class Entry(NamedTuple):
@@ -40,6 +42,7 @@ class Entry(NamedTuple):
     name: str  # its path as the source has it; in a table, the name of its file
     label: str  # class name, or number
     where: str  # file and line, or folder, for messages
+    frames: int | None = None  # as a list states them
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Source:
     root: Path  # absolute: where names start
     classes: frozenset[str] = frozenset()  # the names that it brings
     by_name: bool = False  # a file may lie anywhere below root, with any suffix of a video
+    note: str = ""  # what people should know of it
 
 
 def is_list(path: Path, split: Split) -> bool:
@@ -105,17 +109,19 @@ def _json_clips(content: dict[str, Any], path: Path) -> Iterator[_Clip]:
 
 
 def _kinetics(clips: Iterator[_Clip], split: Split, path: Path, root: Path) -> Source:
-    rows = list(clips)
-    given = {clip.split for clip in rows}
-    if len(given) > 1:
-        rows = [clip for clip in rows if clip.split.lower() in SPLIT_NAMES[split]]
-        if not rows:
+    every = list(clips)
+    rows = [clip for clip in every if clip.split.lower() in SPLIT_NAMES[split]]
+    given, note = {clip.split for clip in every}, ""
+    if every and not rows:
+        found = ", ".join(sorted(given))
+        if len(given) > 1 or any(found.lower() in names for names in SPLIT_NAMES.values()):
             raise ConfigError(
-                f"data.{split}.annotations: {path}: expected rows of split {' or '.join(sorted(SPLIT_NAMES[split]))}, "
-                f"got only {', '.join(sorted(given))}"
+                f"data.{split}.annotations: {path}: column split: expected rows of split "
+                f"{' or '.join(sorted(SPLIT_NAMES[split]))}, got only {found}"
             )
+        rows, note = every, f"data.{split}.annotations: all rows of {path} are of split {found!r}, taken as {split}"
     entries = [_clip_entry(clip) for clip in rows]
-    return Source(entries, root, frozenset(entry.label for entry in entries), by_name=True)
+    return Source(entries, root, frozenset(entry.label for entry in entries), by_name=True, note=note)
 
 
 def _clip_entry(clip: _Clip) -> Entry:
@@ -163,9 +169,16 @@ def _folder(folder: Path) -> Source:
     for kind in kinds:
         for parent, files in walk(kind, onerror=_refuse):
             inside = os.path.relpath(parent, folder).replace(os.sep, "/")
-            names = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-            entries += [Entry(f"{inside}/{name}", kind.name, str(kind)) for name in names if not name.startswith(".")]
+            names = _with_suffix(files, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+            if parent != str(kind) and names and not _with_suffix(names, VIDEO_SUFFIXES):
+                entries.append(Entry(inside, kind.name, str(kind)))
+            else:
+                entries += [Entry(f"{inside}/{name}", kind.name, str(kind)) for name in names]
     return Source(entries, Path(os.path.abspath(folder)), frozenset(kind.name for kind in kinds))
+
+
+def _with_suffix(files: Iterable[str], suffixes: frozenset[str]) -> list[str]:
+    return [name for name in files if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -185,7 +198,8 @@ def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> So
         if text and not text.startswith("#"):
             where = f"{path}:{number}"
             name, label = _path_and_label(text, known, where)
-            entries.append(Entry(_without_count(name, root, where), label, where))
+            folder, frames = _folder_and_count(name, root, where)
+            entries.append(Entry(folder, label, where, frames))
     return Source(entries, root)
 
 
@@ -198,12 +212,12 @@ def _path_and_label(text: str, known: Container[str], where: str) -> tuple[str, 
     return text[: gap.start()].strip('"'), text[gap.end() :].strip('"')
 
 
-def _without_count(name: str, root: Path, where: str) -> str:
-    """The folder alone in `folder total_frames`; any other path as it is."""
+def _folder_and_count(name: str, root: Path, where: str) -> tuple[str, int | None]:
+    """The folder and the number in `folder total_frames`; any other path as it is."""
     counted = _COUNTED.fullmatch(name) if name[-1:].isdigit() else None
     if counted is None or os.path.exists(root / name):
-        return name
-    folder = counted[1].strip('"')
+        return name, None
+    folder = counted["folder"].strip('"')
     if os.path.splitext(folder)[1].lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not os.path.isdir(root / folder):
         raise ConfigError(f"{where}: expected `path label`; three fields are for folders of frame images")
-    return folder
+    return folder, int(counted["frames"])

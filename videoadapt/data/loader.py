@@ -171,7 +171,7 @@ def _unless_most_fail(items: Iterable[Clip | Failure], window: int) -> Iterator[
         if isinstance(item, Failure) and len(failed) == window and (count := sum(failed)) > window / 2:
             raise RunError(
                 f"{count} of the last {window} training clips ({count / window:.0%}) cannot be read, at last "
-                f"{item.path}: {item.cause}. Look whether its file system is there; if so, run `videoadapt index`"
+                f"{item.path}: {item.cause}"
             )
         yield item
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import starmap
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,10 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from videoadapt.config import Config
-from videoadapt.data.annotations import Listed, Listing, list_videos
+from videoadapt.data.annotations import Listed, fingerprint, list_videos
 from videoadapt.data.lists import Split
 from videoadapt.data.population import summary
-from videoadapt.data.probe import ReaderName, VideoInfo
+from videoadapt.data.probe import PROBE_VERSION, ReaderName, VideoInfo
 from videoadapt.data.probing import Finding, probe_files
 from videoadapt.errors import UserError
 from videoadapt.log import replacing, say, write_json
@@ -158,28 +159,21 @@ def index(config: Config) -> Manifest:
 
     With `index.verify: full` every frame is decoded. What was found is kept in `run.dir/probed.jsonl`, so that an
     interrupted call, or one after a change of the lists, goes on where it stopped. Raises `ConfigError` or `UserError`
-    for lists that cannot be used; that files cannot be read is stated in the manifest.
+    for lists that cannot be used; that files cannot be read is stated in the manifest. If a split has no readable video
+    any more, perhaps because a disk is not there, the former manifest is kept as `manifest.before.parquet`.
     """
-    listing = list_videos(config)
-    _require_utf8(listing.videos)
-    findings = probe_files(
-        [video.path for video in listing.videos],
-        full=config.index.verify == "full",
-        cache=config.run.dir / "probed.jsonl",
-        workers=worker_count(config.data.workers),
-        timeout_s=config.index.timeout_s,
-    )
-    manifest = Manifest(_table(listing.videos, findings), listing.classes, _fingerprint(listing))
-    manifest.save(_manifest_path(config))
-    write_json(index_path(config), summary(manifest.table, manifest.hash, listing))
+    manifest, told = _look(config)
+    _keep_former(manifest, config)
+    _save(manifest, told, config)
     return manifest
 
 
 def load_or_index(config: Config) -> Manifest:
-    """The run's manifest, if it still serves; else a new one, from `index`. Raises as `require_readable` does.
+    """The run's manifest, if it still serves; else a new one, as `index` makes it.
 
     It serves if it was made from the same lists, labels and holdout, is verified as the config wants it, and has a
-    readable video in each split.
+    readable video in each split. Files that came or went since do not make it anew: `index` does. Raises as
+    `require_readable` does, and then writes nothing.
     """
     path = _manifest_path(config)
     if path.exists():
@@ -188,15 +182,50 @@ def load_or_index(config: Config) -> Manifest:
         if not outdated:
             return manifest
         say(f"{path} {outdated}; indexing again")
-    manifest = index(config)
+    manifest, told = _look(config)
     require_readable(manifest, config)
+    _save(manifest, told, config)
     return manifest
+
+
+def _look(config: Config) -> tuple[Manifest, dict[str, Any]]:
+    """A manifest of the videos as they are now, and its summary; of the files of a run only the cache is written."""
+    listing = list_videos(config)
+    _require_utf8(listing.videos)
+    for note in listing.notes:
+        say(note)
+    findings = probe_files(
+        [video.path for video in listing.videos],
+        full=config.index.verify == "full",
+        cache=config.run.dir / "probed.jsonl",
+        workers=worker_count(config.data.workers),
+        timeout_s=config.index.timeout_s,
+    )
+    manifest = Manifest(_table(listing.videos, findings), listing.classes, _fingerprint(config))
+    return manifest, summary(manifest.table, manifest.hash, listing)
+
+
+def _save(manifest: Manifest, told: dict[str, Any], config: Config) -> None:
+    manifest.save(_manifest_path(config))
+    write_json(index_path(config), told)
+
+
+def _keep_former(manifest: Manifest, config: Config) -> None:
+    path = _manifest_path(config)
+    with suppress(UserError):  # there is none, or it is torn
+        lost = set(Manifest.load(path).readable["split"]) - set(manifest.readable["split"])
+        if lost:
+            path.replace(path.with_name("manifest.before.parquet"))
+            say(
+                f"no video of {' and '.join(sorted(lost))} can be read any more; the former manifest is kept as "
+                f"{path.with_name('manifest.before.parquet')}"
+            )
 
 
 def _outdated(manifest: Manifest, config: Config) -> str:
     """Why a manifest does not serve a config, or nothing."""
-    if manifest.fingerprint != _fingerprint(list_videos(config)):
-        return "was made from other lists or settings"
+    if manifest.fingerprint != _fingerprint(config):
+        return "was made from other lists or settings, or by another version"
     if config.index.verify == "full" and manifest.readable._arrow["damage"].null_count:
         return "holds videos that were not decoded whole"
     if any(not len(manifest.split(split).readable) for split in _sources(config)):
@@ -229,18 +258,20 @@ def _table(listed: Sequence[Listed], findings: Mapping[str, Finding]) -> pa.Tabl
 
 def _row(video: Listed, finding: Finding) -> Row:
     if finding is None:
-        info, status, cause = _NOTHING, "missing", "no such file"
+        info, status, cause = _NOTHING, "missing", "no such file when it was indexed; run `videoadapt index` again"
     elif isinstance(finding, str):
         info, status, cause = _NOTHING, "broken", finding
+    elif video.frames not in (None, finding.frames):
+        info, status = finding, "broken"
+        cause = f"the list says {video.frames} frames, the folder has {finding.frames}"
     else:
         info, status, cause = finding, "ok", ""
     return Row._make((video.path, video.video, video.source, video.label, *_values(info), video.split, status, cause))
 
 
-def _fingerprint(listing: Listing) -> str:
+def _fingerprint(config: Config) -> str:
     """Of everything that a manifest is made from, but the videos themselves."""
-    rows = [(video.path, video.video, video.label, video.split) for video in listing.videos]
-    return hashlib.sha256(json.dumps([rows, listing.classes]).encode()).hexdigest()
+    return f"{PROBE_VERSION}-{fingerprint(config)}"
 
 
 def _sources(config: Config) -> dict[Split, Path]:
@@ -264,8 +295,9 @@ def require_readable(manifest: Manifest, config: Config) -> None:
             )
         count = Counter(part["status"])
         first = part.row(0)
+        cause = "no such file" if first.status == "missing" else first.cause
         raise UserError(
             f"data.{split}: not one of the {len(part)} videos of {source} can be read: {count['missing']} missing, "
             f"{count['broken']} broken, relative paths looked up in {config.data.root or source.parent} (data.root); "
-            f"the first: {first.path}: {first.cause}"
+            f"the first: {first.path}: {cause}"
         )

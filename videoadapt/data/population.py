@@ -9,13 +9,16 @@ from typing import Any
 import pandas as pd
 
 from videoadapt.data.annotations import Listing
+from videoadapt.data.probe import IMAGE_SUFFIXES
 
 _EXAMPLES = 10
+_IMAGE_NAME = re.compile(rf"^[^:]*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}): ", re.IGNORECASE)
 
 
 def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> dict[str, Any]:
     """Counts of a manifest's rows, each with its first examples; JSON-able.
 
+    Of `missing` and `broken`, files are counted, which may be in several splits.
     `duplicates` are of a video in one split or in several: listed twice, further files of its name, files of the same
     bytes. `leaks` are between splits, as groups: the same id, the same YouTube video, the same bytes.
     """
@@ -28,7 +31,8 @@ def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> dict[st
         "splits": {name: _split(rows[rows["split"] == name]) for name in sorted(set(rows["split"]))},
         "verified": int(readable["damage"].notna().sum()),
         "readers": {name: int(count) for name, count in readable["reader"].value_counts().items()},
-        "missing": _some(failed.loc[failed["status"] == "missing", "path"]),
+        "notes": listing.notes,
+        "missing": _some(failed.loc[failed["status"] == "missing", "path"].unique()),
         "broken": _by_cause(failed[failed["status"] == "broken"]),
         "damaged": _some(damaged["path"] + ": " + damaged["damage"]),
         "duplicates": {
@@ -61,9 +65,9 @@ def _split(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _by_cause(broken: pd.DataFrame) -> list[dict[str, Any]]:
-    """The causes, the commonest first; numbers in them differ from file to file."""
-    kinds = broken["cause"].map(lambda cause: re.sub(r"\d+", "N", cause))
-    groups = [(kind, group["path"]) for kind, group in broken.groupby(kinds)]
+    """The causes, the commonest first; numbers in them, and the image of a folder, differ from video to video."""
+    kinds = broken["cause"].map(lambda cause: re.sub(r"\d+", "N", _IMAGE_NAME.sub("", cause)))
+    groups = [(kind, group["path"].unique()) for kind, group in broken.groupby(kinds)]
     return [{"cause": kind, **_some(paths)} for kind, paths in sorted(groups, key=lambda group: -len(group[1]))]
 
 

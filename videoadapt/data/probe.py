@@ -9,9 +9,9 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ReaderName = Literal["decord", "pyav", "image"]
 
+PROBE_VERSION = 2  # to be raised when `probe` or `verify` finds something else in a file than before
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".flv", ".avi", ".ts", ".mpg", ".mpeg", ".wmv", ".3gp", ".ogv"}
@@ -45,6 +47,11 @@ _IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # of NAL uni
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make us open others, or the network
 
+# Of the frames of one video the names differ by numbers alone. Optical flow often lies beside them.
+_NUMBER = re.compile(r"[0-9]+")
+_PATTERNS_SHOWN = 4
+_FLOW = re.compile(r"flow.*|[xy]_?#\..*")
+
 IMAGE_FOLDER_FPS = 30.0  # assumed: images do not say how fast they are to be shown
 
 _MAX_FPS = 1000.0  # a rate beyond it is the work of broken timestamps
@@ -58,37 +65,43 @@ class VideoInfo:
     fps: float
     width: int
     height: int
-    duration_s: float  # frames / fps
+    duration_s: float  # frames / fps, or what the timestamps span if that is another number of frames
     codec: str
     container: str
     rotation: int
-    reader: ReaderName
+    reader: ReaderName  # decord: may be trusted with it, where it is installed
     bytes: int
-    content: str  # hash of the file's bytes; of a folder's names and sizes
+    content: str  # hash of the file's bytes, or of the names and bytes of a folder's images; may be left out
     damage: str | None = None  # what decoding all of it found, empty if all is well; none = not decoded
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: str | Path, *, content: bool = True) -> VideoInfo:
     """What a file holds, from its packets and its first frame: a few ms. A folder of images is one video.
 
-    Raises `VideoError` if it is no video.
+    Without `content` its bytes are not hashed. Raises `VideoError` if it is no video.
     """
     path = Path(path)
-    if path.is_dir():
-        return _probe_folder(path)
+    info = _probe_folder(path) if path.is_dir() else _probe_file(path)
+    return replace(info, content=content_hash(path)) if content else info
+
+
+def _probe_file(path: Path) -> VideoInfo:
     size = file_size(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         height, width = read_image(path).shape[:2]
-        return VideoInfo(1, 1.0, width, height, 1.0, _image_codec(path), "image", 0, "image", size, content_hash(path))
+        return VideoInfo(1, 1.0, width, height, 1.0, _image_codec(path), "image", 0, "image", size, content="")
     with open_container(path) as (container, stream):
         return _probe_stream(path, container, stream, size)
 
 
 def _probe_folder(path: Path) -> VideoInfo:
     images = image_files(path)
-    sizes = [file_size(image) for image in images]
-    height, width = read_image(images[0]).shape[:2]
-    listing = "".join(f"{image.name}\t{size}\n" for image, size in zip(images, sizes, strict=True))
+    with naming(path, images[0]):
+        height, width = read_image(images[0]).shape[:2]
+    size = 0
+    for image in images:
+        with naming(path, image):
+            size += file_size(image)
     return VideoInfo(
         frames=len(images),
         fps=IMAGE_FOLDER_FPS,
@@ -99,29 +112,50 @@ def _probe_folder(path: Path) -> VideoInfo:
         container="folder",
         rotation=0,
         reader="image",
-        bytes=sum(sizes),
-        content=_digest(listing.encode()).hexdigest(),
+        bytes=size,
+        content="",
     )
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder in the order of their names, in which numbers count as numbers.
+    """The frames of a folder of images, in the order of their names, in which numbers count as numbers.
 
-    Raises `VideoError` if there are none.
+    Names of frames have numbers and differ by these alone, as `img_00001.jpg`; optical flow (`flow_x_00001.jpg`) and
+    images without a number are left. Raises `VideoError` if there are no images, or frames of several such names.
     """
     try:
         names = [name for name in os.listdir(folder) if not name.startswith(".")]  # macOS leaves `._` files about
     except OSError as error:
         raise VideoError(f"{folder}: {error.strerror or error}") from None
-    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    if not images:
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            patterns.setdefault(_NUMBER.sub("#", name.lower()), []).append(name)
+    if not patterns:
         raise VideoError(f"{folder}: a folder without images, not a video")
-    return [folder / name for name in sorted(images, key=_natural)]
+    frames = [pattern for pattern in patterns if "#" in pattern and not _FLOW.fullmatch(pattern)]
+    if len(patterns) == 1:
+        frames = list(patterns)
+    if len(frames) != 1:
+        raise VideoError(
+            f"{folder}: holds images named {', '.join(sorted(patterns)[:_PATTERNS_SHOWN])}; expected the frames of one "
+            "video, whose names differ by their numbers (#) alone"
+        )
+    return [folder / name for name in sorted(patterns[frames[0]], key=_natural)]
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
-    parts = re.split(r"([0-9]+)", name)  # texts and numbers in turn
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+@contextmanager
+def naming(folder: Path, image: Path) -> Iterator[None]:
+    """Within it, errors of an image of a folder begin with the folder, as those of a video do."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(f"{folder}: {image.name}: {cause_of(str(image), error)}") from None
+
+
+def _natural(name: str) -> tuple[list[int], str]:
+    # All names have the same texts around their numbers, but for capitals.
+    return [int(number) for number in _NUMBER.findall(name)], name
 
 
 def _image_codec(path: Path) -> str:
@@ -129,9 +163,11 @@ def _image_codec(path: Path) -> str:
 
 
 def check_unchanged(path: Path, info: VideoInfo) -> None:
-    """Raise `VideoError` if a file has not the size that it was probed with, or a folder not as many images."""
+    """Raise `VideoError` if a file is gone or has not the size that it was probed with, a folder not as many frames."""
+    if not exists(path):
+        raise VideoError(f"{path}: lies elsewhere, or is gone, since it was indexed; run `videoadapt index`")
     if info.container == "folder":
-        now, then, unit = len(image_files(path)), info.frames, "images"
+        now, then, unit = len(image_files(path)), info.frames, "frames"
     else:
         now, then, unit = file_size(path), info.bytes, "bytes"
     if now != then:
@@ -140,36 +176,38 @@ def check_unchanged(path: Path, info: VideoInfo) -> None:
 
 def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, size: int) -> VideoInfo:
     _refuse_torn(path, container, stream, size)
-    first, discarded, closed = None, 0, True
+    first, closed = None, True
     times: list[int | None] = []
+    shown: list[int | None] = []
     for packet in container.demux(stream):
         if first is None:
             first = _first_frame(stream.codec_context, packet, alone=not times)
         if packet.size:  # the packet after the last one is empty
             closed &= not (times and packet.is_keyframe) or _stands_alone(stream.codec_context.name, packet)
             times.append(packet.pts)
-            discarded += packet.is_discard
-    frames = len(times) - discarded
-    if first is None or frames == 0:
+            if not packet.is_discard:
+                shown.append(packet.pts)
+    if first is None or not shown:
         raise VideoError(f"{path}: not one frame of it can be decoded")
     # Some files have one time for all packets: decord then seeks to wrong frames, and the average rate is wild.
     sound = len(set(times) - {None}) == len(times)
     fps = _frame_rate(path, stream, sound)
-    whole = discarded == 0 and len(times) == (stream.frames or len(times))
-    plain = closed and first.rotation == 0 and len(container.streams.video) == 1
+    whole = len(shown) == len(times) == (stream.frames or len(times))
+    # decord turns interlaced frames into RGB as if they were not: colours move by a line.
+    plain = closed and first.rotation == 0 and not first.interlaced_frame and len(container.streams.video) == 1
     height, width = upright((first.height, first.width), first.rotation)
     return VideoInfo(
-        frames=frames,
+        frames=len(shown),
         fps=fps,
         width=width,
         height=height,
-        duration_s=frames / fps,
+        duration_s=_duration_s(shown, fps, stream),
         codec=stream.codec_context.name,
         container=container.format.name,
         rotation=first.rotation % 360,
         reader="decord" if sound and whole and plain and _suits_decord(container.format.name, stream) else "pyav",
         bytes=size,
-        content=content_hash(path),
+        content="",
     )
 
 
@@ -218,10 +256,19 @@ def _frame_rate(path: Path, stream: VideoStream, sound: bool) -> float:
     raise VideoError(f"{path}: has no usable frame rate (it states {rates[0]})")
 
 
+def _duration_s(shown_pts: Sequence[int | None], fps: float, stream: VideoStream) -> float:
+    """What the timestamps span, if they are known and say otherwise than the rate by more than a frame."""
+    by_rate_s = len(shown_pts) / fps
+    times = [pts for pts in shown_pts if pts is not None]
+    if stream.time_base is None or len(set(times)) < len(shown_pts):
+        return by_rate_s
+    by_times_s = float((max(times) - min(times)) * stream.time_base) + 1 / fps
+    return by_times_s if abs(by_times_s - by_rate_s) > 1 / fps else by_rate_s
+
+
 def _suits_decord(container: str, stream: VideoStream) -> bool:
     return (
-        decord_module() is not None
-        and container in _DECORD_CONTAINERS
+        container in _DECORD_CONTAINERS
         and stream.codec_context.name in _DECORD_CODECS
         and stream.width >= _DECORD_MIN_WIDTH
         and stream.width not in _DECORD_REFUSED_WIDTHS
@@ -295,8 +342,32 @@ def _digest(content: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(content, digest_size=16)
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder, perhaps one that cannot be read."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
+
+
 def content_hash(path: Path) -> str:
-    """32 hex digits of a file's bytes. Raises `VideoError` if it cannot be read."""
+    """32 hex digits of a file's bytes, or of the names and bytes of a folder's images.
+
+    Raises `VideoError` if they cannot be read.
+    """
+    if not path.is_dir():
+        return _hash_of_bytes(path)
+    lines = []
+    for image in image_files(path):
+        with naming(path, image):
+            lines.append(f"{image.name}\t{_hash_of_bytes(image)}\n")
+    return _digest("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _hash_of_bytes(path: Path) -> str:
     digest = _digest()
     try:
         with path.open("rb") as file:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
-from videoadapt.data.probe import VideoInfo, cause_of, probe, reason
+from videoadapt.data.probe import PROBE_VERSION, VideoInfo, cause_of, probe, reason
 from videoadapt.data.verify import verify
 from videoadapt.errors import RunError, VideoError
 from videoadapt.log import Bar
@@ -31,24 +35,26 @@ _PRELOADED = ["av", "videoadapt.data.probing"]  # by the server that workers are
 def probe_files(paths: Sequence[str], *, full: bool, cache: Path, workers: int, timeout_s: float) -> dict[str, Finding]:
     """What each of the files holds: with `full` from decoding every frame, else from `probe`.
 
-    Files that `cache` knows with this size and time are not opened, and new findings are added to it as they come, so
-    that an interrupted call goes on where it stopped. A full finding serves a quick call, but not the other way round.
+    Files that `cache` knows with this size and time, from this version of `probe` and of PyAV, are not opened, and new
+    findings are added to it as they come, so that an interrupted call goes on where it stopped. A full finding serves a
+    quick call, but not the other way round.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    known = _read_cache(cache, full=full)
+    by = f"probe {PROBE_VERSION}, PyAV {version('av')}"
+    known = _read_cache(cache, by, full=full)
     stamps = {path: _stamp(path) for path in paths}
     found: dict[str, Finding] = {path: known.get(text) for path, text in stamps.items() if text in known or not text}
     todo = [path for path in stamps if path not in found]
     with (
         cache.open("a", encoding="utf-8") as file,
-        Bar("index", total=len(stamps), unit="videos", start=len(found)) as bar,
+        Bar("index", total=len(stamps), unit="files", start=len(found)) as bar,
         closing(look_at(todo, verify if full else probe, workers=workers, timeout_s=timeout_s)) as findings,
     ):
         for path, finding in findings:
             found[path] = finding
             if isinstance(finding, VideoInfo):  # what failed may be mended, or the fault was the network's
                 # On a line of its own even after one that was torn.
-                file.write("\n" + json.dumps({"stamp": stamps[path], "info": asdict(finding)}))
+                file.write("\n" + json.dumps({"by": by, "stamp": stamps[path], "info": asdict(finding)}))
                 file.flush()
             bar.step()
     return found
@@ -107,30 +113,40 @@ def _result(task: Future[Found | str], timeout_s: float) -> Found | str:
         ) from None
 
 
-def exists(path: str) -> bool:
-    """Whether there is such a file, perhaps one that cannot be read."""
-    return bool(_stamp(path))
-
-
 def _stamp(path: str) -> str:
-    """Text that changes when the file does; empty if there is no such file."""
+    """Text that changes when a file does, or a file in a folder; empty if there is no such file."""
     try:
-        stat = Path(path).stat()
+        stat = os.stat(path)
+        state = _folder_state(path) if S_ISDIR(stat.st_mode) else f"{stat.st_size} {stat.st_mtime_ns}"
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except (OSError, ValueError):  # it may be there, and looking at it says what is wrong
-        return f"unknown {path}"
-    return f"{stat.st_size} {stat.st_mtime_ns} {path}"
+        state = "unknown"
+    return f"{state} {path}"
 
 
-def _read_cache(cache: Path, *, full: bool) -> dict[str, VideoInfo]:
-    """What is known by stamp; with `full`, only from files that were decoded whole."""
+def _folder_state(folder: str) -> str:
+    """A hash of names, sizes and times in a folder: its own time does not change when a file in it is written over."""
+    with os.scandir(folder) as entries:
+        states = sorted((entry.name, stat.st_size, stat.st_mtime_ns) for entry in entries for stat in [_stat(entry)])
+    return hashlib.sha256(repr(states).encode()).hexdigest()
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result:
+    try:
+        return entry.stat()
+    except OSError:  # a link to nowhere
+        return entry.stat(follow_symlinks=False)
+
+
+def _read_cache(cache: Path, by: str, *, full: bool) -> dict[str, VideoInfo]:
+    """What is known by stamp, of lines that the same versions wrote; with `full`, only of files decoded whole."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache.exists() else ():
         try:
             entry = json.loads(line)
             info = VideoInfo(**entry["info"])
-            if not (full and info.damage is None):
+            if entry["by"] == by and not (full and info.damage is None):
                 known[entry["stamp"]] = info
         except (ValueError, TypeError, KeyError):
             continue  # torn by an interruption, or written by another version

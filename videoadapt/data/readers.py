@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -16,6 +16,7 @@ from videoadapt.data.probe import (
     check_unchanged,
     decord_module,
     image_files,
+    naming,
     probe,
     read_image,
     reason,
@@ -63,14 +64,13 @@ def open_video(
     """
     path = Path(path)
     if info is None:
-        info = probe(path)
+        info = probe(path, content=False)
     else:
         check_unchanged(path, info)
     if info.reader == "image":
         return ImageReader(path, info)
     if reader == "decord":
         return _trusted_decord(path, info)
-    # A manifest may come from a machine that has decord.
     if reader == "auto" and info.reader == "decord" and decord_module() is not None:
         try:
             return DecordReader(path, info)
@@ -169,7 +169,7 @@ class PyAVReader:
 
 
 class ImageReader:
-    """An image as a video of one frame, or a folder of images as one video; opens those that are wanted."""
+    """An image as a video of one frame, or the frames of a folder as one video; opens those that are wanted."""
 
     def __init__(self, path: Path, info: VideoInfo) -> None:
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
@@ -184,7 +184,9 @@ class ImageReader:
         wanted = _checked(self.path, indices, self.num_frames)
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
         for number in set(wanted.tolist()):
-            out[wanted == number] = self._read(self._images[number])
+            image = self._images[number]
+            with naming(self.path, image) if image != self.path else nullcontext():
+                out[wanted == number] = self._read(image)
         return out
 
     def _read(self, image: Path) -> np.ndarray:

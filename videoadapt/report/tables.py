@@ -64,7 +64,7 @@ def print_index(summary: dict[str, Any]) -> None:
     print_table(f"Manifest {summary['manifest']}, of {summary['classes']} classes", columns, rows)
     if summary["readers"]:
         readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
-        say(f"to be read by: {readers}; decoded whole to find damage: {summary['verified']}")
+        say(f"readers to trust: {readers}; decoded whole to find damage: {summary['verified']}")
     _say_examples("missing files", summary["missing"])
     for cause in summary["broken"][:_CAUSES_SHOWN]:
         say(f"broken: {cause['count']} of cause `{cause['cause']}`, the first {cause['first'][0]}")
