@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from video_files import numbered, numbers_of, write_video
 from videoadapt.data.probe import probe
@@ -57,27 +58,12 @@ def test_sizes_are_even_and_never_larger(height: int, width: int, short_side: in
     assert abs(new[0] * width - new[1] * height) <= height + width + 2  # the proportions, up to rounding
 
 
-@pytest.mark.parametrize(
-    ("pts", "expected"),
-    [
-        ([4, 5, 9], [0, 1, 5]),  # kept, from 0
-        ([4, 9, 5], [0, 1, 5]),  # packets come in decoding order
-        ([0, 0, 0], [0, 2, 4]),  # no good
-        ([None, 1, 2], [0, 2, 4]),
-    ],
-)
-def test_frame_times(pts: list[int | None], expected: list[int]) -> None:
-    times = tool.frame_times(pts, step=2)
-    assert [next(times) for _ in pts] == expected
-    assert next(times) == expected[-1] + 2  # frames that have no packet: the count of frames will tell
-
-
 def test_a_result_has_all_frames_in_order_small_and_with_many_keyframes(tmp_path: Path) -> None:
     source = write_video(tmp_path / "a.mkv", 40, gop=250)
     result = resize(source, tmp_path / "out")
     info = probe(result)
     assert (info.height, info.width, info.codec) == (48, 72, "h264")
-    assert info.fps == pytest.approx(30, abs=0.01)  # mkv rounds times to milliseconds
+    assert info.fps == pytest.approx(probe(source).fps)
     assert all_numbers(result) == list(range(40))
     with av.open(str(result)) as container:
         keys = [number for number, frame in enumerate(container.decode(video=0)) if frame.key_frame]
@@ -101,20 +87,19 @@ def test_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
     assert np.abs(made.astype(int) - shown).mean() < 4
 
 
-def test_frames_keep_their_times(tmp_path: Path) -> None:
-    source = tmp_path / "vfr.mkv"
-    milliseconds = [50, 83, 117, 400, 410, 1000, 1033]
-    with av.open(str(source), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for image, pts in zip(numbered(7), milliseconds, strict=True):
-            frame = av.VideoFrame.from_ndarray(image, "rgb24")
-            frame.pts, frame.time_base = pts, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".gif"])
+def test_the_rate_stays_however_uneven_the_times(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / f"uneven{suffix}"
+    milliseconds = [50, 80, 120, 400, 430, 1000, 1030]
+    if suffix == ".gif":
+        first, *others = map(Image.fromarray, numbered(7))
+        first.save(source, save_all=True, append_images=others, duration=[30, 40, 280, 30, 570, 30, 30])
+    else:
+        write_video(source, 7, times_ms=milliseconds)
     result = resize(source, tmp_path / "out")
-    assert times_s(result) == pytest.approx([(time - 50) / 1000 for time in milliseconds], abs=1e-3)
+    info = probe(source)
+    assert probe(result).fps == pytest.approx(info.fps)
+    assert np.diff(times_s(result)) == pytest.approx(1 / info.fps, abs=1e-3)
     assert all_numbers(result) == list(range(7))
 
 
@@ -197,10 +182,43 @@ def test_videos_that_would_become_one_file_both_fail(tmp_path: Path) -> None:
 
 def test_an_encoder_that_is_not_there_is_refused_at_once() -> None:
     tool.require_encoder(SMALL)
-    with pytest.raises(UserError, match="libx999"):
+    with pytest.raises(UserError, match="^--codec libx999: FFmpeg has no such encoder"):
         tool.require_encoder(tool.Encoding(codec="libx999"))
-    with pytest.raises(UserError, match="preset=quick"):
-        tool.require_encoder(tool.Encoding(preset="quick"))
+    with pytest.raises(UserError, match="^--preset quick: libx264 does not take it"):
+        tool.require_encoder(tool.Encoding(preset="quick", crf=30))
+
+
+def test_a_link_to_its_own_folder_brings_no_video_twice(tmp_path: Path) -> None:
+    write_video(tmp_path / "in" / "a.mp4", 2)
+    write_video(tmp_path / "elsewhere" / "b.mp4", 2)
+    (tmp_path / "in" / "loop").symlink_to(".")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    assert tool.find_videos(tmp_path / "in") == (tmp_path / "in", ["a.mp4", "more/b.mp4"])
+
+
+def test_nothing_there_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nosuch: no such file or folder"):
+        tool.find_videos(tmp_path / "nosuch")
+
+
+def test_all_failures_are_in_a_file_and_ten_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = {f"{n:02d}.avi": f"torn, {n}" for n in range(25)}
+    tool.write_failures(tmp_path / tool.FAILED, Path("in"), outcomes)
+    tool.print_summary(Path("in"), tmp_path, outcomes)
+    said = capsys.readouterr().err
+    assert said.count("torn") == 10
+    assert f"25 videos in all; {tmp_path / 'failed.csv'} names each" in said.replace("\n", "")
+    with (tmp_path / "failed.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["path", "cause"], *([f"in/{name}", cause] for name, cause in outcomes.items())]
+    tool.write_failures(tmp_path / tool.FAILED, Path("in"), {})
+    assert not (tmp_path / "failed.csv").exists()
+
+
+def test_imports_do_not_count_as_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    cold = [9.0]  # CPU seconds, of whatever is read first
+    monkeypatch.setattr(tool, "_clip_cpu_s", lambda path: cold.pop() if cold else {"a": 0.5, "b": 0.25}[path.name])
+    assert tool.reading_speeds([(Path("a"), Path("b"))] * 2) == (2.0, 4.0)
 
 
 def test_a_manifest_names_the_readable_videos(tmp_path: Path) -> None:
@@ -225,7 +243,12 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     done = run(*words)
     assert done.returncode == 1, done.stderr
     assert f"failed: {tmp_path / 'in' / 'empty.mp4'}: the file is empty" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == ["a.mp4", "b.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == [
+        "a.mp4",
+        "b.mp4",
+        "failed.csv",
+    ]
+    assert "renamed: 1 copies end in .mp4" in done.stderr
     assert "clips / CPU-s, of 2 files" in done.stdout
     (tmp_path / "in" / "empty.mp4").unlink()
     again = run(*words)

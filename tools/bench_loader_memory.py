@@ -23,6 +23,7 @@ import av
 import numpy as np
 import typer
 
+from videoadapt.bench.memory import Memory, memory, peak
 from videoadapt.config import Config, make_config
 from videoadapt.data.loader import train_batches
 from videoadapt.data.manifest import Manifest, load_or_index
@@ -31,15 +32,6 @@ from videoadapt.log import Bar, print_table
 FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the videos made here
 BATCH = 8  # clips
 WARM_UP = 0.2  # share of the clips
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of one process, in KB."""
-
-    rss: int
-    pss: int
-    uss: int
 
 
 @dataclass(frozen=True)
@@ -54,20 +46,12 @@ class Trend:
     slope_error: float
 
 
-def memory(pid: int) -> Memory:
-    """What the kernel says of a process now."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-    kb = {name.rstrip(":"): int(value) for name, value, *_ in map(str.split, lines)}
-    return Memory(kb["Rss"], kb["Pss"], kb["Private_Clean"] + kb["Private_Dirty"])
-
-
 def trend(process: str, clips: list[int], samples: list[Memory]) -> Trend:
     """The least-squares slope after the warm-up. Neighbouring samples are taken as independent."""
     warm = int(len(samples) * WARM_UP)
     x, y = np.array(clips[warm:]) / 1000, np.array([sample.uss for sample in samples[warm:]], dtype=float)
     (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
-    peak = Memory(*(max(values) for values in zip(*((s.rss, s.pss, s.uss) for s in samples), strict=True)))
-    return Trend(process, int(y[0]), int(y[-1]), peak, float(slope), float(covariance[0, 0] ** 0.5))
+    return Trend(process, int(y[0]), int(y[-1]), peak(samples), float(slope), float(covariance[0, 0] ** 0.5))
 
 
 def watch(manifest: Manifest, config: Config, clips: int, every: int) -> list[Trend]:

@@ -1,17 +1,21 @@
 """Copies of videos that are quick to read at random places: `python tools/resize_videos.py SRC DST --short-side 256`.
 
 Each video under SRC, a folder or a manifest.parquet, becomes DST/NAME.mp4: rotated as it is to be shown, its short side
-resized, in 8 bits and 4:2:0, with a keyframe at least every `--gop` frames, without sound; its frames keep their times.
-A video whose short side is smaller already keeps its size, and is encoded again too, so that all of DST is of one kind.
+resized, in 8 bits and 4:2:0, with a keyframe at least every `--gop` frames, without sound. It has all frames of its
+source, evenly spaced at the rate that `index` finds in the source, so that clips of both have the same frames; of a
+video with uneven times, the times are not kept. Names change where the source is no mp4: annotations that name files
+with their suffix, such as `path label` lists, must name the copies with .mp4; official CSVs go on working. A video
+whose short side is smaller already keeps its size, and is encoded again too, so that all of DST is of one kind.
 
 The same command goes on where it was stopped, and does again what has changed: every result says in its own metadata
 what it was made from. A file in DST that does not say so is not this tool's, and is left alone. A result gets its name
-when it was found to have all frames of its source; damaged videos are listed, and nothing is written for them. One call
-at a time should work on a name in DST.
+when it was found to have all frames of its source; damaged videos are listed in DST/failed.csv, and nothing else is
+written for them. One call at a time should work on a name in DST.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
@@ -19,10 +23,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -33,12 +37,13 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from videoadapt.data.decoding import decode
+from videoadapt.data.lookup import walk
 from videoadapt.data.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, reason, upright
 from videoadapt.data.probing import look_at
 from videoadapt.data.readers import open_video
 from videoadapt.data.sampling import frame_indices
 from videoadapt.errors import RunError, UserError, VideoError
-from videoadapt.log import Bar, print_table, say
+from videoadapt.log import Bar, print_table, replacing, say
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -46,6 +51,8 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+FAILED = "failed.csv"  # in DST
+FAILURES_SHOWN = 10
 SAMPLE = 20  # files whose speed of reading is measured before and after
 _KEY = "comment"  # of the metadata that mp4 keeps
 _MARK = "videoadapt resize_videos "
@@ -88,12 +95,14 @@ class Outcome:
 def find_videos(source: Path) -> tuple[Path, list[str]]:
     """The folder that all videos of a folder or a manifest lie in, and their names in it, sorted.
 
-    Of a manifest, those that it found readable. Raises `UserError` if there is not one.
+    Of a manifest, those that it found readable. Raises `UserError` if there is not one, or nothing at `source`.
     """
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
     if source.is_dir():
         paths = [
             Path(folder, name)
-            for folder, _, names in os.walk(source, followlinks=True)
+            for folder, names in walk(source)
             for name in names
             if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
         ]
@@ -184,18 +193,15 @@ def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: 
     """Writes all frames of a video. Raises `VideoError` if one of them is damaged, or the encoder fails."""
     size = resized((info.height, info.width), encoding.short_side)
     with open_container(source) as (container, stream):
-        time_base = stream.time_base or Fraction(1, 1000)
-        step = max(1, round(1 / (info.fps * time_base)))
+        rate = Fraction(info.fps).limit_denominator(1 << 16)
         try:
             with av.open(str(path), "w", format="mp4") as output:
                 output.metadata[_KEY] = mark
-                rate = Fraction(info.fps).limit_denominator(1 << 16)
                 copy = cast("VideoStream", output.add_stream(encoding.codec, rate=rate))
                 set_up(copy.codec_context, stream.codec_context, size, encoding)
-                copy.codec_context.time_base = time_base
-                times = frame_times(_packet_times(source), step)
-                for frame in upright_frames(source, container, stream, size):
-                    frame.pts, frame.time_base = next(times), time_base
+                copy.codec_context.time_base = 1 / rate
+                for number, frame in enumerate(upright_frames(source, container, stream, size)):
+                    frame.pts, frame.time_base = number, 1 / rate
                     frame.pict_type = PictureType.NONE  # the source's must not tell the encoder where keyframes are
                     output.mux(copy.encode(frame))
                 output.mux(copy.encode())
@@ -231,38 +237,38 @@ def upright_frames(
             yield rotated.reformat(format="yuv420p", dst_colorspace=frame.colorspace)
 
 
-def frame_times(pts: Sequence[int | None], step: int) -> Iterator[int]:
-    """The times of frames as they are shown, from 0, given those of their packets; a `step` apart if these are no good.
-
-    In order, whatever a decoder says: in avi, it gives frames the times of other frames.
-    """
-    times = sorted(time for time in pts if time is not None)
-    if len(set(times)) < len(pts):
-        return count(0, step)
-    return chain((time - times[0] for time in times), count(times[-1] - times[0] + step, step))
-
-
-def _packet_times(source: Path) -> list[int | None]:
-    with open_container(source) as (container, stream):
-        return [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-
-
 def _require_same_frames(source: Path, info: VideoInfo, part: Path) -> None:
     frames = probe(part).frames
     if frames != info.frames:
-        raise VideoError(f"{source}: {frames} frames came out of {info.frames}; it is damaged or its times are wrong")
+        raise VideoError(f"{source}: {frames} frames came out of {info.frames}; it is damaged")
 
 
 def require_encoder(encoding: Encoding) -> None:
     """Raises `UserError` if FFmpeg has no such encoder, or it refuses the options."""
     try:
-        context = cast("VideoCodecContext", av.CodecContext.create(encoding.codec, "w"))
+        av.CodecContext.create(encoding.codec, "w")
+    except (av.FFmpegError, ValueError):
+        raise UserError(f"--codec {encoding.codec}: FFmpeg has no such encoder; libx264 is one") from None
+    cause = _refusal(encoding)
+    if not cause:
+        return
+    for option, others in (("preset", replace(encoding, preset=None)), ("crf", replace(encoding, crf=None))):
+        if others != encoding and not _refusal(others):
+            value = encoding.options()[option]
+            raise UserError(f"--{option} {value}: {encoding.codec} does not take it ({cause})")
+    raise UserError(f"--codec {encoding.codec}: cannot encode with {encoding.options()}: {cause}")
+
+
+def _refusal(encoding: Encoding) -> str:
+    """Why an encoder does not start; empty if it does."""
+    context = cast("VideoCodecContext", av.CodecContext.create(encoding.codec, "w"))
+    try:
         set_up(context, context, (64, 64), encoding)
         context.time_base = Fraction(1, 30)
         context.open()
     except (av.FFmpegError, ValueError) as error:
-        options = " ".join(f"{key}={value}" for key, value in encoding.options().items())
-        raise UserError(f"--codec {encoding.codec} {options}: FFmpeg cannot encode so: {reason(error)}") from None
+        return reason(error)
+    return ""
 
 
 def resize_all(
@@ -298,6 +304,9 @@ def reading_speeds(pairs: Sequence[tuple[Path, Path]]) -> tuple[float, float] | 
     """Clips per CPU-second from the sources and from the results, by the same reader; none if none can be read."""
     used = np.zeros(2)
     clips = 0
+    for path in chain.from_iterable(pairs[:1]):  # what is first used is imported then; that is nobody's reading
+        with suppress(VideoError):
+            _clip_cpu_s(path)
     for source, result in pairs:
         with suppress(VideoError):
             used += [_clip_cpu_s(source), _clip_cpu_s(result)]
@@ -317,12 +326,30 @@ def _clip_cpu_s(path: Path) -> float:
     return time.process_time() - before
 
 
+def write_failures(path: Path, root: Path, outcomes: dict[str, Outcome | str]) -> None:
+    """A CSV of all videos that failed and why; no file if there is none."""
+    failed = [(str(root / name), outcome) for name, outcome in sorted(outcomes.items()) if isinstance(outcome, str)]
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("path", "cause"), *failed])
+
+
 def print_summary(root: Path, target: Path, outcomes: dict[str, Outcome | str]) -> None:
     """How many videos became what, why others failed, and what it was good for."""
     good = {name: outcome for name, outcome in sorted(outcomes.items()) if isinstance(outcome, Outcome)}
     causes = {name: outcome for name, outcome in sorted(outcomes.items()) if isinstance(outcome, str)}
-    for name, cause in causes.items():
+    for name, cause in list(causes.items())[:FAILURES_SHOWN]:
         say(f"failed: {root / name}: {cause}")
+    if causes:
+        say(f"failed: {len(causes)} videos in all; {target / FAILED} names each with the cause")
+    renamed = sum(Path(name).suffix != ".mp4" for name in good)
+    if renamed:
+        say(
+            f"renamed: {renamed} copies end in .mp4 and their sources do not; change the names in `path label` lists, "
+            "which would not find them"
+        )
     status = Counter(outcome.status for outcome in good.values())
     before, after = (sum(getattr(o, field) for o in good.values()) for field in ("bytes_before", "bytes_after"))
     rows = [("done", status["done"]), ("done before", status["skipped"]), ("failed", len(causes))]
@@ -352,7 +379,10 @@ def main(  # noqa: PLR0913 - the options
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; without it, one for each CPU.")] = None,
     timeout_s: Annotated[float, typer.Option(min=1.0, help="For one video.")] = 600.0,
 ) -> None:
-    """Copies of videos that are quick to read at random places, as mp4 without sound."""
+    """Copies of videos that are quick to read at random places, as mp4 without sound.
+
+    a.avi and b.mkv become a.mp4 and b.mp4: `path label` lists must name these.
+    """
     from videoadapt.runtime import worker_count  # brings torch, which the workers need not load
 
     encoding = Encoding(short_side, codec, gop, crf, preset)
@@ -367,6 +397,7 @@ def main(  # noqa: PLR0913 - the options
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is done", file=sys.stderr)
         raise typer.Exit(130) from None
+    write_failures(target / FAILED, root, outcomes)
     print_summary(root, target, outcomes)
     if any(isinstance(outcome, str) for outcome in outcomes.values()):
         raise typer.Exit(1)

@@ -245,7 +245,7 @@ app.add_typer(bench, name="bench")
 SettingsAndVideos = Annotated[
     list[str] | None,
     typer.Argument(
-        help="rounds=5, clips=3 (in a round) ...; video files instead of the generated ones.",
+        help="rounds=5, clips=6 (in a round) ...; video files instead of the generated ones.",
         show_default=False,
         metavar="[KEY=VALUE]... [VIDEO]...",
     ),

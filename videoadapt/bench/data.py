@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import platform
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,19 +33,23 @@ from videoadapt.bench.loaders import (
     Work,
     ffmpeg_version,
     measure,
+    readers_of_auto,
     start,
+    unfit_files,
 )
-from videoadapt.config import Count, Section, make_config
-from videoadapt.data.manifest import index
+from videoadapt.bench.memory import Memory, worker_memory
+from videoadapt.config import Config, Count, Section, make_config
+from videoadapt.data.manifest import Manifest, index
 from videoadapt.data.probe import reason
-from videoadapt.errors import ConfigError, RunError, UserError
+from videoadapt.errors import ConfigError, UserError
 from videoadapt.log import Bar, print_table, write_json
 from videoadapt.runtime import cpu_limit
 
 _TIMEOUT_S = 600.0  # of a turn
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")
-_PEERS = {OURS_AUTO: PEER_DECORD, OURS_PYAV: PEER_PYAV}
-_MIB = 1 << 20
+_PEERS = {"decord": PEER_DECORD, "pyav": PEER_PYAV}
+_CLIPS_MIN = 3  # in a turn
+_KIB, _MIB = 1 << 10, 1 << 20
 
 
 class Settings(Section):
@@ -51,7 +57,7 @@ class Settings(Section):
 
     dir: Path = Path("runs/bench")
     rounds: Count = 5  # loaders take turns, so that all meet the same noise
-    clips: Count = 3  # in a turn
+    clips: Count | None = None  # in a turn; none = one of each file, three at least
     num_frames: Count = 8
     stride_frames: Count = 32
     short_side: Count = 256
@@ -91,13 +97,13 @@ def _explain(error: Any) -> str:
 def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dict[str, Any]:
     """Measures all loaders on `videos`, or on files that it makes; returns what `data.json` in the folder holds.
 
-    A loader that is not installed or fails is named with the cause. Raises `UserError` if no video can be read,
-    `RunError` if our two readers give different frames.
+    A loader that is not installed or fails is named with the cause, and so is a file that cannot be read, or of which
+    our two readers give different frames; the others are measured. Raises `UserError` if no file is left.
     """
     settings = parse_settings(overrides)
     kinds = {"given": [Path(video) for video in videos]} if videos else generate(settings.dir / "data")
     works = {kind: _work(kind, paths, settings) for kind, paths in kinds.items()}
-    with Bar("bench data", total=len(works) * len(LOADERS) * (1 + settings.rounds), unit="turns") as bar:
+    with Bar("bench data", total=len(works) * (len(LOADERS) * (1 + settings.rounds) + len(OURS)), unit="turns") as bar:
         tables = {kind: _measure_kind(kind, work, settings.rounds, bar) for kind, work in works.items()}
     result = {
         "date": datetime.date.today().isoformat(),
@@ -130,39 +136,71 @@ def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
             "assign": {"frames": 1},
         }
     )
-    manifest = index(config)
+    return _without_unfit(_plan(index(config), config, settings.clips), settings.clips)
+
+
+def _plan(manifest: Manifest, config: Config, clips: int | None) -> Work:
     readable = np.flatnonzero(manifest["status"] == "ok").tolist()
     if not readable:
         first = manifest.row(0)
         raise UserError(f"bench data: not one of the {len(manifest)} videos can be read; {first.path}: {first.cause}")
-    turns_of_all = (divmod(number, len(readable)) for number in range(settings.clips))
+    turns_of_all = (divmod(number, len(readable)) for number in range(clips or max(_CLIPS_MIN, len(readable))))
     return Work(manifest, config, [(epoch, readable[place]) for epoch, place in turns_of_all])
+
+
+def _without_unfit(work: Work, clips: int | None) -> Work:
+    """The same without the files that our readers fail at, which its manifest then calls broken."""
+    with _own_process() as process:
+        while unfit := _result(process, unfit_files, work):
+            work = _plan(broken(work.manifest, unfit), work.config, clips)
+    return work
+
+
+def broken(manifest: Manifest, causes: Mapping[str, str]) -> Manifest:
+    """The same manifest in which the files of some paths are broken, with a cause."""
+    table = manifest.table
+    unfit = table["path"].isin(list(causes))
+    table.loc[unfit, "status"] = "broken"
+    table.loc[unfit, "cause"] = table.loc[unfit, "path"].map(causes)
+    return Manifest(table, manifest.classes, manifest.fingerprint)
 
 
 def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> dict[str, Any]:
     left_out: dict[str, str] = {}
+
+    def attempt(name: str, task: Callable[[], Any]) -> Any:
+        bar.step(note=f"{kind}: {name}")
+        if name not in left_out:
+            try:
+                return task()
+            except Exception as error:  # whatever a library throws, or a crash of its process: the table says so
+                left_out[name] = reason(error)
+        return None
+
     with ExitStack() as stack:
         processes = {name: stack.enter_context(_own_process()) for name in LOADERS}
 
         def ask(task: Callable[[str, Work], Any], name: str) -> Any:
-            bar.step(note=f"{kind}: {name}")
-            if name not in left_out:
-                try:
-                    return processes[name].schedule(task, args=[name, work], timeout=_TIMEOUT_S).result()
-                except Exception as error:  # whatever a library throws, or a crash of its process: the table says so
-                    left_out[name] = reason(error)
-            return None
+            return attempt(name, lambda: _result(processes[name], task, name, work))
 
         imported = {name: ask(start, name) for name in LOADERS}
         turns = [{name: ask(measure, name) for name in LOADERS} for _ in range(rounds)]
-    rows = {name: _row(imported[name], [turn[name] for turn in turns]) for name in LOADERS if name not in left_out}
-    require_equal_frames(kind, work, turns[0])
-    add_ratios(rows)
+        readers = [] if OURS_AUTO in left_out else _result(processes[OURS_AUTO], readers_of_auto, work)
+    clips = len(work.keys) * rounds
+    workers = {name: attempt(name, partial(worker_memory, work, reader, clips)) for name, reader in OURS.items()}
+    rows = {
+        name: _row(imported[name], [turn[name] for turn in turns], workers.get(name))
+        for name in LOADERS
+        if name not in left_out
+    }
+    add_ratios(rows, peers(readers))
     unread = work.manifest.table[work.manifest["status"] != "ok"]
     return {
-        "files": len(work.manifest) - len(unread),
+        "files": len(work.manifest),
+        "files_read": len({row for _, row in work.keys}),
+        "clips": len(work.keys),
         "unread": dict(zip(unread["path"], unread["cause"], strict=True)),
-        "auto_reads_with": sorted({row.reader for row, _ in work.clips()}),
+        "auto_reads_with": readers,
         "loaders": rows,
         "left_out": left_out,
     }
@@ -171,8 +209,7 @@ def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> dict[str, Any
 @contextmanager
 def _own_process() -> Iterator[ProcessPool]:
     """A fresh process for one loader; it may crash, and is stopped on the way out whatever it is at."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPool(1, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL), context=context)
+    pool = ProcessPool(1, initializer=_alone, context=multiprocessing.get_context("spawn"))
     try:
         yield pool
     finally:
@@ -180,33 +217,45 @@ def _own_process() -> Iterator[ProcessPool]:
         pool.join()
 
 
-def _row(imported_bytes: int, turns: Sequence[Turn]) -> dict[str, Any]:
+def _result(process: ProcessPool, task: Callable[..., Any], *args: Any) -> Any:
+    return process.schedule(task, args=args, timeout=_TIMEOUT_S).result()
+
+
+def _alone() -> None:
+    """Makes this process end at Ctrl-C, and mute: what fails comes back as an exception, and C++ code talks besides."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+
+
+def _row(imported_bytes: int, turns: Sequence[Turn], worker: Memory | None) -> dict[str, Any]:
     speeds = [turn.clips_per_cpu_s for turn in turns]
     return {
         "clips_per_cpu_s": statistics.median(speeds),
         "rounds": speeds,
         "peak_bytes": turns[-1].peak_bytes,
         "imported_bytes": imported_bytes,
+        "worker_uss_bytes": worker and worker.uss * _KIB,
+        "worker_pss_bytes": worker and worker.pss * _KIB,
     }
 
 
-def require_equal_frames(kind: str, work: Work, turns: dict[str, Turn | None]) -> None:
-    """Raises `RunError` if our two readers gave different frames in a round: their figures are worth nothing then."""
-    digests = [turn.digests for turn in map(turns.get, OURS) if turn]
-    different = [row.path for (row, _), *pair in zip(work.clips(), *digests, strict=True) if len(set(pair)) > 1]
-    if different:
-        raise RunError(
-            f"bench data: {kind}: our readers auto and pyav gave different frames in {len(different)} of "
-            f"{len(work.keys)} clips, the first of {different[0]}; nothing was written"
-        )
+def peers(auto_reads_with: Sequence[str]) -> dict[str, str]:
+    """The loader of pytorchvideo that decodes with the same library as each of ours; none if ours takes several."""
+    same = {OURS_PYAV: PEER_PYAV}
+    if len(auto_reads_with) == 1 and auto_reads_with[0] in _PEERS:
+        same[OURS_AUTO] = _PEERS[auto_reads_with[0]]
+    return same
 
 
-def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
-    """How many times faster each loader is than pytorchvideo's with the same decoder, and than its better one."""
+def add_ratios(rows: dict[str, dict[str, Any]], peers: Mapping[str, str]) -> None:
+    """How many times faster each loader is than its peer, and than pytorchvideo's better one."""
     speeds = {name: row["clips_per_cpu_s"] for name, row in rows.items()}
     best = max((speeds[peer] for peer in _PEERS.values() if peer in speeds), default=None)
     for name, row in rows.items():
-        same = speeds.get(_PEERS.get(name, ""))
+        same = speeds.get(peers.get(name, ""))
         row["times_same_decoder"] = same and speeds[name] / same
         row["times_best_pytorchvideo"] = best and speeds[name] / best
 
@@ -242,14 +291,21 @@ def print_bench_data(result: dict[str, Any]) -> None:
     print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     print(
         f"A clip: {settings['num_frames']} frames, stride {settings['stride_frames']}, short side "
-        f"{settings['short_side']}, crop {settings['size']}; {settings['clips']} clips a turn, "
-        f"{settings['rounds']} rounds; each loader in its own process, on one core"
+        f"{settings['short_side']}, crop {settings['size']}; {settings['rounds']} rounds; each loader in its own "
+        "process, on one core"
     )
     for kind, table in result["kinds"].items():
-        title = f"{kind}: {table['files']} files; auto reads with {', '.join(table['auto_reads_with'])}"
+        title = (
+            f"{kind}: {table['clips']} clips a round, of {table['files_read']} of {table['files']} files; "
+            f"auto reads with {', '.join(table['auto_reads_with'])}"
+        )
         print_table(title, _COLUMNS, [_cells(name, row) for name, row in table["loaders"].items()])
         for name, cause in (table["left_out"] | table["unread"]).items():
             print(f"left out: {name}: {cause}")
+    print(
+        "RSS counts the pages that processes share, such as libraries, in full; PSS counts a process's part of them, "
+        "USS only what it has for itself. Workers are those of the training loader."
+    )
 
 
 _COLUMNS = (
@@ -258,15 +314,18 @@ _COLUMNS = (
     "min .. max",
     "x pytorchvideo, same decoder",
     "x best pytorchvideo",
-    "peak MiB",
-    "of it after imports",
+    "process: peak RSS, MiB",
+    "after imports",
+    "worker: peak PSS, MiB",
+    "USS",
 )
 
 
 def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     times = (row["times_same_decoder"], row["times_best_pytorchvideo"])
     # ffmpeg's memory is that of another process.
-    memory = (row["peak_bytes"], row["peak_bytes"] - row["imported_bytes"]) if name != FFMPEG else (None, None)
+    process = (row["peak_bytes"], row["peak_bytes"] - row["imported_bytes"]) if name != FFMPEG else (None, None)
+    memory = (*process, row["worker_pss_bytes"], row["worker_uss_bytes"])
     return (
         name,
         f"{row['clips_per_cpu_s']:.2f}",

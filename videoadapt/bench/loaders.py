@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import shutil
@@ -20,8 +19,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from videoadapt.config import Config
-from videoadapt.data.datasets import Failure, TrainClips
+from videoadapt.data.datasets import Clip, Failure, TrainClips
 from videoadapt.data.manifest import Manifest, Row
+from videoadapt.data.readers import DecordReader, ImageReader, PyAVReader, open_video
 from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of
 from videoadapt.errors import UserError, VideoError
 from videoadapt.runtime import peak_memory_bytes
@@ -42,16 +42,15 @@ class Work:
     def _start_s(self, row: Row, epoch: int) -> float:
         clip_s = clip_seconds(self.config.model, row.fps)
         seed = seed_of("start", self.config.run.seed, epoch, row.video)
-        return clip_starts("random", duration_s=row.duration_s, clip_s=clip_s, clips=1, seed=seed)[0]
+        return clip_starts("random", duration_s=row.frames / row.fps, clip_s=clip_s, clips=1, seed=seed)[0]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How fast some clips were read, the peak memory of the process, and a digest of each clip of our loaders."""
+    """How fast some clips were read, and the peak memory of the process."""
 
     clips_per_cpu_s: float
     peak_bytes: int
-    digests: list[str]
 
 
 # Gives the clips of some work, (C, T, S, S), one by one; what only decodes gives None.
@@ -76,14 +75,10 @@ def start(name: str, work: Work) -> int:
 def measure(name: str, work: Work) -> Turn:
     """Reads the work with a loader that `start` has prepared; its CPU time counts child processes too."""
     clips = LOADERS[name]()(work)
-    cpu_s, digests = 0.0, []
-    for _ in work.keys:
-        before = _cpu_s()
-        clip = next(clips)
-        cpu_s += _cpu_s() - before
-        if clip is not None and name in OURS:  # not a part of loading, so not of its time
-            digests.append(hashlib.blake2b(clip.numpy().tobytes(), digest_size=16).hexdigest())
-    return Turn(len(work.keys) / cpu_s, _peak_bytes(), digests)
+    before = _cpu_s()
+    for _ in clips:
+        pass
+    return Turn(len(work.keys) / (_cpu_s() - before), _peak_bytes())
 
 
 def _cpu_s() -> float:
@@ -107,6 +102,34 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+def reading_with(config: Config, reader: Literal["auto", "pyav"]) -> Config:
+    """The same with another `data.reader`."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"reader": reader})})
+
+
+def unfit_files(work: Work) -> dict[str, str]:
+    """The paths of files that our readers cannot read or give different frames of, each with what is wrong."""
+    auto, pyav = (TrainClips(work.manifest, reading_with(work.config, reader)) for reader in ("auto", "pyav"))
+    causes = {}
+    for key in work.keys:
+        clips = auto[key], pyav[key]
+        path = work.manifest.row(key[1]).path
+        failed = [clip.cause for clip in clips if isinstance(clip, Failure)]
+        if failed:
+            causes[path] = failed[0]
+        elif not torch.equal(*(clip.frames for clip in clips if isinstance(clip, Clip))):
+            causes[path] = (
+                "our readers auto and pyav give different frames of it, so its figures would be worth nothing"
+            )
+    return causes
+
+
+def readers_of_auto(work: Work) -> list[str]:
+    """What `auto` really reads the work's videos with, of `decord`, `pyav` and `image`."""
+    names = {DecordReader: "decord", PyAVReader: "pyav", ImageReader: "image"}
+    return sorted({names[type(open_video(row.path, "auto", row.info))] for row, _ in work.clips()})
+
+
 def _ours(reader: Literal["auto", "pyav"]) -> Read:
     import av  # noqa: F401 - so that its memory counts as imported
 
@@ -115,8 +138,7 @@ def _ours(reader: Literal["auto", "pyav"]) -> Read:
     decord_module()
 
     def read(work: Work) -> Iterator[Tensor]:
-        data = work.config.data.model_copy(update={"reader": reader})
-        dataset = TrainClips(work.manifest, work.config.model_copy(update={"data": data}))
+        dataset = TrainClips(work.manifest, reading_with(work.config, reader))
         for key in work.keys:
             clip = dataset[key]
             if isinstance(clip, Failure):
@@ -213,14 +235,13 @@ def _augment(images: Tensor, config: Config) -> Tensor:
 
 
 OURS_AUTO, OURS_PYAV = "videoadapt, auto", "videoadapt, PyAV"
-OURS = (OURS_AUTO, OURS_PYAV)
+OURS: dict[str, Literal["auto", "pyav"]] = {OURS_AUTO: "auto", OURS_PYAV: "pyav"}  # and their readers
 PEER_DECORD, PEER_PYAV = "pytorchvideo, decord", "pytorchvideo, PyAV"
 FFMPEG = "ffmpeg, whole file"
 
 # Each imports what it needs and returns the function that reads.
 LOADERS: dict[str, Callable[[], Read]] = {
-    OURS_AUTO: partial(_ours, "auto"),
-    OURS_PYAV: partial(_ours, "pyav"),
+    **{name: partial(_ours, reader) for name, reader in OURS.items()},
     PEER_DECORD: partial(_pytorchvideo, "decord"),
     PEER_PYAV: partial(_pytorchvideo, "pyav"),
     "torchcodec, exact": _torchcodec,
