@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -203,16 +204,22 @@ def test_a_second_run_in_a_folder_and_a_wrong_world_are_refused(slurm: Slurm) ->
     assert f"job {alone} has 3 tasks, but this process was not started by srun" in slurm.log(other, alone)
 
 
-def test_a_killed_node_is_survived(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
+def test_a_killed_node_is_survived(slurm: Slurm) -> None:
+    """As if two ranks of torchrun had never been stopped."""
+    expected = slurm.config("never_killed", train=LONG)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    line = [*torchrun, "-m", "videoadapt", "train", str(slurm.file(expected))]
+    subprocess.run(line, check=True, capture_output=True, env=environment, timeout=240)
     config = slurm.config("killed", train=LONG | {"save_steps": 2})
-    job = slurm.sbatch("train", config, "--nodelist=127.0.0.2")
+    job = slurm.sbatch("train", config, "--nodelist=127.0.0.[2-3]", "--nodes=2")
     slurm.wait_for_step(config, 5)
     slurm.cluster.kill_node("127.0.0.2")
     wait_until(lambda: slurm.state(job) not in {"RUNNING", "COMPLETING"}, 60, lambda: "the node's end to be noticed")
     slurm.cluster.run("scontrol", "update", f"jobid={job}", "ReqNodeList=")
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
     slurm.cluster.revive_node("127.0.0.2")
-    assert_as_never_stopped(config, never_stopped)
+    assert_as_never_stopped(config, final_tensors(expected))
 
 
 def test_what_is_left_of_a_superseded_start_can_write_no_more(slurm: Slurm) -> None:
