@@ -14,9 +14,10 @@ from torch import Tensor
 import small_runs as runs
 from conftest import need
 from video_files import numbered, numbers_of, write_list, write_video
-from videoadapt.bench.data import add_ratios, bench_data, parse_settings, print_bench_data, require_equal_frames
+from videoadapt.bench.data import Settings, add_ratios, bench_data, print_bench_data, require_equal_frames
 from videoadapt.bench.files import GOPS, Size, generate, render
 from videoadapt.bench.loaders import FFMPEG, LOADERS, OURS_AUTO, OURS_PYAV, PEER_DECORD, PEER_PYAV, Turn, Work, measure
+from videoadapt.bench.settings import parse_settings
 from videoadapt.config import make_config
 from videoadapt.data.manifest import index
 from videoadapt.errors import ConfigError, RunError, UserError
@@ -102,7 +103,7 @@ def test_ratios() -> None:
 
 
 def test_settings() -> None:
-    settings = parse_settings(["rounds=7", "dir=some where/else"])
+    settings = parse_settings(Settings, "bench data", ["rounds=7", "dir=some where/else"])
     assert (settings.rounds, settings.clips, settings.dir) == (7, 3, Path("some where/else"))
 
 
@@ -117,7 +118,7 @@ def test_settings() -> None:
 )
 def test_wrong_settings_name_the_key(word: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse_settings([word])
+        parse_settings(Settings, "bench data", [word])
 
 
 def test_generated_files(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +17,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from videoadapt.bench.machine import memory_after_imports, peak_bytes
 from videoadapt.config import Config
 from videoadapt.data.datasets import Failure, TrainClips
 from videoadapt.data.manifest import Manifest, Row
 from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of
 from videoadapt.errors import UserError, VideoError
-from videoadapt.runtime import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def start(name: str, work: Work) -> int:
     if hasattr(os, "sched_setaffinity"):  # libraries that take all cores find one
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     read = LOADERS[name]()
-    imported_bytes = _memory_after_imports()
+    imported_bytes = memory_after_imports()
     for _ in read(work):  # the first use of much memory is slow, above all in virtual machines
         pass
     return imported_bytes
@@ -83,28 +81,12 @@ def measure(name: str, work: Work) -> Turn:
         cpu_s += _cpu_s() - before
         if clip is not None and name in OURS:  # not a part of loading, so not of its time
             digests.append(hashlib.blake2b(clip.numpy().tobytes(), digest_size=16).hexdigest())
-    return Turn(len(work.keys) / cpu_s, _peak_bytes(), digests)
+    return Turn(len(work.keys) / cpu_s, peak_bytes(), digests)
 
 
 def _cpu_s() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def _memory_after_imports() -> int:
-    """Resident bytes of this process; its peak counts from here on, where the system can forget the one before."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    """The largest resident set of this process. `getrusage` would count that of the process which started it, too."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return peak_memory_bytes()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _ours(reader: Literal["auto", "pyav"]) -> Read:
