@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 LAYERS = [
     {"errors", "points", "config", "log", "runtime"},
     {"model", "data", "groups", "parallel", "losses", "optim"},
-    {"cost", "checkpoint", "labels", "assigner", "intervals"},
-    {"policy", "routing", "scoring", "state"},
-    {"train", "assign", "label", "evaluate", "predict", "report", "export"},
+    {"cost", "forecast", "memory", "checkpoint", "labels", "assigner", "intervals"},
+    {"policy", "routing", "scoring", "state", "timing"},
+    {"train", "assign", "label", "evaluate", "predict", "plan", "report", "export"},
     {"launch", "demo", "bench"},
     {"cli"},
 ]

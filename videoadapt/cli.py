@@ -202,6 +202,20 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     _show(run(_load(config, overrides)), as_json, print_flops)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option(help="Ranks of the job, over all its nodes.", show_default=False)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Predicted step time, GPU-hours and memory of every layout of ranks."""
+    from videoadapt.plan import plan as run
+    from videoadapt.plan import print_plan
+
+    _show(run(_load(config, overrides), gpus), as_json, print_plan)
+
+
 VideosAndOverrides = Annotated[
     list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
 ]
