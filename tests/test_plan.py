@@ -120,7 +120,7 @@ def test_the_command_measures_and_prints(tmp_path: Path) -> None:
     [
         (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),
         ([], "Missing option '--gpus'"),
-        (["--gpus", "9", "plan.macs_per_s=1e9"], "9 ranks, but a step has only 8 clips"),
+        (["--gpus", "99", "plan.macs_per_s=1e9"], "99 ranks, but a step has only 8 clips"),
         (["--gpus", "2", "plan.bandwidth=3"], "unknown key plan.bandwidth; did you mean plan.bandwidth_gbps?"),
         (["--gpus", "2", "plan.macs_per_s=0"], "plan.macs_per_s: input should be greater than 0"),
     ],

@@ -168,7 +168,7 @@ def reason_for(best: Forecast, forecasts: Sequence[Forecast]) -> str:
     grouped = len(best.plan.groups) > 1
     others = [f for f in forecasts if (len(f.plan.groups) > 1) != grouped]
     if not others:
-        return "there is no other layout: groups need a rank and a length each, and each rank needs a clip"
+        return "no other kind of layout is possible: groups need a length and a rank each, and every rank needs a clip"
     other = min(others, key=lambda f: f.step_s)
     gain = other.step_s / best.step_s - 1
     if grouped:
