@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def broken(config: Config) -> Turn:  # noqa: ARG001
 
 def dying(config: Config) -> Turn:  # noqa: ARG001
     os._exit(3)
+
+
+def own_number(config: Config) -> Turn:  # noqa: ARG001
+    return os.getpid
 
 
 def test_contestants(tmp_path: Path) -> None:
@@ -124,6 +129,15 @@ def test_each_rank_has_a_core_of_its_own(tmp_path: Path) -> None:
 def test_a_rank_that_fails_says_why(tmp_path: Path, prepare: Any, said: str) -> None:
     with started(1, prepare, tiny(tmp_path)) as ranks, pytest.raises(RunError, match=said):
         ranks.ready()
+
+
+def test_a_rank_that_is_killed_while_it_waits(tmp_path: Path) -> None:
+    with started(1, own_number, tiny(tmp_path)) as ranks:
+        ranks.ready()
+        (number,) = ranks.turn()
+        os.kill(number, signal.SIGKILL)
+        with pytest.raises(RunError, match="its process has died"):
+            ranks.turn()
 
 
 @pytest.mark.slow

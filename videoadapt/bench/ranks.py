@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import socket
@@ -21,6 +22,7 @@ from videoadapt.runtime import pick_device
 Turn = Callable[[], Any]
 Prepare = Callable[..., Turn]  # a function of a module: it travels to the processes
 
+_DIED = "its process has died; if memory has ended, take a smaller batch or fewer lengths"
 _TIMEOUT_S = 1800.0  # of a turn
 
 
@@ -41,8 +43,11 @@ class Ranks:
 
     def turn(self) -> list[Any]:
         """The results, by rank. Raises `RunError` where a rank fails or takes too long."""
-        for connection in self._connections:
-            connection.send(None)
+        try:
+            for connection in self._connections:
+                connection.send(None)
+        except OSError:  # as from the system's killer of processes when memory ends
+            raise RunError(_DIED) from None
         return self._answers()
 
     def _answers(self) -> list[Any]:
@@ -58,7 +63,7 @@ class Ranks:
         try:
             return connection.recv()
         except EOFError:
-            return True, "its process has died"
+            return True, _DIED
 
 
 @contextmanager
@@ -93,14 +98,23 @@ def _serve(connection: Connection, environment: dict[str, Any], core: int | None
     try:
         with ranks():
             turn = prepare(*args)
+            _return_memory()
             connection.send((False, None))
             while True:
                 connection.recv()
                 connection.send((False, turn()))
+                _return_memory()
     except EOFError:  # the benchmark has ended
         return
     except Exception as error:  # whatever a library throws: the table says so
         connection.send((True, reason(error)))
+
+
+def _return_memory() -> None:
+    """What the C library keeps for later: many contestants wait at once, each with what its largest step needed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
 """What `bench train` times: our optimizer step, Hugging Face's, passes, a matrix product, a sum over ranks.
 
-Each function prepares one of them in its process and returns the turn: what is run when it is its turn.
+Each function prepares one of them in its process and returns the turn: what is run when it is its turn. A turn begins
+with one step that does not count, as caches are cold and memory was given back while others had their turns.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def our_step(config: Config, steps: int) -> Turn:
         return (_now(state.device) - begin) / steps
 
     def turn() -> StepTurn:
+        train_step(state, seat, batches)
         if watched is not None:
             watched.waited_s = 0.0
         seconds = alone_s = run(seat)
@@ -96,7 +98,6 @@ def our_step(config: Config, steps: int) -> Turn:
         waited_s = watched.waited_s / steps if watched is not None else 0.0
         return StepTurn(seconds, alone_s, waited_s, _peak_bytes(state.device, base))
 
-    turn()
     return turn
 
 
@@ -160,13 +161,13 @@ def peer_step(config: Config, steps: int) -> Turn:
         optimizer.step()
 
     def turn() -> StepTurn:
+        step()
         begin = _now(device)
         for _ in range(steps):
             step()
         seconds = (_now(device) - begin) / steps
         return StepTurn(seconds, seconds, 0.0, _peak_bytes(device, base))
 
-    turn()
     return turn
 
 
@@ -175,9 +176,8 @@ def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:
     stopwatch = Stopwatch(config, sizes)
 
     def turn() -> list[Round]:
-        return [stopwatch.measure() for _ in range(steps)]
+        return [stopwatch.measure() for _ in range(1 + steps)][1:]
 
-    turn()
     return turn
 
 
@@ -188,12 +188,12 @@ def matrix_product(config: Config) -> Turn:
     matrix = torch.randn(side, side, device=device, dtype=precision_dtype(config.run.precision))
 
     def turn() -> float:
+        torch.mm(matrix, matrix)
         begin = _now(device)
         for _ in range(8):
             torch.mm(matrix, matrix)
         return 8 * side**3 / (_now(device) - begin)
 
-    turn()
     return turn
 
 
@@ -203,12 +203,12 @@ def sum_over_ranks(config: Config) -> Turn:
     sent = 2 * (world_size() - 1) / world_size() * gradients.numel() * gradients.element_size()
 
     def turn() -> float:
+        dist.all_reduce(gradients)
         wait_for_all()
         begin = _now(gradients.device)
         dist.all_reduce(gradients)
         return sent / (_now(gradients.device) - begin)
 
-    turn()
     return turn
 
 
