@@ -61,7 +61,9 @@ def plan(config: Config, gpus: int) -> dict[str, Any]:
     sizes = _sizes(config, gpus, device)
     passes, optimizer_s = (analytic_passes(config), 0.0) if config.plan.macs_per_s else _measured(config, sizes)
     work = work_of(config, passes, optimizer_s)
-    network = Network(config.plan.bandwidth_gbps * 1e9 / 8, overlaps=device.type == "cuda")
+    # A rate is given for GPUs that need not be here.
+    overlaps = device.type == "cuda" or config.plan.macs_per_s is not None
+    network = Network(config.plan.bandwidth_gbps * 1e9 / 8, overlaps)
     plans = layouts(work, gpus)
     if not plans:
         raise UserError(
@@ -74,10 +76,10 @@ def plan(config: Config, gpus: int) -> dict[str, Any]:
     memory = training_memory(config, device)
     result = {
         "gpus": gpus,
-        "device": device.type,
+        "device": "analytic" if config.plan.macs_per_s else device.type,
         "clips": work.clips,
         "macs_per_s": config.plan.macs_per_s,
-        "measured_at_clips": None if config.plan.macs_per_s else sizes,
+        "measured_at_clips": None if config.plan.macs_per_s else list(sizes),
         "passes": {point: _pass_row(each) for point, each in passes.items()},
         "optimizer_s": optimizer_s,
         "gradient_bytes": work.gradient_bytes,

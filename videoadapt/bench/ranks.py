@@ -111,7 +111,9 @@ def _serve(connection: Connection, environment: dict[str, Any], core: int | None
 
 
 def _return_memory() -> None:
-    """What the C library keeps for later: many contestants wait at once, each with what its largest step needed."""
+    """What torch and the C library keep for later: many contestants wait at once, each with what a step needed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
