@@ -277,7 +277,7 @@ def bench_train(
 ) -> None:
     """Time of our steps at 1 to 4 lengths, in one process and in groups, beside separate models and a peer."""
     from videoadapt.bench.train import bench_train as run
-    from videoadapt.bench.train import print_bench_train
+    from videoadapt.bench.train_tables import print_bench_train
 
     settings = [word for word in words or [] if _SETTING.fullmatch(word)]
     overrides = [word for word in words or [] if word not in settings]

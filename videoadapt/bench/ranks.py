@@ -58,11 +58,11 @@ class Ranks:
         return [answer for _, answer in answers]
 
     def _answer(self, connection: Connection) -> tuple[bool, Any]:
-        if not connection.poll(_TIMEOUT_S):
-            return True, f"no answer after {_TIMEOUT_S:.0f} s"
         try:
+            if not connection.poll(_TIMEOUT_S):
+                return True, f"no answer after {_TIMEOUT_S:.0f} s"
             return connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return True, _DIED
 
 
