@@ -19,11 +19,11 @@ from conftest import need
 from video_files import numbered, numbers_of, write_list, write_video
 from videoadapt.bench import loaders
 from videoadapt.bench.data import (
+    Settings,
     _own_process,
     add_ratios,
     bench_data,
     broken,
-    parse_settings,
     peers,
     print_bench_data,
 )
@@ -41,6 +41,7 @@ from videoadapt.bench.loaders import (
     unfit_files,
 )
 from videoadapt.bench.memory import Memory, memory, peak, worker_memory
+from videoadapt.bench.settings import parse_settings
 from videoadapt.config import make_config
 from videoadapt.data.datasets import Clip, Failure, TrainClips
 from videoadapt.data.manifest import Manifest, index
@@ -173,7 +174,7 @@ def test_libraries_that_talk_are_not_heard(capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_settings() -> None:
-    settings = parse_settings(["rounds=7", "dir=some where/else"])
+    settings = parse_settings(Settings, "bench data", ["rounds=7", "dir=some where/else"])
     assert (settings.rounds, settings.clips, settings.dir) == (7, None, Path("some where/else"))
 
 
@@ -188,7 +189,7 @@ def test_settings() -> None:
 )
 def test_wrong_settings_name_the_key(word: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        parse_settings([word])
+        parse_settings(Settings, "bench data", [word])
 
 
 def test_generated_files(tmp_path: Path) -> None:

@@ -218,6 +218,20 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     _show(run(_load(config, overrides)), as_json, print_flops)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option(help="Ranks of the job, over all its nodes.", show_default=False)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Predicted step time, GPU-hours and memory of every layout of ranks."""
+    from videoadapt.plan import plan as run
+    from videoadapt.plan import print_plan
+
+    _show(run(_load(config, overrides), gpus), as_json, print_plan)
+
+
 VideosAndOverrides = Annotated[
     list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
 ]
@@ -262,3 +276,25 @@ def bench_data(words: SettingsAndVideos = None, as_json: Json = False) -> None:
     settings = [word for word in words or [] if _SETTING.fullmatch(word) and not Path(word).exists()]
     videos = [word for word in words or [] if word not in settings]
     _show(run(settings, videos), as_json, print_bench_data)
+
+
+@bench.command("train")
+def bench_train(
+    config: ConfigFile,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="rounds=5, batch=4, lengths=[14,7,10] ...; section.key=value of the config.",
+            show_default=False,
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time of our steps at 1 to 4 lengths, in one process and in groups, beside separate models and a peer."""
+    from videoadapt.bench.train import bench_train as run
+    from videoadapt.bench.train_tables import print_bench_train
+
+    settings = [word for word in words or [] if _SETTING.fullmatch(word)]
+    overrides = [word for word in words or [] if word not in settings]
+    _show(run(_load(config, overrides), settings), as_json, print_bench_train)

@@ -205,6 +205,14 @@ class TrainConfig(Section):
         return self
 
 
+class PlanConfig(Section):
+    """What `videoadapt plan` reckons with."""
+
+    bandwidth_gbps: Positive = 100.0  # gigabits per second that a rank sends to the next one
+    macs_per_s: Positive | None = None  # of a rank, in training; none = steps are measured on this machine
+    clips: Count | None = None  # of an epoch; none = as many as the run's manifest has
+
+
 class LabelConfig(Section):
     """Stage 2: on which clips, and by which rule, labels are made."""
 
@@ -302,6 +310,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    plan: PlanConfig = PlanConfig()
     label: LabelConfig = LabelConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -5,7 +5,7 @@ Every group sees the whole global batch, split evenly over its ranks. One rank t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from videoadapt.config import Config
@@ -66,7 +66,7 @@ def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPl
     elif groups == "auto":
         plan = _balanced(points, ranks, costs)
     else:
-        plan = _consecutive([(points_of(key, points), count) for key, count in groups.items()])
+        plan = consecutive_groups([(points_of(key, points), count) for key, count in groups.items()])
         if plan.ranks != ranks:
             raise ConfigError(
                 f"parallel.groups: {groups} needs {plan.ranks} ranks, but this job has {ranks}; start {plan.ranks}, or "
@@ -89,8 +89,8 @@ def points_of(key: str, points: Sequence[str]) -> tuple[str, ...]:
     return tuple(point for point in points if Point.parse(point).length in lengths)
 
 
-def _consecutive(sized: Sequence[tuple[tuple[str, ...], int]]) -> GroupPlan:
-    """Groups of points with their numbers of ranks, the teacher's group first."""
+def consecutive_groups(sized: Iterable[tuple[tuple[str, ...], int]]) -> GroupPlan:
+    """The plan of groups of points with their numbers of ranks, the teacher's group first."""
     ordered = sorted(sized, key=lambda group: -_cost_order(group[0][0]))
     groups, first = [], 0
     for points, count in ordered:
@@ -114,7 +114,12 @@ def _balanced(points: Sequence[str], ranks: int, costs: Mapping[str, float]) -> 
         merged = tuple(point for point in points if point in second + last)
         load[merged] = load[second] + load[last]
         sets.append(merged)
-    counts = dict.fromkeys(sets, 1)
-    for _ in range(ranks - len(sets)):
-        counts[max(sets, key=lambda group: load[group] / counts[group])] += 1
-    return _consecutive(list(counts.items()))
+    return consecutive_groups(zip(sets, even_counts([load[group] for group in sets], ranks), strict=True))
+
+
+def even_counts(loads: Sequence[float], ranks: int) -> list[int]:
+    """Ranks for groups with such loads, one at least: each further one goes to the group that is slowest by then."""
+    counts = [1] * len(loads)
+    for _ in range(ranks - len(loads)):
+        counts[max(range(len(loads)), key=lambda group: loads[group] / counts[group])] += 1
+    return counts

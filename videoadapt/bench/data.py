@@ -5,20 +5,17 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
-import platform
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from pebble import ProcessPool
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from videoadapt.bench.files import generate
 from videoadapt.bench.loaders import (
@@ -37,13 +34,14 @@ from videoadapt.bench.loaders import (
     start,
     unfit_files,
 )
+from videoadapt.bench.machine import machine, print_machine, versions
 from videoadapt.bench.memory import Memory, worker_memory
+from videoadapt.bench.settings import parse_settings
 from videoadapt.config import Config, Count, Section, make_config
 from videoadapt.data.manifest import Manifest, index
 from videoadapt.data.probe import reason
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.log import Bar, print_table, write_json
-from videoadapt.runtime import cpu_limit
 
 _TIMEOUT_S = 600.0  # of a turn
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")
@@ -71,44 +69,21 @@ class Settings(Section):
         return self
 
 
-def parse_settings(overrides: Sequence[str]) -> Settings:
-    """Settings from `key=value` words, values in YAML syntax. Raises `ConfigError`, naming the key."""
-    values = {}
-    for word in overrides:
-        key, _, text = word.partition("=")
-        if key not in Settings.model_fields:
-            raise ConfigError(f"bench data: unknown key {key}; expected one of {', '.join(Settings.model_fields)}")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[key] = text
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
-
-
-def _explain(error: Any) -> str:
-    said = error["msg"].removeprefix("Value error, ")
-    field = error["loc"][0] if error["loc"] else None
-    return f"bench data: {field}: {said}, got {error['input']!r}" if field else f"bench data: {said}"
-
-
 def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dict[str, Any]:
     """Measures all loaders on `videos`, or on files that it makes; returns what `data.json` in the folder holds.
 
     A loader that is not installed or fails is named with the cause, and so is a file that cannot be read, or of which
     our two readers give different frames; the others are measured. Raises `UserError` if no file is left.
     """
-    settings = parse_settings(overrides)
+    settings = parse_settings(Settings, "bench data", overrides)
     kinds = {"given": [Path(video) for video in videos]} if videos else generate(settings.dir / "data")
     works = {kind: _work(kind, paths, settings) for kind, paths in kinds.items()}
     with Bar("bench data", total=len(works) * (len(LOADERS) * (1 + settings.rounds) + len(OURS)), unit="turns") as bar:
         tables = {kind: _measure_kind(kind, work, settings.rounds, bar) for kind, work in works.items()}
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": _machine(),
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": versions(_PACKAGES) | ffmpeg_version(),
         "settings": settings.model_dump(mode="json"),
         "kinds": tables,
     }
@@ -260,35 +235,10 @@ def add_ratios(rows: dict[str, dict[str, Any]], peers: Mapping[str, str]) -> Non
         row["times_best_pytorchvideo"] = best and speeds[name] / best
 
 
-def _machine() -> dict[str, Any]:
-    return {"cpu": cpu_model(), "cpus": cpu_limit().cpus, "system": platform.platform()}
-
-
-def cpu_model() -> str:
-    """The name of the CPU, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | ffmpeg_version()
-
-
 def print_bench_data(result: dict[str, Any]) -> None:
     """One table for each kind of file, and what is missing in it."""
-    machine, settings = result["machine"], result["settings"]
-    print(f"{result['date']}, {machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}")
-    print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
+    settings = result["settings"]
+    print_machine(result)
     print(
         f"A clip: {settings['num_frames']} frames, stride {settings['stride_frames']}, short side "
         f"{settings['short_side']}, crop {settings['size']}; {settings['rounds']} rounds; each loader in its own "

@@ -7,10 +7,8 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +16,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from videoadapt.bench.machine import memory_after_imports, peak_bytes
 from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, Failure, TrainClips
 from videoadapt.data.manifest import Manifest, Row
 from videoadapt.data.readers import DecordReader, ImageReader, PyAVReader, open_video
 from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of
 from videoadapt.errors import UserError, VideoError
-from videoadapt.runtime import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def start(name: str, work: Work) -> int:
     if hasattr(os, "sched_setaffinity"):  # libraries that take all cores find one
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     read = LOADERS[name]()
-    imported_bytes = _memory_after_imports()
+    imported_bytes = memory_after_imports()
     for _ in read(work):  # the first use of much memory is slow, above all in virtual machines
         pass
     return imported_bytes
@@ -78,28 +76,12 @@ def measure(name: str, work: Work) -> Turn:
     before = _cpu_s()
     for _ in clips:
         pass
-    return Turn(len(work.keys) / (_cpu_s() - before), _peak_bytes())
+    return Turn(len(work.keys) / (_cpu_s() - before), peak_bytes())
 
 
 def _cpu_s() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def _memory_after_imports() -> int:
-    """Resident bytes of this process; its peak counts from here on, where the system can forget the one before."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    """The largest resident set of this process. `getrusage` would count that of the process which started it, too."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return peak_memory_bytes()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def reading_with(config: Config, reader: Literal["auto", "pyav"]) -> Config:

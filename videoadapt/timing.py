@@ -1,0 +1,79 @@
+"""Seconds of forward and backward passes at each point, measured on made-up clips on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from videoadapt import losses
+from videoadapt.config import Config
+from videoadapt.forecast import Line, Passes
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.optim import make_optimizer
+from videoadapt.runtime import pick_device
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of forward and backward passes at each point, over few and over many clips, and of the optimizer."""
+
+    few: Mapping[str, tuple[float, float]]
+    many: Mapping[str, tuple[float, float]]
+    optimizer_s: float
+
+
+class Stopwatch:
+    """A model that is trained on made-up clips to see how long its passes take; `sizes` are few and many clips."""
+
+    def __init__(self, config: Config, sizes: tuple[int, int]) -> None:
+        self.config, self.sizes, self.device = config, sizes, pick_device(config.run.device)
+        self.model = TimeSformer(config.model).to(self.device).train()
+        self.model.activation_checkpointing = config.train.activation_checkpointing
+        self._forward: nn.Module = torch.compile(self.model) if config.train.compile else self.model  # type: ignore[assignment]
+        self._optimizer = make_optimizer(self.model.named_parameters(), config.train)
+
+    def measure(self) -> Round:
+        """One round; the first one also warms up and does not count."""
+        few, many = ({point: self._pass(point, clips) for point in self.config.model.points} for clips in self.sizes)
+        before = self._now()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad or float("inf"))
+        self._optimizer.step()
+        after = self._now()
+        self._optimizer.zero_grad(set_to_none=True)
+        return Round(few, many, after - before)
+
+    def _pass(self, point: str, clips: int) -> tuple[float, float]:
+        model = self.config.model
+        frames = torch.randn(clips, 3, model.num_frames, model.size, model.size, device=self.device)
+        targets = torch.full((clips, model.num_classes), 1 / model.num_classes, device=self.device)
+        teacher = None if point == model.points[0] else targets
+        begin = self._now()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            heads = self._forward(frames, point, heads=True)
+        loss = losses.point_loss(heads, targets, teacher, self.config.loss).sum()
+        middle = self._now()
+        loss.backward()
+        return middle - begin, self._now() - middle
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def fitted(rounds: Sequence[Round], sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:
+    """The passes at each point, from medians over rounds, and the optimizer's seconds."""
+    passes = {}
+    for point in rounds[0].few:
+        lines = []
+        for part in (0, 1):  # forward, backward
+            few = statistics.median(each.few[point][part] for each in rounds)
+            many = statistics.median(each.many[point][part] for each in rounds)
+            lines.append(Line.through((sizes[0], few), (sizes[1], many)))
+        passes[point] = Passes(*lines)
+    return passes, statistics.median(each.optimizer_s for each in rounds)
