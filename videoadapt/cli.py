@@ -202,7 +202,7 @@ def evaluate(
 
 @app.command()
 def launch(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Submit stages to SLURM, or run them here (launch.stage, launch.cluster, slurm.*)."""
+    """Submit stages, or the chain of all, to SLURM, or run them here."""
     from videoadapt.launch import launch as run
     from videoadapt.launch import print_launch
 
