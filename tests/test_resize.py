@@ -265,9 +265,9 @@ def test_results_among_the_sources_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_video_that_takes_too_long_fails_alone(tmp_path: Path) -> None:
-    write_video(tmp_path / "in" / "long.mp4", 1000)
+    write_video(tmp_path / "in" / "long.mp4", numbered(1000, 128, 192))
     write_video(tmp_path / "in" / "short.mp4", 2)
-    slow = tool.Encoding(short_side=64, preset="placebo")
+    slow = tool.Encoding(short_side=128, preset="placebo")
     _, outcomes = tool.resize_all(tmp_path / "in", tmp_path / "out", slow, workers=1, timeout_s=0.7)
     assert isinstance(outcomes["short.mp4"], tool.Outcome), outcomes
     assert "longer than 0.7 s" in outcomes["long.mp4"]
