@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from videoadapt.runtime import CpuLimit, cpu_limit, worker_count
+from videoadapt.errors import ConfigError
+from videoadapt.runtime import CpuLimit, cpu_limit, pick_device, worker_count
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +92,15 @@ def test_auto_workers_are_the_cpus_and_a_number_is_itself(monkeypatch: pytest.Mo
     assert worker_count("auto") == 1
     assert worker_count(7) == 7
     assert worker_count(0) == 0
+
+
+def test_each_rank_of_a_node_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="local rank 2 needs a GPU of its own, but torch sees 2"):
+        pick_device("auto")

@@ -20,7 +20,7 @@ from videoadapt.checkpoint import load_checkpoint, load_model, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import epoch_rows, train_batches
 from videoadapt.data.manifest import load_or_index
-from videoadapt.errors import CheckpointError, RunError
+from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.state import State
 from videoadapt.train import train, train_step
 
@@ -263,3 +263,9 @@ def test_where_reading_fails_what_was_trained_is_saved(data: Path, tmp_path: Pat
     assert saved is not None
     steps = [json.loads(line)["step"] for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
     assert saved.meta["step"] == steps[-1] > 2
+
+
+def test_several_processes_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="train: runs in one process"):
+        train(runs.config(data, tmp_path / "run"))

@@ -17,12 +17,20 @@ from videoadapt.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `run.device` names; `auto` is CUDA where there is a GPU. Raises `ConfigError`."""
+    """The device that `run.device` names; `auto` is CUDA where there is a GPU. Raises `ConfigError`.
+
+    The ranks that torchrun starts on a node (`LOCAL_RANK`) have a GPU each.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device: cuda was asked for, but torch sees no GPU; use run.device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise ConfigError(f"run.device: local rank {rank} needs a GPU of its own, but torch sees {count} on this node")
+    return torch.device("cuda", rank)
 
 
 def precision_dtype(name: str) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -24,7 +25,7 @@ from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, UserError
 from videoadapt.log import Bar, Metrics, say, write_json
 from videoadapt.model.timesformer import Heads
 from videoadapt.model.weights import load_weights
@@ -39,6 +40,8 @@ def train(config: Config) -> dict[str, Any]:
     Ctrl-C and SIGTERM save at the next step and raise `KeyboardInterrupt`. Raises `RunError` for a loss that is not
     finite, before anything is changed by it.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("train: runs in one process, but torchrun started several (WORLD_SIZE); start one")
     manifest = load_or_index(config)
     per_epoch = steps_per_epoch(manifest, config)
     checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints)
