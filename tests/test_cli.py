@@ -89,7 +89,7 @@ def test_contradictions_are_refused_before_any_work(run: Config, tmp_path: Path)
     folder = tmp_path / "fresh"
     line = ("train", file_of(run), f"run.dir={folder}")
     assert "length 16 with 8-pixel patches needs 128 pixels" in refused(*line, "model.points=[16,8]")
-    assert "no dropping blocks" in refused(*line, "model.points=[8@0.5]")
+    assert "model.drop_blocks" in refused(*line, "model.points=[8,8@0.5]")
     assert "train.batch" in refused(*line, "train.accumulate=3")
     assert not folder.exists()
 

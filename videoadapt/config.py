@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from videoadapt.cost import point_cost
 from videoadapt.errors import ConfigError
 from videoadapt.points import Point
 
@@ -100,6 +101,7 @@ class ModelConfig(Section):
     num_classes: Count = 400
     points: Annotated[tuple[str, ...], BeforeValidator(_parse_points)] = ("14", "10", "7")
     temporal: bool = True  # divided space-time attention; off = frames are seen one by one
+    drop_blocks: tuple[Count, ...] = (4, 7, 10)  # counted from 1; points with keep < 1 drop tokens there
     embed: Literal["resize", "kernel", "stem"] = "resize"
     share_norm: bool = False
     share_patch: bool = False
@@ -136,18 +138,27 @@ class ModelConfig(Section):
                 f"model.embed: stem halves the frame first and needs an even model.patch, got {self.patch}"
             )
         for point in map(Point.parse, self.points):
-            if point.keep < 1.0:
-                raise ConfigError(
-                    f"model.points: {point} keeps a share of the tokens, but this model has no dropping blocks; "
-                    f"use {point.length}"
-                )
             if point.length * self.patch > self.size:
                 raise ConfigError(
                     f"model.points: length {point.length} with {self.patch}-pixel patches needs "
                     f"{point.length * self.patch} pixels, but model.size is {self.size}; "
                     f"take at most {self.size // self.patch}"
                 )
+            if point.keep < 1.0:
+                self._check_drops(point)
+        costliest_first = sorted(self.points, key=lambda point: -point_cost(self, point).total)
+        self.__dict__["points"] = tuple(costliest_first)  # frozen for others; the costs need all other fields
         return self
+
+    def _check_drops(self, point: Point) -> None:
+        if not self.drop_blocks or max(self.drop_blocks) > self.depth:
+            raise ConfigError(
+                f"model.drop_blocks: expected some of the blocks 1 to {self.depth} (model.depth), where {point} drops "
+                f"tokens, got {list(self.drop_blocks)}"
+            )
+        whole = Point(point.length)
+        if point_cost(self, point).total >= point_cost(self, whole).total:
+            raise ConfigError(f"model.points: {point} drops too few tokens to save anything; use {whole}, or a lower keep")
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from fractions import Fraction
 
 from videoadapt.errors import ConfigError
 
@@ -12,7 +15,7 @@ _POINT = re.compile(r"(?P<length>[1-9]\d*)(@(?P<keep>\d*\.?\d+))?")
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One operating point, written `14` or `14@0.7`. Sorts by length, then by keep: the order of the costs.
+    """One operating point, written `14` or `14@0.7`. Sorts by length, then by keep.
 
     `length` counts patch tokens per side of a frame; `keep` in (0, 1] is the share kept at each dropping block.
     """
@@ -35,3 +38,16 @@ class Point:
 
     def __str__(self) -> str:
         return str(self.length) if self.keep == 1.0 else f"{self.length}@{self.keep:g}"
+
+    def patches(self, depth: int, drop_blocks: Collection[int]) -> tuple[int, ...]:
+        """Patch tokens of a frame that each of `depth` blocks passes on to its MLP and to the blocks after it.
+
+        Of the n that enter a dropping block (counted from 1) `min(n, ceil(keep (n + 1)))` stay (SuperViT, section 3).
+        The keep is taken for the decimal number that it is written as: 0.55 of 100 are 55, and no rounding makes it 56.
+        """
+        share, count, counts = Fraction(str(self.keep)), self.length**2, []
+        for block in range(1, depth + 1):
+            if block in drop_blocks:
+                count = min(count, math.ceil(share * (count + 1)))
+            counts.append(count)
+        return tuple(counts)

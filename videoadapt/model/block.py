@@ -9,6 +9,7 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from videoadapt.config import ModelConfig
+from videoadapt.model.drop import class_attention, strongest, take
 from videoadapt.model.norm import LengthNorm
 
 
@@ -34,12 +35,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(S, N, D)` to `(S, N, D)`."""
+        return self._attend(*self._project(x))
+
+    def with_class_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and how much the first token attends to each: `(S, N)`."""
+        q, k, v = self._project(x)
+        return self._attend(q, k, v), class_attention(q, k)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "s n (three m d) -> three s m n d", three=3, m=self.heads)
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.proj(rearrange(attend(q, k, v), "s m n d -> s n (m d)"))
 
 
 class Block(nn.Module):
-    """Temporal attention at each position, spatial attention in each frame, MLP; each with norm and residual."""
+    """Temporal attention at each position, spatial attention in each frame, MLP; each with norm and residual.
+
+    Between attention and MLP a block may drop tokens (SuperViT, section 3).
+    """
 
     def __init__(self, config: ModelConfig, *, drop_path: float) -> None:
         super().__init__()
@@ -65,11 +80,14 @@ class Block(nn.Module):
         self.scale2 = scale()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """`(B, P, D)` and `(B, T, N, D)`, to the same shapes."""
+    def forward(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
+        """`(B, P, D)` and `(B, T, N, D)` to `(B, P, D)` and `(B, T, K, D)`, `kept` of the N positions.
+
+        They are those that the class token attends to most, mean over heads and frames, the same in all frames.
+        """
         if self.temporal:
             patches = patches + self._attend_over_time(patches, length)
-        prefix, patches = self._attend_within_frames(prefix, patches, length)
+        prefix, patches = self._attend_within_frames(prefix, patches, length, kept)
         return self._mix_channels(prefix, patches, length)
 
     def _attend_over_time(self, patches: Tensor, length: int) -> Tensor:
@@ -78,16 +96,23 @@ class Block(nn.Module):
         x = self.temporal_fc(self.temporal_attn(x))
         return self.drop_path(self.temporal_scale(rearrange(x, "(b n) t d -> b t n d", n=positions)))
 
-    def _attend_within_frames(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _attend_within_frames(
+        self, prefix: Tensor, patches: Tensor, length: int, kept: int
+    ) -> tuple[Tensor, Tensor]:
         """Every frame attends with its own copy of the prefix; the copies' results are averaged over the frames."""
         count, frames = prefix.shape[1], patches.shape[1]
         x = torch.cat([repeat(prefix, "b p d -> b t p d", t=frames), patches], dim=2)  # (B, T, P + N, D)
-        x = self.attn(rearrange(self.norm1(x, length), "b t n d -> (b t) n d"))
+        x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")
+        drops = kept < patches.shape[2]
+        x, scores = self.attn.with_class_attention(x) if drops else (self.attn(x), None)
         x = self.drop_path(self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames)))
-        return prefix + x[:, :, :count].mean(1), patches + x[:, :, count:]
+        prefix, patches = prefix + x[:, :, :count].mean(1), patches + x[:, :, count:]
+        if scores is not None:
+            patches = take(patches, strongest(rearrange(scores[:, count:], "(b t) n -> b t n", t=frames), kept))
+        return prefix, patches
 
     def _mix_channels(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
         count = prefix.shape[1]
-        x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T N, D)
+        x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T K, D)
         x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x, length))))
-        return x[:, :count], x[:, count:].unflatten(1, patches.shape[1:3])
+        return x[:, :count], x[:, count:].unflatten(1, patches.shape[1:3])  # (B, T, K, D)

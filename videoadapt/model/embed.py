@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from videoadapt.config import ModelConfig
+from videoadapt.cost import STEM_CHANNELS
 from videoadapt.model.norm import SHARED
 
 
@@ -39,11 +40,9 @@ class Projection(nn.Module):
 class Stem(nn.Module):
     """Consecutive convolutions (LV-ViT's, and ReViT's for large patches): three at half size, then the patches."""
 
-    CHANNELS = 64
-
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
-        channels = self.CHANNELS
+        channels = STEM_CHANNELS
         self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)

@@ -29,7 +29,7 @@ class Heads(NamedTuple):
 
 
 class TimeSformer(nn.Module):
-    """Divided space-time attention (TimeSformer) that runs at any of its operating points (ReViT).
+    """Divided space-time attention (TimeSformer) at any operating point: length (ReViT) and keep (SuperViT).
 
     Per length: patch embedding, position embedding, the affine of every LayerNorm. Shared: all else.
 
@@ -45,6 +45,7 @@ class TimeSformer(nn.Module):
         self.class_names = class_names
         self.activation_checkpointing = False
         self.points = {p: Point.parse(p) for p in config.points}
+        self.patches = {p: point.patches(config.depth, config.drop_blocks) for p, point in self.points.items()}
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = PositionEmbed(config)
@@ -71,11 +72,11 @@ class TimeSformer(nn.Module):
         self._check(clips, key)
         length = self.points[key].length
         prefix, patches = self._embed(clips, key, length)
-        for block in self.blocks:
+        for block, kept in zip(self.blocks, self.patches[key], strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                prefix, patches = checkpoint(block, prefix, patches, length, use_reentrant=False)
+                prefix, patches = checkpoint(block, prefix, patches, length, kept, use_reentrant=False)
             else:
-                prefix, patches = block(prefix, patches, length)
+                prefix, patches = block(prefix, patches, length, kept)
         prefix = self.norm(prefix, length)
         dist = self.head_dist(prefix[:, 1]) if key in self.distilled else None
         both = Heads(self.head(prefix[:, 0]), dist)
