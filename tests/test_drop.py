@@ -45,7 +45,9 @@ def clips(model: TimeSformer, batch: int = 2) -> Tensor:
 def seen(model: Any, clip: Tensor, point: str) -> list[tuple[torch.Size, torch.Size]]:
     """The shapes of prefix and patches behind each block."""
     shapes: list[Any] = []
-    hooks = [b.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(x.shape for x in out))) for b in model.blocks]
+    hooks = [
+        b.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(x.shape for x in out))) for b in model.blocks
+    ]
     model(clip, point)
     for hook in hooks:
         hook.remove()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from videoadapt.config import Config, make_config
 from videoadapt.cost import point_macs
+from videoadapt.draws import possible_draws
 from videoadapt.forecast import Forecast, Line, Network, Passes, Work, forecast, groups_setting, layouts
 from videoadapt.groups import GroupPlan, make_plan
 from videoadapt.plan import analytic_passes, reason_for, recommended, work_of
@@ -28,6 +29,7 @@ def works(draw: st.DrawFn) -> Work:
     parts = draw(st.sampled_from([1, 2]))
     return Work(
         passes={point: Passes(draw(lines), draw(lines)) for point in POINTS},
+        draws=possible_draws(POINTS, draw(st.sampled_from(["all", "sampled"]))),
         optimizer_s=draw(st.floats(0, 0.1)),
         gradient_bytes=draw(st.integers(1, 10**9)),
         logits_bytes=draw(st.integers(1, 10_000)),
@@ -40,7 +42,9 @@ def works(draw: st.DrawFn) -> Work:
 def simple(forward_s: Sequence[float], backward_s: Sequence[float], **changes: object) -> Work:
     """Passes that take as long for any number of clips, and nothing else that takes time."""
     passes = {p: Passes(Line(f, 0), Line(b, 0)) for p, f, b in zip(POINTS, forward_s, backward_s, strict=False)}
-    work = Work(passes, 0.0, gradient_bytes=1, logits_bytes=1, clips=8, parts=1, pairs=False)
+    work = Work(
+        passes, possible_draws(POINTS, "all"), 0.0, gradient_bytes=1, logits_bytes=1, clips=8, parts=1, pairs=False
+    )
     return replace(work, **changes)  # type: ignore[arg-type]
 
 

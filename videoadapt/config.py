@@ -158,7 +158,9 @@ class ModelConfig(Section):
             )
         whole = Point(point.length)
         if point_cost(self, point).total >= point_cost(self, whole).total:
-            raise ConfigError(f"model.points: {point} drops too few tokens to save anything; use {whole}, or a lower keep")
+            raise ConfigError(
+                f"model.points: {point} drops too few tokens to save anything; use {whole}, or a lower keep"
+            )
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -171,11 +173,12 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """ReViT's objective; section 3.3 of the paper."""
+    """ReViT's objective (its section 3.3) between lengths, and SuperViT's between the keeps of a length."""
 
     lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of distillation in a student's loss
     tau: Positive = 1.0
     hard: bool = False  # students learn the teacher's top class instead of its distribution
+    dropped: Literal["kl", "ce"] = "kl"  # below keep 1: learn from the same length at keep 1, or the truth alone
     label_smoothing: Fraction = 0.0
 
 
@@ -184,6 +187,7 @@ class TrainConfig(Section):
 
     init: str | None = None  # weights to start from: a file, a folder, or a timm name
     epochs: Count = 15
+    draw: Literal["all", "sampled"] = "all"  # the points of a step: all of them (ReViT), or four drawn (SuperViT)
     batch: Count = 64  # clips a step, over all ranks
     accumulate: Count = 1  # a step's clips are run in this many parts
     optimizer: Literal["adamw", "sgd"] = "sgd"
@@ -353,7 +357,23 @@ class Config(Section):
             _check_groups(self.parallel.groups, model.lengths)
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
+        self._check_teachers()
         return self
+
+    def _check_teachers(self) -> None:
+        """Where a length is needed at keep 1, it must be among the points."""
+        for point in map(Point.parse, self.model.points):
+            if str(point.length) in self.model.points:
+                continue
+            if self.train.draw == "sampled":
+                raise ConfigError(
+                    f"train.draw: sampled draws each length at keep 1, but model.points lacks {point.length}"
+                )
+            if self.loss.dropped == "kl":
+                raise ConfigError(
+                    f"loss.dropped: kl makes {point} learn from {point.length}, which is not among model.points; add "
+                    "it, or set loss.dropped=ce"
+                )
 
 
 def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
@@ -362,7 +382,7 @@ def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
     if sorted(named) != sorted(wanted):
         raise ConfigError(
             f"parallel.groups: {groups}: expected each length of model.points ({', '.join(wanted)}) once, as a key "
-            "or in one such as 10+7"
+            "or in one such as 10+7; all keeps of a length are trained where the length is, for it teaches them"
         )
 
 

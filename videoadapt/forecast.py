@@ -55,6 +55,7 @@ class Work:
     """
 
     passes: Mapping[str, Passes]  # by point, costliest first
+    draws: Mapping[tuple[str, ...], float]  # the points that a step may train, with their probabilities
     optimizer_s: float
     gradient_bytes: int
     logits_bytes: int
@@ -78,7 +79,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A step in one layout. `utilisation` is the share of the ranks' time that passes take, in (0, 1]."""
+    """A step in one layout, the mean over what may be drawn.
+
+    `utilisation` is the share of the ranks' time that passes take, in (0, 1].
+    """
 
     plan: GroupPlan
     step_s: float
@@ -89,13 +93,21 @@ class Forecast:
 
 def forecast(plan: GroupPlan, work: Work, network: Network) -> Forecast:
     """The time of a step of `work` by a plan's ranks."""
+    steps = [(chance, _step(plan, draw, work, network)) for draw, chance in work.draws.items()]
+    step_s, slowest, communication_s, busy_s = (sum(c * step[i] for c, step in steps) for i in range(4))
+    return Forecast(plan, step_s, slowest, communication_s, busy_s / (plan.ranks * step_s))
+
+
+def _step(plan: GroupPlan, draw: tuple[str, ...], work: Work, network: Network) -> tuple[float, float, float, float]:
+    """Seconds of a step that trains the points of a draw, as `Forecast` has them, and of all ranks' passes in it."""
+    plan = GroupPlan(tuple(_drawn(group, draw) for group in plan.groups))
     shares = {group: _shares(group, work) for group in plan.groups}
     logits_s = work.clips_of_part * work.logits_bytes / network.bytes_per_s if len(plan.groups) > 1 else 0.0
     teachers = plan.groups[0]
     first, part_s = work.passes[teachers.points[0]].forward, _part_s(teachers, max(shares[teachers]), work)
     sent = [part * part_s + first.seconds(max(shares[teachers])) + logits_s for part in range(work.parts)]
     ends = {group: _end(group, max(shares[group]), work, None if group is teachers else sent) for group in plan.groups}
-    begins = [ends[g] - work.passes[g.points[-1]].backward.seconds(max(shares[g])) for g in plan.groups]
+    begins = [ends[g] - work.passes[g.points[-1]].backward.seconds(max(shares[g])) for g in plan.groups if g.points]
     slowest = max(ends.values())
 
     reduce_s = 2 * (plan.ranks - 1) / plan.ranks * work.gradient_bytes / network.bytes_per_s
@@ -104,7 +116,21 @@ def forecast(plan: GroupPlan, work: Work, network: Network) -> Forecast:
     done = max(slowest + last_s, max(begins) + reduce_s) if network.overlaps else slowest + reduce_s
     step_s = done + work.optimizer_s
     busy_s = sum(work.parts * _part_s(group, clips, work) for group in plan.groups for clips in shares[group])
-    return Forecast(plan, step_s, slowest, done - slowest, busy_s / (plan.ranks * step_s))
+    return step_s, slowest, done - slowest, busy_s
+
+
+def _drawn(group: Group, draw: tuple[str, ...]) -> Group:
+    return Group(tuple(point for point in group.points if point in draw), group.ranks)
+
+
+def _expected_s(points: Sequence[str], work: Work) -> float:
+    """Of the passes at some points in a mean step."""
+    return sum(
+        chance * work.passes[point].seconds(work.clips_of_part)
+        for draw, chance in work.draws.items()
+        for point in points
+        if point in draw
+    )
 
 
 def _shares(group: Group, work: Work) -> list[int]:
@@ -117,6 +143,8 @@ def _part_s(group: Group, clips: int, work: Work) -> float:
 
 def _end(group: Group, clips: int, work: Work, sent: Sequence[float] | None) -> float:
     """When a rank has its gradients; a student's first forward pass runs while it waits for each part's logits."""
+    if not group.points:
+        return 0.0
     first = work.passes[group.points[0]].forward.seconds(clips)
     rest, now = _part_s(group, clips, work) - first, 0.0
     for part in range(work.parts):
@@ -137,9 +165,9 @@ def layouts(work: Work, ranks: int) -> list[GroupPlan]:
         if not 1 < len(sets) <= ranks:
             continue
         groups = [tuple(point for point in points if Point.parse(point).length in lengths) for lengths in sets]
-        loads = [sum(work.passes[point].seconds(work.clips_of_part) for point in group) for group in groups]
+        loads = [_expected_s(group, work) for group in groups]
         for counts in _with_neighbours(even_counts(loads, ranks)):
-            plans[consecutive_groups(zip(groups, counts, strict=True))] = None
+            plans[consecutive_groups(zip(groups, counts, strict=True), points)] = None
     units = work.clips_of_part // 2 if work.pairs else work.clips_of_part
     return [plan for plan in plans if max(len(group.ranks) for group in plan.groups) <= units]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from videoadapt.config import Config
+from videoadapt.draws import point_shares
 from videoadapt.errors import ConfigError
 from videoadapt.points import Point
 
@@ -64,9 +65,10 @@ def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPl
     if groups is None:
         plan = GroupPlan((Group(points, range(ranks)),))
     elif groups == "auto":
-        plan = _balanced(points, ranks, costs)
+        shares = point_shares(config)
+        plan = _balanced(points, ranks, {point: shares[point] * costs[point] for point in points})
     else:
-        plan = consecutive_groups([(points_of(key, points), count) for key, count in groups.items()])
+        plan = consecutive_groups([(points_of(key, points), count) for key, count in groups.items()], points)
         if plan.ranks != ranks:
             raise ConfigError(
                 f"parallel.groups: {groups} needs {plan.ranks} ranks, but this job has {ranks}; start {plan.ranks}, or "
@@ -89,24 +91,22 @@ def points_of(key: str, points: Sequence[str]) -> tuple[str, ...]:
     return tuple(point for point in points if Point.parse(point).length in lengths)
 
 
-def consecutive_groups(sized: Iterable[tuple[tuple[str, ...], int]]) -> GroupPlan:
-    """The plan of groups of points with their numbers of ranks, the teacher's group first."""
-    ordered = sorted(sized, key=lambda group: -_cost_order(group[0][0]))
+def consecutive_groups(sized: Iterable[tuple[tuple[str, ...], int]], points: Sequence[str]) -> GroupPlan:
+    """The plan of groups of points with their numbers of ranks, the teacher's group first; `points` are all of them."""
+    ordered = sorted(sized, key=lambda group: points.index(group[0][0]))
     groups, first = [], 0
-    for points, count in ordered:
-        groups.append(Group(points, range(first, first + count)))
+    for members, count in ordered:
+        groups.append(Group(members, range(first, first + count)))
         first += count
     return GroupPlan(tuple(groups))
 
 
-def _cost_order(point: str) -> float:
-    parsed = Point.parse(point)
-    return parsed.length + parsed.keep / 2  # by length, then keep: `model.points` is in this order
-
-
 def _balanced(points: Sequence[str], ranks: int, costs: Mapping[str, float]) -> GroupPlan:
-    """A group for each length, ranks given where the slowest group is; with too few ranks, cheap lengths share."""
-    lengths = list(dict.fromkeys(Point.parse(point).length for point in points))  # longest first
+    """A group for each length, ranks given where the slowest group is; with too few ranks, cheap lengths share.
+
+    All keeps of a length are in its group: the length at keep 1 teaches them.
+    """
+    lengths = list(dict.fromkeys(Point.parse(point).length for point in points))
     sets = [tuple(point for point in points if Point.parse(point).length == length) for length in lengths]
     load = {group: sum(costs[point] for point in group) for group in sets}
     while len(sets) > ranks:
@@ -114,7 +114,7 @@ def _balanced(points: Sequence[str], ranks: int, costs: Mapping[str, float]) -> 
         merged = tuple(point for point in points if point in second + last)
         load[merged] = load[second] + load[last]
         sets.append(merged)
-    return consecutive_groups(zip(sets, even_counts([load[group] for group in sets], ranks), strict=True))
+    return consecutive_groups(zip(sets, even_counts([load[group] for group in sets], ranks), strict=True), points)
 
 
 def even_counts(loads: Sequence[float], ranks: int) -> list[int]:

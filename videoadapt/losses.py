@@ -27,14 +27,27 @@ def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> 
     return tau**2 * F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
 
 
-def point_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
+def point_loss(
+    heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig, *, dropped: bool = False
+) -> Tensor:
     """The loss of each clip at one point, `(B,)`: the teacher learns the truth, a student `(1 - lam)` of it.
 
     With a distillation token the class head learns the truth and the distillation head the teacher (ReViT, Fig. 3).
+    A point that has `dropped` tokens learns, with the answer of both heads, to say what the same length says with all
+    of them (SuperViT); with `loss.dropped: ce`, the truth.
     """
+    if dropped:
+        return _dropped_loss(heads.mean(), targets, teacher, config)
     truth = cross_entropy(heads.cls, targets)
     if teacher is None:
         return truth
     learner = heads.cls if heads.dist is None else heads.dist
     learned = distillation(learner, teacher, tau=config.tau, hard=config.hard)
     return (1 - config.lam) * truth + config.lam * learned
+
+
+def _dropped_loss(answer: Tensor, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
+    if config.dropped == "ce":
+        return cross_entropy(answer, targets)
+    assert teacher is not None, "configs without one are refused"
+    return distillation(answer, teacher, tau=1.0, hard=False)

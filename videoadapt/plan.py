@@ -13,6 +13,7 @@ import torch
 from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.data.manifest import Manifest
+from videoadapt.draws import possible_draws
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.forecast import Forecast, Line, Network, Passes, Work, forecast, groups_setting, layouts
 from videoadapt.groups import make_plan, split_evenly
@@ -40,6 +41,7 @@ def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) ->
     """A step of `train.batch` clips."""
     return Work(
         passes,
+        possible_draws(config.model.points, config.train.draw),
         optimizer_s,
         gradient_bytes=_FLOAT_BYTES * parameter_count(config),
         logits_bytes=_FLOAT_BYTES * config.model.num_classes,

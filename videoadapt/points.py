@@ -42,7 +42,7 @@ class Point:
     def patches(self, depth: int, drop_blocks: Collection[int]) -> tuple[int, ...]:
         """Patch tokens of a frame that each of `depth` blocks passes on to its MLP and to the blocks after it.
 
-        Of the n that enter a dropping block (counted from 1) `min(n, ceil(keep (n + 1)))` stay (SuperViT, section 3).
+        Of the n that enter a dropping block (counted from 1) `min(n, ceil(keep (n + 1)))` stay (SuperViT).
         The keep is taken for the decimal number that it is written as: 0.55 of 100 are 55, and no rounding makes it 56.
         """
         share, count, counts = Fraction(str(self.keep)), self.length**2, []

@@ -132,13 +132,14 @@ class State:
 
     def note(self, values: dict[str, float], clock: Clock) -> str:
         """What the progress display says of a step."""
-        points = self.config.model.points
+        points = [point for point in self.config.model.points if f"top1/{point}" in values]  # the step's
         top1 = "/".join(f"{values[f'top1/{p}']:.2f}" for p in points)
+        drawn = f" at {'/'.join(points)}" if self.config.train.draw == "sampled" else ""
         rates = clock.rates()
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_share']:.0%} waiting for data, "
-            f"loss {values[f'loss/{points[0]}']:.2f}, top-1 {top1}{skipped}"
+            f"loss {values[f'loss/{points[0]}']:.2f}, top-1 {top1}{drawn}{skipped}"
         )
 
 

@@ -15,6 +15,7 @@ from videoadapt.config import Config
 from videoadapt.forecast import Line, Passes
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.optim import make_optimizer
+from videoadapt.points import Point
 from videoadapt.runtime import pick_device
 
 
@@ -55,7 +56,8 @@ class Stopwatch:
         begin = self._now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             heads = self._forward(frames, point, heads=True)
-        loss = losses.point_loss(heads, targets, teacher, self.config.loss).sum()
+        dropped = Point.parse(point).keep < 1
+        loss = losses.point_loss(heads, targets, teacher, self.config.loss, dropped=dropped).sum()
         middle = self._now()
         loss.backward()
         return middle - begin, self._now() - middle

@@ -1,12 +1,14 @@
 """Stage 1: one model at all its points. The loop is here.
 
-Each step the costliest point learns the truth, and its detached logits teach the others on the same clips; the
-gradients of all points add up and the optimizer moves once (ReViT, section 3.4).
+Each step the costliest point learns the truth, and its detached logits teach the other lengths on the same clips; each
+length, with all its tokens, teaches the points that keep a share of them. The gradients of the step's points add up and
+the optimizer moves once (ReViT, section 3.4; SuperViT).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -27,6 +29,7 @@ from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
 from videoadapt.data.transforms import mix, normalise
+from videoadapt.draws import drawn_points, teacher_of
 from videoadapt.errors import RunError
 from videoadapt.groups import Group, GroupPlan, make_plan
 from videoadapt.lease import sole_writer
@@ -46,6 +49,7 @@ from videoadapt.parallel import (
     wait_for_all,
     world_size,
 )
+from videoadapt.points import Point
 from videoadapt.preflight import preflight
 from videoadapt.runtime import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.state import Clock, State, Tally
@@ -173,10 +177,11 @@ def _saved_if_reading_fails(
 
 
 def train_step(state: State, seat: Seat, batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimizer step over the parts of a global batch. Returns loss and top-1 of each point, gradient norm, rate.
+    """One optimizer step over the parts of a global batch. Returns loss and top-1 of its points, gradient norm, rate.
 
-    Each rank backpropagates, part by part, the sum of its clips' losses over `train.batch`; the gradients of all ranks
-    add up, so that neither accumulation nor the plan changes the step (ReViT, section 3.4).
+    The points are drawn by `train.draw`; parameters that none of them uses stay as they are. Each rank backpropagates,
+    part by part, the sum of its clips' losses over `train.batch`; the gradients of all ranks add up, so that neither
+    accumulation nor the plan changes the step (ReViT, section 3.4).
     """
     config, model = state.config, state.model
     # Drop path draws from torch's stream, which so needs no saving; it depends on the plan, and nothing else does.
@@ -184,7 +189,8 @@ def train_step(state: State, seat: Seat, batches: Sequence[Batch]) -> dict[str, 
     model.train()
     model.activation_checkpointing = config.train.activation_checkpointing
     state.optimizer.zero_grad(set_to_none=True)
-    tallies = {point: Tally() for point in config.model.points}
+    drawn = drawn_points(config, state.step)
+    tallies = {point: Tally() for point in drawn}
     for part, batch in enumerate(batches):
         _backpropagate(batch, part, seat, state, tallies)
     # Of all groups that read the same videos, the teacher's counts.
@@ -221,34 +227,39 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     config, clips_of_part = state.config, state.config.train.batch // state.config.train.accumulate
     if not len(batch.labels) and world_size() == 1:
         return
+    points = tuple(point for point in seat.group.points if point in tallies)
+    costliest = config.model.points[0]
+    if not points:  # none of this rank's is drawn: it adds zeros, of the costliest point, which always is
+        points, batch = (costliest,), batch.without_clips()
     clips, targets, weights = _prepared(batch, state)
     shares = [seat.plan.groups[0].share(r, clips_of_part, pairs=config.data.mixes) for r in seat.plan.groups[0].ranks]
     places = torch.tensor([position - part * clips_of_part for position in batch.positions], dtype=torch.int64)
     if seat.exchange is not None and not seat.teaches:
         seat.exchange.start(shares)  # the logits travel while this rank's first forward pass runs
-    teacher: Tensor | None = None
-    for point in seat.group.points:  # costliest first: it teaches the others
-        final = part == config.train.accumulate - 1 and point == seat.group.points[-1]
+    known: dict[str, Tensor] = {}  # logits, by point
+    for point in points:  # costliest first, and each length before its keeps: they teach
+        final = part == config.train.accumulate - 1 and point == points[-1]
         with nullcontext() if final else gradients_apart(seat.forward):
             bf16 = config.run.precision == "bf16"
             with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
                 heads: Heads = seat.forward(clips, point, heads=True)
             learned = heads.mean().detach()
-            if teacher is None and not seat.teaches:
-                assert seat.exchange is not None
-                teacher = torch.full_like(learned, float("nan"), dtype=seat.exchange.dtype)
-                teacher[: len(places)] = seat.exchange.logits()[places.to(state.device)]
-                weights = weights * teacher.isfinite().all(-1)  # a clip that its teacher could not read teaches nothing
-                teacher = teacher.nan_to_num()
-            loss = losses.point_loss(heads, targets, teacher, config.loss)
-            if teacher is None and seat.exchange is not None:
-                own = torch.full((len(shares[rank()]), learned.shape[1]), float("nan"), device=state.device)
-                own[places - shares[rank()].start] = learned[: len(places)].to(own.dtype)
-                seat.exchange.start(shares, own)
+            if seat.exchange is not None and not known:
+                if seat.teaches:
+                    own = torch.full((len(shares[rank()]), learned.shape[1]), float("nan"), device=state.device)
+                    own[places - shares[rank()].start] = learned[: len(places)].to(own.dtype)
+                    seat.exchange.start(shares, own)
+                else:
+                    teacher = torch.full_like(learned, float("nan"), dtype=seat.exchange.dtype)
+                    teacher[: len(places)] = seat.exchange.logits()[places.to(state.device)]
+                    weights = weights * teacher.isfinite().all(-1)  # what its teacher could not read teaches nothing
+                    known[costliest] = teacher.nan_to_num()
+            taught_by = known.get(teacher_of(point, costliest) or "")
+            loss = losses.point_loss(heads, targets, taught_by, config.loss, dropped=Point.parse(point).keep < 1)
             ((loss * weights).sum() / config.train.batch).backward()
         here = slice(len(batch.labels))
         tallies[point].add(loss.detach()[here], learned.argmax(-1)[here] == batch.labels, batch.videos)
-        teacher = learned if teacher is None else teacher
+        known[point] = learned
 
 
 def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +299,12 @@ def _summary(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Cloc
         **{key: round(value, 4) for key, value in clock.rates().items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "points": {
-            point: {"loss": round(lines[f"loss/{point}"], 4), "top1": round(lines[f"top1/{point}"], 4)}
+            point: {name: _rounded(lines.get(f"{name}/{point}")) for name in ("loss", "top1")}
             for point in config.model.points
         },
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    """None for a point that was not drawn in the last epoch."""
+    return None if value is None or math.isnan(value) else round(value, 4)

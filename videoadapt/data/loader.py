@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -56,6 +56,10 @@ class Batch:
     videos: Tensor
     positions: list[int]
     failures: list[Failure]
+
+    def without_clips(self) -> Batch:
+        """The batch of a rank that has nothing to do."""
+        return replace(self, clips=self.clips[:0], labels=self.labels[:0], videos=self.videos[:0], positions=[])
 
 
 def steps_per_epoch(manifest: Manifest, config: Config) -> int:

@@ -53,7 +53,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Temporal attention at each position, spatial attention in each frame, MLP; each with norm and residual.
 
-    Between attention and MLP a block may drop tokens (SuperViT, section 3).
+    Between attention and MLP a block may drop tokens (SuperViT).
     """
 
     def __init__(self, config: ModelConfig, *, drop_path: float) -> None:
@@ -96,9 +96,7 @@ class Block(nn.Module):
         x = self.temporal_fc(self.temporal_attn(x))
         return self.drop_path(self.temporal_scale(rearrange(x, "(b n) t d -> b t n d", n=positions)))
 
-    def _attend_within_frames(
-        self, prefix: Tensor, patches: Tensor, length: int, kept: int
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_within_frames(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
         """Every frame attends with its own copy of the prefix; the copies' results are averaged over the frames."""
         count, frames = prefix.shape[1], patches.shape[1]
         x = torch.cat([repeat(prefix, "b p d -> b t p d", t=frames), patches], dim=2)  # (B, T, P + N, D)

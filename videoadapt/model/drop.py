@@ -1,4 +1,4 @@
-"""Token dropping (SuperViT, section 3): scores to positions to tokens, as functions that know nothing of the model."""
+"""Token dropping (SuperViT): scores to positions to tokens, as functions that know nothing of the model."""
 
 from __future__ import annotations
 

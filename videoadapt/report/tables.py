@@ -106,7 +106,10 @@ def print_check(result: dict[str, Any]) -> None:
 
 def print_train(summary: dict[str, Any]) -> None:
     """Training metrics of the last epoch."""
-    rows = [(point, f"{v['loss']:.3f}", percent(v["top1"])) for point, v in summary["points"].items()]
+    rows = [
+        (point, f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else (point, "not drawn", "-")
+        for point, v in summary["points"].items()
+    ]
     print_table("Last epoch, on the training clips", ("point", "loss", "top-1 %"), rows)
     say(
         f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, "
