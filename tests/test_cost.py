@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from videoadapt.assigner import Assigner, assigner_macs
-from videoadapt.config import AssignConfig, ModelConfig
+from videoadapt.config import AssignConfig, ModelConfig, load_config
 from videoadapt.cost import Cost, point_cost, point_macs
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.points import Point
+from videoadapt.report.costs import flops
 from videoadapt.report.tables import macs, percent
+
+SUPERVIT = Path(__file__).parents[1] / "configs" / "supervit_deit_s_in1k.yaml"
 
 TINY: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch": 4, "size": 32, "num_frames": 3, "num_classes": 5}
 IMAGE: dict[str, Any] = {"temporal": False, "num_frames": 1}
+KEEPS: dict[str, Any] = {"points": ("8", "8@0.7", "8@0.2", "5", "5@0.5", "3", "3@0.9"), "drop_blocks": (1, 2)}
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -51,6 +56,9 @@ def counted(config: ModelConfig, point: str, batch: int = 1) -> int:
         {"mlp_ratio": 2.7, "width": 30},
         {"num_frames": 1},
         IMAGE,
+        KEEPS,
+        KEEPS | IMAGE,
+        KEEPS | {"distill_token": True, "embed": "kernel"},
     ],
     ids=str,
 )
@@ -77,9 +85,13 @@ def test_the_parts_add_up_and_only_those_that_exist_cost_something() -> None:
     assert Cost(1, 2, 3, 4, 5).total == 15
 
 
-@given(st.sets(st.integers(1, 14), min_size=2), st.booleans(), st.sampled_from(["resize", "kernel", "stem"]))
-def test_points_are_listed_costliest_first(lengths: set[int], token: bool, embed: Any) -> None:
-    config = ModelConfig(points=tuple(map(str, lengths)), distill_token=token, embed=embed)
+@given(
+    st.sets(st.tuples(st.integers(3, 14), st.sampled_from([0.3, 0.5, 0.7, 1.0])), min_size=2),
+    st.booleans(),
+    st.sampled_from(["resize", "kernel", "stem"]),
+)
+def test_points_are_listed_costliest_first(points: set[tuple[int, float]], token: bool, embed: Any) -> None:
+    config = ModelConfig(points=tuple(str(Point(*point)) for point in points), distill_token=token, embed=embed)
     found = list(point_macs(config).values())
     assert found == sorted(found, reverse=True)
 
@@ -136,3 +148,17 @@ def test_printed_macs_are_never_in_powers_of_ten_and_nearly_right(value: float) 
 
 def test_shares_are_printed_in_per_cent() -> None:
     assert [percent(v) for v in (0.0, 0.7534, 1.0)] == ["0.0", "75.3", "100.0"]
+
+
+# SuperViT's Table 1 for DeiT-S: GMACs an image at keep 0.5, 0.7 and 1.0.
+DEIT_S = {14: (2.30, 3.01, 4.60), 12: (1.67, 2.19, 3.32), 10: (1.16, 1.51, 2.27), 8: (0.74, 0.97, 1.44)}
+
+
+def test_the_grid_of_supervit_costs_what_its_table_says(tmp_path: Path) -> None:
+    """To the printed digit: by the command, and by what torch counts on a real forward pass."""
+    config = load_config(SUPERVIT, [f"run.dir={tmp_path}"])
+    found = {row["point"]: row["macs_per_view"] for row in flops(config)["points"]}
+    table = {str(Point(n, k)): v for n, row in DEIT_S.items() for k, v in zip((0.5, 0.7, 1.0), row, strict=True)}
+    assert {point: round(value / 1e9, 2) for point, value in found.items()} == table
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert {point: counted(config.model, point) for point in table} == {point: found[point] for point in table}

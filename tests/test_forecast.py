@@ -64,11 +64,17 @@ def test_a_faster_network_never_makes_a_step_slower(work: Work, network: Network
         assert forecast(plan, work, faster).step_s <= forecast(plan, work, network).step_s + NANOSECOND
 
 
+def drawn_s(work: Work, clips: int) -> float:
+    """Seconds of a step's passes over so many clips at once, the mean over draws."""
+    draws = work.draws.items()
+    return work.parts * sum(chance * work.passes[point].seconds(clips) for draw, chance in draws for point in draw)
+
+
 @given(works(), networks, st.integers(1, 8))
 def test_what_holds_for_any_layout(work: Work, network: Network, ranks: int) -> None:
     plans = layouts(work, ranks)
     assert len(set(plans)) == len(plans)
-    alone = sum(each.seconds(work.clips_of_part) for each in work.passes.values()) * work.parts
+    alone, fixed = drawn_s(work, work.clips_of_part), drawn_s(work, 0)
     for plan in plans:
         assert plan.ranks == ranks
         assert sorted(point for group in plan.groups for point in group.points) == sorted(POINTS)
@@ -76,7 +82,6 @@ def test_what_holds_for_any_layout(work: Work, network: Network, ranks: int) -> 
         assert 0 < found.utilisation <= 1 + NANOSECOND
         assert found.communication_s >= 0
         # All passes together take at least what one rank would need, shared out evenly.
-        fixed = sum(each.seconds(0) for each in work.passes.values()) * work.parts
         assert found.passes_s >= fixed / ranks + (alone - fixed) / ranks - NANOSECOND
         apart = forecast(plan, work, replace(network, overlaps=False))
         assert found.step_s <= apart.step_s + NANOSECOND
@@ -86,7 +91,7 @@ def test_what_holds_for_any_layout(work: Work, network: Network, ranks: int) -> 
 def test_one_rank_is_the_sequential_step(work: Work, network: Network) -> None:
     (plan,) = layouts(work, 1)
     found = forecast(plan, work, network)
-    passes_s = work.parts * sum(each.seconds(work.clips_of_part) for each in work.passes.values())
+    passes_s = drawn_s(work, work.clips_of_part)
     assert found.step_s == pytest.approx(passes_s + work.optimizer_s)
     assert found.communication_s == 0
     assert found.utilisation == pytest.approx(passes_s / found.step_s)
@@ -94,7 +99,7 @@ def test_one_rank_is_the_sequential_step(work: Work, network: Network) -> None:
 
 @given(works(), st.integers(3, 8))
 def test_the_layouts_hold_that_of_auto(work: Work, ranks: int) -> None:
-    work = replace(work, clips=64, parts=1, pairs=False)
+    work = replace(work, clips=64, parts=1, pairs=False, draws=possible_draws(POINTS, "all"))
     costs = {point: each.seconds(work.clips) for point, each in work.passes.items()}
     assert make_plan(make_config({"parallel": {"groups": "auto"}}), ranks, costs) in layouts(work, ranks)
 
@@ -110,6 +115,16 @@ def test_three_equal_gpus_one_per_length_are_58_percent_utilised() -> None:
     assert together.utilisation == pytest.approx(64 / 66)  # 64 clips do not divide by 3
     seven = forecast(planned(config, 7, {"14": 4, "10": 2, "7": 1}), work, NO_NETWORK)
     assert seven.utilisation > 0.95
+
+
+def test_a_step_that_draws_takes_the_mean_over_draws() -> None:
+    work = replace(simple([10, 4, 2], [20, 8, 4]), draws=possible_draws(POINTS, "sampled"))
+    (together,) = layouts(work, 1)
+    assert forecast(together, work, NO_NETWORK).step_s == pytest.approx((42 + 36) / 2)
+    apart = make_plan(make_config({"parallel": {"groups": {"14": 1, "10": 1, "7": 1}}}), 3, {})
+    found = forecast(apart, work, NO_NETWORK)
+    assert found.step_s == pytest.approx(30)  # the group that is not drawn waits
+    assert found.utilisation == pytest.approx((42 + 36) / 2 / (3 * 30))
 
 
 def test_students_wait_for_the_teachers_logits() -> None:

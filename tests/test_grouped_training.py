@@ -92,6 +92,28 @@ def test_steps_on_several_ranks_equal_those_of_one(
 
 
 @pytest.mark.slow
+def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path) -> None:
+    """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""
+    grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
+    drawn = {"model": grid, "train": {"draw": "sampled"}}
+    [alone] = trained(data, tmp_path / "alone", 1, None, **drawn)
+    held = trained(data, tmp_path / "grouped", 4, {"8": 2, "6": 1, "4": 1}, **drawn)
+    for key, expected in alone.items():
+        tolerance = 1e-9 if key == FIVE_STEPS else TOLERANCE[key[1]]
+        for found in (rank[key] for rank in held):
+            for name, gradient in expected["gradients"].items():
+                assert (found["gradients"][name] is None) == (gradient is None), name
+                if gradient is not None:
+                    assert difference(found["gradients"][name], gradient) < tolerance, name
+            for name, parameter in expected["parameters"].items():
+                assert torch.equal(found["parameters"][name], held[0][key]["parameters"][name]), name
+                assert difference(found["parameters"][name], parameter) < tolerance, name
+            assert found["values"] == pytest.approx(expected["values"], rel=1e-5)
+    untouched = [name for name, gradient in alone[ONE_STEP[0]]["gradients"].items() if gradient is None]
+    assert untouched
+
+
+@pytest.mark.slow
 def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(data: Path, tmp_path: Path) -> None:
     """Gradients through the statistics too, and statistics that every rank knows when they are saved."""
     stem = {"model": {"embed": "stem"}}

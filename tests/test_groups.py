@@ -89,6 +89,28 @@ def test_groups_come_in_the_order_of_their_costs_whatever_the_order_in_the_confi
     assert points_of("10+7", POINTS) == ("10", "7")
 
 
+GRID = {"14": 4.6, "12": 3.3, "14@0.7": 3.0, "14@0.5": 2.3, "12@0.5": 1.7}
+
+
+def test_keeps_are_trained_where_their_length_is() -> None:
+    """Whatever they cost: 14@0.5 is cheaper than 12, which teaches nothing in the group of 14."""
+    grid = {"model": {"points": list(GRID)}}
+    expected = [("14", "14@0.7", "14@0.5"), ("12", "12@0.5")]
+    for groups in ("auto", {"12": 1, "14": 1}):
+        plan = make_plan(make_config(grid | {"parallel": {"groups": groups}}), 2, GRID)
+        assert [group.points for group in plan.groups] == expected
+    with pytest.raises(ConfigError, match=r"expected each length .*\(14, 12\) once.*all keeps of a length"):
+        make_config(grid | {"parallel": {"groups": {"14": 1, "14@0.5": 1, "12": 1}}})
+
+
+def test_auto_balances_what_is_drawn() -> None:
+    """Drawn, 14 is trained in each step, and each of the other three lengths in a third of them."""
+    costs = {"14": 4.0, "12": 3.0, "10": 2.0, "8": 1.0}
+    for draw, ranks in (("all", [2, 2, 1, 1]), ("sampled", [3, 1, 1, 1])):
+        made = make_config({"model": {"points": list(costs)}, "parallel": {"groups": "auto"}, "train": {"draw": draw}})
+        assert [len(group.ranks) for group in make_plan(made, 6, costs).groups] == ranks
+
+
 def test_groups_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.groups: .*each length of model.points \(14, 10, 7\) once"):
         config({"14": 1, "10": 1})

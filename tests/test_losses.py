@@ -104,6 +104,17 @@ def test_with_a_distillation_token_each_head_learns_from_its_own_teacher() -> No
     assert torch.allclose(on_dist, 0.3 * (dist.softmax(-1) - teacher.softmax(-1)), atol=1e-6)
 
 
+@pytest.mark.parametrize("token", [False, True])
+def test_with_dropped_tokens_the_answer_is_learnt_from_the_same_length_at_tau_1(token: bool) -> None:
+    x, teacher, targets = logits(0), logits(1), soft_targets()
+    heads = Heads(x, logits(2) if token else None)
+    found = point_loss(heads, targets, teacher, LossConfig(lam=0.3, tau=2.0), dropped=True)
+    p, q = teacher.softmax(-1), heads.mean().softmax(-1)
+    assert torch.allclose(found, (p * (p / q).log()).sum(-1), rtol=1e-4)
+    found = point_loss(heads, targets, None, LossConfig(dropped="ce"), dropped=True)
+    assert torch.equal(found, cross_entropy(heads.mean(), targets))
+
+
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig(hard=True), LossConfig(lam=0.5, tau=3.0)])
 def test_each_clip_has_its_own_value_that_no_other_clip_changes(config: LossConfig) -> None:
     x, teacher, targets = logits(0), logits(1), soft_targets()

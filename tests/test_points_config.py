@@ -121,6 +121,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("model.points", {"model": {"points": {"length": 14}}}),
     ("model.points", {"model": {"points": ["fourteen"]}}),
     ("model.points", {"model": {"points": None}}),
+    ("loss.dropped", {"model": {"points": ["14@0.7", "10"]}}),
+    ("train.draw", {"model": {"points": ["14@0.7", "10"]}, "loss": {"dropped": "ce"}, "train": {"draw": "sampled"}}),
     ("train.batch", {"train": {"batch": 64, "accumulate": 5}}),
     ("data.short_side", {"data": {"short_side": [200, 320]}}),
     ("data.short_side", {"data": {"short_side": [320, 256]}}),

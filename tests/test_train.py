@@ -20,6 +20,7 @@ from videoadapt.checkpoint import load_checkpoint, load_model, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import epoch_rows, train_batches
 from videoadapt.data.manifest import load_or_index
+from videoadapt.draws import drawn_points
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.groups import make_plan
 from videoadapt.state import State
@@ -92,6 +93,77 @@ def test_the_gradient_is_the_sum_over_points_of_the_mean_over_clips(data: Path, 
     for name, parameter in fresh.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+GRID = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1], "drop_path": 0.0}
+SAMPLED = {"draw": "sampled", "clip_grad": None, "weight_decay": 0.5}
+
+
+def test_a_sampled_step_has_supervits_objective(data: Path, tmp_path: Path) -> None:
+    """Cross-entropy for 8, ReViT's mix for another length, and KL(p_l || p_l@k) below keep 1, whatever lam and tau."""
+    loss = {"lam": 0.4, "tau": 2.0}
+    config = runs.config(data, tmp_path / "run", model=GRID, train=SAMPLED, loss=loss)
+    state, batches = first_batches(config)
+    train_step(state, alone(state), batches)
+    found = gradients(state)
+
+    torch.manual_seed(config.run.seed)
+    fresh = State.start(config, state.manifest).model.train()
+    clips, labels = (batches[0].clips.float() / 255 - 0.45) / 0.225, batches[0].labels
+
+    def divergence(teacher: Tensor, logits: Tensor, tau: float) -> Tensor:
+        wanted = (teacher.detach() / tau).softmax(-1)
+        return tau**2 * (wanted * (wanted.log() - (logits / tau).log_softmax(-1))).sum(-1).mean()
+
+    drawn = drawn_points(config, 0)
+    other = next(point for point in drawn[1:] if "@" not in point)
+    assert sorted(drawn) == sorted(["8", "8@0.5", other, f"{other}@0.5"])
+    whole = {length: fresh(clips, length) for length in ("8", other)}
+    total = torch.nn.functional.cross_entropy(whole["8"], labels)
+    total = total + 0.6 * torch.nn.functional.cross_entropy(whole[other], labels)
+    total = total + 0.4 * divergence(whole["8"], whole[other], 2.0)
+    for length, logits in whole.items():
+        total = total + divergence(logits, fresh(clips, f"{length}@0.5"), 1.0)
+    total.backward()
+    for name, parameter in fresh.named_parameters():
+        assert (parameter.grad is None) == (name not in found), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_parameters_of_lengths_that_are_not_drawn_do_not_move(data: Path, tmp_path: Path) -> None:
+    """No gradient, no decay, no momentum, though all had moved before."""
+    config = runs.config(data, tmp_path / "run", model=GRID, train=SAMPLED | {"optimizer": "sgd", "lr": 0.1})
+    state, batches = first_batches(config)
+    for state.step in range(8):
+        before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+        values = train_step(state, alone(state), batches)
+        lengths = {point.partition("@")[0] for point in drawn_points(config, state.step)}
+        assert {key.removeprefix("loss/") for key in values if key.startswith("loss/")} == set(
+            drawn_points(config, state.step)
+        )
+        for name, parameter in state.model.named_parameters():
+            own = {"8", "6", "4"} & set(name.split("."))  # the numbers of blocks are 0 and 1
+            moved = not torch.equal(parameter, before[name])
+            assert moved or state.step == 0 or own - lengths, name  # at first, attention over time does nothing
+            assert not moved or not own - lengths, name
+
+
+@pytest.mark.slow
+def test_a_sampled_run_goes_on_with_the_points_that_it_would_have_drawn(data: Path, tmp_path: Path) -> None:
+    ends = []
+    for name in ("whole", "stopped"):
+        config = runs.config(data, tmp_path / name, model=GRID, train=SAMPLED | {"keep_checkpoints": 9})
+        train(config)
+        if name == "stopped":
+            for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
+                path.unlink()
+            (config.run.dir / "checkpoints" / "last").unlink()
+            (config.run.dir / "train.json").unlink()
+            summary = train(config)
+            assert set(summary["points"]) == set(config.model.points)
+        ends.append(final_tensors(config))
+    assert_same_bits(*ends)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from videoadapt import losses
 from videoadapt.config import Config
 from videoadapt.forecast import Line, Passes
-from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.optim import make_optimizer
 from videoadapt.points import Point
 from videoadapt.runtime import pick_device
@@ -35,7 +35,7 @@ class Stopwatch:
         self.config, self.sizes, self.device = config, sizes, pick_device(config.run.device)
         self.model = TimeSformer(config.model).to(self.device).train()
         self.model.activation_checkpointing = config.train.activation_checkpointing
-        self._forward: nn.Module = torch.compile(self.model) if config.train.compile else self.model  # type: ignore[assignment]
+        self._forward = compiled(self.model) if config.train.compile else self.model
         self._optimizer = make_optimizer(self.model.named_parameters(), config.train)
 
     def measure(self) -> Round:

@@ -34,7 +34,7 @@ from videoadapt.errors import RunError
 from videoadapt.groups import Group, GroupPlan, make_plan
 from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, Metrics, say, write_json
-from videoadapt.model.timesformer import Heads, TimeSformer
+from videoadapt.model.timesformer import Heads, TimeSformer, compiled
 from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
 from videoadapt.parallel import (
@@ -71,7 +71,7 @@ class Seat:
     def take(cls, config: Config, model: TimeSformer, plan: GroupPlan) -> Seat:
         """This rank's seat in a plan; every rank must take its own."""
         synchronise(model, plan)
-        forward = spread_gradients(torch.compile(model) if config.train.compile else model)  # type: ignore[arg-type]
+        forward = spread_gradients(compiled(model) if config.train.compile else model)
         weight = model.head.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         several = len(plan.groups) > 1

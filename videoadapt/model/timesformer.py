@@ -106,6 +106,17 @@ def build_model(config: Config) -> TimeSformer:
     return TimeSformer(config.model)
 
 
+def compiled(model: TimeSformer) -> nn.Module:
+    """The model by `torch.compile`, with room for all its points.
+
+    Torch compiles a module for 8 different calls at most and runs all further ones uncompiled; here each point is one,
+    and another for batches of another size.
+    """
+    limits = torch._dynamo.config  # type: ignore[attr-defined]
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(model.points) + 8)
+    return torch.compile(model)
+
+
 def initialise(model: TimeSformer) -> None:
     """Truncated normal weights, zero biases; `temporal_fc` zero in all blocks but the first, as TimeSformer."""
     std = model.config.init_std
