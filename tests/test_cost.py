@@ -25,7 +25,7 @@ SUPERVIT = Path(__file__).parents[1] / "configs" / "supervit_deit_s_in1k.yaml"
 
 TINY: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch": 4, "size": 32, "num_frames": 3, "num_classes": 5}
 IMAGE: dict[str, Any] = {"temporal": False, "num_frames": 1}
-KEEPS: dict[str, Any] = {"points": ("8", "8@0.7", "8@0.2", "5", "5@0.5", "3", "3@0.9"), "drop_blocks": (1, 2)}
+KEEPS: dict[str, Any] = {"points": ("8", "8@0.7", "8@0.2", "5", "5@0.5", "3", "3@0.6"), "drop_blocks": (1, 2)}
 
 
 def tiny(**changes: Any) -> ModelConfig:

@@ -148,7 +148,11 @@ def test_keep_1_is_no_dropping_bit_for_bit(changes: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_a_block_that_keeps_all_computes_no_class_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    spy = lambda q, k: called.append(q.shape[2]) or class_attention(q, k)  # noqa: E731
+
+    def spy(q: Tensor, k: Tensor) -> Tensor:
+        called.append(q.shape[2])
+        return class_attention(q, k)
+
     monkeypatch.setattr("videoadapt.model.block.class_attention", spy)
     model = make()
     model(clips(model), "8")
@@ -218,6 +222,11 @@ def test_the_order_of_tokens_means_nothing_to_the_blocks() -> None:
 
 
 # In every mode of running.
+
+
+def test_the_keeps_of_a_length_have_the_tokens_of_the_length() -> None:
+    """So that they differ by dropping alone: a distillation token for the lengths that students have."""
+    assert make(distill_token=True).distilled == {"5", "5@0.5"}
 
 
 @torch.no_grad()

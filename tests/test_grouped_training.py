@@ -95,7 +95,7 @@ def test_steps_on_several_ranks_equal_those_of_one(
 def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path) -> None:
     """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""
     grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
-    drawn = {"model": grid, "train": {"draw": "sampled"}}
+    drawn: dict[str, dict] = {"model": grid, "train": {"draw": "sampled"}}
     [alone] = trained(data, tmp_path / "alone", 1, None, **drawn)
     held = trained(data, tmp_path / "grouped", 4, {"8": 2, "6": 1, "4": 1}, **drawn)
     for key, expected in alone.items():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from videoadapt.assigner import Assigner
-from videoadapt.config import AssignConfig
+from videoadapt.config import AssignConfig, ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.labels import (
     cheapest_sufficient,
@@ -27,6 +27,7 @@ from videoadapt.labels import (
 from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Random, mix_of, parse_policy
 
 POINTS = ("14", "10", "7")
+MODEL = ModelConfig(points=POINTS)
 COSTS = np.array([195.8, 98.6, 48.1])
 
 rights = st.tuples(st.integers(1, 30), st.integers(1, 4)).flatmap(lambda shape: hnp.arrays(np.bool_, shape))
@@ -283,19 +284,21 @@ def test_mix_of_is_the_share_of_each_point() -> None:
 
 def test_policies_by_name() -> None:
     assigned = Assigned(ASSIGNER, POINTS)
-    assert parse_policy("fixed:10", None, POINTS) == Fixed("10")
-    assert parse_policy("assigned", assigned, POINTS) is assigned
+    assert parse_policy("fixed:10", None, MODEL) == Fixed("10")
+    assert parse_policy("assigned", assigned, MODEL) is assigned
 
 
 @pytest.mark.parametrize("text", ["", "fixed", "fixed:8", "fixed:", "oracle", "random", "assigned:14", "Assigned"])
 def test_an_unknown_policy_lists_those_that_can_be_used(text: str) -> None:
-    with pytest.raises(UserError, match=r"expected one of fixed:14, fixed:10, fixed:7, assigned$"):
-        parse_policy(text, Assigned(ASSIGNER, POINTS), POINTS)
+    with pytest.raises(
+        UserError, match=r"expected one of fixed:14, fixed:10, fixed:7, cascade:POINTS:THRESHOLDS, assigned$"
+    ):
+        parse_policy(text, Assigned(ASSIGNER, POINTS), MODEL)
 
 
 def test_assigned_without_an_assigner_says_how_to_get_one() -> None:
     with pytest.raises(UserError, match="videoadapt assign CONFIG"):
-        parse_policy("assigned", None, POINTS)
+        parse_policy("assigned", None, MODEL)
 
 
 def test_only_the_assigned_policy_pays_for_an_assigner() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from videoadapt.model.weights import load_weights as load_weights
     from videoadapt.points import Point as Point
     from videoadapt.policy import Assigned as Assigned
+    from videoadapt.policy import Cascade as Cascade
     from videoadapt.policy import Fixed as Fixed
     from videoadapt.policy import Oracle as Oracle
     from videoadapt.policy import Random as Random
@@ -46,6 +47,7 @@ _HOME = {
     "load_assigner": "checkpoint",
     "open_video": "data.readers",
     "Assigned": "policy",
+    "Cascade": "policy",
     "Fixed": "policy",
     "Oracle": "policy",
     "Random": "policy",

@@ -236,7 +236,8 @@ VideosAndOverrides = Annotated[
     list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
 ]
 PolicyName = Annotated[
-    str | None, typer.Option(help="assigned or fixed:POINT [default: assigned if there is an assigner]")
+    str | None,
+    typer.Option(help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS [default: assigned if there is an assigner]"),
 ]
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
 

@@ -261,6 +261,7 @@ class EvaluateConfig(Section):
     failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
     speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
     speed_repeats: Count = 3
+    cascade: tuple[str, ...] = ()  # early exits, such as 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md)
 
 
 class ParallelConfig(Section):

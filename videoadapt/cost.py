@@ -30,6 +30,8 @@ class _Architecture(Protocol):
     @property
     def points(self) -> tuple[str, ...]: ...
     @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
     def drop_blocks(self) -> Collection[int]: ...
     @property
     def temporal(self) -> bool: ...
@@ -60,7 +62,7 @@ def point_cost(config: _Architecture, point: str | Point) -> Cost:
     """The cost of one view (one crop of one clip) at a point, of any batch divided by its size."""
     parsed = Point.parse(point)
     width, frames = config.width, config.num_frames
-    prefix = 2 if config.distill_token and str(point) != config.points[0] else 1
+    prefix = 2 if config.distill_token and parsed.length < config.lengths[0] else 1
     left = parsed.patches(config.depth, config.drop_blocks)
     entered = (parsed.length**2, *left[:-1])
     spatial = sum(_attention(width, prefix + patches) for patches in entered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, say, write_json
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
-from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of
+from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.report.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.routing import route
 from videoadapt.runtime import peak_memory_bytes
@@ -35,7 +36,7 @@ FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tol
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Evaluates the fixed, assigned, random and oracle policies on the val split.
+    """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Every listed video counts (`evaluate.failed`: as wrong, or left out). Writes `evaluate/` tables per view, clip and
     video (Parquet) and per class (CSV), and `evaluate/evaluate.json`, which is returned. The ranks of a job share the
@@ -47,11 +48,13 @@ def evaluate(config: Config) -> dict[str, Any]:
         manifest = first_rank_first(lambda: load_or_index(config))
         model = inference_model(config)
         assigned = _assigned(config, model)
+        cascades = [parse_cascade(text, config.model, config.run.dir) for text in config.evaluate.cascade]
         scores = _score(model, manifest, assigned, config)
         if scores is None:
             return {"shard": config.parallel.shard}
         if rank() == 0:
-            summary = _summary(model, manifest, scores, assigned, config=config)
+            policies = _policies(model.config.points, scores, assigned, cascades, config)
+            summary = _summary(model, manifest, scores, policies, config=config)
             write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
         wait_for_all()
     written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -81,11 +84,11 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
 
 
 def _summary(
-    model: TimeSformer, manifest: Manifest, scores: Scores, assigned: Assigned | None, *, config: Config
+    model: TimeSformer, manifest: Manifest, scores: Scores, policies: list[Policy], *, config: Config
 ) -> dict[str, Any]:
     points = model.config.points
     population = _population(manifest, scores)
-    outcomes = outcomes_of(scores, _policies(points, scores, assigned, config), config)
+    outcomes = outcomes_of(scores, policies, config)
     speeds = _speeds(model, manifest, scores, outcomes, config)
     # A summary stands beside the tables that it was made with, or there is none.
     (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
@@ -103,7 +106,7 @@ def _summary(
         "spatial_crops": config.evaluate.spatial_crops,
         "views_per_video": config.evaluate.temporal_views * config.evaluate.spatial_crops,
         "macs_per_view": point_macs(config.model),
-        "assigner_macs": assigner_macs(config.assign, len(points)) if assigned else None,
+        "assigner_macs": assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
         "policies": policy_rows(outcomes, population, speeds, config),
         "hardest_classes": _hardest(classes),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -153,12 +156,14 @@ def _population(manifest: Manifest, scores: Scores) -> Population:
     )
 
 
-def _policies(points: tuple[str, ...], scores: Scores, assigned: Assigned | None, config: Config) -> list[Policy]:
+def _policies(
+    points: tuple[str, ...], scores: Scores, assigned: Assigned | None, cascades: Sequence[Policy], config: Config
+) -> list[Policy]:
     policies: list[Policy] = [Fixed(point) for point in points]
     if assigned is not None:
         choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
         policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed)]
-    return [*policies, Oracle()]
+    return [*policies, *cascades, Oracle()]
 
 
 def _speeds(

@@ -7,7 +7,7 @@ model again. Points are numbered as in `model.points`: 0 is the costliest, the l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,30 @@ def softmax(logits: Floats) -> Floats:
     return shifted / shifted.sum(-1, keepdims=True)
 
 
+Measure = Literal["probability", "margin", "entropy"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+def confidence(probabilities: Floats, measure: Measure) -> Floats:
+    """How sure an answer is, 0 to 1, from the probabilities of 2 or more classes, `(..., classes)` to `(...)`.
+
+    The best class's probability; its margin over the second; or 1 - entropy / log(classes).
+    """
+    if measure == "probability":
+        return probabilities.max(-1)
+    if measure == "margin":
+        return np.diff(np.partition(probabilities, -2)[..., -2:])[..., 0]
+    surprise = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    return 1 + (probabilities * surprise).sum(-1) / np.log(probabilities.shape[-1])
+
+
 def outcome_table(
     videos: Sequence[str], clips: npt.NDArray[np.int64], truth: Choice, probabilities: Floats, points: Sequence[str]
 ) -> pd.DataFrame:
     """One row per clip and point, from probabilities `(clips, points, classes)` that are means over a clip's crops.
 
     `p_true` is the probability of the truth, `margin` how far it lies above the best other class (below: negative).
+    `confidence_*` are the measures of `confidence`, which do not know the truth.
     """
     count = len(truth)
     prediction = probabilities.argmax(-1)  # (clips, points)
@@ -51,6 +69,7 @@ def outcome_table(
             "right": (prediction == truth[:, None]).ravel(),
             "p_true": p_true.ravel(),
             "margin": (p_true - others.max(-1)).ravel(),
+            **{f"confidence_{measure}": confidence(probabilities, measure).ravel() for measure in MEASURES},
         }
     )
 
@@ -67,6 +86,16 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
     wanted = predictions[points[0]] if source == "teacher" else table.groupby(["video", "clip"])["truth"].first()
     right = predictions[list(points)].to_numpy() == wanted.loc[predictions.index].to_numpy()[:, None]
     return predictions.index.to_frame(index=False), right
+
+
+def confidence_matrix(table: pd.DataFrame, points: Sequence[str], measure: Measure) -> Floats:
+    """How sure the model is of each clip of a table at some points, `(clips, points)`."""
+    column = f"confidence_{measure}"
+    missing = set(points) - set(table["point"]) if column in table else set(points)
+    if missing:
+        raise UserError(f"label table: has no confidences at {', '.join(sorted(missing))}; run `label` again")
+    matrix: Floats = table.pivot(index=["video", "clip"], columns="point", values=column)[list(points)].to_numpy()
+    return matrix
 
 
 def choose_labels(right: Bools, none_right: Literal["longest", "cheapest", "exclude"]) -> Choice:

@@ -5,17 +5,32 @@ Points are numbered as in `model.points`: 0 is the costliest, the last the cheap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
+import pandas as pd
 
 from videoadapt.assigner import Assigner
 from videoadapt.checkpoint import load_assigner
+from videoadapt.config import ModelConfig
+from videoadapt.cost import point_macs
 from videoadapt.errors import UserError
-from videoadapt.labels import Bools, Choice, Floats, cheapest_sufficient, last_true
+from videoadapt.labels import (
+    MEASURES,
+    Bools,
+    Choice,
+    Floats,
+    Measure,
+    cheapest_sufficient,
+    confidence_matrix,
+    last_true,
+)
+from videoadapt.points import Point
 
 
 @dataclass(frozen=True)
@@ -23,13 +38,15 @@ class Evidence:
     """What a policy may look at: for `clips` clips and `points` points, each array `(clips, points)` or absent.
 
     `assigned` are the assigner's probabilities that a point is the clip's label; `right` says whether the model is
-    right on the clip at a point, which only the oracle may know.
+    right on the clip at a point, which only the oracle may know. `confidence`, by measure, is how sure the model is at
+    a point; a cascade looks at those that it has run.
     """
 
     clips: int
     points: tuple[str, ...]
     assigned: Floats | None = None
     right: Bools | None = None
+    confidence: Mapping[Measure, Floats] | None = None
 
 
 class Policy(Protocol):
@@ -93,6 +110,97 @@ class Assigned:
 
 
 @dataclass(frozen=True)
+class Cascade:
+    """Early exit: the points of a chain run one after the other, until an answer is sure enough (SuperViT, Fig. 2).
+
+    An answer whose confidence is at least its point's threshold stays; the last point needs none. A clip pays for all
+    the points that it ran (`end_costs`).
+    """
+
+    chain: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    measure: Measure = "probability"
+    assigner = None
+
+    @property
+    def name(self) -> str:
+        """`cascade:8@0.5,14@0.7:0.6`, and the measure if it is another one."""
+        shown = "" if self.measure == "probability" else f":{self.measure}"
+        return f"cascade:{','.join(self.chain)}:{','.join(f'{t:.4g}' for t in self.thresholds)}{shown}"
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """The point where each clip ends."""
+        assert evidence.confidence is not None, "whoever gathers the evidence knows the model's answers"
+        numbers = np.array([evidence.points.index(point) for point in self.chain])
+        sure = evidence.confidence[self.measure][:, numbers[:-1]] >= np.array(self.thresholds)
+        ends = np.column_stack([sure, np.ones(evidence.clips, dtype=bool)]).argmax(1)
+        return numbers[ends]
+
+
+def end_costs(policy: Policy, points: Sequence[str], costs: Floats) -> Floats:
+    """What a clip costs whose answer is that of each point, `(points,)`: a cascade has paid for those before, too."""
+    paid = costs.copy()
+    if isinstance(policy, Cascade):
+        numbers = [list(points).index(point) for point in policy.chain]
+        paid[numbers] = np.cumsum(costs[numbers])
+    return paid
+
+
+def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float:
+    """The highest threshold, one for the whole chain, at which clips cost `mean_cost` or less on average.
+
+    `confidences` are `(clips, points)` and `costs` `(points,)` along the chain; the truth is not needed. A threshold of
+    2 is never reached: every clip runs the whole chain. Raises `UserError` where the first point alone costs more.
+    """
+
+    def cost(threshold: float) -> float:
+        goes_on = np.cumprod(confidences[:, :-1] < threshold, axis=1)  # whether a clip runs each further point
+        return float(costs[0] + (goes_on @ costs[1:]).mean())
+
+    if costs[0] > mean_cost:
+        raise UserError(f"cascade: its first point alone costs {costs[0]:.3g}, which is more than {mean_cost:g}")
+    candidates = np.unique(np.append(confidences[:, :-1], [0.0, 2.0]))
+    return float(candidates[bisect_right(candidates, mean_cost, key=cost) - 1])
+
+
+def parse_cascade(text: str, model: ModelConfig, run: Path | None) -> Cascade:
+    """A cascade from `POINTS:THRESHOLDS[:MEASURE]`, such as `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4:margin`.
+
+    A single threshold serves all points. With `cost=SHARE` it is fitted on the label table of the folder `run`, such
+    that a clip costs on average this share of the costliest point. Raises `UserError`.
+    """
+    listed, _, rest = text.partition(":")
+    wanted, _, measure = rest.partition(":")
+    chain = tuple(str(Point.parse(point)) for point in listed.split(","))
+    unknown = [point for point in chain if point not in model.points]
+    given = re.fullmatch(r"cost=(\d*\.?\d+)|(\d*\.?\d+(?:,\d*\.?\d+)*)", wanted)
+    if unknown or given is None or len(set(chain)) < max(2, len(chain)) or (measure or "probability") not in MEASURES:
+        raise UserError(
+            f"cascade {text!r}: expected POINT,POINT,...:THRESHOLDS[:MEASURE] with points of this model "
+            f"({', '.join(model.points)}), thresholds such as 0.6 or cost=0.4, and a measure of {', '.join(MEASURES)}"
+        )
+    kind = cast(Measure, measure or "probability")
+    if given[1]:
+        thresholds = [_fitted(chain, kind, float(given[1]), model, run)]
+    else:
+        thresholds = [float(value) for value in given[2].split(",")]
+    if len(thresholds) not in (1, len(chain) - 1):
+        raise UserError(f"cascade {text!r}: expected 1 threshold or {len(chain) - 1}, got {len(thresholds)}")
+    return Cascade(chain, tuple(thresholds * (len(chain) - 1 if len(thresholds) == 1 else 1)), kind)
+
+
+def _fitted(chain: tuple[str, ...], measure: Measure, share: float, model: ModelConfig, run: Path | None) -> float:
+    path = (run or Path()) / "labels" / "outcomes.parquet"
+    if run is None or not path.exists():
+        raise UserError(
+            f"cascade: cost={share:g} is fitted on a label table, and {path} is not there; run `label` first"
+        )
+    macs = point_macs(model)
+    costs = np.array([macs[point] / macs[model.points[0]] for point in chain])
+    return fit_threshold(confidence_matrix(pd.read_parquet(path), chain, measure), costs, share)
+
+
+@dataclass(frozen=True)
 class Random:
     """Points drawn without looking: exactly the given mix (share of each point, costliest first), in random order."""
 
@@ -127,13 +235,15 @@ def mix_of(choice: Choice, points: int) -> tuple[float, ...]:
     return tuple(np.bincount(choice, minlength=points) / max(len(choice), 1))
 
 
-def parse_policy(text: str, assigned: Assigned | None, points: Sequence[str]) -> Policy:
-    """`assigned` or `fixed:POINT`, the policies that can be used on clips without truth."""
+def parse_policy(text: str, assigned: Assigned | None, model: ModelConfig, run: Path | None = None) -> Policy:
+    """`assigned`, `fixed:POINT` or `cascade:...` (see `parse_cascade`): the policies for clips without truth."""
     kind, _, point = text.partition(":")
-    if kind == "fixed" and point in points:
+    if kind == "fixed" and point in model.points:
         return Fixed(point)
+    if kind == "cascade":
+        return parse_cascade(point, model, run)
     if kind == "assigned" and not point and assigned is not None:
         return assigned
-    known = [*(f"fixed:{p}" for p in points), *(["assigned"] if assigned else [])]
+    known = [*(f"fixed:{p}" for p in model.points), "cascade:POINTS:THRESHOLDS", *(["assigned"] if assigned else [])]
     hint = "" if assigned else " (assigned needs an assigner: `videoadapt assign CONFIG`)"
     raise UserError(f"policy {text!r}: expected one of {', '.join(known)}{hint}")

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from videoadapt.assigner import assigner_macs
 from videoadapt.checkpoint import assigner_checkpoints
 from videoadapt.config import AssignConfig, Config, DataConfig, EvaluateConfig
@@ -17,7 +19,7 @@ from videoadapt.errors import UserError, VideoError
 from videoadapt.labels import softmax
 from videoadapt.log import print_table, write_json
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.policy import Assigned, Fixed, Policy, parse_policy
+from videoadapt.policy import Assigned, Fixed, Policy, end_costs, parse_policy
 from videoadapt.report.tables import macs
 from videoadapt.routing import route
 from videoadapt.scoring import inference_model
@@ -47,12 +49,12 @@ def predict(
 ) -> list[Prediction]:
     """Classes of videos of any length, one prediction per path, in order.
 
-    `policy` is `"fixed:14"`, a policy such as `Assigned.load("runs/demo")`, or none for the costliest point. Every clip
-    gets one point, shared by its crops; probabilities are the mean over all views. Raises `VideoError` for a file that
-    cannot be read.
+    `policy` is `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), a policy such as
+    `Assigned.load("runs/demo")`, or none for the costliest point. Every clip gets its point, shared by its crops;
+    probabilities are the mean over all views. Raises `VideoError` for a file that cannot be read.
     """
     points = model.config.points
-    chosen = parse_policy(policy, None, points) if isinstance(policy, str) else policy or Fixed(points[0])
+    chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy or Fixed(points[0])
     assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
     views = EvaluateConfig(temporal_views=temporal_views, spatial_crops=spatial_crops, batch=batch)
     config = Config(model=model.config, assign=assign, evaluate=views, data=DataConfig(reader=reader))
@@ -73,8 +75,8 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
     best = (-probabilities).argsort(kind="stable")[:top]
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
     points = tuple(config.model.points[i] for i in routed.choice)
-    costs = point_macs(config.model)
-    total = sum(costs[point] * crops for point in points)
+    costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)
+    total = int(end_costs(policy, config.model.points, costs)[routed.choice].sum()) * crops
     if policy.assigner is not None:
         total += len(points) * assigner_macs(config.assign, len(config.model.points))
     return Prediction(
@@ -95,7 +97,7 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
         assigned = Assigned.load(config.run.dir)
         assigned.assigner.to(model.head.weight.device)
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
-    chosen = parse_policy(text, assigned, model.config.points)
+    chosen = parse_policy(text, assigned, model.config, config.run.dir)
     views, crops, batch = config.evaluate.temporal_views, config.evaluate.spatial_crops, config.evaluate.batch
     done, failed = [], []
     for path in paths:

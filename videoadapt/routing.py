@@ -10,9 +10,9 @@ from torch import Tensor
 
 from videoadapt.assigner import Assigner
 from videoadapt.data.transforms import normalise
-from videoadapt.labels import Bools, Choice, Floats
+from videoadapt.labels import Bools, Choice, Floats, confidence, softmax
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.policy import Evidence, Policy
+from videoadapt.policy import Cascade, Evidence, Policy
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ def route(
     thumbnails: Tensor | None = None,
     right: Bools | None = None,
 ) -> Routed:
-    """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses.
+    """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses, or along its chain.
 
     `batch` views run at a time; the results are those of running each clip alone. `thumbnails` are for a policy with
     an assigner, `right` for the oracle.
     """
+    if isinstance(policy, Cascade):
+        return _run_chain(model, views, policy, batch=batch)
     assigned = None
     if policy.assigner is not None:
         if thumbnails is None:
@@ -64,6 +66,25 @@ def route(
     for number, point in enumerate(model.config.points):
         here = np.flatnonzero(choice == number)
         if len(here):
-            out = view_logits(model, views[torch.from_numpy(here)].flatten(0, 1), point, batch=batch)
-            logits[here] = out.unflatten(0, (len(here), crops)).numpy()
+            logits[here] = _run(model, views, here, point, batch=batch)
+    return Routed(choice, logits)
+
+
+def _run(model: TimeSformer, views: Tensor, clips: Choice, point: str, *, batch: int) -> Floats:
+    """The logits of some of the clips, `(clips, crops, classes)`."""
+    out = view_logits(model, views[torch.from_numpy(clips)].flatten(0, 1), point, batch=batch)
+    logits: Floats = out.unflatten(0, (len(clips), views.shape[1])).numpy()
+    return logits
+
+
+def _run_chain(model: TimeSformer, views: Tensor, policy: Cascade, *, batch: int) -> Routed:
+    """Each point of the chain in full batches of the clips that none before was sure of."""
+    choice = np.empty(len(views), np.int64)
+    logits = np.empty((*views.shape[:2], model.config.num_classes), np.float32)
+    left = np.arange(len(views))
+    for point, threshold in zip(policy.chain, (*policy.thresholds, 0.0), strict=True):  # the last is always sure
+        if len(left):
+            logits[left] = _run(model, views, left, point, batch=batch)
+            choice[left] = model.config.points.index(point)
+            left = left[confidence(softmax(logits[left]).mean(1), policy.measure) < threshold]
     return Routed(choice, logits)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.probe import reason
 from videoadapt.errors import RunError
-from videoadapt.labels import Bools, Floats, softmax
+from videoadapt.labels import MEASURES, Bools, Floats, Measure, confidence, softmax
 from videoadapt.log import Bar, replacing, say
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.parallel import any_rank, rank, world_size
@@ -70,7 +70,8 @@ class Scored:
 class Scores:
     """Scores of the n clips of a split, in the order of the manifest's rows; the logits stay on the disk.
 
-    `right` says whether the model is right on each clip at each point, by the mean over its crops, `(n, points)`.
+    `right` says whether the model is right on each clip at each point, by the mean over its crops, `(n, points)`, and
+    `confidence`, by measure, how sure it is.
     `assigned` are the assigner's probabilities `(n, points)`, absent without one. `failures` are the videos that could
     not be read. `model` is a digest of the weights that made the scores.
     """
@@ -80,6 +81,7 @@ class Scores:
     starts_s: Floats
     truth: Ints
     right: Bools
+    confidence: Mapping[Measure, Floats]
     assigned: Floats | None
     failures: list[Failure]
     model: str
@@ -255,7 +257,9 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         part = _read(_there(file))
         failures += _failures(part)
         if "rows" in part:
-            part["right"] = _scored(part).probabilities().argmax(-1) == part["truth"][:, None]
+            probabilities = _scored(part).probabilities()
+            part["right"] = probabilities.argmax(-1) == part["truth"][:, None]
+            part |= {measure: confidence(probabilities, measure) for measure in MEASURES}
             for key in part.keys() - {"logits", "failures"}:
                 small.setdefault(key, []).append(part[key])
 
@@ -268,6 +272,7 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         starts_s=joined("starts_s"),
         truth=joined("truth"),
         right=joined("right"),
+        confidence={measure: joined(measure) for measure in MEASURES},
         assigned=joined("assigned") if "assigned" in small else None,
         failures=failures,
         model=weights,

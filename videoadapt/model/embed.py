@@ -96,9 +96,9 @@ class PositionEmbed(nn.Module):
         self.cls = nn.ParameterDict({key: nn.Parameter(torch.zeros(1, config.width)) for key in lengths})
         self.grid = nn.ParameterDict({k: nn.Parameter(torch.zeros(v * v, config.width)) for k, v in lengths.items()})
         self.dist = nn.ParameterDict()
-        if config.distill_token:  # the costliest point has no such token
-            students = {str(p).partition("@")[0] for p in config.points[1:]}
-            keys = [SHARED] if self.shared and students else sorted(students)
+        if config.distill_token:  # the longest length has no such token
+            students = sorted(map(str, config.lengths[1:]))
+            keys = [SHARED] if self.shared and students else students
             self.dist = nn.ParameterDict({key: nn.Parameter(torch.zeros(1, config.width)) for key in keys})
 
     def forward(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:

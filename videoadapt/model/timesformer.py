@@ -55,7 +55,8 @@ class TimeSformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in drops)
         self.norm = LengthNorm(config.width, config.lengths, eps=config.norm_eps, shared=config.share_norm)
         self.head = nn.Linear(config.width, config.num_classes)
-        self.distilled = frozenset(config.points[1:]) if config.distill_token else frozenset()
+        students = {p for p, point in self.points.items() if point.length < config.lengths[0]}
+        self.distilled = frozenset(students if config.distill_token else ())
         if self.distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, config.width))
             self.head_dist = nn.Linear(config.width, config.num_classes)
@@ -112,9 +113,9 @@ def compiled(model: TimeSformer) -> nn.Module:
     Torch compiles a module for 8 different calls at most and runs all further ones uncompiled; here each point is one,
     and another for batches of another size.
     """
-    limits = torch._dynamo.config  # type: ignore[attr-defined]
+    limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(model.points) + 8)
-    return torch.compile(model)
+    return torch.compile(model)  # type: ignore[return-value]
 
 
 def initialise(model: TimeSformer) -> None:

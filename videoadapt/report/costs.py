@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from videoadapt.config import Config
 from videoadapt.cost import point_cost, point_macs
 from videoadapt.data.manifest import Manifest
 from videoadapt.log import print_table, say, write_json
-from videoadapt.report.figures import draw_clip_costs
+from videoadapt.report.figures import draw_accuracy_cost, draw_clip_costs
 from videoadapt.report.tables import macs, percent, write_csv
 
 
@@ -22,7 +23,8 @@ def flops(config: Config) -> dict[str, Any]:
     """MACs per part, view and video of every point, from the architecture alone.
 
     Where the run has been evaluated, also the clip-level report under `report/`: the cost of each clip and video with
-    its point, their distribution, and the mix of points, overall and per class.
+    its point, their distribution, and the mix of points, overall and per class; and every policy's cost and accuracy,
+    with those on the Pareto front marked.
     """
     views = config.evaluate.temporal_views * config.evaluate.spatial_crops
     points = []
@@ -35,18 +37,30 @@ def flops(config: Config) -> dict[str, Any]:
         "views_per_video": views,
         "assigner_macs": assigner_macs(config.assign, len(points)) if several else None,
     }
-    if (config.run.dir / "evaluate" / "clips.parquet").exists():
+    evaluated = config.run.dir / "evaluate" / "evaluate.json"
+    if evaluated.exists():
         summary["clips"] = clip_report(config)
+        policies = json.loads(evaluated.read_text(encoding="utf-8"))["policies"]
+        summary["policies"] = [_policy_row(name, row) for name, row in policies.items()]
+        draw_accuracy_cost(config.run.dir / "report" / "accuracy_cost.png", policies)
     write_json(config.run.dir / "report" / "flops.json", summary)
     return summary
 
 
+def _policy_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {"policy": name, **{key: row[key] for key in ("macs_per_clip", "macs_per_video", "top1", "pareto")}}
+
+
 def clip_report(config: Config) -> dict[str, Any]:
-    """The clip-level report of the assigned policy (without an assigner: of the costliest point); writes its files."""
+    """The clip-level report of the assigned policy, else of the first cascade, else of the costliest point.
+
+    Writes its files.
+    """
     source, folder = config.run.dir / "evaluate", config.run.dir / "report"
     clips, videos = pd.read_parquet(source / "clips.parquet"), pd.read_parquet(source / "videos.parquet")
-    policies = clips["policy"].unique()
-    policy = "assigned" if "assigned" in policies else policies[0]
+    policies = clips["policy"].unique().tolist()
+    adaptive = [name for name in policies if name == "assigned" or name.startswith("cascade:")]
+    policy = (adaptive or policies)[0]
     clips = clips[clips["policy"] == policy].drop(columns="policy")
     videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
     names = Manifest.load(config.run.dir / "manifest.parquet").classes
@@ -99,6 +113,11 @@ def print_flops(summary: dict[str, Any]) -> None:
         )
     if "clips" in summary:
         _print_clips(summary["clips"])
+        rows = [
+            (p["policy"], macs(p["macs_per_clip"]), macs(p["macs_per_video"]), percent(p["top1"]), "*" * p["pareto"])
+            for p in sorted(summary["policies"], key=lambda p: -p["macs_per_clip"])
+        ]
+        print_table("Policies, costliest first", ("policy", "MACs/clip", "MACs/video", "top-1 %", "Pareto front"), rows)
 
 
 def _print_clips(report: dict[str, Any]) -> None:

@@ -46,20 +46,20 @@ def draw_clip_costs(
 
 
 def draw_accuracy_cost(path: Path, policies: Mapping[str, Mapping[str, Any]]) -> None:
-    """Top-1 with its 95 % interval against mean MACs of a clip, one mark per policy; the fixed points joined."""
-    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    fixed = [p for name, p in policies.items() if name.startswith("fixed:")]
-    axes.plot([p["macs_per_clip"] for p in fixed], [100 * p["top1"] for p in fixed], color="0.7", zorder=1)
+    """Top-1 with its 95 % interval against mean MACs of a clip, one mark per policy; the Pareto front joined."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    front = sorted((p["macs_per_clip"], 100 * p["top1"]) for p in policies.values() if p["pareto"])
+    axes.plot(*zip(*front, strict=True), color="0.7", zorder=1, label="Pareto front")
     for name, p in policies.items():
         below, above = 100 * (p["top1"] - p["top1_low"]), 100 * (p["top1_high"] - p["top1"])
-        marker = {"assigned": "*", "random": "x", "oracle": "^"}.get(name, "o")
+        marker = {"assigned": "*", "random": "x", "oracle": "^", "cascade": "s"}.get(name.partition(":")[0], "o")
         x, y = p["macs_per_clip"], 100 * p["top1"]
         axes.errorbar(
             x, y, [[below], [above]], fmt=marker, markersize=12 if marker == "*" else 7, capsize=3, label=name
         )
     axes.set(xlabel="mean MACs of a clip (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     axes.grid(alpha=0.3)
     _save(figure, path)
 

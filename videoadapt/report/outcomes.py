@@ -17,7 +17,7 @@ from videoadapt.cost import point_macs
 from videoadapt.intervals import class_means, mean_class_interval, paired_difference, wilson
 from videoadapt.labels import Bools, Choice, Floats, softmax
 from videoadapt.log import replacing
-from videoadapt.policy import Evidence, Policy, mix_of
+from videoadapt.policy import Evidence, Policy, end_costs, mix_of
 from videoadapt.report.tables import write_csv, write_parquet
 from videoadapt.scoring import Scored, Scores
 
@@ -51,13 +51,13 @@ class Outcome:
     choice: Choice  # (clips,)
     best: Choice
     p_best: Floats
-    macs: Floats  # (clips,), all crops, the assigner included
+    macs: Floats  # (clips,), all crops, the assigner and all points that were run included
 
 
 def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> list[Outcome]:
     """What each policy does with the scored clips."""
     points = config.model.points
-    evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right)
+    evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right, scores.confidence)
     choices = [policy.choose(evidence) for policy in policies]
     best: list[list[tuple[Choice, Floats]]] = [[] for _ in policies]
     first = 0
@@ -72,7 +72,8 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
     for policy, choice, found in zip(policies, choices, best, strict=True):
         paid = assigner_macs(config.assign, len(points)) if policy.assigner else 0
         classes, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        outcomes.append(Outcome(policy, choice, classes, shares, costs[choice] + paid))
+        macs = end_costs(policy, points, costs)[choice] + paid
+        outcomes.append(Outcome(policy, choice, classes, shares, macs))
     return outcomes
 
 
@@ -100,12 +101,25 @@ def policy_rows(
         row["mix"] = dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True))
         row["clips_per_s"] = speeds.get(outcome.policy.name)
         rows[outcome.policy.name] = row
+    known = {name: row for name, row in rows.items() if name != "oracle"}  # which looks at the truth
+    front = pareto_front([row["macs_per_video"] for row in known.values()], [row["top1"] for row in known.values()])
+    for name, row in rows.items():
+        row["pareto"] = bool(front[list(known).index(name)]) if name in known else False
     by_name = {outcome.policy.name: outcome for outcome in outcomes}
     if "random" in rows:
         rows["assigned"]["difference_to_random"] = _difference(
             by_name["assigned"], by_name["random"], population, counted
         )
     return rows
+
+
+def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
+    """Which policies no other one beats: none is cheaper and as accurate, or more accurate and no costlier."""
+    pairs = list(zip(costs, accuracies, strict=True))
+    return [
+        not any((c <= cost and a > accuracy) or (c < cost and a >= accuracy) for c, a in pairs)
+        for cost, accuracy in pairs
+    ]
 
 
 def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> dict[str, float | None]:

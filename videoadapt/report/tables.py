@@ -162,7 +162,7 @@ def print_evaluate(summary: dict[str, Any]) -> None:
         speed = "-" if p["clips_per_s"] is None else f"{p['clips_per_s']:.1f}"
         rows.append(
             (
-                name,
+                f"{name} *" if p["pareto"] else name,
                 f"{percent(p['top1'])} ({percent(p['top1_low'])} to {percent(p['top1_high'])})",
                 *((percent(p[other]),) if summary["failed"] else ()),
                 f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
@@ -192,6 +192,7 @@ def print_evaluate(summary: dict[str, Any]) -> None:
     )
     print_table(title, columns, rows)
     counts = "as wrong" if wrong else "not at all (evaluate.failed: exclude)"
+    say("* on the Pareto front of top-1 and MACs: none but the oracle is better and not costlier, or as good for less")
     say(f"manifest {summary['manifest']}; {len(summary['failed'])} videos failed, and count {counts}")
     for failure in summary["failed"][:SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
