@@ -279,6 +279,32 @@ def bench_data(words: SettingsAndVideos = None, as_json: Json = False) -> None:
     _show(run(settings, videos), as_json, print_bench_data)
 
 
+@bench.command("points")
+def bench_points(
+    config: ConfigFile,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="rounds=15, batches=[1,8] ...; section.key=value of the config.",
+            show_default=False,
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measured speed of every point beside what its MACs promise."""
+    from videoadapt.bench.points import bench_points as run
+    from videoadapt.bench.points import print_bench_points
+
+    settings, overrides = _settings_and_overrides(words)
+    _show(run(_load(config, overrides), settings), as_json, print_bench_points)
+
+
+def _settings_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
+    settings = [word for word in words or [] if _SETTING.fullmatch(word)]
+    return settings, [word for word in words or [] if word not in settings]
+
+
 @bench.command("train")
 def bench_train(
     config: ConfigFile,
@@ -296,6 +322,5 @@ def bench_train(
     from videoadapt.bench.train import bench_train as run
     from videoadapt.bench.train_tables import print_bench_train
 
-    settings = [word for word in words or [] if _SETTING.fullmatch(word)]
-    overrides = [word for word in words or [] if word not in settings]
+    settings, overrides = _settings_and_overrides(words)
     _show(run(_load(config, overrides), settings), as_json, print_bench_train)

@@ -1,8 +1,10 @@
-"""95 % intervals of accuracies and of the difference between two policies."""
+"""95 % intervals of accuracies, of the difference between two policies, and of medians."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -66,3 +68,16 @@ def mcnemar(a_only: int, b_only: int) -> float:
     total = a_only + b_only
     tail = sum(math.comb(total, count) for count in range(min(a_only, b_only) + 1))
     return min(1.0, float(Fraction(2 * tail, 2**total)))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median and its interval from order statistics, which assumes nothing of the distribution.
+
+    Of fewer than 6 values, which allow no 95 %, their range.
+    """
+    ordered, n = sorted(values), len(values)
+    edge, chance = 0, 0.0  # that the true median lies below `ordered[edge]`: a binomial tail
+    while (chance := chance + math.comb(n, edge) * 0.5**n) <= 0.025:  # noqa: PLR2004 - half of what 95 % leave
+        edge += 1
+    edge = max(edge - 1, 0)
+    return statistics.median(ordered), ordered[edge], ordered[-1 - edge]

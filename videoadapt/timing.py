@@ -40,10 +40,10 @@ class Stopwatch:
     def measure(self) -> Round:
         """One round; the first one also warms up and does not count."""
         few, many = ({point: self._pass(point, clips) for point in self.config.model.points} for clips in self.sizes)
-        before = self._now()
+        before = now(self.device)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad or float("inf"))
         self._optimizer.step()
-        after = self._now()
+        after = now(self.device)
         self._optimizer.zero_grad(set_to_none=True)
         return Round(few, many, after - before)
 
@@ -52,19 +52,21 @@ class Stopwatch:
         frames = torch.randn(clips, 3, model.num_frames, model.size, model.size, device=self.device)
         targets = torch.full((clips, model.num_classes), 1 / model.num_classes, device=self.device)
         teacher = None if point == model.points[0] else targets
-        begin = self._now()
+        begin = now(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             heads = self._forward(frames, point, heads=True)
         dropped = Point.parse(point).keep < 1
         loss = losses.point_loss(heads, targets, teacher, self.config.loss, dropped=dropped).sum()
-        middle = self._now()
+        middle = now(self.device)
         loss.backward()
-        return middle - begin, self._now() - middle
+        return middle - begin, now(self.device) - middle
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def fitted(rounds: Sequence[Round], sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:

@@ -30,7 +30,7 @@ from videoadapt.parallel import TeacherExchange, gradients_apart, wait_for_all, 
 from videoadapt.points import Point
 from videoadapt.runtime import pick_device, precision_dtype
 from videoadapt.state import State
-from videoadapt.timing import Round, Stopwatch
+from videoadapt.timing import Round, Stopwatch, now
 from videoadapt.train import Seat, train_step
 
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -83,11 +83,11 @@ def our_step(config: Config, steps: int) -> Turn:
 
     def run(seat: Seat) -> float:
         wait_for_all()
-        begin = _now(state.device)
+        begin = now(state.device)
         for _ in range(steps):
             train_step(state, seat, batches)
             state.step += 1
-        return (_now(state.device) - begin) / steps
+        return (now(state.device) - begin) / steps
 
     def turn() -> StepTurn:
         train_step(state, seat, batches)
@@ -164,10 +164,10 @@ def peer_step(config: Config, steps: int) -> Turn:
 
     def turn() -> StepTurn:
         step()
-        begin = _now(device)
+        begin = now(device)
         for _ in range(steps):
             step()
-        seconds = (_now(device) - begin) / steps
+        seconds = (now(device) - begin) / steps
         return StepTurn(seconds, seconds, 0.0, _peak_bytes(device, base))
 
     return turn
@@ -191,10 +191,10 @@ def matrix_product(config: Config) -> Turn:
 
     def turn() -> float:
         torch.mm(matrix, matrix)
-        begin = _now(device)
+        begin = now(device)
         for _ in range(8):
             torch.mm(matrix, matrix)
-        return 8 * side**3 / (_now(device) - begin)
+        return 8 * side**3 / (now(device) - begin)
 
     return turn
 
@@ -207,17 +207,11 @@ def sum_over_ranks(config: Config) -> Turn:
     def turn() -> float:
         dist.all_reduce(gradients)
         wait_for_all()
-        begin = _now(gradients.device)
+        begin = now(gradients.device)
         dist.all_reduce(gradients)
-        return sent / (_now(gradients.device) - begin)
+        return sent / (now(gradients.device) - begin)
 
     return turn
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _peak_bytes(device: torch.device, base: int) -> int:

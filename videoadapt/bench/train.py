@@ -20,12 +20,14 @@ from videoadapt.bench.settings import parse_settings
 from videoadapt.bench.steps import StepTurn, matrix_product, our_step, passes, peer_step, sum_over_ranks
 from videoadapt.config import Config, Count, Section, make_config
 from videoadapt.cost import point_macs
+from videoadapt.draws import point_shares
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.forecast import Network, Passes, forecast
 from videoadapt.groups import GroupPlan, make_plan
 from videoadapt.log import Bar, write_json
 from videoadapt.memory import parameter_count
 from videoadapt.plan import work_of
+from videoadapt.points import Point
 from videoadapt.runtime import pick_device
 from videoadapt.timing import fitted
 
@@ -48,7 +50,7 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class Contestant:
-    """A step at some lengths by some ranks. `kind` is alone, sequential, groups or no groups."""
+    """A step at some points by some ranks. `kind` is alone, sequential, groups, no groups, or how a grid is drawn."""
 
     kind: str
     config: Config
@@ -62,26 +64,34 @@ class Contestant:
 
 
 def contestants(config: Config, settings: Settings) -> list[Contestant]:
-    """Each length alone, the first k lengths by one rank, in groups on 2 to k ranks, and all without groups."""
+    """Each length alone, the first k lengths by one rank, in groups on 2 to k ranks, and all without groups.
+
+    Where the config has keeps, also its whole grid by one rank: all points a step, and four that are drawn.
+    """
     lengths = settings.lengths or (config.model.lengths[0], *sorted(config.model.lengths[1:]))
     if len(set(lengths)) < len(lengths):
         raise ConfigError(f"bench train: lengths: expected different lengths, got {list(lengths)}")
 
     def of(kind: str, k: Sequence[int], ranks: int) -> Contestant:
         groups = "auto" if kind == "groups" else None
-        return Contestant(kind, _changed(config, settings.batch, k, groups), ranks)
+        return Contestant(kind, _changed(config, settings.batch, list(map(str, k)), groups), ranks)
 
     found = [of("alone", [length], 1) for length in lengths]
     for k in range(2, len(lengths) + 1):
         found.append(of("sequential", lengths[:k], 1))
         found += [of("groups", lengths[:k], ranks) for ranks in range(2, k + 1)]
-    return found + [of("no groups", lengths, ranks) for ranks in range(2, len(lengths) + 1)]
+    found += [of("no groups", lengths, ranks) for ranks in range(2, len(lengths) + 1)]
+    grid = config.model.points
+    if any(Point.parse(point).keep < 1 for point in grid):
+        draws = ("all", "sampled")
+        found += [Contestant(draw, _changed(config, settings.batch, grid, None, draw=draw), 1) for draw in draws]
+    return found
 
 
-def _changed(config: Config, batch: int, lengths: Sequence[int], groups: str | None) -> Config:
+def _changed(config: Config, batch: int, points: Sequence[str], groups: str | None, *, draw: str = "all") -> Config:
     values = config.model_dump(mode="json")
-    values["model"]["points"] = [str(length) for length in lengths]
-    values["train"] |= {"batch": batch, "accumulate": 1}
+    values["model"]["points"] = list(points)
+    values["train"] |= {"batch": batch, "accumulate": 1, "draw": draw}
     values["parallel"]["groups"] = groups
     return make_config(values, "bench train")
 
@@ -184,14 +194,15 @@ def _noted(failed: dict[str, str], name: str) -> Iterator[None]:
 
 
 def _about(each: Contestant) -> dict[str, Any]:
-    macs = point_macs(each.config.model)
+    macs, shares = point_macs(each.config.model), point_shares(each.config)
     return {
         "name": each.name,
         "kind": each.kind,
         "points": list(macs),
         "ranks": each.ranks,
         "plan": str(_plan(each)),
-        "macs": sum(macs.values()) * each.config.train.batch,  # of all forward passes of a step
+        # Of all forward passes of a step, the mean over draws.
+        "macs": sum(shares[point] * macs[point] for point in macs) * each.config.train.batch,
         "clips": each.config.train.batch,
         "parameters": parameter_count(each.config),
     }
