@@ -19,11 +19,11 @@ from videoadapt.errors import UserError
 from videoadapt.evaluate import evaluate
 from videoadapt.label import label
 from videoadapt.labels import last_true
-from videoadapt.predict import predict_files
+from videoadapt.predict import predict, predict_files
 from videoadapt.report.costs import flops
 from videoadapt.train import train
 
-CASCADES = ["4@0.5,8@0.3:0.3", "4@0.5,6,8:cost=0.6:margin", "4@0.5,8:2"]
+CASCADES = ["4@0.5,8@0.3:0.3", "4@0.5,7,8:cost=0.6:margin", "4@0.5,8:2"]
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = runs.config(
         runs.make_data(folder / "data"),
         folder / "run",
-        model={"points": ["8", "8@0.3", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]},
+        model={"points": ["8", "8@0.3", "7", "7@0.5", "4", "4@0.5"], "drop_blocks": [1]},
         train={"draw": "sampled"},
         evaluate={"cascade": CASCADES, "spatial_crops": 2},
     )
@@ -52,7 +52,7 @@ def summary(run: Config) -> dict[str, Any]:
 
 def test_labels_are_the_cheapest_right_points_by_cost_not_by_length(run: Config) -> None:
     macs = point_macs(run.model)
-    assert list(macs) == ["8", "6", "8@0.3", "6@0.5", "4", "4@0.5"]
+    assert list(macs) == ["8", "7", "8@0.3", "7@0.5", "4", "4@0.5"]
     outcomes = pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet")
     labels = pd.read_parquet(run.run.dir / "labels" / "labels.parquet").set_index("video")["label"]
     for video, rows in outcomes[outcomes["right"]].groupby("video"):
@@ -103,4 +103,4 @@ def test_predictions_of_a_cascade_are_those_of_the_evaluation(run: Config) -> No
             assert prediction["classes"][0] == model.class_names[videos.loc[(name, video), "prediction"]]
             assert prediction["macs"] == videos.loc[(name, video), "macs"]
     with pytest.raises(UserError, match="cascade '8': expected POINT,POINT"):
-        va.predict(model, [], "cascade:8")
+        predict(model, [], "cascade:8")
