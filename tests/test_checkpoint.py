@@ -29,7 +29,7 @@ from videoadapt.checkpoint import (
     save_checkpoint,
     train_checkpoints,
 )
-from videoadapt.config import AssignConfig, ModelConfig
+from videoadapt.config import AssignConfig, ModelConfig, TrainConfig
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.timesformer import TimeSformer
 
@@ -444,3 +444,11 @@ def test_an_assigner_that_is_not_fitted_to_the_end_is_refused(tmp_path: Path) ->
     save_assigner(tmp_path, Assigner(SMALL, 2), None)
     with pytest.raises(CheckpointError, match=r"not fitted to the end; run `videoadapt assign` again"):
         load_assigner(tmp_path)
+
+
+def test_a_field_that_is_younger_than_a_checkpoint_counts_as_its_default() -> None:
+    made = TrainConfig().model_dump(mode="json")
+    del made["draw"]
+    require_same(Path("old"), TrainConfig(), made, "train")
+    with pytest.raises(CheckpointError, match=r"train\.draw is 'all' there, 'sampled' here"):
+        require_same(Path("old"), TrainConfig(draw="sampled"), made, "train")

@@ -135,8 +135,12 @@ def assigner_checkpoints(run: Path, guard: Guard = nullcontext) -> Checkpoints:
 def require_same(
     path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
 ) -> None:
-    """Raises `CheckpointError`, naming fields, where a section is not the one that a checkpoint was made with."""
+    """Raises `CheckpointError`, naming fields, where a section is not the one that a checkpoint was made with.
+
+    A field that is younger than the checkpoint has its default there: what was done before there was a choice.
+    """
     mine = ours.model_dump(mode="json")
+    theirs = type(ours)().model_dump(mode="json") | dict(theirs)
     other = {
         key: [theirs.get(key), value] for key, value in mine.items() if theirs.get(key) != value and key not in free
     }
