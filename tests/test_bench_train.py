@@ -52,6 +52,17 @@ def test_contestants(tmp_path: Path) -> None:
     assert all((each.config.train.batch, each.config.train.accumulate) == (4, 1) for each in more)
 
 
+def test_a_grid_is_timed_as_a_whole_and_as_it_is_drawn(tmp_path: Path) -> None:
+    grid = {"points": ["8", "8@0.5", "4", "4@0.5"], "drop_blocks": [1]}
+    config = tiny(tmp_path, model=grid, train={"draw": "sampled"})
+    found = {each.name: each for each in contestants(config, Settings(batch=4))}
+    assert list(found)[:2] == ["alone {8}", "alone {4}"]
+    assert list(found)[-2:] == ["all {8, 8@0.5, 4, 4@0.5}", "sampled {8, 8@0.5, 4, 4@0.5}"]
+    assert {name: each.config.train.draw for name, each in found.items()} == {
+        name: "sampled" if name.startswith("sampled") else "all" for name in found
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
