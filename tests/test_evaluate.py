@@ -260,7 +260,11 @@ def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: P
     config = untrained(data, tmp_path / "run", model=model, evaluate={"speed_clips": 0, "batch": 64})
 
     process = subprocess.Popen(
-        line(config, "data.workers=2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line(config, "data.workers=2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     parts = config.run.dir / "scores"
     used: dict[int, float] = {}
