@@ -26,6 +26,7 @@ from videoadapt.cost import point_macs
 from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.sampling import seed_of
+from videoadapt.data.sharing import ClipExchange
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.errors import RunError
 from videoadapt.groups import Group, GroupPlan, make_plan
@@ -132,7 +133,10 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
     total = per_epoch * config.train.epochs
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
     share = partial(seat.share, pairs=config.data.mixes)
-    steps = train_batches(state.manifest, config, state.step, device=state.device, share=share)
+    exchange = None
+    if config.parallel.decode == "shared" and len(seat.plan.groups) > 1:
+        exchange = ClipExchange(state.manifest, config, seat.plan, pin=state.device.type == "cuda")
+    steps = train_batches(state.manifest, config, state.step, device=state.device, share=share, exchange=exchange)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
     with StopRequest() as stop, bar:
         for batches in clock.timed(_saved_if_reading_fails(steps, state, checkpoints)):
