@@ -179,7 +179,8 @@ def row_of(name: str, turns: Sequence[Sequence[dict[str, Taken]]], clips: int) -
     return (
         name,
         *(f"{clips / statistics.median(seconds[form]):.2f}" for form in FORMS),
-        f"{statistics.median(faster):.2f} ({min(faster):.2f} .. {max(faster):.2f})",
+        f"{statistics.median(faster):.2f}",
+        f"{min(faster):.2f} .. {max(faster):.2f}",
         *(f"{1000 * statistics.median(cpu_s[form]) / clips:.0f}" for form in FORMS),
         f"{statistics.median(sum(t.bytes_sent for t in turn) for turn in shared) / clips / 1e6:.2f}",
         f"{1000 * statistics.median(sum(t.packed_s for t in turn) for turn in shared) / clips:.1f}",
@@ -188,7 +189,7 @@ def row_of(name: str, turns: Sequence[Sequence[dict[str, Taken]]], clips: int) -
 
 
 COLUMNS = (
-    *("what", "own clips/s", "shared clips/s", "shared is faster by", "own CPU-ms/clip", "shared CPU-ms/clip"),
+    *("what", "own clips/s", "shared clips/s", "faster by", "min .. max", "own CPU-ms/clip", "shared"),
     *("MB sent/clip", "packing ms/clip", "waiting ms/clip"),
 )
 
@@ -213,7 +214,7 @@ def main() -> None:
         for name, (model, precision, batch, steps, trains) in cases.items():
             config = config_of(given.dir, ranks, batch, model, precision)
             turns = measured(config, ranks, given.rounds, both_forms, steps, trains)
-            rows.append(row_of(f"{name}, load {os.getloadavg()[0]:.1f}", turns, batch * steps))
+            rows.append(row_of(name, turns, batch * steps))
         print_table(f"{ranks} ranks, lengths {LENGTHS[ranks]}, {given.rounds} rounds", COLUMNS, rows)
         config = config_of(given.dir, ranks, 12, TINY, "fp32")
         sent = measured(config, ranks, 3 * given.rounds, transfer)
@@ -222,7 +223,7 @@ def main() -> None:
         print(
             f"12 clips that lie ready, packed and sent: median {1000 * statistics.median(slowest):.1f} ms "
             f"({1000 * min(slowest):.1f} .. {1000 * max(slowest):.1f}), {1000 * statistics.median(cpu_s) / 12:.2f} "
-            "CPU-ms a clip over all ranks"
+            f"CPU-ms a clip over all ranks. Load {os.getloadavg()[0]:.1f}"
         )
 
 

@@ -132,11 +132,7 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
     per_epoch = steps_per_epoch(state.manifest, config)
     total = per_epoch * config.train.epochs
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
-    share = partial(seat.share, pairs=config.data.mixes)
-    exchange = None
-    if config.parallel.decode == "shared" and len(seat.plan.groups) > 1:
-        exchange = ClipExchange(state.manifest, config, seat.plan, pin=state.device.type == "cuda")
-    steps = train_batches(state.manifest, config, state.step, device=state.device, share=share, exchange=exchange)
+    steps = _batches(state, seat)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
     with StopRequest() as stop, bar:
         for batches in clock.timed(_saved_if_reading_fails(steps, state, checkpoints)):
@@ -155,6 +151,15 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
             if stopping and state.step < total:
                 say(f"stopped at step {state.step} of {total}; the same command goes on from there")
                 raise KeyboardInterrupt
+
+
+def _batches(state: State, seat: Seat) -> Iterator[list[Batch]]:
+    """This rank's share of every step to come."""
+    config, device, exchange = state.config, state.device, None
+    if config.parallel.decode == "shared" and len(seat.plan.groups) > 1:  # one group decodes no clip twice
+        exchange = ClipExchange(state.manifest, config, seat.plan, pin=device.type == "cuda")
+    share = partial(seat.share, pairs=config.data.mixes)
+    return train_batches(state.manifest, config, state.step, device=device, share=share, exchange=exchange)
 
 
 def _save(state: State, checkpoints: Checkpoints) -> None:

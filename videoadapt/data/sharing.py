@@ -22,11 +22,12 @@ from videoadapt.parallel import rank
 
 
 class ClipExchange:
-    """Sends the clips that each rank decodes, `read`, to those whose groups train them. Every rank must make one.
+    """Sends the clips that a rank decodes, those at the positions `read` of a step, to the ranks that train them.
 
-    A clip is a row of bytes: its frames and a 1, or the cause of its failure and a 0. Labels and paths stand in the
-    manifest that all ranks have. Rows travel between hosts by gloo, also where ranks have GPUs: there they are sent
-    beside the steps, while NCCL would take its turns with the gradients.
+    Every rank must make one, and go through its steps with it. A clip is a row of bytes: its frames and a 1, or the
+    cause of its failure and a 0; labels and paths stand in the manifest that all ranks have. Rows travel from host to
+    host by gloo, also where ranks have GPUs: workers deliver on the host, and on a GPU clips and gradients would have
+    to be sent in the same order by all ranks, which the backward passes of different lengths do not keep.
     """
 
     def __init__(self, manifest: Manifest, config: Config, plan: GroupPlan, *, pin: bool = False) -> None:
