@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from processes import finished, torchrun
+from rank_jobs import HEAD, JOIN_S, Ranks, as_step
 from videoadapt.config import Config, make_config
 from videoadapt.errors import RunError
 from videoadapt.parallel import (
@@ -26,53 +24,9 @@ from videoadapt.parallel import (
     world_size,
 )
 
-JOIN_S = 60.0  # enough on a busy machine
-HEAD = """
-import sys, time
-from pathlib import Path
-from videoadapt.config import make_config
-from videoadapt.parallel import any_rank, by_first_rank, first_rank_first, gather, rank, ranks, wait_for_all, world_size
-
-folder = Path(sys.argv[1])
-config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": float(sys.argv[2])}})
-"""
-
 
 def config_of(folder: Path, **parallel: int | float) -> Config:
     return make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": parallel})
-
-
-def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
-    """The variables that srun gives to a task."""
-    numbers = {"STEP_NUM_TASKS": world, "NTASKS": world, "PROCID": rank, "LOCALID": rank, "STEP_ID": 0}
-    return {"SLURM_JOB_ID": job, **{f"SLURM_{name}": str(number) for name, number in numbers.items()}}
-
-
-class Ranks:
-    """A program's ranks, started as srun would, without a SLURM."""
-
-    def __init__(
-        self, program: str, folder: Path, world: int, *, started: list[int] | None = None, join_s: float = JOIN_S
-    ) -> None:
-        self.since = time.monotonic()
-        self.processes = {
-            rank: subprocess.Popen(
-                [sys.executable, "-c", HEAD + program, str(folder), str(join_s)],
-                env=os.environ | as_step(rank, world),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (range(world) if started is None else started)
-        }
-
-    def ended(self, timeout_s: float = 100.0) -> dict[int, tuple[int, str]]:
-        """Exit code and standard error by rank, when all have ended."""
-        try:
-            told = {rank: process.communicate(timeout=timeout_s)[1] for rank, process in self.processes.items()}
-            return {rank: (process.returncode, told[rank]) for rank, process in self.processes.items()}
-        finally:
-            for process in self.processes.values():
-                process.kill()
 
 
 def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
