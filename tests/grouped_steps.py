@@ -6,6 +6,7 @@ precision. Not a test by itself.
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
 
 
 def main(path: str, folder: str) -> None:
+    faulthandler.dump_traceback_later(200, exit=True)  # where it is, should it hang
     config = load_config(path)
     with ranks(config):
         manifest = first_rank_first(lambda: load_or_index(config))

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 import small_runs as runs
+from processes import finished, torchrun
 from video_files import numbered, write_list, write_video
 from videoadapt.checkpoint import train_checkpoints
 from videoadapt.config import Config, dump_config
@@ -53,15 +54,12 @@ def untrained(data: Path, run: Path, **sections: dict) -> Config:
     return config
 
 
-def launch(config: Config, *overrides: str, ranks: int = 1, **options: object) -> subprocess.Popen[str]:
-    """`videoadapt evaluate` on so many ranks, in processes of their own."""
+def line(config: Config, *overrides: str, ranks: int = 1) -> list[str]:
+    """The command `videoadapt evaluate` on so many ranks."""
     path = config.run.dir / "own.yaml"
     path.write_text(dump_config(config))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    line = [sys.executable, *torchrun, "-m", "videoadapt", "evaluate", str(path), *overrides, "--json"]
-    return subprocess.Popen(  # type: ignore[call-overload]
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    verb = ["-m", "videoadapt", "evaluate", path, *overrides, "--json"]
+    return torchrun(ranks, *verb) if ranks > 1 else [sys.executable, *map(str, verb)]
 
 
 def logits(config: Config) -> np.ndarray:
@@ -101,15 +99,14 @@ def test_ranks_batches_and_workers_change_no_number(
     data: Path, tmp_path: Path, alone: tuple[Config, dict], ranks: int, settings: list[str]
 ) -> None:
     config = untrained(data, tmp_path, evaluate=VIEWS)
-    process = launch(config, *settings, ranks=ranks)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    done = finished(line(config, *settings, ranks=ranks))
+    assert done.returncode == 0, done.stderr
     expected, summary = alone
     np.testing.assert_allclose(logits(config), logits(expected), atol=1e-5)
     ours, theirs = table(config, "videos"), table(expected, "videos")
     pd.testing.assert_frame_equal(ours.drop(columns="p_best"), theirs.drop(columns="p_best"))
     np.testing.assert_allclose(np.concatenate(ours["p_best"]), np.concatenate(theirs["p_best"]), atol=1e-5)
-    assert timeless(json.loads(out)) == timeless(summary)  # printed once, by the first rank
+    assert timeless(json.loads(done.stdout)) == timeless(summary)  # printed once, by the first rank
 
 
 def test_every_listed_video_counts_and_both_accuracies_are_there(alone: tuple[Config, dict]) -> None:
@@ -262,7 +259,13 @@ def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: P
     model = {"width": 16, "depth": 1, "patch": 8, "size": 32, "num_frames": 2, "points": ["4", "2"]}
     config = untrained(data, tmp_path / "run", model=model, evaluate={"speed_clips": 0, "batch": 64})
 
-    process = launch(config, "data.workers=2", start_new_session=True)
+    process = subprocess.Popen(
+        line(config, "data.workers=2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     parts = config.run.dir / "scores"
     used: dict[int, float] = {}
     stop_at = random.Random(time.time_ns()).randrange(5_000, 15_000)
@@ -278,10 +281,10 @@ def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: P
     assert late < early + 30, f"memory grew from {early:.0f} to {late:.0f} MiB by {stop_at} videos: {used}"  # noqa: PLR2004
 
     kept = len(list(parts.glob("*/part-*.npz")))
-    resumed, err = launch(config, "data.workers=2").communicate(timeout=900)
-    assert f"{count}/{count} videos" in err
+    resumed = finished(line(config, "data.workers=2"), 900)
+    assert f"{count}/{count} videos" in resumed.stderr
     for part in sorted(parts.glob("*/part-*.npz"))[: kept // 2]:
         part.unlink()  # half of what the killed process wrote, done again by the resumed code
-    whole, _ = launch(config, "data.workers=1", "evaluate.batch=50").communicate(timeout=900)
-    assert timeless(json.loads(resumed)) == timeless(json.loads(whole))
-    assert json.loads(whole)["scored"] == count
+    whole = finished(line(config, "data.workers=1", "evaluate.batch=50"), 900)
+    assert timeless(json.loads(resumed.stdout)) == timeless(json.loads(whole.stdout))
+    assert json.loads(whole.stdout)["scored"] == count

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 import small_runs as runs
+from processes import finished, torchrun
 from videoadapt.checkpoint import train_checkpoints
 from videoadapt.config import Config, dump_config
 
@@ -45,10 +44,8 @@ def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Confi
     return runs.config(data, folder / "run", **{name: v | sections.get(name, {}) for name, v in defaults.items()})
 
 
-def torchrun(ranks: int, *words: object) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    line = [sys.executable, *torchrun, *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=280)
+def run(ranks: int, *words: object) -> None:
+    done = finished(torchrun(ranks, *words))
     assert done.returncode == 0, done.stderr[:6000]
 
 
@@ -57,7 +54,7 @@ def trained(data: Path, folder: Path, ranks: int, groups: object, **sections: di
     folder.mkdir(parents=True)
     config = tiny(data, folder, groups, **sections)
     (folder / "config.yaml").write_text(dump_config(config))
-    torchrun(ranks, PROGRAM, folder / "config.yaml", folder)
+    run(ranks, PROGRAM, folder / "config.yaml", folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
@@ -141,11 +138,11 @@ def test_a_run_goes_on_with_another_plan(
         config.run.dir.mkdir(parents=True)
         (config.run.dir / "own.yaml").write_text(dump_config(config))
     verb = ["-m", "videoadapt", "train"]
-    torchrun(1, *verb, whole.run.dir / "own.yaml")
+    run(1, *verb, whole.run.dir / "own.yaml")
     for number, (ranks, groups) in enumerate((first, second)):
         config = split.model_copy(update={"parallel": split.parallel.model_copy(update={"groups": groups})})
         (config.run.dir / "own.yaml").write_text(dump_config(config))
-        torchrun(ranks, *verb, config.run.dir / "own.yaml")
+        run(ranks, *verb, config.run.dir / "own.yaml")
         if number == 0:
             for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
                 path.unlink()  # all but the first: the rest is trained again, on the other ranks

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videoadapt.config import ModelConfig
-from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of, spread
+from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, spread
 
 durations = st.floats(0.05, 1000.0)
 seeds = st.integers(0, 2**63 - 1)
@@ -125,8 +125,3 @@ def test_spread_keeps_all_or_the_middle_one() -> None:
     assert spread(8, 8).tolist() == list(range(8))
     assert spread(9, 1).tolist() == [4]
     assert spread(8, 0).tolist() == []
-
-
-def test_seeds_are_the_same_everywhere_and_differ_by_any_part() -> None:
-    assert seed_of("start", 0, 3, "a.mp4") == 8_203_763_905_338_369_795  # b2sum -l 64, halved
-    assert len({seed_of(*parts) for parts in [(1, 23), (12, 3), ("1", "2", "3"), (123,)]}) == 4

@@ -270,6 +270,9 @@ class ParallelConfig(Section):
     # ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none = every rank
     # trains every point
     groups: Annotated[Literal["auto"] | dict[str, Count] | None, BeforeValidator(_parse_groups)] = None
+    # with groups: shared = each clip is decoded once over all ranks, and sent to those that train it; own = each group
+    # decodes every clip, and none is sent
+    decode: Literal["own", "shared"] = "shared"
     ranks: Count | None = None  # how many there must be, or nothing starts; none = as many as the launcher started
     join_s: Positive = 50.0  # for all ranks to meet
     shard: str | None = None  # I/N: score only this part of the videos (label, evaluate), and leave the rest to others

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from videoadapt.config import Config
-from videoadapt.data.sampling import seed_of
 from videoadapt.points import Point
+from videoadapt.seeds import seed_of
 
 
 def possible_draws(points: Sequence[str], rule: Literal["all", "sampled"]) -> dict[tuple[str, ...], float]:

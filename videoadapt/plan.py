@@ -161,7 +161,7 @@ def _hours(each: Forecast, config: Config, clips: int | None) -> dict[str, float
 
 
 def recommended(forecasts: Sequence[Forecast]) -> Forecast:
-    """The fastest layout; no groups where they are slower by a little only, for they decode each clip once."""
+    """The fastest layout; no groups where they are slower by a little only, for they send neither logits nor clips."""
     fastest = min(forecasts, key=lambda f: f.step_s)
     plain = [f for f in forecasts if len(f.plan.groups) == 1 and f.step_s <= (1 + _ALIKE) * fastest.step_s]
     return plain[0] if plain else fastest
@@ -178,8 +178,7 @@ def reason_for(best: Forecast, forecasts: Sequence[Forecast]) -> str:
     if grouped:
         return (
             f"groups {groups_setting(best.plan)} beat every rank training every point by {gain:.0%}: a rank runs fewer "
-            f"passes over more clips (ranks are busy {best.utilisation:.0%} of a step). Each clip is then decoded once "
-            f"by each of {len(best.plan.groups)} groups; if reading cannot follow, leave parallel.groups out"
+            f"passes over more clips (ranks are busy {best.utilisation:.0%} of a step)"
         )
     if gain > _ALIKE:
         return (
@@ -189,7 +188,7 @@ def reason_for(best: Forecast, forecasts: Sequence[Forecast]) -> str:
         )
     return (
         f"plain data parallelism over all points is as fast as the best groups, {groups_setting(other.plan)}, within "
-        f"{_ALIKE:.0%}, and decodes each clip once"
+        f"{_ALIKE:.0%}, and sends neither logits nor clips"
     )
 
 

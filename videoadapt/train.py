@@ -27,7 +27,7 @@ from videoadapt.config import Config, dump_config
 from videoadapt.cost import point_macs
 from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.manifest import load_or_index
-from videoadapt.data.sampling import seed_of
+from videoadapt.data.sharing import ClipExchange
 from videoadapt.data.transforms import mix, normalise
 from videoadapt.draws import drawn_points, teacher_of
 from videoadapt.errors import RunError
@@ -52,6 +52,7 @@ from videoadapt.parallel import (
 from videoadapt.points import Point
 from videoadapt.preflight import preflight
 from videoadapt.runtime import peak_memory_bytes, precision_dtype, worker_count
+from videoadapt.seeds import seed_of
 from videoadapt.state import Clock, State, Tally
 from videoadapt.stopping import StopRequest
 
@@ -135,8 +136,7 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
     per_epoch = steps_per_epoch(state.manifest, config)
     total = per_epoch * config.train.epochs
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
-    share = partial(seat.share, pairs=config.data.mixes)
-    steps = train_batches(state.manifest, config, state.step, device=state.device, share=share)
+    steps = _batches(state, seat)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
     with StopRequest() as stop, bar:
         for batches in clock.timed(_saved_if_reading_fails(steps, state, checkpoints)):
@@ -155,6 +155,15 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
             if stopping and state.step < total:
                 say(f"stopped at step {state.step} of {total}; the same command goes on from there")
                 raise KeyboardInterrupt
+
+
+def _batches(state: State, seat: Seat) -> Iterator[list[Batch]]:
+    """This rank's share of every step to come."""
+    config, device, exchange = state.config, state.device, None
+    if config.parallel.decode == "shared" and len(seat.plan.groups) > 1:  # one group decodes no clip twice
+        exchange = ClipExchange(state.manifest, config, seat.plan, pin=device.type == "cuda")
+    share = partial(seat.share, pairs=config.data.mixes)
+    return train_batches(state.manifest, config, state.step, device=device, share=share, exchange=exchange)
 
 
 def _save(state: State, checkpoints: Checkpoints) -> None:

@@ -21,8 +21,9 @@ from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, Failure, TrainClips
 from videoadapt.data.manifest import Manifest, Row
 from videoadapt.data.readers import DecordReader, ImageReader, PyAVReader, open_video
-from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of
+from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices
 from videoadapt.errors import UserError, VideoError
+from videoadapt.seeds import seed_of
 
 
 @dataclass(frozen=True)

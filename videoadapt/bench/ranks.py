@@ -77,7 +77,7 @@ def started(count: int, prepare: Prepare, config: Config, *args: Any) -> Iterato
             here, there = context.Pipe()
             rank = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count}
             environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **rank}
-            work = (cores[number] if on_cpu else None, prepare, config, *args)
+            work = (cores[number % len(cores)] if on_cpu else None, prepare, config, *args)
             process = context.Process(target=_serve, args=(there, environment, *work), daemon=True)
             process.start()
             there.close()

@@ -14,9 +14,9 @@ from videoadapt.config import Config
 from videoadapt.data.classes import class_number, kinetics400, plain, read_classes, require_usual_order
 from videoadapt.data.lists import SPLIT_NAMES, Entry, Source, Split, is_list, read_list, read_named
 from videoadapt.data.lookup import best_first, files_by_stem, video_id
-from videoadapt.data.sampling import seed_of
 from videoadapt.data.textfiles import read_text
 from videoadapt.errors import ConfigError, UserError
+from videoadapt.seeds import seed_of
 
 _HOLDOUT_STEPS = 1 << 63  # `seed_of` draws from [0, 2^63)
 

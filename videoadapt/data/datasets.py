@@ -14,9 +14,10 @@ from videoadapt.config import Config, ModelConfig
 from videoadapt.data.manifest import Manifest, Row
 from videoadapt.data.probe import cause_of
 from videoadapt.data.readers import VideoReader, open_video
-from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, seed_of, spread
+from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, spread
 from videoadapt.data.transforms import augment, crops, thumbnail
 from videoadapt.errors import VideoError
+from videoadapt.seeds import seed_of
 
 
 class Failure(NamedTuple):

@@ -28,13 +28,13 @@ from videoadapt.cluster import slurm_job
 from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.manifest import Manifest
-from videoadapt.data.sampling import seed_of
+from videoadapt.data.sharing import ClipExchange
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime import worker_count
+from videoadapt.seeds import seed_of
 from videoadapt.stopping import WARNINGS
 
 T = TypeVar("T")
-Key = tuple[int, int]  # epoch and row of the manifest
 
 _CPU = torch.device("cpu")
 _FAILURES_WATCHED = 256  # clips; a run stops if more than half of the last ones failed
@@ -87,31 +87,32 @@ def train_batches(
     *,
     device: torch.device = _CPU,
     share: Callable[[int], range] = range,
+    exchange: ClipExchange | None = None,
 ) -> Iterator[list[Batch]]:
     """Every training step from `start` to the end of the last epoch: its `train.accumulate` parts, on `device`.
 
     What a step holds depends on (manifest, config, step), not on the number of workers, nor on `start`. `share` says
-    which positions of a part's clips this rank reads, given their number; without it, all. Nothing before `start` is
-    decoded. Workers read on into the next epoch. Raises `RunError` if a worker dies or does not answer within
-    `data.timeout_s`, naming the files, and if most videos fail.
+    which positions of a part's clips this rank trains, given their number; without it, all. It reads these, or its part
+    of an `exchange`, which every rank must then have. Nothing before `start` is decoded. Workers read on into the next
+    epoch. Raises `RunError` if a worker dies or does not answer within `data.timeout_s`, naming the files, and if most
+    videos fail.
     """
     on_gpu = device.type == "cuda"
     part_clips = config.train.batch // config.train.accumulate
     own = share(part_clips)
-    step_clips = len(own) * config.train.accumulate
-    epoch_clips = steps_per_epoch(manifest, config) * step_clips
-    plan, ahead = itertools.tee(_plan(manifest, config, start, own))
-    keys = (key for step in ahead for part in step for key in part)
+    first = [part * part_clips + own.start for part in range(config.train.accumulate)]  # position of each part
+    trained = [position + number for position in first for number in range(len(own))]
+    read = trained if exchange is None else list(exchange.read)
+    epoch_clips = steps_per_epoch(manifest, config) * len(read)
+    plan, ahead = itertools.tee(_plan(manifest, config, start))
+    keys = ((epoch, row) for epoch, rows in ahead for row in rows[read].tolist())
     workers = min(worker_count(config.data.workers), epoch_clips)
-    read = _read(TrainClips(manifest, config), keys, workers, ahead=step_clips, pin=on_gpu)
-    clips = _unless_most_fail(read, min(_FAILURES_WATCHED, epoch_clips))
-    steps = (
-        [
-            _gather(itertools.islice(clips, len(part)), number * part_clips + own.start, device)
-            for number, part in enumerate(step)
-        ]
-        for step in plan
-    )
+    items = _read(TrainClips(manifest, config), keys, workers, ahead=len(read), pin=on_gpu and exchange is None)
+    clips = _unless_most_fail(items, min(_FAILURES_WATCHED, epoch_clips))
+    if exchange is not None:
+        plan, sent = itertools.tee(plan)
+        clips = exchange.exchanged(clips, (rows for _, rows in sent))
+    steps = ([_gather(itertools.islice(clips, len(own)), position, device) for position in first] for _ in plan)
     yield from _one_ahead(steps, device) if on_gpu else steps
 
 
@@ -124,12 +125,12 @@ def _train_rows(manifest: Manifest) -> np.ndarray:
     return np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
 
 
-def _plan(manifest: Manifest, config: Config, start: int, own: range) -> Iterator[list[list[Key]]]:
-    """The keys of every step from `start` on, part by part, at the `own` positions of each part."""
+def _plan(manifest: Manifest, config: Config, start: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Epoch and manifest rows, (clips of a step,), of every step from `start` on."""
     per_epoch = steps_per_epoch(manifest, config)
     for epoch in range(start // per_epoch, config.train.epochs):
         for step in epoch_rows(manifest, config, epoch)[max(0, start - epoch * per_epoch) :]:
-            yield [[(epoch, row) for row in part[own.start : own.stop].tolist()] for part in step]
+            yield epoch, step.reshape(-1)
 
 
 def _gather(items: Iterable[Clip | Failure], first: int, device: torch.device) -> Batch:

@@ -5,7 +5,6 @@ Arithmetic alone: no video is opened here.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,9 +88,3 @@ def spread(total: int, kept: int) -> np.ndarray:
     if kept == 1:
         return np.array([total // 2], dtype=np.int64)
     return np.linspace(0, total - 1, kept).round().astype(np.int64)
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that depends on `parts` alone: not on the process, not on the machine."""
-    text = "\0".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as F
 
-from videoadapt.data.sampling import seed_of, spread
+from videoadapt.data.sampling import spread
+from videoadapt.seeds import seed_of
 
 
 def augment(frames: np.ndarray, *, size: int, short_side: tuple[int, int] | None, flip: float, seed: int) -> Tensor:

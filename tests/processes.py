@@ -1,0 +1,32 @@
+"""Programs as processes of their own, alone or on several ranks, none of which outlives its test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+TORCHRUN_ENDS_S = 60.0  # it gives its ranks 30 s before it kills them
+
+
+def torchrun(ranks: int, *words: object) -> list[str]:
+    """The command that starts `python WORDS` on so many ranks of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher, *map(str, words)]
+
+
+def finished(line: Sequence[str], timeout_s: float = 240.0, **options: object) -> subprocess.CompletedProcess[str]:
+    """What a command printed and returned. Ranks that hang are ended by their torchrun, which a kill would orphan."""
+    with subprocess.Popen(  # type: ignore[call-overload]
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout_s)
+        except BaseException:
+            process.terminate()
+            try:
+                process.communicate(timeout=TORCHRUN_ENDS_S)
+            finally:
+                process.kill()
+            raise
+    return subprocess.CompletedProcess(line, process.returncode, out, errors)
