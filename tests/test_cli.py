@@ -51,7 +51,19 @@ def test_help_fits_a_screen() -> None:
     done = runs.command("--help", env=None)
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) <= 24
-    for verb in ("demo", "index", "train", "label", "assign", "evaluate", "launch", "flops", "plan", "predict", "bench"):
+    for verb in (
+        "demo",
+        "index",
+        "train",
+        "label",
+        "assign",
+        "evaluate",
+        "launch",
+        "flops",
+        "plan",
+        "predict",
+        "bench",
+    ):
         assert f" {verb} " in done.stdout
 
 

@@ -49,6 +49,8 @@ def counted(config: ModelConfig, point: str, batch: int = 1) -> int:
         {"distill_token": True, "embed": "stem", **IMAGE},
         {"layer_scale": 0.1, "share_norm": True, "share_pos": True},
         {"mlp_ratio": 2.7, "width": 30},
+        {"dense_head": 0.25, "embed": "stem", "qkv_bias": False, "residual_scale": 0.5, **IMAGE},
+        {"dense_head": 0.25, "distill_token": True},
         {"num_frames": 1},
         IMAGE,
     ],
@@ -57,6 +59,30 @@ def counted(config: ModelConfig, point: str, batch: int = 1) -> int:
 def test_costs_are_what_torch_counts(changes: dict[str, Any]) -> None:
     config = tiny(**changes)
     assert point_macs(config) == {point: counted(config, point) for point in config.points}
+
+
+# SuperViT, Table 1, keep 1: GMACs an image.
+LVVIT_S = {"14": 6.6, "12": 4.7, "10": 3.3, "8": 2.0}
+
+
+def test_lvvit_s_costs_what_the_paper_says_and_torch_counts() -> None:
+    config = ModelConfig(
+        width=384,
+        depth=16,
+        heads=6,
+        mlp_ratio=3.0,
+        num_frames=1,
+        temporal=False,
+        embed="stem",
+        qkv_bias=False,
+        residual_scale=0.5,
+        dense_head=0.25,
+        num_classes=1000,
+        points=tuple(LVVIT_S),
+    )
+    found = point_macs(config)
+    assert found == {point: counted(config, point) for point in LVVIT_S}
+    assert {point: macs / 1e9 for point, macs in found.items()} == pytest.approx(LVVIT_S, rel=0.03)
 
 
 def test_costs_are_per_view_whatever_the_batch() -> None:

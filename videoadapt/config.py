@@ -101,11 +101,15 @@ class ModelConfig(Section):
     points: Annotated[tuple[str, ...], BeforeValidator(_parse_points)] = ("14", "10", "7")
     temporal: bool = True  # divided space-time attention; off = frames are seen one by one
     embed: Literal["resize", "kernel", "stem"] = "resize"
+    align_corners: bool = False  # frames are resized as in SuperViT: corner on corner, and without antialiasing
     share_norm: bool = False
     share_patch: bool = False
     share_pos: bool = False
     distill_token: bool = False
+    dense_head: Positive | None = None  # LV-ViT's second head, on patches: the weight of their best logits; none = none
+    qkv_bias: bool = True
     layer_scale: float | None = None  # initial value; none = no LayerScale
+    residual_scale: Positive = 1.0  # of what each branch adds; LV-ViT: 0.5
     norm_eps: Positive = 1e-6
     drop_path: Fraction = 0.0
     init_std: Positive = 0.02

@@ -39,7 +39,7 @@ def point_cost(config: ModelConfig, point: str | Point) -> Cost:
         temporal_attention=config.depth * _temporal(width, frames, patches) if config.temporal else 0,
         spatial_attention=config.depth * frames * _attention(width, prefix + patches),
         mlp=config.depth * (prefix + frames * patches) * 2 * width * int(width * config.mlp_ratio),
-        head=prefix * width * config.num_classes,
+        head=(prefix + (frames * patches if config.dense_head is not None else 0)) * width * config.num_classes,
     )
 
 

@@ -233,7 +233,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
             bf16 = config.run.precision == "bf16"
             with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
                 heads: Heads = seat.forward(clips, point, heads=True)
-            learned = heads.mean().detach()
+            learned = heads.logits().detach()
             if teacher is None and not seat.teaches:
                 assert seat.exchange is not None
                 teacher = torch.full_like(learned, float("nan"), dtype=seat.exchange.dtype)
