@@ -23,6 +23,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+_RAND_AUGMENT = r"^rand(-(m\d+|n\d+|(p|mstd)\d+(\.\d+)?))*-inc1$"
+
 
 def _parse_points(value: Any) -> Any:
     return [value] if isinstance(value, (int, str)) else value
@@ -66,7 +68,12 @@ class DataConfig(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has
     timeout_s: Positive = 300.0
     short_side: tuple[int, int] | None = None  # training: range of the short side before the crop; none = model.size
+    crop_area: tuple[Positive, Positive] | None = None  # training, instead: range of a crop's share of the frame
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resizing before a crop
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # timm's, such as rand-m9-mstd0.5-inc1
+    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # of brightness, contrast and saturation
+    erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
     cutmix: Annotated[float, Field(ge=0.0)] = 0.0
 
@@ -246,6 +253,7 @@ class EvaluateConfig(Section):
 
     temporal_views: Count = 1
     spatial_crops: Count = 3
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of a crop over the short side of the frame
     batch: Count = 16  # views a forward pass
     failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
     speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
@@ -328,6 +336,11 @@ class Config(Section):
         if short and not model.size <= short[0] <= short[1]:
             raise ConfigError(
                 f"data.short_side: expected [LOW, HIGH] with model.size {model.size} <= LOW <= HIGH, got {list(short)}"
+            )
+        if self.data.crop_area and (short or not self.data.crop_area[0] <= self.data.crop_area[1] <= 1.0):
+            raise ConfigError(
+                f"data.crop_area: expected [LOW, HIGH] with LOW <= HIGH <= 1, and data.short_side=null, got "
+                f"{list(self.data.crop_area)} and {short and list(short)}"
             )
         if self.label.source == "holdout" and self.data.holdout == 0.0:
             raise ConfigError(

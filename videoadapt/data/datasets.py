@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -82,8 +83,7 @@ class TrainClips(Dataset[Any]):
         identity = (self.config.run.seed, epoch, row.video)
         starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
         frames = reader.frames(_indices(starts_s[0], reader, model))
-        seed = seed_of("crop", *identity)
-        return augment(frames, size=model.size, short_side=data.short_side, flip=data.flip, seed=seed)
+        return augment(frames, data, model, seed=seed_of("crop", *identity))[0]
 
 
 class EvalVideos(Dataset[Any]):
@@ -139,7 +139,7 @@ def read_views(  # noqa: PLR0913 - what is wanted, by name
 
     Raises `VideoError` if its frames cannot be decoded.
     """
-    model, assign = config.model, config.assign
+    model, assign, data = config.model, config.assign, config.data
     starts_s = _starts("centre" if temporal_views == 1 else "uniform", reader, config, temporal_views)
     indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
     if not views:
@@ -148,8 +148,10 @@ def read_views(  # noqa: PLR0913 - what is wanted, by name
     frames = reader.frames(wanted)
     clips = [frames[clip] for clip in places.reshape(indices.shape)]
     crop_count, kept = spatial_crops * views, assign.frames * thumbnails
+    short_side = int(model.size / config.evaluate.crop_pct)
+    cut = partial(crops, size=model.size, count=crop_count, short_side=short_side, interpolation=data.interpolation)
     return (
-        torch.stack([crops(clip, size=model.size, count=crop_count) for clip in clips]),
+        torch.stack([cut(clip) for clip in clips]),
         torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
         starts_s,
     )

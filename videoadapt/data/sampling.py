@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
+import torch
 
 from videoadapt.config import ModelConfig
 
@@ -41,7 +42,7 @@ def clip_starts(
         if seed is None:
             raise ValueError("random clip starts need a seed")
         sampler = make_clip_sampler("random", clip_s)
-        with _python_random(seed):
+        with seeded(seed):
             return [float(sampler(0.0, duration_s, {}).clip_start_sec) for _ in range(clips)]
     if kind == "centre":
         # The second of two uniform clips starts at delta / 2.
@@ -51,14 +52,18 @@ def clip_starts(
 
 
 @contextmanager
-def _python_random(seed: int) -> Iterator[None]:
-    """Python's global generator, which pytorchvideo draws from, seeded; as it was before on the way out."""
-    before = random.getstate()
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators that other libraries draw from, of Python, NumPy and torch (CPU), seeded meanwhile."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # not that of a GPU, which drop path uses
     try:
         yield
     finally:
-        random.setstate(before)
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by name
