@@ -30,6 +30,11 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def numpys_state() -> list[int]:
+    state: Any = np.random.get_state()
+    return list(state[1])
+
+
 def model_of(size: int) -> ModelConfig:
     return ModelConfig(size=size, patch=8, points=(str(size // 8),))
 
@@ -71,11 +76,11 @@ def test_augment_depends_on_the_seed_alone_and_leaves_global_generators_alone(se
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    states = torch.get_rng_state(), random.getstate(), numpys_state()
     first = augmented(frames, 7, **settings)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert np.random.get_state()[1].tolist() == states[2]
+    assert numpys_state() == states[2]
     torch.manual_seed(2)
     random.seed(2)
     np.random.seed(2)

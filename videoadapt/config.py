@@ -76,11 +76,13 @@ class DataConfig(Section):
     erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
     cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    mix_token: Annotated[float, Field(ge=0.0)] = 0.0  # cutmix of tokens instead of pixels (LV-ViT)
+    token_labels: Path | None = None  # LV-ViT's label maps, CLASS/NAME.pt for each training image
 
     @property
     def mixes(self) -> bool:
         """Whether clips are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
+        return self.mixup > 0 or self.cutmix > 0 or self.mix_token > 0
 
 
 class IndexConfig(Section):
@@ -177,6 +179,8 @@ class LossConfig(Section):
     tau: Positive = 1.0
     hard: bool = False  # students learn the teacher's top class instead of its distribution
     label_smoothing: Fraction = 0.0
+    dense_weight: Annotated[float, Field(ge=0.0)] = 0.5  # of the head on patches (model.dense_head), at every point
+    map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # of label maps, where given, in the target of the class
 
 
 class TrainConfig(Section):
@@ -342,6 +346,7 @@ class Config(Section):
                 f"data.crop_area: expected [LOW, HIGH] with LOW <= HIGH <= 1, and data.short_side=null, got "
                 f"{list(self.data.crop_area)} and {short and list(short)}"
             )
+        _check_token_labels(self.data, model)
         if self.label.source == "holdout" and self.data.holdout == 0.0:
             raise ConfigError(
                 "label.source: holdout needs data.holdout above 0, the share of clips kept out of stage 1"
@@ -360,6 +365,19 @@ class Config(Section):
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
         return self
+
+
+def _check_token_labels(data: DataConfig, model: ModelConfig) -> None:
+    if (data.mix_token or data.token_labels) and (data.mixup or data.cutmix):
+        raise ConfigError(
+            "data.mixup, data.cutmix: they mix pixels and whole labels; set both to 0, or neither data.mix_token nor "
+            "data.token_labels"
+        )
+    if data.token_labels and (model.dense_head is None or model.num_frames != 1):
+        raise ConfigError(
+            "data.token_labels: needs a head on patches that learns them, such as model.dense_head=0.25, and "
+            "model.num_frames=1: label maps are of images"
+        )
 
 
 def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:

@@ -27,14 +27,21 @@ def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> 
     return tau**2 * F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
 
 
-def point_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
+def point_loss(
+    heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig, *, dense: Tensor | None = None
+) -> Tensor:
     """The loss of each clip at one point, `(B,)`: the teacher learns the truth, a student `(1 - lam)` of it.
 
     With a distillation token the class head learns the truth and the distillation head the teacher (ReViT, Fig. 3).
+    Given `dense` targets `(B, T * N, classes)`, the head on patches learns them (LV-ViT, equation 4): the mean over
+    patches is added `dense_weight` times, whoever teaches the class.
     """
-    truth = cross_entropy(heads.cls, targets)
-    if teacher is None:
-        return truth
-    learner = heads.cls if heads.dist is None else heads.dist
-    learned = distillation(learner, teacher, tau=config.tau, hard=config.hard)
-    return (1 - config.lam) * truth + config.lam * learned
+    loss = cross_entropy(heads.cls, targets)
+    if teacher is not None:
+        learner = heads.logits() if heads.dist is None else heads.dist
+        learned = distillation(learner, teacher, tau=config.tau, hard=config.hard)
+        loss = (1 - config.lam) * loss + config.lam * learned
+    if dense is not None:
+        assert heads.dense is not None, "only a model with a head on patches has targets for it"
+        loss = loss + config.dense_weight * cross_entropy(heads.dense, dense).mean(1)
+    return loss

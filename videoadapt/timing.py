@@ -55,7 +55,8 @@ class Stopwatch:
         begin = self._now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             heads = self._forward(frames, point, heads=True)
-        loss = losses.point_loss(heads, targets, teacher, self.config.loss).sum()
+        dense = None if heads.dense is None else torch.full_like(heads.dense, 1 / model.num_classes)
+        loss = losses.point_loss(heads, targets, teacher, self.config.loss, dense=dense).sum()
         middle = self._now()
         loss.backward()
         return middle - begin, self._now() - middle

@@ -46,10 +46,12 @@ from videoadapt.parallel import (
     wait_for_all,
     world_size,
 )
+from videoadapt.points import Point
 from videoadapt.preflight import preflight
 from videoadapt.runtime import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.state import Clock, State, Tally
 from videoadapt.stopping import StopRequest
+from videoadapt.targets import targets_at
 
 STEP_S = 1800.0  # that a rank waits for the others within a step, loading included
 
@@ -221,7 +223,8 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     config, clips_of_part = state.config, state.config.train.batch // state.config.train.accumulate
     if not len(batch.labels) and world_size() == 1:
         return
-    clips, targets, weights = _prepared(batch, state)
+    clips, truth, weights = _prepared(batch, state)
+    seed = seed_of("mix", config.run.seed, state.step)
     shares = [seat.plan.groups[0].share(r, clips_of_part, pairs=config.data.mixes) for r in seat.plan.groups[0].ranks]
     places = torch.tensor([position - part * clips_of_part for position in batch.positions], dtype=torch.int64)
     if seat.exchange is not None and not seat.teaches:
@@ -229,10 +232,11 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     teacher: Tensor | None = None
     for point in seat.group.points:  # costliest first: it teaches the others
         final = part == config.train.accumulate - 1 and point == seat.group.points[-1]
+        wanted = targets_at(Point.parse(point), truth, batch, config, seed=seed)
         with nullcontext() if final else gradients_apart(seat.forward):
             bf16 = config.run.precision == "bf16"
             with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
-                heads: Heads = seat.forward(clips, point, heads=True)
+                heads: Heads = seat.forward(clips, point, heads=True, swap=wanted.swap)
             learned = heads.logits().detach()
             if teacher is None and not seat.teaches:
                 assert seat.exchange is not None
@@ -240,7 +244,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
                 teacher[: len(places)] = seat.exchange.logits()[places.to(state.device)]
                 weights = weights * teacher.isfinite().all(-1)  # a clip that its teacher could not read teaches nothing
                 teacher = teacher.nan_to_num()
-            loss = losses.point_loss(heads, targets, teacher, config.loss)
+            loss = losses.point_loss(heads, wanted.cls, teacher, config.loss, dense=wanted.dense)
             if teacher is None and seat.exchange is not None:
                 own = torch.full((len(shares[rank()]), learned.shape[1]), float("nan"), device=state.device)
                 own[places - shares[rank()].start] = learned[: len(places)].to(own.dtype)
@@ -252,7 +256,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
 
 
 def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """Clips, targets and weights of a batch; of one without clips, an empty clip without weight.
+    """Clips, their labels as targets, and weights of a batch; of one without clips, an empty clip without weight.
 
     Other ranks wait for this one's gradients, whatever happened to its videos.
     """

@@ -128,8 +128,7 @@ def mix(  # noqa: PLR0913 - settings, by name
     """
     targets = functional.one_hot(labels, num_classes).float()
     alphas = {kind: alpha for kind, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0}
-    place = {position: number for number, position in enumerate(positions)}
-    pairs = [(place[p], place[p + 1], p // 2) for p in positions if p % 2 == 0 and p + 1 in place] if alphas else []
+    pairs = _pairs(positions) if alphas else []
     mixed, truths = (clips.clone(), targets.clone()) if pairs else (clips, targets)
     for a, b, number in pairs:
         draw = random.Random(seed_of("mix", seed, number))
@@ -143,7 +142,36 @@ def mix(  # noqa: PLR0913 - settings, by name
                 mixed[here, ..., rows, columns] = clips[other, ..., rows, columns]
             kept = 1.0 - _length(rows) * _length(columns) / (clips.shape[-2] * clips.shape[-1])
         truths[a], truths[b] = torch.lerp(targets[b], targets[a], kept), torch.lerp(targets[a], targets[b], kept)
-    return mixed, truths * (1.0 - smoothing) + smoothing / num_classes
+    return mixed, smooth(truths, smoothing)
+
+
+def token_swap(positions: Sequence[int], length: int, *, size: int, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Cutmix of tokens: each clip's partner (B,) int64, and the patches (B, N) bool that it takes from there.
+
+    The clips at positions 2i and 2i + 1 of a step are partners. Boxes are drawn on `size` pixels, for seed and i alone,
+    and taken to the nearest patches of the length, so that all lengths mix nearly the same; a clip without its
+    partner is its own.
+    """
+    partners = torch.arange(max(len(positions), 1))
+    taken = torch.zeros(len(partners), length, length, dtype=torch.bool)
+    for a, b, number in _pairs(positions):
+        draw = random.Random(seed_of("mix token", seed, number))
+        box = _box((size, size), 1.0 - draw.betavariate(alpha, alpha), draw)
+        rows, columns = (slice(round(s.start * length / size), round(s.stop * length / size)) for s in box)
+        partners[a], partners[b] = b, a
+        taken[[a, b], rows, columns] = True
+    return partners, taken.flatten(1)
+
+
+def smooth(targets: Tensor, share: float) -> Tensor:
+    """Soft targets (..., classes) with this share spread over all classes."""
+    return targets * (1.0 - share) + share / targets.shape[-1]
+
+
+def _pairs(positions: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The places in a batch of the clips at positions 2i and 2i + 1, and i, for each i of which both are there."""
+    place = {position: number for number, position in enumerate(positions)}
+    return [(place[p], place[p + 1], p // 2) for p in positions if p % 2 == 0 and p + 1 in place]
 
 
 def _box(size: Sequence[int], share: float, draw: random.Random) -> tuple[slice, slice]:
