@@ -52,7 +52,7 @@ def torchrun(ranks: int, *words: object) -> None:
     assert done.returncode == 0, done.stderr[:6000]
 
 
-def trained(data: Path, folder: Path, ranks: int, groups: object, **sections: dict) -> list[dict[Any, Any]]:
+def trained(data: Path, folder: Path, ranks: int, groups: object, /, **sections: dict) -> list[dict[Any, Any]]:
     """What each rank holds, by number of steps and precision."""
     folder.mkdir(parents=True)
     config = tiny(data, folder, groups, **sections)
@@ -91,10 +91,18 @@ def test_steps_on_several_ranks_equal_those_of_one(
         assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
 
 
+LVVIT = {
+    "model": {"embed": "stem", "dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
+    "data": {"mixup": 0.0, "cutmix": 0.0, "mix_token": 1.0},
+}
+
+
 @pytest.mark.slow
-def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", [{"model": {"embed": "stem"}}, LVVIT], ids=["stem", "LV-ViT"])
+def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(
+    data: Path, tmp_path: Path, stem: dict[str, dict]
+) -> None:
     """Gradients through the statistics too, and statistics that every rank knows when they are saved."""
-    stem = {"model": {"embed": "stem"}}
     [alone] = trained(data, tmp_path / "alone", 1, None, **stem)
     for held in trained(data, tmp_path / "grouped", 3, {"8": 2, "6+4": 1}, **stem):
         for key in (ONE_STEP[0], FIVE_STEPS):
