@@ -233,8 +233,8 @@ def test_the_keeps_of_a_length_have_the_tokens_of_the_length() -> None:
 def test_the_distillation_token_survives_beside_the_class_token() -> None:
     model = make(distill_token=True)
     assert [prefix for prefix, _ in seen(model, clips(model), "5@0.5")] == [(2, 2, 24)] * 4
-    cls, dist = model(clips(model), "5@0.5", heads=True)
-    assert cls.shape == dist.shape == (2, 5)
+    heads = model(clips(model), "5@0.5", heads=True)
+    assert heads.cls.shape == heads.dist.shape == (2, 5)
 
 
 @torch.no_grad()

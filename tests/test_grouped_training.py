@@ -49,7 +49,7 @@ def run(ranks: int, *words: object) -> None:
     assert done.returncode == 0, done.stderr[:6000]
 
 
-def trained(data: Path, folder: Path, ranks: int, groups: object, **sections: dict) -> list[dict[Any, Any]]:
+def trained(data: Path, folder: Path, ranks: int, groups: object, /, **sections: dict) -> list[dict[Any, Any]]:
     """What each rank holds, by number of steps and precision."""
     folder.mkdir(parents=True)
     config = tiny(data, folder, groups, **sections)
@@ -88,11 +88,18 @@ def test_steps_on_several_ranks_equal_those_of_one(
         assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
 
 
+LVVIT = {
+    "model": {"embed": "stem", "dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
+    "data": {"mixup": 0.0, "cutmix": 0.0, "mix_token": 1.0},
+}
+
+
 @pytest.mark.slow
-def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [{}, LVVIT], ids=["plain", "LV-ViT"])
+def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path, kind: dict[str, dict]) -> None:
     """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""
     grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
-    drawn: dict[str, dict] = {"model": grid, "train": {"draw": "sampled"}}
+    drawn: dict[str, dict] = {**kind, "model": kind.get("model", {}) | grid, "train": {"draw": "sampled"}}
     [alone] = trained(data, tmp_path / "alone", 1, None, **drawn)
     held = trained(data, tmp_path / "grouped", 4, {"8": 2, "6": 1, "4": 1}, **drawn)
     for key, expected in alone.items():
@@ -111,9 +118,11 @@ def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", [{"model": {"embed": "stem"}}, LVVIT], ids=["stem", "LV-ViT"])
+def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(
+    data: Path, tmp_path: Path, stem: dict[str, dict]
+) -> None:
     """Gradients through the statistics too, and statistics that every rank knows when they are saved."""
-    stem = {"model": {"embed": "stem"}}
     [alone] = trained(data, tmp_path / "alone", 1, None, **stem)
     for held in trained(data, tmp_path / "grouped", 3, {"8": 2, "6+4": 1}, **stem):
         for key in (ONE_STEP[0], FIVE_STEPS):

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 LAYERS = [
     {"errors", "points", "seeds", "cost", "config", "log", "runtime", "cluster", "stopping"},
     {"model", "data", "draws", "groups", "parallel", "lease", "losses", "optim"},
-    {"batchnorm", "forecast", "memory", "checkpoint", "labels", "assigner", "intervals"},
+    {"batchnorm", "targets", "forecast", "memory", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state", "timing", "preflight"},
     {"train", "assign", "label", "evaluate", "predict", "plan", "report", "export"},
     {"launch", "submission", "jobs", "demo", "bench"},

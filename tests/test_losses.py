@@ -109,10 +109,28 @@ def test_with_dropped_tokens_the_answer_is_learnt_from_the_same_length_at_tau_1(
     x, teacher, targets = logits(0), logits(1), soft_targets()
     heads = Heads(x, logits(2) if token else None)
     found = point_loss(heads, targets, teacher, LossConfig(lam=0.3, tau=2.0), dropped=True)
-    p, q = teacher.softmax(-1), heads.mean().softmax(-1)
+    p, q = teacher.softmax(-1), heads.logits().softmax(-1)
     assert torch.allclose(found, (p * (p / q).log()).sum(-1), rtol=1e-4)
     found = point_loss(heads, targets, None, LossConfig(dropped="ce"), dropped=True)
-    assert torch.equal(found, cross_entropy(heads.mean(), targets))
+    assert torch.equal(found, cross_entropy(heads.logits(), targets))
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.9])
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_head_on_patches_adds_its_own_loss_whoever_teaches_the_class(lam: float, taught: bool) -> None:
+    cls, patches = logits(0), torch.stack([logits(i) for i in (3, 4, 5)], 1)  # (5 clips, 3 patches, classes)
+    wanted = torch.stack([logits(i).softmax(-1) for i in (6, 7, 8)], 1)
+    teacher = logits(1) if taught else None
+    config = LossConfig(lam=lam, dense_weight=0.3)
+    heads = Heads(cls, None, patches, 0.25)
+    found = point_loss(heads, soft_targets(), teacher, config, dense=wanted)
+    on_patches = torch.stack([cross_entropy(patches[:, i], wanted[:, i]) for i in range(3)]).mean(0)
+    expected = cross_entropy(cls, soft_targets())
+    if teacher is not None:
+        answer = cls + 0.25 * patches.max(1).values  # a student answers with both heads, and so did its teacher
+        expected = (1 - lam) * expected + lam * distillation(answer, teacher, tau=1.0, hard=False)
+    torch.testing.assert_close(found, expected + 0.3 * on_patches)
+    torch.testing.assert_close(point_loss(heads, soft_targets(), teacher, config), expected)
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig(hard=True), LossConfig(lam=0.5, tau=3.0)])

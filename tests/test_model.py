@@ -227,6 +227,79 @@ def test_only_students_have_a_distillation_token() -> None:
     assert same == {"14": True, "10": False, "7": False}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("token", [False, True])
+def test_a_head_on_patches_adds_the_best_of_them_for_each_class(token: bool) -> None:
+    model = make(dense_head=0.25, distill_token=token)
+    clip = clips(model)
+    heads = model(clip, "7", heads=True)
+    assert heads.dense.shape == (2, 3 * 49, 5)
+    plain = (heads.cls + heads.dist) / 2 if token else heads.cls
+    torch.testing.assert_close(model(clip, "7"), plain + 0.25 * heads.dense.max(1).values)
+    assert model(clip, "7", heads=True)._replace(dense=None).logits().equal(plain)
+    model.aux_head.bias[2] += 4.0
+    changed = model(clip, "7") - plain - 0.25 * heads.dense.max(1).values
+    torch.testing.assert_close(changed[0], torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_residual_scale_weighs_every_branch() -> None:
+    """As if the last linear map of each branch were so much smaller."""
+    model, plain = make(residual_scale=0.5), make()
+    plain.load_state_dict(model.state_dict())
+    for name, parameter in plain.named_parameters():
+        if ".attn.proj." in name or "temporal_fc" in name or ".fc2." in name:
+            parameter.mul_(0.5)
+    for point in POINTS:
+        torch.testing.assert_close(model(clips(model), point), plain(clips(model), point))
+
+
+@torch.no_grad()
+def test_without_biases_queries_keys_and_values_are_those_with_zero_ones() -> None:
+    model, biased = make(qkv_bias=False), make()
+    missing = set(biased.state_dict()) - set(model.state_dict())
+    assert missing == {name for name in biased.state_dict() if name.endswith("qkv.bias")}
+    biased.load_state_dict(model.state_dict() | {name: biased.state_dict()[name] * 0 for name in missing})
+    torch.testing.assert_close(model(clips(model), "10"), biased(clips(model), "10"))
+
+
+@torch.no_grad()
+def test_corners_may_be_aligned() -> None:
+    """Then the corners of the small frame are those of the large one."""
+    frames = torch.randn(2, 3, 56, 56)
+    small = resize_frames(frames, 28, align_corners=True)
+    torch.testing.assert_close(small[..., ::27, ::27], frames[..., ::55, ::55])
+    model, other = make(align_corners=True), make()
+    other.load_state_dict(model.state_dict())
+    same = {point: model(clips(model), point).equal(other(clips(model), point)) for point in POINTS}
+    assert same == {"14": True, "10": False, "7": False}
+
+
+# Tokens of a partner.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embed", ["resize", "stem"])
+def test_swapped_tokens_are_those_of_the_partner(embed: str) -> None:
+    model = make(embed=embed)
+    batch, partners = clips(model, batch=3), torch.tensor([1, 0, 2])
+    none, every = torch.zeros(3, 49, dtype=torch.bool), torch.ones(3, 49, dtype=torch.bool)
+    plain = model(batch, "7")
+    assert torch.equal(model(batch, "7", swap=(partners, none)), plain)
+    torch.testing.assert_close(model(batch, "7", swap=(partners, every)), plain[partners])
+
+
+@torch.no_grad()
+def test_swapping_tokens_of_plain_patches_is_cutting_and_pasting_pixels() -> None:
+    model = make()
+    batch, partners = clips(model, batch=2), torch.tensor([1, 0])
+    taken = torch.zeros(2, 14, 14, dtype=torch.bool)
+    taken[:, 3:9, 5:14] = True
+    pasted = batch.clone()
+    pasted[..., 12:36, 20:56] = batch.flip(0)[..., 12:36, 20:56]
+    torch.testing.assert_close(model(batch, "14", swap=(partners, taken.flatten(1))), model(pasted, "14"))
+
+
 # The point is an argument.
 
 

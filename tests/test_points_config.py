@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from videoadapt.config import Config, dump_config, known_keys, load_config, make_config
 from videoadapt.errors import ConfigError, UserError
+from videoadapt.model.timesformer import TimeSformer
 from videoadapt.points import Point
 from videoadapt.report.costs import flops
 
@@ -317,12 +319,16 @@ def test_variables_in_overrides_are_replaced_too(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_says_what_it_costs_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+def test_every_config_loads_says_what_it_expects_survives_a_round_trip_and_makes_a_model(
+    path: Path, tmp_path: Path
+) -> None:
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any("videoadapt" in line for line in head)
     assert any("esult" in line for line in head)
     config = load_config(path)
     assert load_config(write(tmp_path / "dumped.yaml", dump_config(config))) == config
+    with torch.device("meta"):
+        assert TimeSformer(config.model).points
 
 
 @given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,45 @@ from videoadapt.checkpoint import train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.data.loader import steps_per_epoch
 from videoadapt.data.manifest import Manifest, load_or_index
+from videoadapt.data.tokenlabels import SHAPE, label_map_file
 
 LAYOUTS = {"2, 1": {"8": 2, "6+4": 1}, "1, 1, 1": {"8": 1, "6": 1, "4": 1}}
 RANKS = 3
 EPOCHS = 3
 
 
-def prepared(folder: Path, groups: dict[str, int], **data: Any) -> tuple[Config, Manifest]:
+def prepared(folder: Path, groups: dict[str, int], **sections: dict[str, Any]) -> tuple[Config, Manifest]:
     """A config, in `folder` too, and its manifest; one of its videos has gone since."""
     config = runs.config(
         runs.make_data(folder / "data"),
         folder / "run",
-        data={"mixup": 0.4, **data},
         train={"batch": 12, "accumulate": 2, "epochs": EPOCHS, "save_steps": 1, "keep_checkpoints": 9},
         parallel={"groups": groups},
+        **({"data": {"mixup": 0.4}} | sections),
     )
     (folder / "config.yaml").write_text(dump_config(config))
     manifest = load_or_index(config)
     readable = (manifest["split"] == "train") & (manifest["status"] == "ok")
     Path(manifest["path"][readable][0]).unlink()
+    return config, manifest
+
+
+def labelled(folder: Path, groups: dict[str, int]) -> tuple[Config, Manifest]:
+    """The same with images and their label maps, of which one is missing and one is torn."""
+    config, manifest = prepared(
+        folder,
+        groups,
+        model={"num_frames": 1, "temporal": False, "time_init_std": 0.0, "dense_head": 0.25},
+        assign={"frames": 1},
+        data={"mixup": 0.0, "mix_token": 1.0, "flip": 0.5, "token_labels": str(folder / "maps")},
+    )
+    readable = (manifest["split"] == "train") & (manifest["status"] == "ok")
+    files = [label_map_file(folder / "maps", path) for path in manifest["path"][readable]]
+    for seed, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed)).half() * 9, file)
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:99])
     return config, manifest
 
 
@@ -66,9 +87,12 @@ with ranks(config):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_get_the_same_clips_and_each_is_decoded_once(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize("prepare", [prepared, labelled])
+def test_ranks_get_the_same_clips_and_each_is_decoded_once(
+    tmp_path: Path, layout: str, prepare: Callable[[Path, dict[str, int]], tuple[Config, Manifest]]
+) -> None:
     """From the second step to the end, in parts, with a video that cannot be read."""
-    config, manifest = prepared(tmp_path, LAYOUTS[layout])
+    config, manifest = prepare(tmp_path, LAYOUTS[layout])
     ended = Ranks(LOADING, tmp_path, RANKS).ended()
     assert [code for code, _ in ended.values()] == [0] * RANKS, ended
     held = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in range(RANKS)]
@@ -81,8 +105,12 @@ def test_ranks_get_the_same_clips_and_each_is_decoded_once(tmp_path: Path, layou
             assert torch.equal(one.labels, other.labels)
             assert torch.equal(one.videos, other.videos)
             assert (one.positions, one.failures) == (other.positions, other.failures)
+            assert (one.tokens is None) == (other.tokens is None) == (config.data.token_labels is None)
+            assert all(map(torch.equal, one.tokens or (), other.tokens or ()))
             failures += other.failures
-    assert "lies elsewhere" in failures[0].cause
+    causes = ["lies elsewhere"] + ([": No such file", ": torn"] if config.data.token_labels else [])
+    assert len({failure.video for failure in failures}) == len(causes)
+    assert all(any(cause in failure.cause for failure in failures) for cause in causes)
     decoded = {form: Counter(key for rank in held for key in rank[form][1]) for form in ("own", "shared")}
     assert set(decoded["own"].values()) == {len(LAYOUTS[layout])}
     assert decoded["shared"] == Counter(decoded["own"].keys())
@@ -118,7 +146,7 @@ for form in ("own", "shared"):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_with_shared_decoding_that_was_stopped_equals_one_without_to_the_bit(tmp_path: Path, layout: str) -> None:
-    config, manifest = prepared(tmp_path, LAYOUTS[layout], workers=1)
+    config, manifest = prepared(tmp_path, LAYOUTS[layout], data={"mixup": 0.4, "workers": 1})
     for form in ("own", "shared"):  # as long as all videos were there
         (tmp_path / form).mkdir()
         for file in config.run.dir.iterdir():
@@ -163,7 +191,7 @@ training.train(load_config(folder / "config.yaml", ["parallel.decode=shared"]))
     ],
 )
 def test_a_rank_whose_reading_fails_ends_all_with_one_message(tmp_path: Path, victim: str, message: str) -> None:
-    prepared(tmp_path, LAYOUTS["1, 1, 1"], workers=1)
+    prepared(tmp_path, LAYOUTS["1, 1, 1"], data={"mixup": 0.4, "workers": 1})
     job = Ranks(FAILING.format(victim=victim), tmp_path, RANKS)
     ended = job.ended()
     assert time.monotonic() - job.since < 90

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
+from videoadapt.config import DataConfig, ModelConfig, make_config
 from videoadapt.data.transforms import augment, crops, mix, normalise, thumbnail
+from videoadapt.errors import ConfigError
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+RECIPE: dict[str, Any] = {
+    "crop_area": (0.08, 1.0),
+    "interpolation": "bicubic",
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.3,
+    "erase": 0.5,
+}
+
+
+def numpys_state() -> list[int]:
+    state: Any = np.random.get_state()
+    return list(state[1])
+
+
+def model_of(size: int) -> ModelConfig:
+    return ModelConfig(size=size, patch=8, points=(str(size // 8),))
+
+
+def augmented(frames: np.ndarray, seed: int, size: int = 32, **settings: Any) -> torch.Tensor:
+    return augment(frames, DataConfig(**settings), model_of(size), seed=seed)[0]
 
 
 def ramp(height: int, width: int, frames: int = 3) -> np.ndarray:
@@ -29,31 +54,38 @@ def ramp(height: int, width: int, frames: int = 3) -> np.ndarray:
 
 @given(st.integers(20, 60), st.integers(20, 60), st.integers(0, 2**63 - 1))
 def test_augment_gives_a_square_of_the_size_asked_for(height: int, width: int, seed: int) -> None:
-    clip = augment(noise(2, height, width, 3), size=24, short_side=(24, 40), flip=0.5, seed=seed)
+    clip = augmented(noise(2, height, width, 3), seed, size=24, short_side=(24, 40))
     assert clip.shape == (3, 2, 24, 24)
     assert clip.dtype == torch.uint8
     assert clip.is_contiguous()
 
 
-def test_augment_does_the_same_to_all_frames() -> None:
+@pytest.mark.parametrize("settings", [{"short_side": (32, 48)}, RECIPE], ids=["crop", "recipe"])
+def test_augment_does_the_same_to_all_frames(settings: dict[str, Any]) -> None:
     still = np.repeat(noise(1, 50, 70, 3), 5, axis=0)
     for seed in range(20):
-        clip = augment(still, size=32, short_side=(32, 48), flip=0.5, seed=seed)
+        clip = augmented(still, seed, **settings)
+        assert clip.shape == (3, 5, 32, 32)
+        assert clip.dtype == torch.uint8
         assert (clip == clip[:, :1]).all()
 
 
-def test_augment_depends_on_the_seed_alone_and_leaves_global_generators_alone() -> None:
+@pytest.mark.parametrize("settings", [{"short_side": (32, 48)}, RECIPE], ids=["crop", "recipe"])
+def test_augment_depends_on_the_seed_alone_and_leaves_global_generators_alone(settings: dict[str, Any]) -> None:
     frames = noise(2, 50, 70, 3)
     torch.manual_seed(1)
     random.seed(1)
-    states = torch.get_rng_state(), random.getstate()
-    first = augment(frames, size=32, short_side=(32, 48), flip=0.5, seed=7)
+    np.random.seed(1)
+    states = torch.get_rng_state(), random.getstate(), numpys_state()
+    first = augmented(frames, 7, **settings)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    assert numpys_state() == states[2]
     torch.manual_seed(2)
     random.seed(2)
-    assert torch.equal(augment(frames, size=32, short_side=(32, 48), flip=0.5, seed=7), first)
-    others = [augment(frames, size=32, short_side=(32, 48), flip=0.5, seed=seed) for seed in range(5)]
+    np.random.seed(2)
+    assert torch.equal(augmented(frames, 7, **settings), first)
+    others = [augmented(frames, seed, **settings) for seed in range(5)]
     assert len({clip.numpy().tobytes() for clip in others}) == 5
 
 
@@ -61,10 +93,97 @@ def test_augment_flips_as_often_as_it_is_told() -> None:
     frames = noise(1, 32, 32, 3)
     plain = torch.from_numpy(frames).permute(3, 0, 1, 2)
     for flip in (0.0, 0.5, 1.0):
-        clips = [augment(frames, size=32, short_side=None, flip=flip, seed=seed) for seed in range(100)]
+        clips = [augmented(frames, seed, flip=flip) for seed in range(100)]
         flipped = sum(torch.equal(clip, plain.flip(-1)) for clip in clips)
         assert flipped + sum(torch.equal(clip, plain) for clip in clips) == 100  # and nothing was resampled
         assert abs(flipped / 100 - flip) <= 0.2 * (flip == 0.5)
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """Red rises from left to right and green from top to bottom, from 0 to 255 over the frame."""
+    image = np.zeros((1, height, width, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 255, width).round()
+    image[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return image
+
+
+@pytest.mark.parametrize("settings", [{"short_side": (32, 60)}, {"crop_area": (0.1, 0.9)}], ids=["short side", "area"])
+def test_augment_tells_where_the_crop_lies(settings: dict[str, Any]) -> None:
+    flips = set()
+    for seed in range(30):
+        clip, (box, flipped) = augment(gradient(90, 140), DataConfig(**settings), model_of(32), seed=seed)
+        left, top, right, bottom = box
+        assert 0 <= left < right <= 1
+        assert 0 <= top < bottom <= 1
+        red, green = clip[0, 0].float() / 255, clip[1, 0].float() / 255
+        columns = red.mean(0).flip(0) if flipped else red.mean(0)
+        expected_x = left + (torch.arange(32) + 0.5) / 32 * (right - left)
+        expected_y = top + (torch.arange(32) + 0.5) / 32 * (bottom - top)
+        torch.testing.assert_close(columns, expected_x.float(), atol=0.015, rtol=0)
+        torch.testing.assert_close(green.mean(1), expected_y.float(), atol=0.015, rtol=0)
+        flips.add(flipped)
+    assert flips == {True, False}
+
+
+def test_crops_of_an_area_have_the_areas_and_shapes_asked_for() -> None:
+    frames, boxes = gradient(200, 300), []
+    for seed in range(200):
+        _, crop = augment(frames, DataConfig(crop_area=(0.08, 0.5)), model_of(32), seed=seed)
+        left, top, right, bottom = crop.box
+        boxes.append((300 * (right - left), 200 * (bottom - top)))
+    areas = np.array([width * height / 60000 for width, height in boxes])
+    ratios = np.array([width / height for width, height in boxes])
+    for values, low, high in ((areas, 0.08, 0.5), (ratios, 3 / 4, 4 / 3)):
+        assert values.min() == pytest.approx(low, rel=0.2)
+        assert values.max() == pytest.approx(high, rel=0.2)
+
+
+def test_erasing_puts_noise_in_one_box_that_is_normal_once_normalised() -> None:
+    frames = np.full((2, 64, 64, 3), 7, np.uint8)
+    model = model_of(64)
+    erased = 0
+    for seed in range(40):
+        clip = augmented(frames, seed, size=64, erase=0.5)
+        changed = (clip != 7).any(0)[0]
+        if not changed.any():
+            continue
+        erased += 1
+        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+        box = clip[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert box[0, 0].numel() == pytest.approx((64**2) * 0.18, abs=64**2 * 0.17)
+        values = normalise(box[None], model.mean, model.std, torch.float32)
+        assert abs(values.mean()) < 0.25
+        assert 0.7 < values.std() < 1.1  # cut where it leaves 0 to 255
+    assert 10 <= erased <= 30
+
+
+def test_rand_augment_and_jitter_change_pictures_as_often_as_told() -> None:
+    frames = gradient(32, 32)
+    plain = torch.from_numpy(frames).permute(3, 0, 1, 2)
+    for settings, least in (({"rand_augment": "rand-m9-n2-inc1"}, 10), ({"color_jitter": 0.3}, 19), ({}, 0)):
+        clips = [augmented(frames, seed, flip=0.0, **settings) for seed in range(20)]
+        assert sum(not torch.equal(clip, plain) for clip in clips) >= least
+        assert least or all(torch.equal(clip, plain) for clip in clips)
+
+
+def test_rand_augment_of_any_magnitude_runs() -> None:
+    """timm's posterizes to no bits at the highest, which Pillow may refuse."""
+    for seed in range(60):
+        clip = augmented(gradient(32, 32), seed, rand_augment="rand-m10-n2-p1-mstd0.5-inc1")
+        assert clip.shape == (3, 1, 32, 32)
+
+
+@pytest.mark.parametrize("text", ["rand-m9-x3-inc1", "rand-m9.5-inc1", "augmix-m5", "rand-m9-mstd0.5", ""])
+def test_other_recipes_than_rand_augments_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="data.rand_augment"):
+        make_config({"data": {"rand_augment": text}})
+
+
+@pytest.mark.parametrize("values", [{"crop_area": [0.5, 0.1]}, {"crop_area": [0.1, 1.5]},
+                                    {"crop_area": [0.1, 1.0], "short_side": [256, 320]}])  # fmt: skip
+def test_areas_that_cannot_be_cut_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="data.crop_area: expected"):
+        make_config({"data": values})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -79,11 +198,22 @@ def test_crops_lie_along_the_longer_side_in_order(height: int, width: int, count
         assert np.array_equal(view.permute(1, 2, 3, 0).numpy(), part)  # not resampled: bit-exact
 
 
-def test_crops_resize_the_short_side_with_the_filter_of_torchvision() -> None:
-    frames = noise(2, 50, 80, 3)
-    resize = v2.Compose([v2.Resize(30, antialias=True), v2.CenterCrop(30)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("short_side", [30, 37])
+def test_crops_resize_the_short_side_with_the_filter_of_torchvision(interpolation: str, short_side: int) -> None:
+    frames, mode = noise(2, 50, 80, 3), v2.InterpolationMode(interpolation)
+    resize = v2.Compose([v2.Resize(short_side, interpolation=mode, antialias=True), v2.CenterCrop(30)])
     expected = resize(torch.from_numpy(frames).permute(0, 3, 1, 2))
-    assert torch.equal(crops(frames, size=30, count=1)[0].transpose(0, 1), expected)
+    found = crops(frames, size=30, count=1, short_side=short_side, interpolation=interpolation)
+    assert torch.equal(found[0].transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 100), (100, 50)])
+def test_crops_smaller_than_the_short_side_lie_in_its_middle(height: int, width: int) -> None:
+    frames = noise(1, height, width, 3)
+    for view, cut in zip(crops(frames, size=40, count=3, short_side=50), [0, 30, 60], strict=True):
+        part = frames[:, 5:45, cut : cut + 40] if width > height else frames[:, cut : cut + 40, 5:45]
+        assert np.array_equal(view.permute(1, 2, 3, 0).numpy(), part)
 
 
 def test_crops_of_a_square_are_all_the_same() -> None:

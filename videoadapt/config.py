@@ -24,6 +24,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+_RAND_AUGMENT = r"^rand(-(m\d+|n\d+|(p|mstd)\d+(\.\d+)?))*-inc1$"
+
 
 def _parse_points(value: Any) -> Any:
     return [value] if isinstance(value, (int, str)) else value
@@ -67,14 +69,21 @@ class DataConfig(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has
     timeout_s: Positive = 300.0
     short_side: tuple[int, int] | None = None  # training: range of the short side before the crop; none = model.size
+    crop_area: tuple[Positive, Positive] | None = None  # training, instead: range of a crop's share of the frame
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resizing before a crop
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # timm's, such as rand-m9-mstd0.5-inc1
+    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # of brightness, contrast and saturation
+    erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
     cutmix: Annotated[float, Field(ge=0.0)] = 0.0
+    mix_token: Annotated[float, Field(ge=0.0)] = 0.0  # cutmix of tokens instead of pixels (LV-ViT)
+    token_labels: Path | None = None  # LV-ViT's label maps, CLASS/NAME.pt for each training image
 
     @property
     def mixes(self) -> bool:
         """Whether clips are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
+        return self.mixup > 0 or self.cutmix > 0 or self.mix_token > 0
 
 
 class IndexConfig(Section):
@@ -103,11 +112,15 @@ class ModelConfig(Section):
     temporal: bool = True  # divided space-time attention; off = frames are seen one by one
     drop_blocks: tuple[Count, ...] = (4, 7, 10)  # counted from 1; points with keep < 1 drop tokens there
     embed: Literal["resize", "kernel", "stem"] = "resize"
+    align_corners: bool = False  # frames are resized as in SuperViT: corner on corner, and without antialiasing
     share_norm: bool = False
     share_patch: bool = False
     share_pos: bool = False
     distill_token: bool = False
+    dense_head: Positive | None = None  # LV-ViT's second head, on patches: the weight of their best logits; none = none
+    qkv_bias: bool = True
     layer_scale: float | None = None  # initial value; none = no LayerScale
+    residual_scale: Positive = 1.0  # of what each branch adds; LV-ViT: 0.5
     norm_eps: Positive = 1e-6
     drop_path: Fraction = 0.0
     init_std: Positive = 0.02
@@ -180,6 +193,8 @@ class LossConfig(Section):
     hard: bool = False  # students learn the teacher's top class instead of its distribution
     dropped: Literal["kl", "ce"] = "kl"  # below keep 1: learn from the same length at keep 1, or the truth alone
     label_smoothing: Fraction = 0.0
+    dense_weight: Annotated[float, Field(ge=0.0)] = 0.5  # of the head on patches (model.dense_head), at every point
+    map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # of label maps, where given, in the target of the class
 
 
 class TrainConfig(Section):
@@ -257,6 +272,7 @@ class EvaluateConfig(Section):
 
     temporal_views: Count = 1
     spatial_crops: Count = 3
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of a crop over the short side of the frame
     batch: Count = 16  # views a forward pass
     failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
     speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
@@ -344,6 +360,12 @@ class Config(Section):
             raise ConfigError(
                 f"data.short_side: expected [LOW, HIGH] with model.size {model.size} <= LOW <= HIGH, got {list(short)}"
             )
+        if self.data.crop_area and (short or not self.data.crop_area[0] <= self.data.crop_area[1] <= 1.0):
+            raise ConfigError(
+                f"data.crop_area: expected [LOW, HIGH] with LOW <= HIGH <= 1, and data.short_side=null, got "
+                f"{list(self.data.crop_area)} and {short and list(short)}"
+            )
+        _check_token_labels(self.data, model)
         if self.label.source == "holdout" and self.data.holdout == 0.0:
             raise ConfigError(
                 "label.source: holdout needs data.holdout above 0, the share of clips kept out of stage 1"
@@ -378,6 +400,19 @@ class Config(Section):
                     f"loss.dropped: kl makes {point} learn from {point.length}, which is not among model.points; add "
                     "it, or set loss.dropped=ce"
                 )
+
+
+def _check_token_labels(data: DataConfig, model: ModelConfig) -> None:
+    if (data.mix_token or data.token_labels) and (data.mixup or data.cutmix):
+        raise ConfigError(
+            "data.mixup, data.cutmix: they mix pixels and whole labels; set both to 0, or neither data.mix_token nor "
+            "data.token_labels"
+        )
+    if data.token_labels and (model.dense_head is None or model.num_frames != 1):
+        raise ConfigError(
+            "data.token_labels: needs a head on patches that learns them, such as model.dense_head=0.25, and "
+            "model.num_frames=1: label maps are of images"
+        )
 
 
 def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:

@@ -39,6 +39,8 @@ class _Architecture(Protocol):
     def embed(self) -> str: ...
     @property
     def distill_token(self) -> bool: ...
+    @property
+    def dense_head(self) -> float | None: ...
     def kernel(self, length: int) -> int: ...
 
 
@@ -73,7 +75,7 @@ def point_cost(config: _Architecture, point: str | Point) -> Cost:
         temporal_attention=sum(_temporal(width, frames, patches) for patches in entered) if config.temporal else 0,
         spatial_attention=frames * (spatial + scores),
         mlp=sum(prefix + frames * patches for patches in left) * 2 * width * int(width * config.mlp_ratio),
-        head=prefix * width * config.num_classes,
+        head=(prefix + (frames * left[-1] if config.dense_head is not None else 0)) * width * config.num_classes,
     )
 
 

@@ -28,20 +28,37 @@ def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> 
 
 
 def point_loss(
-    heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig, *, dropped: bool = False
+    heads: Heads,
+    targets: Tensor,
+    teacher: Tensor | None,
+    config: LossConfig,
+    *,
+    dropped: bool = False,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """The loss of each clip at one point, `(B,)`: the teacher learns the truth, a student `(1 - lam)` of it.
 
     With a distillation token the class head learns the truth and the distillation head the teacher (ReViT, Fig. 3).
-    A point that has `dropped` tokens learns, with the answer of both heads, to say what the same length says with all
-    of them (SuperViT); with `loss.dropped: ce`, the truth.
+    A point that has `dropped` tokens learns, with the answer of all heads, to say what the same length says with all
+    of them (SuperViT); with `loss.dropped: ce`, the truth. Given `dense` targets `(B, T * N, classes)`, the head on
+    patches learns them (LV-ViT, equation 4): the mean over patches is added `dense_weight` times, whoever teaches the
+    class.
     """
     if dropped:
-        return _dropped_loss(heads.mean(), targets, teacher, config)
+        loss = _dropped_loss(heads.logits(), targets, teacher, config)
+    else:
+        loss = _class_loss(heads, targets, teacher, config)
+    if dense is None:
+        return loss
+    assert heads.dense is not None, "only a model with a head on patches has targets for it"
+    return loss + config.dense_weight * cross_entropy(heads.dense, dense).mean(1)
+
+
+def _class_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
     truth = cross_entropy(heads.cls, targets)
     if teacher is None:
         return truth
-    learner = heads.cls if heads.dist is None else heads.dist
+    learner = heads.logits() if heads.dist is None else heads.dist
     learned = distillation(learner, teacher, tau=config.tau, hard=config.hard)
     return (1 - config.lam) * truth + config.lam * learned
 

@@ -134,7 +134,8 @@ def score(
         manifest.hash,
         files_digest(manifest, rows),
         list(map(int, rows)),
-        [temporal_views, config.evaluate.spatial_crops, config.data.reader, str(model.head.weight.dtype)],
+        [temporal_views, config.evaluate.spatial_crops, config.evaluate.crop_pct, config.data.interpolation],
+        [config.data.reader, str(model.head.weight.dtype)],
         [weights, weights_digest(assigner) if assigner else None],
     ]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]

@@ -56,7 +56,8 @@ class Stopwatch:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             heads = self._forward(frames, point, heads=True)
         dropped = Point.parse(point).keep < 1
-        loss = losses.point_loss(heads, targets, teacher, self.config.loss, dropped=dropped).sum()
+        dense = None if dropped or heads.dense is None else torch.full_like(heads.dense, 1 / model.num_classes)
+        loss = losses.point_loss(heads, targets, teacher, self.config.loss, dropped=dropped, dense=dense).sum()
         middle = now(self.device)
         loss.backward()
         return middle - begin, now(self.device) - middle

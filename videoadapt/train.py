@@ -55,6 +55,7 @@ from videoadapt.runtime import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.seeds import seed_of
 from videoadapt.state import Clock, State, Tally
 from videoadapt.stopping import StopRequest
+from videoadapt.targets import targets_at
 
 STEP_S = 1800.0  # that a rank waits for the others within a step, loading included
 
@@ -240,7 +241,8 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     costliest = config.model.points[0]
     if not points:  # none of this rank's is drawn: it adds zeros, of the costliest point, which always is
         points, batch = (costliest,), batch.without_clips()
-    clips, targets, weights = _prepared(batch, state)
+    clips, truth, weights = _prepared(batch, state)
+    seed = seed_of("mix", config.run.seed, state.step)
     shares = [seat.plan.groups[0].share(r, clips_of_part, pairs=config.data.mixes) for r in seat.plan.groups[0].ranks]
     places = torch.tensor([position - part * clips_of_part for position in batch.positions], dtype=torch.int64)
     if seat.exchange is not None and not seat.teaches:
@@ -248,11 +250,12 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     known: dict[str, Tensor] = {}  # logits, by point
     for point in points:  # costliest first, and each length before its keeps: they teach
         final = part == config.train.accumulate - 1 and point == points[-1]
+        wanted = targets_at(Point.parse(point), truth, batch, config, seed=seed)
         with nullcontext() if final else gradients_apart(seat.forward):
             bf16 = config.run.precision == "bf16"
             with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
-                heads: Heads = seat.forward(clips, point, heads=True)
-            learned = heads.mean().detach()
+                heads: Heads = seat.forward(clips, point, heads=True, swap=wanted.swap)
+            learned = heads.logits().detach()
             if seat.exchange is not None and not known:
                 if seat.teaches:
                     own = torch.full((len(shares[rank()]), learned.shape[1]), float("nan"), device=state.device)
@@ -264,7 +267,8 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
                     weights = weights * teacher.isfinite().all(-1)  # what its teacher could not read teaches nothing
                     known[costliest] = teacher.nan_to_num()
             taught_by = known.get(teacher_of(point, costliest) or "")
-            loss = losses.point_loss(heads, targets, taught_by, config.loss, dropped=Point.parse(point).keep < 1)
+            dropped = Point.parse(point).keep < 1
+            loss = losses.point_loss(heads, wanted.cls, taught_by, config.loss, dropped=dropped, dense=wanted.dense)
             ((loss * weights).sum() / config.train.batch).backward()
         here = slice(len(batch.labels))
         tallies[point].add(loss.detach()[here], learned.argmax(-1)[here] == batch.labels, batch.videos)
@@ -272,7 +276,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
 
 
 def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """Clips, targets and weights of a batch; of one without clips, an empty clip without weight.
+    """Clips, their labels as targets, and weights of a batch; of one without clips, an empty clip without weight.
 
     Other ranks wait for this one's gradients, whatever happened to its videos.
     """

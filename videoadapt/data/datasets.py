@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from videoadapt.data.manifest import Manifest, Row
 from videoadapt.data.probe import cause_of
 from videoadapt.data.readers import VideoReader, open_video
 from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, spread
+from videoadapt.data.tokenlabels import LabelMap, label_map_file, read_label_map
 from videoadapt.data.transforms import augment, crops, thumbnail
 from videoadapt.errors import VideoError
 from videoadapt.seeds import seed_of
@@ -30,15 +32,16 @@ class Failure(NamedTuple):
 
 @dataclass
 class Clip:
-    """A clip for training: frames (C, T, S, S) uint8, its label, and its video's row in the manifest."""
+    """A clip for training: frames (C, T, S, S) uint8, its label, its video's row in the manifest, its label map."""
 
     frames: Tensor
     label: int
     video: int
+    tokens: LabelMap | None = None
 
     def pin_memory(self) -> Clip:
         """For the loader, which copies it to page-locked memory where it goes to a GPU."""
-        return Clip(self.frames.pin_memory(), self.label, self.video)
+        return replace(self, frames=self.frames.pin_memory())
 
 
 @dataclass
@@ -72,19 +75,22 @@ class TrainClips(Dataset[Any]):
         epoch, number = key
         row = self.manifest.row(number)
         try:
-            frames = self._clip(row, epoch)
+            frames, tokens = self._clip(row, epoch)
         except VideoError as error:
             return _failure(number, row, error)
-        return Clip(frames, row.label, number)
+        return Clip(frames, row.label, number, tokens)
 
-    def _clip(self, row: Row, epoch: int) -> Tensor:
+    def _clip(self, row: Row, epoch: int) -> tuple[Tensor, LabelMap | None]:
         model, data = self.config.model, self.config.data
         reader = _open(row, self.config)
         identity = (self.config.run.seed, epoch, row.video)
         starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
         frames = reader.frames(_indices(starts_s[0], reader, model))
-        seed = seed_of("crop", *identity)
-        return augment(frames, size=model.size, short_side=data.short_side, flip=data.flip, seed=seed)
+        clip, crop = augment(frames, data, model, seed=seed_of("crop", *identity))
+        if data.token_labels is None:
+            return clip, None
+        file = label_map_file(data.token_labels, row.path)
+        return clip, read_label_map(file, crop, model.num_classes)
 
 
 class EvalVideos(Dataset[Any]):
@@ -140,7 +146,7 @@ def read_views(  # noqa: PLR0913 - what is wanted, by name
 
     Raises `VideoError` if its frames cannot be decoded.
     """
-    model, assign = config.model, config.assign
+    model, assign, data = config.model, config.assign, config.data
     starts_s = _starts("centre" if temporal_views == 1 else "uniform", reader, config, temporal_views)
     indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
     if not views:
@@ -149,8 +155,10 @@ def read_views(  # noqa: PLR0913 - what is wanted, by name
     frames = reader.frames(wanted)
     clips = [frames[clip] for clip in places.reshape(indices.shape)]
     crop_count, kept = spatial_crops * views, assign.frames * thumbnails
+    short_side = int(model.size / config.evaluate.crop_pct)
+    cut = partial(crops, size=model.size, count=crop_count, short_side=short_side, interpolation=data.interpolation)
     return (
-        torch.stack([crops(clip, size=model.size, count=crop_count) for clip in clips]),
+        torch.stack([cut(clip) for clip in clips]),
         torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
         starts_s,
     )

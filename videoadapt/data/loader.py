@@ -26,9 +26,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from videoadapt.cluster import slurm_job
 from videoadapt.config import Config
+from videoadapt.data import tokenlabels
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.sharing import ClipExchange
+from videoadapt.data.tokenlabels import TokenLabels
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime import worker_count
 from videoadapt.seeds import seed_of
@@ -47,8 +49,9 @@ _FILES_NAMED = 4
 class Batch:
     """B clips (B, C, T, S, S) uint8, their labels and their videos' rows in the manifest, (B,) int64.
 
-    `positions` are the clips' places in the step of all ranks. Clips and labels are on the device that was asked for,
-    the rest on the host. B is smaller than asked for, down to 0, by the videos that failed.
+    `positions` are the clips' places in the step of all ranks. Clips, labels and `tokens` (with `data.token_labels`)
+    are on the device that was asked for, the rest on the host. B is smaller than asked for, down to 0, by the videos
+    that failed.
     """
 
     clips: Tensor
@@ -56,10 +59,13 @@ class Batch:
     videos: Tensor
     positions: list[int]
     failures: list[Failure]
+    tokens: TokenLabels | None = None
 
     def without_clips(self) -> Batch:
         """The batch of a rank that has nothing to do."""
-        return replace(self, clips=self.clips[:0], labels=self.labels[:0], videos=self.videos[:0], positions=[])
+        return replace(
+            self, clips=self.clips[:0], labels=self.labels[:0], videos=self.videos[:0], positions=[], tokens=None
+        )
 
 
 def steps_per_epoch(manifest: Manifest, config: Config) -> int:
@@ -139,6 +145,7 @@ def _gather(items: Iterable[Clip | Failure], first: int, device: torch.device) -
     clips = [item for item in every if isinstance(item, Clip)]
     frames = [clip.frames.to(device, non_blocking=True) for clip in clips]
     labels = torch.tensor([clip.label for clip in clips], dtype=torch.int64, pin_memory=device.type == "cuda")
+    maps = [clip.tokens for clip in clips if clip.tokens is not None]
     return Batch(
         # At once: copied one by one on a CPU, each clip would wake all of torch's threads, which then spin.
         clips=torch.stack(frames) if frames else torch.empty((0,) * 5, dtype=torch.uint8, device=device),
@@ -146,6 +153,7 @@ def _gather(items: Iterable[Clip | Failure], first: int, device: torch.device) -
         videos=torch.tensor([clip.video for clip in clips], dtype=torch.int64),
         positions=[first + number for number, item in enumerate(every) if isinstance(item, Clip)],
         failures=[item for item in every if isinstance(item, Failure)],
+        tokens=tokenlabels.gather(maps, device) if maps else None,
     )
 
 
@@ -163,7 +171,7 @@ def _one_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[l
         following, copied = fetch()
         computing.wait_event(ready)
         for batch in step:
-            for tensor in (batch.clips, batch.labels):
+            for tensor in (batch.clips, batch.labels, *(batch.tokens or ())):
                 tensor.record_stream(computing)  # else its memory could be given to the next copy too early
         yield step
 

@@ -5,14 +5,12 @@ Arithmetic alone: no video is opened here.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 
 from videoadapt.config import ModelConfig
+from videoadapt.seeds import seeded
 
 
 def clip_seconds(model: ModelConfig, file_fps: float) -> float:
@@ -40,24 +38,13 @@ def clip_starts(
         if seed is None:
             raise ValueError("random clip starts need a seed")
         sampler = make_clip_sampler("random", clip_s)
-        with _python_random(seed):
+        with seeded(seed):
             return [float(sampler(0.0, duration_s, {}).clip_start_sec) for _ in range(clips)]
     if kind == "centre":
         # The second of two uniform clips starts at delta / 2.
         return clip_starts("uniform", duration_s=duration_s, clip_s=clip_s, clips=2)[1:]
     sampler = make_clip_sampler("constant_clips_per_video", clip_s, clips)
     return [float(sampler(0.0, duration_s, {}).clip_start_sec) for _ in range(clips)]
-
-
-@contextmanager
-def _python_random(seed: int) -> Iterator[None]:
-    """Python's global generator, which pytorchvideo draws from, seeded; as it was before on the way out."""
-    before = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before)
 
 
 def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by name

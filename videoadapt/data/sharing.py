@@ -17,6 +17,7 @@ from torch import Tensor
 from videoadapt.config import Config
 from videoadapt.data.datasets import Clip, Failure
 from videoadapt.data.manifest import Manifest
+from videoadapt.data.tokenlabels import MAP_BYTES, LabelMap
 from videoadapt.groups import GroupPlan, split_evenly
 from videoadapt.parallel import rank
 
@@ -24,17 +25,20 @@ from videoadapt.parallel import rank
 class ClipExchange:
     """Sends the clips that a rank decodes, those at the positions `read` of a step, to the ranks that train them.
 
-    Every rank must make one, and go through its steps with it. A clip is a row of bytes: its frames and a 1, or the
-    cause of its failure and a 0; labels and paths stand in the manifest that all ranks have. Rows travel from host to
-    host by gloo, also where ranks have GPUs: workers deliver on the host, and on a GPU clips and gradients would have
-    to be sent in the same order by all ranks, which the backward passes of different lengths do not keep.
+    Every rank must make one, and go through its steps with it. A clip is a row of bytes: its frames, its label map if
+    the config has maps, and a 1; or the cause of its failure and a 0. Labels and paths stand in the manifest that all
+    ranks have. Rows travel from host to host by gloo, also where ranks have GPUs: workers deliver on the host, and on a
+    GPU clips and gradients would have to be sent in the same order by all ranks, which the backward passes of different
+    lengths do not keep.
     """
 
     def __init__(self, manifest: Manifest, config: Config, plan: GroupPlan, *, pin: bool = False) -> None:
         model, train = config.model, config.train
         self._manifest, self._pin = manifest, pin
         self._shape = (3, model.num_frames, model.size, model.size)
-        self._row_bytes = math.prod(self._shape) + 1
+        maps = config.data.token_labels is not None
+        self._parts = [math.prod(self._shape), MAP_BYTES if maps else 0, 1]  # bytes of a row: frames, map, 1 or 0
+        self._row_bytes = sum(self._parts)
         reads = split_evenly(train.batch, plan.ranks)
         trains = [_trained(plan, r, config) for r in range(plan.ranks)]
         self.read, self._train = reads[rank()], trains[rank()]  # positions in a step
@@ -69,9 +73,11 @@ class ClipExchange:
 
     def _item(self, row: Tensor, video: int) -> Clip | Failure:
         known = self._manifest.row(video)
-        if row[-1]:
-            return Clip(row[:-1].view(self._shape), known.label, video)
-        return Failure(video, known.path, bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"))
+        if not row[-1]:
+            return Failure(video, known.path, bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"))
+        frames, label_map, _ = row.split(self._parts)
+        tokens = LabelMap.from_bytes(label_map.numpy().tobytes()) if len(label_map) else None
+        return Clip(frames.view(self._shape), known.label, video, tokens)
 
 
 def _trained(plan: GroupPlan, rank: int, config: Config) -> list[int]:
@@ -83,9 +89,16 @@ def _trained(plan: GroupPlan, rank: int, config: Config) -> list[int]:
 
 def _write(row: Tensor, item: Clip | Failure) -> None:
     if isinstance(item, Clip):
-        row[:-1].copy_(item.frames.flatten())
+        frames = item.frames.flatten()
+        row[: len(frames)] = frames
+        if item.tokens is not None:
+            row[len(frames) : -1] = _as_tensor(item.tokens.to_bytes())
         row[-1] = 1
     else:
         cause = item.cause.encode()[: len(row) - 1]
         row.zero_()
-        row[: len(cause)] = torch.frombuffer(bytearray(cause), dtype=torch.uint8)
+        row[: len(cause)] = _as_tensor(cause)
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

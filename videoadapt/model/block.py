@@ -27,10 +27,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention within sequences."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,16 +69,17 @@ class Block(nn.Module):
         self.temporal = config.temporal
         if self.temporal:
             self.temporal_norm = norm()
-            self.temporal_attn = Attention(width, config.heads)
+            self.temporal_attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
             self.temporal_fc = nn.Linear(width, width)
             self.temporal_scale = scale()
         self.norm1 = norm()
-        self.attn = Attention(width, config.heads)
+        self.attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
         self.scale1 = scale()
         self.norm2 = norm()
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.scale2 = scale()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.residual_scale = config.residual_scale
 
     def forward(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
         """`(B, P, D)` and `(B, T, N, D)` to `(B, P, D)` and `(B, T, K, D)`, `kept` of the N positions.
@@ -86,7 +87,7 @@ class Block(nn.Module):
         They are those that the class token attends to most, mean over heads and frames, the same in all frames.
         """
         if self.temporal:
-            patches = patches + self._attend_over_time(patches, length)
+            patches = self._add(patches, self._attend_over_time(patches, length))
         prefix, patches = self._attend_within_frames(prefix, patches, length, kept)
         return self._mix_channels(prefix, patches, length)
 
@@ -104,7 +105,7 @@ class Block(nn.Module):
         drops = kept < patches.shape[2]
         x, scores = self.attn.with_class_attention(x) if drops else (self.attn(x), None)
         x = self.drop_path(self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames)))
-        prefix, patches = prefix + x[:, :, :count].mean(1), patches + x[:, :, count:]
+        prefix, patches = self._add(prefix, x[:, :, :count].mean(1)), self._add(patches, x[:, :, count:])
         if scores is not None:
             patches = take(patches, strongest(rearrange(scores[:, count:], "(b t) n -> b t n", t=frames), kept))
         return prefix, patches
@@ -112,5 +113,8 @@ class Block(nn.Module):
     def _mix_channels(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
         count = prefix.shape[1]
         x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T K, D)
-        x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x, length))))
+        x = self._add(x, self.drop_path(self.scale2(self.mlp(self.norm2(x, length)))))
         return x[:, :count], x[:, count:].unflatten(1, patches.shape[1:3])  # (B, T, K, D)
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        return torch.add(x, branch, alpha=self.residual_scale)

@@ -12,12 +12,17 @@ from videoadapt.cost import STEM_CHANNELS
 from videoadapt.model.norm import SHARED
 
 
-def resize_frames(frames: Tensor, side: int) -> Tensor:
-    """`(F, C, H, W)` to `(F, C, side, side)`, bilinear with antialias; unchanged where the size is right already."""
+def resize_frames(frames: Tensor, side: int, *, align_corners: bool = False) -> Tensor:
+    """`(F, C, H, W)` to `(F, C, side, side)`, bilinear; unchanged where the size is right already.
+
+    With antialiasing or, as SuperViT, with `align_corners` and without.
+    """
     if frames.shape[-2:] == (side, side):
         return frames
     # antialiased resizing exists in float32 only (CPU), and is a small share of the work
-    small = F.interpolate(frames.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(
+        frames.float(), size=(side, side), mode="bilinear", antialias=not align_corners, align_corners=align_corners
+    )
     return small.to(frames.dtype)
 
 
@@ -38,7 +43,11 @@ class Projection(nn.Module):
 
 
 class Stem(nn.Module):
-    """Consecutive convolutions (LV-ViT's, and ReViT's for large patches): three at half size, then the patches."""
+    """Consecutive convolutions (LV-ViT's, and ReViT's for large patches): three at half size, then the patches.
+
+    Each length has its own, BatchNorm statistics included. One that is shared (`share_patch`, SuperViT) normalises a
+    training pass by that pass's statistics; those of inference are the moving average over passes of all lengths.
+    """
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
@@ -68,7 +77,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.shared = config.share_patch
+        self.shared, self.align_corners = config.share_patch, config.align_corners
         self.kernels = {length: config.kernel(length) for length in config.lengths}
         kernels = {SHARED: max(self.kernels.values())} if self.shared else {str(k): v for k, v in self.kernels.items()}
         make = Stem if config.embed == "stem" else Projection
@@ -78,7 +87,7 @@ class PatchEmbed(nn.Module):
         """`(B, C, T, H, W)` to `(B, T, N, D)`."""
         kernel = self.kernels[length]
         frames = rearrange(clips, "b c t h w -> (b t) c h w")
-        frames = resize_frames(frames, length * kernel)
+        frames = resize_frames(frames, length * kernel, align_corners=self.align_corners)
         tokens = self.proj[SHARED if self.shared else str(length)](frames, kernel)  # (B T, N, D)
         return rearrange(tokens, "(b t) n d -> b t n d", b=clips.shape[0])
 

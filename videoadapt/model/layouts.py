@@ -18,6 +18,7 @@ from videoadapt.model.norm import SHARED
 
 TOKENS = {"cls_token": "pos_embed.cls", "dist_token": "pos_embed.dist"}  # in the order of their positions
 MOST_PREFIX_TOKENS = 5  # a class token and four registers
+SUPERVIT = "SuperViT"
 NO_LENGTH = ""  # the key of a tensor whose layout knows one length only
 _PREFIXES = re.compile(r"^((module|_orig_mod|model|timesformer)\.)+")  # DDP, compile, TimeSformer, Hugging Face
 
@@ -51,6 +52,22 @@ class Layout(NamedTuple):
         return "blocks.0.scale1.gamma" in self.tensors
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return "blocks.0.attn.qkv.bias" in self.tensors
+
+    @property
+    def dense_head(self) -> bool:
+        """Whether there is a head on patches (LV-ViT)."""
+        return "aux_head.weight" in self.tensors
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that have position grids of their own, longest first."""
+        keys = self.tensors.get("pos_embed.grid", {})
+        return tuple(sorted((int(key) for key in keys if key.isdigit()), reverse=True))
+
+    @property
     def temporal(self) -> bool:
         """Whether there is attention over time: a video model."""
         return "blocks.0.temporal_attn.qkv.weight" in self.tensors
@@ -75,7 +92,7 @@ _VIT_BLOCK = {"ls1": "scale1", "ls2": "scale2", "temporal_norm1": "temporal_norm
 
 
 def from_vit(name: str) -> str:
-    """The base name of a name of timm's ViT, DeiT, DINOv2, or facebookresearch/TimeSformer."""
+    """The base name of a name of timm's ViT, DeiT, DINOv2, LV-ViT, SuperViT, or facebookresearch/TimeSformer."""
     block = re.fullmatch(r"(blocks\.\d+)\.(\w+)\.(.+)", name)
     return f"{block[1]}.{_VIT_BLOCK.get(block[2], block[2])}.{block[3]}" if block else name
 
@@ -139,6 +156,8 @@ def recognise(state: Mapping[str, Tensor]) -> Layout | None:
         return _checked("videoadapt", _by_length(names, state))
     if any(name.startswith("encoder.layer.0.") for name in names):
         return _checked("Hugging Face TimeSformer", _translate(names, state, from_hugging_face))
+    if "pos_embed_list.0" in names:
+        return _checked(SUPERVIT, _translate(names, state, from_vit))
     kind = "TimeSformer" if "blocks.0.temporal_norm1.weight" in names else "ViT"
     return _checked(kind, _translate(names, state, from_vit))
 
@@ -155,12 +174,21 @@ def _translate(
     names: Mapping[str, str], state: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> dict[str, dict[str, Entry]]:
     flat = {rename(stripped): Entry(name, state[name]) for stripped, name in names.items()}
+    if "patch_embed.conv1.weight" in flat:  # a stem, whose last convolution has the name of a plain patch embedding
+        flat = {re.sub(r"^patch_embed\.", "patch_embed.proj.", base): entry for base, entry in flat.items()}
+    lists = [flat.pop(base) for base in sorted(flat) if base.startswith("pos_embed_list.")]
     if "pos_embed" in flat:
         flat |= split_positions(*flat.pop("pos_embed"), flat.keys())
     if "time_embed" in flat:
         name, table = flat["time_embed"]
         flat["time_embed"] = Entry(name, table.flatten(0, -2))  # (1, T, D) to (T, D)
-    return {base: {NO_LENGTH: entry} for base, entry in flat.items()}
+    tensors = {base: {NO_LENGTH: entry} for base, entry in flat.items()}
+    for name, table in lists:
+        parts = split_positions(name, table, TOKENS.keys() & flat.keys())
+        length = str(math.isqrt(len(parts["pos_embed.grid"].tensor))) if "pos_embed.grid" in parts else name
+        for base, entry in parts.items():
+            tensors.setdefault(base, {})[length] = entry
+    return tensors
 
 
 def _checked(kind: str, tensors: dict[str, dict[str, Entry]]) -> Layout | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from videoadapt.errors import CheckpointError, UserError
 
 CONTAINERS = ("model_state", "model", "state_dict")  # where training codes keep the weights in their files
-TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".tar")
 
 
 class Weights(NamedTuple):

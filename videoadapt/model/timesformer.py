@@ -18,14 +18,20 @@ from videoadapt.points import Point
 
 
 class Heads(NamedTuple):
-    """Logits `(B, classes)` of the class head, and of the distillation head where the point has its token."""
+    """Logits `(B, classes)` of the class head, of the distillation head where the point has its token, and of patches.
+
+    `dense` are the logits `(B, T * N, classes)` of the head on patches, where the model has one.
+    """
 
     cls: Tensor
-    dist: Tensor | None
+    dist: Tensor | None = None
+    dense: Tensor | None = None
+    dense_weight: float = 0.0
 
-    def mean(self) -> Tensor:
-        """The logits of inference: the mean of both heads, as DeiT's."""
-        return self.cls if self.dist is None else (self.cls + self.dist) / 2
+    def logits(self) -> Tensor:
+        """Those of inference: the mean of both heads (DeiT), plus a share of each class's best on patches (LV-ViT)."""
+        logits = self.cls if self.dist is None else (self.cls + self.dist) / 2
+        return logits if self.dense is None else logits + self.dense_weight * self.dense.amax(1)
 
 
 class TimeSformer(nn.Module):
@@ -60,19 +66,24 @@ class TimeSformer(nn.Module):
         if self.distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, config.width))
             self.head_dist = nn.Linear(config.width, config.num_classes)
+        if config.dense_head is not None:
+            self.aux_head = nn.Linear(config.width, config.num_classes)
         initialise(self)
 
-    def forward(self, clips: Tensor, point: str | Point, *, heads: bool = False) -> Tensor | Heads:
+    def forward(
+        self, clips: Tensor, point: str | Point, *, heads: bool = False, swap: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | Heads:
         """Logits of normalised float clips `(B, C, T, H, W)` with `H = W = config.size` at an operating point.
 
         The point is an argument, never state: calls are safe under threads and compile to one graph per point.
-        Returns `(B, classes)`; with `heads`, both heads' logits apart (for the training loss). Raises `UserError`
-        for a point that the model lacks and for clips of another shape.
+        Returns `(B, classes)`; with `heads`, the heads' logits apart (for the training loss). `swap` mixes tokens: each
+        clip's partner `(B,)` int64, and the patches `(B, N)` bool that it takes from there. Raises `UserError` for a
+        point that the model lacks and for clips of another shape.
         """
         key = str(point)
         self._check(clips, key)
         length = self.points[key].length
-        prefix, patches = self._embed(clips, key, length)
+        prefix, patches = self._embed(clips, key, length, swap)
         for block, kept in zip(self.blocks, self.patches[key], strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 prefix, patches = checkpoint(block, prefix, patches, length, kept, use_reentrant=False)
@@ -80,11 +91,17 @@ class TimeSformer(nn.Module):
                 prefix, patches = block(prefix, patches, length, kept)
         prefix = self.norm(prefix, length)
         dist = self.head_dist(prefix[:, 1]) if key in self.distilled else None
-        both = Heads(self.head(prefix[:, 0]), dist)
-        return both if heads else both.mean()
+        dense, weight = None, self.config.dense_head
+        if weight is not None:
+            dense = self.aux_head(self.norm(patches.flatten(1, 2), length))  # (B, T N, classes)
+        every = Heads(self.head(prefix[:, 0]), dist, dense, weight or 0.0)
+        return every if heads else every.logits()
 
-    def _embed(self, clips: Tensor, key: str, length: int) -> tuple[Tensor, Tensor]:
+    def _embed(self, clips: Tensor, key: str, length: int, swap: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         patches = self.patch_embed(clips, length)  # (B, T, N, D)
+        if swap is not None:
+            partners, taken = swap
+            patches = torch.where(taken[:, None, :, None], patches[partners], patches)
         prefix: Tensor = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])
         if key in self.distilled:
             prefix = torch.cat([prefix, repeat(self.dist_token, "1 1 d -> b 1 d", b=clips.shape[0])], dim=1)
@@ -124,7 +141,8 @@ def initialise(model: TimeSformer) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, Projection)):
             nn.init.trunc_normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for parameter in (model.cls_token, *model.pos_embed.parameters()):
         nn.init.trunc_normal_(parameter, std=std)
     if model.distilled:

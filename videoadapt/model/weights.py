@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from videoadapt.errors import CheckpointError
-from videoadapt.model.layouts import NO_LENGTH, Entry, Layout, pick, recognise, split_length
+from videoadapt.model.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, recognise, split_length
 from videoadapt.model.norm import SHARED
 from videoadapt.model.sources import Weights, read_weights
 from videoadapt.model.timesformer import TimeSformer
@@ -75,9 +75,10 @@ def _abridge(names: Iterable[str]) -> str:
 def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False) -> LoadReport:
     """Fills a model from a file, a folder, a timm model's name or a state dict, and reports what became of each tensor.
 
-    Understood are the names of timm's ViT, DeiT (distilled too) and DINOv2; facebookresearch's TimeSformer (`.pyth`);
-    Hugging Face's TimeSformer (its folder too); and our own, checkpoints included (their EMA, if they have one).
-    Torch files are read with `weights_only=True` only.
+    Understood are the names of timm's ViT, DeiT (distilled too) and DINOv2; LV-ViT's, and SuperViT's for both (whose
+    lengths the model must keep to); facebookresearch's TimeSformer (`.pyth`); Hugging Face's TimeSformer (its folder
+    too); and our own, checkpoints included (their EMA, if they have one). Torch files are read with
+    `weights_only=True` only.
 
     Position grids are resampled bicubically with antialiasing, time embeddings linearly; `nearest` takes the nearest
     neighbour for both, as TimeSformer's own code does. Patch kernels are resized by pseudo-inverse (FlexiViT, section
@@ -85,7 +86,8 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
     A head of another class count is left out.
 
     The normalisation that weights expect is not in the file: the released TimeSformers were trained with mean 0.45 and
-    deviation 0.225, DeiT and DINOv2 with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225).
+    deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). Nor are
+    `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml have them as SuperViT.
 
     Raises `CheckpointError` for a source that cannot be read or is of another architecture, `UserError` for a timm name
     whose weights cannot be downloaded. The model is then unchanged.
@@ -130,6 +132,19 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
         raise CheckpointError(f"{label}: the file has LayerScale, the model has not; set model.layer_scale=1e-5")
     if config.layer_scale is not None and not layout.layer_scale:
         raise CheckpointError(f"{label}: the file has no LayerScale, the model has; set model.layer_scale=null")
+    if layout.qkv_bias and not config.qkv_bias:
+        raise CheckpointError(f"{label}: the file has biases of qkv, the model has not; set model.qkv_bias=true")
+    if layout.dense_head and config.dense_head is None:
+        raise CheckpointError(f"{label}: the file has an aux_head, the model has not; set model.dense_head=0.25")
+    if layout.kind == SUPERVIT and not set(config.lengths) <= set(layout.lengths):
+        raise CheckpointError(
+            f"{label}: the file has positions for the lengths {_listed(layout.lengths)}, the model has "
+            f"{_listed(config.lengths)}; leave the others out of model.points"
+        )
+
+
+def _listed(lengths: Iterable[int]) -> str:
+    return ", ".join(map(str, lengths)) or "none"
 
 
 def _plan(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
@@ -208,7 +223,7 @@ def _resample_kernel(kernel: Tensor, shape: torch.Size, nearest: bool) -> Tensor
 
 
 def _misfit(base: str, theirs: Tensor, ours: Tensor) -> str:
-    if base.startswith("head"):
+    if base.startswith(("head", "aux_head")):
         return f"the file has {len(theirs)} classes, the model {len(ours)}"
     return f"{tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model"
 
@@ -229,6 +244,7 @@ _NO_PLACE = {
     r"pos_embed": "not a square grid of positions",
     r"time_embed|.*\.temporal_\w+\..*": "the model has no temporal attention",
     r"patch_embed\.proj\.(weight|bias)": "the model has a convolutional stem",
+    r"patch_embed\.proj\.(conv|bn|proj).*": "the model has no convolutional stem",
 }
 
 
