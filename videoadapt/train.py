@@ -55,7 +55,7 @@ from videoadapt.runtime import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.seeds import seed_of
 from videoadapt.state import Clock, State, Tally
 from videoadapt.stopping import StopRequest
-from videoadapt.targets import targets_at
+from videoadapt.targets import Targets, targets_at
 
 STEP_S = 1800.0  # that a rank waits for the others within a step, loading included
 
@@ -234,36 +234,27 @@ def _gathered(state: State, tallies: dict[str, Tally], failures: int) -> dict[st
 
 
 def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: dict[str, Tally]) -> None:
-    config, clips_of_part = state.config, state.config.train.batch // state.config.train.accumulate
+    """Adds the gradients of a part's clips at those of this rank's points that are drawn."""
+    config, costliest = state.config, state.config.model.points[0]
     if not len(batch.labels) and world_size() == 1:
         return
     points = tuple(point for point in seat.group.points if point in tallies)
-    costliest = config.model.points[0]
     if not points:  # none of this rank's is drawn: it adds zeros, of the costliest point, which always is
         points, batch = (costliest,), batch.without_clips()
     clips, truth, weights = _prepared(batch, state)
-    seed = seed_of("mix", config.run.seed, state.step)
-    shares = [seat.plan.groups[0].share(r, clips_of_part, pairs=config.data.mixes) for r in seat.plan.groups[0].ranks]
-    places = torch.tensor([position - part * clips_of_part for position in batch.positions], dtype=torch.int64)
-    if seat.exchange is not None and not seat.teaches:
-        seat.exchange.start(shares)  # the logits travel while this rank's first forward pass runs
+    lesson = None if seat.exchange is None else Lesson.begin(seat.exchange, batch, part, seat, config)
     known: dict[str, Tensor] = {}  # logits, by point
     for point in points:  # costliest first, and each length before its keeps: they teach
         final = part == config.train.accumulate - 1 and point == points[-1]
-        wanted = targets_at(Point.parse(point), truth, batch, config, seed=seed)
+        wanted = targets_at(Point.parse(point), truth, batch, config, seed=seed_of("mix", config.run.seed, state.step))
         with nullcontext() if final else gradients_apart(seat.forward):
-            bf16 = config.run.precision == "bf16"
-            with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
-                heads: Heads = seat.forward(clips, point, heads=True, swap=wanted.swap)
+            heads = _heads(clips, point, wanted, seat, state)
             learned = heads.logits().detach()
-            if seat.exchange is not None and not known:
+            if lesson is not None and not known:
                 if seat.teaches:
-                    own = torch.full((len(shares[rank()]), learned.shape[1]), float("nan"), device=state.device)
-                    own[places - shares[rank()].start] = learned[: len(places)].to(own.dtype)
-                    seat.exchange.start(shares, own)
+                    lesson.give(learned)
                 else:
-                    teacher = torch.full_like(learned, float("nan"), dtype=seat.exchange.dtype)
-                    teacher[: len(places)] = seat.exchange.logits()[places.to(state.device)]
+                    teacher = lesson.take(len(clips))
                     weights = weights * teacher.isfinite().all(-1)  # what its teacher could not read teaches nothing
                     known[costliest] = teacher.nan_to_num()
             taught_by = known.get(teacher_of(point, costliest) or "")
@@ -273,6 +264,48 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
         here = slice(len(batch.labels))
         tallies[point].add(loss.detach()[here], learned.argmax(-1)[here] == batch.labels, batch.videos)
         known[point] = learned
+
+
+def _heads(clips: Tensor, point: str, wanted: Targets, seat: Seat, state: State) -> Heads:
+    bf16 = state.config.run.precision == "bf16"
+    with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
+        heads: Heads = seat.forward(clips, point, heads=True, swap=wanted.swap)
+    return heads
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How the costliest point's logits on a part's clips come to the ranks that do not train it.
+
+    `shares` are the positions in the part that each teaching rank has, `places` those of this rank's clips.
+    """
+
+    exchange: TeacherExchange
+    shares: Sequence[range]
+    places: Tensor
+
+    @classmethod
+    def begin(cls, exchange: TeacherExchange, batch: Batch, part: int, seat: Seat, config: Config) -> Lesson:
+        """The logits travel while the ranks that wait for them run their first forward pass."""
+        clips, teachers = config.train.batch // config.train.accumulate, seat.plan.groups[0]
+        shares = [teachers.share(number, clips, pairs=config.data.mixes) for number in teachers.ranks]
+        if not seat.teaches:
+            exchange.start(shares)
+        return cls(exchange, shares, torch.tensor(batch.positions, dtype=torch.int64) - part * clips)
+
+    def give(self, logits: Tensor) -> None:
+        """Sends this rank's logits, and NaN for clips that it could not read; an empty clip has no place."""
+        share = self.shares[rank()]
+        own = logits.new_full((len(share), logits.shape[1]), float("nan"))
+        own[self.places - share.start] = logits[: len(self.places)]
+        self.exchange.start(self.shares, own)
+
+    def take(self, clips: int) -> Tensor:
+        """The teacher's logits on this rank's clips, NaN for those that it could not read, and for an empty one."""
+        told = self.exchange.logits()
+        found = told.new_full((clips, told.shape[1]), float("nan"))
+        found[: len(self.places)] = told[self.places.to(told.device)]
+        return found
 
 
 def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
