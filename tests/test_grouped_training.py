@@ -89,6 +89,17 @@ def test_steps_on_several_ranks_equal_those_of_one(
 
 
 @pytest.mark.slow
+def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, tmp_path, None)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    words = [tmp_path / "config.yaml", f"run.dir={tmp_path}/of${{RANK}}"]
+    done = finished(torchrun(2, "-m", "videoadapt", "train", *words))
+    assert done.returncode != 0
+    assert "another rank wrote it, and rank 1 on" in done.stderr
+    assert not list(tmp_path.glob("of*/checkpoints"))
+
+
+@pytest.mark.slow
 def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(data: Path, tmp_path: Path) -> None:
     """Gradients through the statistics too, and statistics that every rank knows when they are saved."""
     stem = {"model": {"embed": "stem"}}

@@ -16,7 +16,7 @@ from videoadapt.cluster import SlurmJob, place_of, requeue, slurm_job
 from videoadapt.config import Config
 from videoadapt.errors import RunError
 from videoadapt.log import say
-from videoadapt.stopping import JOB_SIGNALS, WARNINGS, StopRequest
+from videoadapt.stopping import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 
 Stage = Literal["train", "label", "assign", "evaluate"]
 
@@ -34,14 +34,18 @@ def run_stage(stage: Stage, config: Config) -> dict[str, Any]:
     job = slurm_job(os.environ)
     if job is not None and job.restarts > config.slurm.max_restarts:
         raise RunError(_out_of_restarts(job, config))
-    with StopRequest(JOB_SIGNALS if job is not None else ()) as stop:
+    if job is not None:
+        for number in WARNINGS:  # one that comes after the stage has ended, on some ranks first, must not kill it
+            signal.signal(number, signal.SIG_IGN)
+    with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
             return _function(stage)(config)
-        except KeyboardInterrupt:
-            if job is None or stop.received not in JOB_SIGNALS:
+        except Stopped as stopped:
+            if job is None or stopped.signal not in JOB_SIGNALS:
                 raise
-        # Outside the handler, which would keep the stage's workers alive: they get the signals that follow.
-        _leave(job, stop.received in WARNINGS, config)
+            warned = stopped.signal in WARNINGS
+        # Outside the `except`, which would keep the stage's workers alive: they get the signals that follow.
+        _leave(job, warned, config)
 
 
 def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
@@ -63,6 +67,7 @@ def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
 
 
 def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved
     if not warned:
         say(f"job {job.id} loses its nodes: saved, waiting for the end")
         time.sleep(_KILLED_WITHIN_S)
@@ -73,7 +78,6 @@ def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
     else:  # to end before rank 0 has asked would be to fail
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_KILLED_WITHIN_S)
     raise SystemExit(_TERMINATED)
 
