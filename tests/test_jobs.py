@@ -24,13 +24,18 @@ CONFIG = make_config({"slurm": {"max_restarts": 3}})
 
 @pytest.fixture
 def in_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A SLURM job on its second restart; what it asks SLURM and how long it sleeps is written down."""
+    """A SLURM job on its second restart, that SLURM ends when it waits for it; what it does is written down."""
     done: list[str] = []
     before = {number: signal.getsignal(number) for number in JOB_SIGNALS}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setattr(jobs, "requeue", lambda job: done.append(f"requeue {job}"))
-    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: done.append(f"sleep {seconds:g}"))
+
+    def sleep(_: float) -> None:
+        done.append("waits")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
     yield done
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -63,7 +68,7 @@ def test_a_warned_job_is_requeued_by_rank_0(
     stage_that(monkeypatch, warning)
     with pytest.raises(SystemExit):  # not a return, which submitit would record as a result
         run_stage("train", CONFIG)
-    assert in_job == ["requeue 7"]
+    assert in_job == ["requeue 7", "waits"]
 
 
 def test_other_ranks_wait_for_the_end_that_the_requeue_brings(
@@ -74,14 +79,14 @@ def test_other_ranks_wait_for_the_end_that_the_requeue_brings(
     stage_that(monkeypatch, signal.SIGUSR2)
     with pytest.raises(SystemExit):
         run_stage("train", CONFIG)
-    assert in_job == ["sleep 600"]
+    assert in_job == ["waits"]
 
 
 def test_a_preempted_job_waits_for_its_end(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch, signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         run_stage("train", CONFIG)
-    assert in_job == ["sleep 600"]
+    assert in_job == ["waits"]
     assert ended.value.code == 143
 
 
@@ -96,7 +101,7 @@ def test_a_rank_without_a_signal_of_its_own_waits_too(monkeypatch: pytest.Monkey
     monkeypatch.setattr(jobs, "_function", lambda _: run)
     with pytest.raises(SystemExit):
         run_stage("train", CONFIG)
-    assert in_job == ["sleep 600"]
+    assert in_job == ["waits"]
 
 
 def test_a_warning_after_the_end_kills_nobody(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
@@ -155,7 +160,7 @@ def test_a_signal_before_torch_is_imported_requeues_after_the_first_save(tmp_pat
         assert runs.command("train", tmp_path / "config.yaml").returncode == 0
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked; kill $PPID\n')
     scontrol.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, "-m", "videoadapt", stage, str(tmp_path / "config.yaml")],

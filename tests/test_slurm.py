@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -151,13 +152,31 @@ def test_launch_runs_the_chain_to_a_finished_evaluation(slurm: Slurm) -> None:
         }
 
 
+def task(job: str, rank: int) -> int:
+    """The process of a rank of a job, whose workers do not count."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+            variables = (folder / "environ").read_text().split("\0")
+        except OSError:  # it has ended
+            continue
+        if words[1:4] == ["-m", "videoadapt", "train"] and wanted <= set(variables):
+            return int(folder.name)
+    raise AssertionError(f"no rank {rank} of job {job}")
+
+
+@pytest.mark.parametrize("told", ["all", "one rank"])
 def test_a_job_near_its_time_limit_is_requeued_and_ends_as_if_never_stopped(
-    slurm: Slurm, never_stopped: dict[str, torch.Tensor]
+    slurm: Slurm, never_stopped: dict[str, torch.Tensor], told: str
 ) -> None:
-    config = slurm.config("warned", train=LONG, data={"workers": 1})  # processes that get the signal too
+    config = slurm.config(f"warned_{told[:3]}", train=LONG, data={"workers": 1})  # processes that get the signal too
     job = slurm.sbatch("train", config, "--nodes=3")
     slurm.wait_for_step(config, 3)
-    slurm.cluster.run("scancel", "--signal=USR2", job)
+    if told == "all":
+        slurm.cluster.run("scancel", "--signal=USR2", job)
+    else:
+        os.kill(task(job, 1), signal.SIGUSR2)
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
     assert "saved and requeued (restart 1)" in slurm.log(config, job)
     assert "going on from" in slurm.log(config, job)

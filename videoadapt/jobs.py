@@ -20,7 +20,7 @@ from videoadapt.stopping import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 
 Stage = Literal["train", "label", "assign", "evaluate"]
 
-_KILLED_WITHIN_S = 600.0  # after SIGTERM; clusters grant less
+_KILLED_WITHIN_S = 600.0  # clusters grant less
 _TERMINATED = 128 + signal.SIGTERM  # exit code
 
 
@@ -67,18 +67,19 @@ def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
 
 
 def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved
+    """Waits until SLURM ends this process: one that ends before has failed, or completed, and takes the job along."""
+    if warned and job.restarts >= config.slurm.max_restarts:
+        raise RunError(_out_of_restarts(job, config))
+    ends: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: ends.append(number))
     if not warned:
         say(f"job {job.id} loses its nodes: saved, waiting for the end")
-        time.sleep(_KILLED_WITHIN_S)
-        raise SystemExit(_TERMINATED)
-    if job.restarts >= config.slurm.max_restarts:
-        raise RunError(_out_of_restarts(job, config))
-    if place_of(os.environ).rank == 0:
+    elif place_of(os.environ).rank == 0:
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
-    else:  # to end before rank 0 has asked would be to fail
-        time.sleep(_KILLED_WITHIN_S)
+    deadline = time.monotonic() + _KILLED_WITHIN_S
+    while not ends and time.monotonic() < deadline:
+        time.sleep(0.5)  # which a signal that another thread gets does not end
     raise SystemExit(_TERMINATED)
 
 
