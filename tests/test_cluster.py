@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from videoadapt import cluster
-from videoadapt.cluster import Place, SlurmJob, job_states, place_of, requeue, slurm_job
+from videoadapt.cluster import Place, SlurmJob, cancel, job_states, place_of, requeue, slurm_job
 from videoadapt.errors import RunError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -38,6 +38,7 @@ LOCAL = {
         (STEP, Place("slurm", 4, 6, 3, "slurm-71-2-3")),
         (STEP | TORCHRUN, Place("torchrun", 5, 8, 1)),  # torchrun inside a job
         (LOCAL, Place("submitit", 1, 2, 1, "local-99")),
+        (STEP | LOCAL, Place("submitit", 1, 2, 1, "local-99")),  # launch.cluster=local inside a job
         (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, Place("slurm", 4, 6, 3, "slurm-71-2-3")),
         ({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, Place("none", 0, 1, 0)),  # without srun
     ],
@@ -57,6 +58,12 @@ def test_a_job_knows_its_restarts() -> None:
     assert slurm_job({}) is None
     assert slurm_job(STEP) == SlurmJob("71", 2, 6)
     assert slurm_job({"SLURM_JOB_ID": "71"}) == SlurmJob("71", 0, 0)
+    assert slurm_job(STEP | {"SUBMITIT_EXECUTOR": "slurm"}) == SlurmJob("71", 2, 6)
+
+
+def test_a_local_process_inside_a_job_does_not_count_as_that_job() -> None:
+    """Else it would give back a job of which it is no task."""
+    assert slurm_job(STEP | LOCAL) is None
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, *, output: str = "", error: Exception | None = None) -> None:
@@ -83,3 +90,9 @@ def test_a_refused_requeue_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, error=subprocess.CalledProcessError(1, "scontrol", stderr="Requeue is disabled for job 7"))
     with pytest.raises(RunError, match=r"job 7 cannot be requeued \(Requeue is disabled for job 7\); submit it again"):
         requeue("7")
+
+
+def test_a_refused_cancellation_says_how_to_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, error=subprocess.CalledProcessError(1, "scancel", stderr="Unable to contact the controller"))
+    with pytest.raises(RunError, match=r"cannot be cancelled \(Unable to contact the controller\); run scancel 7 8"):
+        cancel(["7", "8"])

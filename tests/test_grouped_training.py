@@ -95,6 +95,17 @@ LVVIT = {
 
 
 @pytest.mark.slow
+def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, tmp_path, None)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    words = [tmp_path / "config.yaml", f"run.dir={tmp_path}/of${{RANK}}"]
+    done = finished(torchrun(2, "-m", "videoadapt", "train", *words))
+    assert done.returncode != 0
+    assert "another rank wrote it, and rank 1 on" in done.stderr
+    assert not list(tmp_path.glob("of*/checkpoints"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, LVVIT], ids=["plain", "LV-ViT"])
 def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path, kind: dict[str, dict]) -> None:
     """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""

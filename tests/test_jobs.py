@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,20 +17,28 @@ from videoadapt import jobs
 from videoadapt.config import Config, dump_config, make_config
 from videoadapt.errors import RunError
 from videoadapt.jobs import run_stage
-from videoadapt.stopping import StopRequest
+from videoadapt.stopping import JOB_SIGNALS, Stopped, StopRequest
 
 CONFIG = make_config({"slurm": {"max_restarts": 3}})
 
 
 @pytest.fixture
-def in_job(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A SLURM job on its second restart; what it asks SLURM and how long it sleeps is written down."""
+def in_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A SLURM job on its second restart, that SLURM ends when it waits for it; what it does is written down."""
     done: list[str] = []
+    before = {number: signal.getsignal(number) for number in JOB_SIGNALS}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setattr(jobs, "requeue", lambda job: done.append(f"requeue {job}"))
-    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: done.append(f"sleep {seconds:g}"))
-    return done
+
+    def sleep(_: float) -> None:
+        done.append("waits")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
+    yield done
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def stage_that(monkeypatch: pytest.MonkeyPatch, *received: signal.Signals) -> None:
@@ -41,7 +49,7 @@ def stage_that(monkeypatch: pytest.MonkeyPatch, *received: signal.Signals) -> No
             for number in received:
                 os.kill(os.getpid(), number)
             if stop.requested:
-                raise KeyboardInterrupt
+                stop.stop()
         return {"done": True}
 
     monkeypatch.setattr(jobs, "_function", lambda _: run)
@@ -60,7 +68,7 @@ def test_a_warned_job_is_requeued_by_rank_0(
     stage_that(monkeypatch, warning)
     with pytest.raises(SystemExit):  # not a return, which submitit would record as a result
         run_stage("train", CONFIG)
-    assert in_job == ["requeue 7"]
+    assert in_job == ["requeue 7", "waits"]
 
 
 def test_other_ranks_wait_for_the_end_that_the_requeue_brings(
@@ -71,15 +79,36 @@ def test_other_ranks_wait_for_the_end_that_the_requeue_brings(
     stage_that(monkeypatch, signal.SIGUSR2)
     with pytest.raises(SystemExit):
         run_stage("train", CONFIG)
-    assert in_job == ["sleep 600"]
+    assert in_job == ["waits"]
 
 
 def test_a_preempted_job_waits_for_its_end(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch, signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         run_stage("train", CONFIG)
-    assert in_job == ["sleep 600"]
+    assert in_job == ["waits"]
     assert ended.value.code == 143
+
+
+def test_a_rank_without_a_signal_of_its_own_waits_too(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+    """It stopped because another one got a warning; to end first would be to fail the job."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+
+    def run(_: Config) -> dict[str, object]:
+        raise Stopped(signal.SIGUSR2)
+
+    monkeypatch.setattr(jobs, "_function", lambda _: run)
+    with pytest.raises(SystemExit):
+        run_stage("train", CONFIG)
+    assert in_job == ["waits"]
+
+
+def test_a_warning_after_the_end_kills_nobody(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+    stage_that(monkeypatch)
+    run_stage("train", CONFIG)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert in_job == []
 
 
 def test_restarts_are_capped_at_the_signal_and_at_the_start(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
@@ -131,7 +160,7 @@ def test_a_signal_before_torch_is_imported_requeues_after_the_first_save(tmp_pat
         assert runs.command("train", tmp_path / "config.yaml").returncode == 0
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked; kill $PPID\n')
     scontrol.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, "-m", "videoadapt", stage, str(tmp_path / "config.yaml")],

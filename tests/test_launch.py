@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import small_runs as runs
+from videoadapt import launch as module
 from videoadapt.config import Config, make_config
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.launch import STAGES, Job, StageCall, jobs_of, launch, sbatch_line, sbatch_options
@@ -47,9 +52,8 @@ def test_shards_are_an_array_and_a_job_that_puts_them_together() -> None:
     ]  # fmt: skip
     calls = [StageCall(jobs[1], config_of(shards=4), shard) for shard in range(4)]
     assert [call.values["parallel"]["shard"] for call in calls] == ["0/4", "1/4", "2/4", "3/4"]
-    assert StageCall(jobs[0], config_of()).values["parallel"] | {"join_s": 0} == {
-        "ranks": 16, "shard": None, "join_s": 0
-    }  # fmt: skip
+    parallel = StageCall(jobs[0], config_of()).values["parallel"]
+    assert (parallel["ranks"], parallel["shard"]) == (16, None)
 
 
 def test_all_that_a_cluster_may_want_is_asked_for() -> None:
@@ -101,6 +105,72 @@ def test_the_sbatch_line_is_one_that_a_shell_reads() -> None:
     assert words[0] == "sbatch"
     assert words[-3:] == ["slurm/train.sbatch", "my config.yaml", "train.lr=0.1"]
     assert {"--comment=two words", "--exclude=node[1,2]", "--dependency=afterok:17", "--requeue"} < set(words)
+
+
+def test_the_sbatch_line_takes_back_the_gpu_of_the_file() -> None:
+    for gpus in (0, 1):
+        config = config_of("train", gpus_per_task=gpus)
+        options = shlex.split(sbatch_line(jobs_of(config)[0], config, [], None))
+        assert [option for option in options if "gpu" in option] == [f"--gpus-per-task={gpus}"]
+
+
+@pytest.mark.parametrize("stop", [RunError("assign cannot be submitted: no"), KeyboardInterrupt()])
+def test_a_chain_that_is_refused_half_way_is_cancelled_and_named(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submitted(job: Job, *_: object) -> list[Any]:
+        if job.stage == "assign":
+            raise stop
+        return [SimpleNamespace(job_id=str(STAGES.index(job.stage) + 71), paths=SimpleNamespace(stdout=tmp_path))]
+
+    cancelled: list[str] = []
+    monkeypatch.setattr(module, "submit", submitted)
+    monkeypatch.setattr(module, "cancel", cancelled.extend)
+    with pytest.raises(type(stop)) as told:
+        launch(config_of(), [])
+    assert told.value is stop
+    assert cancelled == ["71", "72"]
+    assert "cancelled, as the chain cannot be completed: train 71, label 72" in capsys.readouterr().err
+
+
+def test_jobs_that_cannot_be_cancelled_are_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submitted(job: Job, *_: object) -> list[Any]:
+        if job.stage == "label":
+            raise RunError("label cannot be submitted: no")
+        return [SimpleNamespace(job_id="71", paths=SimpleNamespace(stdout=tmp_path))]
+
+    def refused(jobs: list[str]) -> None:
+        raise RunError(f"they cannot be cancelled (no); run scancel {jobs[0]}")
+
+    monkeypatch.setattr(module, "submit", submitted)
+    monkeypatch.setattr(module, "cancel", refused)
+    with pytest.raises(RunError, match="label cannot be submitted"):
+        launch(config_of(), [])
+    assert "already submitted: train 71; they cannot be cancelled (no); run scancel 71" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("called", ["in another folder", "in a job of the user's", "as a job"])
+def test_the_chain_file_finds_the_others_and_stays_in_its_folder(called: str, tmp_path: Path) -> None:
+    sbatch, elsewhere, spool = tmp_path / "bin" / "sbatch", tmp_path / "elsewhere", tmp_path / "spool"
+    for folder in (sbatch.parent, elsewhere, spool):
+        folder.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$PWD" "$@" >> {tmp_path}/asked\necho 7\n')
+    sbatch.chmod(0o755)
+    script = FILES / "chain.sbatch"
+    environment = {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    if called == "in a job of the user's":
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    elif called == "as a job":
+        script = Path(shutil.copy(script, spool / "slurm_script"))
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(FILES.parent)}
+    line = ["bash", str(script), "mine.yaml", "train.lr=0.1"]
+    subprocess.run(line, cwd=elsewhere, env=environment, check=True, capture_output=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[0] == f"{elsewhere} --parsable {FILES}/train.sbatch mine.yaml train.lr=0.1"
+    chained = f"{elsewhere} --parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {FILES}"
+    assert asked[1:] == [f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:]]
 
 
 def test_a_local_launch_has_one_node(tmp_path: Path) -> None:

@@ -9,14 +9,20 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import small_runs as runs
 from videoadapt import lease as module
 from videoadapt.checkpoint import train_checkpoints
 from videoadapt.errors import RunError
+from videoadapt.evaluate import evaluate
+from videoadapt.label import label
 from videoadapt.lease import Lease, Owner
+from videoadapt.scoring import score
+from videoadapt.train import train
 
 
 def write_owner(folder: Path, owner: Owner) -> None:
@@ -53,6 +59,7 @@ def test_a_process_that_was_killed_owns_nothing(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
+from typing import Any
 from videoadapt.lease import Lease
 with Lease.taken(Path({str(tmp_path)!r}), "train"):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -96,6 +103,22 @@ def test_a_process_elsewhere_without_a_job_may_still_run(tmp_path: Path) -> None
     write_owner(tmp_path, ELSEWHERE)
     with pytest.raises(RunError, match="If it is gone for certain, delete"):
         Lease.taken(tmp_path, "train").__enter__()
+
+
+def test_label_and_evaluate_write_nothing_once_superseded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1})
+    train(config)
+    for stage, function in (("label", label), ("evaluate", evaluate)):
+        module_of_stage = sys.modules[f"videoadapt.{stage}"]
+
+        def superseded(*words: Any, stage: str = stage, **settings: Any) -> Any:
+            (config.run.dir / f"{stage}.owner").write_text(json.dumps(asdict(ELSEWHERE)))
+            return score(*words, **settings)
+
+        monkeypatch.setattr(module_of_stage, "score", superseded)
+        with pytest.raises(RunError, match=rf"{stage}\.owner: now names process 1 on node7"):
+            function(config)
+        assert not list(config.run.dir.glob(f"{'labels' if stage == 'label' else stage}/*"))
 
 
 def test_a_torn_file_names_nobody(tmp_path: Path) -> None:

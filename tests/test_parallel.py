@@ -12,7 +12,7 @@ from rank_jobs import HEAD, JOIN_S, Ranks, as_step
 from videoadapt.config import Config, make_config
 from videoadapt.errors import RunError
 from videoadapt.parallel import (
-    any_rank,
+    any_requested,
     by_first_rank,
     first_rank_first,
     gather,
@@ -23,6 +23,7 @@ from videoadapt.parallel import (
     wait_for_all,
     world_size,
 )
+from videoadapt.stopping import StopRequest
 
 
 def config_of(folder: Path, **parallel: int | float) -> Config:
@@ -36,8 +37,7 @@ def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
         assert first_rank_first(lambda: "done") == "done"
         assert by_first_rank(lambda: "done") == "done"
         assert gather("mine") == ["mine"]
-        assert any_rank(True)
-        assert not any_rank(False)
+        assert not any_requested(StopRequest())
 
 
 ACTION = """
@@ -54,7 +54,7 @@ for meeting in range(2):
         assert first_rank_first(action) == "made"
         assert by_first_rank(lambda: [rank()]) == [0]
         assert gather(rank() * 10) == [number * 10 for number in range(world_size())]
-        assert any_rank(rank() == 1) and not any_rank(False)
+        assert not any_requested(StopRequest())
         (folder / f"rank{rank()}of{world_size()}").touch()
 """
 
@@ -153,6 +153,32 @@ with ranks(config):
     assert "ValueError: the first cause" in ended[1][1]
     assert "".join(errors for _, errors in ended.values()).count("Traceback") == 1
     assert all(code != 0 for code, _ in ended.values())
+
+
+def test_a_signal_to_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    """And of several signals the one that asks for another start counts."""
+    program = """
+import os, signal
+
+with ranks(config), StopRequest() as stop:
+    if rank() > 0:
+        os.kill(os.getpid(), signal.SIGTERM if rank() == 1 else signal.SIGUSR2)
+    assert any_requested(stop)
+    (folder / f"{rank()}{stop.received.name}").touch()
+    wait_for_all()
+"""
+    ended = Ranks(program, tmp_path, 3).ended()
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+    assert {path.name for path in tmp_path.glob("?SIG*")} == {"0SIGUSR2", "1SIGUSR2", "2SIGUSR2"}
+
+
+def test_what_killed_ranks_of_the_same_name_left_counts_for_nothing(tmp_path: Path) -> None:
+    """Numbers of jobs are used again: by a new cluster, and by the processes of a machine."""
+    killed = Ranks("with ranks(config):\n    wait_for_all()\n    os.kill(os.getpid(), 9)", tmp_path, 2)
+    assert [code for code, _ in killed.ended().values()] == [-9, -9]
+    assert list((tmp_path / "ranks").iterdir())
+    ended = Ranks(ACTION, tmp_path, 2).ended()
+    assert [code for code, _ in ended.values()] == [0, 0], ended
 
 
 def test_one_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> None:

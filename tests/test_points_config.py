@@ -192,6 +192,22 @@ def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: A
     assert "got " in message
 
 
+@pytest.mark.parametrize(
+    "text", ["{8:1,6:1,4:1}", "{14:4, 10: 2, 7: 1}", "{10+7:1, 14: 1}", "atuo", "{14: 0, 10: 1, 7: 1}", "3", "[14]"]
+)
+def test_groups_of_another_form_are_refused_in_one_sentence_with_an_example(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path / "a.yaml", ""), [f"parallel.groups={text}"])
+    assert str(error.value).startswith("parallel.groups: expected auto, or how many ranks each length has")
+    assert "such as {14: 4, 10+7: 1}, with a space after each colon, got " in str(error.value)
+    assert str(error.value).count("parallel.groups") == 1
+
+
+def test_groups_are_taken_with_spaces_and_numbers_from_variables() -> None:
+    groups = make_config({"parallel": {"groups": {14: 2, "10 + 7": "1"}}}).parallel.groups
+    assert groups == {"14": 2, "10+7": 1}
+
+
 def test_several_mistakes_are_told_at_once() -> None:
     message = refusal({"model": {"depth": 0}, "train": {"lr": -1, "epoch": 3}})
     assert all(part in message for part in ("model.depth", "train.lr", "train.epoch;"))

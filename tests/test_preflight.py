@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,7 +21,9 @@ from videoadapt.errors import RunError
 from videoadapt.preflight import Findings, checkpoints_bytes, faults, preflight, warnings
 from videoadapt.train import train
 
-GOOD = Findings("node1", "H200", cpus=8, workers=8, free_bytes=10**9, clips_per_s=20.0, unread="", manifest="aa")
+GOOD = Findings(
+    "node1", "H200", cpus=8, workers=8, free_bytes=10**9, step_clips=32, clips_per_s=20.0, unread="", manifest="aa"
+)
 
 
 def test_a_table_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,8 +33,66 @@ def test_a_table_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     preflight(config, manifest)
     told = capsys.readouterr()
     assert told.out == ""
-    for word in ("rank", "node", "GPU", "CPUs", "workers", "free GB", "clips/s a worker", manifest.hash):
+    for word in (
+        "rank",
+        "node",
+        "GPU",
+        "CPUs",
+        "workers",
+        "free GB",
+        "clips/s a worker",
+        "decoding s/step",
+        manifest.hash,
+    ):
         assert word in told.err
+    assert re.search(
+        r"decoding the clips of a step takes \d+\.\d\d s on the slowest rank; where computing it takes less", told.err
+    )
+
+
+def test_decoding_of_a_step_takes_what_all_workers_need_that_have_a_cpu() -> None:
+    assert GOOD.decoding_s == pytest.approx(32 / (20 * 8))
+    assert replace(GOOD, cpus=2).decoding_s == pytest.approx(32 / (20 * 2))
+    assert replace(GOOD, workers=0).decoding_s == pytest.approx(32 / 20)  # the rank itself reads
+    assert replace(GOOD, clips_per_s=0.0).decoding_s == math.inf
+
+
+def test_what_is_loaded_once_does_not_count_as_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowAtFirst(module.TrainClips):
+        warm = False
+
+        def __getitem__(self, key: tuple[int, int]) -> Any:
+            if not self.warm:
+                self.warm = True
+                time.sleep(3.0)
+            return super().__getitem__(key)
+
+    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run")
+    monkeypatch.setattr(module, "TrainClips", SlowAtFirst)
+    clips_per_s, unread = module._decode(config, index(config))
+    assert clips_per_s > 4 / 3
+    assert unread == ""
+
+
+@pytest.mark.parametrize(
+    ("groups", "decode", "clips"),
+    [
+        (None, "shared", [2, 2, 2, 2]),  # one group: a clip is trained by one rank
+        (None, "own", [2, 2, 2, 2]),
+        ({8: 2, 6: 1, 4: 1}, "shared", [2, 2, 2, 2]),
+        ({8: 2, 6: 1, 4: 1}, "own", [4, 4, 8, 8]),  # each group reads the whole step
+    ],
+)
+def test_a_rank_reads_its_share_of_each_step(
+    groups: dict[int, int] | None, decode: str, clips: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = runs.config(tmp_path, tmp_path, parallel={"groups": groups, "decode": decode})
+    monkeypatch.setattr(module, "world_size", lambda: 4)
+    found = []
+    for number in range(4):
+        monkeypatch.setattr(module, "rank", lambda number=number: number)
+        found.append(module._step_clips(config))
+    assert found == clips
 
 
 def test_a_node_that_cannot_read_the_videos_stops_the_run(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,6 +23,7 @@ from videoadapt.data.probe import VideoInfo, probe
 from videoadapt.data.probing import Finding, look_at, probe_files
 from videoadapt.data.verify import verify
 from videoadapt.errors import VideoError
+from videoadapt.stopping import JOB_SIGNALS, StopRequest
 
 INFO = VideoInfo(1, 1.0, 64, 64, 1.0, "h264", "mov", 0, "pyav", 1, "abc")
 
@@ -204,3 +207,49 @@ def test_a_file_that_may_not_be_read_is_broken_not_missing(tmp_path: Path, six_f
     assert "null" in str(findings[paths[1]])
     assert "folder without images" in str(findings[paths[2]])
     assert findings[paths[3]] is None
+
+
+def test_a_job_that_is_told_to_stop_keeps_what_it_found_and_goes_on_later(paths: list[str], tmp_path: Path) -> None:
+    cache = tmp_path / "probed.jsonl"
+    with StopRequest(JOB_SIGNALS) as job:
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probing.Bar, "step", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
+            found(paths[:5], cache)
+        assert job.received == signal.SIGUSR2  # the job knows that it has to come back
+    assert len(entries(cache)) == 1
+    assert found(paths[:5], cache) == {path: probe(path) for path in paths[:5]}
+    assert len(entries(cache)) == 5
+
+
+def test_a_job_that_was_told_to_stop_before_stops_before_a_file_is_opened(paths: list[str], tmp_path: Path) -> None:
+    with StopRequest(JOB_SIGNALS), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        found(paths, tmp_path / "probed.jsonl")
+    assert not (tmp_path / "probed.jsonl").exists()
+
+
+def hang(_: str) -> VideoInfo:
+    """Stands for `probe`."""
+    time.sleep(600)
+    return INFO
+
+
+def test_ctrl_c_does_not_wait_for_a_file(paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "probe", hang)
+    start = time.monotonic()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        found(paths, tmp_path / "probed.jsonl")
+    assert time.monotonic() - start < 15
+
+
+def warned(path: str) -> str:
+    """Stands for `probe`: gets the signal of a job near its time limit, as all of its processes do."""
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getppid(), signal.SIGUSR2)  # where processes are forked from
+    return path
+
+
+def test_the_processes_live_on_when_a_job_is_warned() -> None:
+    paths = [f"file{i}" for i in range(8)]
+    assert dict(look_at(paths, warned, workers=2, timeout_s=60.0)) == {path: path for path in paths}

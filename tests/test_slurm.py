@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +21,7 @@ from slurm_cluster import Cluster, ClusterError, alive
 from test_launch import options_of
 from videoadapt.checkpoint import train_checkpoints
 from videoadapt.config import Config, dump_config, load_config
-from videoadapt.launch import jobs_of, sbatch_options, submit
+from videoadapt.launch import jobs_of, sbatch_line, sbatch_options, submit
 
 pytestmark = pytest.mark.slurm
 
@@ -151,17 +154,59 @@ def test_launch_runs_the_chain_to_a_finished_evaluation(slurm: Slurm) -> None:
         }
 
 
+def task(job: str, rank: int) -> int:
+    """The process of a rank of a job, whose workers do not count."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+            variables = (folder / "environ").read_text().split("\0")
+        except OSError:  # it has ended
+            continue
+        if words[1:4] == ["-m", "videoadapt", "train"] and wanted <= set(variables):
+            return int(folder.name)
+    raise AssertionError(f"no rank {rank} of job {job}")
+
+
+@pytest.mark.parametrize("told", ["all", "one rank"])
 def test_a_job_near_its_time_limit_is_requeued_and_ends_as_if_never_stopped(
-    slurm: Slurm, never_stopped: dict[str, torch.Tensor]
+    slurm: Slurm, never_stopped: dict[str, torch.Tensor], told: str
 ) -> None:
-    config = slurm.config("warned", train=LONG, data={"workers": 1})  # processes that get the signal too
+    config = slurm.config(f"warned_{told[:3]}", train=LONG, data={"workers": 1})  # processes that get the signal too
     job = slurm.sbatch("train", config, "--nodes=3")
     slurm.wait_for_step(config, 3)
-    slurm.cluster.run("scancel", "--signal=USR2", job)
+    if told == "all":
+        slurm.cluster.run("scancel", "--signal=USR2", job)
+    else:
+        os.kill(task(job, 1), signal.SIGUSR2)
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
     assert "saved and requeued (restart 1)" in slurm.log(config, job)
     assert "going on from" in slurm.log(config, job)
     assert_as_never_stopped(config, never_stopped)
+
+
+@pytest.mark.parametrize(("number", "told"), [("USR2", "saved and requeued"), ("TERM", "saved, waiting for the end")])
+def test_a_job_that_is_still_indexing_goes_on_with_it(slurm: Slurm, number: str, told: str) -> None:
+    many = slurm.folder / f"many_{number}"
+    video = next((slurm.data / "val").glob("*.mp4"))
+    many.mkdir()
+    for copy in range(3000):
+        os.link(video, many / f"{copy}.mp4")
+    (many / "val.csv").write_text("".join(f"{many}/{copy}.mp4 0\n" for copy in range(3000)))
+    data = {"val": {"annotations": str(many / "val.csv")}, "workers": 1}
+    config = slurm.config(f"indexing_{number}", data=data, train={"epochs": 1})
+    job, cache = slurm.sbatch("train", config, "--nodes=2"), config.run.dir / "probed.jsonl"
+    wait_until(lambda: cache.exists() and cache.read_text().count("\n") > 100, 60, lambda: "the first hundred videos")
+    slurm.cluster.run("scancel", f"--signal={number}", job)
+    wait_until(lambda: told in slurm.log(config, job), 30, lambda: "the end of indexing")
+    assert not (config.run.dir / "manifest.parquet").exists()
+    if number == "TERM":
+        assert slurm.state(job) == "RUNNING"
+        slurm.cluster.run("scontrol", "requeue", job)  # as preemption ends
+    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
+    looked_at = [json.loads(line)["stamp"] for line in cache.read_text().splitlines() if line]
+    assert len(looked_at) == len(set(looked_at)) == 3048  # none was looked at again
+    assert "Traceback" not in slurm.log(config, job)
 
 
 def test_a_preempted_job_waits_for_its_end_and_goes_on(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
@@ -284,3 +329,45 @@ def test_states_are_known_without_sacct(slurm: Slurm) -> None:
     slurm.wait(handle.job_id)
     assert handle.get_info(mode="force")["State"] == "CANCELLED"
     assert handle.done(force_check=True)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_printed_line_asks_for_what_launch_asks_for(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    config = slurm.config(f"line_{gpus}", slurm={"cpus_per_task": 1, "gpus_per_task": gpus, "nodes": 2})
+    line = sbatch_line(jobs_of(config)[0], config, [str(slurm.file(config))], None)
+    monkeypatch.chdir(FILES.parent)  # the line names the file from there
+    command, *words = shlex.split(line)
+    printed = slurm.cluster.run(command, "--parsable", "--hold", *words).strip()
+    (handle,) = submit(jobs_of(config)[0], config)
+    shown = [slurm.cluster.run("scontrol", "show", "job", job) for job in (printed, handle.job_id)]
+    slurm.cluster.run("scancel", printed, handle.job_id)
+    assert [re.search(r"gres[:/]gpu[:=]1", text) is not None for text in shown] == [gpus == 1] * 2
+    for asked in (r"NumNodes=\S+", r"NumTasks=\d+", r"CPUs/Task=\d+", r"TimeLimit=\S+", r"Requeue=\d"):
+        first, second = (re.search(asked, text) for text in shown)
+        assert first
+        assert second
+        assert first[0] == second[0]
+
+
+def test_a_chain_that_is_refused_half_way_is_taken_back(slurm: Slurm) -> None:
+    config = slurm.config("half_way", launch={"shards": 2000})  # more than MaxArraySize
+    done = runs.command("launch", slurm.file(config), "launch.stage=all")
+    assert done.returncode == 1
+    assert "label cannot be submitted: " in done.stderr
+    told = re.search(r"cancelled, as the chain cannot be completed: train (\d+)\n", done.stderr)
+    assert told
+    assert slurm.wait(told[1], 30) == "CANCELLED"
+
+
+def test_a_local_launch_inside_a_job_has_the_ranks_that_it_starts(slurm: Slurm) -> None:
+    config = slurm.config(
+        "inside",
+        train={"epochs": 1},
+        launch={"cluster": "local", "stage": "train"},
+        slurm={"tasks_per_node": 2, "gpus_per_task": 0},
+    )
+    slurm.cluster.run("srun", "--ntasks=1", "--cpus-per-task=2", "videoadapt", "launch", str(slurm.file(config)))
+    assert (config.run.dir / "train.json").exists()
+    assert json.loads((config.run.dir / "train.owner").read_text() or "null") is None

@@ -115,7 +115,8 @@ def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
         "assigner_share": macs / costs[0],
         "seconds": round(time.monotonic() - start, 1),
     }
-    write_json(config.run.dir / "assigner" / "assign.json", summary)
+    with checkpoints.guard():
+        write_json(config.run.dir / "assigner" / "assign.json", summary)
     return summary
 
 
@@ -222,7 +223,7 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
             bar.step(1, f"loss {np.mean(losses):.3f}")
             checkpoints.save(epoch, _tensors(assigner, optimizer), _meta(config, clips))
             if stop.requested:
-                raise KeyboardInterrupt
+                stop.stop()
     return assigner.eval(), epoch
 
 

@@ -69,9 +69,14 @@ def synchronise(model: TimeSformer, plan: GroupPlan) -> None:
             model.patch_embed.proj[key] = nn.SyncBatchNorm.convert_sync_batchnorm(stem, process_group)
 
 
+def statistics_are_apart(model: TimeSformer, plan: GroupPlan) -> bool:
+    """Whether a rank may hold old statistics of lengths that others train."""
+    return model.config.embed == "stem" and len(plan.groups) > 1
+
+
 def share_statistics(model: nn.Module, plan: GroupPlan) -> None:
     """Gives all ranks the statistics of every length, from its group's first rank. Every rank must call it."""
-    if not isinstance(model, TimeSformer) or model.config.embed != "stem" or len(plan.groups) == 1:
+    if not isinstance(model, TimeSformer) or not statistics_are_apart(model, plan):
         return
     for group in plan.groups:
         for key in _keys(model, group.points):

@@ -65,8 +65,11 @@ class SlurmJob:
 
 
 def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:
-    """The job of a process; none outside SLURM."""
-    if "SLURM_JOB_ID" not in environment:
+    """The job of a process; none outside SLURM.
+
+    A process of submitit's local executor is no task of the job in which that was called, such as `srun --pty bash`.
+    """
+    if "SLURM_JOB_ID" not in environment or environment.get("SUBMITIT_EXECUTOR") == "local":
         return None
     counts = (environment.get(name, "") for name in ("SLURM_RESTART_COUNT", "SLURM_NTASKS"))
     restarts, tasks = (int(count) if count.isdigit() else 0 for count in counts)
@@ -78,10 +81,17 @@ def requeue(job: str) -> None:
     try:
         _ask("scontrol", "requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
         raise RunError(
-            f"job {job} cannot be requeued ({said}); submit it again: it goes on from what is saved"
+            f"job {job} cannot be requeued ({_said(error)}); submit it again: it goes on from what is saved"
         ) from None
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Takes jobs away from SLURM, whether they wait or run. Raises `RunError` where SLURM refuses."""
+    try:
+        _ask("scancel", *jobs)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RunError(f"they cannot be cancelled ({_said(error)}); run scancel {' '.join(jobs)}") from None
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str] | None:
@@ -101,3 +111,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, str] | None:
 
 def _ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ANSWER_S).stdout
+
+
+def _said(error: OSError | subprocess.SubprocessError) -> str:
+    return (getattr(error, "stderr", None) or str(error)).strip()

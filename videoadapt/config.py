@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from videoadapt.cost import point_cost
 from videoadapt.errors import ConfigError
@@ -31,8 +40,15 @@ def _parse_points(value: Any) -> Any:
     return [value] if isinstance(value, (int, str)) else value
 
 
-def _parse_groups(value: Any) -> Any:
-    return {str(key).replace(" ", ""): count for key, count in value.items()} if isinstance(value, dict) else value
+def _parse_groups(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    named = {str(key).replace(" ", ""): count for key, count in value.items()} if isinstance(value, dict) else value
+    try:
+        return check(named)
+    except ValidationError:  # it has a line for each form that groups may have
+        raise ConfigError(
+            "parallel.groups: expected auto, or how many ranks each length has, 1 or more, such as {14: 4, 10+7: 1}, "
+            f"with a space after each colon, got {value!r}"
+        ) from None
 
 
 class Section(BaseModel):
@@ -285,7 +301,7 @@ class ParallelConfig(Section):
 
     # ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none = every rank
     # trains every point
-    groups: Annotated[Literal["auto"] | dict[str, Count] | None, BeforeValidator(_parse_groups)] = None
+    groups: Annotated[Literal["auto"] | dict[str, Count] | None, WrapValidator(_parse_groups)] = None
     # with groups: shared = each clip is decoded once over all ranks, and sent to those that train it; own = each group
     # decodes every clip, and none is sent
     decode: Literal["own", "shared"] = "shared"

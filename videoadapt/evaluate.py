@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from videoadapt.assigner import assigner_macs
-from videoadapt.checkpoint import assigner_checkpoints, require_same
+from videoadapt.checkpoint import Guard, assigner_checkpoints, require_same
 from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import EvalVideos, VideoViews
@@ -23,7 +23,7 @@ from videoadapt.labels import Choice
 from videoadapt.lease import sole_writer
 from videoadapt.log import Bar, say, write_json
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
+from videoadapt.parallel import by_first_rank, first_rank_first, rank, ranks
 from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.report.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.routing import route
@@ -44,7 +44,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
-    with ranks(config), sole_writer(config, "evaluate"):
+    with ranks(config), sole_writer(config, "evaluate") as guard:
         manifest = first_rank_first(lambda: load_or_index(config))
         model = inference_model(config)
         assigned = _assigned(config, model)
@@ -54,10 +54,10 @@ def evaluate(config: Config) -> dict[str, Any]:
             return {"shard": config.parallel.shard}
         if rank() == 0:
             policies = _policies(model.config.points, scores, assigned, cascades, config)
-            summary = _summary(model, manifest, scores, policies, config=config)
-            write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
-        wait_for_all()
-    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            summary = _summary(model, manifest, scores, policies, guard, config=config)
+            with guard():
+                write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
+        written: dict[str, Any] = by_first_rank(lambda: json.loads(path.read_text(encoding="utf-8")))
     return written
 
 
@@ -84,15 +84,22 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
 
 
 def _summary(
-    model: TimeSformer, manifest: Manifest, scores: Scores, policies: list[Policy], *, config: Config
+    model: TimeSformer,
+    manifest: Manifest,
+    scores: Scores,
+    policies: list[Policy],
+    guard: Guard,
+    *,
+    config: Config,
 ) -> dict[str, Any]:
     points = model.config.points
     population = _population(manifest, scores)
     outcomes = outcomes_of(scores, policies, config)
     speeds = _speeds(model, manifest, scores, outcomes, config)
-    # A summary stands beside the tables that it was made with, or there is none.
-    (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
-    classes = write_tables(config, scores, population, outcomes)
+    with guard():
+        # A summary stands beside the tables that it was made with, or there is none.
+        (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
+        classes = write_tables(config, scores, population, outcomes)
     return {
         "split": "val",
         "manifest": manifest.hash,

@@ -16,11 +16,11 @@ from videoadapt.cluster import SlurmJob, place_of, requeue, slurm_job
 from videoadapt.config import Config
 from videoadapt.errors import RunError
 from videoadapt.log import say
-from videoadapt.stopping import JOB_SIGNALS, WARNINGS, StopRequest
+from videoadapt.stopping import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 
 Stage = Literal["train", "label", "assign", "evaluate"]
 
-_KILLED_WITHIN_S = 600.0  # after SIGTERM; clusters grant less
+_KILLED_WITHIN_S = 600.0  # clusters grant less
 _TERMINATED = 128 + signal.SIGTERM  # exit code
 
 
@@ -34,14 +34,18 @@ def run_stage(stage: Stage, config: Config) -> dict[str, Any]:
     job = slurm_job(os.environ)
     if job is not None and job.restarts > config.slurm.max_restarts:
         raise RunError(_out_of_restarts(job, config))
-    with StopRequest(JOB_SIGNALS if job is not None else ()) as stop:
+    if job is not None:
+        for number in WARNINGS:  # one that comes after the stage has ended, on some ranks first, must not kill it
+            signal.signal(number, signal.SIG_IGN)
+    with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
             return _function(stage)(config)
-        except KeyboardInterrupt:
-            if job is None or stop.received not in JOB_SIGNALS:
+        except Stopped as stopped:
+            if job is None or stopped.signal not in JOB_SIGNALS:
                 raise
-        # Outside the handler, which would keep the stage's workers alive: they get the signals that follow.
-        _leave(job, stop.received in WARNINGS, config)
+            warned = stopped.signal in WARNINGS
+        # Outside the `except`, which would keep the stage's workers alive: they get the signals that follow.
+        _leave(job, warned, config)
 
 
 def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
@@ -63,18 +67,19 @@ def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
 
 
 def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
+    """Waits until SLURM ends this process: one that ends before has failed, or completed, and takes the job along."""
+    if warned and job.restarts >= config.slurm.max_restarts:
+        raise RunError(_out_of_restarts(job, config))
+    ends: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: ends.append(number))
     if not warned:
         say(f"job {job.id} loses its nodes: saved, waiting for the end")
-        time.sleep(_KILLED_WITHIN_S)
-        raise SystemExit(_TERMINATED)
-    if job.restarts >= config.slurm.max_restarts:
-        raise RunError(_out_of_restarts(job, config))
-    if place_of(os.environ).rank == 0:
+    elif place_of(os.environ).rank == 0:
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
-    else:  # to end before rank 0 has asked would be to fail
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_KILLED_WITHIN_S)
+    deadline = time.monotonic() + _KILLED_WITHIN_S
+    while not ends and time.monotonic() < deadline:
+        time.sleep(0.5)  # which a signal that another thread gets does not end
     raise SystemExit(_TERMINATED)
 
 

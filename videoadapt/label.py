@@ -14,7 +14,7 @@ from videoadapt.errors import UserError
 from videoadapt.labels import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.lease import sole_writer
 from videoadapt.log import write_json
-from videoadapt.parallel import first_rank_first, rank, ranks, wait_for_all
+from videoadapt.parallel import by_first_rank, first_rank_first, rank, ranks
 from videoadapt.report.tables import write_parquet
 from videoadapt.scoring import Scores, inference_model, score
 
@@ -26,16 +26,19 @@ def label(config: Config) -> dict[str, Any]:
     ranks of a job share the clips; their number changes no label. A shard (`parallel.shard`) only scores its clips.
     """
     path = config.run.dir / "labels" / "label.json"
-    with ranks(config), sole_writer(config, "label"):
+    with ranks(config), sole_writer(config, "label") as guard:
         manifest = first_rank_first(lambda: load_or_index(config))
         scores = _score(manifest, config)
         if scores is None:
             return {"shard": config.parallel.shard}
         if rank() == 0:
-            write_json(path, _write_labels(manifest, scores, config))
-        wait_for_all()
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+            tables, summary = _labelled(manifest, scores, config)
+            with guard():
+                for name, table in tables.items():
+                    write_parquet(path.with_name(f"{name}.parquet"), table)
+                write_json(path, summary)
+        written: dict[str, Any] = by_first_rank(lambda: json.loads(path.read_text(encoding="utf-8")))
+    return written
 
 
 def _score(manifest: Manifest, config: Config) -> Scores | None:
@@ -51,7 +54,8 @@ def _score(manifest: Manifest, config: Config) -> Scores | None:
     return scores
 
 
-def _write_labels(manifest: Manifest, scores: Scores, config: Config) -> dict[str, Any]:
+def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """The tables by name, and the summary."""
     points, names = config.model.points, manifest["video"]
     table = pd.concat(
         outcome_table(names[part.rows].tolist(), part.clips, part.truth, part.probabilities(), points)
@@ -60,10 +64,7 @@ def _write_labels(manifest: Manifest, scores: Scores, config: Config) -> dict[st
     clips, right = right_matrix(table, points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     clips["label"] = labels
-    folder = config.run.dir / "labels"
-    for name, frame in (("outcomes", table), ("labels", clips)):
-        write_parquet(folder / f"{name}.parquet", frame)
-    return {
+    summary = {
         "source": config.label.source,
         "none_right": config.label.none_right,
         "manifest": manifest.hash,
@@ -77,3 +78,4 @@ def _write_labels(manifest: Manifest, scores: Scores, config: Config) -> dict[st
         "none_right_clips": int((~right.any(axis=1)).sum()),
         "left_out": int((labels < 0).sum()),
     }
+    return {"outcomes": table, "labels": clips}, summary

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from videoadapt.cluster import cancel
 from videoadapt.config import Config, make_config
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.jobs import Stage, run_stage
@@ -88,7 +89,8 @@ def sbatch_line(job: Job, config: Config, words: Sequence[str], after: str | Non
 
     Lines of `slurm.setup` have no option: they go into the file.
     """
-    options = sbatch_options(job, config) | _chained(after)
+    no_gpu = {"gpus-per-task": "0"}  # the file asks for one
+    options = no_gpu | sbatch_options(job, config) | _chained(after)
     flags = [f"--{option}={value}" if value else f"--{option}" for option, value in options.items()]
     return shlex.join(["sbatch", *flags, f"slurm/{job.stage}.sbatch", *words])
 
@@ -97,8 +99,8 @@ def launch(config: Config, words: Sequence[str]) -> dict[str, Any]:
     """Submits the jobs of `launch.stage`, each to start when the one before it has succeeded.
 
     `words` are the config file and overrides as given, for the equivalent sbatch lines. On SLURM it returns at once
-    with ids, log files and these lines; with `launch.cluster=local` the jobs run here one after the other, and it
-    returns when they are done. Raises `ConfigError` or `RunError`.
+    with ids, log files and these lines; if one is refused, those before it are cancelled. With `launch.cluster=local`
+    the jobs run here one after the other, and it returns when they are done. Raises `ConfigError` or `RunError`.
     """
     jobs = jobs_of(config)
     submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
@@ -131,13 +133,28 @@ class StageCall:
 def _submit_all(jobs: Sequence[Job], config: Config, words: Sequence[str]) -> list[dict[str, Any]]:
     submitted: list[dict[str, Any]] = []
     before: str | None = None
-    for job in jobs:
-        line = sbatch_line(job, config, words, before)
-        handles = submit(job, config, before)
-        before = handles[0].job_id.split("_")[0]  # of the array, not of its first job
-        log = handles[0].paths.stdout if job.shards == 1 else _folder(config) / f"{before}_*" / "*.out"
-        submitted.append(_told(job, before, log, line))
+    try:
+        for job in jobs:
+            line = sbatch_line(job, config, words, before)
+            handles = submit(job, config, before)
+            before = handles[0].job_id.split("_")[0]  # of the array, not of its first job
+            log = handles[0].paths.stdout if job.shards == 1 else _folder(config) / f"{before}_*" / "*.out"
+            submitted.append(_told(job, before, log, line))
+    except (RunError, KeyboardInterrupt):
+        if submitted:
+            say(_withdrawn(submitted))
+        raise
     return submitted
+
+
+def _withdrawn(submitted: Sequence[dict[str, Any]]) -> str:
+    """Cancels the jobs of a chain that cannot be completed, and says what became of them."""
+    named = ", ".join(f"{job['stage']} {job['id']}" for job in submitted)
+    try:
+        cancel([job["id"] for job in submitted])
+    except RunError as error:
+        return f"already submitted: {named}; {error}"
+    return f"cancelled, as the chain cannot be completed: {named}"
 
 
 def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.Job[dict[str, Any]]]:

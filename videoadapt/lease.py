@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,7 @@ from videoadapt.cluster import job_states, slurm_job
 from videoadapt.config import Config
 from videoadapt.errors import RunError
 from videoadapt.log import say
-from videoadapt.parallel import rank
+from videoadapt.parallel import by_first_rank, rank, when_seen
 
 _WAIT_S = 45.0  # for another process to finish the file that it is writing
 
@@ -146,19 +146,27 @@ class Lease:
 def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """While entered, no other run of the stage writes into the run folder; gives `Lease.held`, to write under.
 
-    It is rank 0 that writes. Shards need no lease: each writes files of its own.
+    It is rank 0 that writes; every rank enters. Raises `RunError` where another run writes there, or a rank does not
+    see the folder that rank 0 writes into. Shards need no lease: each writes files of its own.
     """
-    if rank() != 0 or config.parallel.shard is not None:
+    if config.parallel.shard is not None:
         yield nullcontext
         return
-    with Lease.taken(config.run.dir, stage) as lease:
-        yield lease.held
+    with ExitStack() as taken:
+        lease = by_first_rank(lambda: taken.enter_context(Lease.taken(config.run.dir, stage)))
+        if rank() != 0:
+            when_seen(lease.path, lambda path: path.exists() and _parsed(path.read_text()) == lease.owner)
+        yield lease.held if rank() == 0 else nullcontext
 
 
 def _read(file: IO[str]) -> Owner | None:
     file.seek(0)
+    return _parsed(file.read())
+
+
+def _parsed(text: str) -> Owner | None:
     try:
-        return Owner(**json.loads(file.read()))
+        return Owner(**json.loads(text))
     except (ValueError, TypeError):  # given back, or torn by a crash
         return None
 

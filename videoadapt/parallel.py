@@ -8,11 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,11 +27,14 @@ from videoadapt.cluster import Place, place_of, slurm_job
 from videoadapt.config import Config
 from videoadapt.errors import RunError
 from videoadapt.groups import GroupPlan
+from videoadapt.stopping import JOB_SIGNALS, Stopped, StopRequest
 
 T = TypeVar("T")
 
 PATIENCE_S = 12 * 3600.0  # for the slowest rank of a stage whose ranks meet only at its end
 _LAST_WORDS_S = 5.0  # after the first failed collective, for the other ranks to say that theirs failed too
+_SEEN_WITHIN_S = 45.0  # network file systems show what another node has written after seconds
+_STOPS = (None, signal.SIGINT, *JOB_SIGNALS)  # each outweighs those before it: a warning asks for another start
 _meetings = itertools.count()  # each meeting of this process has keys of its own
 
 
@@ -40,8 +46,8 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
     its own where there are GPUs. A collective that lasts longer than `timeout_s` fails.
 
     Where ranks fail, one of them raises: the one that failed first or, where one died or hangs, one that names it. The
-    others raise `SystemExit`. Where one is interrupted, the others are too. Raises `RunError` where the ranks cannot
-    meet, or are not as many as `parallel.ranks`.
+    others raise `SystemExit`. Where one is interrupted, the others are too, by `Stopped`. Raises `RunError` where the
+    ranks cannot meet, or are not as many as `parallel.ranks`.
     """
     place = place_of(os.environ)
     _require_asked_for(place, config.parallel.ranks, os.environ)
@@ -51,7 +57,7 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
         return
     store = _store(place, config)
     try:
-        _meet(store, place, gpu, config.parallel.join_s)
+        store = _meet(store, place, gpu, config.parallel.join_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",  # host tensors by gloo, those of a GPU by NCCL
             store=dist.PrefixStore("collectives", store),
@@ -60,9 +66,9 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
             timeout=timedelta(seconds=timeout_s),
         )
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         with suppress(RuntimeError):  # the store may have gone with its host
-            store.set("stopped", "")
+            store.set("stopped", stopped.signal.name if isinstance(stopped, Stopped) else "SIGINT")
         raise
     except Exception as error:
         verdict = _verdict(store, place, error)
@@ -131,28 +137,49 @@ def _store(place: Place, config: Config) -> Any:
     return dist.FileStore(str(folder / f"{place.meeting}-{number}"), place.world)
 
 
-def _meet(store: Any, place: Place, gpu: str | None, join_s: float) -> None:
-    """Waits until every rank is here, and rank 0 has found nothing wrong. Raises `RunError` on every rank if not."""
-    store.set(f"here/{place.rank}", json.dumps({"host": socket.gethostname(), "gpu": gpu}))
+def _meet(store: Any, place: Place, gpu: str | None, join_s: float) -> Any:
+    """Waits until every rank is here, and rank 0 has found nothing wrong. Raises `RunError` on every rank if not.
+
+    Returns a store for these ranks alone: what ranks of the same name, which were killed, left in the old one counts
+    for nothing, since rank 0 calls each rank by a word of its own and waits for its answer.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"here/{place.rank}", json.dumps({"host": socket.gethostname(), "gpu": gpu, "word": mine}))
     if place.rank == 0:
-        absent = _absent(store, "here", range(place.world), join_s)
-        fault = _fault(store, place.world, absent, join_s)
-        store.set("fault", fault)
+        meeting = dist.PrefixStore(mine, store)
+        told, absent = _answers(store, mine, place.world, join_s)
+        fault = _not_all_here(absent, place.world, join_s) if absent else shared_gpu(told)
+        meeting.set("fault", fault)
     else:
         try:
-            store.wait(["fault"], timedelta(seconds=join_s + _LAST_WORDS_S))
+            store.wait([f"called/{mine}"], timedelta(seconds=join_s))
+            meeting = dist.PrefixStore(store.get(f"called/{mine}").decode(), store)
+            meeting.set(f"came/{place.rank}", "")
+            meeting.wait(["fault"], timedelta(seconds=join_s + _LAST_WORDS_S))
         except RuntimeError:
             raise RunError(_not_all_here([0], place.world, join_s)) from None
-        fault = store.get("fault").decode()
+        fault = meeting.get("fault").decode()
     if fault:
         raise RunError(fault)
+    return meeting
 
 
-def _fault(store: Any, world: int, absent: Sequence[int], join_s: float) -> str:
-    if absent:
-        return _not_all_here(absent, world, join_s)
-    told = [json.loads(store.get(f"here/{rank}")) for rank in range(world)]
-    return shared_gpu([(one["host"], one["gpu"]) for one in told])
+def _answers(store: Any, mine: str, world: int, join_s: float) -> tuple[list[tuple[str, str | None]], list[int]]:
+    """Calls all ranks until they have answered or the time is over: their (host, GPU), and who did not answer."""
+    deadline = time.monotonic() + join_s
+    meeting = dist.PrefixStore(mine, store)
+    meeting.set("came/0", "")
+    called: set[str] = set()
+    while True:
+        here = [json.loads(store.get(f"here/{rank}")) for rank in range(world) if store.check([f"here/{rank}"])]
+        for one in here:
+            if one["word"] not in called:
+                store.set(f"called/{one['word']}", mine)
+                called.add(one["word"])
+        absent = [rank for rank in range(world) if not meeting.check([f"came/{rank}"])]
+        if not absent or time.monotonic() > deadline:
+            return [(one["host"], one["gpu"]) for one in here], absent
+        time.sleep(0.1)
 
 
 def _not_all_here(absent: Sequence[int], world: int, join_s: float) -> str:
@@ -188,7 +215,7 @@ def _verdict(store: Any, place: Place, error: Exception) -> BaseException:
     """What this rank raises for an error: the error itself, what it means, or `SystemExit` where another one tells."""
     try:
         if store.check(["stopped"]):
-            return KeyboardInterrupt()
+            return Stopped(signal.Signals[store.get("stopped").decode()])
         store.set(f"lost/{place.rank}", "")
         if _is_of_collectives(error):
             absent = _absent(store, "lost", range(place.world), _LAST_WORDS_S)
@@ -223,13 +250,13 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def any_rank(here: bool) -> bool:
-    """Whether it is so on any rank; every rank asks, and all get the same answer."""
-    if not dist.is_initialized():
-        return here
-    flag = torch.tensor(int(here))
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+def any_requested(stop: StopRequest) -> bool:
+    """Whether any rank was asked to stop; every rank asks, and then all know of it, and by which signal."""
+    if dist.is_initialized():
+        number = torch.tensor(_STOPS.index(stop.received))
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        stop.received = _STOPS[int(number)]
+    return stop.requested
 
 
 def gather(value: T) -> list[T]:
@@ -247,6 +274,19 @@ def first_rank_first(action: Callable[[], T]) -> T:
         result = action()
     wait_for_all()
     return result if rank() == 0 else action()
+
+
+def when_seen(path: Path, seen: Callable[[Path], bool] = Path.exists) -> Path:
+    """A file that another rank has written, once this one sees it. Raises `RunError` if it never does."""
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    while not seen(path):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{path}: another rank wrote it, and rank {rank()} on {socket.gethostname()} cannot see it; run.dir "
+                "must be a folder that all nodes share"
+            )
+        time.sleep(0.2)
+    return path
 
 
 def summed(values: Tensor) -> Tensor:

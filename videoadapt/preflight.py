@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import socket
 import time
@@ -12,12 +13,14 @@ import numpy as np
 import torch
 
 from videoadapt.config import Config
+from videoadapt.cost import point_macs
 from videoadapt.data.datasets import Failure, TrainClips
 from videoadapt.data.manifest import Manifest
 from videoadapt.errors import RunError
+from videoadapt.groups import make_plan, split_evenly
 from videoadapt.log import print_table, say
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.parallel import gather, rank
+from videoadapt.parallel import gather, rank, world_size
 from videoadapt.runtime import available_cpus, pick_device, worker_count
 
 _PROBED_CLIPS = 4
@@ -25,16 +28,27 @@ _PROBED_CLIPS = 4
 
 @dataclass(frozen=True)
 class Findings:
-    """What one rank finds on its node. `clips_per_s` is what one worker decodes; `unread` names a video and a cause."""
+    """What one rank finds on its node.
+
+    `step_clips` are the clips that it decodes for each step, `clips_per_s` is what one worker decodes, and `unread`
+    names a video and a cause.
+    """
 
     node: str
     gpu: str
     cpus: int
     workers: int
     free_bytes: int
+    step_clips: int
     clips_per_s: float
     unread: str
     manifest: str
+
+    @property
+    def decoding_s(self) -> float:
+        """What decoding the clips of a step takes with all workers at it, as far as each has a CPU."""
+        readers = max(1, min(self.workers, self.cpus))
+        return self.step_clips / (self.clips_per_s * readers) if self.clips_per_s else math.inf
 
 
 def preflight(config: Config, manifest: Manifest) -> None:
@@ -44,7 +58,17 @@ def preflight(config: Config, manifest: Manifest) -> None:
     """
     found = gather(_look(config, manifest))
     if rank() == 0:
-        columns = ("rank", "node", "GPU", "CPUs", "workers", "free GB", "clips/s a worker", "manifest")
+        columns = (
+            "rank",
+            "node",
+            "GPU",
+            "CPUs",
+            "workers",
+            "free GB",
+            "clips/s a worker",
+            "decoding s/step",
+            "manifest",
+        )
         rows = [
             (
                 number,
@@ -54,6 +78,7 @@ def preflight(config: Config, manifest: Manifest) -> None:
                 one.workers,
                 f"{one.free_bytes / 1e9:.1f}",
                 f"{one.clips_per_s:.1f}",
+                f"{one.decoding_s:.2f}",
                 one.manifest,
             )
             for number, one in enumerate(found)
@@ -63,6 +88,12 @@ def preflight(config: Config, manifest: Manifest) -> None:
             say(warning)
     if wrong := faults(found, checkpoints_bytes(config)):
         raise RunError("preflight: " + "; ".join(wrong))
+    if rank() == 0:
+        slowest_s = max(one.decoding_s for one in found)
+        say(
+            f"decoding the clips of a step takes {slowest_s:.2f} s on the slowest rank; where computing it takes less, "
+            "training waits for videos"
+        )
 
 
 def _look(config: Config, manifest: Manifest) -> Findings:
@@ -74,10 +105,20 @@ def _look(config: Config, manifest: Manifest) -> Findings:
         cpus=available_cpus(),
         workers=worker_count(config.data.workers),
         free_bytes=shutil.disk_usage(config.run.dir).free,
+        step_clips=_step_clips(config),
         clips_per_s=clips_per_s,
         unread=unread,
         manifest=manifest.hash,
     )
+
+
+def _step_clips(config: Config) -> int:
+    """The clips that this rank decodes for each step: its share of all, or of those that its group trains."""
+    macs = {point: float(count) for point, count in point_macs(config.model).items()}
+    plan = make_plan(config, world_size(), macs)
+    if config.parallel.decode == "shared":
+        return len(split_evenly(config.train.batch, plan.ranks)[rank()])
+    return len(plan.group(rank()).share(rank(), config.train.batch, pairs=config.data.mixes))
 
 
 def _decode(config: Config, manifest: Manifest) -> tuple[float, str]:
@@ -85,6 +126,8 @@ def _decode(config: Config, manifest: Manifest) -> tuple[float, str]:
     rows = np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
     probed = rows[np.linspace(0, len(rows) - 1, min(_PROBED_CLIPS, len(rows))).astype(int)]
     clips = TrainClips(manifest, config)
+    for row in probed[:1]:  # the first one loads libraries, which made four small clips look three times as slow
+        clips[0, int(row)]
     start = time.perf_counter()
     read = [clips[0, int(row)] for row in probed]
     failures = [clip for clip in read if isinstance(clip, Failure)]

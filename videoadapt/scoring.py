@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,10 @@ from videoadapt.data.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.probe import reason
-from videoadapt.errors import RunError
 from videoadapt.labels import MEASURES, Bools, Floats, Measure, confidence, softmax
 from videoadapt.log import Bar, replacing, say
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.parallel import any_rank, rank, world_size
+from videoadapt.parallel import any_requested, rank, when_seen, world_size
 from videoadapt.routing import assign_probabilities, view_logits
 from videoadapt.runtime import pick_device, precision_dtype
 from videoadapt.stopping import StopRequest
@@ -118,7 +116,7 @@ def score(
 
     Goes on where an earlier call stopped, and tries again what could not be read then. Every rank calls it, does its
     share, and returns the whole; of a shard (`parallel.shard`), all do the shard's part, and nothing is returned.
-    Ctrl-C and a job's signals end it after a part: `KeyboardInterrupt` on every rank.
+    Ctrl-C and a job's signals end it after a part: `Stopped` on every rank.
     """
     dataset = EvalVideos(
         manifest,
@@ -159,8 +157,8 @@ def score(
                 found.append(_scores_of(whole, model, assigner, config.evaluate.batch) if whole else {})
                 bar.step(len(videos_read))
             _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
-    if any_rank(stop.requested):
-        raise KeyboardInterrupt
+    if any_requested(stop):
+        stop.stop()
     return None if config.parallel.shard else _load(files, weights)
 
 
@@ -255,7 +253,7 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
     small: dict[str, list[npt.NDArray[Any]]] = {}
     failures: list[Failure] = []
     for file in files:
-        part = _read(_there(file))
+        part = _read(when_seen(file))
         failures += _failures(part)
         if "rows" in part:
             probabilities = _scored(part).probabilities()
@@ -279,16 +277,6 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         model=weights,
         files=files,
     )
-
-
-def _there(file: Path) -> Path:
-    """A file that another rank has written. Raises `RunError` if it does not appear."""
-    deadline = time.monotonic() + _APPEARS_S
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise RunError(f"{file}: a rank wrote it, and this one cannot see it; run.dir must be shared by all nodes")
-        time.sleep(0.5)
-    return file
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit is near: what a job asks its cluster to send
 JOB_SIGNALS = (signal.SIGTERM, *WARNINGS)  # SIGTERM: the job loses its nodes soon
+
+
+class Stopped(KeyboardInterrupt):
+    """Work ended early, saved, because a signal asked for it: this process or another rank of its job."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received.name)
+        self.signal = received
 
 
 class StopRequest:
@@ -25,6 +34,11 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether any signal has come."""
         return self.received is not None
+
+    def stop(self) -> NoReturn:
+        """To call once all is saved. Raises `Stopped`."""
+        assert self.received is not None, "nobody asked for it"
+        raise Stopped(self.received)
 
     def __enter__(self) -> StopRequest:
         self._outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)

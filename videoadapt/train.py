@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from videoadapt import losses
-from videoadapt.batchnorm import share_statistics, synchronise
-from videoadapt.checkpoint import Checkpoints, train_checkpoints
+from videoadapt.batchnorm import share_statistics, statistics_are_apart, synchronise
+from videoadapt.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
 from videoadapt.config import Config, dump_config
 from videoadapt.cost import point_macs
 from videoadapt.data.loader import Batch, steps_per_epoch, train_batches
@@ -39,14 +39,15 @@ from videoadapt.model.weights import load_weights
 from videoadapt.optim import make_schedule
 from videoadapt.parallel import (
     TeacherExchange,
-    any_rank,
+    any_requested,
+    by_first_rank,
     first_rank_first,
     gradients_apart,
     rank,
     ranks,
     spread_gradients,
     summed,
-    wait_for_all,
+    when_seen,
     world_size,
 )
 from videoadapt.points import Point
@@ -94,29 +95,38 @@ def train(config: Config) -> dict[str, Any]:
     """Trains the model of a config to the end, going on from the run's newest checkpoint if it has one.
 
     The ranks of a job share the work as `parallel.groups` says; it changes the result by rounding alone. Ctrl-C and
-    SIGTERM save at the next step and raise `KeyboardInterrupt`. Raises `RunError` for a loss that is not finite, before
+    SIGTERM save at the next step and raise `Stopped`. Raises `RunError` for a loss that is not finite, before
     anything is changed by it, and where another run writes into the folder.
     """
     finished = config.run.dir / "train.json"
-    with ranks(config):
-        plan = make_plan(config, world_size(), {p: float(macs) for p, macs in point_macs(config.model).items()})
-        manifest = first_rank_first(lambda: load_or_index(config))
-    with ranks(config, STEP_S), sole_writer(config, "train") as guard:
-        preflight(config, manifest)
-        per_epoch = steps_per_epoch(manifest, config)
-        checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
-        state = State.start(config, manifest)
-        found = checkpoints.latest()
-        if found is not None:
-            state.restore(found)
-        elif config.train.init:
-            say(str(load_weights(state.model, config.train.init)))
-            state.reset_ema()
-        if not (state.step == per_epoch * config.train.epochs and finished.exists()):
-            _train(state, Seat.take(config, state.model, plan), per_epoch, checkpoints)
-        wait_for_all()
-    done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+    with ExitStack() as owned:
+        with ranks(config):
+            guard = owned.enter_context(sole_writer(config, "train"))
+            plan = make_plan(config, world_size(), {p: float(macs) for p, macs in point_macs(config.model).items()})
+            manifest = first_rank_first(lambda: load_or_index(config))
+        with ranks(config, STEP_S):
+            preflight(config, manifest)
+            per_epoch = steps_per_epoch(manifest, config)
+            checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
+            state = State.start(config, manifest)
+            found = _newest(checkpoints)
+            if found is not None:
+                state.restore(found)
+            elif config.train.init:
+                say(str(load_weights(state.model, config.train.init)))
+                state.reset_ema()
+            ended = state.step == per_epoch * config.train.epochs
+            if not (ended and by_first_rank(finished.exists)):
+                _train(state, Seat.take(config, state.model, plan), per_epoch, checkpoints)
+            done: dict[str, Any] = by_first_rank(lambda: json.loads(finished.read_text(encoding="utf-8")))
     return done
+
+
+def _newest(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The checkpoint that rank 0 goes on from, on every rank: one that looked for itself might see an older one."""
+    found = checkpoints.latest() if rank() == 0 else None
+    path = by_first_rank(lambda: None if found is None else found.path)
+    return found if path is None or rank() == 0 else load_checkpoint(when_seen(path), checkpoints.kind)
 
 
 def _train(state: State, seat: Seat, per_epoch: int, checkpoints: Checkpoints) -> None:
@@ -125,11 +135,13 @@ def _train(state: State, seat: Seat, per_epoch: int, checkpoints: Checkpoints) -
         say(f"{world_size()} ranks, by point: {seat.plan}")
     clock = Clock(worker_count(config.data.workers), state.device, len(seat.group.ranks))
     if rank() == 0:
-        (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        with checkpoints.guard():
+            (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     with closing(Metrics(config.run.dir, state.step)) if rank() == 0 else nullcontext() as metrics:
         _loop(state, seat, checkpoints, clock, metrics)
     if rank() == 0:
-        write_json(config.run.dir / "train.json", _summary(state, per_epoch, checkpoints, clock))
+        with checkpoints.guard():
+            write_json(config.run.dir / "train.json", _summary(state, per_epoch, checkpoints, clock))
 
 
 def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metrics: Metrics | None) -> None:
@@ -140,14 +152,14 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
     steps = _batches(state, seat)
     bar = Bar("train", total=total * config.train.batch, unit="clips", start=state.step * config.train.batch)
     with StopRequest() as stop, bar:
-        for batches in clock.timed(_saved_if_reading_fails(steps, state, checkpoints)):
+        for batches in clock.timed(_saved_if_reading_fails(steps, state, seat, checkpoints)):
             schedule.step_update(state.step)
             values = train_step(state, seat, batches)
             state.step += 1
             if metrics is not None:
                 metrics.write(state.step, values | clock.rates())
             bar.step(config.train.batch, state.note(values, clock))
-            stopping = any_rank(stop.requested)  # all at the same step
+            stopping = any_requested(stop)  # all at the same step
             due = state.step % (config.train.save_steps or per_epoch) == 0
             if due or stopping or state.step == total:
                 for module in filter(None, (state.model, state.ema and state.ema.module)):
@@ -155,7 +167,7 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
                 _save(state, checkpoints)
             if stopping and state.step < total:
                 say(f"stopped at step {state.step} of {total}; the same command goes on from there")
-                raise KeyboardInterrupt
+                stop.stop()
 
 
 def _batches(state: State, seat: Seat) -> Iterator[list[Batch]]:
@@ -173,14 +185,17 @@ def _save(state: State, checkpoints: Checkpoints) -> None:
 
 
 def _saved_if_reading_fails(
-    steps: Iterator[list[Batch]], state: State, checkpoints: Checkpoints
+    steps: Iterator[list[Batch]], state: State, seat: Seat, checkpoints: Checkpoints
 ) -> Iterator[list[Batch]]:
-    """The same steps. Where the next one cannot be read, what was trained until then is saved first."""
+    """The same steps. Where the next one cannot be read, what was trained until then is saved first.
+
+    If this rank knows all of it: the others may be waiting elsewhere, and cannot be asked.
+    """
     begun = state.step
     try:
         yield from steps
     except Exception:
-        if state.step > begun:
+        if state.step > begun and not statistics_are_apart(state.model, seat.plan):
             _save(state, checkpoints)
             say(f"saved at step {state.step}; the same command goes on from there")
         raise

@@ -6,10 +6,11 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -24,8 +25,10 @@ from videoadapt.data.probe import PROBE_VERSION, VideoInfo, cause_of, probe, rea
 from videoadapt.data.verify import verify
 from videoadapt.errors import RunError, VideoError
 from videoadapt.log import Bar
+from videoadapt.stopping import JOB_SIGNALS, WARNINGS, StopRequest
 
 Found = TypeVar("Found")
+T = TypeVar("T")
 Finding = VideoInfo | str | None  # what a file holds, or why it cannot be read; none = there is no such file
 
 _TASKS_PER_WORKER = 8  # in flight, so that 240,000 files are not all in the queue at once
@@ -37,20 +40,22 @@ def probe_files(paths: Sequence[str], *, full: bool, cache: Path, workers: int, 
 
     Files that `cache` knows with this size and time, from this version of `probe` and of PyAV, are not opened, and new
     findings are added to it as they come, so that an interrupted call goes on where it stopped. A full finding serves a
-    quick call, but not the other way round.
+    quick call, but not the other way round. A signal to a job interrupts it at the next finding, Ctrl-C at once.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     by = f"probe {PROBE_VERSION}, PyAV {version('av')}"
     known = _read_cache(cache, by, full=full)
-    stamps = {path: _stamp(path) for path in paths}
+    with StopRequest(JOB_SIGNALS) as stop:
+        stamps = {path: _stamp(path) for path in _until(stop, paths)}
     found: dict[str, Finding] = {path: known.get(text) for path, text in stamps.items() if text in known or not text}
     todo = [path for path in stamps if path not in found]
     with (
+        StopRequest(JOB_SIGNALS) as stop,
         cache.open("a", encoding="utf-8") as file,
         Bar("index", total=len(stamps), unit="files", start=len(found)) as bar,
         closing(look_at(todo, verify if full else probe, workers=workers, timeout_s=timeout_s)) as findings,
     ):
-        for path, finding in findings:
+        for path, finding in _until(stop, findings):
             found[path] = finding
             if isinstance(finding, VideoInfo):  # what failed may be mended, or the fault was the network's
                 # On a line of its own even after one that was torn.
@@ -58,6 +63,14 @@ def probe_files(paths: Sequence[str], *, full: bool, cache: Path, workers: int, 
                 file.flush()
             bar.step()
     return found
+
+
+def _until(stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
+    """The same items. Raises `Stopped` after the one in hand when a stop was requested."""
+    for item in items:
+        yield item
+        if stop.requested:
+            stop.stop()
 
 
 def look_at(
@@ -79,8 +92,9 @@ def look_at(
     running: dict[Future[Found | str], str] = {}
     try:
         while True:
-            for path in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
-                running[pool.schedule(partial(_finding, look), args=(path,), timeout=timeout_s)] = path
+            with _warnings_held_back():
+                for path in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
+                    running[pool.schedule(partial(_finding, look), args=(path,), timeout=timeout_s)] = path
             if not running:
                 return
             for task in wait(running, return_when=FIRST_COMPLETED).done:
@@ -88,6 +102,19 @@ def look_at(
     finally:
         pool.stop()
         pool.join()
+
+
+@contextmanager
+def _warnings_held_back() -> Iterator[None]:
+    """While entered, SIGUSR1 and SIGUSR2 wait; in threads and processes that are started meanwhile, for ever.
+
+    A cluster sends them to all processes of a job, and those of the pool have no handlers: they would die of them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _finding(look: Callable[[str], Found], path: str) -> Found | str:
