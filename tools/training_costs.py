@@ -1,0 +1,71 @@
+"""What it takes to train configs, from their MACs alone: a markdown table, one line a config.
+
+    python tools/training_costs.py configs/*_k400.yaml configs/*_in1k.yaml --macs-per-s 62.4e12
+
+A backward pass counts twice a forward pass, thrice with activation checkpointing; steps are those of `videoadapt plan`
+on one GPU, the mean over what `train.draw` may draw. Reading clips and sending gradients are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from videoadapt.config import Config, load_config
+from videoadapt.cost import point_macs
+from videoadapt.errors import UserError
+from videoadapt.forecast import Forecast, Network, forecast
+from videoadapt.groups import Group, GroupPlan
+from videoadapt.plan import analytic_passes, gpu_hours, work_of
+
+A100_MACS_PER_S = 156e12  # its peak in bf16
+RATE = 0.4 * A100_MACS_PER_S  # what training may reach
+TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by classes: Kinetics-400 as MMAction2's copy has it, ImageNet-1k
+COLUMNS = ("config", "points: GMACs a view", "step", "epochs", "clips an epoch", "GPU-hours")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
+    parser.add_argument(
+        "--macs-per-s", type=float, default=RATE, help="of a GPU in training [default: 62.4e12, 40 %% of an A100's peak]"
+    )
+    given = parser.parse_args()
+    try:
+        lines = [row(path, given.macs_per_s) for path in given.configs]
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    for cells in (COLUMNS, ("---",) * len(COLUMNS), *lines):
+        print(f"| {' | '.join(cells)} |")
+
+
+def row(path: Path, macs_per_s: float) -> tuple[str, ...]:
+    """The cells of a config's line. Raises `UserError` where the clips of an epoch are not known."""
+    config = load_config(path, [f"plan.macs_per_s={macs_per_s}"])
+    clips = config.plan.clips or TRAIN_CLIPS.get(config.model.num_classes)
+    if clips is None:
+        raise UserError(f"{path}: set plan.clips, the clips of an epoch; known are those of Kinetics-400 and ImageNet-1k")
+    points = point_macs(config.model)
+    step = one_gpu(config)
+    alone = analytic_passes(config)[config.model.points[0]].seconds(config.train.batch)
+    return (
+        f"`{path}`",
+        ", ".join(f"{point}: {macs / 1e9:.2f}" for point, macs in points.items()),
+        f"{step.step_s / alone:.2f}",
+        str(config.train.epochs),
+        f"{clips:,}",
+        f"{gpu_hours(step, config, clips):,.0f}",
+    )
+
+
+def one_gpu(config: Config) -> Forecast:
+    """A step of one GPU, at `plan.macs_per_s`."""
+    everything = GroupPlan((Group(config.model.points, range(1)),))
+    nothing_sent = Network(bytes_per_s=float("inf"), overlaps=True)
+    return forecast(everything, work_of(config, analytic_passes(config), optimizer_s=0.0), nothing_sent)
+
+
+if __name__ == "__main__":
+    main()
