@@ -1,6 +1,6 @@
 """What it takes to train configs, from their MACs alone: a markdown table, one line a config.
 
-    python tools/training_costs.py configs/*_k400.yaml configs/*_in1k.yaml --macs-per-s 62.4e12
+    python tools/training_costs.py configs/*_k400.yaml configs/*_in1k.yaml --utilisation 0.4 0.06
 
 A backward pass counts twice a forward pass, thrice with activation checkpointing; steps are those of `videoadapt plan`
 on one GPU, the mean over what `train.draw` may draw. Reading clips and sending gradients are not in it.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from videoadapt.config import Config, load_config
@@ -20,9 +21,9 @@ from videoadapt.groups import Group, GroupPlan
 from videoadapt.plan import analytic_passes, gpu_hours, work_of
 
 A100_MACS_PER_S = 156e12  # its peak in bf16
-RATE = 0.4 * A100_MACS_PER_S  # what training may reach
+UTILISATIONS = (0.4, 0.06)  # what large models reach, and what SuperViT's days of training come to
 TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by classes: Kinetics-400 as MMAction2's copy has it, ImageNet-1k
-COLUMNS = ("config", "points: GMACs a view", "step", "epochs", "clips an epoch", "GPU-hours")
+COLUMNS = ("config", "points: GMACs a view", "step", "epochs", "clips an epoch")
 
 
 def main() -> None:
@@ -30,25 +31,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
     parser.add_argument(
-        "--macs-per-s", type=float, default=RATE, help="of a GPU in training [default: 62.4e12, 40 %% of an A100's peak]"
+        "--peak-macs-per-s", type=float, default=A100_MACS_PER_S, help="of a GPU [default: 156e12, an A100's in bf16]"
+    )
+    parser.add_argument(
+        "--utilisation", type=float, nargs="+", default=UTILISATIONS, help="shares of the peak [default: 0.4 0.06]"
     )
     given = parser.parse_args()
     try:
-        lines = [row(path, given.macs_per_s) for path in given.configs]
+        lines = [row(path, given.peak_macs_per_s, given.utilisation) for path in given.configs]
     except UserError as error:
         sys.exit(f"error: {error}")
-    for cells in (COLUMNS, ("---",) * len(COLUMNS), *lines):
+    columns = (*COLUMNS, *(f"GPU-hours at {share:.0%}" for share in given.utilisation))
+    for cells in (columns, ("---",) * len(columns), *lines):
         print(f"| {' | '.join(cells)} |")
 
 
-def row(path: Path, macs_per_s: float) -> tuple[str, ...]:
+def row(path: Path, peak_macs_per_s: float, utilisations: Sequence[float]) -> tuple[str, ...]:
     """The cells of a config's line. Raises `UserError` where the clips of an epoch are not known."""
-    config = load_config(path, [f"plan.macs_per_s={macs_per_s}"])
+    config = load_config(path, [f"plan.macs_per_s={peak_macs_per_s}"])
     clips = config.plan.clips or TRAIN_CLIPS.get(config.model.num_classes)
     if clips is None:
-        raise UserError(f"{path}: set plan.clips, the clips of an epoch; known are those of Kinetics-400 and ImageNet-1k")
+        raise UserError(
+            f"{path}: set plan.clips, the clips of an epoch; known are those of Kinetics-400 and ImageNet-1k"
+        )
     points = point_macs(config.model)
     step = one_gpu(config)
+    hours = gpu_hours(step, config, clips)
     alone = analytic_passes(config)[config.model.points[0]].seconds(config.train.batch)
     return (
         f"`{path}`",
@@ -56,7 +64,7 @@ def row(path: Path, macs_per_s: float) -> tuple[str, ...]:
         f"{step.step_s / alone:.2f}",
         str(config.train.epochs),
         f"{clips:,}",
-        f"{gpu_hours(step, config, clips):,.0f}",
+        *(f"{hours / share:,.0f}" for share in utilisations),
     )
 
 

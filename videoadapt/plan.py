@@ -89,7 +89,10 @@ def plan(config: Config, gpus: int) -> dict[str, Any]:
         "gradient_bytes": work.gradient_bytes,
         "clips_an_epoch": clips,
         "epochs": config.train.epochs,
-        "layouts": [_row(each, work, memory) | {"gpu_hours": gpu_hours(each, config, clips)} for each in forecasts],
+        "layouts": [
+            _row(each, work, memory) | {"gpu_hours": gpu_hours(each, config, clips) if clips else None}
+            for each in forecasts
+        ],
         "groups_of_the_config": _configured(config, gpus, work),
         "recommended": groups_setting(best.plan),
         "why": reason_for(best, forecasts),
@@ -157,10 +160,10 @@ def _row(each: Forecast, work: Work, memory: Memory) -> dict[str, Any]:
     }
 
 
-def gpu_hours(each: Forecast, config: Config, clips: int | None) -> float | None:
-    """Of all epochs, of so many clips; none where their number is not known."""
-    steps = clips // config.train.batch * config.train.epochs if clips else None
-    return each.plan.ranks * steps * each.step_s / 3600 if steps else None
+def gpu_hours(each: Forecast, config: Config, clips: int) -> float:
+    """Of all epochs, of so many clips."""
+    steps = clips // config.train.batch * config.train.epochs
+    return each.plan.ranks * steps * each.step_s / 3600
 
 
 def recommended(forecasts: Sequence[Forecast]) -> Forecast:
