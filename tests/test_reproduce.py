@@ -14,6 +14,7 @@ import torch
 import training_costs
 from videoadapt.config import load_config
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.policy import parse_cascade
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -41,6 +42,14 @@ def test_every_config_is_in_the_docs_and_the_docs_name_no_other() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     named = {name for page in pages for name in re.findall(r"configs/[\w/]+\.yaml", page.read_text(encoding="utf-8"))}
     assert named == set(CONFIGS)
+
+
+def test_the_sweep_of_the_cascade_is_one_of_its_models_points() -> None:
+    config = load_config("configs/supervit_deit_s_cascade_in1k.yaml")
+    sweep = [parse_cascade(text, config.model, None) for text in config.evaluate.cascade]
+    assert {cascade.chain for cascade in sweep} == {("8@0.5", "14@0.7")}
+    thresholds = [cascade.thresholds for cascade in sweep]
+    assert len(set(thresholds)) > 5 and thresholds == sorted(thresholds)
 
 
 def test_configs_do_not_write_into_each_others_runs() -> None:
