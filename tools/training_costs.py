@@ -21,7 +21,7 @@ from videoadapt.groups import Group, GroupPlan
 from videoadapt.plan import analytic_passes, gpu_hours, work_of
 
 A100_MACS_PER_S = 156e12  # its peak in bf16
-UTILISATIONS = (0.4, 0.06)  # what large models reach, and what SuperViT's days of training come to
+UTILISATIONS = (0.4, 0.06)  # assumed where GPUs are well fed; what the days of training that SuperViT gives come to
 TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by classes: Kinetics-400 as MMAction2's copy has it, ImageNet-1k
 COLUMNS = ("config", "points: GMACs a view", "step", "epochs", "clips an epoch")
 
