@@ -17,7 +17,7 @@ from videoadapt.errors import UserError
 from videoadapt.groups import make_plan
 from videoadapt.memory import parameter_count, saved_bytes, training_memory
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.plan import plan, print_plan
+from videoadapt.plan import analytic_passes, plan, print_plan
 
 CPU = torch.device("cpu")
 MACS_PER_S = {"macs_per_s": 1e10}
@@ -83,6 +83,14 @@ def test_a_plan_by_analytic_cost(tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert f"recommended: parallel.groups={result['recommended']}: " in said
     assert "nothing measured" in said
+
+
+def test_checkpointed_blocks_are_computed_twice(tmp_path: Path) -> None:
+    plain = analytic_passes(tiny(tmp_path, plan=MACS_PER_S))
+    again = analytic_passes(tiny(tmp_path, plan=MACS_PER_S, train={"activation_checkpointing": True}))
+    for point, passes in plain.items():
+        assert again[point].forward == passes.forward
+        assert again[point].backward.seconds(6) == pytest.approx(passes.seconds(6))
 
 
 def test_the_clips_of_an_epoch_come_from_the_manifest(tmp_path: Path) -> None:

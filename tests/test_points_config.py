@@ -18,8 +18,9 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.points import Point
 from videoadapt.report.costs import flops
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-B_K400 = CONFIGS[0].parent / "timesformer_b_k400.yaml"
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+B_K400 = FOLDER / "timesformer_b_k400.yaml"
 
 
 @pytest.fixture(autouse=True)

@@ -30,11 +30,15 @@ _CPU_MACS = 25_000_000_000  # of a forward pass, in a second with its backward p
 
 
 def analytic_passes(config: Config) -> dict[str, Passes]:
-    """Passes at `plan.macs_per_s`; a backward pass has twice the MACs of a forward pass."""
+    """Passes at `plan.macs_per_s`; a backward pass has twice the MACs of a forward pass.
+
+    With `train.activation_checkpointing` it computes the forward pass again before.
+    """
     rate = config.plan.macs_per_s
     assert rate is not None
+    backward = 3 if config.train.activation_checkpointing else 2
     macs = point_macs(config.model)
-    return {point: Passes(Line(0.0, n / rate), Line(0.0, 2 * n / rate)) for point, n in macs.items()}
+    return {point: Passes(Line(0.0, n / rate), Line(0.0, backward * n / rate)) for point, n in macs.items()}
 
 
 def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) -> Work:
@@ -87,7 +91,10 @@ def plan(config: Config, gpus: int) -> dict[str, Any]:
         "gradient_bytes": work.gradient_bytes,
         "clips_an_epoch": clips,
         "epochs": config.train.epochs,
-        "layouts": [_row(each, work, memory) | _hours(each, config, clips) for each in forecasts],
+        "layouts": [
+            _row(each, work, memory) | {"gpu_hours": gpu_hours(each, config, clips) if clips else None}
+            for each in forecasts
+        ],
         "groups_of_the_config": _configured(config, gpus, work),
         "recommended": groups_setting(best.plan),
         "why": reason_for(best, forecasts),
@@ -155,9 +162,10 @@ def _row(each: Forecast, work: Work, memory: Memory) -> dict[str, Any]:
     }
 
 
-def _hours(each: Forecast, config: Config, clips: int | None) -> dict[str, float | None]:
-    steps = clips // config.train.batch * config.train.epochs if clips else None
-    return {"gpu_hours": each.plan.ranks * steps * each.step_s / 3600 if steps else None}
+def gpu_hours(each: Forecast, config: Config, clips: int) -> float:
+    """Of all epochs, of so many clips."""
+    steps = clips // config.train.batch * config.train.epochs
+    return each.plan.ranks * steps * each.step_s / 3600
 
 
 def recommended(forecasts: Sequence[Forecast]) -> Forecast:
