@@ -331,7 +331,7 @@ def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
     data, model, dtype = state.config.data, state.config.model, state.model.head.weight.dtype
     if not len(batch.labels):
         empty = torch.zeros((1, 3, model.num_frames, model.size, model.size), dtype=dtype, device=state.device)
-        return empty, empty.new_zeros((1, model.num_classes)), empty.new_zeros(1)
+        return empty, torch.zeros((1, model.num_classes), device=state.device), empty.new_zeros(1)
     clips, targets = mix(
         normalise(batch.clips, model.mean, model.std, dtype),
         batch.labels,
