@@ -126,7 +126,9 @@ class Cascade:
     def name(self) -> str:
         """`cascade:8@0.5,14@0.7:0.6`, and the measure if it is another one."""
         shown = "" if self.measure == "probability" else f":{self.measure}"
-        return f"cascade:{','.join(self.chain)}:{','.join(f'{t:.4g}' for t in self.thresholds)}{shown}"
+        alike = len(set(self.thresholds)) == 1
+        thresholds = ",".join(f"{t:.4g}" for t in (self.thresholds[:1] if alike else self.thresholds))
+        return f"cascade:{','.join(self.chain)}:{thresholds}{shown}"
 
     def choose(self, evidence: Evidence) -> Choice:
         """The point where each clip ends."""
