@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from videoadapt.chains import MEASURES, Measure
 from videoadapt.config import ModelConfig
 from videoadapt.cost import point_macs
 from videoadapt.errors import UserError
-from videoadapt.labels import MEASURES, Measure, confidence, confidence_matrix, outcome_table, softmax
+from videoadapt.labels import confidence, confidence_matrix, outcome_table, softmax
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.policy import Cascade, Evidence, Fixed, end_costs, fit_threshold, parse_cascade
 from videoadapt.report.outcomes import pareto_front
@@ -87,7 +88,7 @@ def test_cascades_by_name() -> None:
     assert parse_cascade("8@0.5,14@0.7:0.6", MODEL, None) == Cascade(("8@0.5", "14@0.7"), (0.6,))
     three = parse_cascade("8@.5,12,14:0.6,0.8:entropy", MODEL, None)
     assert three == Cascade(("8@0.5", "12", "14"), (0.6, 0.8), "entropy")
-    assert three.name == "cascade:8@0.5,12,14:0.6,0.8:entropy"
+    assert three.name == "cascade:8@.5,12,14:0.6,0.8:entropy"  # as written
     assert parse_cascade("8@0.5,12,14:0.6", MODEL, None).thresholds == (0.6, 0.6)
 
 

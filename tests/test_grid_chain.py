@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,11 @@ from videoadapt.errors import UserError
 from videoadapt.evaluate import evaluate
 from videoadapt.label import label
 from videoadapt.labels import last_true
-from videoadapt.predict import predict, predict_files
+from videoadapt.prediction import predict, predict_files
 from videoadapt.report.costs import flops
 from videoadapt.train import train
 
-CASCADES = ["4@0.5,8@0.3:0.3", "4@0.5,7,8:cost=0.6:margin", "4@0.5,8:2"]
+CASCADES = ["4@0.5,8@0.3:0.3", "4@0.5,7,8:cost=0.6:margin", "4@0.5,8:1"]
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
         folder / "run",
         model={"points": ["8", "8@0.3", "7", "7@0.5", "4", "4@0.5"], "drop_blocks": [1]},
         train={"draw": "sampled"},
-        evaluate={"cascade": CASCADES, "spatial_crops": 2},
+        evaluate={"cascade": CASCADES, "spatial_crops": 2, "crop_pct": 0.8},
+        data={"interpolation": "bicubic"},
     )
     train(config)
     label(config)
@@ -65,7 +68,7 @@ def test_a_cascade_pays_for_every_point_that_it_ran(run: Config) -> None:
     macs, rows = point_macs(run.model), summary(run)["policies"]
     names = [name for name in rows if name.startswith("cascade:")]
     assert names[0] == "cascade:4@0.5,8@0.3:0.3"
-    assert names[2] == "cascade:4@0.5,8:2"
+    assert names[2] == "cascade:4@0.5,8:1"
     clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet")
     for name in names:
         chain = name.split(":")[1].split(",")
@@ -102,5 +105,16 @@ def test_predictions_of_a_cascade_are_those_of_the_evaluation(run: Config) -> No
         for video, prediction in zip(val["video"], found, strict=True):
             assert prediction["classes"][0] == model.class_names[videos.loc[(name, video), "prediction"]]
             assert prediction["macs"] == videos.loc[(name, video), "macs"]
+            assert prediction["probabilities"] == pytest.approx(list(videos.loc[(name, video), "p_best"]), abs=1e-5)
     with pytest.raises(UserError, match="cascade '8': expected POINT,POINT"):
         predict(model, [], "cascade:8")
+
+
+def test_a_cost_is_not_fitted_on_the_labels_of_other_weights(run: Config, tmp_path: Path) -> None:
+    config = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path / "run"})})
+    shutil.copytree(run.run.dir, config.run.dir)
+    path = config.run.dir / "labels" / "label.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "another"}))
+    for work in (lambda: evaluate(config), lambda: predict_files(config, ["a.mp4"], "cascade:4,8:cost=0.6")):
+        with pytest.raises(UserError, match="labels: made by other weights.*run `label` again"):
+            work()

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 
 # A name is a module of videoadapt, or a folder of it: inside a folder, imports are free.
 LAYERS = [
-    {"errors", "points", "seeds", "cost", "config", "log", "runtime", "cluster", "stopping"},
+    {"errors", "points", "chains", "seeds", "cost", "config", "log", "runtime", "cluster", "stopping"},
     {"model", "data", "draws", "groups", "parallel", "lease", "losses", "optim"},
     {"batchnorm", "targets", "forecast", "memory", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state", "timing", "preflight"},
-    {"train", "assign", "label", "evaluate", "predict", "plan", "report", "export"},
+    {"train", "assign", "label", "evaluate", "prediction", "plan", "report", "export"},
     {"launch", "submission", "jobs", "demo", "bench"},
     {"cli"},
 ]

@@ -415,3 +415,24 @@ def test_a_model_of_one_point_needs_no_assigner(tmp_path: Path) -> None:
 
 def test_config_errors_are_user_errors() -> None:
     assert issubclass(ConfigError, UserError)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.distill_token=true", "loss.lam=0"], "nothing trains its head where loss.lam is 0"),
+        (
+            ["model.points=[14@0.3,12]", "loss.dropped=ce", "model.distill_token=true"],
+            "is not of the longest length; add 14",
+        ),
+        (["evaluate.cascade=[9,14:0.6]"], "cascade '9'"),
+        (["evaluate.cascade=['7,14:60']"], "thresholds from 0 to 1"),
+        (["evaluate.cascade=['7,14:0.6:prob']"], "a measure of probability, margin, entropy"),
+        (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different ones"),
+    ],
+)
+def test_contradictions_of_points_heads_and_cascades_are_refused_before_any_work(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(next(path for path in CONFIGS if path.name == "timesformer_b_k400.yaml"), words)

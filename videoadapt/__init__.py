@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from videoadapt.policy import Fixed as Fixed
     from videoadapt.policy import Oracle as Oracle
     from videoadapt.policy import Random as Random
-    from videoadapt.predict import Prediction as Prediction
-    from videoadapt.predict import predict as predict
+    from videoadapt.prediction import Prediction as Prediction
+    from videoadapt.prediction import predict as predict
 
 __version__ = "0.1.0"
 
@@ -51,8 +51,8 @@ _HOME = {
     "Fixed": "policy",
     "Oracle": "policy",
     "Random": "policy",
-    "Prediction": "predict",
-    "predict": "predict",
+    "Prediction": "prediction",
+    "predict": "prediction",
 }
 __all__ = sorted(_HOME)  # noqa: PLE0605 - names that `__getattr__` finds
 

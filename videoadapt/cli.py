@@ -245,7 +245,7 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
 @app.command()
 def predict(config: ConfigFile, videos: VideosAndOverrides, policy: PolicyName = None, as_json: Json = False) -> None:
     """Classes, chosen point and cost of video files."""
-    from videoadapt.predict import predict_files, print_predictions
+    from videoadapt.prediction import predict_files, print_predictions
 
     overrides = [word for word in videos if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
     paths = [word for word in videos if word not in overrides]

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from videoadapt.chains import Chain
 from videoadapt.cost import point_cost
 from videoadapt.errors import ConfigError
 from videoadapt.points import Point
@@ -293,7 +294,8 @@ class EvaluateConfig(Section):
     failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
     speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
     speed_repeats: Count = 3
-    cascade: tuple[str, ...] = ()  # early exits, such as 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md)
+    # early exits, such as 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md)
+    cascade: Annotated[tuple[str, ...], BeforeValidator(_parse_points)] = ()
 
 
 class ParallelConfig(Section):
@@ -400,7 +402,27 @@ class Config(Section):
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
         self._check_teachers()
+        self._check_distillation()
+        for text in self.evaluate.cascade:
+            Chain.parse(text, model.points)
+        if len(set(self.evaluate.cascade)) < len(self.evaluate.cascade):
+            raise ConfigError(f"evaluate.cascade: expected different ones, got {list(self.evaluate.cascade)}")
         return self
+
+    def _check_distillation(self) -> None:
+        """The head of the distillation token enters the answer, so something must train it."""
+        model = self.model
+        if not model.distill_token or len(model.points) == 1:
+            return
+        if self.loss.lam == 0.0:
+            raise ConfigError(
+                "model.distill_token: nothing trains its head where loss.lam is 0; set model.distill_token=false"
+            )
+        if Point.parse(model.points[0]).length != model.lengths[0]:
+            raise ConfigError(
+                f"model.distill_token: the costliest point teaches and has no such token, but here it is "
+                f"{model.points[0]}, which is not of the longest length; add {model.lengths[0]}"
+            )
 
     def _check_teachers(self) -> None:
         """Where a length is needed at keep 1, it must be among the points."""

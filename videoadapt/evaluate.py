@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from videoadapt.assigner import assigner_macs
+from videoadapt.chains import Chain
 from videoadapt.checkpoint import Guard, assigner_checkpoints, require_same
 from videoadapt.config import Config
 from videoadapt.cost import point_macs
@@ -28,7 +29,7 @@ from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random,
 from videoadapt.report.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.routing import route
 from videoadapt.runtime import peak_memory_bytes
-from videoadapt.scoring import Scores, files_digest, inference_model, score, weights_digest
+from videoadapt.scoring import Scores, files_digest, inference_model, require_own_labels, score, weights_digest
 
 HARDEST = 5  # classes shown; all are in classes.csv
 # how an assigner was fitted is of no consequence for running it
@@ -48,6 +49,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         manifest = first_rank_first(lambda: load_or_index(config))
         model = inference_model(config)
         assigned = _assigned(config, model)
+        if any(Chain.parse(text, config.model.points).cost for text in config.evaluate.cascade):
+            require_own_labels(model, config.run.dir)
         cascades = [parse_cascade(text, config.model, config.run.dir) for text in config.evaluate.cascade]
         scores = _score(model, manifest, assigned, config)
         if scores is None:

@@ -7,12 +7,13 @@ model again. Points are numbered as in `model.points`: 0 is the costliest, the l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from videoadapt.chains import MEASURES, Measure
 from videoadapt.errors import UserError
 
 Floats = npt.NDArray[np.floating]
@@ -27,10 +28,6 @@ def softmax(logits: Floats) -> Floats:
     """Probabilities over the last axis, in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
-
-
-Measure = Literal["probability", "margin", "entropy"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 def confidence(probabilities: Floats, measure: Measure) -> Floats:

@@ -5,32 +5,29 @@ Points are numbered as in `model.points`: 0 is the costliest, the last the cheap
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
 from videoadapt.assigner import Assigner
+from videoadapt.chains import Chain, Measure
 from videoadapt.checkpoint import load_assigner
 from videoadapt.config import ModelConfig
 from videoadapt.cost import point_macs
 from videoadapt.errors import UserError
 from videoadapt.labels import (
-    MEASURES,
     Bools,
     Choice,
     Floats,
-    Measure,
     cheapest_sufficient,
     confidence_matrix,
     last_true,
 )
-from videoadapt.points import Point
 
 
 @dataclass(frozen=True)
@@ -120,15 +117,21 @@ class Cascade:
     chain: tuple[str, ...]
     thresholds: tuple[float, ...]
     measure: Measure = "probability"
+    text: str = field(default="", compare=False)
     assigner = None
+
+    def __post_init__(self) -> None:
+        if len(self.thresholds) != len(self.chain) - 1:
+            raise UserError(
+                f"cascade {self.chain}: expected {len(self.chain) - 1} thresholds, one for each point but the last, "
+                f"got {len(self.thresholds)}"
+            )
 
     @property
     def name(self) -> str:
-        """`cascade:8@0.5,14@0.7:0.6`, and the measure if it is another one."""
-        shown = "" if self.measure == "probability" else f":{self.measure}"
-        alike = len(set(self.thresholds)) == 1
-        thresholds = ",".join(f"{t:.4g}" for t in (self.thresholds[:1] if alike else self.thresholds))
-        return f"cascade:{','.join(self.chain)}:{thresholds}{shown}"
+        """`cascade:` and the text that it was made from, or else its points, exact thresholds and measure."""
+        written = f"{','.join(self.chain)}:{','.join(map(str, self.thresholds))}:{self.measure}"
+        return f"cascade:{self.text or written}"
 
     def choose(self, evidence: Evidence) -> Choice:
         """The point where each clip ends."""
@@ -166,40 +169,27 @@ def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float
 
 
 def parse_cascade(text: str, model: ModelConfig, run: Path | None) -> Cascade:
-    """A cascade from `POINTS:THRESHOLDS[:MEASURE]`, such as `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4:margin`.
+    """A cascade from what `Chain.parse` reads. Raises `UserError`.
 
-    A single threshold serves all points. With `cost=SHARE` it is fitted on the label table of the folder `run`, such
-    that a clip costs on average this share of the costliest point. Raises `UserError`.
+    Where a cost is given, the threshold is fitted on the label table of the folder `run`, such that one of its clips
+    costs this share of the costliest point on average.
     """
-    listed, _, rest = text.partition(":")
-    wanted, _, measure = rest.partition(":")
-    chain = tuple(str(Point.parse(point)) for point in listed.split(","))
-    unknown = [point for point in chain if point not in model.points]
-    given = re.fullmatch(r"cost=(\d*\.?\d+)|(\d*\.?\d+(?:,\d*\.?\d+)*)", wanted)
-    if unknown or given is None or len(set(chain)) < max(2, len(chain)) or (measure or "probability") not in MEASURES:
-        raise UserError(
-            f"cascade {text!r}: expected POINT,POINT,...:THRESHOLDS[:MEASURE] with points of this model "
-            f"({', '.join(model.points)}), thresholds such as 0.6 or cost=0.4, and a measure of {', '.join(MEASURES)}"
-        )
-    kind = cast(Measure, measure or "probability")
-    if given[1]:
-        thresholds = [_fitted(chain, kind, float(given[1]), model, run)]
-    else:
-        thresholds = [float(value) for value in given[2].split(",")]
-    if len(thresholds) not in (1, len(chain) - 1):
-        raise UserError(f"cascade {text!r}: expected 1 threshold or {len(chain) - 1}, got {len(thresholds)}")
-    return Cascade(chain, tuple(thresholds * (len(chain) - 1 if len(thresholds) == 1 else 1)), kind)
+    chain = Chain.parse(text, model.points)
+    thresholds = chain.thresholds
+    if chain.cost is not None:
+        thresholds = (_fitted(chain, chain.cost, model, run),) * (len(chain.points) - 1)
+    return Cascade(chain.points, thresholds, chain.measure, text)
 
 
-def _fitted(chain: tuple[str, ...], measure: Measure, share: float, model: ModelConfig, run: Path | None) -> float:
+def _fitted(chain: Chain, share: float, model: ModelConfig, run: Path | None) -> float:
     path = (run or Path()) / "labels" / "outcomes.parquet"
     if run is None or not path.exists():
         raise UserError(
             f"cascade: cost={share:g} is fitted on a label table, and {path} is not there; run `label` first"
         )
     macs = point_macs(model)
-    costs = np.array([macs[point] / macs[model.points[0]] for point in chain])
-    return fit_threshold(confidence_matrix(pd.read_parquet(path), chain, measure), costs, share)
+    costs = np.array([macs[point] / macs[model.points[0]] for point in chain.points])
+    return fit_threshold(confidence_matrix(pd.read_parquet(path), chain.points, chain.measure), costs, share)
 
 
 @dataclass(frozen=True)

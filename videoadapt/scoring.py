@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 from videoadapt.assigner import Assigner
+from videoadapt.chains import MEASURES, Measure
 from videoadapt.checkpoint import load_model
 from videoadapt.config import Config
 from videoadapt.data.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.loader import stream
 from videoadapt.data.manifest import Manifest
 from videoadapt.data.probe import reason
-from videoadapt.labels import MEASURES, Bools, Floats, Measure, confidence, softmax
+from videoadapt.errors import UserError
+from videoadapt.labels import Bools, Floats, confidence, softmax
 from videoadapt.log import Bar, replacing, say
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.parallel import any_requested, rank, when_seen, world_size
@@ -277,6 +279,16 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         model=weights,
         files=files,
     )
+
+
+def require_own_labels(model: nn.Module, run: Path) -> None:
+    """Raises `UserError` where the label table of a run was made by other weights than these."""
+    path = run / "labels" / "label.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["model"] != weights_digest(model):
+        raise UserError(
+            f"{path.parent}: made by other weights, or with another run.precision, so that no cost can be fitted on "
+            "it; run `label` again"
+        )
 
 
 def weights_digest(module: nn.Module) -> str:

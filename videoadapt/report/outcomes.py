@@ -17,7 +17,7 @@ from videoadapt.cost import point_macs
 from videoadapt.intervals import class_means, mean_class_interval, paired_difference, wilson
 from videoadapt.labels import Bools, Choice, Floats, softmax
 from videoadapt.log import replacing
-from videoadapt.policy import Evidence, Policy, end_costs, mix_of
+from videoadapt.policy import Cascade, Evidence, Policy, end_costs, mix_of
 from videoadapt.report.tables import write_csv, write_parquet
 from videoadapt.scoring import Scored, Scores
 
@@ -100,6 +100,8 @@ def policy_rows(
         row["macs_saved"] = float(1 - outcome.macs.mean() / outcomes[0].macs.mean())
         row["mix"] = dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True))
         row["clips_per_s"] = speeds.get(outcome.policy.name)
+        if isinstance(outcome.policy, Cascade):
+            row["thresholds"] = outcome.policy.thresholds
         rows[outcome.policy.name] = row
     known = {name: row for name, row in rows.items() if name != "oracle"}  # which looks at the truth
     front = pareto_front([row["macs_per_video"] for row in known.values()], [row["top1"] for row in known.values()])

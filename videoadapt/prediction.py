@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from videoadapt.assigner import assigner_macs
 from videoadapt.checkpoint import assigner_checkpoints
-from videoadapt.config import AssignConfig, Config, DataConfig, EvaluateConfig
+from videoadapt.config import AssignConfig, Config, DataConfig, EvaluateConfig, LossConfig
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import read_views
 from videoadapt.data.readers import open_video
@@ -22,7 +22,9 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.policy import Assigned, Fixed, Policy, end_costs, parse_policy
 from videoadapt.report.tables import macs
 from videoadapt.routing import route
-from videoadapt.scoring import inference_model
+from videoadapt.scoring import inference_model, require_own_labels
+
+TOP = 5  # classes of a prediction
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,27 @@ def predict(
     paths: Sequence[str | Path],
     policy: str | Policy | None = None,
     *,
-    temporal_views: int = 1,
-    spatial_crops: int = 3,
-    top: int = 5,
-    batch: int = 16,
-    reader: Literal["auto", "decord", "pyav"] = "auto",
+    evaluate: EvaluateConfig | None = None,
+    data: DataConfig | None = None,
+    top: int = TOP,
 ) -> list[Prediction]:
     """Classes of videos of any length, one prediction per path, in order.
 
     `policy` is `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), a policy such as
     `Assigned.load("runs/demo")`, or none for the costliest point. Every clip gets its point, shared by its crops;
-    probabilities are the mean over all views. Raises `VideoError` for a file that cannot be read.
+    probabilities are the mean over all views. `evaluate` and `data` say how views are cut, read and resized, as those
+    sections of a config do; none: their defaults. Raises `VideoError` for a file that cannot be read.
     """
     points = model.config.points
     chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy or Fixed(points[0])
     assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
-    views = EvaluateConfig(temporal_views=temporal_views, spatial_crops=spatial_crops, batch=batch)
-    config = Config(model=model.config, assign=assign, evaluate=views, data=DataConfig(reader=reader))
+    config = Config(
+        model=model.config,
+        assign=assign,
+        evaluate=evaluate or EvaluateConfig(),
+        data=data or DataConfig(),
+        loss=LossConfig(dropped="ce"),  # of no consequence here, and allowed for all points
+    )
     return [_predict_one(model, path, chosen, config, top) for path in paths]
 
 
@@ -97,20 +103,14 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
         assigned = Assigned.load(config.run.dir)
         assigned.assigner.to(model.head.weight.device)
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
+    if text.startswith("cascade:") and "cost=" in text:
+        require_own_labels(model, config.run.dir)
     chosen = parse_policy(text, assigned, model.config, config.run.dir)
-    views, crops, batch = config.evaluate.temporal_views, config.evaluate.spatial_crops, config.evaluate.batch
+    config = config.model_copy(update={"assign": chosen.assigner.config}) if chosen.assigner is not None else config
     done, failed = [], []
     for path in paths:
         try:
-            done += predict(
-                model,
-                [path],
-                chosen,
-                temporal_views=views,
-                spatial_crops=crops,
-                batch=batch,
-                reader=config.data.reader,
-            )
+            done.append(_predict_one(model, path, chosen, config, TOP))
         except VideoError as error:
             failed.append({"path": path, "cause": str(error)})
     result = {"policy": text, "predictions": [asdict(p) for p in done], "failed": failed}
