@@ -425,7 +425,7 @@ def test_config_errors_are_user_errors() -> None:
             ["model.points=[14@0.3,12]", "loss.dropped=ce", "model.distill_token=true"],
             "is not of the longest length; add 14",
         ),
-        (["evaluate.cascade=[9,14:0.6]"], "cascade '9'"),
+        (["evaluate.cascade=['9,14:0.6']"], "different points of this model"),
         (["evaluate.cascade=['7,14:60']"], "thresholds from 0 to 1"),
         (["evaluate.cascade=['7,14:0.6:prob']"], "a measure of probability, margin, entropy"),
         (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different ones"),
