@@ -423,6 +423,16 @@ def test_require_same_passes_over_free_fields_alone(tmp_path: Path) -> None:
     require_same(tmp_path, TINY, json.loads(json.dumps(TINY.model_dump(mode="json"))), "model")
 
 
+def test_points_in_another_order_of_cost_are_the_same_points() -> None:
+    points = ["14", "12", "14@0.7"]
+    late, early = (ModelConfig(points=points, drop_blocks=blocks) for blocks in ([11], [2, 3, 4]))
+    assert late.points != early.points
+    with pytest.raises(CheckpointError, match=r"run: model\.drop_blocks is \[11\] there, \[2, 3, 4\] here\. Use"):
+        require_same(Path("old"), early, late.model_dump(mode="json"), "model")
+    with pytest.raises(CheckpointError, match=r"model\.points is \['14', '12', '14@0.7'\] there"):
+        require_same(Path("old"), ModelConfig(points=["14", "12"]), {"points": points}, "model")
+
+
 def save_assigner(run: Path, assigner: Assigner, threshold: float | None) -> Path:
     meta = {"assign": assigner.config.model_dump(mode="json"), "points": ["4", "2"], "threshold": threshold}
     tensors = {f"model/{name}": t for name, t in assigner.state_dict().items()}

@@ -285,6 +285,7 @@ def test_mix_of_is_the_share_of_each_point() -> None:
 def test_policies_by_name() -> None:
     assigned = Assigned(ASSIGNER, POINTS)
     assert parse_policy("fixed:10", None, MODEL) == Fixed("10")
+    assert parse_policy("fixed:10@1.0", None, MODEL) == Fixed("10")
     assert parse_policy("assigned", assigned, MODEL) is assigned
 
 

@@ -334,6 +334,13 @@ def test_threads_may_run_different_points_of_one_model() -> None:
             torch.testing.assert_close(logits, expected[point])
 
 
+@pytest.mark.parametrize("written", ["7@1.0", "7@1", " 7", Point(7)])
+def test_a_point_may_be_written_in_other_ways(written: str | Point) -> None:
+    model = make().eval()
+    frames = clips(model)
+    assert torch.equal(model(frames, written), model(frames, "7"))
+
+
 @pytest.mark.parametrize("point", ["28", "14@0.7", "x"])
 def test_unknown_points_are_refused_with_the_known_ones(point: str) -> None:
     model = make()

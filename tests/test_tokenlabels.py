@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -71,14 +73,22 @@ def test_maps_are_read_as_they_are_and_flipped_with_the_clip(tmp_path: Path) -> 
 
 FULL = torch.zeros(SHAPE)
 BAD: list[tuple[Any, str]] = [
-    (torch.zeros(2, 5, 14, 14), r"expected a tensor of shape \(2, 5, 18, 18\), got \(2, 5, 14, 14\)"),
+    (torch.zeros(2, 5, 14, 14), r"expected a floating-point tensor of shape \(2, 5, 18, 18\), got \(2, 5, 14, 14\)"),
     (torch.zeros(18, 18), r"got \(18, 18\)"),
     ({"map": FULL}, "got dict"),
-    (torch.stack([FULL[0], FULL[1] + 999]), r"names the classes 999 to 999, but the model has 0 to 11 \(model.num_cl"),
-    (torch.stack([FULL[0], FULL[1] - 1]), "names the classes -1 to -1"),
+    (FULL.int(), r"got \(2, 5, 18, 18\) of torch.int32"),
+    (FULL.to_sparse(), "not a plain tensor"),
+    (torch.stack([FULL[0], FULL[1] + 999]), r"names the class 999, but the model has 0 to 11 \(model.num_classes"),
+    (torch.stack([FULL[0], FULL[1] - 1]), "names the class -1,"),
+    (torch.stack([FULL[0], FULL[1] + 2.7]), "names the class 2.7,"),
+    (torch.stack([FULL[0], FULL[1] + 2.99999]), "names the class 2.99999,"),
+    (torch.stack([FULL[0], FULL[1] + math.nan]), "names the class nan,"),
+    (torch.stack([FULL[0] + math.nan, FULL[1]]), "holds scores that are not finite"),
+    (torch.stack([FULL[0] + 1e5, FULL[1]]), "holds scores that are not finite in float16"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(("content", "message"), BAD)
 def test_other_files_are_refused_by_name(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(VideoError, match=f"^label map {saved(tmp_path, content)}: .*{message}"):
@@ -91,6 +101,26 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, content: byt
         (tmp_path / "map.pt").write_bytes(content)
     with pytest.raises(VideoError, match=f"^label map {tmp_path / 'map.pt'}: (No such file|torn)"):
         read_label_map(tmp_path / "map.pt", Crop(WHOLE, False), CLASSES)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_whatever_damage_does_to_a_file_is_a_refusal_or_a_map(tmp_path: Path) -> None:
+    """The old format is a bare pickle, which no checksum guards: bytes of it are replaced at random."""
+    whole, rng = io.BytesIO(), np.random.default_rng(0)
+    torch.save(random_map(), whole, _use_new_zipfile_serialization=False)
+    refusals = 0
+    for _ in range(300):
+        damaged = bytearray(whole.getvalue())
+        for place in rng.integers(0, 500, 3):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "map.pt").write_bytes(damaged)
+        try:
+            cells = read_label_map(tmp_path / "map.pt", Crop(WHOLE, False), CLASSES).cells
+        except VideoError:
+            refusals += 1
+        else:
+            assert np.isfinite(cells).all()
+    assert refusals > 100
 
 
 # Targets.
@@ -251,6 +281,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data": {"mix_token": 1.0, "cutmix": 1.0}}, "data.mixup, data.cutmix: they mix pixels"),
     ({"data": {"token_labels": "maps"}, "model": {"dense_head": None}}, "data.token_labels: needs a head on patches"),
     ({"data": {"token_labels": "maps"}, "model": {"num_frames": 2}}, "data.token_labels: needs .* model.num_frames=1"),
+    ({"data": {"token_labels": "maps"}, "model": {"num_classes": 2049}}, "token_labels: .* model.num_classes is 2049;"),
     ({"data": {"mix_token": 1.0}, "train": {"batch": 9}}, "an odd number"),
 ]
 
@@ -337,12 +368,16 @@ def test_an_image_without_its_map_is_skipped_and_listed(images: Path, tmp_path: 
     (maps / "a" / "a_3.pt").unlink()
     torch.save(torch.zeros(3), maps / "b" / "b_5.pt.new")
     (maps / "b" / "b_5.pt.new").replace(maps / "b" / "b_5.pt")
+    torch.save(torch.full(SHAPE, math.nan), maps / "a" / "a_7.pt.new")
+    (maps / "a" / "a_7.pt.new").replace(maps / "a" / "a_7.pt")
     config = image_run(images, tmp_path / "run", data={"token_labels": str(maps)})
-    assert train(config)["skipped"] == 2
+    assert train(config)["skipped"] == 3
     causes = [json.loads(line)["cause"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(causes) == [
         f"label map {maps / 'a' / 'a_3.pt'}: No such file or directory",
-        f"label map {maps / 'b' / 'b_5.pt'}: expected a tensor of shape {SHAPE}, got (3,)",
+        f"label map {maps / 'a' / 'a_7.pt'}: holds scores that are not finite in float16, whose largest is 65504",
+        f"label map {maps / 'b' / 'b_5.pt'}: expected a floating-point tensor of shape {SHAPE}, "
+        "got (3,) of torch.float32",
     ]
 
 

@@ -142,7 +142,9 @@ def require_same(
     mine = ours.model_dump(mode="json")
     theirs = type(ours)().model_dump(mode="json") | dict(theirs)
     other = {
-        key: [theirs.get(key), value] for key, value in mine.items() if theirs.get(key) != value and key not in free
+        key: [theirs.get(key), value]
+        for key, value in mine.items()
+        if key not in free and not _alike(key, theirs.get(key), value)
     }
     if other:
         listed = "; ".join(f"{name}.{key} is {there!r} there, {here!r} here" for key, (there, here) in other.items())
@@ -150,6 +152,11 @@ def require_same(
             f"{path}: this checkpoint is of another architecture or run: {listed}. "
             "Use another run.dir, or set these as they were"
         )
+
+
+def _alike(key: str, there: Any, here: Any) -> bool:
+    """Whether a field is the same. Points stand in the order of their costs, which follows from the other fields."""
+    return sorted(there) == sorted(here) if key == "points" else bool(there == here)
 
 
 INITIAL = ("drop_path", "init_std", "time_init_std")  # of no consequence for weights that are there already

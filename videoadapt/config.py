@@ -440,6 +440,9 @@ class Config(Section):
                 )
 
 
+_MOST_MAP_CLASSES = 2048  # float16 has all whole numbers up to there
+
+
 def _check_token_labels(data: DataConfig, model: ModelConfig) -> None:
     if (data.mix_token or data.token_labels) and (data.mixup or data.cutmix):
         raise ConfigError(
@@ -450,6 +453,11 @@ def _check_token_labels(data: DataConfig, model: ModelConfig) -> None:
         raise ConfigError(
             "data.token_labels: needs a head on patches that learns them, such as model.dense_head=0.25, and "
             "model.num_frames=1: label maps are of images"
+        )
+    if data.token_labels and model.num_classes > _MOST_MAP_CLASSES:
+        raise ConfigError(
+            f"data.token_labels: label maps are kept in float16, which numbers {_MOST_MAP_CLASSES} classes exactly, "
+            f"but model.num_classes is {model.num_classes}; leave data.token_labels out"
         )
 
 

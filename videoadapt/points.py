@@ -51,3 +51,11 @@ class Point:
                 count = min(count, math.ceil(share * (count + 1)))
             counts.append(count)
         return tuple(counts)
+
+
+def canonical(text: str) -> str:
+    """A point as `model.points` writes it, `14@0.7` for `14@0.70`; what is no point stays as it is."""
+    try:
+        return str(Point.parse(text))
+    except ConfigError:
+        return text

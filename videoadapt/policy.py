@@ -28,6 +28,7 @@ from videoadapt.labels import (
     confidence_matrix,
     last_true,
 )
+from videoadapt.points import canonical
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,8 @@ def mix_of(choice: Choice, points: int) -> tuple[float, ...]:
 def parse_policy(text: str, assigned: Assigned | None, model: ModelConfig, run: Path | None = None) -> Policy:
     """`assigned`, `fixed:POINT` or `cascade:...` (see `parse_cascade`): the policies for clips without truth."""
     kind, _, point = text.partition(":")
-    if kind == "fixed" and point in model.points:
-        return Fixed(point)
+    if kind == "fixed" and canonical(point) in model.points:
+        return Fixed(canonical(point))
     if kind == "cascade":
         return parse_cascade(point, model, run)
     if kind == "assigned" and not point and assigned is not None:

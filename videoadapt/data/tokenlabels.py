@@ -7,7 +7,6 @@ scores in each cell of a grid over the whole image, and of their classes.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -61,25 +60,38 @@ def label_map_file(folder: Path, image: str) -> Path:
 
 def read_label_map(file: Path, crop: Crop, num_classes: int) -> LabelMap:
     """The map of an image of which `crop` is shown. Raises `VideoError` for a file that is missing or no such map."""
-    try:
-        cells = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise VideoError(f"label map {file}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-        raise VideoError(f"label map {file}: torn, or not a tensor that torch has saved") from None
-    if not isinstance(cells, Tensor) or tuple(cells.shape) != SHAPE:
-        found = tuple(cells.shape) if isinstance(cells, Tensor) else type(cells).__name__
-        raise VideoError(f"label map {file}: expected a tensor of shape {SHAPE}, got {found}")
-    low, high = int(cells[1].min()), int(cells[1].max())
-    if low < 0 or high >= num_classes:
+    cells = _read_cells(file)
+    scores, classes = cells
+    if not scores.half().isfinite().all():
+        raise VideoError(f"label map {file}: holds scores that are not finite in float16, whose largest is 65504")
+    known = (classes >= 0) & (classes < num_classes) & (classes == classes.floor())  # false for NaN
+    if not known.all():
         raise VideoError(
-            f"label map {file}: names the classes {low} to {high}, but the model has 0 to {num_classes - 1} "
-            "(model.num_classes)"
+            f"label map {file}: names the class {classes[~known][0].item():g}, but the model has 0 to "
+            f"{num_classes - 1} (model.num_classes)"
         )
     left, top, right, bottom = crop.box
     if crop.flipped:
         return LabelMap(cells.flip(-1).half().numpy(), (1.0 - right, top, 1.0 - left, bottom))
     return LabelMap(cells.half().numpy(), crop.box)
+
+
+def _read_cells(file: Path) -> Tensor:
+    """What a file holds, (2, 5, 18, 18) in float64, in which no format of scores or classes is rounded."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        found = f"{tuple(content.shape)} of {content.dtype}" if isinstance(content, Tensor) else type(content).__name__
+        fits = isinstance(content, Tensor) and content.is_floating_point() and tuple(content.shape) == SHAPE
+        cells = torch.from_numpy(content.detach().double().numpy()) if fits else None
+    except OSError as error:
+        raise VideoError(f"label map {file}: {error.strerror or error}") from None
+    except Exception as error:  # on damaged bytes the unpickler may stumble over anything
+        raise VideoError(
+            f"label map {file}: torn, or not a plain tensor that torch has saved ({type(error).__name__})"
+        ) from None
+    if cells is None:
+        raise VideoError(f"label map {file}: expected a floating-point tensor of shape {SHAPE}, got {found}")
+    return cells
 
 
 def gather(labels: Sequence[LabelMap], device: torch.device) -> TokenLabels:

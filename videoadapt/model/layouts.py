@@ -62,6 +62,11 @@ class Layout(NamedTuple):
         return "aux_head.weight" in self.tensors
 
     @property
+    def stem(self) -> bool:
+        """Whether patches are embedded by consecutive convolutions (LV-ViT)."""
+        return "patch_embed.proj.conv1.weight" in self.tensors
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The lengths that have position grids of their own, longest first."""
         keys = self.tensors.get("pos_embed.grid", {})

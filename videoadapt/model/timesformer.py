@@ -14,7 +14,7 @@ from videoadapt.errors import UserError
 from videoadapt.model.block import Block
 from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
 from videoadapt.model.norm import LengthNorm
-from videoadapt.points import Point
+from videoadapt.points import Point, canonical
 
 
 class Heads(NamedTuple):
@@ -81,6 +81,8 @@ class TimeSformer(nn.Module):
         point that the model lacks and for clips of another shape.
         """
         key = str(point)
+        if key not in self.points:  # torch.compile need not trace the parsing of a point that is written as ours
+            key = canonical(key)
         self._check(clips, key)
         length = self.points[key].length
         prefix, patches = self._embed(clips, key, length, swap)

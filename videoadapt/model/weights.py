@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
+from videoadapt.config import ModelConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, recognise, split_length
 from videoadapt.model.norm import SHARED
@@ -76,9 +77,9 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
     """Fills a model from a file, a folder, a timm model's name or a state dict, and reports what became of each tensor.
 
     Understood are the names of timm's ViT, DeiT (distilled too) and DINOv2; LV-ViT's, and SuperViT's for both (whose
-    lengths the model must keep to); facebookresearch's TimeSformer (`.pyth`); Hugging Face's TimeSformer (its folder
-    too); and our own, checkpoints included (their EMA, if they have one). Torch files are read with
-    `weights_only=True` only.
+    lengths, patch embedding and heads the model must keep to); facebookresearch's TimeSformer (`.pyth`); Hugging Face's
+    TimeSformer (its folder too); and our own, checkpoints included (their EMA, if they have one). Torch files are read
+    with `weights_only=True` only.
 
     Position grids are resampled bicubically with antialiasing, time embeddings linearly; `nearest` takes the nearest
     neighbour for both, as TimeSformer's own code does. Patch kernels are resized by pseudo-inverse (FlexiViT, section
@@ -136,11 +137,24 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
         raise CheckpointError(f"{label}: the file has biases of qkv, the model has not; set model.qkv_bias=true")
     if layout.dense_head and config.dense_head is None:
         raise CheckpointError(f"{label}: the file has an aux_head, the model has not; set model.dense_head=0.25")
-    if layout.kind == SUPERVIT and not set(config.lengths) <= set(layout.lengths):
+    if layout.kind == SUPERVIT:
+        _check_supervit(config, layout, label)
+
+
+def _check_supervit(config: ModelConfig, layout: Layout, label: str) -> None:
+    """Refuses what the weights of SuperViT, trained at all lengths, have no trained values for."""
+    if not set(config.lengths) <= set(layout.lengths):
         raise CheckpointError(
             f"{label}: the file has positions for the lengths {_listed(layout.lengths)}, the model has "
             f"{_listed(config.lengths)}; leave the others out of model.points"
         )
+    embed = "stem" if layout.stem else "resize"
+    if config.embed != embed:
+        raise CheckpointError(
+            f"{label}: the file's patch embedding is {embed}, the model's {config.embed}; set model.embed={embed}"
+        )
+    if config.dense_head is not None and not layout.dense_head:
+        raise CheckpointError(f"{label}: the file has no aux_head, the model has; set model.dense_head=null")
 
 
 def _listed(lengths: Iterable[int]) -> str:
