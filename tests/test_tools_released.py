@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,13 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import small_runs as runs
 from conftest import need
-from videoadapt.config import dump_config
+from videoadapt.config import dump_config, make_config
 from videoadapt.data.manifest import load_or_index
 from videoadapt.data.synthetic import CLASSES
 from videoadapt.data.transforms import normalise
+from videoadapt.model.timesformer import TimeSformer
 
 TOOLS = Path(__file__).parents[1] / "tools"
 MEAN, STD = [0.45] * 3, [0.225] * 3  # with which the released weights were trained
@@ -126,6 +129,27 @@ def test_weights_of_another_shape_or_other_classes_are_refused(
     (renamed / "config.json").write_text(json.dumps(config))
     swapped = tool("evaluate_released", renamed, path, f"run.dir={tmp_path / 'c'}")
     assert swapped.returncode == 1 and "its class 0 is" in swapped.stderr.splitlines()[-1], swapped.stderr
+
+
+def test_a_model_of_images_has_all_its_points_and_the_crops_of_its_config(tmp_path: Path) -> None:
+    rng, images = np.random.default_rng(0), {"num_frames": 1, "stride_frames": 1, "temporal": False, "num_classes": 2}
+    for split, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 256, (64, 72, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    nested = runs.values(tmp_path, tmp_path / "run")
+    nested["data"] |= {"root": None, "classes": None}
+    nested["data"] |= {split: {"annotations": str(tmp_path / split)} for split in ("train", "val")}
+    nested["model"] |= images | {"points": ["8", "8@0.5", "4"], "drop_blocks": [1], "time_init_std": 0.0}
+    nested["assign"]["frames"], nested["evaluate"]["speed_clips"] = 1, 0
+    config = make_config(nested)
+    (tmp_path / "images.yaml").write_text(dump_config(config))
+    torch.save(TimeSformer(config.model).state_dict(), tmp_path / "weights.pth")
+    done = tool("evaluate_released", tmp_path / "weights.pth", tmp_path / "images.yaml", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "1 clips x 1 crops" in done.stdout
+    assert all(f"fixed:{point} " in done.stdout for point in config.model.points)
 
 
 def test_submission_holds_the_best_classes_of_every_listed_video(evaluated: tuple[Path, Path], tmp_path: Path) -> None:

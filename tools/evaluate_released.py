@@ -1,14 +1,19 @@
-r"""Evaluate a released TimeSformer under the paper's protocol: one clip in the centre of a video, three crops.
+r"""Evaluate released weights: a TimeSformer under its paper's protocol, a model of images under its config's.
 
     python tools/evaluate_released.py TimeSformer_divST_8x32_224_K400.pyth configs/timesformer_b_k400.yaml \
         data.root=/data/k400 data.val.annotations=/data/k400/kinetics-400_val.csv
 
 WEIGHTS is a `.pyth` of facebookresearch or a Hugging Face folder; the config names the architecture
-(timesformer_hr_k400.yaml and timesformer_l_k400.yaml for the other two). The released models know their costliest
-length alone, so that it is the only point, unless `model.points` says otherwise. The input is normalised as the config
-says: mean 0.45 and deviation 0.225, with which the released weights were trained. The processors of converted folders
-(`preprocessor_config.json`) state other values; where they do, that is said. For weights of your own, set `model.mean`
-and `model.std`. Stops, and goes on, as `videoadapt evaluate` does; torchrun spreads it over several processes.
+(timesformer_hr_k400.yaml and timesformer_l_k400.yaml for the other two). TimeSformer's protocol is one clip in the
+centre of a video, and three crops; its released models know their costliest length alone, so that it is the only point,
+unless `model.points` says otherwise. Models of images (`model.num_frames` is 1) have the points, crops and views of the
+config: SuperViT's `.pth` go with configs/supervit_*_in1k.yaml.
+
+The input is normalised as the config says: for video with mean 0.45 and deviation 0.225, as the released weights were
+trained. The processors of converted folders (`preprocessor_config.json`) state other values; where they do, that is
+said. For weights of your own, set `model.mean` and `model.std`.
+
+Stops, and goes on, as `videoadapt evaluate` does; torchrun spreads it over several processes.
 """
 
 from __future__ import annotations
@@ -33,13 +38,13 @@ from videoadapt.points import Point
 from videoadapt.report.tables import print_evaluate
 from videoadapt.scoring import weights_digest
 
-PROTOCOL = ["evaluate.temporal_views=1", "evaluate.spatial_crops=3"]
+VIDEO_PROTOCOL = ["evaluate.temporal_views=1", "evaluate.spatial_crops=3"]
 
 
 def main() -> None:
     """Converts, evaluates, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="a .pyth file or a Hugging Face folder")
+    parser.add_argument("weights", type=Path, help="a .pyth or .pth file, or a Hugging Face folder")
     parser.add_argument("config", type=Path, help="the architecture, such as configs/timesformer_b_k400.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
@@ -55,13 +60,11 @@ def main() -> None:
 
 
 def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
-    """The config with the paper's protocol and a run folder for these weights."""
-    costliest = max(map(Point.parse, load_config(path, overrides).model.points))
-    own = [
-        f"model.points=['{costliest}']",
-        f"run.dir=runs/released/{weights.stem}",
-        *PROTOCOL,
-    ]
+    """The config with a run folder for these weights and, of video, with TimeSformer's protocol."""
+    model = load_config(path, overrides).model
+    own = [f"run.dir=runs/released/{weights.stem}"]
+    if model.num_frames > 1:
+        own += [f"model.points=['{max(map(Point.parse, model.points))}']", *VIDEO_PROTOCOL]
     config = load_config(path, [*own, *overrides])
     return config.model_copy(
         update={"run": config.run.model_copy(update={"checkpoint": config.run.dir / "released.safetensors"})}
