@@ -155,7 +155,8 @@ def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractCon
     with ExitStack() as taken:
         lease = by_first_rank(lambda: taken.enter_context(Lease.taken(config.run.dir, stage)))
         if rank() != 0:
-            when_seen(lease.path, lambda path: path.exists() and _parsed(path.read_text()) == lease.owner)
+            own = config.run.dir / lease.path.name  # the path of rank 0 may be another
+            when_seen(own, lambda path: path.exists() and _parsed(path.read_text()) == lease.owner)
         yield lease.held if rank() == 0 else nullcontext
 
 

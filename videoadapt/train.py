@@ -125,8 +125,10 @@ def train(config: Config) -> dict[str, Any]:
 def _newest(checkpoints: Checkpoints) -> Checkpoint | None:
     """The checkpoint that rank 0 goes on from, on every rank: one that looked for itself might see an older one."""
     found = checkpoints.latest() if rank() == 0 else None
-    path = by_first_rank(lambda: None if found is None else found.path)
-    return found if path is None or rank() == 0 else load_checkpoint(when_seen(path), checkpoints.kind)
+    name = by_first_rank(lambda: None if found is None else found.path.name)
+    if name is None or rank() == 0:
+        return found
+    return load_checkpoint(when_seen(checkpoints.folder / name), checkpoints.kind)
 
 
 def _train(state: State, seat: Seat, per_epoch: int, checkpoints: Checkpoints) -> None:
