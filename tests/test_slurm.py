@@ -26,8 +26,8 @@ from videoadapt.launch import jobs_of, sbatch_line, sbatch_options, submit
 pytestmark = pytest.mark.slurm
 
 FILES = Path(__file__).parents[1] / "slurm"
-LONG = {"epochs": 12, "save_steps": 0}  # long enough for something to happen in the middle
-STEPS = 60
+LONG = {"epochs": 24, "save_steps": 0}  # some 15 s: long enough for something to happen in the middle
+STEPS = 120
 SMALL = ("--cpus-per-task=1", "--gpus-per-task=1")
 
 
