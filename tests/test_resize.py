@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -186,6 +187,21 @@ def test_an_encoder_that_is_not_there_is_refused_at_once() -> None:
         tool.require_encoder(tool.Encoding(codec="libx999"))
     with pytest.raises(UserError, match="^--preset quick: libx264 does not take it"):
         tool.require_encoder(tool.Encoding(preset="quick", crf=30))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
+def test_an_encoder_leaves_the_scheduling_as_it_was(tmp_path: Path) -> None:
+    """SVT-AV1, run as root, makes real-time threads of its own and of its caller, which all later processes inherit."""
+
+    def policies() -> set[int]:
+        return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+    before = policies()
+    encoding = tool.Encoding(short_side=64, codec="libsvtav1", preset="12")
+    tool.require_encoder(encoding)
+    assert policies() == before
+    resize(write_video(tmp_path / "a.mp4", codec="libsvtav1"), tmp_path / "out", encoding)
+    assert policies() == before
 
 
 def test_a_link_to_its_own_folder_brings_no_video_twice(tmp_path: Path) -> None:

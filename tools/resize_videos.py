@@ -44,6 +44,7 @@ from videoadapt.data.readers import open_video
 from videoadapt.data.sampling import frame_indices
 from videoadapt.errors import RunError, UserError, VideoError
 from videoadapt.log import Bar, print_table, replacing, say
+from videoadapt.runtime import scheduling_kept
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -200,6 +201,8 @@ def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: 
                 copy = cast("VideoStream", output.add_stream(encoding.codec, rate=rate))
                 set_up(copy.codec_context, stream.codec_context, size, encoding)
                 copy.codec_context.time_base = 1 / rate
+                with scheduling_kept():
+                    copy.codec_context.open()
                 for number, frame in enumerate(upright_frames(source, container, stream, size)):
                     frame.pts, frame.time_base = number, 1 / rate
                     frame.pict_type = PictureType.NONE  # the source's must not tell the encoder where keyframes are
@@ -265,7 +268,8 @@ def _refusal(encoding: Encoding) -> str:
     try:
         set_up(context, context, (64, 64), encoding)
         context.time_base = Fraction(1, 30)
-        context.open()
+        with scheduling_kept():
+            context.open()
     except (av.FFmpegError, ValueError) as error:
         return reason(error)
     return ""
