@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from videoadapt.assigner import Assigner, assigner_loss, assigner_macs, expected_cost
-from videoadapt.config import AssignConfig
+from videoadapt.sections import AssignConfig
 
 SMALL: dict[str, Any] = {"frames": 3, "size": 32, "channel_multiplier": 0.25, "stages": 3}
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from videoadapt.chains import MEASURES, Measure
-from videoadapt.config import ModelConfig
 from videoadapt.cost import point_macs
 from videoadapt.errors import UserError
 from videoadapt.labels import confidence, confidence_matrix, outcome_table, softmax
@@ -22,6 +21,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.policy import Cascade, Evidence, Fixed, end_costs, fit_threshold, parse_cascade
 from videoadapt.report.outcomes import pareto_front
 from videoadapt.routing import route
+from videoadapt.sections import ModelConfig
 
 GRID = ("14", "12", "14@0.7", "8@0.5")
 MODEL = ModelConfig(points=GRID, num_frames=1, temporal=False)

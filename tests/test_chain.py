@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,15 @@ def test_clip_report_adds_up(run: Config) -> None:
     assert (run.run.dir / "report" / "clips.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_costs_of_an_evaluation_at_other_points_are_left_out(run: Config, tmp_path: Path) -> None:
+    shutil.copytree(run.run.dir / "evaluate", tmp_path / "evaluate")
+    changes = {
+        "run": run.run.model_copy(update={"dir": tmp_path}),
+        "model": run.model.model_copy(update={"points": ("8",)}),
+    }
+    assert flops(run.model_copy(update=changes)).keys().isdisjoint({"clips", "policies"})
+
+
 def test_labelling_goes_on_where_it_stopped(run: Config, tmp_path: Path) -> None:
     before = pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet")
     parts = sorted((run.run.dir / "scores").glob("label-*/part-*.npz"))
@@ -129,8 +139,6 @@ def test_labelling_goes_on_where_it_stopped(run: Config, tmp_path: Path) -> None
 
 
 def test_a_clip_that_the_assigner_could_not_read_is_tried_again(run: Config, tmp_path: Path) -> None:
-    import shutil
-
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(run.data.root or Path(), data)
     config = runs.config(data, folder, evaluate={"spatial_crops": 3})

@@ -29,9 +29,9 @@ from videoadapt.checkpoint import (
     save_checkpoint,
     train_checkpoints,
 )
-from videoadapt.config import AssignConfig, ModelConfig, TrainConfig
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.sections import AssignConfig, ModelConfig, TrainConfig
 
 TENSORS: dict[str, Tensor] = {
     "model/w": torch.arange(6.0).view(2, 3),

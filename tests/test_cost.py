@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import small_runs as runs
 from videoadapt.assigner import Assigner, assigner_macs
-from videoadapt.config import AssignConfig, ModelConfig, load_config
+from videoadapt.config import load_config
 from videoadapt.cost import Cost, point_cost, point_macs
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.points import Point
 from videoadapt.report.tables import macs, percent
+from videoadapt.sections import AssignConfig, ModelConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

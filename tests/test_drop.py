@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from videoadapt.config import ModelConfig, make_config
+from videoadapt.config import make_config
 from videoadapt.errors import ConfigError
 from videoadapt.model.block import Block
 from videoadapt.model.drop import class_attention, strongest, take
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.points import Point
+from videoadapt.sections import ModelConfig
 
 TINY: dict[str, Any] = {"width": 24, "depth": 4, "heads": 3, "patch": 4, "size": 32, "num_frames": 3, "num_classes": 5}
 IMAGE: dict[str, Any] = {"temporal": False, "num_frames": 1}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from videoadapt.assigner import Assigner
-from videoadapt.config import AssignConfig, ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.labels import (
     cheapest_sufficient,
@@ -25,6 +24,7 @@ from videoadapt.labels import (
     softmax,
 )
 from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Random, mix_of, parse_policy
+from videoadapt.sections import AssignConfig, ModelConfig
 
 POINTS = ("14", "10", "7")
 MODEL = ModelConfig(points=POINTS)

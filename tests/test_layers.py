@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "videoadapt"
 
 # A name is a module of videoadapt, or a folder of it: inside a folder, imports are free.
 LAYERS = [
-    {"errors", "points", "chains", "seeds", "cost", "config", "log", "runtime", "cluster", "stopping"},
+    {"errors", "points", "chains", "seeds", "cost", "sections", "config", "log", "runtime", "cluster", "stopping"},
     {"model", "data", "draws", "groups", "parallel", "lease", "losses", "optim"},
     {"batchnorm", "targets", "forecast", "memory", "checkpoint", "labels", "assigner", "intervals"},
     {"policy", "routing", "scoring", "state", "timing", "preflight"},

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoadapt.config import LossConfig
 from videoadapt.losses import cross_entropy, distillation, point_loss
 from videoadapt.model.timesformer import Heads
+from videoadapt.sections import LossConfig
 
 
 def logits(seed: int, batch: int = 5, classes: int = 7) -> Tensor:

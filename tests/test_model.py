@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from videoadapt.config import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.model.block import attend
 from videoadapt.model.embed import resize_frames
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.points import Point
+from videoadapt.sections import ModelConfig
 
 TINY: dict[str, Any] = {"width": 32, "depth": 3, "heads": 4, "patch": 4, "size": 56, "num_frames": 3, "num_classes": 5}
 POINTS = ("14", "10", "7")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from videoadapt.config import ModelConfig, TrainConfig
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.optim import decays, make_optimizer, make_schedule
+from videoadapt.sections import ModelConfig, TrainConfig
 
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "patch": 4, "size": 16, "num_frames": 2, "num_classes": 3}
 

@@ -13,12 +13,12 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from videoadapt.assigner import Assigner
-from videoadapt.config import AssignConfig, ModelConfig
 from videoadapt.data.transforms import normalise
 from videoadapt.labels import Choice, cheapest_sufficient, last_true
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random
 from videoadapt.routing import assign_probabilities, route, view_logits
+from videoadapt.sections import AssignConfig, ModelConfig
 
 CONFIG = ModelConfig(
     width=16, depth=2, heads=2, patch=4, size=16, num_frames=2, num_classes=5, points=("4", "3", "2"), init_std=0.3

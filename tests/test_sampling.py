@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videoadapt.config import ModelConfig
 from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, spread
+from videoadapt.sections import ModelConfig
 
 durations = st.floats(0.05, 1000.0)
 seeds = st.integers(0, 2**63 - 1)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoadapt.config import ModelConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights import LoadReport, load_weights
+from videoadapt.sections import ModelConfig
 
 SIZES = (128, 160, 192, 224)
 LENGTHS = tuple(size // 16 for size in SIZES)

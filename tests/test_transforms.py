@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from videoadapt.config import DataConfig, ModelConfig, make_config
+from videoadapt.config import make_config
 from videoadapt.data.transforms import augment, crops, mix, normalise, thumbnail
 from videoadapt.errors import ConfigError
+from videoadapt.sections import DataConfig, ModelConfig
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

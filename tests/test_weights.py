@@ -20,11 +20,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from conftest import need
-from videoadapt.config import ModelConfig
 from videoadapt.errors import CheckpointError, UserError
 from videoadapt.model.embed import resize_frames
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights import load_weights
+from videoadapt.sections import ModelConfig
 
 M = TypeVar("M", bound=nn.Module)
 TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 4, "patch": 4, "size": 56, "num_frames": 3, "num_classes": 5}

@@ -23,7 +23,7 @@ from videoadapt.checkpoint import (
     require_same,
     restore_optimizer,
 )
-from videoadapt.config import Config, TrainConfig
+from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import EvalVideos, VideoViews
 from videoadapt.data.loader import stream
@@ -44,6 +44,7 @@ from videoadapt.optim import make_optimizer, make_schedule
 from videoadapt.parallel import by_first_rank, ranks
 from videoadapt.routing import assign_probabilities
 from videoadapt.runtime import pick_device
+from videoadapt.sections import TrainConfig
 from videoadapt.stopping import StopRequest
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from videoadapt.config import AssignConfig
+from videoadapt.sections import AssignConfig
 
 # EfficientNet-B0 by stages, in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze-excitation
 B0_STAGES = (

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from videoadapt.assigner import Assigner
-from videoadapt.config import AssignConfig, ModelConfig, Section
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.log import replacing, say
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.sections import AssignConfig, ModelConfig, Section
 
 KEY = "videoadapt"
 VERSION = 1

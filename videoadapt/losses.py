@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from videoadapt.config import LossConfig
 from videoadapt.model.timesformer import Heads
+from videoadapt.sections import LossConfig
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import nn
 
-from videoadapt.config import TrainConfig
+from videoadapt.sections import TrainConfig
 
 NO_DECAY = ("cls_token", "dist_token", "pos_embed", "time_embed", "scale")
 

@@ -17,7 +17,6 @@ import pandas as pd
 from videoadapt.assigner import Assigner
 from videoadapt.chains import Chain, Measure
 from videoadapt.checkpoint import load_assigner
-from videoadapt.config import ModelConfig
 from videoadapt.cost import point_macs
 from videoadapt.errors import UserError
 from videoadapt.labels import (
@@ -29,6 +28,7 @@ from videoadapt.labels import (
     last_true,
 )
 from videoadapt.points import canonical
+from videoadapt.sections import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from videoadapt.assigner import assigner_macs
 from videoadapt.checkpoint import assigner_checkpoints
-from videoadapt.config import AssignConfig, Config, DataConfig, EvaluateConfig, LossConfig
+from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.data.datasets import read_views
 from videoadapt.data.readers import open_video
@@ -23,6 +23,7 @@ from videoadapt.policy import Assigned, Fixed, Policy, end_costs, parse_policy
 from videoadapt.report.tables import macs
 from videoadapt.routing import route
 from videoadapt.scoring import inference_model, require_own_labels
+from videoadapt.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
 
 TOP = 5  # classes of a prediction
 

@@ -58,8 +58,6 @@ from videoadapt.state import Clock, State, Tally
 from videoadapt.stopping import StopRequest
 from videoadapt.targets import Targets, targets_at
 
-STEP_S = 1800.0  # that a rank waits for the others within a step, loading included
-
 
 @dataclass(frozen=True)
 class Seat:
@@ -104,7 +102,7 @@ def train(config: Config) -> dict[str, Any]:
             guard = owned.enter_context(sole_writer(config, "train"))
             plan = make_plan(config, world_size(), {p: float(macs) for p, macs in point_macs(config.model).items()})
             manifest = first_rank_first(lambda: load_or_index(config))
-        with ranks(config, STEP_S):
+        with ranks(config, config.parallel.step_s):
             preflight(config, manifest)
             per_epoch = steps_per_epoch(manifest, config)
             checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)

@@ -37,11 +37,12 @@ from videoadapt.bench.loaders import (
 from videoadapt.bench.machine import machine, print_machine, versions
 from videoadapt.bench.memory import Memory, worker_memory
 from videoadapt.bench.settings import parse_settings
-from videoadapt.config import Config, Count, Section, make_config
+from videoadapt.config import Config, make_config
 from videoadapt.data.manifest import Manifest, index
 from videoadapt.data.probe import reason
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.log import Bar, print_table, write_json
+from videoadapt.sections import Count, Section
 
 _TIMEOUT_S = 600.0  # of a turn
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from videoadapt.bench.machine import machine, print_machine, versions
 from videoadapt.bench.settings import parse_settings
-from videoadapt.config import Config, Count, Section
+from videoadapt.config import Config
 from videoadapt.cost import point_macs
 from videoadapt.intervals import median_interval
 from videoadapt.log import Bar, replacing, write_json
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime import pick_device, precision_dtype
+from videoadapt.sections import Count, Section
 from videoadapt.timing import now
 
 TARGET = 0.85  # of the speed that the MACs promise

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from videoadapt.config import Section
 from videoadapt.errors import ConfigError
+from videoadapt.sections import Section
 
 S = TypeVar("S", bound=Section)
 

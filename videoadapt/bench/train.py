@@ -18,7 +18,7 @@ from videoadapt.bench.machine import machine, versions
 from videoadapt.bench.ranks import Prepare, slots, started
 from videoadapt.bench.settings import parse_settings
 from videoadapt.bench.steps import StepTurn, matrix_product, our_step, passes, peer_step, sum_over_ranks
-from videoadapt.config import Config, Count, Section, make_config
+from videoadapt.config import Config, make_config
 from videoadapt.cost import point_macs
 from videoadapt.draws import point_shares
 from videoadapt.errors import ConfigError, RunError
@@ -29,6 +29,7 @@ from videoadapt.memory import parameter_count
 from videoadapt.plan import work_of
 from videoadapt.points import Point
 from videoadapt.runtime import pick_device
+from videoadapt.sections import Count, Section
 from videoadapt.timing import fitted
 
 PEER = "Hugging Face's TimeSformer"

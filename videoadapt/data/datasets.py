@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from videoadapt.config import Config, ModelConfig
+from videoadapt.config import Config
 from videoadapt.data.manifest import Manifest, Row
 from videoadapt.data.probe import cause_of
 from videoadapt.data.readers import VideoReader, open_video
@@ -19,6 +19,7 @@ from videoadapt.data.sampling import clip_seconds, clip_starts, frame_indices, s
 from videoadapt.data.tokenlabels import LabelMap, label_map_file, read_label_map
 from videoadapt.data.transforms import augment, crops, thumbnail
 from videoadapt.errors import VideoError
+from videoadapt.sections import ModelConfig
 from videoadapt.seeds import seed_of
 
 

@@ -16,7 +16,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_i
 from torch import Tensor
 from torchvision.transforms import v2
 
-from videoadapt.config import DataConfig, ModelConfig
+from videoadapt.sections import DataConfig, ModelConfig
 from videoadapt.seeds import seeded
 
 _RATIOS = (3 / 4, 4 / 3)  # of a random resized crop's sides

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from videoadapt.config import ModelConfig
+from videoadapt.sections import ModelConfig
 from videoadapt.seeds import seeded
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from videoadapt.config import DataConfig, ModelConfig
 from videoadapt.data.recipe import area_crop, recolour
 from videoadapt.data.sampling import spread
+from videoadapt.sections import DataConfig, ModelConfig
 from videoadapt.seeds import seed_of
 
 

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from videoadapt.config import ModelConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, recognise, split_length
 from videoadapt.model.norm import SHARED
 from videoadapt.model.sources import Weights, read_weights
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.sections import ModelConfig
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
 TO_EACH_LENGTH = "copied to each length"

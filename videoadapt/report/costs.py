@@ -27,8 +27,8 @@ def flops(config: Config) -> dict[str, Any]:
     with those on the Pareto front marked.
     """
     views = config.evaluate.temporal_views * config.evaluate.spatial_crops
-    points = []
-    for point, total in point_macs(config.model).items():
+    points, per_view = [], point_macs(config.model)
+    for point, total in per_view.items():
         parts = asdict(point_cost(config.model, point))
         points.append({"point": point, "macs_per_view": total, "macs_per_video": views * total, "parts": parts})
     several = len(points) > 1
@@ -38,9 +38,14 @@ def flops(config: Config) -> dict[str, Any]:
         "assigner_macs": assigner_macs(config.assign, len(points)) if several else None,
     }
     evaluated = config.run.dir / "evaluate" / "evaluate.json"
-    if evaluated.exists():
-        summary["clips"] = clip_report(config)
-        policies = json.loads(evaluated.read_text(encoding="utf-8"))["policies"]
+    found = json.loads(evaluated.read_text(encoding="utf-8")) if evaluated.exists() else None
+    if found is not None and found["macs_per_view"] != per_view:
+        say(
+            f"{evaluated}: was made at other points, or with another model; the costs of its clips are left out. Run "
+            "`evaluate` again"
+        )
+    elif found is not None:
+        summary["clips"], policies = clip_report(config), found["policies"]
         summary["policies"] = [_policy_row(name, row) for name, row in policies.items()]
         draw_accuracy_cost(config.run.dir / "report" / "accuracy_cost.png", policies)
     write_json(config.run.dir / "report" / "flops.json", summary)
