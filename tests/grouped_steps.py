@@ -1,18 +1,21 @@
 """A program that tests start on several ranks: optimizer steps on made-up batches, gradients and parameters saved.
 
-`python grouped_steps.py CONFIG FOLDER`; rank r writes FOLDER/rankR.pt, with what it holds after so many steps in such a
-precision. Not a test by itself.
+`python grouped_steps.py RANKS CONFIG FOLDER`; rank r writes FOLDER/rankR.pt, with what it holds after so many steps in
+such a precision. The ranks are forked from a process that has imported all they need. Not a test by itself.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing import start_processes
 
+from rank_jobs import as_step
 from videoadapt.batchnorm import share_statistics
 from videoadapt.config import Config, load_config
 from videoadapt.data.datasets import Failure
@@ -69,8 +72,10 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
     }
 
 
-def main(path: str, folder: str) -> None:
+def main(number: int, world: int, path: str, folder: str) -> None:
     faulthandler.dump_traceback_later(200, exit=True)  # where it is, should it hang
+    os.environ |= as_step(number, world)
+    torch.set_num_threads(1)
     config = load_config(path)
     with ranks(config):
         manifest = first_rank_first(lambda: load_or_index(config))
@@ -79,4 +84,5 @@ def main(path: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    world, *paths = sys.argv[1:]
+    start_processes(main, (int(world), *paths), int(world), start_method="fork")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Confi
     return runs.config(data, folder / "run", **{name: v | sections.get(name, {}) for name, v in defaults.items()})
 
 
-def run(ranks: int, *words: object) -> None:
-    done = finished(torchrun(ranks, *words))
+def run(*line: object) -> None:
+    done = finished([str(word) for word in line])
     assert done.returncode == 0, done.stderr[:6000]
 
 
@@ -54,7 +55,7 @@ def trained(data: Path, folder: Path, ranks: int, groups: object, /, **sections:
     folder.mkdir(parents=True)
     config = tiny(data, folder, groups, **sections)
     (folder / "config.yaml").write_text(dump_config(config))
-    run(ranks, PROGRAM, folder / "config.yaml", folder)
+    run(sys.executable, PROGRAM, ranks, folder / "config.yaml", folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
@@ -88,9 +89,11 @@ def test_steps_on_several_ranks_equal_those_of_one(
         assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
 
 
+STEM = {"model": {"embed": "stem", "num_frames": 2}, "train": {"batch": 8}}  # small: convolutions in float64 are slow
 LVVIT = {
-    "model": {"embed": "stem", "dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
+    "model": STEM["model"] | {"dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
     "data": {"mixup": 0.0, "cutmix": 0.0, "mix_token": 1.0},
+    "train": STEM["train"],
 }
 
 
@@ -110,7 +113,8 @@ def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) 
 def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path, kind: dict[str, dict]) -> None:
     """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""
     grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
-    drawn: dict[str, dict] = {**kind, "model": kind.get("model", {}) | grid, "train": {"draw": "sampled"}}
+    changes = {"model": grid, "train": {"draw": "sampled"}}
+    drawn: dict[str, dict] = {**kind, **{name: kind.get(name, {}) | keys for name, keys in changes.items()}}
     [alone] = trained(data, tmp_path / "alone", 1, None, **drawn)
     held = trained(data, tmp_path / "grouped", 4, {"8": 2, "6": 1, "4": 1}, **drawn)
     for key, expected in alone.items():
@@ -129,7 +133,7 @@ def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", [{"model": {"embed": "stem"}}, LVVIT], ids=["stem", "LV-ViT"])
+@pytest.mark.parametrize("stem", [STEM, LVVIT], ids=["stem", "LV-ViT"])
 def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(
     data: Path, tmp_path: Path, stem: dict[str, dict]
 ) -> None:
@@ -158,11 +162,11 @@ def test_a_run_goes_on_with_another_plan(
         config.run.dir.mkdir(parents=True)
         (config.run.dir / "own.yaml").write_text(dump_config(config))
     verb = ["-m", "videoadapt", "train"]
-    run(1, *verb, whole.run.dir / "own.yaml")
+    run(*torchrun(1, *verb, whole.run.dir / "own.yaml"))
     for number, (ranks, groups) in enumerate((first, second)):
         config = split.model_copy(update={"parallel": split.parallel.model_copy(update={"groups": groups})})
         (config.run.dir / "own.yaml").write_text(dump_config(config))
-        run(ranks, *verb, config.run.dir / "own.yaml")
+        run(*torchrun(ranks, *verb, config.run.dir / "own.yaml"))
         if number == 0:
             for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
                 path.unlink()  # all but the first: the rest is trained again, on the other ranks

@@ -54,7 +54,7 @@ def labelled(folder: Path, groups: dict[str, int]) -> tuple[Config, Manifest]:
     files = [label_map_file(folder / "maps", path) for path in manifest["path"][readable]]
     for seed, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed)).half() * 9, file)
+        torch.save(torch.randint(9, SHAPE, generator=torch.Generator().manual_seed(seed)).half(), file)
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:99])
     return config, manifest

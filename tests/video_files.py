@@ -11,7 +11,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from videoadapt.runtime import scheduling_kept
+from videoadapt.data.encoding import open_encoder
 
 BITS = 10  # frame numbers below 1024
 _ROWS = 2
@@ -66,8 +66,7 @@ def write_video(
             stream.set_display_rotation(rotation)
         if times_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        with scheduling_kept():
-            stream.codec_context.open()
+        open_encoder(stream.codec_context)
         for number, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times_ms is not None:

@@ -37,6 +37,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from videoadapt.data.decoding import decode
+from videoadapt.data.encoding import open_encoder
 from videoadapt.data.lookup import walk
 from videoadapt.data.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, reason, upright
 from videoadapt.data.probing import look_at
@@ -44,7 +45,6 @@ from videoadapt.data.readers import open_video
 from videoadapt.data.sampling import frame_indices
 from videoadapt.errors import RunError, UserError, VideoError
 from videoadapt.log import Bar, print_table, replacing, say
-from videoadapt.runtime import scheduling_kept
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -201,8 +201,7 @@ def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: 
                 copy = cast("VideoStream", output.add_stream(encoding.codec, rate=rate))
                 set_up(copy.codec_context, stream.codec_context, size, encoding)
                 copy.codec_context.time_base = 1 / rate
-                with scheduling_kept():
-                    copy.codec_context.open()
+                open_encoder(copy.codec_context)
                 for number, frame in enumerate(upright_frames(source, container, stream, size)):
                     frame.pts, frame.time_base = number, 1 / rate
                     frame.pict_type = PictureType.NONE  # the source's must not tell the encoder where keyframes are
@@ -268,8 +267,7 @@ def _refusal(encoding: Encoding) -> str:
     try:
         set_up(context, context, (64, 64), encoding)
         context.time_base = Fraction(1, 30)
-        with scheduling_kept():
-            context.open()
+        open_encoder(context)
     except (av.FFmpegError, ValueError) as error:
         return reason(error)
     return ""

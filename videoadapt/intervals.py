@@ -65,8 +65,10 @@ def mcnemar(a_only: int, b_only: int) -> float:
 
     McNemar's test in its exact binomial form: where both are equally good, either is right alone with chance 1/2.
     """
-    total = a_only + b_only
-    tail = sum(math.comb(total, count) for count in range(min(a_only, b_only) + 1))
+    total, ways, tail = a_only + b_only, 1, 1
+    for count in range(min(a_only, b_only)):
+        ways = ways * (total - count) // (count + 1)  # of choosing count + 1 of total
+        tail += ways
     return min(1.0, float(Fraction(2 * tail, 2**total)))
 
 

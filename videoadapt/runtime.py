@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -100,23 +99,3 @@ def peak_memory_bytes() -> int:
     """The largest resident set that this process or one of its finished children has had."""
     kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kib if sys.platform == "darwin" else kib * 1024
-
-
-@contextmanager
-def scheduling_kept() -> Iterator[None]:
-    """On leaving, every thread of this process has the scheduling policy that the caller had on entering.
-
-    For opening an encoder: SVT-AV1, run as root, makes its threads and the caller's real-time ones (SCHED_FIFO 99). So
-    would be every process started after that, and one that polls would leave no time to any other on its core.
-    """
-    if not hasattr(os, "sched_setscheduler"):
-        yield
-        return
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(ProcessLookupError):  # it has ended
-                if os.sched_getscheduler(thread) != before[0]:
-                    os.sched_setscheduler(thread, *before)
