@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/videoadapt demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --cov --cov-report=term
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

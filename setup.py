@@ -43,6 +43,7 @@ EXTRAS = {
         "pytest-cov>=7",
         "coverage>=7.10",  # measures the processes that the tests start
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
         "hypothesis>=6.100",
         "transformers>=4.41",  # its TimeSformer is the independent implementation of the parity tests
         "fvcore>=0.1.5.post20221221",

@@ -20,7 +20,8 @@ from hypothesis import settings  # noqa: E402
 
 import slurm_cluster  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))  # the models of the tests are too small for more
+# The models of the tests are too small for more; and where several processes share the tests, each has a core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 
@@ -68,7 +69,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run."""
+    """Skip what this machine cannot run. SLURM's tests go first: they take long, beside all others if two run at once."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
