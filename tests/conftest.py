@@ -69,7 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run. The long tests of SLURM go first: of two processes, one has them for itself."""
+    """Skip what this machine cannot run. SLURM's long tests go first: of two processes, one has them for itself."""
     items.sort(key=lambda item: "slurm" not in item.keywords)
     if not torch.cuda.is_available():
         for item in items:
