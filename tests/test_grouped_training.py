@@ -89,8 +89,9 @@ def test_steps_on_several_ranks_equal_those_of_one(
         assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
 
 
-STEM = {"model": {"embed": "stem", "num_frames": 2}, "train": {"batch": 8}}  # small: convolutions in float64 are slow
-LVVIT = {
+# Small: convolutions in float64 are slow.
+STEM: dict[str, dict] = {"model": {"embed": "stem", "num_frames": 2}, "train": {"batch": 8}}
+LVVIT: dict[str, dict] = {
     "model": STEM["model"] | {"dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
     "data": {"mixup": 0.0, "cutmix": 0.0, "mix_token": 1.0},
     "train": STEM["train"],
@@ -113,7 +114,7 @@ def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) 
 def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path, kind: dict[str, dict]) -> None:
     """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""
     grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
-    changes = {"model": grid, "train": {"draw": "sampled"}}
+    changes: dict[str, dict] = {"model": grid, "train": {"draw": "sampled"}}
     drawn: dict[str, dict] = {**kind, **{name: kind.get(name, {}) | keys for name, keys in changes.items()}}
     [alone] = trained(data, tmp_path / "alone", 1, None, **drawn)
     held = trained(data, tmp_path / "grouped", 4, {"8": 2, "6": 1, "4": 1}, **drawn)
