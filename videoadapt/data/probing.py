@@ -67,10 +67,15 @@ def probe_files(paths: Sequence[str], *, full: bool, cache: Path, workers: int, 
 
 def _until(stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
     """The same items. Raises `Stopped` after the one in hand when a stop was requested."""
-    for item in items:
-        yield item
-        if stop.requested:
+    try:
+        for item in items:
+            yield item
+            if stop.requested:
+                stop.stop()
+    except RunError:
+        if stop.requested:  # the signal went to all processes of the job, and killed those that look at files
             stop.stop()
+        raise
 
 
 def look_at(
