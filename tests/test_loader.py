@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from itertools import chain, islice
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from processes import finished
+from rank_jobs import as_step
 from video_files import numbered, numbers_of, write_list, write_video
-from videoadapt.config import Config, make_config
+from videoadapt.config import Config, dump_config, make_config
 from videoadapt.data import datasets
 from videoadapt.data.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.loader import Batch, epoch_rows, steps_per_epoch, stream, train_batches
@@ -381,6 +384,37 @@ def test_no_worker_outlives_its_loader(config: Config, manifest: Manifest) -> No
     assert len(multiprocessing.active_children()) == 2
     run.close()  # type: ignore[attr-defined]
     assert multiprocessing.active_children() == []
+
+
+FAILING = """
+import os, subprocess, sys
+from multiprocessing import active_children
+from videoadapt.config import load_config
+from videoadapt.data.datasets import EvalVideos
+from videoadapt.data.loader import stream
+from videoadapt.data.manifest import load_or_index
+
+config = load_config(sys.argv[1], ["data.workers=2"])
+videos = stream(EvalVideos(load_or_index(config), config, temporal_views=1, spatial_crops=1), [0, 1, 2, 3, 4] * 9)
+next(videos)
+workers = active_children()
+if sys.argv[2] == "SIGTERM":  # as from a cluster
+    subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)
+for _ in range(40):
+    next(videos)
+assert active_children() == workers
+raise SystemExit("failed")
+"""
+
+
+@pytest.mark.parametrize("told", ["SIGTERM", "nothing"])
+def test_workers_of_a_job_outlive_its_signals_and_not_its_main_process(
+    config: Config, tmp_path: Path, told: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    line = [sys.executable, "-c", FAILING, str(tmp_path / "config.yaml"), told]
+    done = finished(line, timeout_s=60, env=os.environ | as_step(0, 1))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "failed")
 
 
 @pytest.mark.gpu

@@ -42,9 +42,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        if isinstance(self._outer, StopRequest):
-            self.received = self._outer.received
         self._before = {number: signal.signal(number, self._handle) for number in self._signals}
+        if isinstance(self._outer, StopRequest):  # afterwards: a signal may have come while handlers changed
+            self.received = self.received or self._outer.received
         return self
 
     def __exit__(
@@ -52,7 +52,7 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if isinstance(self._outer, StopRequest):
+        if isinstance(self._outer, StopRequest) and self.requested:
             self._outer.received = self.received
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature

@@ -306,5 +306,14 @@ def _start_worker(number: int) -> None:
     if slurm_job(os.environ) is not None:  # its signals reach workers too, which must live until the job has saved
         for warning in WARNINGS:
             signal.signal(warning, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_main_process, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_main_process() -> None:
+    """Dies of the first SIGTERM from the process that started this one. Those of all others count for nothing."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.raise_signal(signal.SIGTERM)
