@@ -160,7 +160,8 @@ def test_a_signal_before_torch_is_imported_requeues_after_the_first_save(tmp_pat
         assert runs.command("train", tmp_path / "config.yaml").returncode == 0
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked; kill $PPID\n')
+    # SLURM ends all processes of the job, also the one that asked for it.
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked; kill $$ $PPID\n')
     scontrol.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, "-m", "videoadapt", stage, str(tmp_path / "config.yaml")],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -376,6 +378,32 @@ def test_a_worker_that_dies_does_not_break_into_what_the_main_process_does(confi
     time.sleep(0.6)  # in which the worker dies
     with pytest.raises(RunError, match="exited unexpectedly"):
         next(videos)
+
+
+def lost() -> None:
+    """What a clip becomes in the main process when its worker no longer answers: its memory is a file of the worker."""
+    raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+class Lost:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return lost, ()
+
+
+class Dying(EvalVideos):
+    """A worker that is killed, but takes a moment to end."""
+
+    def __getitem__(self, number: int) -> Any:
+        if number != 2:
+            return super().__getitem__(number)
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -KILL {os.getpid()}"])
+        return Lost()
+
+
+def test_a_worker_whose_end_takes_a_moment_is_named_all_the_same(config: Config, manifest: Manifest) -> None:
+    dataset = Dying(manifest, with_workers(config, 1), temporal_views=1, spatial_crops=1)
+    with pytest.raises(RunError, match="exited unexpectedly"):
+        list(stream(dataset, [0, 2, 1, 3]))
 
 
 def test_no_worker_outlives_its_loader(config: Config, manifest: Manifest) -> None:

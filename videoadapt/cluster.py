@@ -79,7 +79,8 @@ def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:
 def requeue(job: str) -> None:
     """Gives a job back to SLURM, which ends it and starts it again. Raises `RunError` where SLURM refuses."""
     try:
-        _ask("scontrol", "requeue", job)
+        # Untouched by the SIGTERM that all processes of the job get for it, itself among them.
+        _ask("sh", "-c", 'trap "" TERM; exec scontrol requeue "$1"', "sh", job)
     except (OSError, subprocess.SubprocessError) as error:
         raise RunError(
             f"job {job} cannot be requeued ({_said(error)}); submit it again: it goes on from what is saved"

@@ -221,6 +221,9 @@ def _wait(items: Iterator[Any], timeout_s: float, being_read: Callable[[], str])
     while True:
         try:
             return next(items, None)
+        except (ConnectionError, EOFError):  # the memory of an item comes from its worker, which is about to end
+            if time.monotonic() >= late:
+                raise
         except RuntimeError as error:  # the loader's class for all that follows
             message = str(error)
             if "exited unexpectedly" in message:
