@@ -139,6 +139,31 @@ def test_gpus_that_do_not_match_the_ranks(gpus: list[tuple[str, str | None]], fa
     assert bool(shared_gpu(gpus)) == bool(fault)
 
 
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_rank_that_waits_for_one_that_failed_is_not_taken_for_dead(tmp_path: Path, launcher: str) -> None:
+    # torchrun ends the others of a rank that died, before they can say anything.
+    end, timeout_s = ("os._exit(9)", 60.0) if launcher == "srun" else ("time.sleep(60)", 3.0)
+    program = f"""
+import torch
+from torch import distributed
+
+with ranks(config, {timeout_s}):
+    wait_for_all()
+    if rank() == 1:
+        {end}
+    distributed.recv(torch.zeros(1), 1 if rank() == 0 else 0)
+"""
+    if launcher == "srun":
+        ended = Ranks(program, tmp_path, 3).ended()
+        assert all(code != 0 for code, _ in ended.values())
+        told = "".join(errors for _, errors in ended.values())
+    else:
+        (tmp_path / "program.py").write_text(HEAD + program)
+        told = finished(torchrun(3, tmp_path / "program.py", tmp_path, JOIN_S)).stderr
+    assert "RunError: rank 1 of 3 died or hangs" in told
+    assert told.count("RunError:") == 1
+
+
 def test_the_first_failure_is_told_and_no_other(tmp_path: Path) -> None:
     program = """
 with ranks(config):

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,6 +219,7 @@ def _verdict(store: Any, place: Place, error: Exception) -> BaseException:
             return Stopped(signal.Signals[store.get("stopped").decode()])
         store.set(f"lost/{place.rank}", "")
         if _is_of_collectives(error):
+            _hang_up(os.environ.get("MASTER_PORT", "") if place.launcher == "torchrun" else "")
             absent = _absent(store, "lost", range(place.world), _LAST_WORDS_S)
             if absent:
                 error = RunError(
@@ -228,6 +230,20 @@ def _verdict(store: Any, place: Place, error: Exception) -> BaseException:
     except RuntimeError:  # the store has gone with its host: nobody else can be asked
         return error
     return error if first else SystemExit(1)
+
+
+def _hang_up(store_port: str) -> None:
+    """Ends this process's connections, save those with the store: ranks that wait for it fail now, not when it ends.
+
+    They could not tell themselves from ranks that died: gloo has nothing to do it (`ProcessGroup.abort` is of NCCL).
+    """
+    for number in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # closed, or not connected
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                with socket.socket(fileno=os.dup(number)) as connection:
+                    ends = (connection.getpeername(), connection.getsockname())
+                    if connection.family != socket.AF_UNIX and all(str(end[1]) != store_port for end in ends):
+                        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _is_of_collectives(error: Exception) -> bool:
