@@ -197,6 +197,24 @@ with ranks(config), StopRequest() as stop:
     assert {path.name for path in tmp_path.glob("?SIG*")} == {"0SIGUSR2", "1SIGUSR2", "2SIGUSR2"}
 
 
+def test_a_signal_that_comes_while_ranks_wait_for_each_other_is_known_the_next_time(tmp_path: Path) -> None:
+    program = """
+import os, subprocess
+
+with ranks(config), StopRequest() as stop:
+    wait_for_all()
+    if rank() == 0:
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -USR2 {os.getpid()}"])
+    else:
+        time.sleep(2)
+    first, second = any_requested(stop), any_requested(stop)
+    (folder / f"{rank()}{first}{second}{stop.received.name}").touch()
+"""
+    ended = Ranks(program, tmp_path, 2).ended()
+    assert [code for code, _ in ended.values()] == [0, 0], ended
+    assert {path.name for path in tmp_path.glob("?False*")} == {"0FalseTrueSIGUSR2", "1FalseTrueSIGUSR2"}
+
+
 def test_what_killed_ranks_of_the_same_name_left_counts_for_nothing(tmp_path: Path) -> None:
     """Numbers of jobs are used again: by a new cluster, and by the processes of a machine."""
     killed = Ranks("with ranks(config):\n    wait_for_all()\n    os.kill(os.getpid(), 9)", tmp_path, 2)

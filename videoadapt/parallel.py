@@ -267,12 +267,18 @@ def wait_for_all() -> None:
 
 
 def any_requested(stop: StopRequest) -> bool:
-    """Whether any rank was asked to stop; every rank asks, and then all know of it, and by which signal."""
-    if dist.is_initialized():
-        number = torch.tensor(_STOPS.index(stop.received))
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        stop.received = _STOPS[int(number)]
-    return stop.requested
+    """Whether any rank was asked to stop; every rank asks, and then all know of it, and by which signal.
+
+    A signal that comes while the ranks tell each other is known the next time.
+    """
+    if not dist.is_initialized():
+        return stop.requested
+    number = torch.tensor(_STOPS.index(stop.received))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    told = _STOPS[int(number)]
+    if told is not None:
+        stop.received = told
+    return told is not None
 
 
 def gather(value: T) -> list[T]:
