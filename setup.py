@@ -77,8 +77,8 @@ setup(
     package_dir={"videoadapt": "videoadapt", "videoadapt.configs": "configs"},
     package_data={
         "videoadapt": ["py.typed"],
-        "videoadapt.data": ["kinetics400.txt"],
+        "videoadapt.data.index": ["kinetics400.txt"],
         "videoadapt.configs": ["*.yaml"],
     },
-    entry_points={"console_scripts": ["videoadapt = videoadapt.cli:main"]},
+    entry_points={"console_scripts": ["videoadapt = videoadapt.commands.cli:main"]},
 )

@@ -12,10 +12,10 @@ JOIN_S = 60.0  # enough on a busy machine
 HEAD = """
 import os, sys, time
 from pathlib import Path
-from videoadapt.config import make_config
-from videoadapt.parallel import any_requested, by_first_rank, first_rank_first, gather, rank, ranks, wait_for_all
-from videoadapt.parallel import world_size
-from videoadapt.stopping import StopRequest
+from videoadapt.config.load import make_config
+from videoadapt.runtime.ranks import any_requested, by_first_rank, first_rank_first, gather, rank, ranks, wait_for_all
+from videoadapt.runtime.ranks import world_size
+from videoadapt.runtime.signals import StopRequest
 
 folder = Path(sys.argv[1])
 config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": float(sys.argv[2])}})

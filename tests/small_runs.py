@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from videoadapt.config import Config, make_config
+from videoadapt.config.load import Config, make_config
 from videoadapt.data.synthetic import generate
 
 SIZES = {"train": 48, "val": 12}

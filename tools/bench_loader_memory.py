@@ -23,11 +23,11 @@ import av
 import numpy as np
 import typer
 
-from videoadapt.bench.memory import Memory, memory, peak
-from videoadapt.config import Config, make_config
-from videoadapt.data.loader import train_batches
-from videoadapt.data.manifest import Manifest, load_or_index
-from videoadapt.log import Bar, print_table
+from videoadapt.config.load import Config, make_config
+from videoadapt.data.clips.loader import train_batches
+from videoadapt.data.index.manifest import Manifest, load_or_index
+from videoadapt.performance.bench.memory import Memory, memory, peak
+from videoadapt.runtime.console import Bar, print_table
 
 FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the videos made here
 BATCH = 8  # clips

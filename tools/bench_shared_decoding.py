@@ -24,20 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from videoadapt.bench.files import SIZES, generate
-from videoadapt.bench.machine import machine, versions
-from videoadapt.bench.ranks import Turn, started
-from videoadapt.config import Config, make_config
-from videoadapt.cost import point_macs
-from videoadapt.data.datasets import Clip, Failure
-from videoadapt.data.loader import Batch, train_batches
-from videoadapt.data.manifest import load_or_index
-from videoadapt.data.sharing import ClipExchange
-from videoadapt.groups import make_plan
-from videoadapt.log import print_table
-from videoadapt.parallel import rank, wait_for_all, world_size
-from videoadapt.state import State
-from videoadapt.train import Seat, train_step
+from videoadapt.config.cost import point_macs
+from videoadapt.config.load import Config, make_config
+from videoadapt.data.clips.datasets import Clip, Failure
+from videoadapt.data.clips.loader import Batch, train_batches
+from videoadapt.data.index.manifest import load_or_index
+from videoadapt.performance.bench.files import SIZES, generate
+from videoadapt.performance.bench.machine import machine, versions
+from videoadapt.performance.bench.ranks import Turn, started
+from videoadapt.runtime.console import print_table
+from videoadapt.runtime.ranks import rank, wait_for_all, world_size
+from videoadapt.training.exchange import ClipExchange
+from videoadapt.training.groups import make_plan
+from videoadapt.training.state import State
+from videoadapt.training.train import Seat, train_step
 
 COPIES = 8  # of each file: an epoch of 48 clips
 LENGTHS = {2: (14, 7), 3: (14, 10, 7)}  # by the number of ranks

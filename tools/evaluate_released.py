@@ -24,19 +24,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from videoadapt.checkpoint import load_checkpoint, save_checkpoint
-from videoadapt.config import Config, load_config
-from videoadapt.data.manifest import load_or_index
+from videoadapt.commands.tables import print_evaluate
+from videoadapt.config.load import Config, load_config
+from videoadapt.config.points import Point
+from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError, UserError
-from videoadapt.evaluate import evaluate
-from videoadapt.log import say
-from videoadapt.model.sources import read_weights
+from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint
 from videoadapt.model.timesformer import build_model
-from videoadapt.model.weights import LOADED, NEW, load_weights
-from videoadapt.parallel import first_rank_first, rank, ranks
-from videoadapt.points import Point
-from videoadapt.report.tables import print_evaluate
-from videoadapt.scoring import weights_digest
+from videoadapt.model.weights.load import LOADED, NEW, load_weights
+from videoadapt.model.weights.sources import read_weights
+from videoadapt.routing.scores import weights_digest
+from videoadapt.runtime.console import say
+from videoadapt.runtime.ranks import first_rank_first, rank, ranks
 
 VIDEO_PROTOCOL = ["evaluate.temporal_views=1", "evaluate.spatial_crops=3"]
 

@@ -36,15 +36,15 @@ import typer
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
-from videoadapt.data.decoding import decode
-from videoadapt.data.encoding import open_encoder
-from videoadapt.data.lookup import walk
-from videoadapt.data.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, reason, upright
-from videoadapt.data.probing import look_at
-from videoadapt.data.readers import open_video
-from videoadapt.data.sampling import frame_indices
+from videoadapt.data.index.find_files import walk
+from videoadapt.data.index.probe_pool import look_at
+from videoadapt.data.video.decoding import decode
+from videoadapt.data.video.encoding import open_encoder
+from videoadapt.data.video.frame_sampling import frame_indices
+from videoadapt.data.video.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, reason, upright
+from videoadapt.data.video.readers import open_video
 from videoadapt.errors import RunError, UserError, VideoError
-from videoadapt.log import Bar, print_table, replacing, say
+from videoadapt.runtime.console import Bar, print_table, replacing, say
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -109,7 +109,7 @@ def find_videos(source: Path) -> tuple[Path, list[str]]:
         ]
         root = source
     else:
-        from videoadapt.data.manifest import Manifest  # brings torch, which the workers need not load
+        from videoadapt.data.index.manifest import Manifest  # brings torch, which the workers need not load
 
         table = Manifest.load(source).readable
         paths = [Path(row.path) for row in map(table.row, range(len(table))) if row.reader != "image"]
@@ -385,7 +385,7 @@ def main(  # noqa: PLR0913 - the options
 
     a.avi and b.mkv become a.mp4 and b.mp4: `path label` lists must name these.
     """
-    from videoadapt.runtime import worker_count  # brings torch, which the workers need not load
+    from videoadapt.runtime.machine import worker_count  # brings torch, which the workers need not load
 
     encoding = Encoding(short_side, codec, gop, crf, preset)
     try:

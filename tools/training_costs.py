@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from videoadapt.config import Config, load_config
-from videoadapt.cost import point_macs
+from videoadapt.config.cost import point_macs
+from videoadapt.config.load import Config, load_config
 from videoadapt.errors import UserError
-from videoadapt.forecast import Forecast, Network, forecast
-from videoadapt.groups import Group, GroupPlan
-from videoadapt.plan import analytic_passes, gpu_hours, work_of
+from videoadapt.performance.forecast import Forecast, Network, forecast
+from videoadapt.performance.plan import analytic_passes, gpu_hours, work_of
+from videoadapt.training.groups import Group, GroupPlan
 
 A100_MACS_PER_S = 156e12  # its peak in bf16
 UTILISATIONS = (0.4, 0.06)  # assumed where GPUs are well fed; what the days of training that SuperViT gives come to

@@ -9,50 +9,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from videoadapt.checkpoint import load_assigner as load_assigner
-    from videoadapt.checkpoint import load_model as load_model
-    from videoadapt.config import Config as Config
-    from videoadapt.config import load_config as load_config
-    from videoadapt.data.readers import open_video as open_video
+    from videoadapt.config.load import Config as Config
+    from videoadapt.config.load import load_config as load_config
+    from videoadapt.config.points import Point as Point
+    from videoadapt.data.video.readers import open_video as open_video
     from videoadapt.errors import CheckpointError as CheckpointError
     from videoadapt.errors import ConfigError as ConfigError
     from videoadapt.errors import UserError as UserError
     from videoadapt.errors import VideoError as VideoError
+    from videoadapt.evaluation.predict import Prediction as Prediction
+    from videoadapt.evaluation.predict import predict as predict
+    from videoadapt.model.checkpoint import load_assigner as load_assigner
+    from videoadapt.model.checkpoint import load_model as load_model
     from videoadapt.model.timesformer import TimeSformer as TimeSformer
     from videoadapt.model.timesformer import build_model as build_model
-    from videoadapt.model.weights import load_weights as load_weights
-    from videoadapt.points import Point as Point
-    from videoadapt.policy import Assigned as Assigned
-    from videoadapt.policy import Cascade as Cascade
-    from videoadapt.policy import Fixed as Fixed
-    from videoadapt.policy import Oracle as Oracle
-    from videoadapt.policy import Random as Random
-    from videoadapt.prediction import Prediction as Prediction
-    from videoadapt.prediction import predict as predict
+    from videoadapt.model.weights.load import load_weights as load_weights
+    from videoadapt.routing.policy import Assigned as Assigned
+    from videoadapt.routing.policy import Cascade as Cascade
+    from videoadapt.routing.policy import Fixed as Fixed
+    from videoadapt.routing.policy import Oracle as Oracle
+    from videoadapt.routing.policy import Random as Random
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Config": "config",
-    "load_config": "config",
+    "Config": "config.load",
+    "load_config": "config.load",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "UserError": "errors",
     "VideoError": "errors",
-    "Point": "points",
+    "Point": "config.points",
     "TimeSformer": "model.timesformer",
     "build_model": "model.timesformer",
-    "load_weights": "model.weights",
-    "load_model": "checkpoint",
-    "load_assigner": "checkpoint",
-    "open_video": "data.readers",
-    "Assigned": "policy",
-    "Cascade": "policy",
-    "Fixed": "policy",
-    "Oracle": "policy",
-    "Random": "policy",
-    "Prediction": "prediction",
-    "predict": "prediction",
+    "load_weights": "model.weights.load",
+    "load_model": "model.checkpoint",
+    "load_assigner": "model.checkpoint",
+    "open_video": "data.video.readers",
+    "Assigned": "routing.policy",
+    "Cascade": "routing.policy",
+    "Fixed": "routing.policy",
+    "Oracle": "routing.policy",
+    "Random": "routing.policy",
+    "Prediction": "evaluation.predict",
+    "predict": "evaluation.predict",
 }
 __all__ = sorted(_HOME)  # noqa: PLE0605 - names that `__getattr__` finds
 

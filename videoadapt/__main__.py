@@ -1,5 +1,5 @@
 """`python -m videoadapt` is the command `videoadapt`."""
 
-from videoadapt.cli import main
+from videoadapt.commands.cli import main
 
 main()

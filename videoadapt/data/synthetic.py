@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from videoadapt.errors import UserError
-from videoadapt.log import Bar, replacing, write_json
+from videoadapt.runtime.console import Bar, replacing, write_json
 
 SIDE = 64  # pixels
 FRAMES = 8

@@ -8,9 +8,9 @@ from einops import rearrange, repeat
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
+from videoadapt.config.sections import ModelConfig
 from videoadapt.model.drop import class_attention, strongest, take
 from videoadapt.model.norm import LengthNorm
-from videoadapt.sections import ModelConfig
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from videoadapt.cost import STEM_CHANNELS
+from videoadapt.config.cost import STEM_CHANNELS
+from videoadapt.config.sections import ModelConfig
 from videoadapt.model.norm import SHARED
-from videoadapt.sections import ModelConfig
 
 
 def resize_frames(frames: Tensor, side: int, *, align_corners: bool = False) -> Tensor:

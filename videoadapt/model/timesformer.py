@@ -9,13 +9,13 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from videoadapt.config import Config
+from videoadapt.config.load import Config
+from videoadapt.config.points import Point, canonical
+from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.model.block import Block
 from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
 from videoadapt.model.norm import LengthNorm
-from videoadapt.points import Point, canonical
-from videoadapt.sections import ModelConfig
 
 
 class Heads(NamedTuple):

@@ -1,0 +1,280 @@
+"""The whole chain on generated videos: label, assign, evaluate, report and predict agree with each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import small_runs as runs
+import videoadapt as va
+from videoadapt.config.cost import point_macs
+from videoadapt.config.load import Config
+from videoadapt.data.index.manifest import load_or_index
+from videoadapt.evaluation.costs import flops
+from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.model.checkpoint import assigner_checkpoints, load_model
+from videoadapt.routing.assigner import assigner_macs
+from videoadapt.routing.fit_assigner import assign
+from videoadapt.routing.label import label
+from videoadapt.training.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run; nobody may change it."""
+    folder = tmp_path_factory.mktemp("chain")
+    config = runs.config(runs.make_data(folder / "data"), folder / "run", evaluate={"spatial_crops": 3})
+    train(config)
+    label(config)
+    assign(config)
+    evaluate(config)
+    return config
+
+
+def stored(config: Config, name: str) -> dict:
+    return json.loads((config.run.dir / name).read_text())
+
+
+def test_outcomes_are_those_of_running_each_clip_at_each_point(run: Config) -> None:
+    table = pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet")
+    held_out = load_or_index(run).split("holdout")
+    assert sorted(table["video"].unique()) == sorted(held_out["video"])
+    assert len(table) == len(held_out) * 3
+    model = load_model(run.run.dir)
+    row = table.iloc[4]
+    path = dict(zip(held_out["video"], held_out["path"], strict=True))[row["video"]]
+    [prediction] = va.predict(model, [path], f"fixed:{row['point']}", top=12)
+    names = dict(zip(prediction.classes, prediction.probabilities, strict=True))
+    assert prediction.classes[0] == model.class_names[row["prediction"]]
+    assert names[model.class_names[row["truth"]]] == pytest.approx(row["p_true"], abs=1e-4)
+
+
+def test_evaluation_agrees_with_predicting_each_video_alone(run: Config) -> None:
+    """Batched, routed and scored in parts, or one video at a time: the same classes, points and costs."""
+    model, assigned = load_model(run.run.dir), va.Assigned.load(run.run.dir)
+    val = load_or_index(run).split("val")
+    clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet").set_index(["policy", "video"])
+    videos = pd.read_parquet(run.run.dir / "evaluate" / "videos.parquet").set_index(["policy", "video"])
+    for policy, name in ((assigned, "assigned"), ("fixed:6", "fixed:6")):
+        predictions = va.predict(model, val["path"].tolist(), policy)
+        for video, prediction in zip(val["video"], predictions, strict=True):
+            assert prediction.classes[0] == model.class_names[videos.loc[(name, video), "prediction"]]
+            assert prediction.points == (clips.loc[(name, video), "point"],)
+            assert prediction.macs == clips.loc[(name, video), "macs"]
+
+
+def test_summary_follows_from_the_tables(run: Config) -> None:
+    summary = stored(run, "evaluate/evaluate.json")
+    videos = pd.read_parquet(run.run.dir / "evaluate" / "videos.parquet")
+    clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet")
+    assert list(summary["policies"]) == ["fixed:8", "fixed:6", "fixed:4", "assigned", "random", "oracle"]
+    assert summary["listed"] == summary["scored"] == runs.SIZES["val"]
+    for name, row in summary["policies"].items():
+        assert row["top1"] == pytest.approx(videos.loc[videos["policy"] == name, "right"].mean())
+        assert row["macs_per_clip"] == pytest.approx(clips.loc[clips["policy"] == name, "macs"].mean())
+        assert row["top1_low"] <= row["top1"] <= row["top1_high"]
+        assert row["clips_per_s"] > 0
+        assert sum(row["mix"].values()) == pytest.approx(1)
+    assert summary["policies"]["random"]["mix"] == summary["policies"]["assigned"]["mix"]
+    assert summary["policies"]["oracle"]["top1"] >= max(r["top1"] for r in summary["policies"].values())
+    paid = summary["policies"]["assigned"]["macs_per_clip"] - summary["policies"]["random"]["macs_per_clip"]
+    assert paid == pytest.approx(assigner_macs(run.assign, 3))
+    views = pd.read_parquet(run.run.dir / "evaluate" / "views.parquet")
+    assert len(views) == runs.SIZES["val"] * 3 * 3
+
+
+def test_evaluating_again_changes_nothing_and_other_batches_give_the_same(run: Config) -> None:
+    before = {k: v["top1"] for k, v in stored(run, "evaluate/evaluate.json")["policies"].items()}
+    views = pd.read_parquet(run.run.dir / "evaluate" / "views.parquet")
+    for part in (run.run.dir / "scores").glob("evaluate-*/part-*.npz"):
+        part.unlink()
+    changed = run.model_copy(
+        update={
+            "evaluate": run.evaluate.model_copy(update={"batch": 5}),
+            "data": run.data.model_copy(update={"workers": 1}),
+        }
+    )
+    after = {k: v["top1"] for k, v in evaluate(changed)["policies"].items()}
+    assert before == after
+    again = pd.read_parquet(run.run.dir / "evaluate" / "views.parquet")
+    np.testing.assert_allclose(views["p_true"], again["p_true"], atol=1e-5)
+
+
+def test_clip_report_adds_up(run: Config) -> None:
+    report = flops(run)["clips"]
+    clips = pd.read_csv(run.run.dir / "report" / "clips.csv")
+    costs = point_macs(run.model)
+    expected = clips["point"].astype(str).map(costs) * 3 + assigner_macs(run.assign, 3)
+    assert (clips["macs"] == expected).all()
+    assert report["macs_per_clip"]["mean"] == pytest.approx(clips["macs"].mean())
+    assert report["macs_per_clip"]["p95"] == pytest.approx(np.quantile(clips["macs"], 0.95))
+    assert sum(report["mix"].values()) == pytest.approx(1)
+    assert sum(row["clips"] for row in report["classes"]) == len(clips)
+    assert (run.run.dir / "report" / "clips.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_costs_of_an_evaluation_at_other_points_are_left_out(run: Config, tmp_path: Path) -> None:
+    shutil.copytree(run.run.dir / "evaluate", tmp_path / "evaluate")
+    changes = {
+        "run": run.run.model_copy(update={"dir": tmp_path}),
+        "model": run.model.model_copy(update={"points": ("8",)}),
+    }
+    assert flops(run.model_copy(update=changes)).keys().isdisjoint({"clips", "policies"})
+
+
+def test_labelling_goes_on_where_it_stopped(run: Config, tmp_path: Path) -> None:
+    before = pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet")
+    parts = sorted((run.run.dir / "scores").glob("label-*/part-*.npz"))
+    kept = {part: part.stat().st_mtime_ns for part in parts[1:]}
+    parts[0].unlink()
+    label(run)
+    assert {part: part.stat().st_mtime_ns for part in parts[1:]} == kept
+    pd.testing.assert_frame_equal(pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet"), before)
+
+
+def test_a_clip_that_the_assigner_could_not_read_is_tried_again(run: Config, tmp_path: Path) -> None:
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(run.data.root or Path(), data)
+    config = runs.config(data, folder, evaluate={"spatial_crops": 3})
+    train(config)
+    clips = label(config)["clips"]
+    held_out = Path(load_or_index(config).split("holdout")["path"][1])
+    held_out.rename(tmp_path / "away")
+    first = assign(config)
+    (tmp_path / "away").rename(held_out)
+    second = assign(config)
+    assert first["clips_fitted"] + first["clips_selecting"] == clips - 1
+    assert second["clips_fitted"] + second["clips_selecting"] == clips
+
+
+@pytest.mark.parametrize("loss", ["ce", "expected_cost"])
+def test_assigner_goes_on_where_it_stopped(run: Config, tmp_path: Path, loss: str) -> None:
+    """Fitting 4 epochs, or the same 4 with everything after the second lost in between."""
+    import shutil
+
+    final = []
+    for name, lose in (("whole", False), ("resumed", True)):
+        folder = tmp_path / name
+        shutil.copytree(run.run.dir, folder)
+        shutil.rmtree(folder / "assigner")
+        config = run.model_copy(
+            update={
+                "run": run.run.model_copy(update={"dir": folder}),
+                "assign": run.assign.model_copy(update={"loss": loss, "epochs": 4}),
+            }
+        )
+        assign(config)
+        if lose:
+            steps = sorted((folder / "assigner").glob("step-*"))
+            for path in steps[1:]:
+                path.unlink()  # the file that `last` names, too
+            (folder / "assigner" / "last").unlink()
+            assign(config)
+        final.append(assigner_checkpoints(folder).latest())
+    whole, resumed = final
+    assert whole is not None and resumed is not None  # noqa: PT018
+    assert whole.meta == resumed.meta
+    assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
+
+
+def test_a_new_label_table_gets_a_new_assigner_and_the_old_one_is_kept(run: Config, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(run.run.dir, folder)
+    config = run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})})
+    path = folder / "labels" / "outcomes.parquet"
+    table = pd.read_parquet(path)
+    table.loc[table["point"] == "4", "prediction"] = table["truth"]
+    table.to_parquet(path)
+    assign(config)
+    assert len(list(folder.glob("assigner-*/step-*"))) == 2
+    assert assigner_checkpoints(folder).latest() is not None
+
+
+@pytest.mark.parametrize("source", ["train", "teacher"])
+def test_other_label_sources(run: Config, tmp_path: Path, source: str) -> None:
+    config = run.model_copy(update={"label": run.label.model_copy(update={"source": source, "none_right": "exclude"})})
+    summary = label(config)
+    manifest = load_or_index(run)
+    clips = len(manifest.split("train")) + (len(manifest.split("holdout")) if source == "teacher" else 0)
+    assert summary["clips"] == clips
+    if source == "teacher":
+        assert summary["points"]["8"]["right"] == 1.0
+        assert summary["left_out"] == 0
+    label(run)  # as it was
+
+
+def test_videos_of_the_same_name_in_both_splits_keep_to_their_split(tmp_path: Path) -> None:
+    """Folders per class often hold train/a/1.png and val/a/1.png; the assigner must not be fitted on the latter."""
+    from PIL import Image
+
+    for split, shade in (("train", 200), ("val", 10)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (36, 36), (shade,) * 3).save(tmp_path / split / name / f"{i}.png")
+    config = image_config(tmp_path)
+    train(config)
+    label(config)
+    assign(config)
+    [thumbnails] = (tmp_path / "run" / "assigner").glob("thumbnails-*.npy")
+    assert (np.load(thumbnails) == 200).all()
+
+
+def image_config(folder: Path) -> Config:
+    """A tiny image model on `folder/train` and `folder/val`."""
+    nested = runs.values(folder, folder / "run")
+    nested["data"] |= {"root": None, "classes": None, "holdout": 0.0, "short_side": None}
+    nested["data"] |= {s: {"annotations": str(folder / s)} for s in ("train", "val")}
+    nested["model"] |= {"num_frames": 1, "stride_frames": 1, "temporal": False, "size": 32, "num_classes": 2}
+    nested["model"] |= {"points": ["4", "2"], "time_init_std": 0.0}
+    nested["label"] = {"source": "train"}
+    nested["assign"] |= {"frames": 1}
+    nested["train"] |= {"batch": 4, "epochs": 1}
+    return va.Config.model_validate(nested)
+
+
+def test_a_broken_video_counts_as_wrong_or_is_left_out_and_both_are_said(tmp_path: Path) -> None:
+    data = runs.make_data(tmp_path / "data")
+    config = runs.config(data, tmp_path / "run", train={"epochs": 1})
+    first, second = (data / line.split()[0] for line in (data / "val.csv").read_text().splitlines()[:2])
+    first.write_bytes(b"not a video")
+    second.unlink()
+    train(config)
+    summary = evaluate(config)
+    assert (summary["listed"], summary["scored"]) == (12, 10)
+    assert {row["path"] for row in summary["failed"]} == {str(first), str(second)}
+    row = summary["policies"]["fixed:8"]
+    assert row["top1"] == pytest.approx(row["top1_readable"] * 10 / 12)
+    left_out = evaluate(
+        config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"failed": "exclude"})})
+    )
+    assert left_out["policies"]["fixed:8"]["top1"] == pytest.approx(row["top1_readable"])
+    assert summary["assigner_macs"] is None
+    assert "assigned" not in summary["policies"]
+
+
+def test_one_frame_clips_train_and_evaluate(tmp_path: Path) -> None:
+    """Images: a folder per class, one frame, no temporal attention."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
+    config = image_config(tmp_path)
+    train(config)
+    label(config)
+    assign(config)
+    assert evaluate(config)["scored"] == 4

@@ -1,0 +1,183 @@
+"""The command line: what people type, what they see, and one line for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import small_runs as runs
+from videoadapt.config.load import Config, dump_config
+from videoadapt.training.state import State
+from videoadapt.training.train import train
+
+training = importlib.import_module("videoadapt.training.train")  # the module, where the package shows a function
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A trained run with its config in a file; nobody may change it."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = runs.config(runs.make_data(folder / "data"), folder / "run", train={"epochs": 1})
+    train(config)
+    (folder / "config.yaml").write_text(dump_config(config))
+    return config
+
+
+def file_of(config: Config) -> Path:
+    return config.run.dir.parent / "config.yaml"
+
+
+def refused(*words: object) -> str:
+    """Runs a command that must end with exit code 2 and one line; returns it."""
+    done = runs.command(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def test_help_fits_a_screen() -> None:
+    done = runs.command("--help", env=None)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) <= 24
+    for verb in "demo index train label assign evaluate launch flops plan predict bench".split():
+        assert f" {verb} " in done.stdout
+
+
+def test_json_alone_on_stdout(run: Config) -> None:
+    done = runs.command("flops", CONFIGS / "timesformer_b_k400.yaml", "--json", f"run.dir={run.run.dir.parent / 'f'}")
+    summary = json.loads(done.stdout)
+    assert [point["point"] for point in summary["points"]] == ["14", "10", "7"]
+    assert summary["views_per_video"] == 3
+
+
+def test_tables_for_people(run: Config) -> None:
+    done = runs.command("evaluate", file_of(run))
+    assert done.returncode == 0, done.stderr
+    assert "fixed:8" in done.stdout and "oracle" in done.stdout  # noqa: PT018
+    assert "no assigner yet" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("juggle",), ("flops", CONFIGS / "demo.yaml", "--bad"), ()])
+def test_usage_errors(words: tuple[object, ...]) -> None:
+    done = runs.command(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Usage" in done.stderr + done.stdout
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    assert "nowhere.yaml" in refused("train", tmp_path / "nowhere.yaml")
+
+
+def test_unknown_key_names_the_nearest(run: Config) -> None:
+    assert "unknown key train.epoch; did you mean train.epochs?" in refused("train", file_of(run), "train.epoch=3")
+
+
+def test_contradictions_are_refused_before_any_work(run: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "fresh"
+    line = ("train", file_of(run), f"run.dir={folder}")
+    assert "length 16 with 8-pixel patches needs 128 pixels" in refused(*line, "model.points=[16,8]")
+    assert "model.drop_blocks" in refused(*line, "model.points=[8,8@0.5]")
+    assert "train.batch" in refused(*line, "train.accumulate=3")
+    assert not folder.exists()
+
+
+def test_label_out_of_range(run: Config, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.csv"
+    text = (run.data.root / "train.csv").read_text()  # type: ignore[operator]
+    bad.write_text(text + "train/00000x.mp4 12\n")
+    message = refused("index", file_of(run), f"run.dir={tmp_path / 'r'}", f"data.train.annotations={bad}")
+    assert "12" in message and "0 to 11" in message and "bad.csv" in message  # noqa: PT018
+
+
+def test_split_without_a_readable_video(run: Config, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.csv"
+    empty.write_text("a.mp4 0\nb.mp4 1\n")
+    message = refused("evaluate", file_of(run), f"run.dir={tmp_path / 'r'}", f"data.val.annotations={empty}")
+    assert "val" in message and "2" in message  # noqa: PT018
+
+
+def test_checkpoint_of_another_architecture(run: Config) -> None:
+    assert "model.depth is 2 there, 3 here" in refused("evaluate", file_of(run), "model.depth=3")
+
+
+def test_named_checkpoint_that_is_torn_foreign_or_missing(run: Config, tmp_path: Path) -> None:
+    good = max((run.run.dir / "checkpoints").glob("step-*"))
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(good.read_bytes()[:-100])
+    assert "torn" in refused("evaluate", file_of(run), f"run.checkpoint={torn}")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(2)}, foreign)
+    assert "not a checkpoint" in refused("label", file_of(run), f"run.checkpoint={foreign}")
+    assert "no such" in refused("predict", file_of(run), "a.mp4", f"run.checkpoint={tmp_path / 'no.safetensors'}")
+
+
+def test_stages_out_of_order_say_what_to_run(run: Config, tmp_path: Path) -> None:
+    fresh = f"run.dir={tmp_path / 'fresh'}"
+    assert "`videoadapt train`" in refused("label", file_of(run), fresh)
+    assert "`videoadapt label`" in refused("assign", file_of(run), fresh)
+
+
+def test_predict_any_length_and_an_unreadable_file(run: Config, tmp_path: Path) -> None:
+    good = next(run.data.root.glob("val/*.mp4"))  # type: ignore[union-attr]
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes(good.read_bytes()[:300])
+    done = runs.command("predict", file_of(run), good, "evaluate.temporal_views=3", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    [prediction] = result["predictions"]
+    assert prediction["points"] == ["8"] * 3
+    assert sum(prediction["probabilities"]) <= 1.0001
+    assert "then" in prediction["classes"][0]
+    done = runs.command("predict", file_of(run), torn, good)
+    assert done.returncode == 2
+    assert str(torn) in done.stderr.splitlines()[-1]
+    assert good.name in done.stdout  # the other one is not lost
+    assert "policy 'fixed:9'" in refused("predict", file_of(run), good, "--policy", "fixed:9")
+    assert "assign" in refused("predict", file_of(run), good, "--policy", "assigned")
+
+
+def test_disk_full_while_saving_leaves_the_earlier_checkpoint(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stopped after its checkpoint of step 2 goes on under a file size limit that the next one exceeds."""
+    assert run.data.root is not None
+    config = runs.config(run.data.root, tmp_path / "run", train={"epochs": 1, "save_steps": 2})
+    step = training.train_step
+
+    def stop_in_step_4(state: State, *rest: Any) -> dict[str, float]:
+        if state.step == 3:
+            raise InterruptedError
+        return step(state, *rest)
+
+    monkeypatch.setattr(training, "train_step", stop_in_step_4)
+    with pytest.raises(InterruptedError):
+        train(config)
+    [earlier] = (config.run.dir / "checkpoints").glob("step-*")
+    content, size = earlier.read_bytes(), earlier.stat().st_size
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    done = runs.command("train", tmp_path / "config.yaml", preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert "cannot save this checkpoint" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (config.run.dir / "checkpoints").iterdir() if p.name != "last"] == [earlier.name]
+    assert earlier.read_bytes() == content
+    done = runs.command("train", tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "at step 2" in done.stderr

@@ -1,0 +1,205 @@
+"""What is submitted for which stage, the sbatch files that say the same, and the chain on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import small_runs as runs
+from videoadapt.commands import launch as module
+from videoadapt.commands.launch import STAGES, Job, StageCall, jobs_of, launch, sbatch_line, sbatch_options
+from videoadapt.config.load import Config, make_config
+from videoadapt.errors import ConfigError, RunError
+
+FILES = Path(__file__).parents[2] / "slurm"
+
+
+def config_of(stage: str = "all", shards: int = 1, **slurm: object) -> Config:
+    return make_config({"launch": {"stage": stage, "shards": shards}, "slurm": slurm})
+
+
+def options_of(script: str) -> dict[str, str]:
+    """The `#SBATCH` lines of a script."""
+    pairs = (line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line[:7] == "#SBATCH")
+    return {option: value for option, _, value in pairs}
+
+
+def test_the_chain_is_the_four_stages() -> None:
+    config = config_of(nodes=2, tasks_per_node=8)
+    assert jobs_of(config) == [
+        Job("train", 2, 8),
+        Job("label", 2, 8),
+        Job("assign", 1, 1),
+        Job("evaluate", 2, 8),
+    ]
+    assert [job.ranks for job in jobs_of(config)] == [16, 16, 1, 16]
+    assert jobs_of(config_of("evaluate")) == [Job("evaluate", 1, 1)]
+
+
+def test_shards_are_an_array_and_a_job_that_puts_them_together() -> None:
+    jobs = jobs_of(config_of(shards=4, nodes=2, tasks_per_node=8))
+    assert [(job.stage, job.ranks, job.shards) for job in jobs] == [
+        ("train", 16, 1), ("label", 1, 4), ("label", 1, 1), ("assign", 1, 1), ("evaluate", 1, 4), ("evaluate", 1, 1)
+    ]  # fmt: skip
+    calls = [StageCall(jobs[1], config_of(shards=4), shard) for shard in range(4)]
+    assert [call.values["parallel"]["shard"] for call in calls] == ["0/4", "1/4", "2/4", "3/4"]
+    parallel = StageCall(jobs[0], config_of()).values["parallel"]
+    assert (parallel["ranks"], parallel["shard"]) == (16, None)
+
+
+def test_all_that_a_cluster_may_want_is_asked_for() -> None:
+    wanted: dict[str, Any] = {
+        "partition": "gpu",
+        "account": "vision",
+        "qos": "high",
+        "constraint": "a100|h100",
+        "exclude": "node[3-4]",
+        "comment": "deadline of the 14th",
+        "mem_gb": 200,
+        "gpus_per_task": 0,
+        "signal_s": 300,
+    }
+    options = sbatch_options(Job("label", 1, 1, 4), config_of(shards=4, **wanted))
+    assert {name: options[name] for name in list(wanted)[:6]} == {name: wanted[name] for name in list(wanted)[:6]}
+    assert (options["mem"], options["signal"], options["array"]) == ("200G", "USR2@300", "0-3")
+    assert "gpus-per-task" not in options
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_files_ask_for_what_launch_asks_for(stage: str) -> None:
+    (job,) = jobs_of(config_of(stage))
+    script = (FILES / f"{stage}.sbatch").read_text()
+    assert options_of(script) == sbatch_options(job, config_of(stage))
+    command = shlex.split(script.partition("\nsrun ")[2].replace("\\\n", ""))
+    assert command[:5] == [
+        "--unbuffered", "--kill-on-bad-exit=1", "--cpus-per-task=$SLURM_CPUS_PER_TASK", "videoadapt", stage
+    ]  # fmt: skip
+    assert "parallel.ranks=$SLURM_NTASKS" in command
+    assert ("$shard" in command) == (stage in {"label", "evaluate"})
+
+
+def test_the_chain_file_runs_the_stages_in_launch_s_order() -> None:
+    script = (FILES / "chain.sbatch").read_text()
+    loop = re.search(r"for stage in (.*); do", script)
+    assert loop
+    assert loop[1].split() == [job.stage for job in jobs_of(config_of())]
+
+
+def test_every_file_is_known_here() -> None:
+    assert {path.stem for path in FILES.iterdir()} == {*STAGES, "chain"}
+
+
+def test_the_sbatch_line_is_one_that_a_shell_reads() -> None:
+    config = config_of("train", comment="two words", exclude="node[1,2]")
+    line = sbatch_line(jobs_of(config)[0], config, ["my config.yaml", "train.lr=0.1"], "17")
+    words = shlex.split(line)
+    assert words[0] == "sbatch"
+    assert words[-3:] == ["slurm/train.sbatch", "my config.yaml", "train.lr=0.1"]
+    assert {"--comment=two words", "--exclude=node[1,2]", "--dependency=afterok:17", "--requeue"} < set(words)
+
+
+def test_the_sbatch_line_takes_back_the_gpu_of_the_file() -> None:
+    for gpus in (0, 1):
+        config = config_of("train", gpus_per_task=gpus)
+        options = shlex.split(sbatch_line(jobs_of(config)[0], config, [], None))
+        assert [option for option in options if "gpu" in option] == [f"--gpus-per-task={gpus}"]
+
+
+@pytest.mark.parametrize("stop", [RunError("assign cannot be submitted: no"), KeyboardInterrupt()])
+def test_a_chain_that_is_refused_half_way_is_cancelled_and_named(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submitted(job: Job, *_: object) -> list[Any]:
+        if job.stage == "assign":
+            raise stop
+        return [SimpleNamespace(job_id=str(STAGES.index(job.stage) + 71), paths=SimpleNamespace(stdout=tmp_path))]
+
+    cancelled: list[str] = []
+    monkeypatch.setattr(module, "submit", submitted)
+    monkeypatch.setattr(module, "cancel", cancelled.extend)
+    with pytest.raises(type(stop)) as told:
+        launch(config_of(), [])
+    assert told.value is stop
+    assert cancelled == ["71", "72"]
+    assert "cancelled, as the chain cannot be completed: train 71, label 72" in capsys.readouterr().err
+
+
+def test_jobs_that_cannot_be_cancelled_are_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submitted(job: Job, *_: object) -> list[Any]:
+        if job.stage == "label":
+            raise RunError("label cannot be submitted: no")
+        return [SimpleNamespace(job_id="71", paths=SimpleNamespace(stdout=tmp_path))]
+
+    def refused(jobs: list[str]) -> None:
+        raise RunError(f"they cannot be cancelled (no); run scancel {jobs[0]}")
+
+    monkeypatch.setattr(module, "submit", submitted)
+    monkeypatch.setattr(module, "cancel", refused)
+    with pytest.raises(RunError, match="label cannot be submitted"):
+        launch(config_of(), [])
+    assert "already submitted: train 71; they cannot be cancelled (no); run scancel 71" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("called", ["in another folder", "in a job of the user's", "as a job"])
+def test_the_chain_file_finds_the_others_and_stays_in_its_folder(called: str, tmp_path: Path) -> None:
+    sbatch, elsewhere, spool = tmp_path / "bin" / "sbatch", tmp_path / "elsewhere", tmp_path / "spool"
+    for folder in (sbatch.parent, elsewhere, spool):
+        folder.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$PWD" "$@" >> {tmp_path}/asked\necho 7\n')
+    sbatch.chmod(0o755)
+    script = FILES / "chain.sbatch"
+    environment = {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    if called == "in a job of the user's":
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    elif called == "as a job":
+        script = Path(shutil.copy(script, spool / "slurm_script"))
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(FILES.parent)}
+    line = ["bash", str(script), "mine.yaml", "train.lr=0.1"]
+    subprocess.run(line, cwd=elsewhere, env=environment, check=True, capture_output=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[0] == f"{elsewhere} --parsable {FILES}/train.sbatch mine.yaml train.lr=0.1"
+    chained = f"{elsewhere} --parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {FILES}"
+    assert asked[1:] == [f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:]]
+
+
+def test_a_local_launch_has_one_node(tmp_path: Path) -> None:
+    nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local"}, "slurm": {"nodes": 2}}
+    with pytest.raises(ConfigError, match=r"slurm\.nodes: launch\.cluster=local has one node, this machine, not 2"):
+        launch(make_config(nested), [])
+
+
+@pytest.mark.slow
+def test_the_chain_on_this_machine(tmp_path: Path) -> None:
+    data = runs.make_data(tmp_path / "data")
+    config = runs.config(
+        data,
+        tmp_path / "run",
+        launch={"cluster": "local", "shards": 2},
+        slurm={"tasks_per_node": 2, "gpus_per_task": 0},
+    )
+    told = launch(config, [])
+    assert [(job["stage"], job["ranks"]) for job in told["jobs"]] == [
+        ("train", 2), ("label", 2), ("assign", 1), ("evaluate", 2)
+    ]  # fmt: skip
+    assert all(Path(job["log"]).exists() for job in told["jobs"])
+    assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12
+
+
+def test_a_stage_that_fails_here_names_its_log(tmp_path: Path) -> None:
+    nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local", "stage": "assign"}}
+    with pytest.raises(RunError, match=r"assign failed; see (.*_log\.err)") as told:
+        launch(make_config(nested), [])
+    log = re.search(r"see (.*_log\.err)", str(told.value))
+    assert log
+    assert "run `videoadapt label` with this config first" in Path(log[1]).read_text()

@@ -1,0 +1,438 @@
+"""Points and configs: what is read, what is refused and by which name, and the costs of the published models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videoadapt.config.load import Config, dump_config, known_keys, load_config, make_config
+from videoadapt.config.points import Point
+from videoadapt.errors import ConfigError, UserError
+from videoadapt.evaluation.costs import flops
+from videoadapt.model.timesformer import TimeSformer
+
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+B_K400 = FOLDER / "timesformer_b_k400.yaml"
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIGHTS", "/data/fights")
+    monkeypatch.setenv("VIT_S", "/weights/vit_s.safetensors")
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as error:
+        make_config(values)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Points.
+
+
+@given(st.integers(1, 99), st.integers(1, 1000))
+def test_a_point_reads_back_what_it_prints(length: int, thousandths: int) -> None:
+    point = Point(length, thousandths / 1000)
+    assert Point.parse(str(point)) == point
+
+
+@pytest.mark.parametrize(
+    ("given_as", "point"),
+    [(14, Point(14)), ("14", Point(14)), (" 7@0.5 ", Point(7, 0.5)), ("7@.5", Point(7, 0.5)), ("7@1.0", Point(7))],
+)
+def test_points_are_read_from_numbers_and_text(given_as: str | int, point: Point) -> None:
+    assert Point.parse(given_as) == point
+    assert Point.parse(point) is point
+
+
+@pytest.mark.parametrize("text", ["", "0", "-7", "014", "14@", "14@0", "14@1.1", "14@-1", "14.0", "big", "14@x", True])
+def test_what_is_no_point_is_refused_with_an_example(text: Any) -> None:
+    with pytest.raises(ConfigError, match=r"expected LENGTH or LENGTH@KEEP.*14@0\.7"):
+        Point.parse(text)
+
+
+def test_points_sort_by_length_then_by_keep() -> None:
+    written = ["7", "14@0.5", "10", "14", "14@0.7"]
+    assert [str(p) for p in sorted(map(Point.parse, written))] == ["7", "10", "14@0.5", "14@0.7", "14"]
+
+
+@given(st.permutations(["14", "10", "7"]))
+def test_the_points_of_a_model_are_ordered_costliest_first(points: list[str]) -> None:
+    model = make_config({"model": {"points": points}}).model
+    assert model.points == ("14", "10", "7")
+    assert model.lengths == (14, 10, 7)
+
+
+def test_a_single_point_needs_no_list() -> None:
+    assert make_config({"model": {"points": 14}}).model.points == ("14",)
+    assert make_config({"model": {"points": "7"}}).model.points == ("7",)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("values", "unknown", "meant"),
+    [
+        ({"model": {"depht": 3}}, "model.depht", "model.depth"),
+        ({"tran": {"epochs": 3}}, "tran", "train"),
+        ({"train": {"learning_rate": 1}}, "train.learning_rate", "train."),
+        ({"data": {"train": {"annotation": "a"}}}, "data.train.annotation", "data.train.annotations"),
+        ({"epochs": 3}, "epochs", "train.epochs"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(values: dict[str, Any], unknown: str, meant: str) -> None:
+    assert f"unknown key {unknown}; did you mean {meant}" in refusal(values)
+
+
+def test_known_keys_can_be_set_and_are_all_there() -> None:
+    def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
+        found = set()
+        for key, value in values.items():
+            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+        return found
+
+    assert set(known_keys()) == leaves(Config().model_dump())
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("model.heads", {"model": {"width": 100, "heads": 12}}),
+    ("model.temporal", {"model": {"temporal": False, "num_frames": 8}}),
+    ("model.embed", {"model": {"embed": "stem", "patch": 15, "size": 224}}),
+    ("model.points", {"model": {"points": ["4", "4@0.95"]}}),
+    ("model.drop_blocks", {"model": {"points": ["14", "14@0.7"], "depth": 9}}),
+    ("model.points", {"model": {"points": ["15"]}}),
+    ("model.points", {"model": {"points": ["14", 14]}}),
+    ("model.points", {"model": {"points": ["14", "14@1.0"]}}),
+    ("model.points", {"model": {"points": []}}),
+    ("model.points", {"model": {"points": 3.5}}),
+    ("model.points", {"model": {"points": {"length": 14}}}),
+    ("model.points", {"model": {"points": ["fourteen"]}}),
+    ("model.points", {"model": {"points": None}}),
+    ("loss.dropped", {"model": {"points": ["14@0.7", "10"]}}),
+    ("train.draw", {"model": {"points": ["14@0.7", "10"]}, "loss": {"dropped": "ce"}, "train": {"draw": "sampled"}}),
+    ("train.batch", {"train": {"batch": 64, "accumulate": 5}}),
+    ("data.short_side", {"data": {"short_side": [200, 320]}}),
+    ("data.short_side", {"data": {"short_side": [320, 256]}}),
+    ("label.source", {"label": {"source": "holdout"}}),
+    ("assign.frames", {"assign": {"frames": 4}, "model": {"num_frames": 2}}),
+    ("loss.tau", {"loss": {"hard": True, "tau": 2.0}}),
+]
+
+
+@pytest.mark.parametrize(("field", "values"), CONTRADICTIONS)
+def test_contradictions_are_refused_by_the_name_of_the_field(field: str, values: dict[str, Any]) -> None:
+    assert refusal(values).startswith(field)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": {"points": ["14"], "size": 224}},
+        {"model": {"temporal": False, "num_frames": 1}, "assign": {"frames": 1}},
+        {"data": {"short_side": [224, 224]}},
+        {"data": {"holdout": 0.2}, "label": {"source": "holdout"}},
+        {"loss": {"hard": True, "lam": 0.5}},
+        {"model": {"embed": "stem", "patch": 16}},
+    ],
+)
+def test_what_only_borders_on_a_contradiction_is_taken(values: dict[str, Any]) -> None:
+    make_config(values)
+
+
+VALUES: list[tuple[str, Any]] = [
+    ("run.device", "tpu"),
+    ("run.precision", "fp8"),
+    ("run.seed", "x"),
+    ("data.holdout", 1.0),
+    ("data.flip", 1.1),
+    ("data.workers", -1),
+    ("data.timeout_s", 0),
+    ("data.short_side", [256]),
+    ("model.width", 0),
+    ("model.depth", 2.5),
+    ("model.std", [0.2, 0.2]),
+    ("model.drop_path", -0.1),
+    ("model.layer_scale", float("nan")),
+    ("loss.lam", 1.5),
+    ("loss.tau", 0),
+    ("train.lr", float("inf")),
+    ("train.lr", "fast"),
+    ("train.lr", -1),
+    ("train.ema", 1.0),
+    ("train.keep_checkpoints", 1),
+    ("train.milestones", [0]),
+    ("label.none_right", "random"),
+    ("assign.stages", 8),
+    ("assign.select", 0.0),
+    ("assign.mu", float("inf")),
+    ("evaluate.spatial_crops", 0),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), VALUES)
+def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: Any) -> None:
+    section, key = field.split(".")
+    message = refusal({section: {key: value}})
+    assert message.startswith(field)
+    assert "got " in message
+
+
+@pytest.mark.parametrize(
+    "text", ["{8:1,6:1,4:1}", "{14:4, 10: 2, 7: 1}", "{10+7:1, 14: 1}", "atuo", "{14: 0, 10: 1, 7: 1}", "3", "[14]"]
+)
+def test_groups_of_another_form_are_refused_in_one_sentence_with_an_example(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path / "a.yaml", ""), [f"parallel.groups={text}"])
+    assert str(error.value).startswith("parallel.groups: expected auto, or how many ranks each length has")
+    assert "such as {14: 4, 10+7: 1}, with a space after each colon, got " in str(error.value)
+    assert str(error.value).count("parallel.groups") == 1
+
+
+def test_groups_are_taken_with_spaces_and_numbers_from_variables() -> None:
+    groups = make_config({"parallel": {"groups": {14: 2, "10 + 7": "1"}}}).parallel.groups
+    assert groups == {"14": 2, "10+7": 1}
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    message = refusal({"model": {"depth": 0}, "train": {"lr": -1, "epoch": 3}})
+    assert all(part in message for part in ("model.depth", "train.lr", "train.epoch;"))
+
+
+@pytest.mark.parametrize("values", [{"model": None}, {"model": [1]}, {"train": 3}])
+def test_a_section_that_is_none_is_refused_by_name(values: dict[str, Any]) -> None:
+    assert refusal(values).startswith(next(iter(values)))
+
+
+def test_a_config_does_not_change() -> None:
+    config = make_config({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3  # type: ignore[misc]
+
+
+# Files, overrides, inheritance, variables.
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "train: {epochs: 5, lr: 0.1}\n")
+    lines = ["train.epochs=7", "model.points=[14, 7]", "run.dir=runs/x=y", "model.fps=null", "train.min_lr=1e-4"]
+    config = load_config(path, [*lines, "data.val.annotations=v.csv", "train.epochs=8"])
+    assert (config.train.epochs, config.train.lr, config.train.min_lr) == (8, 0.1, 1e-4)
+    assert config.model.points == ("14", "7")
+    assert config.model.fps is None
+    assert (config.run.dir, config.data.val.annotations) == (Path("runs/x=y"), Path("v.csv"))
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "epochs=3", "=3", "train.=3", "", "train"])
+def test_an_override_of_another_form_is_refused_with_an_example(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path / "a.yaml", "")
+    with pytest.raises(ConfigError, match=r"section\.key=value, such as train\.epochs=5"):
+        load_config(path, [override])
+
+
+def test_an_override_of_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.epoch; did you mean train\.epochs\?.*a\.yaml"):
+        load_config(write(tmp_path / "a.yaml", ""), ["train.epoch=3"])
+
+
+def test_overrides_do_not_reach_other_keys_of_their_section(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "data: {train: {annotations: a}, val: {annotations: b}, flip: 0.0}\n")
+    config = load_config(path, ["data.train.annotations=c"])
+    assert (config.data.train.annotations, config.data.val.annotations) == (Path("c"), Path("b"))
+    assert config.data.flip == 0.0
+
+
+def test_a_config_starts_from_its_base_and_the_base_from_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "c.yaml", "train: {epochs: 1, lr: 0.1, batch: 8}\nmodel: {depth: 3}\n")
+    write(tmp_path / "deep" / "b.yaml", "base: c.yaml\ntrain: {epochs: 2, lr: 0.2}\n")
+    path = write(tmp_path / "a.yaml", "base: deep/b.yaml\ntrain: {epochs: 3}\n")
+    config = load_config(path)
+    assert (config.train.epochs, config.train.lr, config.train.batch, config.model.depth) == (3, 0.2, 8, 3)
+
+
+def test_lists_of_the_base_are_replaced_not_joined(tmp_path: Path) -> None:
+    write(tmp_path / "b.yaml", "model: {points: [14, 10, 7]}\n")
+    assert load_config(write(tmp_path / "a.yaml", "base: b.yaml\nmodel: {points: [14]}\n")).model.points == ("14",)
+
+
+def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "b.yaml", "base: a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(write(tmp_path / "a.yaml", "base: b.yaml\n"))
+
+
+@pytest.mark.parametrize("base", ["3", "[b.yaml]", "{a: b}"])
+def test_a_base_that_is_no_name_is_refused(tmp_path: Path, base: str) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml: base: expected the name"):
+        load_config(write(tmp_path / "a.yaml", f"base: {base}\n"))
+
+
+def test_a_missing_file_or_base_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone.yaml", write(tmp_path / "a.yaml", "base: gone.yaml\n"), tmp_path):
+        with pytest.raises(ConfigError, match=r"cannot read this config: (No such file|Is a directory)") as error:
+            load_config(path)
+        assert "gone.yaml" in str(error.value) or path == tmp_path
+
+
+@pytest.mark.parametrize("text", ["model: {depth: 3", "a:\n\t- b", "model: !!python/object:os.system {}", "a: b: c"])
+def test_invalid_yaml_is_told_in_one_line_with_its_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml: not valid YAML") as error:
+        load_config(write(tmp_path / "a.yaml", text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(path)
+
+
+def test_a_file_without_sections_is_refused_and_an_empty_one_is_all_defaults(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected sections such as"):
+        load_config(write(tmp_path / "list.yaml", "- a\n- b\n"))
+    assert load_config(write(tmp_path / "empty.yaml", "# nothing\n")) == Config()
+
+
+def test_variables_stand_for_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VA_ROOT", "/videos")
+    monkeypatch.delenv("VA_NONE", raising=False)
+    text = (
+        "data: {root: '${VA_ROOT}/k400', classes: '${VA_NONE:-c.txt}'}\nrun: {dir: '${VA_ROOT:-x}/${VA_NONE:-}run'}\n"
+    )
+    config = load_config(write(tmp_path / "a.yaml", text))
+    assert (config.data.root, config.data.classes) == (Path("/videos/k400"), Path("c.txt"))
+    assert config.run.dir == Path("/videos/run")
+
+
+def test_a_variable_that_is_not_set_names_the_field_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VA_NONE", raising=False)
+    path = write(tmp_path / "a.yaml", "data: {val: {annotations: '${VA_NONE}/val.csv'}}\n")
+    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .*VA_NONE is not set.*data\.val\.annotations="):
+        load_config(path)
+    assert load_config(path, ["data.val.annotations=v.csv"]).data.val.annotations == Path("v.csv")
+
+
+def test_variables_in_overrides_are_replaced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VA_EPOCHS", "9")
+    assert load_config(write(tmp_path / "a.yaml", ""), ["train.epochs=${VA_EPOCHS}"]).train.epochs == 9
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_says_what_it_expects_survives_a_round_trip_and_makes_a_model(
+    path: Path, tmp_path: Path
+) -> None:
+    head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any("videoadapt" in line for line in head)
+    assert any("esult" in line for line in head)
+    config = load_config(path)
+    assert load_config(write(tmp_path / "dumped.yaml", dump_config(config))) == config
+    with torch.device("meta"):
+        assert TimeSformer(config.model).points
+
+
+@given(
+    lr=st.floats(1e-9, 10),
+    seed=st.integers(),
+    milestones=st.lists(st.floats(0.1, 100), max_size=3),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0$"), min_size=1, max_size=12),
+)
+def test_a_dumped_config_loads_to_an_equal_one(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, milestones: list[float], name: str
+) -> None:
+    values = {"train": {"lr": lr, "milestones": milestones, "init": name}}
+    config = make_config(values | {"run": {"seed": seed}})
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert yaml.safe_load(dump_config(config))["train"]["init"] == name
+
+
+# The published costs: facts/costs.md, multiply-adds per view in GMACs, per video of three views in T.
+
+PUBLISHED = {
+    "timesformer_b_k400": {"14": (195.8, 0.587), "10": (98.6, 0.296), "7": (48.1, 0.144)},
+    "timesformer_hr_k400": {"28": (1702.7, 5.108), "20": (823.7, 2.471), "14": (392.1, 1.176)},
+    "timesformer_l_k400": {"14": (2379.9, 7.140)},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flops_agree_with_the_published_costs(name: str, tmp_path: Path) -> None:
+    summary = flops(load_config(B_K400.with_name(f"{name}.yaml"), [f"run.dir={tmp_path}"]))
+    points = {row["point"]: row for row in summary["points"]}
+    assert summary["views_per_video"] == 3
+    assert list(points) == list(PUBLISHED[name])[: len(points)] or name.endswith("l_k400")
+    for point, (per_view, per_video) in PUBLISHED[name].items():
+        assert round(points[point]["macs_per_view"] / 1e9, 1) == per_view
+        assert round(points[point]["macs_per_video"] / 1e12, 3) == pytest.approx(per_video, abs=5.1e-4)
+        assert points[point]["macs_per_video"] == 3 * points[point]["macs_per_view"]
+        assert sum(points[point]["parts"].values()) == points[point]["macs_per_view"]
+    assert 0 < summary["assigner_macs"] <= 0.01 * summary["points"][0]["macs_per_view"]
+    assert os.listdir(tmp_path / "report") == ["flops.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "length_10", "length_7"),
+    [("model.distill_token=true", 98.95, 48.41), ("model.embed=kernel", 99.06, 48.80)],
+)
+def test_flops_agree_with_the_costs_of_the_variants(change: str, length_10: float, length_7: float) -> None:
+    from videoadapt.config.cost import point_macs
+
+    found = point_macs(load_config(B_K400, [change]).model)
+    assert [round(found[p] / 1e9, 2) for p in ("10", "7")] == [length_10, length_7]
+    assert round(found["14"] / 1e9, 1) == 195.8
+
+
+def test_images_cost_what_supervit_prints_for_all_tokens() -> None:
+    from videoadapt.config.cost import point_macs
+
+    config = load_config(B_K400.with_name("deit_s_in1k.yaml"), ["model.points=[14,12,10,8]"])
+    assert [round(v / 1e9, 2) for v in point_macs(config.model).values()] == [4.60, 3.32, 2.27, 1.44]
+
+
+def test_a_model_of_one_point_needs_no_assigner(tmp_path: Path) -> None:
+    summary = flops(load_config(B_K400, ["model.points=14", f"run.dir={tmp_path}"]))
+    assert summary["assigner_macs"] is None
+
+
+def test_config_errors_are_user_errors() -> None:
+    assert issubclass(ConfigError, UserError)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.distill_token=true", "loss.lam=0"], "nothing trains its head where loss.lam is 0"),
+        (
+            ["model.points=[14@0.3,12]", "loss.dropped=ce", "model.distill_token=true"],
+            "is not of the longest length; add 14",
+        ),
+        (["evaluate.cascade=['9,14:0.6']"], "different points of this model"),
+        (["evaluate.cascade=['7,14:60']"], "thresholds from 0 to 1"),
+        (["evaluate.cascade=['7,14:0.6:prob']"], "a measure of probability, margin, entropy"),
+        (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different ones"),
+    ],
+)
+def test_contradictions_of_points_heads_and_cascades_are_refused_before_any_work(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(next(path for path in CONFIGS if path.name == "timesformer_b_k400.yaml"), words)

@@ -1,0 +1,179 @@
+"""Costs from the architecture against what torch counts on a real forward pass, and how they are printed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import small_runs as runs
+from videoadapt.commands.tables import macs, percent
+from videoadapt.config.cost import Cost, point_cost, point_macs
+from videoadapt.config.load import load_config
+from videoadapt.config.points import Point
+from videoadapt.config.sections import AssignConfig, ModelConfig
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.assigner import Assigner, assigner_macs
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+TINY: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "patch": 4, "size": 32, "num_frames": 3, "num_classes": 5}
+IMAGE: dict[str, Any] = {"temporal": False, "num_frames": 1}
+KEEPS: dict[str, Any] = {"points": ("8", "8@0.7", "8@0.2", "5", "5@0.5", "3", "3@0.6"), "drop_blocks": (1, 2)}
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    return ModelConfig(**(TINY | {"points": ("8", "5", "3")} | changes))
+
+
+def counted(config: ModelConfig, point: str, batch: int = 1) -> int:
+    """MACs by torch: of attention it counts the two products only where they are plain matrix products."""
+    model = TimeSformer(config).eval().requires_grad_(False)
+    clips = torch.zeros(batch, 3, config.num_frames, config.size, config.size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(clips, point)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"embed": "kernel"},
+        {"embed": "kernel", "size": 33},
+        {"embed": "kernel", "share_patch": True},
+        {"embed": "stem"},
+        {"embed": "stem", "share_patch": True},
+        {"distill_token": True},
+        {"distill_token": True, "embed": "stem", **IMAGE},
+        {"layer_scale": 0.1, "share_norm": True, "share_pos": True},
+        {"mlp_ratio": 2.7, "width": 30},
+        {"dense_head": 0.25, "embed": "stem", "qkv_bias": False, "residual_scale": 0.5, **IMAGE},
+        {"dense_head": 0.25, "distill_token": True},
+        {"num_frames": 1},
+        IMAGE,
+        KEEPS,
+        KEEPS | IMAGE,
+        KEEPS | {"dense_head": 0.25},
+        KEEPS | {"distill_token": True, "embed": "kernel"},
+    ],
+    ids=str,
+)
+def test_costs_are_what_torch_counts(changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    assert point_macs(config) == {point: counted(config, point) for point in config.points}
+
+
+def test_costs_are_per_view_whatever_the_batch() -> None:
+    config = tiny()
+    assert counted(config, "5", batch=4) == 4 * point_cost(config, "5").total
+
+
+def test_a_point_may_be_given_as_text_or_point() -> None:
+    config = tiny(distill_token=True)
+    for point in config.points:
+        assert point_cost(config, point) == point_cost(config, Point.parse(point))
+
+
+def test_the_parts_add_up_and_only_those_that_exist_cost_something() -> None:
+    cost = point_cost(tiny(**IMAGE), "8")
+    assert cost.temporal_attention == 0
+    assert sum(asdict(cost).values()) == cost.total
+    assert Cost(1, 2, 3, 4, 5).total == 15
+
+
+@given(
+    st.sets(st.tuples(st.integers(3, 14), st.sampled_from([0.3, 0.5, 0.7, 1.0])), min_size=2),
+    st.booleans(),
+    st.sampled_from(["resize", "kernel", "stem"]),
+)
+def test_points_are_listed_costliest_first(points: set[tuple[int, float]], token: bool, embed: Any) -> None:
+    config = ModelConfig(points=tuple(str(Point(*point)) for point in points), distill_token=token, embed=embed)
+    found = list(point_macs(config).values())
+    assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "config", [AssignConfig(frames=2, size=48, stages=4), AssignConfig(frames=1, size=32, stages=3)]
+)
+def test_the_assigners_cost_is_what_torch_counts(config: AssignConfig) -> None:
+    assigner = Assigner(config, 3).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        assigner(torch.zeros(1, 3, config.frames, config.size, config.size, dtype=torch.uint8))
+    assert assigner_macs(config, 3) == counter.get_total_flops() // 2
+    assert assigner_macs(config, 3) > 1000
+
+
+def test_counting_the_assigner_leaves_torchs_default_device_and_random_state_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assigner_macs(AssignConfig(frames=1, size=32, stages=2), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.zeros(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (64_500, "64.5 k"),
+        (1.29951e8, "130 M"),
+        (98.64e9, "98.6 G"),
+        (195.83e9, "196 G"),
+        (999.4e9, "999 G"),
+        (999.7e9, "1 T"),
+        (999_999, "1 M"),
+        (1.7027e12, "1.7 T"),
+        (7.1396e12, "7.14 T"),
+        (1.2345e15, "1234 T"),
+    ],
+)
+def test_macs_are_printed_to_three_digits_with_a_unit(value: float, text: str) -> None:
+    assert macs(value) == text
+
+
+@given(st.floats(1, 1e15))
+def test_printed_macs_are_never_in_powers_of_ten_and_nearly_right(value: float) -> None:
+    number, _, unit = macs(value).partition(" ")
+    assert "e" not in number
+    assert float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit] == pytest.approx(value, rel=0.34)
+    if value > 100:
+        assert float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit] == pytest.approx(value, rel=6e-3)
+
+
+def test_shares_are_printed_in_per_cent() -> None:
+    assert [percent(v) for v in (0.0, 0.7534, 1.0)] == ["0.0", "75.3", "100.0"]
+
+
+# SuperViT's Table 1: GMACs an image at keep 0.5, 0.7 and 1.0.
+DEIT_S = {14: (2.30, 3.01, 4.60), 12: (1.67, 2.19, 3.32), 10: (1.16, 1.51, 2.27), 8: (0.74, 0.97, 1.44)}
+LVVIT_S = {14: (3.4, 4.3, 6.6), 12: (2.5, 3.2, 4.7), 10: (1.7, 2.2, 3.3), 8: (1.1, 1.4, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "printed", "tolerance"),
+    [("deit_s", DEIT_S, {"abs": 0.005}), ("lvvit_s", LVVIT_S, {"rel": 0.03})],  # the printed digit; 3 %
+)
+def test_the_grids_of_supervit_cost_what_its_table_says(
+    tmp_path: Path, name: str, printed: dict[int, tuple[float, ...]], tolerance: dict[str, Any]
+) -> None:
+    """By the command, and by what torch counts on a real forward pass."""
+    path = CONFIGS / f"supervit_{name}_in1k.yaml"
+    done = runs.command("flops", path, "--json", f"run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = {row["point"]: row["macs_per_view"] for row in json.loads(done.stdout)["points"]}
+    table = {str(Point(n, k)): v for n, row in printed.items() for k, v in zip((0.5, 0.7, 1.0), row, strict=True)}
+    assert {point: value / 1e9 for point, value in found.items()} == pytest.approx(table, **tolerance)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    model = load_config(path).model
+    assert {point: counted(model, point) for point in table} == {point: found[point] for point in table}

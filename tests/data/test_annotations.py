@@ -1,0 +1,618 @@
+"""Annotations: every format that people have, files found by name, ids, classes in label order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from video_files import write_list
+from videoadapt.config.load import Config, make_config
+from videoadapt.data.index.annotations import Listed, Listing, fingerprint, list_videos
+from videoadapt.data.index.class_names import kinetics400
+from videoadapt.errors import ConfigError, UserError
+
+SOURCE = "0wR5jVB-WPk"
+CLIP = f"{SOURCE}_000417_000427"
+COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+
+
+def config_of(num_classes: int = 3, seed: int = 0, **data: Any) -> Config:
+    """A config with `data` settings; `train=PATH` and `val=PATH` stand for the annotations."""
+    for split in ("train", "val"):
+        if split in data:
+            data[split] = {"annotations": str(data[split])}
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in data.items()}
+    return make_config({"run": {"seed": seed}, "data": values, "model": {"num_classes": num_classes}})
+
+
+def listing_of(num_classes: int = 3, **data: Any) -> Listing:
+    return list_videos(config_of(num_classes, **data))
+
+
+def labels_of(listing: Listing) -> dict[str, int]:
+    return {video.video: video.label for video in listing.videos}
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str] = COLUMNS) -> Path:
+    return write(path, "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+
+
+def places(listing: Listing, root: Path) -> list[str]:
+    return [os.path.relpath(video.path, root) for video in listing.videos]
+
+
+# Lists
+
+
+@pytest.mark.parametrize("separator", [" ", ",", "\t", ";", ", ", "  "])
+def test_lists_may_use_any_separator_and_paths_may_hold_spaces(tmp_path: Path, separator: str) -> None:
+    path = write_list(tmp_path / "l.txt", [("a.mp4", 0), ("my clips/b, ü\u2028.mp4", 2), ("/d.mp4", 1)], separator)
+    write(path, "\ufeff# path label\n\n" + path.read_text(encoding="utf-8") + "\n")
+    listed = listing_of(train=path).videos
+    assert [(v.video, v.label) for v in listed] == [("a.mp4", 0), ("my clips/b, ü\u2028.mp4", 2), ("/d.mp4", 1)]
+    assert [v.path for v in listed] == [str(tmp_path / "a.mp4"), str(tmp_path / "my clips/b, ü\u2028.mp4"), "/d.mp4"]
+    assert [v.where for v in listed] == [f"{path}:{line}" for line in (3, 4, 5)]
+
+
+def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
+    path = tmp_path / "l.txt"
+    path.write_bytes(b"a.mp4 0\r\nb.mp4 1\r\n")
+    assert labels_of(listing_of(train=path)) == {"a.mp4": 0, "b.mp4": 1}
+
+
+def test_labels_may_be_class_names_with_spaces(tmp_path: Path) -> None:
+    classes = write(tmp_path / "classes.txt", "wrestling\narm wrestling\nhigh jump 2\n")
+    rows: list[tuple[str, int | str]] = [
+        ("my clip.mp4", "arm wrestling"),
+        ("b.mp4", "wrestling"),
+        ("c.mp4", "high jump 2"),
+        ("d.mp4", "arm_wrestling"),
+        ("e.mp4", 2),
+    ]
+    listing = listing_of(train=write_list(tmp_path / "l.txt", rows), classes=classes)
+    assert labels_of(listing) == {"my clip.mp4": 1, "b.mp4": 0, "c.mp4": 2, "d.mp4": 1, "e.mp4": 2}
+    assert listing.classes == ("wrestling", "arm wrestling", "high jump 2")
+
+
+def test_lists_with_numbers_alone_have_the_numbers_as_classes(tmp_path: Path) -> None:
+    assert listing_of(train=write_list(tmp_path / "l.txt", [("a.mp4", 2)])).classes == ("0", "1", "2")
+
+
+def test_data_root_is_where_relative_paths_start(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "lists" / "l.txt", [("a.mp4", 0)])
+    (video,) = listing_of(train=path, root=tmp_path / "videos").videos
+    assert video.path == str(tmp_path / "videos" / "a.mp4")
+
+
+@pytest.mark.parametrize("separator", [" ", ",", "\t"])
+def test_a_folder_of_frame_images_may_be_listed_with_their_count(tmp_path: Path, separator: str) -> None:
+    touch(tmp_path, f"frames/{CLIP}/img_1.jpg", "my frames.mp4/img_1.jpg", "clip 7/img_1.jpg")
+    lines = [
+        (f"frames/{CLIP}", 300, 0),
+        ("my frames.mp4", 300, 1),
+        ("gone", 300, 2),
+        ("clip 7", 2),
+        (f"frames/{SOURCE}", 1),
+    ]
+    path = write(tmp_path / "l.txt", "".join(separator.join(map(str, line)) + "\n" for line in lines))
+    listing = listing_of(train=path)
+    assert places(listing, tmp_path) == [f"frames/{CLIP}", "my frames.mp4", "gone", "clip 7", f"frames/{SOURCE}"]
+    assert [video.label for video in listing.videos] == [0, 1, 2, 2, 1]
+    assert [video.frames for video in listing.videos] == [300, 300, 300, None, None]
+    assert listing.videos[0].video == CLIP
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("b.mp4 3", r"l\.txt:2: label 3 of b\.mp4: expected 0 to 2"),
+        ("b.mp4 -1", r"l\.txt:2: label -1"),
+        ("b.mp4 cats", r"l\.txt:2: label 'cats': expected a number, or data\.classes"),
+        ("b.mp4", r"l\.txt:2: expected `path label`"),
+        ("b.mp4 300 1", r"l\.txt:2: expected `path label`; three fields are for folders"),
+    ],
+)
+def test_a_line_that_cannot_be_is_refused_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        listing_of(train=write(tmp_path / "l.txt", f"a.mp4 0\n{line}\n"))
+
+
+# Folders
+
+
+def test_a_folder_per_class_gives_labels_in_the_order_of_names(tmp_path: Path) -> None:
+    train = touch(
+        tmp_path / "train", *(f"{name}/deep/{f}" for name in ("dogs", "cats", "apes") for f in ("a.MP4", "x"))
+    )
+    val = touch(tmp_path / "val", "cats/b.mp4", "cats/.b.mp4", "cats/c.jpg", "cats/deep/d.avi", "readme.txt")
+    listing = listing_of(train=train, val=val)
+    assert listing.classes == ("apes", "cats", "dogs")
+    assert labels_of(listing) == {
+        "apes/deep/a.MP4": 0, "cats/deep/a.MP4": 1, "dogs/deep/a.MP4": 2,
+        "cats/b.mp4": 1, "cats/c.jpg": 1, "cats/deep/d.avi": 1,
+    }  # fmt: skip
+    assert places(listing, tmp_path)[-1] == "val/cats/deep/d.avi"
+    (val / "fish").mkdir()
+    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .* has classes that .* has not: \['fish'\]"):
+        listing_of(train=train, val=val)
+
+
+def test_images_in_the_folder_of_a_class_are_videos_and_a_folder_of_images_below_it_is_one(tmp_path: Path) -> None:
+    frames = [f"img_{number:05}.jpg" for number in range(40)]
+    train = touch(
+        tmp_path / "train",
+        *(f"cats/{video}/{name}" for video in ("vid1", "more/vid2") for name in frames),
+        "dogs/n02_1.jpg", "dogs/n02_2.jpg", "dogs/clips/a.mp4", "dogs/clips/a.jpg",
+    )  # fmt: skip
+    assert labels_of(listing_of(2, train=train)) == {
+        "cats/more/vid2": 0, "cats/vid1": 0,
+        "dogs/n02_1.jpg": 1, "dogs/n02_2.jpg": 1, "dogs/clips/a.mp4": 1, "dogs/clips/a.jpg": 1,
+    }  # fmt: skip
+
+
+def test_a_folder_without_class_folders_is_refused_with_what_is_expected(tmp_path: Path) -> None:
+    train = touch(tmp_path / "train", "a.jpg", "b.jpg")
+    with pytest.raises(ConfigError, match=r"train lists no video; expected a folder per class"):
+        listing_of(train=train)
+
+
+def test_a_few_class_folders_need_the_names_of_all_classes(tmp_path: Path) -> None:
+    val = touch(tmp_path / "val", "high_jump/a.mp4", "abseiling/a.mp4")
+    with pytest.raises(ConfigError, match=r"model\.num_classes: is 3, but .* has 2 classes.*data\.classes"):
+        listing_of(val=val)
+    classes = write(tmp_path / "classes.txt", "abseiling\narchery\nhigh jump\n")
+    assert labels_of(listing_of(val=val, classes=classes)) == {"abseiling/a.mp4": 0, "high_jump/a.mp4": 2}
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    elsewhere = touch(tmp_path / "disk2", "b.mp4")
+    train = touch(tmp_path / "train", "cats/a.mp4")
+    (train / "cats" / "linked").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(train / "cats")
+    assert set(labels_of(listing_of(1, train=train))) == {"cats/a.mp4", "cats/linked/b.mp4"}
+
+
+# Tables of Kinetics
+
+
+def test_an_official_csv_names_files_labels_and_classes(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "val.csv",
+        "is_cc,Split,time_end,label,youtube_id,time_start\r\n"
+        f'0,val,427,"punching person, boxing",{SOURCE},417\r\n'
+        "\r\n"
+        "1,val,10,abseiling,-aaaaaaaaaa,0.0\r\n",
+    )
+    root = touch(tmp_path / "k400", f"deep/er/{CLIP}.WEBM", f"{CLIP}.txt", "._.mp4")
+    listing = listing_of(2, val=path, root=root)
+    missing = "-aaaaaaaaaa_000000_000010"
+    assert listing.classes == ("abseiling", "punching person, boxing")
+    assert listing.videos == [
+        Listed(str(root / f"deep/er/{CLIP}.WEBM"), CLIP, SOURCE, 1, "val", f"{path}:2"),
+        Listed(str(root / f"{missing}.mp4"), missing, "-aaaaaaaaaa", 0, "val", f"{path}:4"),
+    ]
+
+
+def test_the_csv_of_kinetics_400_has_the_classes_in_the_order_that_is_shipped(shared: Path, tmp_path: Path) -> None:
+    path = shared / "data" / "annotations" / "kinetics-400_val.csv"
+    listing = listing_of(400, val=path, root=tmp_path)
+    assert len(listing.videos) == 19906
+    assert len({video.source for video in listing.videos}) == 19906
+    assert listing.classes == kinetics400()
+
+
+def test_without_data_root_files_are_below_the_folder_of_the_csv(tmp_path: Path) -> None:
+    path = write_csv(touch(tmp_path, f"val/abseiling/{CLIP}.mkv") / "val.csv", [("abseiling", SOURCE, 417, 427, "val")])
+    assert places(listing_of(1, val=path), tmp_path) == [f"val/abseiling/{CLIP}.mkv"]
+
+
+@given(st.randoms(use_true_random=False))
+def test_of_several_files_the_one_of_the_split_then_of_the_class_is_taken(
+    tmp_path_factory: pytest.TempPathFactory, order: random.Random
+) -> None:
+    split = ["videos_val/abseiling/x", "videos_val/archery", "Validation"]
+    others = ["x/abseiling", "all", "train/archery", "valve"]
+    there = order.sample([*split, *others], k=order.randint(2, 7))
+    root = touch(tmp_path_factory.mktemp("root"), *(f"{folder}/{CLIP}.mp4" for folder in there))
+    path = write_csv(root / "list.csv", [("abseiling", SOURCE, 417, 427, "val")])
+    listing = listing_of(1, val=path, root=root)
+    expected = next(
+        folder
+        for folder in [split[0], *sorted(split[1:]), others[0], *sorted(others[1:])]
+        if folder in there
+    )  # fmt: skip
+    assert places(listing, root) == [f"{expected}/{CLIP}.mp4"]
+    left = [f"{root / folder / CLIP}.mp4: left, {root / expected / CLIP}.mp4 is taken" for folder in there]
+    assert sorted(listing.copies) == sorted(
+        line for line, folder in zip(left, there, strict=True) if folder != expected
+    )
+
+
+def test_a_class_folder_may_be_called_with_underscores(tmp_path: Path) -> None:
+    root = touch(tmp_path, f"all/{CLIP}.mp4", f"high_jump/{CLIP}.mp4")
+    path = write_csv(tmp_path / "train.csv", [("high jump", SOURCE, 417, 427, "train")])
+    assert places(listing_of(1, train=path), root) == [f"high_jump/{CLIP}.mp4"]
+
+
+def test_of_a_csv_of_several_splits_the_rows_of_the_split_are_taken(tmp_path: Path) -> None:
+    rows = [
+        ("a", "aaaaaaaaaaa", 0, 10, "train"),
+        ("b", "bbbbbbbbbbb", 0, 10, "validate"),
+        ("a", "ccccccccccc", 0, 10, "validation"),
+        ("", "ddddddddddd", 0, 10, "test"),
+    ]
+    both = write_csv(tmp_path / "all.csv", rows)
+    classes = write(tmp_path / "classes.txt", "a\nb\n")
+    listing = listing_of(2, train=both, val=both, classes=classes)
+    assert [(video.source[:1], video.split) for video in listing.videos] == [("a", "train"), ("b", "val"), ("c", "val")]
+    assert listing.notes == []
+    neither = write_csv(tmp_path / "x.csv", [("a", "aaaaaaaaaaa", 0, 10, "test"), ("b", "bbbbbbbbbbb", 0, 10, "val")])
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.annotations: .*expected rows of split train, got only test, val"
+    ):
+        listing_of(2, train=neither)
+
+
+@pytest.mark.parametrize(("split", "given"), [("val", "train"), ("train", "val"), ("train", "Validate")])
+def test_a_table_of_the_other_split_is_refused(tmp_path: Path, split: str, given: str) -> None:
+    path = write_csv(tmp_path / "k400.csv", [("a", f"{n:011d}", 0, 10, given) for n in range(3)])
+    with pytest.raises(
+        ConfigError,
+        match=rf"data\.{split}\.annotations: {path}: column split: expected rows of split {split}.*, got only {given}$",
+    ):
+        listing_of(1, **{split: path})
+
+
+def test_a_table_of_a_test_split_may_be_used_and_that_is_noted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "test.csv", [("a", "ddddddddddd", 0, 10, "test")])
+    listing = listing_of(1, val=path)
+    assert [video.split for video in listing.videos] == ["val"]
+    assert listing.notes == [f"data.val.annotations: all rows of {path} are of split 'test', taken as val"]
+
+
+@pytest.mark.parametrize("gone", COLUMNS)
+def test_a_csv_without_a_column_is_refused_by_name(tmp_path: Path, gone: str) -> None:
+    columns = [column for column in COLUMNS if column != gone]
+    with pytest.raises(ConfigError, match=rf"val\.csv:1: no column {gone}; expected label, youtube_id"):
+        listing_of(val=write_csv(tmp_path / "val.csv", [("x",) * 4], columns))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (("", SOURCE, 1, 2, "val"), "label: expected a name, got ''"),
+        (("a", "", 1, 2, "val"), "youtube_id: expected a name"),
+        (("a", SOURCE, "soon", 2, "val"), "time_start: expected a whole number of seconds, got 'soon'"),
+        (("a", SOURCE, 1, -2, "val"), "time_end: expected a whole number of seconds, got '-2'"),
+        (("a", SOURCE, 1.5, 2, "val"), "time_start: expected a whole number"),
+        (("a", SOURCE, 1), "expected 5 fields, got 3"),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused_by_file_and_line(tmp_path: Path, row: Sequence[Any], said: str) -> None:
+    path = write_csv(tmp_path / "val.csv", [("a", "aaaaaaaaaaa", 0, 10, "val"), row])
+    with pytest.raises(ConfigError, match=rf"val\.csv:3: {said}"):
+        listing_of(1, val=path)
+
+
+def test_the_official_json_of_kinetics_gives_what_the_csv_gives(tmp_path: Path) -> None:
+    video = {"annotations": {"label": "abseiling", "segment": [417.0, 427.0]}, "duration": 10.0, "subset": "validate"}
+    train = {**video, "subset": "train"}
+    table = write(tmp_path / "all.json", json.dumps({SOURCE: video, "aaaaaaaaaaa": train}))
+    by_json = listing_of(1, val=table).videos
+    by_csv = listing_of(1, val=write_csv(tmp_path / "val.csv", [("abseiling", SOURCE, 417, 427, "val")])).videos
+    assert [v._replace(where="") for v in by_json] == [v._replace(where="") for v in by_csv]
+    with pytest.raises(ConfigError, match=rf"bad\.json: {SOURCE}: expected .*segment"):
+        listing_of(1, val=write(tmp_path / "bad.json", json.dumps({SOURCE: {"annotations": {}}})))
+
+
+def test_the_id_of_a_kinetics_video_does_not_depend_on_the_format(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "val.csv", [("abseiling", SOURCE, 417, 427, "val")])
+    paths = write_list(tmp_path / "l.txt", [(f"val_256/abseiling/{CLIP}.mkv", 0)])
+    folder = touch(tmp_path / "val", f"abseiling/{CLIP}.mp4")
+    for source in (table, paths, folder):
+        (video,) = listing_of(1, val=source).videos
+        assert (video.video, video.source, video.label) == (CLIP, SOURCE, 0)
+    (other,) = listing_of(1, val=write_list(tmp_path / "m.txt", [("a/short_000417_000427.mp4", 0)])).videos
+    assert (other.video, other.source) == ("a/short_000417_000427.mp4", "")
+
+
+# Something-Something
+
+
+def test_a_json_list_names_classes_by_templates(tmp_path: Path) -> None:
+    rows = [
+        {"id": "78687", "label": "holding potato", "template": "Holding [something]"},
+        {"id": 42, "label": "dropping a pen", "template": "Dropping [something] onto [something]"},
+    ]
+    train = write(tmp_path / "train.json", json.dumps(rows))
+    root = touch(tmp_path / "v", "20bn/78687.mp4")
+    names = {"Holding something": "1", "Dropping something onto something": "0", "Other": "2"}
+    classes = write(tmp_path / "labels.json", json.dumps(names))
+    listing = listing_of(3, train=train, root=root, classes=classes)
+    assert listing.classes == ("Dropping something onto something", "Holding something", "Other")
+    assert [(video.label, video.source) for video in listing.videos] == [(1, ""), (0, "")]
+    assert places(listing, root) == ["20bn/78687.mp4", "42.webm"]
+    assert listing_of(2, train=train).classes == ("Dropping something onto something", "Holding something")
+
+
+def test_a_json_list_without_templates_needs_labels_that_are_classes(tmp_path: Path) -> None:
+    classes = write(tmp_path / "classes.txt", "Holding something\n")
+    good = write(tmp_path / "good.json", json.dumps([{"id": "1", "label": "Holding something"}]))
+    assert [video.label for video in listing_of(1, val=good, classes=classes).videos] == [0]
+    caption = write(tmp_path / "caption.json", json.dumps([{"id": "1", "label": "holding a potato"}]))
+    with pytest.raises(ConfigError, match=r"caption\.json: entry 1, which has no template: label 'holding a potato'"):
+        listing_of(1, val=caption, classes=classes)
+    test = write(tmp_path / "test.json", json.dumps([{"id": "1"}]))
+    with pytest.raises(ConfigError, match=r"test\.json: entry 1: 1 has neither template nor label"):
+        listing_of(1, val=test, classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"id": 1},\n oh]', r"x\.json:2: not valid JSON"),
+        ('["a.mp4"]', r"x\.json: entry 1: expected an object"),
+        ('"a.mp4"', r"x\.json: expected a JSON list or object"),
+        ("[]", r"data\.val\.annotations: .*x\.json lists no video"),
+    ],
+)
+def test_json_of_another_kind_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        listing_of(val=write(tmp_path / "x.json", text))
+
+
+# Twice
+
+
+def test_a_video_listed_again_with_its_label_is_kept_once_and_told(tmp_path: Path) -> None:
+    rows: list[tuple[str, int | str]] = [
+        ("a.mp4", 0), ("b.mp4", 1), ("./a.mp4", 0), (f"x/{CLIP}.mp4", 2), (f"y/{CLIP}.mkv", 2)
+    ]  # fmt: skip
+    path = write_list(tmp_path / "l.txt", rows)
+    listing = listing_of(train=path)
+    assert [video.video for video in listing.videos] == ["a.mp4", "b.mp4", CLIP]
+    assert listing.twice == [f"./a.mp4: {path}:1 and again {path}:3", f"{CLIP}: {path}:4 and again {path}:5"]
+
+
+def test_a_video_with_two_labels_is_refused_by_both_lines(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "l.txt", [("a.mp4", 0), ("b.mp4", 0), ("a.mp4", 1)])
+    with pytest.raises(UserError, match=r"a\.mp4 has two labels, 0 \(.*l\.txt:1\) and 1 \(.*l\.txt:3\)"):
+        listing_of(train=path)
+
+
+def test_a_video_in_both_splits_is_kept_in_both(tmp_path: Path) -> None:
+    train = write_list(tmp_path / "train.txt", [("a.mp4", 0), ("b.mp4", 0)])
+    listing = listing_of(train=train, val=write_list(tmp_path / "val.txt", [("a.mp4", 1)]))
+    assert [(v.video, v.split) for v in listing.videos] == [("a.mp4", "train"), ("b.mp4", "train"), ("a.mp4", "val")]
+    assert listing.twice == []
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.txt", "dogs\n\n arm wrestling \ncats\n"),
+        ("c.csv", "id,name\n2,cats\n0,dogs\n1,arm wrestling\n"),
+        ("c.csv", "name,id\narm wrestling,1\n\ndogs,0\ncats,2\n"),
+        ("c.json", '{"\\"arm wrestling\\"": 1, "cats": 2, "dogs": 0}'),
+        ("c.json", '{"arm wrestling": "1", "cats": "2", "dogs": "0"}'),
+    ],
+)
+def test_classes_may_be_named_in_any_usual_file(tmp_path: Path, name: str, text: str) -> None:
+    path = write_list(tmp_path / "l.txt", [("a.mp4", "arm_wrestling")])
+    listing = listing_of(train=path, classes=write(tmp_path / name, text))
+    assert listing.classes == ("dogs", "arm wrestling", "cats")
+    assert listing.videos[0].label == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("c.txt", "a\nb\na\n", "a class is named twice"),
+        ("c.txt", "high jump\nhigh_jump\nb\n", "a class is named twice"),
+        ("c.csv", "id,name\n0,a\n1,b\n3,c\n", "expected each number from 0 to 2 once"),
+        ("c.csv", "id,name\n0,a\nx,b\n", "expected a whole number for each class"),
+        ("c.json", "[]", "expected a JSON object from class names to numbers"),
+        ("c.json", '{"a": 1.5}', "expected a whole number"),
+    ],
+)
+def test_classes_that_cannot_be_are_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
+    path = write_list(tmp_path / "l.txt", [("a.mp4", 0)])
+    with pytest.raises(ConfigError, match=rf"c\.\w+: {said}"):
+        listing_of(train=path, classes=write(tmp_path / name, text))
+
+
+def test_a_label_that_is_no_class_is_refused_with_the_closest_name(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "val.csv", [("abseling", SOURCE, 417, 427, "val")])
+    with pytest.raises(ConfigError, match=r"val\.csv:2: label 'abseling': .* kinetics400; did you mean 'abseiling'"):
+        listing_of(400, val=path, classes="kinetics400")
+
+
+def test_the_word_kinetics400_stands_for_the_shipped_names_unless_a_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_list(tmp_path / "l.txt", [("a.mp4", "zumba")])
+    listing = listing_of(400, train=path, classes="kinetics400")
+    assert (len(listing.classes), listing.videos[0].label) == (400, 399)
+    write(tmp_path / "kinetics400", "zumba\n")
+    assert listing_of(1, train=path, classes="kinetics400").classes == ("zumba",)
+
+
+def test_the_classes_of_kinetics_400_in_another_order_are_refused(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "l.txt", [("a.mp4", 0)])
+    names = list(kinetics400())
+    assert names == sorted(names)
+    names[7], names[9] = names[9], names[7]
+    classes = write(tmp_path / "classes.txt", "\n".join(names))
+    with pytest.raises(ConfigError, match=rf"classes\.txt: class 7 is '{names[7]}', but '{names[9]}' in the order"):
+        listing_of(400, train=path, classes=classes)
+
+
+def test_folders_with_underscores_sort_as_kinetics_400(tmp_path: Path) -> None:
+    folders = touch(tmp_path / "train", *(f"{name.replace(' ', '_')}/a.mp4" for name in kinetics400()))
+    listing = listing_of(400, train=folders)
+    assert [name.replace("_", " ") for name in listing.classes] == list(kinetics400())
+
+
+def test_numbers_of_another_order_than_kinetics_400_are_seen_by_the_class_folders(tmp_path: Path) -> None:
+    rows: list[tuple[str, int | str]] = [("v/abseiling/a.mp4", 0), ("v/air_drumming/b.mp4", 1), ("v/zumba/c.mp4", 399)]
+    good = write_list(tmp_path / "good.txt", rows)
+    assert len(listing_of(400, train=good).videos) == 3
+    bad = write_list(tmp_path / "bad.txt", [*rows, ("v/yoga/d.mp4", 399)])
+    with pytest.raises(ConfigError, match=r"bad\.txt:4: label 399, but yoga is class 398 in the order of Kinetics-400"):
+        listing_of(400, train=bad)
+    own = write_list(tmp_path / "own.txt", [*rows, ("v/yoga/d.mp4", 399), ("v/my class/d.mp4", 5)])
+    assert len(listing_of(400, train=own).videos) == 5
+
+
+def test_val_may_have_no_class_that_train_has_not(tmp_path: Path) -> None:
+    train = write_csv(
+        tmp_path / "train.csv", [("a b", "aaaaaaaaaaa", 0, 1, "train"), ("c", "bbbbbbbbbbb", 0, 1, "train")]
+    )
+    val = touch(tmp_path / "val", "a_b/x.mp4")
+    assert listing_of(2, train=train, val=val).classes == ("a b", "c")
+    touch(val, "d/x.mp4")
+    with pytest.raises(ConfigError, match=r"val has classes that .*train\.csv has not: \['d'\]"):
+        listing_of(2, train=train, val=val)
+
+
+# Files that cannot be used, and the rest
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train\.annotations, data\.val\.annotations: neither is given"):
+        listing_of()
+    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .*nowhere\.txt does not exist"):
+        listing_of(val=tmp_path / "nowhere.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .*binary\.txt is not a text file in UTF-8"):
+        listing_of(val=tmp_path / "binary.txt")
+    path = write_list(tmp_path / "l.txt", [("a.mp4", 0)])
+    with pytest.raises(ConfigError, match=r"data\.classes: cannot read .*: Is a directory"):
+        listing_of(val=path, classes=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "train/cats", "train/cats/deep"])
+def test_a_folder_that_cannot_be_read_is_refused_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    train = touch(tmp_path / "train", "dogs/a.mp4", "cats/deep/a.mp4")
+
+    def refusing(function: Any) -> Any:
+        def call(path: Any) -> Any:
+            if Path(path) == tmp_path / name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path)
+
+        return call
+
+    for function in ("listdir", "scandir"):  # as root, who may run the tests, one reads whatever its mode is
+        monkeypatch.setattr(os, function, refusing(getattr(os, function)))
+    with pytest.raises(ConfigError, match=rf"cannot read the folder {tmp_path / name}: Permission denied"):
+        listing_of(2, train=train)
+
+
+def test_a_quote_that_is_not_closed_is_refused(tmp_path: Path) -> None:
+    rows = [("a", f"{n:011d}", 0, 10, "train") for n in range(6000)]
+    path = write_csv(tmp_path / "train.csv", [('"a', "bbbbbbbbbbb", 0, 10, "train"), *rows])
+    with pytest.raises(ConfigError, match=r"train\.csv:\d+: not a row of a CSV"):
+        listing_of(1, train=path)
+
+
+def test_sources_without_a_video_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (write(tmp_path / "l.txt", "# path label\n"), write_csv(tmp_path / "val.csv", []), tmp_path / "folder"):
+        with pytest.raises(ConfigError, match=rf"data\.val\.annotations: {path} lists no video"):
+            listing_of(val=path)
+
+
+def test_holdout_depends_on_ids_and_seed_not_on_the_order_of_the_list(tmp_path: Path) -> None:
+    names = [f"v{i}.mp4" for i in range(400)]
+
+    def held(order: list[str], seed: int = 0, share: float = 0.25) -> set[str]:
+        train = write_list(tmp_path / "train.txt", [(name, 0) for name in order])
+        val = write_list(tmp_path / "val.txt", [("other.mp4", 0)])
+        listed = list_videos(config_of(train=train, val=val, holdout=share, seed=seed)).videos
+        assert [video.split for video in listed if video.video == "other.mp4"] == ["val"]
+        return {video.video for video in listed if video.split == "holdout"}
+
+    chosen = held(names)
+    assert 0.17 < len(chosen) / len(names) < 0.33
+    assert held(names[::-1]) == chosen
+    assert held(names[:200]) == chosen & set(names[:200])
+    assert held(names, seed=1) != chosen
+    assert held(names, share=0.5) > chosen
+    assert held(names, share=0.0) == set()
+
+
+def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> None:
+    rows = [("a", f"{n:011d}", start, start + 10, "train") for n in range(50) for start in (0, 10, 20)]
+    listed = listing_of(1, train=write_csv(tmp_path / "train.csv", rows), holdout=0.5).videos
+    splits = [{video.split for video in listed if video.source == f"{n:011d}"} for n in range(50)]
+    assert {"train"} in splits
+    assert {"holdout"} in splits
+    assert all(len(found) == 1 for found in splits)
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_changes_with_what_is_listed_and_not_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("a", "aaaaaaaaaaa", 0, 10, "train"), ("b", "bbbbbbbbbbb", 0, 10, "train")]
+    table = write_csv(tmp_path / "train.csv", rows)
+    frames = write_list(tmp_path / "val.txt", [("clip 7", 0)])
+    classes = write(tmp_path / "classes.txt", "a\nb\n")
+    settings: dict[str, Any] = {"train": table, "val": frames, "classes": classes, "root": tmp_path / "videos"}
+
+    def of(num_classes: int = 2, seed: int = 0, **changed: Any) -> str:
+        return fingerprint(config_of(num_classes, seed, **settings | changed))
+
+    first = of()
+    touch(tmp_path / "videos", "aaaaaaaaaaa_000000_000010.mp4", "b/bbbbbbbbbbb_000000_000010.mkv", "clip 7/1.jpg")
+    monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("the root was gone through"))
+    assert of() == of(seed=1) == first
+    changed = [of(3), of(holdout=0.5), of(holdout=0.5, seed=1), of(root=tmp_path), of(classes=None), of(val=table)]
+    write(classes, "b\na\n")
+    changed.append(of())
+    write_csv(table, rows[:1])
+    changed.append(of())
+    assert len({first, *changed}) == 1 + len(changed)
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_classes_and_videos(tmp_path: Path) -> None:
+    train = touch(tmp_path / "train", "cats/a.mp4", "dogs/b.mp4")
+    found = [fingerprint(config_of(train=train))]
+    for name in ("cats/c.mp4", "apes/readme.txt"):
+        touch(train, name)
+        found.append(fingerprint(config_of(train=train)))
+    train.rename(tmp_path / "elsewhere")
+    found.append(fingerprint(config_of(train=tmp_path / "elsewhere")))
+    assert len(set(found)) == 4
+    touch(tmp_path / "elsewhere", "cats/notes.txt")
+    assert fingerprint(config_of(train=tmp_path / "elsewhere")) == found[-1]

@@ -1,0 +1,466 @@
+"""The manifest: what is missing, broken, damaged, double or changed, and the hash of the population."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import small_runs as runs
+from video_files import numbered, write_list, write_video
+from videoadapt.config.load import Config, dump_config, make_config
+from videoadapt.data.index.check import check
+from videoadapt.data.index.manifest import Manifest, index, load_or_index
+from videoadapt.data.video.probe import PROBE_VERSION, probe
+from videoadapt.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def one_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("one") / "one.mp4", 6)
+
+
+@pytest.fixture
+def videos(tmp_path: Path, one_video: Path) -> Path:
+    """A folder of ten videos, one of them broken."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(9):
+        shutil.copy(one_video, folder / f"v{number}.mp4")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+def config_of(run: Path, num_classes: int = 3, **data: Any) -> Config:
+    """A config with `data` settings; `train=PATH` and `val=PATH` stand for the annotations."""
+    for split in ("train", "val"):
+        if split in data:
+            data[split] = {"annotations": str(data[split])}
+    return make_config({"run": {"dir": str(run)}, "data": data, "model": {"num_classes": num_classes}})
+
+
+def write_frames(folder: Path, count: int) -> Path:
+    """A folder of images without compression, all of one size in bytes."""
+    folder.mkdir()
+    for number, frame in enumerate(numbered(count)):
+        Image.fromarray(frame).save(folder / f"img_{number}.bmp")
+    return folder
+
+
+def stored(config: Config) -> dict[str, Any]:
+    """What `index` has written for people and programs."""
+    told: dict[str, Any] = json.loads((config.run.dir / "index.json").read_text())
+    return told
+
+
+def none() -> dict[str, Any]:
+    return {"count": 0, "first": []}
+
+
+def test_index_states_every_listed_video_and_what_is_wrong_with_it(tmp_path: Path, videos: Path) -> None:
+    rows: list[tuple[str, int | str]] = [("v0.mp4", 0), ("broken.mp4", 1), ("gone.mp4", 1), ("v1.mp4", 2)]
+    train = write_list(videos / "train.txt", rows)
+    val = write_list(videos / "val.txt", [("v2.mp4", 0)])
+    write_video(videos / "v1.mp4", 90)
+    config = config_of(tmp_path / "run", train=train, val=val)
+    manifest = index(config)
+    assert len(manifest) == 5
+    assert manifest["status"].tolist() == ["ok", "broken", "missing", "ok", "ok"]
+    assert manifest["label"].tolist() == [0, 1, 1, 2, 0]
+    assert manifest["video"].tolist() == ["v0.mp4", "broken.mp4", "gone.mp4", "v1.mp4", "v2.mp4"]
+    assert manifest.split("train").readable["path"].tolist() == [str(videos / "v0.mp4"), str(videos / "v1.mp4")]
+    row = manifest.row(0)
+    assert row.info == probe(videos / "v0.mp4")
+    assert (type(row.label), type(row.fps), row.damage) == (int, float, None)
+    assert "cannot be read" in manifest.row(1).cause
+    assert manifest.classes == ("0", "1", "2")
+    told = stored(config)
+    assert told["manifest"] == manifest.hash
+    assert told["splits"]["train"] == {
+        "listed": 4, "ok": 2, "missing": 1, "broken": 1, "damaged": 0, "classes": 2, "hours": 0.0009,
+        "seconds": [0.2, 1.6, 3.0],
+    }  # fmt: skip
+    assert told["missing"] == {"count": 1, "first": [str(videos / "gone.mp4")]}
+    assert [(cause["count"], cause["first"]) for cause in told["broken"]] == [(1, [str(videos / "broken.mp4")])]
+    assert sum(told["readers"].values()) == 3
+    assert told["verified"] == 0
+
+
+def test_duplicates_and_leaks_are_counted_with_examples(tmp_path: Path, one_video: Path) -> None:
+    a, b, c = (f"{letter * 11}_000001_000011" for letter in "abc")
+    same_source = f"{'a' * 11}_000020_000030"
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number, name in enumerate((a, same_source, b)):
+        write_video(folder / f"{name}.mp4", 6 + number)
+    shutil.copy(folder / f"{b}.mp4", folder / "copy of b.mp4")
+    shutil.copy(folder / f"{b}.mp4", folder / "second copy.mp4")
+    rows = [(f"{a}.mp4", 0), (f"{b}.mp4", 1), (f"{a}.mp4", 0), (f"{c}.mp4", 2), ("gone.mp4", 0), ("lost.mp4", 0)]
+    train = write_list(folder / "train.txt", rows)
+    val = write_list(
+        folder / "val.txt", [(f"{same_source}.mp4", 0), ("copy of b.mp4", 1), (f"{c}.mp4", 2), ("second copy.mp4", 1)]
+    )
+    config = config_of(tmp_path / "run", train=train, val=val)
+    assert index(config)["source"].tolist()[:2] == ["a" * 11, "b" * 11]
+    duplicates, leaks = stored(config)["duplicates"], stored(config)["leaks"]
+    assert duplicates["listed_twice"]["count"] == 1
+    assert a in duplicates["listed_twice"]["first"][0]
+    copies = [str(folder / name) for name in (f"{b}.mp4", "copy of b.mp4", "second copy.mp4")]
+    assert duplicates["same_content"] == {"count": 1, "first": [copies]}  # what is missing has no content
+    assert leaks["same_content"] == {"count": 1, "first": [[f"train: {copies[0]}", f"val: {copies[1]}"]]}
+    path_c = folder / f"{c}.mp4"
+    assert leaks["same_id"] == {"count": 1, "first": [[f"train: {path_c}", f"val: {path_c}"]]}
+    assert leaks["same_source"]["count"] == 2
+    assert leaks["same_source"]["first"][0] == [
+        f"train: {folder / a}.mp4", f"val: {folder / same_source}.mp4"
+    ]  # fmt: skip
+
+
+def test_files_of_equal_names_below_two_folders_are_no_leak_unless_their_content_is(
+    tmp_path: Path, one_video: Path
+) -> None:
+    for split, frames in (("train", 6), ("val", 7)):
+        write_video(tmp_path / split / "a" / "1.mp4", frames)
+        shutil.copy(one_video, tmp_path / split / "a" / f"{split}.mp4")
+    config = config_of(tmp_path / "run", 1, train=tmp_path / "train", val=tmp_path / "val")
+    index(config)
+    leaks = stored(config)["leaks"]
+    assert (leaks["same_id"], leaks["same_source"]) == (none(), none())
+    assert leaks["same_content"]["count"] == 1
+
+
+def test_further_files_of_one_id_are_told(tmp_path: Path, one_video: Path) -> None:
+    name = "abcdefghijk_000001_000011.mp4"
+    for folder in ("x", "y"):
+        (tmp_path / "videos" / folder).mkdir(parents=True)
+        shutil.copy(one_video, tmp_path / "videos" / folder / name)
+    table = tmp_path / "val.csv"
+    table.write_text("label,youtube_id,time_start,time_end,split\na,abcdefghijk,1,11,val\n")
+    config = config_of(tmp_path / "run", 1, val=table, root=str(tmp_path / "videos"))
+    index(config)
+    further = stored(config)["duplicates"]["further_files"]
+    assert further["count"] == 1
+    assert str(tmp_path / "videos" / "y" / name) in further["first"][0]
+
+
+def test_the_hash_does_not_depend_on_the_format_of_the_list(tmp_path: Path, one_video: Path) -> None:
+    names = ["abcdefghijk_000001_000011", "bcdefghijkl_000002_000012"]
+    for name in names:
+        (tmp_path / "a").mkdir(exist_ok=True)
+        shutil.copy(one_video, tmp_path / "a" / f"{name}.mp4")
+    table = tmp_path / "val.csv"
+    rows = "".join(f"a,{name[:11]},{int(name[12:18])},{int(name[19:])},val\n" for name in names)
+    table.write_text(f"label,youtube_id,time_start,time_end,split\n{rows}")
+    listed = write_list(tmp_path / "val.txt", [(f"a/{name}.mp4", 0) for name in names[::-1]])
+    hashes = {index(config_of(tmp_path / f"run{i}", 1, val=val)).hash for i, val in enumerate((table, listed))}
+    assert len(hashes) == 1
+
+
+def test_names_in_any_language_are_kept(tmp_path: Path, one_video: Path) -> None:
+    names = ["прыжок/ümläut é.mp4", "日本/🎥.mp4"]
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(one_video, tmp_path / name)
+    config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [(name, 0) for name in names]))
+    index(config)
+    assert load_or_index(config).readable["path"].tolist() == [str(tmp_path / name) for name in names]
+
+
+def test_a_name_that_no_table_can_hold_is_refused(tmp_path: Path, one_video: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    shutil.copy(os.fsencode(one_video), os.fsencode(tmp_path / "train" / "a") + b"/caf\xe9.mp4")
+    with pytest.raises(UserError, match=r"caf.udce9\.mp4'.*: its name is not UTF-8"):
+        index(config_of(tmp_path / "run", 1, train=tmp_path / "train"))
+
+
+def test_a_split_without_a_readable_video_is_stated_by_index_and_refused_for_training(
+    tmp_path: Path, videos: Path
+) -> None:
+    train = write_list(tmp_path / "train.txt", [("gone.mp4", 0), ("lost.mp4", 1), ("broken.mp4", 1)])
+    config = config_of(tmp_path / "run", train=train, root=str(videos))
+    assert index(config)["status"].tolist() == ["missing", "missing", "broken"]
+    assert stored(config)["splits"]["train"]["listed"] == 3
+    with pytest.raises(UserError, match=rf"not one of the 3 videos .* 2 missing, 1 broken, .* {videos} \(data\.root\)"):
+        load_or_index(config)
+    shutil.copy(videos / "v0.mp4", videos / "gone.mp4")
+    assert len(load_or_index(config).readable) == 1
+
+
+def test_a_holdout_that_chance_left_empty_is_told_as_such(tmp_path: Path, videos: Path) -> None:
+    train = write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 0)])
+    with pytest.raises(UserError, match=r"data\.holdout: a share of 0\.001 of the 2 videos .* split holdout"):
+        load_or_index(config_of(tmp_path / "run", train=train, holdout=0.001))
+    with pytest.raises(UserError, match=r"data\.holdout: .* none for the split train"):
+        load_or_index(config_of(tmp_path / "run", train=train, holdout=0.999))
+
+
+def verified(config: Config) -> Config:
+    return config.model_copy(update={"index": config.index.model_copy(update={"verify": "full"})})
+
+
+def test_full_verification_notes_damage_and_keeps_the_video(tmp_path: Path, videos: Path) -> None:
+    content = bytearray(write_video(videos / "v1.mp4", 30).read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
+    (videos / "v1.mp4").write_bytes(content)
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 1)]))
+    quick = load_or_index(config)
+    assert [quick.row(i).damage for i in range(2)] == [None, None]
+    full = load_or_index(verified(config))
+    assert full["status"].tolist() == ["ok", "ok"]
+    assert full.row(0) == quick.row(0)._replace(damage="")
+    assert "of 30 frames damaged" in str(full.row(1).damage)
+    assert full.row(1).reader == "pyav"
+    assert full.hash == quick.hash
+    told = stored(config)
+    assert (told["verified"], told["splits"]["train"]["damaged"], told["damaged"]["count"]) == (2, 1, 1)
+    assert str(videos / "v1.mp4") in told["damaged"]["first"][0]
+    assert load_or_index(config)["damage"].tolist() == full["damage"].tolist()  # not forgotten by a quick call
+
+
+def test_files_are_checked_against_the_manifest(tmp_path: Path, videos: Path) -> None:
+    rows = [*((f"v{i}.mp4", 0) for i in range(5)), ("broken.mp4", 1), ("gone.mp4", 2), ("lost.mp4", 2)]
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", rows))
+    index(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert check(tmp_path / "run", config) | {"manifest": ""} == {
+        "manifest": "", "videos": 8, "unchanged": 8, "changes": {}, "differences": []
+    }  # fmt: skip
+    (videos / "v1.mp4").unlink()
+    (videos / "v2.mp4").write_bytes(b"no video")
+    write_video(videos / "v3.mp4", 7)
+    content = (videos / "v4.mp4").read_bytes()
+    (videos / "v4.mp4").write_bytes(content.replace(b"Lavf", b"Lavg"))  # as long as before
+    shutil.copy(videos / "v0.mp4", videos / "broken.mp4")
+    shutil.copy(videos / "v0.mp4", videos / "gone.mp4")
+    result = check(tmp_path / "run" / "manifest.parquet", config)
+    assert {Path(row["path"]).name: row["change"] for row in result["differences"]} == {
+        "v1.mp4": "gone", "v2.mp4": "broken now", "v3.mp4": "changed", "v4.mp4": "changed",
+        "broken.mp4": "readable now", "gone.mp4": "found now",
+    }  # fmt: skip
+    assert (result["videos"], result["unchanged"], result["changes"]["changed"]) == (8, 2, 2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_an_image_that_was_written_over_is_a_change_and_index_sees_it(tmp_path: Path) -> None:
+    folder = write_frames(tmp_path / "clip", 3)
+    config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [("clip 3", 0)]))
+    index(config)
+    assert check(tmp_path / "run", config)["changes"] == {}
+    Image.fromarray(numbered(1, start=9)[0]).save(folder / "img_1.bmp")  # as large as before
+    assert check(tmp_path / "run", config)["changes"] == {"changed": 1}
+    index(config)
+    assert check(tmp_path / "run", config)["changes"] == {}
+
+
+def test_a_folder_with_another_number_of_frames_than_listed_is_broken(tmp_path: Path) -> None:
+    write_frames(tmp_path / "a", 20)
+    write_frames(tmp_path / "b", 20)
+    train = write_list(tmp_path / "l.txt", [("a 300", 0), ("b 20", 0)])
+    config = config_of(tmp_path / "run", train=train)
+    manifest = index(config)
+    assert manifest["status"].tolist() == ["broken", "ok"]
+    assert manifest.row(0).cause == "the list says 300 frames, the folder has 20"
+    assert check(tmp_path / "run", config)["changes"] == {}
+
+
+def test_folders_of_images_are_broken_by_the_same_cause_whatever_their_images_are_called(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = write_frames(tmp_path / name, 3)
+        (folder / "img_0.bmp").unlink()
+        (folder / "img_0.bmp").write_bytes(b"torn")
+        for image in folder.iterdir():
+            image.rename(folder / f"{name} {image.name}")
+    config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [("a", 0), ("b", 0)]))
+    assert index(config).row(0).cause.startswith("a img_0.bmp: cannot be read as an image")
+    (cause,) = stored(config)["broken"]
+    assert (cause["count"], cause["first"]) == (2, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert cause["cause"].startswith("cannot be read as an image")
+    with pytest.raises(UserError) as caught:
+        load_or_index(config)
+    assert str(caught.value).count(str(tmp_path / "a")) == 1
+
+
+def test_a_file_of_both_splits_is_missing_once(tmp_path: Path, videos: Path) -> None:
+    rows: list[tuple[str, int | str]] = [("v0.mp4", 0), ("gone.mp4", 0), ("broken.mp4", 0)]
+    train, val = (write_list(videos / f"{split}.txt", rows) for split in ("train", "val"))
+    config = config_of(tmp_path / "run", train=train, val=val)
+    index(config)
+    told = stored(config)
+    assert told["missing"] == {"count": 1, "first": [str(videos / "gone.mp4")]}
+    assert told["broken"][0]["first"] == [str(videos / "broken.mp4")]
+    assert [split["missing"] for split in told["splits"].values()] == [1, 1]
+
+
+def test_what_should_be_known_of_a_source_is_said_and_stored(
+    tmp_path: Path, one_video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(one_video, tmp_path / "abcdefghijk_000001_000011.mp4")
+    table = tmp_path / "test.csv"
+    table.write_text("label,youtube_id,time_start,time_end,split\na,abcdefghijk,1,11,test\n")
+    config = config_of(tmp_path / "run", 1, val=table)
+    index(config)
+    (note,) = stored(config)["notes"]
+    assert "are of split 'test', taken as val" in note
+    assert note in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [".", "a"])
+def test_files_that_come_change_no_manifest_until_it_is_made_again(
+    tmp_path: Path, one_video: Path, folder: str
+) -> None:
+    root = tmp_path / "videos"
+    (root / folder).mkdir(parents=True)
+    names = ["abcdefghijk_000001_000011", "bcdefghijkl_000002_000012"]
+    table = tmp_path / "val.csv"
+    rows = "".join(f"a,{name[:11]},{int(name[12:18])},{int(name[19:])},val\n" for name in names)
+    table.write_text(f"label,youtube_id,time_start,time_end,split\n{rows}")
+    config = config_of(tmp_path / "run", 1, val=table, root=str(root))
+    shutil.copy(one_video, root / folder / f"{names[0]}.mp4")
+    first = load_or_index(config)
+    assert first["cause"].tolist() == ["", "no such file when it was indexed; run `videoadapt index` again"]
+    shutil.copy(one_video, root / folder / f"{names[1]}.mp4")
+    assert load_or_index(config).hash == first.hash
+    assert len(index(config).readable) == 2
+    assert len(load_or_index(config).readable) == 2
+
+
+def test_a_manifest_that_another_version_of_probe_made_is_made_again(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0)]))
+    first = load_or_index(config).fingerprint
+    monkeypatch.setattr("videoadapt.data.index.manifest.PROBE_VERSION", PROBE_VERSION + 1)
+    assert load_or_index(config).fingerprint != first
+
+
+def test_nothing_is_lost_while_the_videos_are_not_there(tmp_path: Path, videos: Path) -> None:
+    train = write_list(tmp_path / "train.txt", [("v0.mp4", 0), ("v1.mp4", 0)])
+    config = config_of(tmp_path / "run", train=train, root=str(videos))
+    path, former = tmp_path / "run" / "manifest.parquet", tmp_path / "run" / "manifest.before.parquet"
+    good = index(config).hash
+    videos.rename(tmp_path / "elsewhere")
+    assert load_or_index(config).hash == good
+    write_list(train, [("v0.mp4", 0), ("v1.mp4", 1)])
+    with pytest.raises(UserError, match="not one of the 2 videos"):
+        load_or_index(config)
+    assert Manifest.load(path).hash == good
+    for _ in range(2):  # asked for by name, it is made; the second has nothing to lose
+        assert len(index(config).readable) == 0
+        assert Manifest.load(former).hash == good
+    (tmp_path / "elsewhere").rename(videos)
+    assert len(index(config).readable) == 2
+    assert Manifest.load(former).hash == good
+
+
+def test_index_on_the_command_line_prints_one_screen_and_fails_without_a_readable_video(
+    tmp_path: Path, videos: Path
+) -> None:
+    rows = [*((f"v{i}.mp4", 0) for i in range(9)), *((f"gone{i}.mp4", 1) for i in range(500)), ("broken.mp4", 2)]
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", rows))
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    done = runs.command("index", tmp_path / "c.yaml")
+    assert done.returncode == 0, done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) < 40
+    assert "missing files: 500" in done.stderr
+    assert json.loads(runs.command("index", tmp_path / "c.yaml", "--json").stdout) == stored(config)
+    write_list(videos / "l.txt", [("gone.mp4", 0)])
+    done = runs.command("index", tmp_path / "c.yaml")
+    assert done.returncode == 2
+    assert "listed" in done.stdout
+    assert "error: data.train: not one of the 1 videos" in done.stderr
+
+
+def test_check_on_the_command_line_needs_no_config_and_fails_on_a_difference(tmp_path: Path, videos: Path) -> None:
+    index(config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 0)])))
+    done = runs.command("index", "--check", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (videos / "v1.mp4").unlink()
+    done = runs.command("index", "--check", tmp_path / "run" / "manifest.parquet", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["changes"] == {"gone": 1}
+    assert "1 gone" in done.stderr
+    assert runs.command("index").returncode == 2
+    done = runs.command("index", "--check", tmp_path / "nothing")
+    assert done.returncode == 2
+    assert "nothing: no such file or folder; expected a manifest, or the folder of a run" in done.stderr
+
+
+def test_ctrl_c_stops_at_once_and_what_was_found_is_used(tmp_path: Path, videos: Path) -> None:
+    write_video(videos / "long.mp4", 300)
+    for number in range(400):
+        os.link(videos / "long.mp4", videos / f"l{number}.mp4")
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [(f"l{i}.mp4", 0) for i in range(400)]))
+    (tmp_path / "c.yaml").write_text(dump_config(verified(config)))
+    line = [sys.executable, "-m", "videoadapt", "index", str(tmp_path / "c.yaml")]
+    cache = tmp_path / "run" / "probed.jsonl"
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and (not cache.exists() or cache.stat().st_size < 2000):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes
+        start = time.monotonic()
+        said = process.communicate()[1]
+        assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    found = cache.read_text().count("stamp")
+    assert 0 < found < 400
+    assert len(index(config).readable) == 400
+    assert cache.read_text().count("stamp") <= 401  # one line may be torn
+
+
+def test_a_saved_manifest_is_the_same_when_loaded(tmp_path: Path, videos: Path) -> None:
+    train = write_list(videos / "l.txt", [("v0.mp4", 0), ("gone.mp4", 1), ("broken.mp4", 2)])
+    config = config_of(tmp_path / "run", train=train)
+    manifest = index(config)
+    loaded = Manifest.load(tmp_path / "run" / "manifest.parquet")
+    pd.testing.assert_frame_equal(loaded.table, manifest.table)
+    assert (loaded.classes, loaded.hash, loaded.fingerprint) == (manifest.classes, manifest.hash, manifest.fingerprint)
+
+
+def test_load_or_index_indexes_again_only_if_the_sources_changed(tmp_path: Path, videos: Path) -> None:
+    train = write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 1)])
+    config = config_of(tmp_path / "run", train=train)
+    first = load_or_index(config)
+    path = tmp_path / "run" / "manifest.parquet"
+    written_at = path.stat().st_mtime_ns
+    assert load_or_index(config).hash == first.hash
+    assert path.stat().st_mtime_ns == written_at
+    write_list(train, [("v0.mp4", 0), ("v1.mp4", 2)])
+    assert load_or_index(config)["label"].tolist() == [0, 2]
+
+
+def test_a_torn_or_foreign_manifest_is_refused(tmp_path: Path, videos: Path) -> None:
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0)]))
+    index(config)
+    path = tmp_path / "run" / "manifest.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read as a manifest"):
+        load_or_index(config)
+    pd.DataFrame({"a": [1]}).to_parquet(path)
+    with pytest.raises(UserError, match="not a manifest of videoadapt"):
+        Manifest.load(path)
+    with pytest.raises(UserError, match=r"none\.parquet: cannot be read"):
+        Manifest.load(tmp_path / "none.parquet")
+
+
+def test_the_hash_is_of_the_population_not_of_its_order(tmp_path: Path, videos: Path) -> None:
+    train = write_list(videos / "l.txt", [(f"v{i}.mp4", 0) for i in range(5)])
+    manifest = index(config_of(tmp_path / "run", train=train))
+    shuffled = Manifest(manifest.table.sample(frac=1, random_state=0), manifest.classes)
+    assert shuffled.hash == manifest.hash
+    assert len(manifest.hash) == 12
+    for column, value in {"label": 1, "split": "val", "status": "broken", "video": "other.mp4"}.items():
+        changed = manifest.table.copy()
+        changed.loc[2, column] = value
+        assert Manifest(changed, manifest.classes).hash != manifest.hash

@@ -1,0 +1,134 @@
+"""Comparing two evaluated runs: paired, on the videos of both, with counts that anyone can check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import small_runs as runs
+from videoadapt.errors import UserError
+from videoadapt.evaluation.compare import compare
+from videoadapt.evaluation.intervals import mcnemar
+
+A_ONLY, B_ONLY, BOTH, NONE = 15, 5, 60, 20
+TRUTH = 3
+
+
+def evaluated(folder: Path, right: dict[str, bool | None], **summary: object) -> str:
+    """What an evaluation leaves behind: per video whether the policy `fixed:14` is right; none: it failed."""
+    rows = [
+        ("fixed:14", video, TRUTH, -1 if ok is None else TRUTH if ok else 0, bool(ok), ok is None)
+        for video, ok in right.items()
+    ]
+    table = pd.DataFrame(rows, columns=["policy", "video", "truth", "prediction", "right", "failed"])
+    (folder / "evaluate").mkdir(parents=True)
+    table.to_parquet(folder / "evaluate" / "videos.parquet")
+    values = {"manifest": "abc", "files": "def", "failed_count_as": "wrong", "policies": {"fixed:14": {}}} | summary
+    (folder / "evaluate" / "evaluate.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+@pytest.fixture
+def right() -> tuple[dict[str, bool | None], dict[str, bool | None]]:
+    kinds = [(True, False)] * A_ONLY + [(False, True)] * B_ONLY + [(True, True)] * BOTH + [(False, False)] * NONE
+    return {f"v{i}": a for i, (a, _) in enumerate(kinds)}, {f"v{i}": b for i, (_, b) in enumerate(kinds)}
+
+
+def test_counts_difference_and_p_value(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    result = compare(evaluated(tmp_path / "a", right[0]), evaluated(tmp_path / "b", right[1], files="xyz"))
+    assert (result["manifests"], result["files"]) == (["abc", "abc"], ["def", "xyz"])
+    [row] = result["policies"]
+    assert result["common"] == row["videos"] == 100
+    assert row["right_in_one_only"] == [A_ONLY, B_ONLY]
+    assert row["top1"] == pytest.approx([0.75, 0.65])
+    difference, low, high = row["difference"]
+    assert difference == pytest.approx(0.10)
+    assert low < 0.10 < high
+    assert row["p_value"] == pytest.approx(0.041389, abs=1e-6)  # R: binom.test(5, 20)$p.value
+
+
+def test_a_run_against_itself_does_not_differ(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    folder = evaluated(tmp_path / "a", right[0])
+    [row] = compare(folder, f"{folder}:fixed:14")["policies"]
+    assert row["difference"][0] == 0
+    assert row["p_value"] == 1
+    assert row["right_in_one_only"] == [0, 0]
+
+
+def test_the_order_of_videos_is_of_no_consequence(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    shuffled = dict(sorted(right[1].items(), key=lambda item: hash(item[0])))
+    folder = evaluated(tmp_path / "a", right[0])
+    plain, mixed = (compare(folder, evaluated(tmp_path / n, r)) for n, r in (("b", right[1]), ("c", shuffled)))
+    assert plain["policies"] == mixed["policies"]
+
+
+def test_other_populations_are_compared_on_what_both_list(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    fewer = {video: ok for video, ok in right[1].items() if video != "v0"}
+    result = compare(evaluated(tmp_path / "a", right[0]), evaluated(tmp_path / "b", fewer, manifest="def"))
+    assert (result["common"], result["listed"], result["manifests"]) == (99, [100, 99], ["abc", "def"])
+    assert result["policies"][0]["right_in_one_only"] == [A_ONLY - 1, B_ONLY]
+
+
+def test_failed_videos_count_as_the_runs_counted_them(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    failed = right[0] | {"v0": None}
+    b = evaluated(tmp_path / "b", right[1])
+    [wrong] = compare(evaluated(tmp_path / "a", failed), b)["policies"]
+    [without] = compare(evaluated(tmp_path / "c", failed, failed_count_as="exclude"), b)["policies"]
+    assert (wrong["videos"], wrong["right_in_one_only"]) == (100, [A_ONLY - 1, B_ONLY])
+    assert (without["videos"], without["right_in_one_only"]) == (99, [A_ONLY - 1, B_ONLY])
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    a = evaluated(tmp_path / "a", right[0])
+    with pytest.raises(UserError, match="run `videoadapt evaluate` first"):
+        compare(a, str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="not one video in common"):
+        compare(a, evaluated(tmp_path / "b", {"other": True}))
+    with pytest.raises(UserError, match="has no policy fixed:7; it has fixed:14"):
+        compare(a, f"{a}:fixed:7")
+    with pytest.raises(UserError, match="FOLDER:POLICY"):
+        table = pd.read_parquet(Path(a) / "evaluate" / "videos.parquet")
+        other = Path(evaluated(tmp_path / "c", right[0], policies={"fixed:10": {}, "oracle": {}}))
+        pd.concat([table.assign(policy=p) for p in ("fixed:10", "oracle")]).to_parquet(
+            other / "evaluate/videos.parquet"
+        )
+        compare(a, str(other))
+    unread = dict.fromkeys(right[0])
+    with pytest.raises(UserError, match="not one was read by both"):
+        compare(a, evaluated(tmp_path / "e", unread, failed_count_as="exclude"))
+    renumbered = Path(evaluated(tmp_path / "d", right[0])) / "evaluate" / "videos.parquet"
+    pd.read_parquet(renumbered).assign(truth=1).to_parquet(renumbered)
+    with pytest.raises(UserError, match="number them otherwise"):
+        compare(a, str(tmp_path / "d"))
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_symmetric_and_falls_with_the_imbalance(a: int, b: int) -> None:
+    assert mcnemar(a, b) == mcnemar(b, a)
+    assert 0 < mcnemar(a, b) <= 1
+    if a > b:
+        assert mcnemar(a + 1, b) < mcnemar(a, b) or mcnemar(a, b) == 1
+
+
+def test_mcnemar_keeps_its_level() -> None:
+    """Of runs that are equally good, at most 5 % are called different."""
+    rng = np.random.default_rng(0)
+    draws = rng.binomial(40, 0.5, 3000)
+    assert np.mean([mcnemar(int(a), 40 - int(a)) < 0.05 for a in draws]) <= 0.05
+    assert mcnemar(20_000, 19_000) < 1e-5  # no overflow
+
+
+def test_the_verb_needs_no_config(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    a, b = evaluated(tmp_path / "a", right[0]), evaluated(tmp_path / "b", right[1])
+    done = runs.command("evaluate", "--compare", a, b)
+    assert done.returncode == 0, done.stderr
+    assert "+10.0" in done.stdout
+    assert "0.041" in done.stdout
+    assert json.loads(runs.command("evaluate", "--compare", a, b, "--json").stdout)["common"] == 100
+    assert "CONFIG" in runs.command("evaluate").stderr

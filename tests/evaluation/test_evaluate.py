@@ -1,0 +1,293 @@
+"""Evaluation that can be trusted: its numbers depend on the videos and the model, on nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import small_runs as runs
+from processes import finished, torchrun
+from video_files import numbered, write_list, write_video
+from videoadapt.config.load import Config, dump_config
+from videoadapt.data.index.manifest import index, load_or_index
+from videoadapt.errors import UserError
+from videoadapt.evaluation.compare import compare
+from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.model.checkpoint import train_checkpoints
+from videoadapt.routing.scores import VIDEOS_PER_PART
+from videoadapt.training.state import State
+
+BROKEN = "broken.mp4"
+POINTS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated set with 70 validation videos, one of them broken: three parts of scores."""
+    folder = runs.make_data(tmp_path_factory.mktemp("evaluate") / "data")
+    made = (folder / "val.csv").read_text().splitlines()
+    for number in range(69):
+        path, label = made[number % len(made)].split()
+        link = folder / f"val{number}.mp4"
+        link.symlink_to(folder / path)
+        made.append(f"{link.name} {label}")
+    (folder / BROKEN).write_bytes(b"no video")
+    (folder / "val.csv").write_text("\n".join([*made[12:40], f"{BROKEN} 3", *made[40:]]) + "\n")
+    return folder
+
+
+def untrained(data: Path, run: Path, **sections: dict) -> Config:
+    """A config whose run holds a model as it was initialised."""
+    config = runs.config(data, run, data={"holdout": 0.0}, label={"source": "train"}, **sections)
+    state = State.start(config, load_or_index(config))
+    train_checkpoints(run).save(0, *state.saved())
+    return config
+
+
+def line(config: Config, *overrides: str, ranks: int = 1) -> list[str]:
+    """The command `videoadapt evaluate` on so many ranks."""
+    path = config.run.dir / "own.yaml"
+    path.write_text(dump_config(config))
+    verb = ["-m", "videoadapt", "evaluate", path, *overrides, "--json"]
+    return torchrun(ranks, *verb) if ranks > 1 else [sys.executable, *map(str, verb)]
+
+
+def logits(config: Config) -> np.ndarray:
+    parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
+    return np.concatenate([np.load(part)["logits"] for part in parts])
+
+
+def table(config: Config, name: str) -> pd.DataFrame:
+    return pd.read_parquet(config.run.dir / "evaluate" / f"{name}.parquet")
+
+
+def timeless(summary: dict) -> dict:
+    """A summary without what was measured of the machine."""
+    kept = {key: value for key, value in summary.items() if key not in {"seconds", "peak_memory_bytes"}}
+    policies = {name: row | {"clips_per_s": None} for name, row in kept["policies"].items()}
+    return kept | {"policies": policies}
+
+
+VIEWS = {"temporal_views": 2, "spatial_crops": 3, "speed_clips": 0}
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
+    config = untrained(data, tmp_path_factory.mktemp("alone"), evaluate=VIEWS)
+    return config, evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, ["evaluate.batch=5", "data.workers=1"]),
+        (2, ["evaluate.batch=64", "data.workers=0"]),
+        (1, ["evaluate.batch=1", "data.workers=2"]),
+    ],
+)
+def test_ranks_batches_and_workers_change_no_number(
+    data: Path, tmp_path: Path, alone: tuple[Config, dict], ranks: int, settings: list[str]
+) -> None:
+    config = untrained(data, tmp_path, evaluate=VIEWS)
+    done = finished(line(config, *settings, ranks=ranks))
+    assert done.returncode == 0, done.stderr
+    expected, summary = alone
+    np.testing.assert_allclose(logits(config), logits(expected), atol=1e-5)
+    ours, theirs = table(config, "videos"), table(expected, "videos")
+    pd.testing.assert_frame_equal(ours.drop(columns="p_best"), theirs.drop(columns="p_best"))
+    np.testing.assert_allclose(np.concatenate(ours["p_best"]), np.concatenate(theirs["p_best"]), atol=1e-5)
+    assert timeless(json.loads(done.stdout)) == timeless(summary)  # printed once, by the first rank
+
+
+def test_every_listed_video_counts_and_both_accuracies_are_there(alone: tuple[Config, dict]) -> None:
+    config, summary = alone
+    assert (summary["listed"], summary["scored"], len(summary["failed"])) == (70, 69, 1)
+    assert (summary["temporal_views"], summary["spatial_crops"]) == (2, 3)
+    videos = table(config, "videos").set_index(["policy", "video"])
+    for name, row in summary["policies"].items():
+        right = videos.loc[name, "right"]
+        assert not right[BROKEN]
+        assert row["top1"] == row["top1_failed_wrong"] == pytest.approx(right.mean())
+        assert row["top1_readable"] == pytest.approx(right.drop(BROKEN).mean())
+
+
+def test_a_video_is_the_mean_of_its_views(alone: tuple[Config, dict]) -> None:
+    config, _ = alone
+    views = table(config, "views")
+    assert len(views) == 69 * 2 * 3 * POINTS
+    point = views[views["point"] == "6"]
+    mean = point.groupby("video")["p_true"].mean()
+    videos = table(config, "videos")
+    here = videos[(videos["policy"] == "fixed:6") & ~videos["failed"]]
+    truths = {
+        row.video: row.p_best[list(row.best).index(row.truth)] for row in here.itertuples() if row.truth in row.best
+    }
+    assert len(truths) > 5  # noqa: PLR2004
+    np.testing.assert_allclose(list(truths.values()), mean[list(truths)], atol=1e-9)
+
+
+def test_the_class_table_follows_from_the_videos(alone: tuple[Config, dict]) -> None:
+    config, summary = alone
+    classes = pd.read_csv(config.run.dir / "evaluate" / "classes.csv")
+    for name, row in summary["policies"].items():
+        here = classes[classes["policy"] == name]
+        assert here["videos"].sum() == 70
+        assert here["top1"].mean() == pytest.approx(row["mean_class"])
+        assert here["top1"].is_monotonic_increasing
+        assert ((here["top1_low"] <= here["top1"] + 1e-9) & (here["top1"] <= here["top1_high"] + 1e-9)).all()
+
+
+def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(numbered_videos: Path, tmp_path: Path) -> None:
+    data = numbered_videos
+    config = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0})
+    away, back = data / "away", data / "v35.mp4"
+    back.rename(away)
+    cause = "lies elsewhere, or is gone, since it was indexed; run `videoadapt index`"
+    assert evaluate(config)["failed"] == [{"path": str(back), "cause": cause}]
+    parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
+    assert len(parts) == 2 and VIDEOS_PER_PART == 32  # noqa: PLR2004
+    before = [part.stat().st_mtime_ns for part in parts]
+    away.rename(back)
+    again = evaluate(config)
+    assert (again["failed"], again["scored"]) == ([], 40)
+    after = [part.stat().st_mtime_ns for part in parts]
+    assert after[0] == before[0] and after[1] != before[1]
+    fresh = untrained(data, tmp_path / "fresh", evaluate={"speed_clips": 0})
+    assert timeless(evaluate(fresh)) == timeless(again)
+    np.testing.assert_allclose(logits(config), logits(fresh), atol=1e-5)
+
+
+@pytest.fixture
+def numbered_videos(tmp_path: Path) -> Path:
+    """Forty validation videos of their own, in a folder that a test may change."""
+    data = tmp_path / "data"
+    rows = [(str(write_video(data / f"v{i}.mp4", numbered(8, 64, 96, start=8 * i)).name), i % 3) for i in range(40)]
+    write_list(data / "train.csv", rows[:10])
+    write_list(data / "val.csv", rows)
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    return data
+
+
+def test_other_files_under_the_same_names_are_scored_again(numbered_videos: Path, tmp_path: Path) -> None:
+    """Such as resized copies: the population is the same, the pixels are not."""
+    config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
+    first, before = evaluate(config), logits(config)
+    for i in range(39):
+        (numbered_videos / f"v{i}.mp4").write_bytes((numbered_videos / f"v{i + 1}.mp4").read_bytes())
+    index(config)
+    second = evaluate(config)
+    assert first["manifest"] == second["manifest"]
+    assert first["files"] != second["files"]
+    newest = max(config.run.dir.glob("scores/evaluate-*"), key=lambda folder: folder.stat().st_mtime_ns)
+    after = np.concatenate([np.load(part)["logits"] for part in sorted(newest.glob("part-*.npz"))])
+    np.testing.assert_allclose(after[:39], before[1:], atol=1e-5)
+    assert np.abs(after[:39] - before[:39]).max() > 1e-4
+
+
+def test_damage_that_verification_finds_is_not_hidden_by_earlier_scores(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    noise = np.random.default_rng(0).integers(0, 256, (60, 64, 96, 3), np.uint8)
+    path = write_video(data / "v0.mp4", noise)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(600) + whole[len(whole) // 2 + 600 :])
+    write_list(data / "val.csv", [("v0.mp4", 0), (write_video(data / "v1.mp4", noise[:30]).name, 1)])
+    write_list(data / "train.csv", [("v1.mp4", 1)])
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    quick = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0, "temporal_views": 8})
+    evaluate(quick)
+    full = quick.model_copy(update={"index": quick.index.model_copy(update={"verify": "full"})})
+    found = evaluate(full)
+    assert [failure["path"] for failure in found["failed"]] == [str(path)]
+    assert "damaged" in found["failed"][0]["cause"]
+
+
+def test_a_torn_part_is_scored_again(numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
+    whole, before = evaluate(config), logits(config)
+    part = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))[0]
+    part.write_bytes(part.read_bytes()[:1000])
+    assert timeless(evaluate(config)) == timeless(whole)
+    assert "torn" in capsys.readouterr().err
+    assert np.array_equal(logits(config), before)
+
+
+def test_a_summary_never_stands_beside_tables_of_another_evaluation(
+    numbered_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
+    evaluate(config)
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("videoadapt.evaluation.outcomes.write_csv", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        evaluate(config)
+    with pytest.raises(UserError, match="run `videoadapt evaluate` first"):
+        compare(str(config.run.dir), str(config.run.dir))
+
+
+def memory_mib(process: int) -> float:
+    """What a process and its workers hold, without the files that they map.
+
+    Not what each holds for itself (USS, PSS): that jumps once, when they first write into the many pages that they had
+    in common since the fork.
+    """
+    workers = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    rows = [row for pid in (process, *workers) for row in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(int(row.split()[1]) for row in rows if row.startswith(("RssAnon:", "RssShmem:"))) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: Path) -> None:
+    data, count = tmp_path / "data", 20_000
+    sources = [write_video(data / f"source{i}.mp4", numbered(6, 32, 48, start=6 * i)) for i in range(20)]
+    for number in range(count):
+        os.link(sources[number % 20], data / f"v{number}.mp4")
+    write_list(data / "val.csv", [(f"v{i}.mp4", i % 12) for i in range(count)])
+    write_list(data / "train.csv", [(f"source{i}.mp4", i % 12) for i in range(20)])
+    (data / "classes.txt").write_text("".join(f"c{i}\n" for i in range(12)))
+    model = {"width": 16, "depth": 1, "patch": 8, "size": 32, "num_frames": 2, "points": ["4", "2"]}
+    config = untrained(data, tmp_path / "run", model=model, evaluate={"speed_clips": 0, "batch": 64})
+
+    process = subprocess.Popen(
+        line(config, "data.workers=2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    parts = config.run.dir / "scores"
+    used: dict[int, float] = {}
+    stop_at = random.Random(time.time_ns()).randrange(5_000, 15_000)
+    while (done := len(list(parts.glob("*/part-*.npz"))) * VIDEOS_PER_PART) < stop_at:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        if done:
+            used[done] = memory_mib(process.pid)
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    early, late = (np.median([mib for done, mib in used.items() if low <= done < high]) for low, high in (
+        (0, stop_at // 3), (2 * stop_at // 3, stop_at)))  # fmt: skip
+    assert late < early + 30, f"memory grew from {early:.0f} to {late:.0f} MiB by {stop_at} videos: {used}"  # noqa: PLR2004
+
+    kept = len(list(parts.glob("*/part-*.npz")))
+    resumed = finished(line(config, "data.workers=2"), 900)
+    assert f"{count}/{count} videos" in resumed.stderr
+    for part in sorted(parts.glob("*/part-*.npz"))[: kept // 2]:
+        part.unlink()  # half of what the killed process wrote, done again by the resumed code
+    whole = finished(line(config, "data.workers=1", "evaluate.batch=50"), 900)
+    assert timeless(json.loads(resumed.stdout)) == timeless(json.loads(whole.stdout))
+    assert json.loads(whole.stdout)["scored"] == count

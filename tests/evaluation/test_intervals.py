@@ -1,0 +1,120 @@
+"""Intervals: known values, coverage by simulation, and symmetry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [  # 0.95 score intervals, from R's prop.test(right, total, correct = FALSE) and Newcombe (1998), table I
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_wilson_has_its_published_values(right: int, total: int, low: float, high: float) -> None:
+    assert wilson(right, total) == pytest.approx((low, high), abs=6e-5)
+
+
+@given(st.integers(0, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
+    right, total = counts
+    low, high = wilson(right, total)
+    assert 0 <= low < high <= 1
+    if total:
+        assert low - 1e-12 <= right / total <= high + 1e-12
+    assert wilson(total - right, total) == pytest.approx((1 - high, 1 - low))
+
+
+def test_of_no_videos_nothing_is_known() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("share", "total"), [(0.1, 60), (0.5, 100), (0.77, 400), (0.95, 200)])
+def test_wilson_covers_the_truth_19_times_in_20(share: float, total: int) -> None:
+    draws = np.random.default_rng(0).binomial(total, share, 4000)
+    covered = [low <= share <= high for low, high in (wilson(int(right), total) for right in draws)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_paired_interval_covers_the_true_difference() -> None:
+    rng = np.random.default_rng(1)
+    chances = [0.6, 0.08, 0.14, 0.18]  # both right, only a, only b, none
+    covered = []
+    for seed in range(300):
+        drawn = rng.choice(4, 400, p=chances)
+        _, low, high = paired_difference(drawn <= 1, (drawn == 0) | (drawn == 2), seed)
+        covered.append(low <= 0.08 - 0.14 <= high)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "counts", [[200, 100, 60, 40], [50] * 400, [2] * 400, [5] * 12, [1] * 60], ids=lambda c: f"{len(c)} classes"
+)
+def test_the_mean_class_interval_covers_the_true_mean(counts: list[int]) -> None:
+    """Also with few videos a class, and some classes at 0 or 100 %."""
+    rng = np.random.default_rng(2)
+    truth = np.repeat(np.arange(len(counts)), counts)
+    chance = rng.uniform(0.3, 0.95, len(counts))
+    covered = []
+    for _ in range(400):
+        low, high = mean_class_interval(rng.random(len(truth)) < chance[truth], truth)
+        covered.append(low <= chance.mean() <= high)
+    assert 0.92 <= np.mean(covered) <= 0.995
+
+
+def test_the_mean_class_interval_is_never_a_point() -> None:
+    for right in (np.ones(12, bool), np.zeros(12, bool), np.eye(1, 12, 3, dtype=bool)[0]):
+        low, high = mean_class_interval(right, np.arange(12))
+        assert low < right.mean() < high or (low < high and right.mean() in {low, high})
+
+
+pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60).map(np.array)
+
+
+@given(pairs)
+def test_the_paired_difference_is_that_of_the_accuracies_and_symmetric(pair: np.ndarray) -> None:
+    a, b = pair.T
+    difference, low, high = paired_difference(a, b)
+    assert difference == pytest.approx(a.mean() - b.mean())
+    assert low <= difference <= high
+    back, back_low, back_high = paired_difference(b, a)
+    step = 2 / len(a)  # between the values of a bootstrap where no pair agrees: its draws move an end by one
+    assert back == -difference
+    assert (back_low, back_high) == pytest.approx((-high, -low), abs=1.01 * step)
+
+
+def test_equal_policies_do_not_differ_and_pairs_that_agree_narrow_the_interval() -> None:
+    a = np.arange(100) < 70
+    difference, low, high = paired_difference(a, a)
+    assert difference == 0.0
+    assert -0.05 < low < 0 < high < 0.05  # agreeing on 100 videos is no certainty
+    nested, crossed = a & (np.arange(100) >= 5), np.roll(a, 35)
+    assert nested.mean() == 0.65
+    widths = [high - low for _, low, high in (paired_difference(a, nested), paired_difference(a, crossed))]
+    assert widths[0] < widths[1] / 2
+
+
+def test_mean_class_accuracy_weighs_classes_not_videos() -> None:
+    truth = np.array([0] * 90 + [2] * 10)  # class 1 does not occur
+    right = np.array([True] * 90 + [False] * 5 + [True] * 5)
+    assert class_means(right, truth).tolist() == [1.0, 0.5]
+    low, high = mean_class_interval(right, truth)
+    assert low < 0.75 < high
+    assert 0.5 <= low
+    assert high <= 1.0
+
+
+def test_intervals_repeat() -> None:
+    rng = np.random.default_rng(0)
+    a, b, truth = rng.random(80) < 0.8, rng.random(80) < 0.7, rng.integers(0, 4, 80)
+    assert paired_difference(a, b) == paired_difference(a, b)
+    assert mean_class_interval(a, truth) == mean_class_interval(a, truth)

@@ -1,0 +1,464 @@
+"""Checkpoints: whole or not at all, refused with a sentence, and never unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import videoadapt.model.checkpoint as module
+from videoadapt.config.sections import AssignConfig, ModelConfig, TrainConfig
+from videoadapt.errors import CheckpointError, RunError
+from videoadapt.model.checkpoint import (
+    Checkpoints,
+    assigner_checkpoints,
+    fill,
+    find_checkpoint,
+    load_assigner,
+    load_checkpoint,
+    load_model,
+    require_same,
+    save_checkpoint,
+    train_checkpoints,
+)
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.assigner import Assigner
+
+TENSORS: dict[str, Tensor] = {
+    "model/w": torch.arange(6.0).view(2, 3),
+    "model/b": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+    "optimizer/w/step": torch.tensor(7, dtype=torch.int64),
+    "rng/torch": torch.arange(16, dtype=torch.uint8),
+    "empty": torch.zeros(0, 3),
+}
+META = {"epoch": 2, "names": ["übung", 'a "b"'], "nested": {"lr": 0.1, "none": None}}
+TINY = ModelConfig(
+    width=8, depth=1, heads=2, patch=4, size=16, num_frames=2, num_classes=3, points=("4", "2"), init_std=0.5
+)
+SMALL = AssignConfig(frames=2, size=32, channel_multiplier=0.25, stages=1)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k].nan_to_num(9), b[k].nan_to_num(9))
+        for k in a
+    )
+
+
+def saved(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(folder, "train", keep)
+    for step in steps:
+        checkpoints.save(step, {"model/w": torch.full((50,), float(step))}, {"at": step})
+    return checkpoints
+
+
+def tear(path: Path, share: float = 0.6) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def newest(checkpoints: Checkpoints) -> Any:
+    found = checkpoints.latest()
+    assert found is not None
+    return found.meta["step"]
+
+
+# One file.
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    save_checkpoint(path, "train", TENSORS, META)
+    found = load_checkpoint(path, "train")
+    assert same(found.tensors, TENSORS)
+    assert found.meta == {**META, "kind": "train", "version": 1}
+    assert found.path == path
+    assert names(path.parent) == ["a.safetensors"]
+
+
+def test_parts_are_taken_by_whole_names(tmp_path: Path) -> None:
+    tensors = {"model/w": torch.zeros(1), "model_ema/w": torch.ones(1), "ema/model/w": torch.ones(2)}
+    save_checkpoint(tmp_path / "a", "train", tensors, {})
+    found = load_checkpoint(tmp_path / "a", "train")
+    assert same(found.part("model"), {"w": torch.zeros(1)})
+    assert same(found.part("ema"), {"model/w": torch.ones(2)})
+    assert found.part("optimizer") == {}
+
+
+def test_views_and_parameters_are_saved_by_their_values(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"t": base.t(), "p": torch.nn.Parameter(torch.ones(2))}
+    save_checkpoint(tmp_path / "a", "train", tensors, {})
+    found = load_checkpoint(tmp_path / "a", "train").tensors
+    assert torch.equal(found["t"], base.t())
+    assert not found["p"].requires_grad
+
+
+def test_a_loaded_checkpoint_outlives_its_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", "train", TENSORS, {})
+    found = load_checkpoint(tmp_path / "a", "train")
+    save_checkpoint(tmp_path / "a", "train", {"model/w": torch.zeros(2)}, {})
+    (tmp_path / "a").unlink()
+    assert same(found.tensors, TENSORS)
+
+
+def test_a_file_torn_anywhere_is_refused_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, "train", TENSORS, META)
+    content = path.read_bytes()
+    for length in [*range(0, len(content), 7), 8, len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(path, "train")
+        assert str(error.value).startswith(f"{path}: torn or not a checkpoint"), length
+
+
+def test_a_file_with_bytes_too_many_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, "train", TENSORS, META)
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
+        load_checkpoint(path, "train")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+FOREIGN: dict[str, bytes] = {
+    "text": b"this is no checkpoint, but a text that somebody wrote\n" * 20,
+    "empty": b"",
+    "zeros": bytes(4096),
+    "pickle": pickle.dumps({"model": Bomb()}),
+    "header that is no JSON": (20).to_bytes(8, "little") + b"x" * 20,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_is_refused_by_its_path_and_not_unpickled(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(FOREIGN[name])
+    for load in (lambda: load_checkpoint(path, "train"), lambda: load_model(path), lambda: load_assigner(path)):
+        with pytest.raises(CheckpointError, match="torn or not a checkpoint") as error:
+            load()
+        assert str(path) in str(error.value)
+
+
+def test_a_torch_file_is_refused_and_not_unpickled(tmp_path: Path) -> None:
+    torch.save({"model": Bomb()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: torn or not a checkpoint"):
+        load_model(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {"format": "pt"}, {"videoadapt": "[1]"}, {"videoadapt": '{"kind": "train", "version": 0}'}],
+)
+def test_other_peoples_weights_are_refused_with_the_way_they_go_in(tmp_path: Path, metadata: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.zeros(2)}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this version.*train\.init") as error:
+        load_checkpoint(path, "train")
+    assert str(path) in str(error.value)
+
+
+def test_a_header_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "a", metadata={"videoadapt": "{"})
+    with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
+        load_checkpoint(tmp_path / "a", "train")
+
+
+def test_a_checkpoint_of_the_other_stage_is_refused_by_kind(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", "assigner", TENSORS, {})
+    with pytest.raises(CheckpointError, match="kind assigner, expected train") as error:
+        load_checkpoint(tmp_path / "a", "train")
+    assert str(tmp_path / "a") in str(error.value)
+
+
+def test_what_is_not_there_is_refused_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors: no such checkpoint"):
+        load_checkpoint(tmp_path / "gone.safetensors", "train")
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path, "train")
+    assert str(tmp_path) in str(error.value)
+
+
+# A folder of them.
+
+
+def test_the_newest_is_found_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20, 100, 1000)
+    assert names(tmp_path) == ["last", "step-00000100.safetensors", "step-00001000.safetensors"]
+    assert (tmp_path / "last").read_text() == "step-00001000.safetensors"
+    found = checkpoints.latest()
+    assert found is not None
+    assert (found.meta["step"], found.meta["at"]) == (1000, 1000)
+
+
+def test_more_are_kept_if_asked(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3, 4, 5, keep=3)
+    assert len(list(tmp_path.glob("step-*"))) == 3
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    checkpoints.save(20, {"model/w": torch.zeros(1)}, {"at": "again"})
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.meta["at"] == "again"
+    assert names(tmp_path) == ["last", "step-00000010.safetensors", "step-00000020.safetensors"]
+
+
+def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "gone", "train").latest() is None
+    assert Checkpoints(tmp_path, "train").latest() is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_torn_newest_gives_way_to_the_one_before_with_a_message(
+    tmp_path: Path, share: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    tear(tmp_path / "step-00000020.safetensors", share)
+    assert newest(checkpoints) == 10
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "step-00000020.safetensors: torn or not a checkpoint" in err
+    assert "going back to the checkpoint before it" in err
+
+
+def test_a_missing_newest_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    (tmp_path / "step-00000020.safetensors").unlink()
+    assert newest(checkpoints) == 10
+
+
+def test_after_a_torn_newest_a_run_goes_on(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    tear(tmp_path / "step-00000020.safetensors")
+    assert newest(checkpoints) == 10
+    checkpoints.save(15, {"model/w": torch.zeros(1)}, {})
+    assert newest(checkpoints) == 15
+    checkpoints.save(20, {"model/w": torch.zeros(1)}, {})
+    assert newest(checkpoints) == 20
+
+
+def test_if_all_are_torn_nothing_is_started_anew_in_silence(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    for path in tmp_path.glob("step-*"):
+        tear(path)
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read; move them away"):
+        checkpoints.latest()
+
+
+def test_a_file_newer_than_last_was_never_announced_and_is_ignored(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    (tmp_path / "last").write_text("step-00000010.safetensors")
+    assert newest(checkpoints) == 10
+    checkpoints.save(15, {"model/w": torch.zeros(1)}, {})
+    assert newest(checkpoints) == 15
+
+
+@pytest.mark.parametrize("last", [None, b"", b"\n", b"garbage", b"\xff\xfe\x00"])
+def test_without_a_legible_last_the_newest_file_counts(tmp_path: Path, last: bytes | None) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    (tmp_path / "last").unlink()
+    if last is not None:
+        (tmp_path / "last").write_bytes(last)
+    assert newest(checkpoints) == 20
+
+
+# Disks that do not take it.
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), module.SafetensorError("I/O error")])
+def test_a_failing_write_is_a_run_error_that_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    checkpoints = saved(tmp_path, 10)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(RunError, match=r"step-00000020\.safetensors: cannot save .*earlier checkpoints are intact"):
+        checkpoints.save(20, {"model/w": torch.zeros(9)}, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert newest(checkpoints) == 10
+
+
+def test_a_full_disk_is_a_run_error_that_leaves_all_as_it_was(tmp_path: Path) -> None:
+    script = f"""
+        import resource, torch
+        from pathlib import Path
+        from videoadapt.model.checkpoint import Checkpoints
+        from videoadapt.errors import RunError
+        checkpoints = Checkpoints(Path({str(tmp_path)!r}), "train")
+        checkpoints.save(10, {{"model/w": torch.ones(100)}}, {{}})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        for size in (20_000, 1_000_000):
+            try:
+                checkpoints.save(20, {{"model/w": torch.zeros(size)}}, {{}})
+                print("saved")
+            except RunError as error:
+                print(error)
+        checkpoints.save(30, {{"model/w": torch.ones(5)}}, {{}})
+        print(checkpoints.latest().meta["step"])
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=120
+    )
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0, found.stderr
+    assert [line.split(" (")[0] for line in lines[:2]] == [
+        f"{tmp_path / 'step-00000020.safetensors'}: cannot save this checkpoint"
+    ] * 2
+    assert lines[2] == "30"
+    assert names(tmp_path) == ["last", "step-00000010.safetensors", "step-00000030.safetensors"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_run_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot save this checkpoint"):
+        Checkpoints(tmp_path / "file" / "checkpoints", "train").save(1, TENSORS, {})
+
+
+# Models and assigners.
+
+
+def save_model(run: Path, model: TimeSformer, step: int = 1, **parts: dict[str, Tensor]) -> Path:
+    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    tensors |= {f"{part}/{name}": t for part, values in parts.items() for name, t in values.items()}
+    meta = {"model": model.config.model_dump(mode="json"), "classes": list(model.class_names)}
+    return train_checkpoints(run).save(step, tensors, meta)
+
+
+def test_a_model_comes_back_from_its_file_or_run_folder(tmp_path: Path) -> None:
+    model = TimeSformer(TINY, ("a", "b", "c")).eval()
+    path = save_model(tmp_path, model)
+    clips = torch.randn(2, 3, 2, 16, 16)
+    for source in (path, tmp_path, str(tmp_path)):
+        found = load_model(source)
+        assert not found.training
+        assert (found.config, found.class_names) == (TINY, ("a", "b", "c"))
+        assert all(torch.equal(found(clips, point), model(clips, point)) for point in TINY.points)
+
+
+def test_the_averaged_weights_go_before_the_last_ones(tmp_path: Path) -> None:
+    model, averaged = TimeSformer(TINY), TimeSformer(TINY)
+    save_model(tmp_path, model, ema=averaged.state_dict())
+    assert same(load_model(tmp_path).state_dict(), averaged.state_dict())
+
+
+def test_another_architecture_is_refused_by_the_names_of_its_fields(tmp_path: Path) -> None:
+    path = save_model(tmp_path, TimeSformer(TINY))
+    wanted = TINY.model_copy(update={"num_classes": 7, "points": ("4",)})
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path, wanted)
+    message = str(error.value)
+    assert str(path) in message
+    assert "model.num_classes is 3 there, 7 here" in message
+    assert "model.points is ['4', '2'] there, ['4'] here" in message
+    assert "model.width" not in message
+
+
+def test_how_weights_were_initialised_does_not_matter_afterwards(tmp_path: Path) -> None:
+    save_model(tmp_path, TimeSformer(TINY))
+    load_model(tmp_path, TINY.model_copy(update={"drop_path": 0.2, "init_std": 0.1, "time_init_std": 1.0}))
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    module, path = torch.nn.Linear(2, 3), tmp_path / "a"
+    whole = {name: torch.ones_like(t) for name, t in module.state_dict().items()}
+    before = module.weight.detach().clone()
+    for tensors, named in (
+        ({"weight": whole["weight"]}, "bias"),
+        (whole | {"scale": torch.ones(1)}, "scale"),
+        (whole | {"weight": torch.ones(3, 3)}, "weight"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{path}: tensor {named}"):
+            fill(module, tensors, path)
+    assert torch.equal(module.weight, before)
+    fill(module, whole, path)
+    assert module.weight.eq(1).all()
+
+
+def test_a_run_without_checkpoints_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="run `videoadapt train` first"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="run `videoadapt assign` first"):
+        load_assigner(tmp_path)
+
+
+def test_a_named_file_that_is_torn_has_no_substitute(tmp_path: Path) -> None:
+    saved(tmp_path / "checkpoints", 10, 20)
+    torn = tmp_path / "checkpoints" / "step-00000020.safetensors"
+    tear(torn)
+    with pytest.raises(CheckpointError, match="torn"):
+        find_checkpoint(torn, "train")
+    assert find_checkpoint(tmp_path, "train").meta["step"] == 10
+
+
+def test_require_same_passes_over_free_fields_alone(tmp_path: Path) -> None:
+    theirs = TINY.model_dump(mode="json") | {"drop_path": 0.5}
+    require_same(tmp_path, TINY, theirs, "model", free=("drop_path",))
+    with pytest.raises(CheckpointError, match=r"model\.drop_path is 0\.5 there, 0\.0 here"):
+        require_same(tmp_path, TINY, theirs, "model")
+    require_same(tmp_path, TINY, json.loads(json.dumps(TINY.model_dump(mode="json"))), "model")
+
+
+def test_points_in_another_order_of_cost_are_the_same_points() -> None:
+    points = ["14", "12", "14@0.7"]
+    late, early = (ModelConfig(points=points, drop_blocks=blocks) for blocks in ([11], [2, 3, 4]))
+    assert late.points != early.points
+    with pytest.raises(CheckpointError, match=r"run: model\.drop_blocks is \[11\] there, \[2, 3, 4\] here\. Use"):
+        require_same(Path("old"), early, late.model_dump(mode="json"), "model")
+    with pytest.raises(CheckpointError, match=r"model\.points is \['14', '12', '14@0.7'\] there"):
+        require_same(Path("old"), ModelConfig(points=["14", "12"]), {"points": points}, "model")
+
+
+def save_assigner(run: Path, assigner: Assigner, threshold: float | None) -> Path:
+    meta = {"assign": assigner.config.model_dump(mode="json"), "points": ["4", "2"], "threshold": threshold}
+    tensors = {f"model/{name}": t for name, t in assigner.state_dict().items()}
+    return assigner_checkpoints(run).save(3, tensors, meta)
+
+
+def test_an_assigner_comes_back_with_its_threshold(tmp_path: Path) -> None:
+    assigner = Assigner(SMALL, 2).eval()
+    path = save_assigner(tmp_path, assigner, 0.65)
+    thumbnails = torch.randint(0, 256, (3, 3, 2, 32, 32), dtype=torch.uint8)
+    for source in (path, tmp_path):
+        found, _, threshold = load_assigner(source)
+        assert threshold == 0.65
+        assert not found.training
+        assert torch.equal(found.probabilities(thumbnails), assigner.probabilities(thumbnails))
+
+
+def test_an_assigner_that_is_not_fitted_to_the_end_is_refused(tmp_path: Path) -> None:
+    save_assigner(tmp_path, Assigner(SMALL, 2), None)
+    with pytest.raises(CheckpointError, match=r"not fitted to the end; run `videoadapt assign` again"):
+        load_assigner(tmp_path)
+
+
+def test_a_field_that_is_younger_than_a_checkpoint_counts_as_its_default() -> None:
+    made = TrainConfig().model_dump(mode="json")
+    del made["draw"]
+    require_same(Path("old"), TrainConfig(), made, "train")
+    with pytest.raises(CheckpointError, match=r"train\.draw is 'all' there, 'sampled' here"):
+        require_same(Path("old"), TrainConfig(draw="sampled"), made, "train")

@@ -1,0 +1,197 @@
+"""The time of a step in a layout of ranks, as arithmetic: what must hold whatever the times are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from videoadapt.config.cost import point_macs
+from videoadapt.config.load import Config, make_config
+from videoadapt.performance.forecast import Forecast, Line, Network, Passes, Work, forecast, groups_setting, layouts
+from videoadapt.performance.plan import analytic_passes, reason_for, recommended, work_of
+from videoadapt.training.draws import possible_draws
+from videoadapt.training.groups import GroupPlan, make_plan
+
+POINTS = ("14", "10", "7")
+NO_NETWORK = Network(1e30, overlaps=False)  # as good as none: nothing takes time
+NANOSECOND = 1e-9
+lines = st.builds(Line, st.floats(0, 0.1), st.floats(1e-4, 0.1))
+networks = st.builds(Network, st.floats(1e6, 1e12), st.booleans())
+
+
+@st.composite
+def works(draw: st.DrawFn) -> Work:
+    parts = draw(st.sampled_from([1, 2]))
+    return Work(
+        passes={point: Passes(draw(lines), draw(lines)) for point in POINTS},
+        draws=possible_draws(POINTS, draw(st.sampled_from(["all", "sampled"]))),
+        optimizer_s=draw(st.floats(0, 0.1)),
+        gradient_bytes=draw(st.integers(1, 10**9)),
+        logits_bytes=draw(st.integers(1, 10_000)),
+        clips=2 * parts * draw(st.integers(4, 32)),
+        parts=parts,
+        pairs=draw(st.booleans()),
+    )
+
+
+def simple(forward_s: Sequence[float], backward_s: Sequence[float], **changes: object) -> Work:
+    """Passes that take as long for any number of clips, and nothing else that takes time."""
+    passes = {p: Passes(Line(f, 0), Line(b, 0)) for p, f, b in zip(POINTS, forward_s, backward_s, strict=False)}
+    work = Work(
+        passes, possible_draws(POINTS, "all"), 0.0, gradient_bytes=1, logits_bytes=1, clips=8, parts=1, pairs=False
+    )
+    return replace(work, **changes)  # type: ignore[arg-type]
+
+
+def timesformer_b(**sections: dict) -> Config:
+    return make_config(sections)  # the defaults are TimeSformer-B at 14, 10 and 7
+
+
+def planned(config: Config, ranks: int, groups: object) -> GroupPlan:
+    changed = config.model_copy(update={"parallel": config.parallel.model_copy(update={"groups": groups})})
+    return make_plan(changed, ranks, {point: float(macs) for point, macs in point_macs(config.model).items()})
+
+
+@given(works(), networks, st.integers(1, 8), st.floats(1.0, 100.0))
+def test_a_faster_network_never_makes_a_step_slower(work: Work, network: Network, ranks: int, factor: float) -> None:
+    faster = replace(network, bytes_per_s=network.bytes_per_s * factor)
+    for plan in layouts(work, ranks):
+        assert forecast(plan, work, faster).step_s <= forecast(plan, work, network).step_s + NANOSECOND
+
+
+def drawn_s(work: Work, clips: int) -> float:
+    """Seconds of a step's passes over so many clips at once, the mean over draws."""
+    draws = work.draws.items()
+    return work.parts * sum(chance * work.passes[point].seconds(clips) for draw, chance in draws for point in draw)
+
+
+@given(works(), networks, st.integers(1, 8))
+def test_what_holds_for_any_layout(work: Work, network: Network, ranks: int) -> None:
+    plans = layouts(work, ranks)
+    assert len(set(plans)) == len(plans)
+    alone, fixed = drawn_s(work, work.clips_of_part), drawn_s(work, 0)
+    for plan in plans:
+        assert plan.ranks == ranks
+        assert sorted(point for group in plan.groups for point in group.points) == sorted(POINTS)
+        found = forecast(plan, work, network)
+        assert 0 < found.utilisation <= 1 + NANOSECOND
+        assert found.communication_s >= 0
+        # All passes together take at least what one rank would need, shared out evenly.
+        assert found.passes_s >= fixed / ranks + (alone - fixed) / ranks - NANOSECOND
+        apart = forecast(plan, work, replace(network, overlaps=False))
+        assert found.step_s <= apart.step_s + NANOSECOND
+
+
+@given(works(), networks)
+def test_one_rank_is_the_sequential_step(work: Work, network: Network) -> None:
+    (plan,) = layouts(work, 1)
+    found = forecast(plan, work, network)
+    passes_s = drawn_s(work, work.clips_of_part)
+    assert found.step_s == pytest.approx(passes_s + work.optimizer_s)
+    assert found.communication_s == 0
+    assert found.utilisation == pytest.approx(passes_s / found.step_s)
+
+
+@given(works(), st.integers(3, 8))
+def test_the_layouts_hold_that_of_auto(work: Work, ranks: int) -> None:
+    work = replace(work, clips=64, parts=1, pairs=False, draws=possible_draws(POINTS, "all"))
+    costs = {point: each.seconds(work.clips) for point, each in work.passes.items()}
+    assert make_plan(make_config({"parallel": {"groups": "auto"}}), ranks, costs) in layouts(work, ranks)
+
+
+def test_three_equal_gpus_one_per_length_are_58_percent_utilised() -> None:
+    """ReViT's layout, by analytic cost: (195.8 + 98.6 + 48.1) / (3 x 195.8)."""
+    config = timesformer_b(plan={"macs_per_s": 1e14})
+    work = work_of(config, analytic_passes(config), 0.0)
+    found = forecast(planned(config, 3, {"14": 1, "10": 1, "7": 1}), work, NO_NETWORK)
+    assert found.utilisation == pytest.approx(0.583, abs=0.001)
+    alone, together = (forecast(planned(config, n, None), work, NO_NETWORK) for n in (1, 3))
+    assert alone.step_s / found.step_s == pytest.approx(1.75, abs=0.005)  # the bound of a sequential step
+    assert together.utilisation == pytest.approx(64 / 66)  # 64 clips do not divide by 3
+    seven = forecast(planned(config, 7, {"14": 4, "10": 2, "7": 1}), work, NO_NETWORK)
+    assert seven.utilisation > 0.95
+
+
+def test_a_step_that_draws_takes_the_mean_over_draws() -> None:
+    work = replace(simple([10, 4, 2], [20, 8, 4]), draws=possible_draws(POINTS, "sampled"))
+    (together,) = layouts(work, 1)
+    assert forecast(together, work, NO_NETWORK).step_s == pytest.approx((42 + 36) / 2)
+    apart = make_plan(make_config({"parallel": {"groups": {"14": 1, "10": 1, "7": 1}}}), 3, {})
+    found = forecast(apart, work, NO_NETWORK)
+    assert found.step_s == pytest.approx(30)  # the group that is not drawn waits
+    assert found.utilisation == pytest.approx((42 + 36) / 2 / (3 * 30))
+
+
+def test_students_wait_for_the_teachers_logits() -> None:
+    plan = make_plan(make_config({"parallel": {"groups": {"14": 1, "10+7": 1}}}), 2, {})
+    work = simple([10, 1, 1], [1, 5, 1])
+    assert forecast(plan, work, NO_NETWORK).step_s == pytest.approx(10 + 5 + 1 + 1)  # not 8: the first forward waits
+    twice = replace(work, parts=2)
+    assert forecast(plan, twice, NO_NETWORK).step_s == pytest.approx(11 + 10 + 5 + 1 + 1)  # the teacher goes on
+    slow = Network(8 / 3, overlaps=False)  # 8 clips of 1 byte take 3 s, the gradients' byte 0.375 s
+    assert forecast(plan, work, slow).step_s == pytest.approx(10 + 3 + 7 + 0.375)
+
+
+def test_gradients_travel_while_the_last_backward_pass_runs() -> None:
+    plan = make_plan(make_config({}), 2, {})
+    work = simple([1, 1, 1], [1, 1, 4], gradient_bytes=250 << 20)
+
+    def step_s(seconds_on_the_wire: float, overlaps: bool) -> float:
+        return forecast(plan, work, Network(work.gradient_bytes / seconds_on_the_wire, overlaps)).step_s
+
+    assert step_s(3, overlaps=False) == pytest.approx(9 + 3)
+    assert step_s(3, overlaps=True) == pytest.approx(9 + 0.3)  # the last of ten buckets remains
+    assert step_s(30, overlaps=True) == pytest.approx(9 - 4 + 30)
+
+
+def test_layouts_leave_nobody_without_a_clip() -> None:
+    work = simple([1, 1, 1], [1, 1, 1], clips=2)
+    assert all(len(group.ranks) <= 2 for plan in layouts(work, 4) for group in plan.groups)
+    assert layouts(work, 7) == []
+    assert layouts(replace(work, pairs=True), 2) != layouts(work, 2)
+
+
+def test_one_length_has_nothing_to_group() -> None:
+    work = replace(simple([1], [1]), passes={"14": Passes(Line(1, 1), Line(1, 1))})
+    assert [len(plan.groups) for plan in layouts(work, 4)] == [1]
+
+
+def test_settings_are_what_parallel_groups_reads() -> None:
+    work = simple([2, 1, 1], [2, 1, 1], clips=64)
+    for plan in layouts(work, 5):
+        text = groups_setting(plan)
+        groups = None if text == "null" else dict(part.split(": ") for part in text.strip("{}").split(", "))
+        assert make_plan(make_config({"parallel": {"groups": groups}}), 5, {}) == plan
+
+
+def test_lines_pass_through_their_measurements_and_know_no_negative_time() -> None:
+    line = Line.through((2, 5.0), (4, 9.0))
+    assert (line.fixed_s, line.per_clip_s) == (1.0, 2.0)
+    assert Line.through((2, 5.0), (4, 4.0)) == Line(5.0, 0.0)
+    assert Line.through((2, 1.0), (4, 9.0)) == Line(0.0, 2.25)
+
+
+def made(step_s: float, groups: dict[str, int] | None, ranks: int = 3) -> Forecast:
+    plan = make_plan(make_config({"parallel": {"groups": groups}}), ranks, {})
+    return Forecast(plan, step_s, step_s, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("plain_s", "grouped_s", "groups", "said"),
+    [
+        (1.0, 1.5, "null", "plain data parallelism over all points beats groups by 50%: the best of them"),
+        (1.0, 0.99, "null", "as fast as the best groups, {14: 1, 10: 1, 7: 1}, within 2%"),
+        (1.5, 1.0, "{14: 1, 10: 1, 7: 1}", "beat every rank training every point by 50%"),
+    ],
+)
+def test_what_is_recommended_and_why(plain_s: float, grouped_s: float, groups: str, said: str) -> None:
+    both = [made(plain_s, None), made(grouped_s, {"14": 1, "10": 1, "7": 1})]
+    best = recommended(both)
+    assert groups_setting(best.plan) == groups
+    assert re.search(said, reason_for(best, both))
+    assert "no other kind of layout" in reason_for(best, [best])

@@ -1,0 +1,148 @@
+"""`plan` from end to end, and the memory that it counts without computing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import small_runs as runs
+from videoadapt.config.load import Config, dump_config, make_config
+from videoadapt.data.index.manifest import index
+from videoadapt.errors import UserError
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.performance.memory import parameter_count, saved_bytes, training_memory
+from videoadapt.performance.plan import analytic_passes, plan, print_plan
+from videoadapt.training.groups import make_plan
+
+CPU = torch.device("cpu")
+MACS_PER_S = {"macs_per_s": 1e10}
+
+
+def tiny(folder: Path, /, **sections: dict) -> Config:
+    return runs.config(folder / "data", folder / "run", **sections)
+
+
+def really_saved_bytes(config: Config, point: str, clips: int) -> int:
+    """By storages of a real forward pass."""
+    model = TimeSformer(config.model).train()
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(clips, 3, config.model.num_frames, config.model.size, config.model.size), point)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("point", ["8", "4"])
+def test_saved_bytes_are_those_of_a_real_pass(tmp_path: Path, point: str) -> None:
+    config = tiny(tmp_path, model={"drop_path": 0.0})
+    for clips in (1, 3):
+        found = saved_bytes(config, point, clips, CPU, checkpointing=False)
+        assert found == pytest.approx(really_saved_bytes(config, point, clips), rel=0.01)
+
+
+def test_memory_follows_the_optimizer_the_length_and_the_clips(tmp_path: Path) -> None:
+    config = tiny(tmp_path, train={"ema": None})
+    memory = training_memory(config, CPU)
+    assert memory.state == 16 * parameter_count(config)  # weights, gradients, AdamW's two
+    assert memory.bytes(["8"], 2) > memory.bytes(["4"], 2) > memory.state
+    assert memory.bytes(["8", "4"], 2) == memory.bytes(["8"], 2)
+    more = memory.bytes(["8"], 4) - memory.bytes(["8"], 3)
+    assert memory.bytes(["8"], 3) - memory.bytes(["8"], 2) == more == memory.saved["8"][1]
+    checkpointed = training_memory(tiny(tmp_path, train={"activation_checkpointing": True}, model={"depth": 6}), CPU)
+    assert checkpointed.saved["8"][1] < training_memory(tiny(tmp_path, model={"depth": 6}), CPU).saved["8"][1] / 2
+    sgd = training_memory(tiny(tmp_path, train={"optimizer": "sgd", "momentum": 0.0, "ema": 0.9}), CPU)
+    assert sgd.state == 12 * parameter_count(config)
+    bf16 = training_memory(tiny(tmp_path, run={"precision": "bf16"}), CPU)
+    assert bf16.saved["8"][1] < memory.saved["8"][1]
+
+
+def test_a_plan_by_analytic_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(tmp_path, plan={**MACS_PER_S, "clips": 1000}, parallel={"groups": {"8": 1, "6": 1, "4": 1}})
+    result = plan(config, 3)
+    assert json.loads((config.run.dir / "plan.json").read_text()) == result
+    rows = {row["groups"]: row for row in result["layouts"]}
+    assert {"null", "{8: 1, 6: 1, 4: 1}", "{8: 2, 6+4: 1}"} <= set(rows)
+    assert [row["step_s"] for row in result["layouts"]] == sorted(row["step_s"] for row in result["layouts"])
+    assert result["groups_of_the_config"] == "{8: 1, 6: 1, 4: 1}"
+    assert result["measured_at_clips"] is None
+    row = rows["null"]
+    assert row["clips_per_s"] == pytest.approx(8 / row["step_s"])
+    assert row["gpu_hours"] == pytest.approx(3 * 2 * (1000 // 8) * row["step_s"] / 3600)  # ranks x epochs x steps
+    assert row["bytes_per_rank"] < rows["{8: 1, 6: 1, 4: 1}"]["bytes_per_rank"]  # a share of 3 clips, not of 8
+    print_plan(result)
+    said = capsys.readouterr().out
+    assert f"recommended: parallel.groups={result['recommended']}: " in said
+    assert "nothing measured" in said
+
+
+def test_checkpointed_blocks_are_computed_twice(tmp_path: Path) -> None:
+    plain = analytic_passes(tiny(tmp_path, plan=MACS_PER_S))
+    again = analytic_passes(tiny(tmp_path, plan=MACS_PER_S, train={"activation_checkpointing": True}))
+    for point, passes in plain.items():
+        assert again[point].forward == passes.forward
+        assert again[point].backward.seconds(6) == pytest.approx(passes.seconds(6))
+
+
+def test_the_clips_of_an_epoch_come_from_the_manifest(tmp_path: Path) -> None:
+    runs.make_data(tmp_path / "data")
+    config = tiny(tmp_path, plan=MACS_PER_S)
+    assert plan(config, 1)["clips_an_epoch"] is None
+    train_videos = int((index(config)["split"] == "train").sum())
+    assert plan(config, 1)["clips_an_epoch"] == train_videos
+
+
+def test_the_command_measures_and_prints(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    done = runs.command("plan", path, "--gpus", 2, "--json", "train.batch=4", "plan.bandwidth_gbps=1")
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["measured_at_clips"] == [2, 4]
+    assert {row["groups"] for row in result["layouts"]} == {
+        "null",
+        "{8: 1, 6+4: 1}",
+        "{8+4: 1, 6: 1}",
+        "{8+6: 1, 4: 1}",
+    }
+    assert all(row["step_s"] > 0 for row in result["layouts"])
+    assert result["passes"].keys() == {"8", "6", "4"}
+    # What it recommends is a layout that training takes.
+    changed = config.model_dump(mode="json")
+    changed["parallel"]["groups"] = None if result["recommended"] == "null" else "auto"
+    assert make_plan(make_config(changed), 2, dict.fromkeys(config.model.points, 1.0)).ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),
+        ([], "Missing option '--gpus'"),
+        (["--gpus", "99", "plan.macs_per_s=1e9"], "99 ranks, but a step has only 8 clips"),
+        (["--gpus", "2", "plan.bandwidth=3"], "unknown key plan.bandwidth; did you mean plan.bandwidth_gbps?"),
+        (["--gpus", "2", "plan.macs_per_s=0"], "plan.macs_per_s: input should be greater than 0"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be(tmp_path: Path, words: list[str], said: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(tiny(tmp_path)))
+    done = runs.command("plan", path, *words)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        plan(tiny(tmp_path, run={"device": "cuda"}), 2)

@@ -1,0 +1,171 @@
+"""Early exit: who goes on, what it costs, and thresholds fitted to a mean cost; against clip by clip."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from videoadapt.config.cascade import MEASURES, Measure
+from videoadapt.config.cost import point_macs
+from videoadapt.config.sections import ModelConfig
+from videoadapt.errors import UserError
+from videoadapt.evaluation.outcomes import pareto_front
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.label_rules import confidence, confidence_matrix, outcome_table, softmax
+from videoadapt.routing.policy import Cascade, Evidence, Fixed, end_costs, fit_threshold, parse_cascade
+from videoadapt.routing.router import route
+
+GRID = ("14", "12", "14@0.7", "8@0.5")
+MODEL = ModelConfig(points=GRID, num_frames=1, temporal=False)
+COSTS = np.array([4.0, 2.5, 2.0, 1.0])
+CHAIN = ("8@0.5", "12", "14")
+sure = hnp.arrays(np.float64, st.tuples(st.integers(1, 30), st.just(4)), elements=st.floats(0, 1, width=16))
+
+
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=6))
+def test_confidences_are_between_0_and_1_and_know_one_answer_from_many(logits: list[float]) -> None:
+    p = softmax(np.array(logits))
+    best, second = sorted(p, reverse=True)[:2]
+    assert confidence(p, "probability") == best
+    assert confidence(p, "margin") == pytest.approx(best - second)
+    entropy = -sum(x * math.log(x) for x in p if x > 0)
+    assert confidence(p, "entropy") == pytest.approx(1 - entropy / math.log(len(p)), abs=1e-9)
+    for measure in MEASURES:
+        assert -1e-9 <= confidence(p, measure) <= 1
+        assert confidence(np.eye(3), measure) == pytest.approx([1, 1, 1])
+    assert confidence(np.full(4, 0.25), "margin") == 0
+    assert confidence(np.full(4, 0.25), "entropy") == pytest.approx(0)
+
+
+@given(sure, st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_a_clip_ends_at_the_first_point_that_is_sure_and_pays_for_all_before(
+    confidences: np.ndarray, thresholds: tuple[float, float]
+) -> None:
+    policy = Cascade(CHAIN, thresholds, "margin")
+    choice = policy.choose(Evidence(len(confidences), GRID, confidence={"margin": confidences}))
+    costs = end_costs(policy, GRID, COSTS)[choice]
+    for row, chosen, cost in zip(confidences, choice, costs, strict=True):
+        ran = ["8@0.5"]
+        if row[3] < thresholds[0]:
+            ran.append("12")
+            if row[1] < thresholds[1]:
+                ran.append("14")
+        assert GRID[chosen] == ran[-1]
+        assert cost == sum(COSTS[GRID.index(point)] for point in ran)
+    assert end_costs(Fixed("14"), GRID, COSTS).tolist() == COSTS.tolist()
+
+
+@given(sure, st.floats(1.0, 8.0))
+def test_a_fitted_threshold_is_the_highest_that_is_paid_for(confidences: np.ndarray, mean_cost: float) -> None:
+    numbers = [GRID.index(point) for point in CHAIN]
+    along, costs = confidences[:, numbers], COSTS[numbers]
+
+    def cost(threshold: float) -> float:
+        policy = Cascade(CHAIN, (threshold, threshold))
+        choice = policy.choose(Evidence(len(confidences), GRID, confidence={"probability": confidences}))
+        return float(end_costs(policy, GRID, COSTS)[choice].mean())
+
+    threshold = fit_threshold(along, costs, mean_cost)
+    assert cost(threshold) <= mean_cost + 1e-9
+    higher = [value for value in [*along.ravel(), 2.0] if value > threshold]
+    assert all(cost(value) > mean_cost - 1e-9 for value in higher)
+
+
+def test_a_mean_cost_below_the_first_point_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"first point alone costs 0\.5, which is more than 0\.4"):
+        fit_threshold(np.zeros((3, 2)), np.array([0.5, 1.0]), 0.4)
+
+
+def test_cascades_by_name() -> None:
+    assert parse_cascade("8@0.5,14@0.7:0.6", MODEL, None) == Cascade(("8@0.5", "14@0.7"), (0.6,))
+    three = parse_cascade("8@.5,12,14:0.6,0.8:entropy", MODEL, None)
+    assert three == Cascade(("8@0.5", "12", "14"), (0.6, 0.8), "entropy")
+    assert three.name == "cascade:8@.5,12,14:0.6,0.8:entropy"  # as written
+    assert parse_cascade("8@0.5,12,14:0.6", MODEL, None).thresholds == (0.6, 0.6)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "14:0.5", "8@0.5,14", "8@0.5,14:", "8@0.5,14:high", "8@0.5,10:0.5", "14,14:0.5", "8@0.5,14:0.5:luck"]
+)
+def test_what_is_no_cascade_is_refused_with_the_points(text: str) -> None:
+    with pytest.raises(UserError, match=r"expected (POINT,POINT.*14, 12, 14@0\.7, 8@0\.5|LENGTH or LENGTH@KEEP)"):
+        parse_cascade(text, MODEL, None)
+
+
+def test_too_many_thresholds_are_refused() -> None:
+    with pytest.raises(UserError, match="expected 1 threshold or 2, got 3"):
+        parse_cascade("8@0.5,12,14:0.1,0.2,0.3", MODEL, None)
+
+
+def test_a_cascade_is_fitted_on_the_label_table_of_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `label` first"):
+        parse_cascade("8@0.5,14:cost=0.5", MODEL, tmp_path)
+    probabilities = softmax(3 * np.random.default_rng(0).normal(size=(200, 4, 5)))
+    table = outcome_table(
+        [f"v{i:03}" for i in range(200)], np.zeros(200, np.int64), np.zeros(200, np.int64), probabilities, GRID
+    )
+    (tmp_path / "labels").mkdir()
+    table.to_parquet(tmp_path / "labels" / "outcomes.parquet")
+    for measure in MEASURES:
+        expected = confidence(probabilities, measure)[:, [3, 0]]
+        np.testing.assert_allclose(confidence_matrix(table, ("8@0.5", "14"), measure), expected)
+        fitted = parse_cascade(f"8@0.5,14:cost=0.5:{measure}", MODEL, tmp_path)
+        macs = point_macs(MODEL)
+        goes_on = (expected[:, 0] < fitted.thresholds[0]).mean()
+        assert goes_on == pytest.approx(0.5 - macs["8@0.5"] / macs["14"], abs=1 / 200)
+    with pytest.raises(UserError, match="has no confidences at 12"):
+        confidence_matrix(table[table["point"] != "12"], ("12", "14"), "margin")
+    old: pd.DataFrame = table.drop(columns="confidence_margin")
+    with pytest.raises(UserError, match="has no confidences at 12, 14; run `label` again"):
+        confidence_matrix(old, ("12", "14"), "margin")
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_clips_that_go_on_are_batched_anew_and_all_answers_are_those_of_their_point(measure: Measure) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=16, depth=2, heads=2, patch=4, size=16, num_frames=1, temporal=False, num_classes=4,
+        points=("4", "4@0.5", "2"), drop_blocks=(1,), init_std=0.5,
+    )  # fmt: skip
+    model = TimeSformer(config).eval()
+    views = torch.randint(0, 256, (23, 2, 3, 1, 16, 16), dtype=torch.uint8)
+    every = np.stack([route(model, views, Fixed(point), batch=7).logits for point in config.points], axis=1)
+    confidences = confidence(softmax(every).mean(2), measure)  # (clips, points)
+    middle = float(np.median(confidences[:, 2]))
+    policy = Cascade(("2", "4@0.5", "4"), (middle, float(np.median(confidences[:, 1]))), measure)
+    batches: list[tuple[str, int]] = []
+    model.register_forward_pre_hook(lambda _module, given: batches.append((given[1], len(given[0]))))
+    routed = route(model, views, policy, batch=8)
+    assert set(routed.choice) == {0, 1, 2}
+    expected = policy.choose(Evidence(23, config.points, confidence={measure: confidences}))
+    assert routed.choice.tolist() == expected.tolist()
+    np.testing.assert_allclose(routed.logits, every[np.arange(23), routed.choice], rtol=1e-4, atol=1e-5)
+    ran = {"2": 23, "4@0.5": int((routed.choice != 2).sum()), "4": int((routed.choice == 0).sum())}
+    for point, clips in ran.items():
+        sizes = [size for name, size in batches if name == point]
+        assert sum(sizes) == 2 * clips
+        assert all(size == 8 for size in sizes[:-1])
+
+
+def test_a_chain_ends_early_where_all_clips_are_sure() -> None:
+    config = ModelConfig(width=16, depth=1, heads=2, patch=4, size=16, num_frames=1, temporal=False, points=("4", "2"))
+    views = torch.zeros((3, 1, 3, 1, 16, 16), dtype=torch.uint8)
+    routed = route(TimeSformer(config).eval(), views, Cascade(("2", "4"), (0.0,)), batch=8)
+    assert routed.choice.tolist() == [1, 1, 1]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_pareto_front_is_what_nothing_beats(policies: list[tuple[int, int]]) -> None:
+    front = pareto_front([c for c, _ in policies], [a for _, a in policies])
+    assert any(front)
+    for (cost, accuracy), on in zip(policies, front, strict=True):
+        beaten = [(c, a) for c, a in policies if c <= cost and a >= accuracy and (c, a) != (cost, accuracy)]
+        assert on == (not beaten)

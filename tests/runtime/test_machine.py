@@ -1,0 +1,92 @@
+"""How many CPUs a run takes itself to have: the least of what limits it, shared by the ranks of a node."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from videoadapt.runtime.machine import CpuLimit, cpu_limit, worker_count
+
+
+@pytest.fixture(autouse=True)
+def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+
+class Machine:
+    """A fake /sys/fs/cgroup and /proc/self/cgroup."""
+
+    def __init__(self, folder: Path, groups: str, files: dict[str, str]) -> None:
+        self.own, self.cgroups = folder / "self_cgroup", folder / "cgroup"
+        self.own.write_text(groups)
+        for name, text in files.items():
+            path = self.cgroups / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def limit(self, **environment: str) -> CpuLimit:
+        return cpu_limit(environment, self.cgroups, self.own)
+
+
+V2 = "0::/slurm/job_7/step_0\n"
+V1 = "5:memory:/slurm/job_7\n4:cpu,cpuacct:/slurm/job_7\n1:name=systemd:/\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cpus"),
+    [
+        (V2, {"slurm/job_7/step_0/cpu.max": "max 100000\n", "slurm/job_7/cpu.max": "400000 100000\n"}, 4),
+        (V2, {"slurm/job_7/step_0/cpu.max": "250000 100000\n", "slurm/cpu.max": "400000 100000\n"}, 2),
+        (V2, {"cpu.max": "50000 100000\n"}, 1),  # inside a container; half a CPU is one
+        (V1, {"cpu/slurm/job_7/cpu.cfs_quota_us": "600000\n", "cpu/slurm/job_7/cpu.cfs_period_us": "100000\n"}, 6),
+        (V1, {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 3),  # inside a container
+    ],
+)
+def test_a_quota_of_the_cgroup_or_of_one_above_it_counts(
+    tmp_path: Path, groups: str, files: dict[str, str], cpus: int
+) -> None:
+    assert Machine(tmp_path, groups, files).limit() == CpuLimit(cpus, "cgroup quota")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files"),
+    [
+        (V2, {"slurm/job_7/cpu.max": "max 100000\n"}),
+        (V1, {"cpu/slurm/job_7/cpu.cfs_quota_us": "-1\n", "cpu/slurm/job_7/cpu.cfs_period_us": "100000\n"}),
+        (V1, {"memory/slurm/job_7/cpu.max": "100000 100000\n"}),  # another controller's folder
+        (V2, {}),
+        ("", {}),
+    ],
+)
+def test_without_a_quota_the_affinity_counts(tmp_path: Path, groups: str, files: dict[str, str]) -> None:
+    assert Machine(tmp_path, groups, files).limit() == CpuLimit(16, "CPU affinity")
+
+
+def test_a_system_without_cgroups_has_its_affinity(tmp_path: Path) -> None:
+    assert cpu_limit({}, tmp_path, tmp_path / "none") == CpuLimit(16, "CPU affinity")
+
+
+def test_the_least_limit_counts_and_is_named(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, V2, {"cpu.max": "800000 100000\n"})
+    assert machine.limit(SLURM_CPUS_PER_TASK="4") == CpuLimit(4, "SLURM_CPUS_PER_TASK")
+    assert machine.limit(SLURM_CPUS_PER_TASK="32") == CpuLimit(8, "cgroup quota")
+    assert machine.limit(SLURM_CPUS_PER_TASK="") == CpuLimit(8, "cgroup quota")
+
+
+def test_ranks_of_torchrun_share_and_tasks_of_slurm_do_not(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, V2, {})
+    torchrun = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4"}
+    assert machine.limit(**torchrun) == CpuLimit(4, "CPU affinity 16, shared by 4 ranks")
+    one_task = machine.limit(**torchrun, SLURM_CPUS_PER_TASK="8")
+    assert one_task == CpuLimit(2, "SLURM_CPUS_PER_TASK 8, shared by 4 ranks")
+    assert machine.limit(**torchrun, SLURM_CPUS_PER_TASK="2").cpus == 1
+    assert machine.limit(LOCAL_WORLD_SIZE="4", SLURM_CPUS_PER_TASK="8") == CpuLimit(8, "SLURM_CPUS_PER_TASK")
+
+
+def test_auto_workers_are_the_cpus_and_a_number_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert worker_count("auto") == 1
+    assert worker_count(7) == 7
+    assert worker_count(0) == 0

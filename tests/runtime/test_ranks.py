@@ -1,0 +1,261 @@
+"""Ranks: one process alone needs no launcher, several meet or say who is missing, and one failure is told once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from processes import finished, torchrun
+from rank_jobs import HEAD, JOIN_S, Ranks, as_step
+from videoadapt.config.load import Config, make_config
+from videoadapt.errors import RunError
+from videoadapt.runtime.ranks import (
+    any_requested,
+    by_first_rank,
+    first_rank_first,
+    gather,
+    gpu_index,
+    rank,
+    ranks,
+    shared_gpu,
+    wait_for_all,
+    world_size,
+)
+from videoadapt.runtime.signals import StopRequest
+
+
+def config_of(folder: Path, **parallel: int | float) -> Config:
+    return make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": parallel})
+
+
+def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
+    with ranks(config_of(tmp_path)):
+        assert (rank(), world_size()) == (0, 1)
+        wait_for_all()
+        assert first_rank_first(lambda: "done") == "done"
+        assert by_first_rank(lambda: "done") == "done"
+        assert gather("mine") == ["mine"]
+        assert not any_requested(StopRequest())
+
+
+ACTION = """
+file = folder / "made.txt"
+
+def action():
+    if rank() == 0:
+        time.sleep(0.5)
+        file.write_text("made")
+    return file.read_text()
+
+for meeting in range(2):
+    with ranks(config):
+        assert first_rank_first(action) == "made"
+        assert by_first_rank(lambda: [rank()]) == [0]
+        assert gather(rank() * 10) == [number * 10 for number in range(world_size())]
+        assert not any_requested(StopRequest())
+        (folder / f"rank{rank()}of{world_size()}").touch()
+"""
+
+
+def test_ranks_of_torchrun_act_together(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(HEAD + ACTION)
+    done = finished(torchrun(2, program, tmp_path, JOIN_S))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of2", "rank1of2"]
+
+
+def test_ranks_of_srun_meet_by_a_file_in_the_run_folder(tmp_path: Path) -> None:
+    ended = Ranks(ACTION, tmp_path, 3).ended()
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+    assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of3", "rank1of3", "rank2of3"]
+
+
+def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot meet: .*RANK"), ranks(config_of(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize(("started", "missing"), [([0, 2], "1"), ([1], "0")])
+def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path, started: list[int], missing: str) -> None:
+    job = Ranks("with ranks(config): pass", tmp_path, 3, started=started, join_s=10.0)
+    ended = job.ended()
+    assert time.monotonic() - job.since < 60
+    told = "".join(errors for _, errors in ended.values())
+    assert told.count("Traceback") == 1
+    assert f"of 3 ranks met within 10 s (parallel.join_s); missing: rank {missing}. See" in told
+    assert all(code != 0 for code, _ in ended.values())
+
+
+def test_the_world_must_be_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"3 ranks were asked for, this process is one of 1 \(no launcher started it\)"):
+        ranks(config_of(tmp_path, ranks=3)).__enter__()
+    for name, value in as_step(0, 2).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=r"3 ranks were asked for, this process is one of 2 \(slurm started it\)"):
+        ranks(config_of(tmp_path, ranks=3)).__enter__()
+
+
+def test_several_tasks_without_srun_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(RunError, match=r"job 7 has 4 tasks, but this process was not started by srun"):
+        ranks(config_of(tmp_path)).__enter__()
+
+
+def test_a_promised_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    config = make_config({"run": {"dir": str(tmp_path)}})
+    with pytest.raises(RunError, match="SLURM gave GPU 3 to this task, but torch sees none; look at nvidia-smi"):
+        ranks(config).__enter__()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with ranks(config):
+        pass
+
+
+def test_each_rank_takes_its_own_gpu() -> None:
+    assert [gpu_index(local, 4) for local in range(5)] == [0, 1, 2, 3, None]
+    assert [gpu_index(local, 1) for local in range(3)] == [0, 0, 0]  # bound by SLURM to one each
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fault"),
+    [
+        ([("a", "x"), ("a", "y"), ("b", "x")], ""),
+        ([("a", None), ("b", None)], ""),
+        ([("a", "x"), ("b", None)], "rank 1 found no GPU, on b, and others did"),
+        ([("a", "x"), ("b", "x"), ("a", "x")], "ranks 0 and 2 would share one GPU of a"),
+    ],
+)
+def test_gpus_that_do_not_match_the_ranks(gpus: list[tuple[str, str | None]], fault: str) -> None:
+    assert shared_gpu(gpus).startswith(fault)
+    assert bool(shared_gpu(gpus)) == bool(fault)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_rank_that_waits_for_one_that_failed_is_not_taken_for_dead(tmp_path: Path, launcher: str) -> None:
+    # torchrun ends the others of a rank that died, before they can say anything.
+    end, timeout_s = ("os._exit(9)", 60.0) if launcher == "srun" else ("time.sleep(60)", 3.0)
+    program = f"""
+import torch
+from torch import distributed
+
+with ranks(config, {timeout_s}):
+    wait_for_all()
+    if rank() == 1:
+        {end}
+    distributed.recv(torch.zeros(1), 1 if rank() == 0 else 0)
+"""
+    if launcher == "srun":
+        ended = Ranks(program, tmp_path, 3).ended()
+        assert all(code != 0 for code, _ in ended.values())
+        told = "".join(errors for _, errors in ended.values())
+    else:
+        (tmp_path / "program.py").write_text(HEAD + program)
+        told = finished(torchrun(3, tmp_path / "program.py", tmp_path, JOIN_S)).stderr
+    assert "RunError: rank 1 of 3 died or hangs" in told
+    assert told.count("RunError:") == 1
+
+
+def test_the_first_failure_is_told_and_no_other(tmp_path: Path) -> None:
+    program = """
+with ranks(config):
+    wait_for_all()
+    if rank() == 1:
+        raise ValueError("the first cause")
+    wait_for_all()
+"""
+    job = Ranks(program, tmp_path, 3)
+    ended = job.ended()
+    assert time.monotonic() - job.since < 40
+    assert "ValueError: the first cause" in ended[1][1]
+    assert "".join(errors for _, errors in ended.values()).count("Traceback") == 1
+    assert all(code != 0 for code, _ in ended.values())
+
+
+def test_a_signal_to_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    """And of several signals the one that asks for another start counts."""
+    program = """
+import os, signal
+
+with ranks(config), StopRequest() as stop:
+    if rank() > 0:
+        os.kill(os.getpid(), signal.SIGTERM if rank() == 1 else signal.SIGUSR2)
+    assert any_requested(stop)
+    (folder / f"{rank()}{stop.received.name}").touch()
+    wait_for_all()
+"""
+    ended = Ranks(program, tmp_path, 3).ended()
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+    assert {path.name for path in tmp_path.glob("?SIG*")} == {"0SIGUSR2", "1SIGUSR2", "2SIGUSR2"}
+
+
+def test_a_signal_that_comes_while_ranks_wait_for_each_other_is_known_the_next_time(tmp_path: Path) -> None:
+    program = """
+import os, subprocess
+
+with ranks(config), StopRequest() as stop:
+    wait_for_all()
+    if rank() == 0:
+        subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -USR2 {os.getpid()}"])
+    else:
+        time.sleep(2)
+    first, second = any_requested(stop), any_requested(stop)
+    (folder / f"{rank()}{first}{second}{stop.received.name}").touch()
+"""
+    ended = Ranks(program, tmp_path, 2).ended()
+    assert [code for code, _ in ended.values()] == [0, 0], ended
+    assert {path.name for path in tmp_path.glob("?False*")} == {"0FalseTrueSIGUSR2", "1FalseTrueSIGUSR2"}
+
+
+def test_what_killed_ranks_of_the_same_name_left_counts_for_nothing(tmp_path: Path) -> None:
+    """Numbers of jobs are used again: by a new cluster, and by the processes of a machine."""
+    killed = Ranks("with ranks(config):\n    wait_for_all()\n    os.kill(os.getpid(), 9)", tmp_path, 2)
+    assert [code for code, _ in killed.ended().values()] == [-9, -9]
+    assert list((tmp_path / "ranks").iterdir())
+    ended = Ranks(ACTION, tmp_path, 2).ended()
+    assert [code for code, _ in ended.values()] == [0, 0], ended
+
+
+def test_one_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> None:
+    program = """
+def stop():
+    raise KeyboardInterrupt
+
+me = None
+try:
+    with ranks(config):
+        me = rank()
+        by_first_rank(stop)
+except KeyboardInterrupt:
+    (folder / f"interrupted{me}").touch()
+"""
+    ended = Ranks(program, tmp_path, 3).ended()
+    assert {path.name for path in tmp_path.glob("interrupted*")} == {f"interrupted{number}" for number in range(3)}
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"])
+def test_a_rank_that_died_or_hangs_is_named(tmp_path: Path, end: str) -> None:
+    program = f"""
+import os, signal
+with ranks(config, timeout_s=3.0):
+    wait_for_all()
+    if rank() == 1:
+        {end}
+    wait_for_all()
+"""
+    job = Ranks(program, tmp_path, 3)
+    errors = {rank: job.processes[rank].communicate(timeout=90)[1] for rank in (0, 2)}
+    assert time.monotonic() - job.since < 45
+    job.processes[1].kill()
+    told = "".join(errors.values())
+    assert "rank 1 of 3 died or hangs: the other ranks waited for it in vain" in told
+    assert told.count("RunError:") == 1

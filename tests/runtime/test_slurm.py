@@ -1,0 +1,98 @@
+"""What launchers tell a process: ranks, jobs and restarts, from the variables of torchrun, srun and submitit."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from videoadapt.errors import RunError
+from videoadapt.runtime import slurm as cluster
+from videoadapt.runtime.slurm import Place, SlurmJob, cancel, job_states, place_of, requeue, slurm_job
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+STEP = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_RESTART_COUNT": "2",
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "3",
+}
+LOCAL = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_JOB_ID": "99",
+    "SUBMITIT_LOCAL_GLOBALID": "1",
+    "SUBMITIT_LOCAL_NTASKS": "2",
+    "SUBMITIT_LOCAL_LOCALID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Place("none", 0, 1, 0)),
+        (TORCHRUN, Place("torchrun", 5, 8, 1)),
+        (STEP, Place("slurm", 4, 6, 3, "slurm-71-2-3")),
+        (STEP | TORCHRUN, Place("torchrun", 5, 8, 1)),  # torchrun inside a job
+        (LOCAL, Place("submitit", 1, 2, 1, "local-99")),
+        (STEP | LOCAL, Place("submitit", 1, 2, 1, "local-99")),  # launch.cluster=local inside a job
+        (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, Place("slurm", 4, 6, 3, "slurm-71-2-3")),
+        ({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, Place("none", 0, 1, 0)),  # without srun
+    ],
+)
+def test_the_place_of_a_process(environment: dict[str, str], place: Place) -> None:
+    assert place_of(environment) == place
+
+
+def test_every_start_of_a_job_meets_under_another_name() -> None:
+    starts = [{**STEP, "SLURM_RESTART_COUNT": count} for count in "012"]
+    starts += [{**STEP, "SLURM_STEP_ID": "4"}, {**STEP, "SLURM_JOB_ID": "72"}]
+    del starts[0]["SLURM_RESTART_COUNT"]  # SLURM sets it after the first requeue
+    assert len({place_of(start).meeting for start in starts}) == len(starts)
+
+
+def test_a_job_knows_its_restarts() -> None:
+    assert slurm_job({}) is None
+    assert slurm_job(STEP) == SlurmJob("71", 2, 6)
+    assert slurm_job({"SLURM_JOB_ID": "71"}) == SlurmJob("71", 0, 0)
+    assert slurm_job(STEP | {"SUBMITIT_EXECUTOR": "slurm"}) == SlurmJob("71", 2, 6)
+
+
+def test_a_local_process_inside_a_job_does_not_count_as_that_job() -> None:
+    """Else it would give back a job of which it is no task."""
+    assert slurm_job(STEP | LOCAL) is None
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *, output: str = "", error: Exception | None = None) -> None:
+    def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        if error:
+            raise error
+        return subprocess.CompletedProcess([], 0, output)
+
+    monkeypatch.setattr(cluster.subprocess, "run", run)
+
+
+def test_states_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, output="7|RUNNING|node[1-2]\n8_0|PENDING|\n")
+    assert job_states(["7", "8"]) == {"7": "RUNNING|node[1-2]", "8_0": "PENDING|"}
+    answer(monkeypatch, error=subprocess.CalledProcessError(1, "squeue", stderr="error: Invalid job id specified"))
+    assert job_states(["7"]) == {}
+    answer(monkeypatch, error=subprocess.CalledProcessError(1, "squeue", stderr="Unable to contact the controller"))
+    assert job_states(["7"]) is None
+    answer(monkeypatch, error=FileNotFoundError("squeue"))
+    assert job_states(["7"]) is None
+
+
+def test_a_refused_requeue_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, error=subprocess.CalledProcessError(1, "scontrol", stderr="Requeue is disabled for job 7"))
+    with pytest.raises(RunError, match=r"job 7 cannot be requeued \(Requeue is disabled for job 7\); submit it again"):
+        requeue("7")
+
+
+def test_a_refused_cancellation_says_how_to_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, error=subprocess.CalledProcessError(1, "scancel", stderr="Unable to contact the controller"))
+    with pytest.raises(RunError, match=r"cannot be cancelled \(Unable to contact the controller\); run scancel 7 8"):
+        cancel(["7", "8"])

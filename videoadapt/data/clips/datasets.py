@@ -1,0 +1,197 @@
+"""Clips for training and views for evaluation, video by video; one that fails says so and is never replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from videoadapt.config.load import Config
+from videoadapt.config.sections import ModelConfig
+from videoadapt.data.clips.augment import augment, crops, thumbnail
+from videoadapt.data.clips.token_labels import LabelMap, label_map_file, read_label_map
+from videoadapt.data.index.manifest import Manifest, Row
+from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, spread
+from videoadapt.data.video.probe import cause_of
+from videoadapt.data.video.readers import VideoReader, open_video
+from videoadapt.errors import VideoError
+from videoadapt.runtime.seeds import seed_of
+
+
+class Failure(NamedTuple):
+    """A video that could not be read: its row in the manifest, its path, and why."""
+
+    video: int
+    path: str
+    cause: str
+
+
+@dataclass
+class Clip:
+    """A clip for training: frames (C, T, S, S) uint8, its label, its video's row in the manifest, its label map."""
+
+    frames: Tensor
+    label: int
+    video: int
+    tokens: LabelMap | None = None
+
+    def pin_memory(self) -> Clip:
+        """For the loader, which copies it to page-locked memory where it goes to a GPU."""
+        return replace(self, frames=self.frames.pin_memory())
+
+
+@dataclass
+class VideoViews:
+    """All views of a video: K clips, starting at `starts_s`, in X crops each.
+
+    `views` is (K, X, C, T, S, S) uint8 and `thumbnails`, for the assigner, (K, C, A, s, s) uint8; the one that was not
+    asked for has X = 0 or A = 0.
+    """
+
+    views: Tensor
+    thumbnails: Tensor
+    starts_s: list[float]
+    label: int
+    video: int
+
+
+class TrainClips(Dataset[Any]):
+    """One augmented random clip of a video; the key is (epoch, row of the manifest).
+
+    All that is random depends on (run.seed, epoch, video id) alone.
+    """
+
+    def __init__(self, manifest: Manifest, config: Config) -> None:
+        self.manifest, self.config = manifest, config
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, key: tuple[int, int]) -> Clip | Failure:
+        epoch, number = key
+        row = self.manifest.row(number)
+        try:
+            frames, tokens = self._clip(row, epoch)
+        except VideoError as error:
+            return _failure(number, row, error)
+        return Clip(frames, row.label, number, tokens)
+
+    def _clip(self, row: Row, epoch: int) -> tuple[Tensor, LabelMap | None]:
+        model, data = self.config.model, self.config.data
+        reader = _open(row, self.config)
+        identity = (self.config.run.seed, epoch, row.video)
+        starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
+        frames = reader.frames(_indices(starts_s[0], reader, model))
+        clip, crop = augment(frames, data, model, seed=seed_of("crop", *identity))
+        if data.token_labels is None:
+            return clip, None
+        file = label_map_file(data.token_labels, row.path)
+        return clip, read_label_map(file, crop, model.num_classes)
+
+
+class EvalVideos(Dataset[Any]):
+    """All views of a video; the key is its row in the manifest. A video is decoded once for all of them.
+
+    One temporal view is the clip in the centre, more are spread as TimeSformer spreads them. `views` and `thumbnails`
+    say what is wanted; frames that nothing needs are not decoded.
+    """
+
+    def __init__(  # noqa: PLR0913 - what is wanted, by name
+        self,
+        manifest: Manifest,
+        config: Config,
+        *,
+        temporal_views: int,
+        spatial_crops: int,
+        views: bool = True,
+        thumbnails: bool = True,
+    ) -> None:
+        self.manifest, self.config = manifest, config
+        self.temporal_views, self.spatial_crops = temporal_views, spatial_crops
+        self.views, self.thumbnails = views, thumbnails
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, number: int) -> VideoViews | Failure:
+        row = self.manifest.row(number)
+        try:
+            views, thumbnails, starts_s = read_views(
+                _open(row, self.config),
+                self.config,
+                temporal_views=self.temporal_views,
+                spatial_crops=self.spatial_crops,
+                views=self.views,
+                thumbnails=self.thumbnails,
+            )
+        except VideoError as error:
+            return _failure(number, row, error)
+        return VideoViews(views, thumbnails, starts_s, row.label, number)
+
+
+def read_views(  # noqa: PLR0913 - what is wanted, by name
+    reader: VideoReader,
+    config: Config,
+    *,
+    temporal_views: int,
+    spatial_crops: int,
+    views: bool = True,
+    thumbnails: bool = True,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """The views and thumbnails of an open video and the starts of its clips in seconds, shaped as in `VideoViews`.
+
+    Raises `VideoError` if its frames cannot be decoded.
+    """
+    model, assign, data = config.model, config.assign, config.data
+    starts_s = _starts("centre" if temporal_views == 1 else "uniform", reader, config, temporal_views)
+    indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
+    if not views:
+        indices = indices[:, spread(model.num_frames, assign.frames)]  # (K, A)
+    wanted, places = np.unique(indices, return_inverse=True)
+    frames = reader.frames(wanted)
+    clips = [frames[clip] for clip in places.reshape(indices.shape)]
+    crop_count, kept = spatial_crops * views, assign.frames * thumbnails
+    short_side = int(model.size / config.evaluate.crop_pct)
+    cut = partial(crops, size=model.size, count=crop_count, short_side=short_side, interpolation=data.interpolation)
+    return (
+        torch.stack([cut(clip) for clip in clips]),
+        torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
+        starts_s,
+    )
+
+
+def _failure(number: int, row: Row, error: VideoError) -> Failure:
+    return Failure(number, row.path, cause_of(row.path, error))
+
+
+def _open(row: Row, config: Config) -> VideoReader:
+    if row.status != "ok":
+        raise VideoError(f"{row.path}: {row.cause}")
+    return open_video(row.path, config.data.reader, row.info)
+
+
+def _starts(
+    kind: Literal["random", "uniform", "centre"],
+    reader: VideoReader,
+    config: Config,
+    clips: int,
+    seed: int | None = None,
+) -> list[float]:
+    duration_s, clip_s = reader.num_frames / reader.fps, clip_seconds(config.model, reader.fps)
+    return clip_starts(kind, duration_s=duration_s, clip_s=clip_s, clips=clips, seed=seed)
+
+
+def _indices(start_s: float, reader: VideoReader, model: ModelConfig) -> np.ndarray:
+    return frame_indices(
+        start_s,
+        total_frames=reader.num_frames,
+        file_fps=reader.fps,
+        num_frames=model.num_frames,
+        stride_frames=model.stride_frames,
+        fps=model.fps,
+    )

@@ -1,0 +1,226 @@
+"""Evaluation of all policies on the val split: accuracy, cost and measured speed, with the population stated."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from videoadapt.config.cascade import Chain
+from videoadapt.config.cost import point_macs
+from videoadapt.config.load import Config
+from videoadapt.data.clips.datasets import EvalVideos, VideoViews
+from videoadapt.data.clips.loader import stream
+from videoadapt.data.index.manifest import Manifest, load_or_index
+from videoadapt.errors import CheckpointError, RunError, UserError
+from videoadapt.evaluation.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
+from videoadapt.model.checkpoint import Guard, assigner_checkpoints, require_same
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.assigner import assigner_macs
+from videoadapt.routing.label_rules import Choice
+from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
+from videoadapt.routing.router import route
+from videoadapt.routing.scores import Scores, files_digest, inference_model, require_own_labels, score, weights_digest
+from videoadapt.runtime.console import Bar, say, write_json
+from videoadapt.runtime.lease import sole_writer
+from videoadapt.runtime.machine import peak_memory_bytes
+from videoadapt.runtime.ranks import by_first_rank, first_rank_first, rank, ranks
+
+HARDEST = 5  # classes shown; all are in classes.csv
+# how an assigner was fitted is of no consequence for running it
+FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
+
+    Every listed video counts (`evaluate.failed`: as wrong, or left out). Writes `evaluate/` tables per view, clip and
+    video (Parquet) and per class (CSV), and `evaluate/evaluate.json`, which is returned. The ranks of a job share the
+    videos; their number changes no result. A shard (`parallel.shard`) only scores its videos.
+    """
+    start = time.monotonic()
+    path = config.run.dir / "evaluate" / "evaluate.json"
+    with ranks(config), sole_writer(config, "evaluate") as guard:
+        manifest = first_rank_first(lambda: load_or_index(config))
+        model = inference_model(config)
+        assigned = _assigned(config, model)
+        if any(Chain.parse(text, config.model.points).cost for text in config.evaluate.cascade):
+            require_own_labels(model, config.run.dir)
+        cascades = [parse_cascade(text, config.model, config.run.dir) for text in config.evaluate.cascade]
+        scores = _score(model, manifest, assigned, config)
+        if scores is None:
+            return {"shard": config.parallel.shard}
+        if rank() == 0:
+            policies = _policies(model.config.points, scores, assigned, cascades, config)
+            summary = _summary(model, manifest, scores, policies, guard, config=config)
+            with guard():
+                write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
+        written: dict[str, Any] = by_first_rank(lambda: json.loads(path.read_text(encoding="utf-8")))
+    return written
+
+
+def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
+    frame = manifest.table
+    rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
+    if not len(rows):
+        raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
+    scores = score(
+        model,
+        manifest,
+        rows.tolist(),
+        config,
+        name="evaluate",
+        temporal_views=config.evaluate.temporal_views,
+        assigner=assigned.assigner if assigned else None,
+    )
+    if scores is not None and not len(scores.rows):
+        first = scores.failures[0]
+        raise UserError(
+            f"data.val.annotations: none of {len(rows)} videos could be decoded; {first.path}: {first.cause}"
+        )
+    return scores
+
+
+def _summary(
+    model: TimeSformer,
+    manifest: Manifest,
+    scores: Scores,
+    policies: list[Policy],
+    guard: Guard,
+    *,
+    config: Config,
+) -> dict[str, Any]:
+    points = model.config.points
+    population = _population(manifest, scores)
+    outcomes = outcomes_of(scores, policies, config)
+    speeds = _speeds(model, manifest, scores, outcomes, config)
+    with guard():
+        # A summary stands beside the tables that it was made with, or there is none.
+        (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
+        classes = write_tables(config, scores, population, outcomes)
+    return {
+        "split": "val",
+        "manifest": manifest.hash,
+        "files": files_digest(manifest, sorted(set(scores.rows.tolist()))),
+        "model": scores.model,
+        "listed": len(population.videos),
+        "scored": len(population.scored),
+        "failed": population.failed,
+        "failed_count_as": config.evaluate.failed,
+        "temporal_views": config.evaluate.temporal_views,
+        "spatial_crops": config.evaluate.spatial_crops,
+        "views_per_video": config.evaluate.temporal_views * config.evaluate.spatial_crops,
+        "macs_per_view": point_macs(config.model),
+        "assigner_macs": assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
+        "policies": policy_rows(outcomes, population, speeds, config),
+        "hardest_classes": _hardest(classes),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _hardest(classes: pd.DataFrame) -> list[dict[str, Any]]:
+    """The classes that the first policy is worst at, of those with two videos or more."""
+    first = classes[(classes["policy"] == classes["policy"].iloc[0]) & (classes["videos"] > 1)]
+    shown: list[dict[str, Any]] = first.head(HARDEST)[["class", "videos", "top1", "taken_for"]].to_dict("records")
+    return shown
+
+
+def _assigned(config: Config, model: TimeSformer) -> Assigned | None:
+    found = assigner_checkpoints(config.run.dir).latest()
+    if found is None:
+        return None
+    assigned = Assigned.load(found.path)
+    if assigned.points != model.config.points:
+        raise CheckpointError(
+            f"{config.run.dir / 'assigner'}: was fitted for the points {', '.join(assigned.points)}, the model has "
+            f"{', '.join(model.config.points)}; run `label` and `assign` again"
+        )
+    fitted = assigned.assigner.config.model_dump(mode="json")
+    require_same(config.run.dir / "assigner", config.assign, fitted, "assign", free=FITTING)
+    if found.meta["model"] != weights_digest(model):
+        say(
+            "the assigner was fitted to labels of other weights, or of another run.precision: run `label` and `assign` "
+            "again, or its choices are not those of this model"
+        )
+    assigned.assigner.to(model.head.weight.device)
+    return assigned
+
+
+def _population(manifest: Manifest, scores: Scores) -> Population:
+    """All listed videos of the val split; those that failed at indexing or decoding stay in it, by name and cause."""
+    listed = manifest.table[manifest.table["split"] == "val"]
+    causes = {row: cause for row, cause in zip(listed.index, listed["cause"], strict=True) if cause}
+    causes |= {failure.video: failure.cause for failure in scores.failures}
+    position = {row: i for i, row in enumerate(listed.index)}
+    return Population(
+        videos=listed["video"].tolist(),
+        truth=listed["label"].to_numpy(np.int64),
+        classes=manifest.classes,
+        scored=np.array([position[row] for row in dict.fromkeys(scores.rows.tolist())], dtype=np.int64),
+        failed=[{"path": str(listed.loc[row, "path"]), "cause": cause} for row, cause in causes.items()],
+    )
+
+
+def _policies(
+    points: tuple[str, ...], scores: Scores, assigned: Assigned | None, cascades: Sequence[Policy], config: Config
+) -> list[Policy]:
+    policies: list[Policy] = [Fixed(point) for point in points]
+    if assigned is not None:
+        choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
+        policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed)]
+    return [*policies, *cascades, Oracle()]
+
+
+def _speeds(
+    model: TimeSformer, manifest: Manifest, scores: Scores, outcomes: list[Outcome], config: Config
+) -> dict[str, float]:
+    """Clips per second of each policy on the same random clips, decoded beforehand: assigner, routing and model.
+
+    Policies take turns, and the median of `evaluate.speed_repeats` rounds counts, after one round to warm up.
+    """
+    count = min(config.evaluate.speed_clips, len(scores.rows))
+    if not count:
+        return {}
+    drawn = np.sort(np.random.default_rng(config.run.seed).permutation(len(scores.rows))[:count])
+    views, thumbnails = _decoded(manifest, scores, drawn, config)
+    seconds: dict[str, list[float]] = {outcome.policy.name: [] for outcome in outcomes}
+    rounds = config.evaluate.speed_repeats + 1
+    with Bar("speed", total=rounds * len(outcomes), unit="passes") as bar:
+        for _ in range(rounds):
+            for outcome in outcomes:
+                start = time.perf_counter()
+                route(
+                    model,
+                    views,
+                    outcome.policy,
+                    batch=config.evaluate.batch,
+                    thumbnails=thumbnails,
+                    right=scores.right[drawn],
+                )
+                seconds[outcome.policy.name].append(time.perf_counter() - start)
+                bar.step(1, outcome.policy.name)
+    return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}
+
+
+def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views and thumbnails of some of the scored clips, `(clips, crops, ...)` and `(clips, ...)`."""
+    dataset = EvalVideos(
+        manifest,
+        config,
+        temporal_views=config.evaluate.temporal_views,
+        spatial_crops=config.evaluate.spatial_crops,
+    )
+    rows = list(dict.fromkeys(scores.rows[drawn].tolist()))
+    videos = {video.video: video for video in stream(dataset, rows) if isinstance(video, VideoViews)}
+    missing = [row for row in rows if row not in videos]
+    if missing:
+        raise RunError(
+            f"evaluate: {manifest.row(missing[0]).path} was read before and cannot be read now; run it again"
+        )
+    wanted = [(videos[row], clip) for row, clip in zip(scores.rows[drawn], scores.clips[drawn], strict=True)]
+    return torch.stack([v.views[c] for v, c in wanted]), torch.stack([v.thumbnails[c] for v, c in wanted])

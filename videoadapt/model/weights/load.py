@@ -1,0 +1,280 @@
+"""Filling a model with other people's weights, or our own, with an account of every tensor.
+
+All is worked out before anything is copied, so that a refused source leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor
+
+from videoadapt.config.sections import ModelConfig
+from videoadapt.errors import CheckpointError
+from videoadapt.model.norm import SHARED
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.weights.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, recognise, split_length
+from videoadapt.model.weights.sources import Weights, read_weights
+
+LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
+TO_EACH_LENGTH = "copied to each length"
+LEAST_SHARE = 0.99  # of the attention and MLP weights: only biases may be missing, all else is another model
+
+
+class Row(NamedTuple):
+    """What became of one tensor. `name` is ours, empty where `unused`; `source` is theirs, empty where `new`."""
+
+    name: str
+    fate: str
+    source: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The fate of every tensor of the model and of the source.
+
+    `loaded` as it is; `resampled` to the model's grid, frames or patch size; `copied to each length`; `copied` from
+    spatial to temporal attention; `new`: keeps its initialisation; `unused`: has no place here. `share` is the share
+    of the model's attention and MLP weights, by number of elements, that were filled.
+    """
+
+    source: str
+    rows: tuple[Row, ...]
+    share: float
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of tensors by fate."""
+        return dict(Counter(row.fate for row in self.rows))
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.share:.1%} of the attention and MLP weights filled"]
+        for fate in (LOADED, RESAMPLED, TO_EACH_LENGTH, COPIED, NEW, UNUSED):
+            rows = [row for row in self.rows if row.fate == fate]
+            for detail in dict.fromkeys(row.detail for row in rows):
+                names = [row.name or row.source for row in rows if row.detail == detail]
+                reason = f" ({detail})" if detail else ""
+                lines.append(f"  {fate:{len(TO_EACH_LENGTH)}} {len(names):4}  {_abridge(names)}{reason}")
+        return "\n".join(lines)
+
+
+def _abridge(names: Iterable[str]) -> str:
+    """Names without block, length and weight or bias, each once."""
+    short = (re.sub(r"\b(blocks|layer)\.\d+", r"\1.*", split_length(name)[0]) for name in names)
+    return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias|gamma)$", "", name) for name in short))
+
+
+def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False) -> LoadReport:
+    """Fills a model from a file, a folder, a timm model's name or a state dict, and reports what became of each tensor.
+
+    Understood are the names of timm's ViT, DeiT (distilled too) and DINOv2; LV-ViT's, and SuperViT's for both (whose
+    lengths, patch embedding and heads the model must keep to); facebookresearch's TimeSformer (`.pyth`); Hugging Face's
+    TimeSformer (its folder too); and our own, checkpoints included (their EMA, if they have one). Torch files are read
+    with `weights_only=True` only.
+
+    Position grids are resampled bicubically with antialiasing, time embeddings linearly; `nearest` takes the nearest
+    neighbour for both, as TimeSformer's own code does. Patch kernels are resized by pseudo-inverse (FlexiViT, section
+    3.4). From an image model, temporal attention starts as a copy of the spatial one (norm and LayerScale too).
+    A head of another class count is left out.
+
+    The normalisation that weights expect is not in the file: the released TimeSformers were trained with mean 0.45 and
+    deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). Nor are
+    `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml have them as SuperViT.
+
+    Raises `CheckpointError` for a source that cannot be read or is of another architecture, `UserError` for a timm name
+    whose weights cannot be downloaded. The model is then unchanged.
+    """
+    weights = read_weights(source)
+    layout = recognise(weights.tensors)
+    if layout is None:
+        raise CheckpointError(
+            f"{weights.label}: expected the weights of a ViT (timm's names) or TimeSformer (facebookresearch's, "
+            f"Hugging Face's or videoadapt's), got {_sample(weights.tensors)}"
+        )
+    _check_architecture(model, layout, weights)
+    filled, rows = _plan(model, layout, nearest=nearest)
+    report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _share(model, filled))
+    if report.share < LEAST_SHARE:
+        raise CheckpointError(
+            f"{weights.label}: it fills only {report.share:.0%} of the model's attention and MLP weights; "
+            + _first_misfit(report)
+        )
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            if name in filled:
+                target.copy_(filled[name])
+    return report
+
+
+def _sample(tensors: Mapping[str, Tensor]) -> str:
+    names = list(tensors)[:3]
+    return f"{len(tensors)} tensors named {', '.join(names)}{', ...' if len(tensors) > len(names) else ''}"
+
+
+def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) -> None:
+    config, label = model.config, weights.label
+    if (layout.width, layout.depth) != (config.width, config.depth):
+        raise CheckpointError(
+            f"{label}: the file has width {layout.width} and {layout.depth} blocks, "
+            f"the model {config.width} and {config.depth}; set model.width and model.depth"
+        )
+    if weights.heads not in (None, config.heads):
+        raise CheckpointError(f"{label}: made for {weights.heads} attention heads, the model has {config.heads}")
+    if layout.layer_scale and config.layer_scale is None:
+        raise CheckpointError(f"{label}: the file has LayerScale, the model has not; set model.layer_scale=1e-5")
+    if config.layer_scale is not None and not layout.layer_scale:
+        raise CheckpointError(f"{label}: the file has no LayerScale, the model has; set model.layer_scale=null")
+    if layout.qkv_bias and not config.qkv_bias:
+        raise CheckpointError(f"{label}: the file has biases of qkv, the model has not; set model.qkv_bias=true")
+    if layout.dense_head and config.dense_head is None:
+        raise CheckpointError(f"{label}: the file has an aux_head, the model has not; set model.dense_head=0.25")
+    if layout.kind == SUPERVIT:
+        _check_supervit(config, layout, label)
+
+
+def _check_supervit(config: ModelConfig, layout: Layout, label: str) -> None:
+    """Refuses what the weights of SuperViT, trained at all lengths, have no trained values for."""
+    if not set(config.lengths) <= set(layout.lengths):
+        raise CheckpointError(
+            f"{label}: the file has positions for the lengths {_listed(layout.lengths)}, the model has "
+            f"{_listed(config.lengths)}; leave the others out of model.points"
+        )
+    embed = "stem" if layout.stem else "resize"
+    if config.embed != embed:
+        raise CheckpointError(
+            f"{label}: the file's patch embedding is {embed}, the model's {config.embed}; set model.embed={embed}"
+        )
+    if config.dense_head is not None and not layout.dense_head:
+        raise CheckpointError(f"{label}: the file has no aux_head, the model has; set model.dense_head=null")
+
+
+def _listed(lengths: Iterable[int]) -> str:
+    return ", ".join(map(str, lengths)) or "none"
+
+
+def _plan(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
+    """Our tensors' new values, and the rows of the report: ours in the model's order, then what is left of theirs."""
+    filled: dict[str, Tensor] = {}
+    rows: list[Row] = []
+    misfits: dict[str, str] = {}  # their base name: why it does not fit
+    lengths = len(model.config.lengths)
+    for name, target in model.state_dict().items():
+        base, key = split_length(name)
+        origin = spatial_origin(base) if not layout.temporal else base
+        found = layout.tensors.get(origin)
+        if found is None:
+            rows.append(Row(name, NEW, "", ""))
+            continue
+        from_key, entry = pick(found, key)
+        tensor = adapt(base, entry.tensor, target.shape, nearest=nearest)
+        if tensor is None:
+            misfits[base] = _misfit(base, entry.tensor, target)
+            rows.append(Row(name, NEW, "", misfits[base]))
+            continue
+        filled[name] = tensor
+        each = lengths > 1 and key not in (NO_LENGTH, SHARED, from_key)
+        rows.append(_row(name, entry, tensor, copied=origin != base, each=each))
+    return filled, rows + _unused(model, layout, {row.source for row in rows}, misfits)
+
+
+def _row(name: str, entry: Entry, tensor: Tensor, *, copied: bool, each: bool) -> Row:
+    if tensor.shape != entry.tensor.shape:
+        return Row(name, RESAMPLED, entry.name, f"{_size(name, entry.tensor)} to {_size(name, tensor)}")
+    return Row(name, COPIED if copied else TO_EACH_LENGTH if each else LOADED, entry.name, "")
+
+
+def _size(name: str, tensor: Tensor) -> str:
+    if name == "time_embed":
+        return f"{len(tensor)} frames"
+    side = round(len(tensor) ** 0.5) if name.startswith("pos_embed") else tensor.shape[-1]
+    return f"{side} x {side}"
+
+
+def spatial_origin(base: str) -> str:
+    """The tensor that a temporal one starts from: `temporal_norm` from `norm1`, and so on; others from themselves."""
+    for temporal, spatial in (("temporal_norm", "norm1"), ("temporal_attn", "attn"), ("temporal_scale", "scale1")):
+        base = base.replace(f".{temporal}.", f".{spatial}.")
+    return base
+
+
+def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False) -> Tensor | None:
+    """A source tensor in the shape of ours: as it is, or resampled where that has a meaning, or none."""
+    if tensor.shape == shape:
+        return tensor
+    fitting: dict[str, Callable[[Tensor, torch.Size, bool], Tensor]] = {
+        "pos_embed.grid": _resample_grid,
+        "time_embed": _resample_times,
+        "patch_embed.proj.weight": _resample_kernel,
+    }
+    fixed = slice(0, 2) if base == "patch_embed.proj.weight" else slice(-1, None)  # (D, C) and D must agree
+    if base not in fitting or tensor.ndim != len(shape) or tensor.shape[fixed] != shape[fixed]:
+        return None
+    return fitting[base](tensor.float(), shape, nearest)
+
+
+def _resample_grid(grid: Tensor, shape: torch.Size, nearest: bool) -> Tensor:
+    side = round(shape[0] ** 0.5)
+    mode: dict[str, Any] = {"interpolation": "nearest", "antialias": False} if nearest else {}
+    return resample_abs_pos_embed(grid[None], [side, side], num_prefix_tokens=0, **mode)[0]
+
+
+def _resample_times(times: Tensor, shape: torch.Size, nearest: bool) -> Tensor:
+    mode = "nearest" if nearest else "linear"
+    return F.interpolate(times.T[None], size=shape[0], mode=mode)[0].T
+
+
+def _resample_kernel(kernel: Tensor, shape: torch.Size, nearest: bool) -> Tensor:  # noqa: ARG001 - same call as above
+    return resample_patch_embed(kernel, list(shape[-2:]))
+
+
+def _misfit(base: str, theirs: Tensor, ours: Tensor) -> str:
+    if base.startswith(("head", "aux_head")):
+        return f"the file has {len(theirs)} classes, the model {len(ours)}"
+    return f"{tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model"
+
+
+def _unused(model: TimeSformer, layout: Layout, used: set[str], misfits: dict[str, str]) -> list[Row]:
+    left = ((base, entry) for base, found in layout.tensors.items() for entry in found.values())
+    return [
+        Row("", UNUSED, entry.name, misfits.get(base) or _why_unused(base, model))
+        for base, entry in left
+        if entry.name not in used
+    ]
+
+
+_NO_PLACE = {
+    r"mask_token": "serves pretraining only",
+    r"reg_token|register_tokens": "the model has no register tokens",
+    r"dist_token|head_dist\..*|pos_embed\.dist": "the model has no distillation token",
+    r"pos_embed": "not a square grid of positions",
+    r"time_embed|.*\.temporal_\w+\..*": "the model has no temporal attention",
+    r"patch_embed\.proj\.(weight|bias)": "the model has a convolutional stem",
+    r"patch_embed\.proj\.(conv|bn|proj).*": "the model has no convolutional stem",
+}
+
+
+def _why_unused(base: str, model: TimeSformer) -> str:
+    if base in {split_length(name)[0] for name in model.state_dict()}:
+        return "a length that the model lacks"
+    return next((why for pattern, why in _NO_PLACE.items() if re.fullmatch(pattern, base)), "no place in the model")
+
+
+def _share(model: TimeSformer, filled: Mapping[str, Tensor]) -> float:
+    """The share of the elements of attention and MLP, which all lengths have in common, that are filled."""
+    core = {k: v.numel() for k, v in model.state_dict().items() if re.match(r"blocks\.\d+\.(\w*attn|mlp)\.", k)}
+    return sum(size for name, size in core.items() if name in filled) / sum(core.values())
+
+
+def _first_misfit(report: LoadReport) -> str:
+    rows = [row for row in report.rows if row.fate == NEW and re.match(r"blocks\.\d+\.(\w*attn|mlp)\.", row.name)]
+    row = next((row for row in rows if row.detail), rows[0])
+    return f"{row.name} {'is ' + row.detail if row.detail else 'is not in the file'}"

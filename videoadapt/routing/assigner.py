@@ -1,0 +1,90 @@
+"""The token-length assigner: a shrunken EfficientNet-B0 that predicts a clip's label from a few small frames.
+
+One decision per clip, shared by its crops (ReViT, section 3.3, has one per image).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from videoadapt.config.sections import AssignConfig
+
+# EfficientNet-B0 by stages, in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze-excitation
+B0_STAGES = (
+    "ds_r1_k3_s1_e1_c16_se0.25",
+    "ir_r2_k3_s2_e6_c24_se0.25",
+    "ir_r2_k5_s2_e6_c40_se0.25",
+    "ir_r3_k3_s2_e6_c80_se0.25",
+    "ir_r3_k5_s1_e6_c112_se0.25",
+    "ir_r4_k5_s2_e6_c192_se0.25",
+    "ir_r1_k3_s1_e6_c320_se0.25",
+)
+STEM_CHANNELS = 32
+
+
+class Assigner(nn.Module):
+    """Frames one by one through a small EfficientNet, features averaged and compared over time, one linear head.
+
+    The head sees the mean and the standard deviation over the frames, so that motion counts.
+    """
+
+    def __init__(self, config: AssignConfig, points: int) -> None:
+        super().__init__()
+        from timm.models._efficientnet_builder import decode_arch_def, round_channels
+        from timm.models.efficientnet import EfficientNet
+
+        rounded = partial(round_channels, multiplier=config.channel_multiplier)
+        self.config = config
+        self.net = EfficientNet(
+            block_args=decode_arch_def([[stage] for stage in B0_STAGES[: config.stages]]),
+            num_features=rounded(1280),
+            stem_size=STEM_CHANNELS,
+            round_chs_fn=rounded,
+            act_layer=nn.SiLU,
+            num_classes=0,
+        )
+        self.head = nn.Linear(2 * self.net.num_features, points)
+
+    def forward(self, thumbnails: Tensor) -> Tensor:
+        """Logits `(B, points)` of uint8 thumbnails `(B, C, A, s, s)`, A frames of one clip each."""
+        frames = rearrange(thumbnails, "b c a h w -> (b a) c h w")
+        x = self.net(frames.to(self.head.weight.dtype) / 127.5 - 1.0)  # (B A, features)
+        x = rearrange(x, "(b a) f -> b a f", b=thumbnails.shape[0])
+        spread = (x.var(1, correction=0) + 1e-6).sqrt()  # still frames: no spread, and a finite gradient
+        return self.head(torch.cat([x.mean(1), spread], dim=-1))
+
+    @torch.inference_mode()
+    def probabilities(self, thumbnails: Tensor) -> Tensor:
+        """Probability of each point to be the clip's label: float32 `(B, points)`."""
+        return self(thumbnails).float().softmax(-1)
+
+
+def assigner_macs(config: AssignConfig, points: int) -> int:
+    """MACs of one decision, counted by torch on a forward pass without data."""
+    with torch.device("meta"):
+        assigner = Assigner(config, points).eval()
+        thumbnails = torch.zeros(1, 3, config.frames, config.size, config.size, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        assigner(thumbnails)
+    return counter.get_total_flops() // 2
+
+
+def expected_cost(logits: Tensor, wrong: Tensor, costs: Tensor, *, mu: float) -> Tensor:
+    """`sum_p q_p (cost_p / cost_max + mu wrong_p)` of each clip, `(B,)`: what routing by `q` costs on the table.
+
+    `wrong` is a float `(B, points)`, 1 where the model is wrong on the clip; `costs` are `(points,)` in any unit.
+    """
+    return (logits.float().softmax(-1) * (costs / costs.max() + mu * wrong)).sum(-1)
+
+
+def assigner_loss(logits: Tensor, labels: Tensor, wrong: Tensor, costs: Tensor, config: AssignConfig) -> Tensor:
+    """Mean loss of a batch: cross-entropy with the labels `(B,)` (ReViT), or the expected cost under the table."""
+    if config.loss == "ce":
+        return F.cross_entropy(logits.float(), labels)
+    return expected_cost(logits, wrong, costs, mu=config.mu).mean()
