@@ -1,103 +1,124 @@
-"""Imports go downwards only: the layers of the package, and what may import what inside a layer."""
+"""A room of the package imports only rooms below it, and no module is imported in a circle."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "videoadapt"
+ROOMS = (  # from the ground up
+    "config",
+    "runtime",
+    "model",
+    "data",
+    "training",
+    "routing",
+    "evaluation",
+    "report",
+    "performance",
+    "commands",
+)
+FOUNDATION = {"errors"}  # every room may use it; it uses nothing
+ENTRIES = {"__init__", "__main__"}  # the lazy public API and `python -m videoadapt` may use every room
 
-# A name is a module of videoadapt, or a folder of it: inside a folder, imports are free.
-LAYERS = [
-    {"errors", "points", "chains", "seeds", "cost", "sections", "config", "log", "runtime", "cluster", "stopping"},
-    {"model", "data", "draws", "groups", "parallel", "lease", "losses", "optim"},
-    {"batchnorm", "targets", "forecast", "memory", "checkpoint", "labels", "assigner", "intervals"},
-    {"policy", "routing", "scoring", "state", "timing", "preflight"},
-    {"train", "assign", "label", "evaluate", "prediction", "plan", "report", "export"},
-    {"launch", "submission", "jobs", "demo", "bench"},
-    {"cli"},
-]
-LAYER = {name: number for number, names in enumerate(LAYERS, start=1) for name in names}
-VERBS = 5  # the layer whose modules know of one another only `report`
-EXEMPT = {"__init__", "__main__"}  # the lazy public API and `python -m videoadapt`
+
+def module_name(path: Path) -> str:
+    """`videoadapt.model.weights` for its `__init__.py`, `videoadapt.model.block` for `block.py`."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(source: str, package: tuple[str, ...]) -> Iterator[str]:
-    """The names of LAYERS that a file of `package` imports, at its head or inside functions."""
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
+    """The modules of the package that `source` imports, at its head or inside functions."""
+    above = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            base += node.module.split(".") if node.module else []
-            modules = [".".join([*base, alias.name]) for alias in node.names]
+            base = above[: len(above) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            names = [".".join([*base, alias.name]) for alias in node.names]
         else:
             continue
-        for parts in (module.split(".") for module in modules):
-            if parts[0] == "videoadapt" and len(parts) > 1 and parts[1] != "__version__":
-                yield parts[1]
+        for name in names:
+            while name.startswith("videoadapt.") and name not in MODULES:
+                name = name.rpartition(".")[0]  # noqa: PLW2901 - an attribute of a module stands for the module
+            if name.split(".")[0] == "videoadapt":
+                yield name
 
 
-def forbidden(importer: str, name: str) -> str | None:
-    """Why the module or folder `importer` must not import `name`; None if it may."""
-    if unknown := {importer, name} - set(LAYER):
-        return f"{', '.join(unknown)} is not in the table of layers: place it in {Path(__file__).name}"
-    above, here = LAYER[name], LAYER[importer]
-    if importer == name or above < here:
+def imports_of(module: str) -> set[str]:
+    path = MODULES[module]
+    return set(imports(path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py"))
+
+
+def room(module: str) -> str:
+    """The entry of the package that a module belongs to; the package itself for `videoadapt`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def fault(importer: str, imported: str) -> str | None:
+    """Why one module must not import another; None if it may."""
+    above, below = room(importer), room(imported)
+    if above in ENTRIES or above == below or below in FOUNDATION:
         return None
-    if above > here:
-        return f"{importer} (layer {here}) imports {name} (layer {above})"
-    if {importer, name} == {"model", "data"} or (here == VERBS and name != "report"):
-        return f"{importer} imports {name}, of the same layer"
+    if above not in ROOMS or below not in ROOMS:
+        return f"{importer} imports {imported}: only rooms import, and only from rooms and videoadapt.errors"
+    if ROOMS.index(below) > ROOMS.index(above):
+        return f"{importer} imports {imported}, of a room above"
     return None
 
 
-def files() -> dict[str, Path]:
-    found = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return {name: path for name, path in found.items() if name not in EXEMPT}
-
-
-def imports_of(path: Path) -> set[str]:
-    package = ("videoadapt", *path.relative_to(PACKAGE).parent.parts)
-    return set(imported(path.read_text(encoding="utf-8"), package))
-
-
-@pytest.mark.parametrize("path", files().values(), ids=files())
-def test_imports_go_downwards(path: Path) -> None:
-    importer = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    reasons = [forbidden(importer, name) for name in sorted(imports_of(path) | {importer})]
-    assert not list(filter(None, reasons))
+def test_a_room_imports_only_rooms_below_it() -> None:
+    faults = [fault(module, imported) for module in MODULES for imported in sorted(imports_of(module))]
+    assert not list(filter(None, faults))
 
 
 def test_no_module_is_imported_in_a_circle() -> None:
-    graph: dict[str, set[str]] = {}
-    for name, path in files().items():
-        importer = name.split("/")[0]
-        graph.setdefault(importer, set()).update(imports_of(path) - {importer})
+    graph = {module: imports_of(module) - {module} for module in MODULES if room(module) not in ENTRIES}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_package_has_ten_rooms_and_each_introduces_itself() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders - {"configs"} == set(ROOMS)
+    for name in ROOMS:
+        docstring = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))
+        assert docstring is not None, f"{name}/__init__.py has no docstring"
+        named = docstring.partition("Read first:")[2].split()
+        assert named, f"{name}/__init__.py does not say which file to read first"
+        assert (PACKAGE / name / named[0].strip("`,.;").removesuffix(".py")).with_suffix(".py").is_file(), named[0]
 
 
 @pytest.mark.parametrize(
     ("importer", "source", "allowed"),
     [
-        ("model", "from videoadapt.training.train import train", False),
-        ("model", "import videoadapt.data.video.readers", False),
-        ("model", "def f():\n    from videoadapt import cli", False),
-        ("model", "from ..train import train", False),
-        ("model", "from .block import Block\nfrom videoadapt.config.points import Point", True),
-        ("train", "from videoadapt.evaluation.evaluate import evaluate", False),
-        ("train", "from videoadapt.report import curve", True),
-        ("config", "from videoadapt.config.points import Point", True),
-        ("cli", "from videoadapt.utils import helper", False),
-        ("cli", "from videoadapt import TimeSformer", False),
-        ("cli", "import torch", True),
+        ("model.block", "from videoadapt.training.train import train", False),
+        ("model.block", "import videoadapt.data.video.readers", False),
+        ("model.block", "def f():\n    from videoadapt.commands import cli", False),
+        ("model.block", "from ..training.train import train", False),
+        ("model.block", "from .norm import LengthNorm\nfrom videoadapt.config.points import Point", True),
+        ("model.block", "from videoadapt.errors import UserError", True),
+        ("routing.policy", "from videoadapt.evaluation.evaluate import evaluate", False),
+        ("evaluation.evaluate", "from videoadapt.routing.policy import Fixed", True),
+        ("commands.cli", "from videoadapt.utils import helper", False),
+        ("commands.cli", "from videoadapt import TimeSformer", False),
+        ("commands.cli", "import torch", True),
     ],
 )
 def test_the_rules_catch_what_they_should(importer: str, source: str, allowed: bool) -> None:
-    package = ("videoadapt", "model") if importer == "model" else ("videoadapt",)
-    reasons = [forbidden(importer, name) for name in imported(source, package)]
-    assert not any(reasons) == allowed
+    module = f"videoadapt.{importer}"
+    faults = [fault(module, name) for name in imports(source, module)]
+    assert not any(faults) == allowed
+
+
+def test_a_circle_would_be_found() -> None:
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
