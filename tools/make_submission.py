@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from videoadapt.commands.tables import write_csv
 from videoadapt.data.index.find_files import video_id
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
+from videoadapt.runtime.files import write_csv
 
 
 def main() -> None:

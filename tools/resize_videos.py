@@ -44,7 +44,8 @@ from videoadapt.data.video.frame_sampling import frame_indices
 from videoadapt.data.video.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, reason, upright
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import RunError, UserError, VideoError
-from videoadapt.runtime.console import Bar, print_table, replacing, say
+from videoadapt.runtime.console import Bar, print_table, say
+from videoadapt.runtime.files import replacing
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import small_runs as runs
-from videoadapt.commands.tables import macs, percent
 from videoadapt.config.cost import Cost, point_cost, point_macs
 from videoadapt.config.load import load_config
 from videoadapt.config.points import Point
 from videoadapt.config.sections import AssignConfig, ModelConfig
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_macs
+from videoadapt.runtime.console import macs, percent
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 from videoadapt.config.load import make_config
 from videoadapt.config.sections import DataConfig, ModelConfig
-from videoadapt.data.clips.augment import augment, crops, mix, normalise, thumbnail
+from videoadapt.data.clips.augment import augment, mix
+from videoadapt.data.clips.views import crops, normalise, thumbnail
 from videoadapt.errors import ConfigError
 
 

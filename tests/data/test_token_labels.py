@@ -26,7 +26,7 @@ from videoadapt.data.clips.token_labels import SHAPE, LabelMap, gather, label_ma
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import ConfigError, RunError, VideoError
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.training.targets import Targets, targets_at
+from videoadapt.training.losses import Targets, targets_at
 from videoadapt.training.train import train
 
 CPU = torch.device("cpu")

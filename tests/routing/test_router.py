@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from videoadapt.config.sections import AssignConfig, ModelConfig
-from videoadapt.data.clips.augment import normalise
+from videoadapt.data.clips.views import normalise
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Choice, cheapest_sufficient, last_true

@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from videoadapt.commands.tables import write_csv, write_parquet
-from videoadapt.runtime.console import Bar, Metrics, duration, print_table, replacing, say, write_json
+from videoadapt.runtime.console import Bar, duration, print_table, say
+from videoadapt.runtime.files import replacing, write_csv, write_json, write_parquet
+from videoadapt.training.metrics import Metrics
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path: Path) -> None:

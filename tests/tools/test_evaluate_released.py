@@ -18,7 +18,7 @@ from PIL import Image
 import small_runs as runs
 from conftest import need
 from videoadapt.config.load import dump_config, make_config
-from videoadapt.data.clips.augment import normalise
+from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.data.synthetic import CLASSES
 from videoadapt.model.timesformer import TimeSformer

@@ -10,7 +10,7 @@ import torch
 from videoadapt.data.clips.loader import Batch
 from videoadapt.runtime.machine import CpuLimit
 from videoadapt.training import state
-from videoadapt.training.state import Clock, Pace
+from videoadapt.training.throughput import Clock, Pace
 
 SLURM = CpuLimit(4, "SLURM_CPUS_PER_TASK")
 

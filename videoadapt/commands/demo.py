@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from videoadapt.commands.tables import percent
 from videoadapt.config.load import Config, load_config
 from videoadapt.config.points import Point
 from videoadapt.data.index.manifest import index
@@ -20,7 +19,8 @@ from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.report.plots import draw_accuracy_cost
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
-from videoadapt.runtime.console import print_table, say, write_json
+from videoadapt.runtime.console import percent, print_table, say
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.machine import worker_count
 from videoadapt.training.train import train
 

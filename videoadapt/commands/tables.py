@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from videoadapt.runtime.console import print_table, replacing, say
+from videoadapt.runtime.console import macs, percent, print_table, say
 
 SHOWN = 10  # failed videos
 _CAUSES_SHOWN, _EXAMPLES_SHOWN = 4, 2  # so that a population fits on a screen
-
-
-def write_parquet(path: Path, frame: pd.DataFrame) -> None:
-    """A table, written whole or not at all."""
-    with replacing(path) as temporary:
-        frame.to_parquet(temporary, index=False)
-
-
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """A table, written whole or not at all."""
-    with replacing(path) as temporary:
-        frame.to_csv(temporary, index=False)
-
-
-def macs(value: float) -> str:
-    """`196 G`: multiply-adds to three digits, with a unit."""
-    rounded = float(f"{value:.3g}")  # first, for 999.7 G is 1 T
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if rounded >= size:
-            return f"{rounded / size:.3g} {unit}" if rounded / size < 1000 else f"{value / size:.0f} {unit}"  # noqa: PLR2004
-    return f"{value:.0f}"
-
-
-def percent(value: float) -> str:
-    """`75.3`: a share in per cent."""
-    return f"{100 * value:.1f}"
 
 
 def print_index(summary: dict[str, Any]) -> None:

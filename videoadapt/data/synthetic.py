@@ -20,7 +20,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from videoadapt.errors import UserError
-from videoadapt.runtime.console import Bar, replacing, write_json
+from videoadapt.runtime.console import Bar
+from videoadapt.runtime.files import replacing, write_json
 
 SIDE = 64  # pixels
 FRAMES = 8

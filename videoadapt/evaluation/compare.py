@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from videoadapt.commands.tables import percent
 from videoadapt.errors import UserError
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
-from videoadapt.runtime.console import print_table, say
+from videoadapt.runtime.console import percent, print_table, say
 
 
 def compare(a: str, b: str) -> dict[str, Any]:

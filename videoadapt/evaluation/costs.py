@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from videoadapt.commands.tables import macs, percent, write_csv
 from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.report.plots import draw_accuracy_cost, draw_clip_costs
 from videoadapt.routing.assigner import assigner_macs
-from videoadapt.runtime.console import print_table, say, write_json
+from videoadapt.runtime.console import macs, percent, print_table, say
+from videoadapt.runtime.files import write_csv, write_json
 
 
 def flops(config: Config) -> dict[str, Any]:

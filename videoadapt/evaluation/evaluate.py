@@ -26,7 +26,8 @@ from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.routing.router import route
 from videoadapt.routing.scores import Scores, files_digest, inference_model, require_own_labels, score, weights_digest
-from videoadapt.runtime.console import Bar, say, write_json
+from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
 from videoadapt.runtime.ranks import by_first_rank, first_rank_first, rank, ranks

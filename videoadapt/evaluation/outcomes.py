@@ -11,7 +11,6 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-from videoadapt.commands.tables import write_csv, write_parquet
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
@@ -19,7 +18,7 @@ from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_rules import Bools, Choice, Floats, softmax
 from videoadapt.routing.policy import Cascade, Evidence, Policy, end_costs, mix_of
 from videoadapt.routing.scores import Scored, Scores
-from videoadapt.runtime.console import replacing
+from videoadapt.runtime.files import replacing, write_csv, write_parquet
 
 TOP = 5
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from videoadapt.commands.tables import macs
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
@@ -23,7 +22,8 @@ from videoadapt.routing.label_rules import softmax
 from videoadapt.routing.policy import Assigned, Fixed, Policy, end_costs, parse_policy
 from videoadapt.routing.router import route
 from videoadapt.routing.scores import inference_model, require_own_labels
-from videoadapt.runtime.console import print_table, write_json
+from videoadapt.runtime.console import macs, print_table
+from videoadapt.runtime.files import write_json
 
 TOP = 5  # classes of a prediction
 

@@ -22,7 +22,8 @@ from videoadapt.config.sections import AssignConfig, ModelConfig, Section
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.runtime.console import replacing, say
+from videoadapt.runtime.console import say
+from videoadapt.runtime.files import replacing
 
 KEY = "videoadapt"
 VERSION = 1

@@ -17,7 +17,8 @@ from videoadapt.errors import ConfigError, UserError
 from videoadapt.performance.forecast import Forecast, Line, Network, Passes, Work, forecast, groups_setting, layouts
 from videoadapt.performance.memory import Memory, parameter_count, training_memory
 from videoadapt.performance.timing import Stopwatch, fitted
-from videoadapt.runtime.console import Bar, print_table, write_json
+from videoadapt.runtime.console import Bar, print_table
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import make_plan, split_evenly

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import EngFormatter
 
-from videoadapt.commands.tables import macs
-from videoadapt.runtime.console import replacing
+from videoadapt.runtime.console import macs
+from videoadapt.runtime.files import replacing
 
 MOST_CLASSES = 40
 

@@ -40,7 +40,8 @@ from videoadapt.routing.label_rules import (
     right_matrix,
 )
 from videoadapt.routing.router import assign_probabilities
-from videoadapt.runtime.console import Bar, say, write_json
+from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import pick_device
 from videoadapt.runtime.ranks import by_first_rank, ranks

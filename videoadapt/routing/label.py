@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from videoadapt.commands.tables import write_parquet
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.routing.scores import Scores, inference_model, score
-from videoadapt.runtime.console import write_json
+from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import by_first_rank, first_rank_first, rank, ranks
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from videoadapt.data.clips.augment import normalise
+from videoadapt.data.clips.views import normalise
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidence, softmax

@@ -33,7 +33,8 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Bools, Floats, confidence, softmax
 from videoadapt.routing.router import assign_probabilities, view_logits
-from videoadapt.runtime.console import Bar, replacing, say
+from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.files import replacing
 from videoadapt.runtime.machine import pick_device, precision_dtype
 from videoadapt.runtime.ranks import any_requested, rank, when_seen, world_size
 from videoadapt.runtime.signals import StopRequest

@@ -5,13 +5,9 @@ Standard output carries results alone, so that `--json` can be piped.
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -114,66 +110,15 @@ def _looks_numeric(cell: Any) -> bool:
     )
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    finally:
-        temporary.unlink(missing_ok=True)
+def macs(value: float) -> str:
+    """`196 G`: multiply-adds to three digits, with a unit."""
+    rounded = float(f"{value:.3g}")  # first, for 999.7 G is 1 T
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= size:
+            return f"{rounded / size:.3g} {unit}" if rounded / size < 1000 else f"{value / size:.0f} {unit}"  # noqa: PLR2004
+    return f"{value:.0f}"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`value` as JSON, written whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-class Metrics:
-    """Training curves: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard.
-
-    Lines of steps after `step` (a run that was interrupted after its last checkpoint) are dropped when it is opened.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Scalars of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Writes out what is pending."""
-        self._file.close()
-        self._writer.close()
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
+def percent(value: float) -> str:
+    """`75.3`: a share in per cent."""
+    return f"{100 * value:.1f}"

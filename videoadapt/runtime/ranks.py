@@ -14,21 +14,19 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
 from videoadapt.runtime.slurm import Place, place_of, slurm_job
-from videoadapt.training.groups import GroupPlan
 
 T = TypeVar("T")
 
@@ -316,66 +314,6 @@ def summed(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def spread_gradients(model: nn.Module) -> nn.Module:
-    """The model in torch's `DistributedDataParallel`, which **sums** gradients over all ranks while they are computed.
-
-    Not every rank uses every parameter; one that no rank has used in a step keeps no gradient. Alone, the model itself.
-    """
-    if not dist.is_initialized():
-        return model
-    device = next(model.parameters()).device
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=True,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-    )
-    wrapped.register_comm_hook(None, _sum)
-    return wrapped
-
-
-def _sum(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - DDP refuses annotations in text
-    # DDP's own hook divides by the number of ranks, with the precision of a float32.
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
-
-
-def gradients_apart(model: nn.Module) -> AbstractContextManager[None]:
-    """While entered, backward passes add to this rank's gradients alone; the next one outside sums them all."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-
-class TeacherExchange:
-    """Sends the teacher's logits on the clips of a step's part from its group to the ranks of all others.
-
-    Between `start` and `logits` the transfer goes on beside whatever the rank computes.
-    """
-
-    def __init__(self, plan: GroupPlan, classes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._teachers, self._classes, self.dtype, self._device = plan.groups[0], classes, dtype, device
-        self._group = dist.new_group()  # apart from the gradients, whose order differs from rank to rank
-        self._running: list[tuple[range, Tensor, dist.Work]] = []
-
-    def start(self, shares: Sequence[range], own: Tensor | None = None) -> None:
-        """Every rank calls it once for each part; `shares` are the teachers' positions in it.
-
-        A teacher gives its `own` logits (clips of its share, classes), NaN for a clip that it could not read.
-        """
-        self._running = []
-        for number, share in zip(self._teachers.ranks, shares, strict=True):
-            values = torch.empty(len(share), self._classes, dtype=self.dtype, device=self._device)
-            if own is not None and number == rank():
-                values.copy_(own)
-            self._running.append((share, values, dist.broadcast(values, number, self._group, async_op=True)))
-
-    def logits(self) -> Tensor:
-        """The teacher's logits on all clips of the part, (clips, classes), once they are there."""
-        for _, _, work in self._running:
-            work.wait()
-        return torch.cat([values for _, values, _ in self._running])
 
 
 def by_first_rank(action: Callable[[], T]) -> T:

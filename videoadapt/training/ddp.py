@@ -6,10 +6,13 @@ Only a `stem` has any. A length's stem is in step within the group that trains i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
 
 from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError
@@ -86,3 +89,33 @@ def share_statistics(model: nn.Module, plan: GroupPlan) -> None:
 
 def _keys(model: TimeSformer, points: tuple[str, ...]) -> list[str]:
     return [SHARED] if model.config.share_patch else list(dict.fromkeys(str(Point.parse(p).length) for p in points))
+
+
+def spread_gradients(model: nn.Module) -> nn.Module:
+    """The model in torch's `DistributedDataParallel`, which **sums** gradients over all ranks while they are computed.
+
+    Not every rank uses every parameter; one that no rank has used in a step keeps no gradient. Alone, the model itself.
+    """
+    if not dist.is_initialized():
+        return model
+    device = next(model.parameters()).device
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
+    wrapped.register_comm_hook(None, _sum)
+    return wrapped
+
+
+def _sum(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - DDP refuses annotations in text
+    # DDP's own hook divides by the number of ranks, with the precision of a float32.
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def gradients_apart(model: nn.Module) -> AbstractContextManager[None]:
+    """While entered, backward passes add to this rank's gradients alone; the next one outside sums them all."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

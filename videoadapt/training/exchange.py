@@ -6,7 +6,7 @@ Every group trains the whole step, so that k groups that decode for themselves d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -102,3 +102,33 @@ def _write(row: Tensor, item: Clip | Failure) -> None:
 
 def _as_tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+class TeacherExchange:
+    """Sends the teacher's logits on the clips of a step's part from its group to the ranks of all others.
+
+    Between `start` and `logits` the transfer goes on beside whatever the rank computes.
+    """
+
+    def __init__(self, plan: GroupPlan, classes: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._teachers, self._classes, self.dtype, self._device = plan.groups[0], classes, dtype, device
+        self._group = dist.new_group()  # apart from the gradients, whose order differs from rank to rank
+        self._running: list[tuple[range, Tensor, dist.Work]] = []
+
+    def start(self, shares: Sequence[range], own: Tensor | None = None) -> None:
+        """Every rank calls it once for each part; `shares` are the teachers' positions in it.
+
+        A teacher gives its `own` logits (clips of its share, classes), NaN for a clip that it could not read.
+        """
+        self._running = []
+        for number, share in zip(self._teachers.ranks, shares, strict=True):
+            values = torch.empty(len(share), self._classes, dtype=self.dtype, device=self._device)
+            if own is not None and number == rank():
+                values.copy_(own)
+            self._running.append((share, values, dist.broadcast(values, number, self._group, async_op=True)))
+
+    def logits(self) -> Tensor:
+        """The teacher's logits on all clips of the part, (clips, classes), once they are there."""
+        for _, _, work in self._running:
+            work.wait()
+        return torch.cat([values for _, values, _ in self._running])

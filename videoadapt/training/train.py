@@ -23,25 +23,24 @@ from torch import Tensor, nn
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, dump_config
 from videoadapt.config.points import Point
-from videoadapt.data.clips.augment import mix, normalise
+from videoadapt.data.clips.augment import mix
 from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
+from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import RunError
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
 from videoadapt.model.timesformer import Heads, TimeSformer, compiled
 from videoadapt.model.weights.load import load_weights
-from videoadapt.runtime.console import Bar, Metrics, say, write_json
+from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.runtime.ranks import (
-    TeacherExchange,
     any_requested,
     by_first_rank,
     first_rank_first,
-    gradients_apart,
     rank,
     ranks,
-    spread_gradients,
     summed,
     when_seen,
     world_size,
@@ -49,14 +48,22 @@ from videoadapt.runtime.ranks import (
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training import losses
-from videoadapt.training.ddp import share_statistics, statistics_are_apart, synchronise
+from videoadapt.training.ddp import (
+    gradients_apart,
+    share_statistics,
+    spread_gradients,
+    statistics_are_apart,
+    synchronise,
+)
 from videoadapt.training.draws import drawn_points, teacher_of
-from videoadapt.training.exchange import ClipExchange
+from videoadapt.training.exchange import ClipExchange, TeacherExchange
 from videoadapt.training.groups import Group, GroupPlan, make_plan
+from videoadapt.training.losses import Targets, targets_at
+from videoadapt.training.metrics import Metrics
 from videoadapt.training.optim import make_schedule
 from videoadapt.training.preflight import preflight
-from videoadapt.training.state import Clock, State, Tally
-from videoadapt.training.targets import Targets, targets_at
+from videoadapt.training.state import State, Tally
+from videoadapt.training.throughput import Clock
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,25 @@ Resizing is antialiased, bilinear but where `data.interpolation` says otherwise,
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from videoadapt.config.sections import DataConfig, ModelConfig
-from videoadapt.data.clips.recipe import area_crop, recolour
-from videoadapt.data.video.frame_sampling import spread
-from videoadapt.runtime.seeds import seed_of
+from videoadapt.data.clips.views import _to_cthw, _to_tchw
+from videoadapt.runtime.seeds import seed_of, seeded
 
 
 class Crop(NamedTuple):
@@ -60,52 +64,6 @@ def _cut(
         square = F.resized_crop(images, top, left, height, width, [size, size], interpolation=mode, antialias=True)
     down, along = images.shape[-2:]
     return square, (left / along, top / down, (left + width) / along, (top + height) / down)
-
-
-def crops(
-    frames: np.ndarray, *, size: int, count: int, short_side: int | None = None, interpolation: str = "bilinear"
-) -> Tensor:
-    """The crops of an evaluation: frames (T, H, W, 3) uint8 -> (count, 3, T, size, size) uint8.
-
-    The short side is resized to `short_side` (none: `size`). The crops lie along the long side, in the middle of the
-    short one: 1 in the centre, 2 at both ends, 3 at left, centre and right (in portrait, top, centre and bottom).
-    """
-    mode = InterpolationMode(interpolation)
-    images = F.resize(_to_tchw(frames), [short_side or size], interpolation=mode, antialias=True)
-    height, width = images.shape[-2:]
-    shares = [0.5] if count == 1 else np.linspace(0.0, 1.0, count).tolist()
-    out = torch.empty((count, 3, len(frames), size, size), dtype=torch.uint8)
-    for crop, share in zip(out, shares, strict=True):
-        y = round((share if height > width else 0.5) * (height - size))
-        x = round((0.5 if height > width else share) * (width - size))
-        crop.copy_(images[..., y : y + size, x : x + size].transpose(0, 1))  # T C H W -> C T H W
-    return out
-
-
-def thumbnail(frames: np.ndarray, *, frames_kept: int, size: int) -> Tensor:
-    """A small copy of a whole clip: frames (T, H, W, 3) uint8 -> (3, frames_kept, size, size) uint8.
-
-    The frames kept are spread evenly over the clip, first and last included (one alone: the middle one); each is
-    squashed to a square whole, so that nothing of it is lost at the sides.
-    """
-    images = _to_tchw(frames[spread(len(frames), frames_kept)])
-    return _to_cthw(F.resize(images, [size, size], antialias=True))
-
-
-def _to_tchw(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(
-        0, 3, 1, 2
-    )  # T H W C -> T C H W, as it lies in memory
-
-
-def _to_cthw(images: Tensor) -> Tensor:
-    return images.transpose(0, 1).contiguous()  # T C H W -> C T H W
-
-
-def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """(B, C, T, H, W) uint8 -> `(x / 255 - mean) / std` per channel, in `dtype`, on the device of the clips."""
-    shift, scale = (torch.tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
-    return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
 
 
 def mix(  # noqa: PLR0913 - settings, by name
@@ -187,3 +145,50 @@ def _box(size: Sequence[int], share: float, draw: random.Random) -> tuple[slice,
 def _length(part: slice) -> int:
     length: int = part.stop - part.start
     return length
+
+
+_RATIOS = (3 / 4, 4 / 3)  # of a random resized crop's sides
+
+
+_MOST = 9.99  # of 10: there timm posterizes to 0 bits, which is black, and from Pillow 13 on an error
+
+
+def area_crop(images: Tensor, area: tuple[float, float], seed: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop of images (T, C, H, W), its share of them between two limits."""
+    with seeded(seed):
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(images, area, _RATIOS)
+    return top, left, height, width
+
+
+def recolour(images: Tensor, data: DataConfig, model: ModelConfig, seed: int) -> Tensor:
+    """RandAugment, colour jitter and random erasing, as far as `data` asks for them: (T, C, H, W) uint8, twice."""
+    if data.rand_augment is not None:
+        images = _rand_augment(images, data.rand_augment, data, model, seed=seed)
+    with seeded(seed):
+        if data.color_jitter:
+            images = v2.ColorJitter(*[data.color_jitter] * 3)(images)
+        return _erase(images, data.erase, model) if data.erase else images
+
+
+def _rand_augment(images: Tensor, text: str, data: DataConfig, model: ModelConfig, *, seed: int) -> Tensor:
+    settings = {
+        "translate_const": int(model.size * 0.45),
+        "img_mean": tuple(round(255 * value) for value in model.mean),
+        "interpolation": str_to_pil_interp(data.interpolation),
+        "magnitude_max": _MOST,
+    }
+    policy = rand_augment_transform(text, settings)
+    frames = []
+    for image in images.permute(0, 2, 3, 1).numpy():  # H W C
+        with seeded(seed):  # every frame is drawn for alike
+            frames.append(np.asarray(policy(Image.fromarray(image))))
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def _erase(images: Tensor, probability: float, model: ModelConfig) -> Tensor:
+    """A box of noise that is normal once `mean` and `std` have normalised it."""
+    noise = torch.full(images.shape[1:], math.nan)
+    RandomErasing(probability, mode="pixel", device="cpu")(noise)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
+    pixels = ((noise * std + mean) * 255).clamp(0, 255).nan_to_num().to(torch.uint8)
+    return torch.where(noise.isnan(), images, pixels)

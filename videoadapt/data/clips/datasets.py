@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from videoadapt.config.load import Config
 from videoadapt.config.sections import ModelConfig
-from videoadapt.data.clips.augment import augment, crops, thumbnail
+from videoadapt.data.clips.augment import augment
 from videoadapt.data.clips.token_labels import LabelMap, label_map_file, read_label_map
+from videoadapt.data.clips.views import crops, thumbnail
 from videoadapt.data.index.manifest import Manifest, Row
 from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, spread
 from videoadapt.data.video.probe import cause_of

@@ -26,7 +26,8 @@ from videoadapt.data.index.probe_pool import Finding, probe_files
 from videoadapt.data.index.summary import summary
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
 from videoadapt.errors import UserError
-from videoadapt.runtime.console import replacing, say, write_json
+from videoadapt.runtime.console import say
+from videoadapt.runtime.files import replacing, write_json
 from videoadapt.runtime.machine import worker_count
 
 _SCHEMA = pa.schema(

@@ -42,7 +42,8 @@ from videoadapt.performance.bench.loaders import (
 from videoadapt.performance.bench.machine import machine, print_machine, versions
 from videoadapt.performance.bench.memory import Memory, worker_memory
 from videoadapt.performance.bench.settings import parse_settings
-from videoadapt.runtime.console import Bar, print_table, write_json
+from videoadapt.runtime.console import Bar, print_table
+from videoadapt.runtime.files import write_json
 
 _TIMEOUT_S = 600.0  # of a turn
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from videoadapt.runtime.console import Bar, replacing
+from videoadapt.runtime.console import Bar
+from videoadapt.runtime.files import replacing
 
 if TYPE_CHECKING:
     from av.container import OutputContainer

@@ -24,7 +24,8 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.bench.machine import machine, print_machine, versions
 from videoadapt.performance.bench.settings import parse_settings
 from videoadapt.performance.timing import now
-from videoadapt.runtime.console import Bar, replacing, write_json
+from videoadapt.runtime.console import Bar
+from videoadapt.runtime.files import replacing, write_json
 from videoadapt.runtime.machine import pick_device, precision_dtype
 
 TARGET = 0.85  # of the speed that the MACs promise

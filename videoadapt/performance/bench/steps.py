@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
-from videoadapt.data.clips.augment import normalise
 from videoadapt.data.clips.loader import Batch
+from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
 from videoadapt.performance.bench.machine import memory_after_imports, peak_bytes
@@ -27,7 +27,9 @@ from videoadapt.performance.bench.ranks import Turn
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch, now
 from videoadapt.runtime.machine import pick_device, precision_dtype
-from videoadapt.runtime.ranks import TeacherExchange, gradients_apart, wait_for_all, world_size
+from videoadapt.runtime.ranks import wait_for_all, world_size
+from videoadapt.training.ddp import gradients_apart
+from videoadapt.training.exchange import TeacherExchange
 from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State

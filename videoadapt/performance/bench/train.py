@@ -27,7 +27,8 @@ from videoadapt.performance.forecast import Network, Passes, forecast
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.plan import work_of
 from videoadapt.performance.timing import fitted
-from videoadapt.runtime.console import Bar, write_json
+from videoadapt.runtime.console import Bar
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import point_shares
 from videoadapt.training.groups import GroupPlan, make_plan
