@@ -11,7 +11,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from videoadapt.data.video.encoding import open_encoder
+from videoadapt.data.synthetic import open_encoder
 
 BITS = 10  # frame numbers below 1024
 _ROWS = 2

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench_train_ranks import Turn, started
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, make_config
 from videoadapt.data.clips.datasets import Clip, Failure
@@ -31,7 +32,6 @@ from videoadapt.data.clips.loader import Batch, train_batches
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.performance.bench.files import SIZES, generate
 from videoadapt.performance.bench.machine import machine, versions
-from videoadapt.performance.bench.ranks import Turn, started
 from videoadapt.runtime.console import print_table
 from videoadapt.runtime.ranks import rank, wait_for_all, world_size
 from videoadapt.training.exchange import ClipExchange

@@ -38,10 +38,11 @@ from av.video.reformatter import VideoReformatter
 
 from videoadapt.data.index.find_files import walk
 from videoadapt.data.index.probe_pool import look_at
+from videoadapt.data.synthetic import open_encoder
 from videoadapt.data.video.decoding import decode
-from videoadapt.data.video.encoding import open_encoder
+from videoadapt.data.video.files import reason
 from videoadapt.data.video.frame_sampling import frame_indices
-from videoadapt.data.video.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, reason, upright
+from videoadapt.data.video.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, upright
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import RunError, UserError, VideoError
 from videoadapt.runtime.console import Bar, print_table, say

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from videoadapt.errors import VideoError as VideoError
     from videoadapt.evaluation.predict import Prediction as Prediction
     from videoadapt.evaluation.predict import predict as predict
-    from videoadapt.model.checkpoint import load_assigner as load_assigner
     from videoadapt.model.checkpoint import load_model as load_model
     from videoadapt.model.timesformer import TimeSformer as TimeSformer
     from videoadapt.model.timesformer import build_model as build_model
     from videoadapt.model.weights.load import load_weights as load_weights
+    from videoadapt.routing.assigner import load_assigner as load_assigner
     from videoadapt.routing.policy import Assigned as Assigned
     from videoadapt.routing.policy import Cascade as Cascade
     from videoadapt.routing.policy import Fixed as Fixed
@@ -44,7 +44,7 @@ _HOME = {
     "build_model": "model.timesformer",
     "load_weights": "model.weights.load",
     "load_model": "model.checkpoint",
-    "load_assigner": "model.checkpoint",
+    "load_assigner": "routing.assigner",
     "open_video": "data.video.readers",
     "Assigned": "routing.policy",
     "Cascade": "routing.policy",

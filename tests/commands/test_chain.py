@@ -18,8 +18,9 @@ from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.model.checkpoint import assigner_checkpoints, load_model
-from videoadapt.routing.assigner import assigner_macs
+from videoadapt.model.checkpoint import load_model
+from videoadapt.report.plots import draw_costs
+from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.training.train import train
@@ -107,7 +108,8 @@ def test_evaluating_again_changes_nothing_and_other_batches_give_the_same(run: C
 
 
 def test_clip_report_adds_up(run: Config) -> None:
-    report = flops(run)["clips"]
+    summary = flops(run)
+    drawn, report = draw_costs(run.run.dir, summary), summary["clips"]
     clips = pd.read_csv(run.run.dir / "report" / "clips.csv")
     costs = point_macs(run.model)
     expected = clips["point"].astype(str).map(costs) * 3 + assigner_macs(run.assign, 3)
@@ -116,7 +118,8 @@ def test_clip_report_adds_up(run: Config) -> None:
     assert report["macs_per_clip"]["p95"] == pytest.approx(np.quantile(clips["macs"], 0.95))
     assert sum(report["mix"].values()) == pytest.approx(1)
     assert sum(row["clips"] for row in report["classes"]) == len(clips)
-    assert (run.run.dir / "report" / "clips.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in drawn] == ["clips.png", "accuracy_cost.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 def test_costs_of_an_evaluation_at_other_points_are_left_out(run: Config, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from test_frame_accuracy import real_clips
 
 from video_files import cut_by_copy, numbered, numbers_of, write_video, write_without_times
-from videoadapt.data.video.probe import IMAGE_FOLDER_FPS, decord_module, probe
+from videoadapt.data.video.images import IMAGE_FOLDER_FPS
+from videoadapt.data.video.probe import decord_module, probe
 from videoadapt.data.video.readers import DecordReader, PyAVReader, open_video
 from videoadapt.errors import VideoError
 

@@ -20,10 +20,8 @@ from videoadapt.config.sections import AssignConfig, ModelConfig, TrainConfig
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.checkpoint import (
     Checkpoints,
-    assigner_checkpoints,
     fill,
     find_checkpoint,
-    load_assigner,
     load_checkpoint,
     load_model,
     require_same,
@@ -31,7 +29,7 @@ from videoadapt.model.checkpoint import (
     train_checkpoints,
 )
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import Assigner
+from videoadapt.routing.assigner import Assigner, assigner_checkpoints, load_assigner
 
 TENSORS: dict[str, Tensor] = {
     "model/w": torch.arange(6.0).view(2, 3),
@@ -411,8 +409,8 @@ def test_a_named_file_that_is_torn_has_no_substitute(tmp_path: Path) -> None:
     torn = tmp_path / "checkpoints" / "step-00000020.safetensors"
     tear(torn)
     with pytest.raises(CheckpointError, match="torn"):
-        find_checkpoint(torn, "train")
-    assert find_checkpoint(tmp_path, "train").meta["step"] == 10
+        find_checkpoint(torn, train_checkpoints)
+    assert find_checkpoint(tmp_path, train_checkpoints).meta["step"] == 10
 
 
 def test_require_same_passes_over_free_fields_alone(tmp_path: Path) -> None:

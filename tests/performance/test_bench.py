@@ -17,7 +17,7 @@ from torch import Tensor
 import small_runs as runs
 from conftest import need
 from video_files import numbered, numbers_of, write_list, write_video
-from videoadapt.config.load import make_config
+from videoadapt.config.load import make_config, parse_settings
 from videoadapt.data.clips.datasets import Clip, Failure, TrainClips
 from videoadapt.data.index.manifest import Manifest, index
 from videoadapt.errors import ConfigError, UserError
@@ -45,7 +45,6 @@ from videoadapt.performance.bench.loaders import (
     unfit_files,
 )
 from videoadapt.performance.bench.memory import Memory, memory, peak, worker_memory
-from videoadapt.performance.bench.settings import parse_settings
 
 SIDE = 64  # pixels
 FRAMES, STRIDE = 4, 8

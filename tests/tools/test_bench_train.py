@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import small_runs as runs
+from bench_train import PEER, Settings, add_times, bench_train, by_lengths, contestants
+from bench_train_ranks import Turn, slots, started
+from bench_train_steps import StepTurn
+from bench_train_tables import print_bench_train
 from videoadapt.config.load import Config
 from videoadapt.errors import ConfigError, RunError
-from videoadapt.performance.bench.ranks import Turn, slots, started
-from videoadapt.performance.bench.steps import StepTurn
-from videoadapt.performance.bench.train import PEER, Settings, add_times, bench_train, by_lengths, contestants
-from videoadapt.performance.bench.train_tables import print_bench_train
 
 
 def tiny(folder: Path, /, **sections: dict) -> Config:

@@ -214,8 +214,16 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """MACs of every point; after an evaluation, of every clip."""
     from videoadapt.evaluation.costs import flops as run
     from videoadapt.evaluation.costs import print_flops
+    from videoadapt.report.plots import draw_costs
 
-    _show(run(_load(config, overrides)), as_json, print_flops)
+    loaded = _load(config, overrides)
+    result = run(loaded)
+    drawn = draw_costs(loaded.run.dir, result)
+    _show(result, as_json, print_flops)
+    if drawn and not as_json:
+        from videoadapt.runtime.console import say
+
+        say("figures: " + ", ".join(map(str, drawn)))
 
 
 @app.command()
@@ -303,24 +311,3 @@ def bench_points(
 def _settings_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
     settings = [word for word in words or [] if _SETTING.fullmatch(word)]
     return settings, [word for word in words or [] if word not in settings]
-
-
-@bench.command("train")
-def bench_train(
-    config: ConfigFile,
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="rounds=5, batch=4, lengths=[14,7,10] ...; section.key=value of the config.",
-            show_default=False,
-            metavar="[KEY=VALUE]...",
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Time of our steps at 1 to 4 lengths, in one process and in groups, beside separate models and a peer."""
-    from videoadapt.performance.bench.train import bench_train as run
-    from videoadapt.performance.bench.train_tables import print_bench_train
-
-    settings, overrides = _settings_and_overrides(words)
-    _show(run(_load(config, overrides), settings), as_json, print_bench_train)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -266,3 +266,29 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
 def dump_config(config: Config) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_settings(kind: type[S], bench: str, words: Sequence[str]) -> S:
+    """Settings from `key=value` words, in YAML syntax. Raises `ConfigError`, naming benchmark and key."""
+    values = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in kind.model_fields:
+            raise ConfigError(f"{bench}: unknown key {key}; expected one of {', '.join(kind.model_fields)}")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[key] = text
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{bench}: {_explain_setting(e)}" for e in error.errors())) from None
+
+
+def _explain_setting(error: Any) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    field = error["loc"][0] if error["loc"] else None
+    return f"{field}: {message}, got {error['input']!r}" if field else message

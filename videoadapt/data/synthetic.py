@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,9 @@ import pandas as pd
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from av.video.codeccontext import VideoCodecContext
 
 SIDE = 64  # pixels
 FRAMES = 8
@@ -152,3 +158,22 @@ def _make(jobs: list[Job]) -> int:
     for path, level, pair, seed, qp in jobs:
         write_video(path, render(np.random.default_rng(seed), levels[level], pair), qp=qp)
     return len(jobs)
+
+
+def open_encoder(context: VideoCodecContext) -> None:
+    """Opens it; afterwards every thread of this process has the scheduling policy that the caller had before.
+
+    SVT-AV1, run as root, makes its threads and the caller's real-time ones (SCHED_FIFO 99). So would be every process
+    started after that, and one that polls would leave no time to any other on its core. Raises `av.FFmpegError`.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        context.open()
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        context.open()
+    finally:
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(ProcessLookupError):  # it has ended
+                if os.sched_getscheduler(thread) != before[0]:
+                    os.sched_setscheduler(thread, *before)

@@ -13,7 +13,6 @@ import pandas as pd
 from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.report.plots import draw_accuracy_cost, draw_clip_costs
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.runtime.console import macs, percent, print_table, say
 from videoadapt.runtime.files import write_csv, write_json
@@ -45,9 +44,8 @@ def flops(config: Config) -> dict[str, Any]:
             "`evaluate` again"
         )
     elif found is not None:
-        summary["clips"], policies = clip_report(config), found["policies"]
-        summary["policies"] = [_policy_row(name, row) for name, row in policies.items()]
-        draw_accuracy_cost(config.run.dir / "report" / "accuracy_cost.png", policies)
+        summary["clips"] = clip_report(config)
+        summary["policies"] = [_policy_row(name, row) for name, row in found["policies"].items()]
     write_json(config.run.dir / "report" / "flops.json", summary)
     return summary
 
@@ -72,14 +70,13 @@ def clip_report(config: Config) -> dict[str, Any]:
     classes = class_mix(clips, config.model.points, names)
     for name, table in (("clips", clips), ("videos", videos), ("classes", classes)):
         write_csv(folder / f"{name}.csv", table)
-    draw_clip_costs(folder / "clips.png", clips, classes, config.model.points, policy)
     return {
         "policy": policy,
         "macs_per_clip": distribution(clips["macs"]),
         "macs_per_video": distribution(videos["macs"]),
         "mix": {point: float((clips["point"] == point).mean()) for point in config.model.points},
         "classes": classes.to_dict("records"),
-        "files": [str(folder / name) for name in ("clips.csv", "videos.csv", "classes.csv", "clips.png")],
+        "files": [str(folder / name) for name in ("clips.csv", "videos.csv", "classes.csv")],
     }
 
 

@@ -19,9 +19,9 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.evaluation.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
-from videoadapt.model.checkpoint import Guard, assigner_checkpoints, require_same
+from videoadapt.model.checkpoint import Guard, require_same
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import assigner_macs
+from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.routing.router import route

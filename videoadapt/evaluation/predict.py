@@ -15,9 +15,8 @@ from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig,
 from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import UserError, VideoError
-from videoadapt.model.checkpoint import assigner_checkpoints
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import assigner_macs
+from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.label_rules import softmax
 from videoadapt.routing.policy import Assigned, Fixed, Policy, end_costs, parse_policy
 from videoadapt.routing.router import route

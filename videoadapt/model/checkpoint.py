@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from videoadapt.config.sections import AssignConfig, ModelConfig, Section
+from videoadapt.config.sections import ModelConfig, Section
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import Assigner
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 
@@ -128,11 +127,6 @@ def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> C
     return Checkpoints(run / "checkpoints", "train", keep, guard)
 
 
-def assigner_checkpoints(run: Path, guard: Guard = nullcontext) -> Checkpoints:
-    """Where stage 2 of a run keeps its checkpoints."""
-    return Checkpoints(run / "assigner", "assigner", guard=guard)
-
-
 def require_same(
     path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
 ) -> None:
@@ -168,7 +162,7 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
 
     With `expected`, a checkpoint of another architecture is refused. Raises `CheckpointError`.
     """
-    checkpoint = find_checkpoint(Path(source), "train")
+    checkpoint = find_checkpoint(Path(source), train_checkpoints)
     if expected is not None:
         require_same(checkpoint.path, expected, checkpoint.meta["model"], "model", free=INITIAL)
     model = TimeSformer(ModelConfig(**checkpoint.meta["model"]), tuple(checkpoint.meta["classes"]))
@@ -176,27 +170,26 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
     return model.eval()
 
 
-def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]:
-    """The assigner of a checkpoint file or run folder, in eval mode, its points and threshold, or `CheckpointError`."""
-    checkpoint = find_checkpoint(Path(source), "assigner")
-    if checkpoint.meta["threshold"] is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
-        )
-    assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(checkpoint.meta["points"]))
-    fill(assigner, checkpoint.part("model"), checkpoint.path)
-    return assigner.eval(), tuple(checkpoint.meta["points"]), float(checkpoint.meta["threshold"])
+def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints]) -> Checkpoint:
+    """Loads a checkpoint file, or the newest checkpoint of a run folder.
 
+    Args:
+        source: A checkpoint file or a run folder.
+        checkpoints_of: Gives the checkpoints of one stage of a run folder, such as `train_checkpoints`.
 
-def find_checkpoint(source: Path, kind: str) -> Checkpoint:
-    """The checkpoint of a file, or the newest of a run folder. Raises `CheckpointError` where there is none."""
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it cannot be read, or it is of another stage.
+    """
+    checkpoints = checkpoints_of(source)
     if not source.is_dir():
-        return load_checkpoint(source, kind)
-    folder = train_checkpoints(source) if kind == "train" else assigner_checkpoints(source)
-    found = folder.latest()
+        return load_checkpoint(source, checkpoints.kind)
+    found = checkpoints.latest()
     if found is None:
-        verb = "train" if kind == "train" else "assign"
-        raise CheckpointError(f"{folder.folder}: no checkpoint there; run `videoadapt {verb}` first")
+        verb = "train" if checkpoints.kind == "train" else "assign"
+        raise CheckpointError(f"{checkpoints.folder}: no checkpoint there; run `videoadapt {verb}` first")
     return found
 
 

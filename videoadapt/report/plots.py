@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,29 @@ from videoadapt.runtime.console import macs
 from videoadapt.runtime.files import replacing
 
 MOST_CLASSES = 40
+
+
+def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
+    """Draws the clip-level cost report of an evaluated run from its tables.
+
+    Args:
+        run: The run folder, with the files of `evaluate` and of `evaluation.costs.flops`.
+        summary: What `flops` returned for this run.
+
+    Returns:
+        The PNG files written, none where the run has no evaluation at the points of `summary`.
+    """
+    if "clips" not in summary:
+        return []
+    report = run / "report"
+    clips = pd.read_csv(report / "clips.csv", dtype={"point": str})
+    classes = pd.read_csv(report / "classes.csv", dtype={"class": str})
+    evaluated = json.loads((run / "evaluate" / "evaluate.json").read_text(encoding="utf-8"))
+    drawn = [report / "clips.png", report / "accuracy_cost.png"]
+    points, policy = tuple(summary["clips"]["mix"]), summary["clips"]["policy"]
+    draw_clip_costs(drawn[0], clips, classes, points, policy)
+    draw_accuracy_cost(drawn[1], evaluated["policies"])
+    return drawn
 
 
 def draw_clip_costs(

@@ -5,7 +5,9 @@ One decision per clip, shared by its crops (ReViT, section 3.3, has one per imag
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from videoadapt.config.sections import AssignConfig
+from videoadapt.errors import CheckpointError
+from videoadapt.model.checkpoint import Checkpoints, Guard, fill, find_checkpoint
 
 # EfficientNet-B0 by stages, in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze-excitation
 B0_STAGES = (
@@ -88,3 +92,20 @@ def assigner_loss(logits: Tensor, labels: Tensor, wrong: Tensor, costs: Tensor, 
     if config.loss == "ce":
         return F.cross_entropy(logits.float(), labels)
     return expected_cost(logits, wrong, costs, mu=config.mu).mean()
+
+
+def assigner_checkpoints(run: Path, guard: Guard = nullcontext) -> Checkpoints:
+    """Where stage 2 of a run keeps its checkpoints."""
+    return Checkpoints(run / "assigner", "assigner", guard=guard)
+
+
+def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]:
+    """The assigner of a checkpoint file or run folder, in eval mode, its points and threshold, or `CheckpointError`."""
+    checkpoint = find_checkpoint(Path(source), assigner_checkpoints)
+    if checkpoint.meta["threshold"] is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
+        )
+    assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(checkpoint.meta["points"]))
+    fill(assigner, checkpoint.part("model"), checkpoint.path)
+    return assigner.eval(), tuple(checkpoint.meta["points"]), float(checkpoint.meta["threshold"])

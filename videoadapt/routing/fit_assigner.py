@@ -21,15 +21,8 @@ from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
-from videoadapt.model.checkpoint import (
-    Checkpoints,
-    assigner_checkpoints,
-    fill,
-    optimizer_tensors,
-    require_same,
-    restore_optimizer,
-)
-from videoadapt.routing.assigner import Assigner, assigner_loss, assigner_macs
+from videoadapt.model.checkpoint import Checkpoints, fill, optimizer_tensors, require_same, restore_optimizer
+from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_loss, assigner_macs
 from videoadapt.routing.label_rules import (
     LABEL_SPLITS,
     Bools,

@@ -19,8 +19,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.points import canonical
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
-from videoadapt.model.checkpoint import load_assigner
-from videoadapt.routing.assigner import Assigner
+from videoadapt.routing.assigner import Assigner, load_assigner
 from videoadapt.routing.label_rules import (
     Bools,
     Choice,

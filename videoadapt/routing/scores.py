@@ -26,7 +26,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.data.video.probe import reason
+from videoadapt.data.video.files import reason
 from videoadapt.errors import UserError
 from videoadapt.model.checkpoint import load_model
 from videoadapt.model.timesformer import TimeSformer

@@ -17,8 +17,8 @@ from videoadapt.data.clips.augment import augment
 from videoadapt.data.clips.token_labels import LabelMap, label_map_file, read_label_map
 from videoadapt.data.clips.views import crops, thumbnail
 from videoadapt.data.index.manifest import Manifest, Row
+from videoadapt.data.video.files import cause_of
 from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, spread
-from videoadapt.data.video.probe import cause_of
 from videoadapt.data.video.readers import VideoReader, open_video
 from videoadapt.errors import VideoError
 from videoadapt.runtime.seeds import seed_of

@@ -11,10 +11,10 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from videoadapt.config.load import Config
-from videoadapt.data.index.class_names import class_number, kinetics400, plain, read_classes, require_usual_order
+from videoadapt.data.index.class_names import class_number, kinetics400, read_classes, require_usual_order
 from videoadapt.data.index.find_files import best_first, files_by_stem, video_id
 from videoadapt.data.index.formats import SPLIT_NAMES, Entry, Source, Split, is_list, read_list, read_named
-from videoadapt.data.index.textfiles import read_text
+from videoadapt.data.index.text import plain, read_text
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.runtime.seeds import seed_of
 

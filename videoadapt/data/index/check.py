@@ -10,7 +10,8 @@ from typing import Any
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, Row
 from videoadapt.data.index.probe_pool import Finding, look_at
-from videoadapt.data.video.probe import exists, probe
+from videoadapt.data.video.files import exists
+from videoadapt.data.video.probe import probe
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.machine import worker_count

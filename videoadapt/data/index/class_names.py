@@ -7,19 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from videoadapt.data.index.textfiles import csv_rows, header, read_json, read_text
+from videoadapt.data.index.text import _tidy, csv_rows, header, plain, read_json, read_text
 from videoadapt.errors import ConfigError
 
 KINETICS_400 = "kinetics400"  # as a value of data.classes
-
-
-def plain(name: str) -> str:
-    """A class name as it is compared: folders are often called arm_wrestling for `arm wrestling`."""
-    return _tidy(name).replace(" ", "_")
-
-
-def _tidy(name: str) -> str:
-    return name.strip().strip('"')  # some label maps quote what is already a string
 
 
 @cache

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
-from videoadapt.data.index.class_names import plain
+from videoadapt.data.index.text import plain
 from videoadapt.data.video.probe import VIDEO_SUFFIXES
 
 _KINETICS_NAME = re.compile(r"(?:.*/)?(([A-Za-z0-9_-]{11})_\d{6}_\d{6})(?:\.\w+)?")  # YouTube id, start and end in s

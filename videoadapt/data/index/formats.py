@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from videoadapt.data.index.class_names import plain
 from videoadapt.data.index.find_files import walk
-from videoadapt.data.index.textfiles import csv_rows, header, read_json, read_text
-from videoadapt.data.video.probe import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from videoadapt.data.index.text import csv_rows, header, plain, read_json, read_text
+from videoadapt.data.video.images import IMAGE_SUFFIXES
+from videoadapt.data.video.probe import VIDEO_SUFFIXES
 from videoadapt.errors import ConfigError
 
 Split = Literal["train", "val", "holdout"]

@@ -21,7 +21,8 @@ from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
-from videoadapt.data.video.probe import PROBE_VERSION, VideoInfo, cause_of, probe, reason
+from videoadapt.data.video.files import cause_of, reason
+from videoadapt.data.video.probe import PROBE_VERSION, VideoInfo, probe
 from videoadapt.data.video.verify import verify
 from videoadapt.errors import RunError, VideoError
 from videoadapt.runtime.console import Bar

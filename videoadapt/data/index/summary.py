@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from videoadapt.data.index.annotations import Listing
-from videoadapt.data.video.probe import IMAGE_SUFFIXES
+from videoadapt.data.video.images import IMAGE_SUFFIXES
 
 _EXAMPLES = 10
 _IMAGE_NAME = re.compile(rf"^[^:]*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}): ", re.IGNORECASE)

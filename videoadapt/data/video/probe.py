@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
 
-import numpy as np
-
+from videoadapt.data.video.files import exists, file_size, reason
+from videoadapt.data.video.images import IMAGE_FOLDER_FPS, IMAGE_SUFFIXES, _image_codec, image_files, naming, read_image
 from videoadapt.errors import VideoError
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ ReaderName = Literal["decord", "pyav", "image"]
 
 PROBE_VERSION = 2  # to be raised when `probe` or `verify` finds something else in a file than before
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".flv", ".avi", ".ts", ".mpg", ".mpeg", ".wmv", ".3gp", ".ogv"}
 )
@@ -47,12 +45,6 @@ _IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # of NAL uni
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make us open others, or the network
 
-# Of the frames of one video the names differ by numbers alone. Optical flow often lies beside them.
-_NUMBER = re.compile(r"[0-9]+")
-_PATTERNS_SHOWN = 4
-_FLOW = re.compile(r"flow.*|[xy]_?#\..*")
-
-IMAGE_FOLDER_FPS = 30.0  # assumed: images do not say how fast they are to be shown
 
 _MAX_FPS = 1000.0  # a rate beyond it is the work of broken timestamps
 
@@ -115,51 +107,6 @@ def _probe_folder(path: Path) -> VideoInfo:
         bytes=size,
         content="",
     )
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The frames of a folder of images, in the order of their names, in which numbers count as numbers.
-
-    Names of frames have numbers and differ by these alone, as `img_00001.jpg`; optical flow (`flow_x_00001.jpg`) and
-    images without a number are left. Raises `VideoError` if there are no images, or frames of several such names.
-    """
-    try:
-        names = [name for name in os.listdir(folder) if not name.startswith(".")]  # macOS leaves `._` files about
-    except OSError as error:
-        raise VideoError(f"{folder}: {error.strerror or error}") from None
-    patterns: dict[str, list[str]] = {}
-    for name in names:
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-            patterns.setdefault(_NUMBER.sub("#", name.lower()), []).append(name)
-    if not patterns:
-        raise VideoError(f"{folder}: a folder without images, not a video")
-    frames = [pattern for pattern in patterns if "#" in pattern and not _FLOW.fullmatch(pattern)]
-    if len(patterns) == 1:
-        frames = list(patterns)
-    if len(frames) != 1:
-        raise VideoError(
-            f"{folder}: holds images named {', '.join(sorted(patterns)[:_PATTERNS_SHOWN])}; expected the frames of one "
-            "video, whose names differ by their numbers (#) alone"
-        )
-    return [folder / name for name in sorted(patterns[frames[0]], key=_natural)]
-
-
-@contextmanager
-def naming(folder: Path, image: Path) -> Iterator[None]:
-    """Within it, errors of an image of a folder begin with the folder, as those of a video do."""
-    try:
-        yield
-    except VideoError as error:
-        raise VideoError(f"{folder}: {image.name}: {cause_of(str(image), error)}") from None
-
-
-def _natural(name: str) -> tuple[list[int], str]:
-    # All names have the same texts around their numbers, but for capitals.
-    return [int(number) for number in _NUMBER.findall(name)], name
-
-
-def _image_codec(path: Path) -> str:
-    return path.suffix.lower().lstrip(".")
 
 
 def check_unchanged(path: Path, info: VideoInfo) -> None:
@@ -312,45 +259,8 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     return video
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image, (H, W, 3) uint8 RGB, turned as its EXIF orientation says. Raises `VideoError` if it cannot be read."""
-    from PIL import Image, ImageOps
-
-    file_size(path)
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        said = reason(error).replace(f" {str(path)!r}", "")
-        raise VideoError(f"{path}: cannot be read as an image: {said}") from None
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file. Raises `VideoError` if it is missing, empty, or no plain file: a pipe would block for ever."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise VideoError(f"{path}: {error.strerror or error}") from None
-    if not path.is_file():
-        raise VideoError(f"{path}: not a file")
-    if size == 0:
-        raise VideoError(f"{path}: the file is empty")
-    return size
-
-
 def _digest(content: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(content, digest_size=16)
-
-
-def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder, perhaps one that cannot be read."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError):
-        return True
-    return True
 
 
 def content_hash(path: Path) -> str:
@@ -376,17 +286,6 @@ def _hash_of_bytes(path: Path) -> str:
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from None
     return digest.hexdigest()
-
-
-def reason(error: BaseException) -> str:
-    """The message of a library in one line: decord's carry a C++ stack trace, PyAV's repeat the path."""
-    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def cause_of(path: str, error: VideoError) -> str:
-    """Why a file cannot be read, without its path, which the messages begin with."""
-    return str(error).removeprefix(f"{path}: ")
 
 
 @functools.cache

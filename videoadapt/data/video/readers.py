@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from videoadapt.data.video.decoding import Way, frames_by_count, frames_by_time, open_source, read_timeline
-from videoadapt.data.video.probe import (
-    VideoInfo,
-    check_unchanged,
-    decord_module,
-    image_files,
-    naming,
-    probe,
-    read_image,
-    reason,
-    upright,
-)
+from videoadapt.data.video.files import reason
+from videoadapt.data.video.images import image_files, naming, read_image
+from videoadapt.data.video.probe import VideoInfo, check_unchanged, decord_module, probe, upright
 from videoadapt.errors import UserError, VideoError
 
 if TYPE_CHECKING:

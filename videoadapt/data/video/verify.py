@@ -11,7 +11,8 @@ from itertools import chain
 from pathlib import Path
 
 from videoadapt.data.video.decoding import decode, open_source
-from videoadapt.data.video.probe import VideoInfo, image_files, probe, read_image
+from videoadapt.data.video.images import image_files, read_image
+from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.errors import VideoError
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from pebble import ProcessPool
 from pydantic import Field, model_validator
 
-from videoadapt.config.load import Config, make_config
+from videoadapt.config.load import Config, make_config, parse_settings
 from videoadapt.config.sections import Count, Section
 from videoadapt.data.index.manifest import Manifest, index
-from videoadapt.data.video.probe import reason
+from videoadapt.data.video.files import reason
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.performance.bench.files import generate
 from videoadapt.performance.bench.loaders import (
@@ -41,7 +41,6 @@ from videoadapt.performance.bench.loaders import (
 )
 from videoadapt.performance.bench.machine import machine, print_machine, versions
 from videoadapt.performance.bench.memory import Memory, worker_memory
-from videoadapt.performance.bench.settings import parse_settings
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
 

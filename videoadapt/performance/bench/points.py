@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from videoadapt.config.cost import point_macs
-from videoadapt.config.load import Config
+from videoadapt.config.load import Config, parse_settings
 from videoadapt.config.sections import Count, Section
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.bench.machine import machine, print_machine, versions
-from videoadapt.performance.bench.settings import parse_settings
 from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import replacing, write_json

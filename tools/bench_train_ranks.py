@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from videoadapt.config.load import Config
-from videoadapt.data.video.probe import reason
+from videoadapt.data.video.files import reason
 from videoadapt.errors import RunError
 from videoadapt.runtime.machine import pick_device
 from videoadapt.runtime.ranks import ranks

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench_train_ranks import Turn
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
@@ -23,7 +24,6 @@ from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
 from videoadapt.performance.bench.machine import memory_after_imports, peak_bytes
-from videoadapt.performance.bench.ranks import Turn
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch, now
 from videoadapt.runtime.machine import pick_device, precision_dtype

@@ -58,3 +58,12 @@ def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[st
             yield f"{path}:{reader.line_num}", [row[place].strip() for place in places]
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num}: not a row of a CSV: {error}") from None
+
+
+def plain(name: str) -> str:
+    """A class name as it is compared: folders are often called arm_wrestling for `arm wrestling`."""
+    return _tidy(name).replace(" ", "_")
+
+
+def _tidy(name: str) -> str:
+    return name.strip().strip('"')  # some label maps quote what is already a string

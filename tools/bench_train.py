@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_train_ranks import Prepare, slots, started
+from bench_train_steps import StepTurn, matrix_product, our_step, passes, peer_step, sum_over_ranks
 from videoadapt.config.cost import point_macs
-from videoadapt.config.load import Config, make_config
+from videoadapt.config.load import Config, make_config, parse_settings
 from videoadapt.config.points import Point
 from videoadapt.config.sections import Count, Section
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.performance.bench.machine import machine, versions
-from videoadapt.performance.bench.ranks import Prepare, slots, started
-from videoadapt.performance.bench.settings import parse_settings
-from videoadapt.performance.bench.steps import StepTurn, matrix_product, our_step, passes, peer_step, sum_over_ranks
 from videoadapt.performance.forecast import Network, Passes, forecast
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.plan import work_of
