@@ -13,7 +13,7 @@ HEAD = """
 import os, sys, time
 from pathlib import Path
 from videoadapt.config.load import make_config
-from videoadapt.runtime.ranks import any_requested, by_first_rank, first_rank_first, gather, rank, ranks, wait_for_all
+from videoadapt.runtime.ranks import any_requested, broadcast_result, rank0_then_all, gather, rank, ranks, wait_for_all
 from videoadapt.runtime.ranks import world_size
 from videoadapt.runtime.signals import StopRequest
 

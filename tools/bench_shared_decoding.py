@@ -37,7 +37,7 @@ from videoadapt.runtime.ranks import rank, wait_for_all, world_size
 from videoadapt.training.exchange import ClipExchange
 from videoadapt.training.groups import make_plan
 from videoadapt.training.state import State
-from videoadapt.training.train import Seat, train_step
+from videoadapt.training.train import RankRole, train_step
 
 COPIES = 8  # of each file: an epoch of 48 clips
 LENGTHS = {2: (14, 7), 3: (14, 10, 7)}  # by the number of ranks
@@ -90,10 +90,10 @@ def both_forms(config: Config, steps: int, trains: bool) -> Turn:
     exchange = WatchedExchange(manifest, config, plan)
     share = partial(plan.group(rank()).share, rank())
     state = State.start(config, manifest) if trains else None
-    seat = Seat.take(config, state.model, plan) if state is not None else None
+    seat = RankRole.take(config, state.model, plan) if state is not None else None
     runs = {
-        "own": train_batches(manifest, config, share=share),
-        "shared": train_batches(manifest, config, share=share, exchange=exchange),
+        "own": train_batches(manifest, config, positions=share),
+        "shared": train_batches(manifest, config, positions=share, exchange=exchange),
     }
 
     def taken(batches: Iterator[list[Batch]]) -> Taken:

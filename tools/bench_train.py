@@ -228,7 +228,7 @@ def add_times(rows: list[dict[str, Any]], turns: Mapping[str, Sequence[Sequence[
 
 _MEASURED = ("step_s", "rounds_s", "times_alone", "times_bound", "communication", "waited_s", "prediction_error") + (
     "clips_per_s",
-    "peak_share",
+    "peak_fraction",
     "peak_bytes",
 )
 
@@ -251,7 +251,7 @@ def _times(row: Mapping[str, Any], turns: Sequence[Sequence[StepTurn]], alone: S
         "waited_s": statistics.median(max(rank.waited_s for rank in turn) for turn in turns),
         "prediction_error": row["predicted_s"] and row["predicted_s"] / step_s - 1,
         "clips_per_s": row["clips"] / step_s,
-        "peak_share": 3 * row["macs"] / step_s / (peak * row["ranks"]),  # a backward pass has twice the MACs
+        "peak_fraction": 3 * row["macs"] / step_s / (peak * row["ranks"]),  # a backward pass has twice the MACs
         "peak_bytes": max(rank.peak_bytes for rank in turns[-1]),
     }
 

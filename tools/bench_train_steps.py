@@ -28,12 +28,12 @@ from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch, now
 from videoadapt.runtime.machine import pick_device, precision_dtype
 from videoadapt.runtime.ranks import wait_for_all, world_size
-from videoadapt.training.ddp import gradients_apart
+from videoadapt.training.ddp import no_gradient_sync
 from videoadapt.training.exchange import TeacherExchange
 from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
-from videoadapt.training.train import Seat, train_step
+from videoadapt.training.train import RankRole, train_step
 
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 
@@ -75,7 +75,7 @@ def our_step(config: Config, steps: int) -> Turn:
     """`train_step` on random clips, by the ranks of `parallel.groups`."""
     base = memory_after_imports()
     state = State.start(config, Manifest(pa.table({}), ()))
-    seat = Seat.take(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
+    seat = RankRole.take(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
     watched, silent = None, seat
     if seat.exchange is not None:
         given = (seat.plan, config.model.num_classes, seat.exchange.dtype, state.device)
@@ -83,7 +83,7 @@ def our_step(config: Config, steps: int) -> Turn:
         seat = replace(seat, exchange=watched)
     batches = _batches(config, seat, state.device)
 
-    def run(seat: Seat) -> float:
+    def run(seat: RankRole) -> float:
         wait_for_all()
         begin = now(state.device)
         for _ in range(steps):
@@ -97,7 +97,7 @@ def our_step(config: Config, steps: int) -> Turn:
             watched.waited_s = 0.0
         seconds = alone_s = run(seat)
         if world_size() > 1:
-            with gradients_apart(seat.forward):  # the ranks' weights drift apart, which takes no time
+            with no_gradient_sync(seat.forward):  # the ranks' weights drift apart, which takes no time
                 alone_s = run(silent)
         waited_s = watched.waited_s / steps if watched is not None else 0.0
         return StepTurn(seconds, alone_s, waited_s, _peak_bytes(state.device, base))
@@ -105,11 +105,11 @@ def our_step(config: Config, steps: int) -> Turn:
     return turn
 
 
-def _batches(config: Config, seat: Seat, device: torch.device) -> list[Batch]:
+def _batches(config: Config, seat: RankRole, device: torch.device) -> list[Batch]:
     """This rank's share of a step's parts, the same clips for any plan."""
     model, clips = config.model, config.train.batch // config.train.accumulate
     generator = torch.Generator().manual_seed(config.run.seed)
-    share = seat.share(clips, pairs=config.data.mixes)
+    share = seat.positions(clips, pairs=config.data.mixes)
     found = []
     for part in range(config.train.accumulate):
         shape = (clips, 3, model.num_frames, model.size, model.size)

@@ -64,7 +64,7 @@ def _rank_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["name"],
         _number(row["clips_per_s"], 1, 2),
-        _number(row["peak_share"], _PERCENT, 0),
+        _number(row["peak_fraction"], _PERCENT, 0),
         _number(row["peak_bytes"], 1 / _MIB, 0),
         _number(row["parameters"], 1e-6, 2),
     )

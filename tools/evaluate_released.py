@@ -36,7 +36,7 @@ from videoadapt.model.weights.load import LOADED, NEW, load_weights
 from videoadapt.model.weights.sources import read_weights
 from videoadapt.routing.scores import weights_digest
 from videoadapt.runtime.console import say
-from videoadapt.runtime.ranks import first_rank_first, rank, ranks
+from videoadapt.runtime.ranks import rank, rank0_then_all, ranks
 
 VIDEO_PROTOCOL = ["evaluate.temporal_views=1", "evaluate.spatial_crops=3"]
 
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         config = released_config(given.weights, given.config, given.overrides)
         with ranks(config):
-            first_rank_first(lambda: convert(given.weights, config))
+            rank0_then_all(lambda: convert(given.weights, config))
             summary = evaluate(config)
             if rank() == 0:
                 print_evaluate(summary)

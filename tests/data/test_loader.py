@@ -72,10 +72,10 @@ def with_workers(config: Config, workers: int, timeout_s: float = 300.0) -> Conf
 
 
 def parts(
-    manifest: Manifest, config: Config, start: int = 0, *, steps: int = 3, share: Callable[[int], range] = range
+    manifest: Manifest, config: Config, start: int = 0, *, steps: int = 3, positions: Callable[[int], range] = range
 ) -> list[Batch]:
     """The parts of some steps; an epoch has three."""
-    run = train_batches(manifest, config, start, share=share)
+    run = train_batches(manifest, config, start, positions=positions)
     return list(chain.from_iterable(islice(run, steps)))
 
 
@@ -117,7 +117,7 @@ def test_starting_at_a_batch_equals_skipping_those_before(config: Config, manife
 def test_ranks_share_each_part_and_together_have_the_whole(config: Config, manifest: Manifest) -> None:
     whole = parts(manifest, config)
     halves: list[Callable[[int], range]] = [lambda clips: range(clips // 2), lambda clips: range(clips // 2, clips)]
-    shares = list(zip(*(parts(manifest, config, share=half) for half in halves), strict=True))
+    shares = list(zip(*(parts(manifest, config, positions=half) for half in halves), strict=True))
     assert [batch.positions for batch in shares[1]] == [[2], [3]]  # of the second part, in the step
     joined = [
         Batch(

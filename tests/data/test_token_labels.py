@@ -26,7 +26,7 @@ from videoadapt.data.clips.token_labels import SHAPE, LabelMap, gather, label_ma
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import ConfigError, RunError, VideoError
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.training.losses import Targets, targets_at
+from videoadapt.training.losses import Targets, make_targets
 from videoadapt.training.train import train
 
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def at(point: str, truth: Tensor, config: Config, maps: bool = False) -> Targets
     tokens = gather([LabelMap(random_map(i).numpy(), WHOLE) for i in range(len(truth))], CPU) if maps else None
     labels = truth.argmax(1)
     batch = Batch(torch.empty(0), labels, labels, list(range(len(truth))), [], tokens)
-    return targets_at(Point.parse(point), truth, batch, config, seed=5)
+    return make_targets(Point.parse(point), truth, batch, config, seed=5)
 
 
 TRUTH = torch.eye(CLASSES)[[2, 7, 7, 11]]

@@ -24,7 +24,7 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
-from videoadapt.routing.scores import VIDEOS_PER_PART
+from videoadapt.routing.scores import VIDEOS_PER_SHARD
 from videoadapt.training.state import State
 
 BROKEN = "broken.mp4"
@@ -155,7 +155,7 @@ def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(numbered_vide
     cause = "lies elsewhere, or is gone, since it was indexed; run `videoadapt index`"
     assert evaluate(config)["failed"] == [{"path": str(back), "cause": cause}]
     parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
-    assert len(parts) == 2 and VIDEOS_PER_PART == 32  # noqa: PLR2004
+    assert len(parts) == 2 and VIDEOS_PER_SHARD == 32  # noqa: PLR2004
     before = [part.stat().st_mtime_ns for part in parts]
     away.rename(back)
     again = evaluate(config)
@@ -272,7 +272,7 @@ def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: P
     parts = config.run.dir / "scores"
     used: dict[int, float] = {}
     stop_at = random.Random(time.time_ns()).randrange(5_000, 15_000)
-    while (done := len(list(parts.glob("*/part-*.npz"))) * VIDEOS_PER_PART) < stop_at:
+    while (done := len(list(parts.glob("*/part-*.npz"))) * VIDEOS_PER_SHARD) < stop_at:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         if done:
             used[done] = memory_mib(process.pid)

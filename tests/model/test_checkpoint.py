@@ -20,10 +20,10 @@ from videoadapt.config.sections import AssignConfig, ModelConfig, TrainConfig
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.checkpoint import (
     Checkpoints,
-    fill,
     find_checkpoint,
     load_checkpoint,
     load_model,
+    load_tensors,
     require_same,
     save_checkpoint,
     train_checkpoints,
@@ -91,9 +91,9 @@ def test_parts_are_taken_by_whole_names(tmp_path: Path) -> None:
     tensors = {"model/w": torch.zeros(1), "model_ema/w": torch.ones(1), "ema/model/w": torch.ones(2)}
     save_checkpoint(tmp_path / "a", "train", tensors, {})
     found = load_checkpoint(tmp_path / "a", "train")
-    assert same(found.part("model"), {"w": torch.zeros(1)})
-    assert same(found.part("ema"), {"model/w": torch.ones(2)})
-    assert found.part("optimizer") == {}
+    assert same(found.tensors_under("model"), {"w": torch.zeros(1)})
+    assert same(found.tensors_under("ema"), {"model/w": torch.ones(2)})
+    assert found.tensors_under("optimizer") == {}
 
 
 def test_views_and_parameters_are_saved_by_their_values(tmp_path: Path) -> None:
@@ -391,9 +391,9 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         (whole | {"weight": torch.ones(3, 3)}, "weight"),
     ):
         with pytest.raises(CheckpointError, match=f"{path}: tensor {named}"):
-            fill(module, tensors, path)
+            load_tensors(module, tensors, path)
     assert torch.equal(module.weight, before)
-    fill(module, whole, path)
+    load_tensors(module, whole, path)
     assert module.weight.eq(1).all()
 
 

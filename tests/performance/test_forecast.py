@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, make_config
-from videoadapt.performance.forecast import Forecast, Line, Network, Passes, Work, forecast, groups_setting, layouts
+from videoadapt.performance.forecast import (
+    Forecast,
+    LinearTime,
+    Network,
+    Passes,
+    StepWork,
+    forecast,
+    groups_setting,
+    layouts,
+)
 from videoadapt.performance.plan import analytic_passes, reason_for, recommended, work_of
 from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import GroupPlan, make_plan
@@ -20,14 +29,14 @@ from videoadapt.training.groups import GroupPlan, make_plan
 POINTS = ("14", "10", "7")
 NO_NETWORK = Network(1e30, overlaps=False)  # as good as none: nothing takes time
 NANOSECOND = 1e-9
-lines = st.builds(Line, st.floats(0, 0.1), st.floats(1e-4, 0.1))
+lines = st.builds(LinearTime, st.floats(0, 0.1), st.floats(1e-4, 0.1))
 networks = st.builds(Network, st.floats(1e6, 1e12), st.booleans())
 
 
 @st.composite
-def works(draw: st.DrawFn) -> Work:
+def works(draw: st.DrawFn) -> StepWork:
     parts = draw(st.sampled_from([1, 2]))
-    return Work(
+    return StepWork(
         passes={point: Passes(draw(lines), draw(lines)) for point in POINTS},
         draws=possible_draws(POINTS, draw(st.sampled_from(["all", "sampled"]))),
         optimizer_s=draw(st.floats(0, 0.1)),
@@ -39,10 +48,12 @@ def works(draw: st.DrawFn) -> Work:
     )
 
 
-def simple(forward_s: Sequence[float], backward_s: Sequence[float], **changes: object) -> Work:
+def simple(forward_s: Sequence[float], backward_s: Sequence[float], **changes: object) -> StepWork:
     """Passes that take as long for any number of clips, and nothing else that takes time."""
-    passes = {p: Passes(Line(f, 0), Line(b, 0)) for p, f, b in zip(POINTS, forward_s, backward_s, strict=False)}
-    work = Work(
+    passes = {
+        p: Passes(LinearTime(f, 0), LinearTime(b, 0)) for p, f, b in zip(POINTS, forward_s, backward_s, strict=False)
+    }
+    work = StepWork(
         passes, possible_draws(POINTS, "all"), 0.0, gradient_bytes=1, logits_bytes=1, clips=8, parts=1, pairs=False
     )
     return replace(work, **changes)  # type: ignore[arg-type]
@@ -58,20 +69,22 @@ def planned(config: Config, ranks: int, groups: object) -> GroupPlan:
 
 
 @given(works(), networks, st.integers(1, 8), st.floats(1.0, 100.0))
-def test_a_faster_network_never_makes_a_step_slower(work: Work, network: Network, ranks: int, factor: float) -> None:
+def test_a_faster_network_never_makes_a_step_slower(
+    work: StepWork, network: Network, ranks: int, factor: float
+) -> None:
     faster = replace(network, bytes_per_s=network.bytes_per_s * factor)
     for plan in layouts(work, ranks):
         assert forecast(plan, work, faster).step_s <= forecast(plan, work, network).step_s + NANOSECOND
 
 
-def drawn_s(work: Work, clips: int) -> float:
+def drawn_s(work: StepWork, clips: int) -> float:
     """Seconds of a step's passes over so many clips at once, the mean over draws."""
     draws = work.draws.items()
     return work.parts * sum(chance * work.passes[point].seconds(clips) for draw, chance in draws for point in draw)
 
 
 @given(works(), networks, st.integers(1, 8))
-def test_what_holds_for_any_layout(work: Work, network: Network, ranks: int) -> None:
+def test_what_holds_for_any_layout(work: StepWork, network: Network, ranks: int) -> None:
     plans = layouts(work, ranks)
     assert len(set(plans)) == len(plans)
     alone, fixed = drawn_s(work, work.clips_of_part), drawn_s(work, 0)
@@ -88,7 +101,7 @@ def test_what_holds_for_any_layout(work: Work, network: Network, ranks: int) -> 
 
 
 @given(works(), networks)
-def test_one_rank_is_the_sequential_step(work: Work, network: Network) -> None:
+def test_one_rank_is_the_sequential_step(work: StepWork, network: Network) -> None:
     (plan,) = layouts(work, 1)
     found = forecast(plan, work, network)
     passes_s = drawn_s(work, work.clips_of_part)
@@ -98,7 +111,7 @@ def test_one_rank_is_the_sequential_step(work: Work, network: Network) -> None:
 
 
 @given(works(), st.integers(3, 8))
-def test_the_layouts_hold_that_of_auto(work: Work, ranks: int) -> None:
+def test_the_layouts_hold_that_of_auto(work: StepWork, ranks: int) -> None:
     work = replace(work, clips=64, parts=1, pairs=False, draws=possible_draws(POINTS, "all"))
     costs = {point: each.seconds(work.clips) for point, each in work.passes.items()}
     assert make_plan(make_config({"parallel": {"groups": "auto"}}), ranks, costs) in layouts(work, ranks)
@@ -157,7 +170,7 @@ def test_layouts_leave_nobody_without_a_clip() -> None:
 
 
 def test_one_length_has_nothing_to_group() -> None:
-    work = replace(simple([1], [1]), passes={"14": Passes(Line(1, 1), Line(1, 1))})
+    work = replace(simple([1], [1]), passes={"14": Passes(LinearTime(1, 1), LinearTime(1, 1))})
     assert [len(plan.groups) for plan in layouts(work, 4)] == [1]
 
 
@@ -170,10 +183,10 @@ def test_settings_are_what_parallel_groups_reads() -> None:
 
 
 def test_lines_pass_through_their_measurements_and_know_no_negative_time() -> None:
-    line = Line.through((2, 5.0), (4, 9.0))
+    line = LinearTime.through((2, 5.0), (4, 9.0))
     assert (line.fixed_s, line.per_clip_s) == (1.0, 2.0)
-    assert Line.through((2, 5.0), (4, 4.0)) == Line(5.0, 0.0)
-    assert Line.through((2, 1.0), (4, 9.0)) == Line(0.0, 2.25)
+    assert LinearTime.through((2, 5.0), (4, 4.0)) == LinearTime(5.0, 0.0)
+    assert LinearTime.through((2, 1.0), (4, 9.0)) == LinearTime(0.0, 2.25)
 
 
 def made(step_s: float, groups: dict[str, int] | None, ranks: int = 3) -> Forecast:

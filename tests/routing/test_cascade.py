@@ -20,7 +20,7 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.outcomes import pareto_front
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_rules import confidence, confidence_matrix, outcome_table, softmax
-from videoadapt.routing.policy import Cascade, Evidence, Fixed, end_costs, fit_threshold, parse_cascade
+from videoadapt.routing.policy import Cascade, Evidence, Fixed, cost_of_ending_at, fit_threshold, parse_cascade
 from videoadapt.routing.router import route
 
 GRID = ("14", "12", "14@0.7", "8@0.5")
@@ -51,7 +51,7 @@ def test_a_clip_ends_at_the_first_point_that_is_sure_and_pays_for_all_before(
 ) -> None:
     policy = Cascade(CHAIN, thresholds, "margin")
     choice = policy.choose(Evidence(len(confidences), GRID, confidence={"margin": confidences}))
-    costs = end_costs(policy, GRID, COSTS)[choice]
+    costs = cost_of_ending_at(policy, GRID, COSTS)[choice]
     for row, chosen, cost in zip(confidences, choice, costs, strict=True):
         ran = ["8@0.5"]
         if row[3] < thresholds[0]:
@@ -60,7 +60,7 @@ def test_a_clip_ends_at_the_first_point_that_is_sure_and_pays_for_all_before(
                 ran.append("14")
         assert GRID[chosen] == ran[-1]
         assert cost == sum(COSTS[GRID.index(point)] for point in ran)
-    assert end_costs(Fixed("14"), GRID, COSTS).tolist() == COSTS.tolist()
+    assert cost_of_ending_at(Fixed("14"), GRID, COSTS).tolist() == COSTS.tolist()
 
 
 @given(sure, st.floats(1.0, 8.0))
@@ -71,7 +71,7 @@ def test_a_fitted_threshold_is_the_highest_that_is_paid_for(confidences: np.ndar
     def cost(threshold: float) -> float:
         policy = Cascade(CHAIN, (threshold, threshold))
         choice = policy.choose(Evidence(len(confidences), GRID, confidence={"probability": confidences}))
-        return float(end_costs(policy, GRID, COSTS)[choice].mean())
+        return float(cost_of_ending_at(policy, GRID, COSTS)[choice].mean())
 
     threshold = fit_threshold(along, costs, mean_cost)
     assert cost(threshold) <= mean_cost + 1e-9

@@ -13,11 +13,11 @@ from videoadapt.config.load import Config, make_config
 from videoadapt.errors import RunError
 from videoadapt.runtime.ranks import (
     any_requested,
-    by_first_rank,
-    first_rank_first,
+    broadcast_result,
     gather,
     gpu_index,
     rank,
+    rank0_then_all,
     ranks,
     shared_gpu,
     wait_for_all,
@@ -34,8 +34,8 @@ def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
     with ranks(config_of(tmp_path)):
         assert (rank(), world_size()) == (0, 1)
         wait_for_all()
-        assert first_rank_first(lambda: "done") == "done"
-        assert by_first_rank(lambda: "done") == "done"
+        assert rank0_then_all(lambda: "done") == "done"
+        assert broadcast_result(lambda: "done") == "done"
         assert gather("mine") == ["mine"]
         assert not any_requested(StopRequest())
 
@@ -51,8 +51,8 @@ def action():
 
 for meeting in range(2):
     with ranks(config):
-        assert first_rank_first(action) == "made"
-        assert by_first_rank(lambda: [rank()]) == [0]
+        assert rank0_then_all(action) == "made"
+        assert broadcast_result(lambda: [rank()]) == [0]
         assert gather(rank() * 10) == [number * 10 for number in range(world_size())]
         assert not any_requested(StopRequest())
         (folder / f"rank{rank()}of{world_size()}").touch()
@@ -233,7 +233,7 @@ me = None
 try:
     with ranks(config):
         me = rank()
-        by_first_rank(stop)
+        broadcast_result(stop)
 except KeyboardInterrupt:
     (folder / f"interrupted{me}").touch()
 """

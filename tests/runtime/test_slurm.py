@@ -9,7 +9,7 @@ import pytest
 
 from videoadapt.errors import RunError
 from videoadapt.runtime import slurm as cluster
-from videoadapt.runtime.slurm import Place, SlurmJob, cancel, job_states, place_of, requeue, slurm_job
+from videoadapt.runtime.slurm import RankEnv, SlurmJob, cancel, job_states, rank_env, requeue, slurm_job
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 STEP = {
@@ -33,25 +33,25 @@ LOCAL = {
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, Place("none", 0, 1, 0)),
-        (TORCHRUN, Place("torchrun", 5, 8, 1)),
-        (STEP, Place("slurm", 4, 6, 3, "slurm-71-2-3")),
-        (STEP | TORCHRUN, Place("torchrun", 5, 8, 1)),  # torchrun inside a job
-        (LOCAL, Place("submitit", 1, 2, 1, "local-99")),
-        (STEP | LOCAL, Place("submitit", 1, 2, 1, "local-99")),  # launch.cluster=local inside a job
-        (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, Place("slurm", 4, 6, 3, "slurm-71-2-3")),
-        ({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, Place("none", 0, 1, 0)),  # without srun
+        ({}, RankEnv("none", 0, 1, 0)),
+        (TORCHRUN, RankEnv("torchrun", 5, 8, 1)),
+        (STEP, RankEnv("slurm", 4, 6, 3, "slurm-71-2-3")),
+        (STEP | TORCHRUN, RankEnv("torchrun", 5, 8, 1)),  # torchrun inside a job
+        (LOCAL, RankEnv("submitit", 1, 2, 1, "local-99")),
+        (STEP | LOCAL, RankEnv("submitit", 1, 2, 1, "local-99")),  # launch.cluster=local inside a job
+        (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, RankEnv("slurm", 4, 6, 3, "slurm-71-2-3")),
+        ({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, RankEnv("none", 0, 1, 0)),  # without srun
     ],
 )
-def test_the_place_of_a_process(environment: dict[str, str], place: Place) -> None:
-    assert place_of(environment) == place
+def test_the_place_of_a_process(environment: dict[str, str], place: RankEnv) -> None:
+    assert rank_env(environment) == place
 
 
 def test_every_start_of_a_job_meets_under_another_name() -> None:
     starts = [{**STEP, "SLURM_RESTART_COUNT": count} for count in "012"]
     starts += [{**STEP, "SLURM_STEP_ID": "4"}, {**STEP, "SLURM_JOB_ID": "72"}]
     del starts[0]["SLURM_RESTART_COUNT"]  # SLURM sets it after the first requeue
-    assert len({place_of(start).meeting for start in starts}) == len(starts)
+    assert len({rank_env(start).meeting for start in starts}) == len(starts)
 
 
 def test_a_job_knows_its_restarts() -> None:

@@ -104,7 +104,7 @@ def test_figures_that_follow_from_the_times() -> None:
     add_times(rows, turns, 75.0)
     alone, _, sequential, groups, peer = rows
     assert alone["step_s"] == 2.0
-    assert alone["peak_share"] == pytest.approx(3 * 100 / 2.0 / 75)
+    assert alone["peak_fraction"] == pytest.approx(3 * 100 / 2.0 / 75)
     assert sequential["times_alone"] == 1.25  # the median of 1.5, 1.25 and 1 within their rounds
     assert sequential["flops_bound"] == 1.25
     assert sequential["times_bound"] == 1.0
@@ -122,7 +122,7 @@ def test_figures_that_follow_from_the_times() -> None:
     assert groups["step_s"] == 4.0  # of the slowest rank
     assert groups["communication"] == 0.5
     assert groups["waited_s"] == 0.25
-    assert groups["peak_share"] == pytest.approx(3 * 125 / 4.0 / (2 * 75))
+    assert groups["peak_fraction"] == pytest.approx(3 * 125 / 4.0 / (2 * 75))
     assert by_lengths(rows)[1]["grouped_is_predicted"] is False
 
 
@@ -165,7 +165,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert (found["step_s"] is not None) == measured
         if measured:
             assert len(found["rounds_s"]) == 2
-            assert 0 < found["peak_share"]
+            assert 0 < found["peak_fraction"]
             assert found["peak_bytes"] > 0
         if found["kind"] != PEER:
             assert found["predicted_s"] > 0

@@ -79,7 +79,7 @@ with ranks(config):
     held = {}
     for form in ("own", "shared"):
         exchange = ClipExchange(manifest, config, plan) if form == "shared" else None
-        steps = list(train_batches(manifest, config, 1, share=share, exchange=exchange))
+        steps = list(train_batches(manifest, config, 1, positions=share, exchange=exchange))
         held[form] = steps, decoded.copy()
         decoded.clear()
     (folder / f"rank{rank()}.pickle").write_bytes(pickle.dumps(held))

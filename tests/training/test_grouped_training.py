@@ -176,5 +176,5 @@ def test_a_run_goes_on_with_another_plan(
     ends = [train_checkpoints(config.run.dir).latest() for config in (whole, split)]
     assert ends[0] is not None and ends[1] is not None  # noqa: PT018
     assert ends[0].meta["step"] == ends[1].meta["step"] > 2
-    for name, tensor in ends[0].part("model").items():
-        torch.testing.assert_close(ends[1].part("model")[name], tensor, rtol=1e-4, atol=1e-5)
+    for name, tensor in ends[0].tensors_under("model").items():
+        torch.testing.assert_close(ends[1].tensors_under("model")[name], tensor, rtol=1e-4, atol=1e-5)

@@ -43,7 +43,7 @@ def test_every_clip_is_trained_at_every_point_once(
     for rank in range(ranks):
         group = plan.group(rank)
         assert rank in group.ranks
-        share = group.share(rank, 2 * units, pairs=mixes)
+        share = group.positions(rank, 2 * units, pairs=mixes)
         assert len(share) > 0
         assert not mixes or share.start % 2 == share.stop % 2 == 0  # pairs stay together
         trained.update((point, clip) for point in group.points for clip in share)

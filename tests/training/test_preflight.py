@@ -18,10 +18,10 @@ from videoadapt.data.index.manifest import index
 from videoadapt.errors import RunError
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.training import preflight as module
-from videoadapt.training.preflight import Findings, checkpoints_bytes, faults, preflight, warnings
+from videoadapt.training.preflight import NodeReport, checkpoints_bytes, faults, preflight, warnings
 from videoadapt.training.train import train
 
-GOOD = Findings(
+GOOD = NodeReport(
     "node1", "H200", cpus=8, workers=8, free_bytes=10**9, step_clips=32, clips_per_s=20.0, unread="", manifest="aa"
 )
 

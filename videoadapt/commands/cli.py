@@ -13,7 +13,7 @@ import typer
 
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
-from videoadapt.runtime.slurm import place_of, slurm_job
+from videoadapt.runtime.slurm import rank_env, slurm_job
 
 # typer carries a click of its own in newer versions: its base class, wherever it lives
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    place = place_of(os.environ)
+    place = rank_env(os.environ)
     rank = f" on rank {place.rank} of {place.world}" if place.world > 1 else ""
     print(f"error{rank}: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
@@ -87,7 +87,7 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _show(result: dict[str, Any], as_json: bool, printer: Any, *args: Any) -> None:
-    if place_of(os.environ).rank != 0:
+    if rank_env(os.environ).rank != 0:
         return  # rank 0 speaks for the job
     if as_json or "shard" in result:
         print(json.dumps(result, indent=2))

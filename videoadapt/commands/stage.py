@@ -16,7 +16,7 @@ from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
-from videoadapt.runtime.slurm import SlurmJob, place_of, requeue, slurm_job
+from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
 Stage = Literal["train", "label", "assign", "evaluate"]
 
@@ -74,7 +74,7 @@ def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda number, _: ends.append(number))
     if not warned:
         say(f"job {job.id} loses its nodes: saved, waiting for the end")
-    elif place_of(os.environ).rank == 0:
+    elif rank_env(os.environ).rank == 0:
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
     deadline = time.monotonic() + _KILLED_WITHIN_S

@@ -84,7 +84,7 @@ def print_train(summary: dict[str, Any]) -> None:
     print_table("Last epoch, on the training clips", ("point", "loss", "top-1 %"), rows)
     say(
         f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, "
-        f"{summary['wait_share']:.0%} of the time waiting for data; {summary['skipped']} clips skipped; "
+        f"{summary['wait_fraction']:.0%} of the time waiting for data; {summary['skipped']} clips skipped; "
         f"checkpoint {summary['checkpoint']}"
     )
 
@@ -117,7 +117,7 @@ def print_assign(summary: dict[str, Any]) -> None:
         ("mix", ", ".join(f"{p}: {percent(v)} %" for p, v in summary["mix"].items())),
         (
             "cost per clip",
-            f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_share']:.2f} % of the costliest point",
+            f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point",
         ),
     ]
     print_table("Assigner", ("on the clips that chose its threshold", ""), rows)

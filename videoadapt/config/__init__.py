@@ -1,1 +1,5 @@
-"""config"""
+"""What a run is: operating points, their costs, and the typed sections of a YAML config.
+
+Uses no other room.
+Read first: `points.py`, then `sections.py`.
+"""

@@ -25,12 +25,19 @@ from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.routing.router import route
-from videoadapt.routing.scores import Scores, files_digest, inference_model, require_own_labels, score, weights_digest
+from videoadapt.routing.scores import (
+    Scores,
+    files_digest,
+    inference_model,
+    require_labels_of_model,
+    score,
+    weights_digest,
+)
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
-from videoadapt.runtime.ranks import by_first_rank, first_rank_first, rank, ranks
+from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
 
 HARDEST = 5  # classes shown; all are in classes.csv
 # how an assigner was fitted is of no consequence for running it
@@ -47,11 +54,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
     with ranks(config), sole_writer(config, "evaluate") as guard:
-        manifest = first_rank_first(lambda: load_or_index(config))
+        manifest = rank0_then_all(lambda: load_or_index(config))
         model = inference_model(config)
         assigned = _assigned(config, model)
         if any(Chain.parse(text, config.model.points).cost for text in config.evaluate.cascade):
-            require_own_labels(model, config.run.dir)
+            require_labels_of_model(model, config.run.dir)
         cascades = [parse_cascade(text, config.model, config.run.dir) for text in config.evaluate.cascade]
         scores = _score(model, manifest, assigned, config)
         if scores is None:
@@ -61,7 +68,7 @@ def evaluate(config: Config) -> dict[str, Any]:
             summary = _summary(model, manifest, scores, policies, guard, config=config)
             with guard():
                 write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
-        written: dict[str, Any] = by_first_rank(lambda: json.loads(path.read_text(encoding="utf-8")))
+        written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
     return written
 
 

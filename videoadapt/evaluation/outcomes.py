@@ -16,7 +16,7 @@ from videoadapt.config.load import Config
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_rules import Bools, Choice, Floats, softmax
-from videoadapt.routing.policy import Cascade, Evidence, Policy, end_costs, mix_of
+from videoadapt.routing.policy import Cascade, Evidence, Policy, cost_of_ending_at, mix_of
 from videoadapt.routing.scores import Scored, Scores
 from videoadapt.runtime.files import replacing, write_csv, write_parquet
 
@@ -60,7 +60,7 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
     choices = [policy.choose(evidence) for policy in policies]
     best: list[list[tuple[Choice, Floats]]] = [[] for _ in policies]
     first = 0
-    for part in scores.parts():
+    for part in scores.shards():
         probabilities = part.probabilities()
         here = slice(first, first + len(part.rows))
         for found, choice in zip(best, choices, strict=True):
@@ -71,7 +71,7 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
     for policy, choice, found in zip(policies, choices, best, strict=True):
         paid = assigner_macs(config.assign, len(points)) if policy.assigner else 0
         classes, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        macs = end_costs(policy, points, costs)[choice] + paid
+        macs = cost_of_ending_at(policy, points, costs)[choice] + paid
         outcomes.append(Outcome(policy, choice, classes, shares, macs))
     return outcomes
 
@@ -183,7 +183,7 @@ def write_tables(config: Config, scores: Scores, population: Population, outcome
     scored = zip(dict.fromkeys(scores.rows.tolist()), population.scored, strict=True)
     names = {row: population.videos[position] for row, position in scored}
     with replacing(folder / "views.parquet") as temporary, parquet.ParquetWriter(temporary, _VIEWS) as writer:
-        for part in scores.parts():
+        for part in scores.shards():
             writer.write_table(pa.Table.from_pandas(_view_table(part, names, points), _VIEWS, preserve_index=False))
     videos = np.array([names[row] for row in scores.rows], dtype=object)
     write_parquet(folder / "clips.parquet", pd.concat(_clip_table(o, scores, videos, points) for o in outcomes))

@@ -18,9 +18,9 @@ from videoadapt.errors import UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.label_rules import softmax
-from videoadapt.routing.policy import Assigned, Fixed, Policy, end_costs, parse_policy
+from videoadapt.routing.policy import Assigned, Fixed, Policy, cost_of_ending_at, parse_policy
 from videoadapt.routing.router import route
-from videoadapt.routing.scores import inference_model, require_own_labels
+from videoadapt.routing.scores import inference_model, require_labels_of_model
 from videoadapt.runtime.console import macs, print_table
 from videoadapt.runtime.files import write_json
 
@@ -82,7 +82,7 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
     points = tuple(config.model.points[i] for i in routed.choice)
     costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)
-    total = int(end_costs(policy, config.model.points, costs)[routed.choice].sum()) * crops
+    total = int(cost_of_ending_at(policy, config.model.points, costs)[routed.choice].sum()) * crops
     if policy.assigner is not None:
         total += len(points) * assigner_macs(config.assign, len(config.model.points))
     return Prediction(
@@ -104,7 +104,7 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
         assigned.assigner.to(model.head.weight.device)
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
     if text.startswith("cascade:") and "cost=" in text:
-        require_own_labels(model, config.run.dir)
+        require_labels_of_model(model, config.run.dir)
     chosen = parse_policy(text, assigned, model.config, config.run.dir)
     config = config.model_copy(update={"assign": chosen.assigner.config}) if chosen.assigner is not None else config
     done, failed = [], []

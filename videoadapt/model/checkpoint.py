@@ -37,7 +37,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
+    def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix/`, without it."""
         return {name.removeprefix(f"{prefix}/"): t for name, t in self.tensors.items() if name.startswith(f"{prefix}/")}
 
@@ -166,7 +166,7 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
     if expected is not None:
         require_same(checkpoint.path, expected, checkpoint.meta["model"], "model", free=INITIAL)
     model = TimeSformer(ModelConfig(**checkpoint.meta["model"]), tuple(checkpoint.meta["classes"]))
-    fill(model, checkpoint.part("ema") or checkpoint.part("model"), checkpoint.path)
+    load_tensors(model, checkpoint.tensors_under("ema") or checkpoint.tensors_under("model"), checkpoint.path)
     return model.eval()
 
 
@@ -193,7 +193,7 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
     return found
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copies tensors into a module of the same structure. Raises `CheckpointError`, naming a tensor that differs."""
     own = module.state_dict()
     wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [
@@ -218,7 +218,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint's optimizer state back, each tensor beside its parameter (the step count stays on the CPU)."""
     parameters = dict(module.named_parameters())
-    for name, value in checkpoint.part("optimizer").items():
+    for name, value in checkpoint.tensors_under("optimizer").items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
         optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)

@@ -17,14 +17,14 @@ _BUCKET_BYTES = 25 << 20  # in which DistributedDataParallel sends gradients: th
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearTime:
     """Seconds of a pass: so many whatever it computes, and so many for each clip."""
 
     fixed_s: float
     per_clip_s: float
 
     @classmethod
-    def through(cls, few: tuple[int, float], many: tuple[int, float]) -> Line:
+    def through(cls, few: tuple[int, float], many: tuple[int, float]) -> LinearTime:
         """The line through two measurements (clips, seconds); a part that noise would make negative is 0."""
         slope = max((many[1] - few[1]) / (many[0] - few[0]), 0.0)
         fixed = few[1] - slope * few[0]
@@ -39,8 +39,8 @@ class Line:
 class Passes:
     """A forward and a backward pass at one point."""
 
-    forward: Line
-    backward: Line
+    forward: LinearTime
+    backward: LinearTime
 
     def seconds(self, clips: int) -> float:
         """Of both."""
@@ -48,7 +48,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What every step has to do, whatever the layout.
 
     `parts` is `train.accumulate`, and `pairs` whether clips are mixed in pairs. `logits_bytes` are those of one clip.
@@ -91,14 +91,16 @@ class Forecast:
     utilisation: float
 
 
-def forecast(plan: GroupPlan, work: Work, network: Network) -> Forecast:
+def forecast(plan: GroupPlan, work: StepWork, network: Network) -> Forecast:
     """The time of a step of `work` by a plan's ranks."""
     steps = [(chance, _step(plan, draw, work, network)) for draw, chance in work.draws.items()]
     step_s, slowest, communication_s, busy_s = (sum(c * step[i] for c, step in steps) for i in range(4))
     return Forecast(plan, step_s, slowest, communication_s, busy_s / (plan.ranks * step_s))
 
 
-def _step(plan: GroupPlan, draw: tuple[str, ...], work: Work, network: Network) -> tuple[float, float, float, float]:
+def _step(
+    plan: GroupPlan, draw: tuple[str, ...], work: StepWork, network: Network
+) -> tuple[float, float, float, float]:
     """Seconds of a step that trains the points of a draw, as `Forecast` has them, and of all ranks' passes in it."""
     plan = GroupPlan(tuple(_drawn(group, draw) for group in plan.groups))
     shares = {group: _shares(group, work) for group in plan.groups}
@@ -123,7 +125,7 @@ def _drawn(group: Group, draw: tuple[str, ...]) -> Group:
     return Group(tuple(point for point in group.points if point in draw), group.ranks)
 
 
-def _expected_s(points: Sequence[str], work: Work) -> float:
+def _expected_s(points: Sequence[str], work: StepWork) -> float:
     """Of the passes at some points in a mean step."""
     return sum(
         chance * work.passes[point].seconds(work.clips_of_part)
@@ -133,15 +135,15 @@ def _expected_s(points: Sequence[str], work: Work) -> float:
     )
 
 
-def _shares(group: Group, work: Work) -> list[int]:
+def _shares(group: Group, work: StepWork) -> list[int]:
     return [len(share) for share in split_evenly(work.clips_of_part, len(group.ranks), pairs=work.pairs)]
 
 
-def _part_s(group: Group, clips: int, work: Work) -> float:
+def _part_s(group: Group, clips: int, work: StepWork) -> float:
     return sum(work.passes[point].seconds(clips) for point in group.points)
 
 
-def _end(group: Group, clips: int, work: Work, sent: Sequence[float] | None) -> float:
+def _end(group: Group, clips: int, work: StepWork, sent: Sequence[float] | None) -> float:
     """When a rank has its gradients; a student's first forward pass runs while it waits for each part's logits."""
     if not group.points:
         return 0.0
@@ -152,7 +154,7 @@ def _end(group: Group, clips: int, work: Work, sent: Sequence[float] | None) -> 
     return now
 
 
-def layouts(work: Work, ranks: int) -> list[GroupPlan]:
+def layouts(work: StepWork, ranks: int) -> list[GroupPlan]:
     """Plans for so many ranks: no groups, and for each way to group the lengths, the ranks spread by load.
 
     Besides the even spread (what `auto` does, where each length has a group), each that moves one rank from one group

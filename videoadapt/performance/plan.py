@@ -14,7 +14,16 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import ConfigError, UserError
-from videoadapt.performance.forecast import Forecast, Line, Network, Passes, Work, forecast, groups_setting, layouts
+from videoadapt.performance.forecast import (
+    Forecast,
+    LinearTime,
+    Network,
+    Passes,
+    StepWork,
+    forecast,
+    groups_setting,
+    layouts,
+)
 from videoadapt.performance.memory import Memory, parameter_count, training_memory
 from videoadapt.performance.timing import Stopwatch, fitted
 from videoadapt.runtime.console import Bar, print_table
@@ -39,12 +48,12 @@ def analytic_passes(config: Config) -> dict[str, Passes]:
     assert rate is not None
     backward = 3 if config.train.activation_checkpointing else 2
     macs = point_macs(config.model)
-    return {point: Passes(Line(0.0, n / rate), Line(0.0, backward * n / rate)) for point, n in macs.items()}
+    return {point: Passes(LinearTime(0.0, n / rate), LinearTime(0.0, backward * n / rate)) for point, n in macs.items()}
 
 
-def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) -> Work:
+def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) -> StepWork:
     """A step of `train.batch` clips."""
-    return Work(
+    return StepWork(
         passes,
         possible_draws(config.model.points, config.train.draw),
         optimizer_s,
@@ -130,7 +139,7 @@ def _manifest_clips(config: Config) -> int | None:
     return len(Manifest.load(path).split("train").readable) if path.exists() else None
 
 
-def _configured(config: Config, gpus: int, work: Work) -> str | None:
+def _configured(config: Config, gpus: int, work: StepWork) -> str | None:
     """The layout that `parallel.groups` gives now; none if it needs another number of ranks."""
     costs = {point: each.seconds(1) for point, each in work.passes.items()}
     try:
@@ -148,7 +157,7 @@ def _pass_row(passes: Passes) -> dict[str, float]:
     }
 
 
-def _row(each: Forecast, work: Work, memory: Memory) -> dict[str, Any]:
+def _row(each: Forecast, work: StepWork, memory: Memory) -> dict[str, Any]:
     shares = {
         group: max(map(len, split_evenly(work.clips_of_part, len(group.ranks), pairs=work.pairs)))
         for group in each.plan.groups

@@ -12,7 +12,7 @@ import torch
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
 from videoadapt.model.timesformer import TimeSformer, compiled
-from videoadapt.performance.forecast import Line, Passes
+from videoadapt.performance.forecast import LinearTime, Passes
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training import losses
 from videoadapt.training.optim import make_optimizer
@@ -78,6 +78,6 @@ def fitted(rounds: Sequence[Round], sizes: tuple[int, int]) -> tuple[dict[str, P
         for part in (0, 1):  # forward, backward
             few = statistics.median(each.few[point][part] for each in rounds)
             many = statistics.median(each.many[point][part] for each in rounds)
-            lines.append(Line.through((sizes[0], few), (sizes[1], many)))
+            lines.append(LinearTime.through((sizes[0], few), (sizes[1], many)))
         passes[point] = Passes(*lines)
     return passes, statistics.median(each.optimizer_s for each in rounds)

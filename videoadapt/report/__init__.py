@@ -1,1 +1,5 @@
-"""Results as tables, files and figures."""
+"""The clip-level cost report of an evaluated run.
+
+May use every room below it, from `evaluation` down.
+Read first: `plots.py`.
+"""

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videoadapt.config.sections import AssignConfig
 from videoadapt.errors import CheckpointError
-from videoadapt.model.checkpoint import Checkpoints, Guard, fill, find_checkpoint
+from videoadapt.model.checkpoint import Checkpoints, Guard, find_checkpoint, load_tensors
 
 # EfficientNet-B0 by stages, in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze-excitation
 B0_STAGES = (
@@ -107,5 +107,5 @@ def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]
             f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
         )
     assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(checkpoint.meta["points"]))
-    fill(assigner, checkpoint.part("model"), checkpoint.path)
+    load_tensors(assigner, checkpoint.tensors_under("model"), checkpoint.path)
     return assigner.eval(), tuple(checkpoint.meta["points"]), float(checkpoint.meta["threshold"])

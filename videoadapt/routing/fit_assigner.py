@@ -21,7 +21,7 @@ from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
-from videoadapt.model.checkpoint import Checkpoints, fill, optimizer_tensors, require_same, restore_optimizer
+from videoadapt.model.checkpoint import Checkpoints, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_loss, assigner_macs
 from videoadapt.routing.label_rules import (
     LABEL_SPLITS,
@@ -37,7 +37,7 @@ from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import pick_device
-from videoadapt.runtime.ranks import by_first_rank, ranks
+from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.optim import make_optimizer, make_schedule
 
@@ -74,7 +74,7 @@ def assign(config: Config) -> dict[str, Any]:
     most `assign.tolerance` of the costliest point's accuracy. One process does it.
     """
     with ranks(config), sole_writer(config, "assign") as guard:
-        return by_first_rank(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
+        return broadcast_result(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
 
 
 def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
         "macs_saved": float(1 - (costs[choice].mean() + macs) / costs[0]),
         "mix": {p: float((choice == i).mean()) for i, p in enumerate(points)},
         "assigner_macs": macs,
-        "assigner_share": macs / costs[0],
+        "assigner_fraction": macs / costs[0],
         "seconds": round(time.monotonic() - start, 1),
     }
     with checkpoints.guard():
@@ -270,6 +270,6 @@ def _resume(
         return 0
     require_same(found.path, config.assign, found.meta["assign"], "assign", free=("select", "tolerance"))
     require_same(found.path, config.label, found.meta["label"], "label")
-    fill(assigner, found.part("model"), found.path)
+    load_tensors(assigner, found.tensors_under("model"), found.path)
     restore_optimizer(assigner, optimizer, found)
     return min(found.meta["step"], config.assign.epochs)

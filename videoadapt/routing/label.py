@@ -15,7 +15,7 @@ from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_
 from videoadapt.routing.scores import Scores, inference_model, score
 from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
-from videoadapt.runtime.ranks import by_first_rank, first_rank_first, rank, ranks
+from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
 
 
 def label(config: Config) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def label(config: Config) -> dict[str, Any]:
     """
     path = config.run.dir / "labels" / "label.json"
     with ranks(config), sole_writer(config, "label") as guard:
-        manifest = first_rank_first(lambda: load_or_index(config))
+        manifest = rank0_then_all(lambda: load_or_index(config))
         scores = _score(manifest, config)
         if scores is None:
             return {"shard": config.parallel.shard}
@@ -36,7 +36,7 @@ def label(config: Config) -> dict[str, Any]:
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
                 write_json(path, summary)
-        written: dict[str, Any] = by_first_rank(lambda: json.loads(path.read_text(encoding="utf-8")))
+        written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
     return written
 
 
@@ -58,7 +58,7 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
     points, names = config.model.points, manifest["video"]
     table = pd.concat(
         outcome_table(names[part.rows].tolist(), part.clips, part.truth, part.probabilities(), points)
-        for part in scores.parts()
+        for part in scores.shards()
     )
     clips, right = right_matrix(table, points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)

@@ -111,7 +111,7 @@ class Cascade:
     """Early exit: the points of a chain run one after the other, until an answer is sure enough (SuperViT, Fig. 2).
 
     An answer whose confidence is at least its point's threshold stays; the last point needs none. A clip pays for all
-    the points that it ran (`end_costs`).
+    the points that it ran (`cost_of_ending_at`).
     """
 
     chain: tuple[str, ...]
@@ -142,7 +142,7 @@ class Cascade:
         return numbers[ends]
 
 
-def end_costs(policy: Policy, points: Sequence[str], costs: Floats) -> Floats:
+def cost_of_ending_at(policy: Policy, points: Sequence[str], costs: Floats) -> Floats:
     """What a clip costs whose answer is that of each point, `(points,)`: a cascade has paid for those before, too."""
     paid = costs.copy()
     if isinstance(policy, Cascade):

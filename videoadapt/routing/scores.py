@@ -36,10 +36,10 @@ from videoadapt.routing.router import assign_probabilities, view_logits
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.machine import pick_device, precision_dtype
-from videoadapt.runtime.ranks import any_requested, rank, when_seen, world_size
+from videoadapt.runtime.ranks import any_requested, rank, wait_for_file, world_size
 from videoadapt.runtime.signals import StopRequest
 
-VIDEOS_PER_PART = 32
+VIDEOS_PER_SHARD = 32
 VERSION = 1  # raised when the same videos and weights give other scores: other frames, crops or arithmetic
 # of a manifest: what decides which pixels are read
 _FILE_COLUMNS = ["content", "frames", "fps", "rotation", "reader", "damage"]
@@ -88,7 +88,7 @@ class Scores:
     model: str
     files: Sequence[Path]
 
-    def parts(self) -> Iterator[Scored]:
+    def shards(self) -> Iterator[Scored]:
         """The scores with their logits, part by part, in order."""
         for file in self.files:
             part = _read(file)
@@ -140,7 +140,7 @@ def score(
         [weights, weights_digest(assigner) if assigner else None],
     ]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    chunks = [list(rows[i : i + VIDEOS_PER_PART]) for i in range(0, len(rows), VIDEOS_PER_PART)]
+    chunks = [list(rows[i : i + VIDEOS_PER_SHARD]) for i in range(0, len(rows), VIDEOS_PER_SHARD)]
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
     number, count = config.parallel.shard_of
     share = slice(number * world_size() + rank(), None, count * world_size())
@@ -256,7 +256,7 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
     small: dict[str, list[npt.NDArray[Any]]] = {}
     failures: list[Failure] = []
     for file in files:
-        part = _read(when_seen(file))
+        part = _read(wait_for_file(file))
         failures += _failures(part)
         if "rows" in part:
             probabilities = _scored(part).probabilities()
@@ -282,7 +282,7 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
     )
 
 
-def require_own_labels(model: nn.Module, run: Path) -> None:
+def require_labels_of_model(model: nn.Module, run: Path) -> None:
     """Raises `UserError` where the label table of a run was made by other weights than these."""
     path = run / "labels" / "label.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["model"] != weights_digest(model):

@@ -23,10 +23,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from videoadapt.runtime.slurm import place_of
+from videoadapt.runtime.slurm import rank_env
 
 # Rank 0 speaks for the job.
-console = Console(stderr=True, highlight=False, quiet=place_of(os.environ).rank != 0)
+console = Console(stderr=True, highlight=False, quiet=rank_env(os.environ).rank != 0)
 
 
 def say(message: str) -> None:

@@ -1,4 +1,4 @@
-"""TODO runtime.files."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import IO
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
-from videoadapt.runtime.ranks import by_first_rank, rank, when_seen
+from videoadapt.runtime.ranks import broadcast_result, rank, wait_for_file
 from videoadapt.runtime.slurm import job_states, slurm_job
 
 _WAIT_S = 45.0  # for another process to finish the file that it is writing
@@ -153,10 +153,10 @@ def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractCon
         yield nullcontext
         return
     with ExitStack() as taken:
-        lease = by_first_rank(lambda: taken.enter_context(Lease.taken(config.run.dir, stage)))
+        lease = broadcast_result(lambda: taken.enter_context(Lease.taken(config.run.dir, stage)))
         if rank() != 0:
             own = config.run.dir / lease.path.name  # the path of rank 0 may be another
-            when_seen(own, lambda path: path.exists() and _parsed(path.read_text()) == lease.owner)
+            wait_for_file(own, lambda path: path.exists() and _parsed(path.read_text()) == lease.owner)
         yield lease.held if rank() == 0 else nullcontext
 
 

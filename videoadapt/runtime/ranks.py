@@ -26,7 +26,7 @@ from torch import Tensor
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
-from videoadapt.runtime.slurm import Place, place_of, slurm_job
+from videoadapt.runtime.slurm import RankEnv, rank_env, slurm_job
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
     others raise `SystemExit`. Where one is interrupted, the others are too, by `Stopped`. Raises `RunError` where the
     ranks cannot meet, or are not as many as `parallel.ranks`.
     """
-    place = place_of(os.environ)
+    place = rank_env(os.environ)
     _require_asked_for(place, config.parallel.ranks, os.environ)
     gpu = _own_gpu(place, config)
     if dist.is_initialized() or place.world == 1:
@@ -79,7 +79,7 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _require_asked_for(place: Place, expected: int | None, environment: Mapping[str, str]) -> None:
+def _require_asked_for(place: RankEnv, expected: int | None, environment: Mapping[str, str]) -> None:
     job = slurm_job(environment)
     if place.launcher == "none" and job is not None and job.tasks > 1:
         raise RunError(
@@ -94,7 +94,7 @@ def _require_asked_for(place: Place, expected: int | None, environment: Mapping[
         )
 
 
-def _own_gpu(place: Place, config: Config) -> str | None:
+def _own_gpu(place: RankEnv, config: Config) -> str | None:
     """Makes one GPU this rank's own; returns what tells it from all others. None without GPUs."""
     if config.run.device == "cpu":
         return None
@@ -123,7 +123,7 @@ def gpu_index(local_rank: int, count: int) -> int | None:
     return local_rank if local_rank < count else None
 
 
-def _store(place: Place, config: Config) -> Any:
+def _store(place: RankEnv, config: Config) -> Any:
     number = next(_meetings)
     if place.launcher == "torchrun":
         try:
@@ -136,7 +136,7 @@ def _store(place: Place, config: Config) -> Any:
     return dist.FileStore(str(folder / f"{place.meeting}-{number}"), place.world)
 
 
-def _meet(store: Any, place: Place, gpu: str | None, join_s: float) -> Any:
+def _meet(store: Any, place: RankEnv, gpu: str | None, join_s: float) -> Any:
     """Waits until every rank is here, and rank 0 has found nothing wrong. Raises `RunError` on every rank if not.
 
     Returns a store for these ranks alone: what ranks of the same name, which were killed, left in the old one counts
@@ -210,7 +210,7 @@ def _absent(store: Any, key: str, expected: Sequence[int], wait_s: float) -> lis
         time.sleep(0.1)
 
 
-def _verdict(store: Any, place: Place, error: Exception) -> BaseException:
+def _verdict(store: Any, place: RankEnv, error: Exception) -> BaseException:
     """What this rank raises for an error: the error itself, what it means, or `SystemExit` where another one tells."""
     try:
         if store.check(["stopped"]):
@@ -288,7 +288,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def first_rank_first(action: Callable[[], T]) -> T:
+def rank0_then_all(action: Callable[[], T]) -> T:
     """Rank 0 does it, then the others, which find on the disk what it has made."""
     if rank() == 0:
         result = action()
@@ -296,7 +296,7 @@ def first_rank_first(action: Callable[[], T]) -> T:
     return result if rank() == 0 else action()
 
 
-def when_seen(path: Path, seen: Callable[[Path], bool] = Path.exists) -> Path:
+def wait_for_file(path: Path, seen: Callable[[Path], bool] = Path.exists) -> Path:
     """A file that another rank has written, once this one sees it. Raises `RunError` if it never does."""
     deadline = time.monotonic() + _SEEN_WITHIN_S
     while not seen(path):
@@ -316,7 +316,7 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
-def by_first_rank(action: Callable[[], T]) -> T:
+def broadcast_result(action: Callable[[], T]) -> T:
     """Rank 0 does it while the others wait; every rank gets the result, which must be picklable."""
     if not dist.is_initialized():
         return action()

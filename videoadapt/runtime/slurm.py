@@ -13,7 +13,7 @@ _ANSWER_S = 60.0  # that SLURM's controller may take
 
 
 @dataclass(frozen=True)
-class Place:
+class RankEnv:
     """One of the `world` processes of a job. `meeting` names this start of the job, which no other start shares."""
 
     launcher: Literal["none", "torchrun", "slurm", "submitit"]
@@ -23,7 +23,7 @@ class Place:
     meeting: str = ""
 
 
-def place_of(environment: Mapping[str, str]) -> Place:
+def rank_env(environment: Mapping[str, str]) -> RankEnv:
     """The place that torchrun, srun (as submitit uses it on SLURM), or submitit's local executor have given.
 
     torchrun inside a SLURM job counts as torchrun. One process alone is rank 0 of 1.
@@ -34,11 +34,11 @@ def place_of(environment: Mapping[str, str]) -> Place:
         return int(text) if text.isdigit() else otherwise
 
     if "WORLD_SIZE" in environment:
-        return Place("torchrun", number("RANK"), number("WORLD_SIZE", 1), number("LOCAL_RANK"))
+        return RankEnv("torchrun", number("RANK"), number("WORLD_SIZE", 1), number("LOCAL_RANK"))
     job = slurm_job(environment)
     if job is not None and "SLURM_STEP_NUM_TASKS" in environment:
         step = environment.get("SLURM_STEP_ID", "0")
-        return Place(
+        return RankEnv(
             "slurm",
             number("SLURM_PROCID"),
             number("SLURM_STEP_NUM_TASKS", 1),
@@ -48,8 +48,8 @@ def place_of(environment: Mapping[str, str]) -> Place:
     if environment.get("SUBMITIT_EXECUTOR") == "local":
         name = f"local-{environment.get('SUBMITIT_LOCAL_JOB_ID', '')}"
         rank, world = number("SUBMITIT_LOCAL_GLOBALID"), number("SUBMITIT_LOCAL_NTASKS", 1)
-        return Place("submitit", rank, world, number("SUBMITIT_LOCAL_LOCALID"), name)
-    return Place("none", 0, 1, 0)
+        return RankEnv("submitit", rank, world, number("SUBMITIT_LOCAL_LOCALID"), name)
+    return RankEnv("none", 0, 1, 0)
 
 
 @dataclass(frozen=True)

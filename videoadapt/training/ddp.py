@@ -91,7 +91,7 @@ def _keys(model: TimeSformer, points: tuple[str, ...]) -> list[str]:
     return [SHARED] if model.config.share_patch else list(dict.fromkeys(str(Point.parse(p).length) for p in points))
 
 
-def spread_gradients(model: nn.Module) -> nn.Module:
+def sum_gradients(model: nn.Module) -> nn.Module:
     """The model in torch's `DistributedDataParallel`, which **sums** gradients over all ranks while they are computed.
 
     Not every rank uses every parameter; one that no rank has used in a step keeps no gradient. Alone, the model itself.
@@ -116,6 +116,6 @@ def _sum(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202,
     return future.then(lambda done: done.value()[0])
 
 
-def gradients_apart(model: nn.Module) -> AbstractContextManager[None]:
+def no_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:
     """While entered, backward passes add to this rank's gradients alone; the next one outside sums them all."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -83,7 +83,7 @@ class ClipExchange:
 def _trained(plan: GroupPlan, rank: int, config: Config) -> list[int]:
     """The positions, in a step, of the clips that a rank trains, part by part."""
     parts, clips = config.train.accumulate, config.train.batch // config.train.accumulate
-    share = plan.group(rank).share(rank, clips, pairs=config.data.mixes)
+    share = plan.group(rank).positions(rank, clips, pairs=config.data.mixes)
     return [part * clips + position for part in range(parts) for position in share]
 
 

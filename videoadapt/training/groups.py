@@ -21,7 +21,7 @@ class Group:
     points: tuple[str, ...]
     ranks: range
 
-    def share(self, rank: int, clips: int, *, pairs: bool = False) -> range:
+    def positions(self, rank: int, clips: int, *, pairs: bool = False) -> range:
         """The positions, of so many clips, that a rank of the group trains; see `split_evenly`."""
         return split_evenly(clips, len(self.ranks), pairs=pairs)[rank - self.ranks.start]
 

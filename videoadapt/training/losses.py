@@ -89,7 +89,7 @@ class Targets(NamedTuple):
     swap: tuple[Tensor, Tensor] | None
 
 
-def targets_at(point: Point, truth: Tensor, batch: Batch, config: Config, *, seed: int) -> Targets:
+def make_targets(point: Point, truth: Tensor, batch: Batch, config: Config, *, seed: int) -> Targets:
     """The targets at a point, of a batch whose labels are `truth`, `(B, classes)`.
 
     Without label maps each patch is to be taken for what its clip is; with them, `loss.map_share` of the class head's

@@ -1,4 +1,4 @@
-"""TODO training.metrics."""
+"""Training curves as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 

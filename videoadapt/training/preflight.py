@@ -27,7 +27,7 @@ _PROBED_CLIPS = 4
 
 
 @dataclass(frozen=True)
-class Findings:
+class NodeReport:
     """What one rank finds on its node.
 
     `step_clips` are the clips that it decodes for each step, `clips_per_s` is what one worker decodes, and `unread`
@@ -96,10 +96,10 @@ def preflight(config: Config, manifest: Manifest) -> None:
         )
 
 
-def _look(config: Config, manifest: Manifest) -> Findings:
+def _look(config: Config, manifest: Manifest) -> NodeReport:
     device = pick_device(config.run.device)
     clips_per_s, unread = _decode(config, manifest)
-    return Findings(
+    return NodeReport(
         node=socket.gethostname(),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         cpus=available_cpus(),
@@ -118,7 +118,7 @@ def _step_clips(config: Config) -> int:
     plan = make_plan(config, world_size(), macs)
     if config.parallel.decode == "shared":
         return len(split_evenly(config.train.batch, plan.ranks)[rank()])
-    return len(plan.group(rank()).share(rank(), config.train.batch, pairs=config.data.mixes))
+    return len(plan.group(rank()).positions(rank(), config.train.batch, pairs=config.data.mixes))
 
 
 def _decode(config: Config, manifest: Manifest) -> tuple[float, str]:
@@ -144,7 +144,7 @@ def checkpoints_bytes(config: Config) -> int:
     return model_bytes * copies * (config.train.keep_checkpoints + 1)
 
 
-def faults(found: Sequence[Findings], needed_bytes: int) -> list[str]:
+def faults(found: Sequence[NodeReport], needed_bytes: int) -> list[str]:
     """What keeps the ranks from training, a sentence each."""
     wrong = []
     if len({one.manifest for one in found}) > 1:
@@ -160,7 +160,7 @@ def faults(found: Sequence[Findings], needed_bytes: int) -> list[str]:
     return wrong
 
 
-def warnings(found: Sequence[Findings]) -> list[str]:
+def warnings(found: Sequence[NodeReport]) -> list[str]:
     """What will slow the run down, a sentence each."""
     short = [number for number, one in enumerate(found) if one.workers > one.cpus]
     if not short:

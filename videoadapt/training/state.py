@@ -15,12 +15,12 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import CheckpointError, RunError
-from videoadapt.model.checkpoint import Checkpoint, fill, optimizer_tensors, require_same, restore_optimizer
+from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.optim import make_optimizer
-from videoadapt.training.throughput import Clock
+from videoadapt.training.throughput import ThroughputMeter
 
 # what may differ between a run and its continuation without changing what it computes
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
@@ -115,10 +115,10 @@ class State:
             )
         for name, free in RESUME_FREELY.items():
             require_same(checkpoint.path, getattr(self.config, name), checkpoint.meta[name], name, free=free)
-        fill(self.model, checkpoint.part("model"), checkpoint.path)
+        load_tensors(self.model, checkpoint.tensors_under("model"), checkpoint.path)
         restore_optimizer(self.model, self.optimizer, checkpoint)
         if self.ema is not None:
-            fill(self.ema.module, checkpoint.part("ema"), checkpoint.path)
+            load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
         self.step, self.skipped = checkpoint.meta["step"], checkpoint.meta["skipped"]
         say(f"going on from {checkpoint.path} at step {self.step}")
 
@@ -128,7 +128,7 @@ class State:
             with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, "path": failure.path, "cause": failure.cause}) + "\n")
 
-    def note(self, values: dict[str, float], clock: Clock) -> str:
+    def note(self, values: dict[str, float], clock: ThroughputMeter) -> str:
         """What the progress display says of a step."""
         points = [point for point in self.config.model.points if f"top1/{point}" in values]  # the step's
         top1 = "/".join(f"{values[f'top1/{p}']:.2f}" for p in points)
@@ -136,6 +136,6 @@ class State:
         rates = clock.rates()
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
-            f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_share']:.0%} waiting for data, "
+            f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_fraction']:.0%} waiting for data, "
             f"loss {values[f'loss/{points[0]}']:.2f}, top-1 {top1}{drawn}{skipped}"
         )

@@ -1,4 +1,4 @@
-"""TODO training.throughput."""
+"""Clips per second of training, and the time it spends waiting for data."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from videoadapt.runtime.machine import CpuLimit, cpu_limit
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """So many clips in so many seconds, part of which were spent waiting for them."""
 
     clips: int
     seconds: float
     waited_s: float
 
-    def __sub__(self, earlier: Pace) -> Pace:
-        return Pace(self.clips - earlier.clips, self.seconds - earlier.seconds, self.waited_s - earlier.waited_s)
+    def __sub__(self, earlier: Throughput) -> Throughput:
+        return Throughput(self.clips - earlier.clips, self.seconds - earlier.seconds, self.waited_s - earlier.waited_s)
 
     @property
     def clips_per_s(self) -> float:
@@ -31,7 +31,7 @@ class Pace:
         return self.clips / max(self.seconds, 1e-9)
 
     @property
-    def wait_share(self) -> float:
+    def wait_fraction(self) -> float:
         """The part of the time in which the device had nothing to do."""
         return self.waited_s / max(self.seconds, 1e-9)
 
@@ -53,12 +53,12 @@ class Pace:
             )
         return (
             f"loading starves training: steps could take {self.clips / busy_s:.1f} clips/s, {readers} "
-            f"{self.clips_per_s:.1f}; {self.wait_share:.0%} of the time is spent waiting. "
+            f"{self.clips_per_s:.1f}; {self.wait_fraction:.0%} of the time is spent waiting. "
             f"{advice} resize the videos (tools/resize_videos.py)"
         )
 
 
-class Clock:
+class ThroughputMeter:
     """Clips per second and the share of time spent waiting for data; warns where reading does not keep up.
 
     It looks at stretches of at least 20 steps and 30 s, the first of which is warm-up, and warns of more than a tenth
@@ -72,7 +72,7 @@ class Clock:
         self._ranks = ranks  # that share the clips with this one
         self._workers, self._on_gpu = workers, device.type == "cuda"
         self._clips, self._waited_s = 0, 0.0
-        self._before = Pace(0, 0.0, 0.0)  # this stretch
+        self._before = Throughput(0, 0.0, 0.0)  # this stretch
         self._steps, self._warm = 0, False
         self._tolerated_share = 0.1
 
@@ -88,21 +88,21 @@ class Clock:
             yield step
             self._look()
 
-    def pace(self) -> Pace:
+    def pace(self) -> Throughput:
         """Since the start."""
-        return Pace(self._clips, time.monotonic() - self.start, self._waited_s)
+        return Throughput(self._clips, time.monotonic() - self.start, self._waited_s)
 
     def rates(self) -> dict[str, float]:
-        """`clips_per_s` and `wait_share` since the start."""
+        """`clips_per_s` and `wait_fraction` since the start."""
         pace = self.pace()
-        return {"clips_per_s": pace.clips_per_s * self._ranks, "wait_share": pace.wait_share}
+        return {"clips_per_s": pace.clips_per_s * self._ranks, "wait_fraction": pace.wait_fraction}
 
     def _look(self) -> None:
         self._steps += 1
         stretch = self.pace() - self._before
         if self._steps < self.STRETCH_STEPS or stretch.seconds < self.STRETCH_S:
             return
-        if self._warm and stretch.wait_share > self._tolerated_share:
+        if self._warm and stretch.wait_fraction > self._tolerated_share:
             say(stretch.starvation(self._workers, cpu_limit(), on_gpu=self._on_gpu))
-            self._tolerated_share = stretch.wait_share + 0.25
+            self._tolerated_share = stretch.wait_fraction + 0.25
         self._before, self._steps, self._warm = self.pace(), 0, True

@@ -37,37 +37,37 @@ from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.runtime.ranks import (
     any_requested,
-    by_first_rank,
-    first_rank_first,
+    broadcast_result,
     rank,
+    rank0_then_all,
     ranks,
     summed,
-    when_seen,
+    wait_for_file,
     world_size,
 )
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training import losses
 from videoadapt.training.ddp import (
-    gradients_apart,
+    no_gradient_sync,
     share_statistics,
-    spread_gradients,
     statistics_are_apart,
+    sum_gradients,
     synchronise,
 )
 from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import ClipExchange, TeacherExchange
 from videoadapt.training.groups import Group, GroupPlan, make_plan
-from videoadapt.training.losses import Targets, targets_at
+from videoadapt.training.losses import Targets, make_targets
 from videoadapt.training.metrics import Metrics
 from videoadapt.training.optim import make_schedule
 from videoadapt.training.preflight import preflight
 from videoadapt.training.state import State, Tally
-from videoadapt.training.throughput import Clock
+from videoadapt.training.throughput import ThroughputMeter
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankRole:
     """What this rank does in every step: its points and clips, its model, and how the teacher's logits come to it."""
 
     plan: GroupPlan
@@ -76,10 +76,10 @@ class Seat:
     exchange: TeacherExchange | None  # none where every rank has its own teacher
 
     @classmethod
-    def take(cls, config: Config, model: TimeSformer, plan: GroupPlan) -> Seat:
+    def take(cls, config: Config, model: TimeSformer, plan: GroupPlan) -> RankRole:
         """This rank's seat in a plan; every rank must take its own."""
         synchronise(model, plan)
-        forward = spread_gradients(compiled(model) if config.train.compile else model)
+        forward = sum_gradients(compiled(model) if config.train.compile else model)
         weight = model.head.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         several = len(plan.groups) > 1
@@ -91,9 +91,9 @@ class Seat:
         """Whether this rank trains the costliest point."""
         return self.group is self.plan.groups[0]
 
-    def share(self, clips: int, *, pairs: bool) -> range:
+    def positions(self, clips: int, *, pairs: bool) -> range:
         """The positions, of a part's clips, that this rank trains."""
-        return self.group.share(rank(), clips, pairs=pairs)
+        return self.group.positions(rank(), clips, pairs=pairs)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def train(config: Config) -> dict[str, Any]:
         with ranks(config):
             guard = owned.enter_context(sole_writer(config, "train"))
             plan = make_plan(config, world_size(), {p: float(macs) for p, macs in point_macs(config.model).items()})
-            manifest = first_rank_first(lambda: load_or_index(config))
+            manifest = rank0_then_all(lambda: load_or_index(config))
         with ranks(config, config.parallel.step_s):
             preflight(config, manifest)
             per_epoch = steps_per_epoch(manifest, config)
@@ -121,26 +121,26 @@ def train(config: Config) -> dict[str, Any]:
                 say(str(load_weights(state.model, config.train.init)))
                 state.reset_ema()
             ended = state.step == per_epoch * config.train.epochs
-            if not (ended and by_first_rank(finished.exists)):
-                _train(state, Seat.take(config, state.model, plan), per_epoch, checkpoints)
-            done: dict[str, Any] = by_first_rank(lambda: json.loads(finished.read_text(encoding="utf-8")))
+            if not (ended and broadcast_result(finished.exists)):
+                _train(state, RankRole.take(config, state.model, plan), per_epoch, checkpoints)
+            done: dict[str, Any] = broadcast_result(lambda: json.loads(finished.read_text(encoding="utf-8")))
     return done
 
 
 def _newest(checkpoints: Checkpoints) -> Checkpoint | None:
     """The checkpoint that rank 0 goes on from, on every rank: one that looked for itself might see an older one."""
     found = checkpoints.latest() if rank() == 0 else None
-    name = by_first_rank(lambda: None if found is None else found.path.name)
+    name = broadcast_result(lambda: None if found is None else found.path.name)
     if name is None or rank() == 0:
         return found
-    return load_checkpoint(when_seen(checkpoints.folder / name), checkpoints.kind)
+    return load_checkpoint(wait_for_file(checkpoints.folder / name), checkpoints.kind)
 
 
-def _train(state: State, seat: Seat, per_epoch: int, checkpoints: Checkpoints) -> None:
+def _train(state: State, seat: RankRole, per_epoch: int, checkpoints: Checkpoints) -> None:
     config = state.config
     if world_size() > 1:
         say(f"{world_size()} ranks, by point: {seat.plan}")
-    clock = Clock(worker_count(config.data.workers), state.device, len(seat.group.ranks))
+    clock = ThroughputMeter(worker_count(config.data.workers), state.device, len(seat.group.ranks))
     if rank() == 0:
         with checkpoints.guard():
             (config.run.dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -151,7 +151,9 @@ def _train(state: State, seat: Seat, per_epoch: int, checkpoints: Checkpoints) -
             write_json(config.run.dir / "train.json", _summary(state, per_epoch, checkpoints, clock))
 
 
-def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metrics: Metrics | None) -> None:
+def _loop(
+    state: State, seat: RankRole, checkpoints: Checkpoints, clock: ThroughputMeter, metrics: Metrics | None
+) -> None:
     config = state.config
     per_epoch = steps_per_epoch(state.manifest, config)
     total = per_epoch * config.train.epochs
@@ -177,13 +179,13 @@ def _loop(state: State, seat: Seat, checkpoints: Checkpoints, clock: Clock, metr
                 stop.stop()
 
 
-def _batches(state: State, seat: Seat) -> Iterator[list[Batch]]:
+def _batches(state: State, seat: RankRole) -> Iterator[list[Batch]]:
     """This rank's share of every step to come."""
     config, device, exchange = state.config, state.device, None
     if config.parallel.decode == "shared" and len(seat.plan.groups) > 1:  # one group decodes no clip twice
         exchange = ClipExchange(state.manifest, config, seat.plan, pin=device.type == "cuda")
     share = partial(seat.share, pairs=config.data.mixes)
-    return train_batches(state.manifest, config, state.step, device=device, share=share, exchange=exchange)
+    return train_batches(state.manifest, config, state.step, device=device, positions=share, exchange=exchange)
 
 
 def _save(state: State, checkpoints: Checkpoints) -> None:
@@ -192,7 +194,7 @@ def _save(state: State, checkpoints: Checkpoints) -> None:
 
 
 def _saved_if_reading_fails(
-    steps: Iterator[list[Batch]], state: State, seat: Seat, checkpoints: Checkpoints
+    steps: Iterator[list[Batch]], state: State, seat: RankRole, checkpoints: Checkpoints
 ) -> Iterator[list[Batch]]:
     """The same steps. Where the next one cannot be read, what was trained until then is saved first.
 
@@ -208,7 +210,7 @@ def _saved_if_reading_fails(
         raise
 
 
-def train_step(state: State, seat: Seat, batches: Sequence[Batch]) -> dict[str, float]:
+def train_step(state: State, seat: RankRole, batches: Sequence[Batch]) -> dict[str, float]:
     """One optimizer step over the parts of a global batch. Returns loss and top-1 of its points, gradient norm, rate.
 
     The points are drawn by `train.draw`; parameters that none of them uses stay as they are. Each rank backpropagates,
@@ -255,7 +257,7 @@ def _gathered(state: State, tallies: dict[str, Tally], failures: int) -> dict[st
     return values | {f"top1/{p}": value / max(n, 1) for p, value, n in zip(tallies, right, clips, strict=True)}
 
 
-def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: dict[str, Tally]) -> None:
+def _backpropagate(batch: Batch, part: int, seat: RankRole, state: State, tallies: dict[str, Tally]) -> None:
     """Adds the gradients of a part's clips at those of this rank's points that are drawn."""
     config, costliest = state.config, state.config.model.points[0]
     if not len(batch.labels) and world_size() == 1:
@@ -264,12 +266,14 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
     if not points:  # none of this rank's is drawn: it adds zeros, of the costliest point, which always is
         points, batch = (costliest,), batch.without_clips()
     clips, truth, weights = _prepared(batch, state)
-    lesson = None if seat.exchange is None else Lesson.begin(seat.exchange, batch, part, seat, config)
+    lesson = None if seat.exchange is None else TeacherLogits.begin(seat.exchange, batch, part, seat, config)
     known: dict[str, Tensor] = {}  # logits, by point
     for point in points:  # costliest first, and each length before its keeps: they teach
         final = part == config.train.accumulate - 1 and point == points[-1]
-        wanted = targets_at(Point.parse(point), truth, batch, config, seed=seed_of("mix", config.run.seed, state.step))
-        with nullcontext() if final else gradients_apart(seat.forward):
+        wanted = make_targets(
+            Point.parse(point), truth, batch, config, seed=seed_of("mix", config.run.seed, state.step)
+        )
+        with nullcontext() if final else no_gradient_sync(seat.forward):
             heads = _heads(clips, point, wanted, seat, state)
             learned = heads.logits().detach()
             if lesson is not None and not known:
@@ -288,7 +292,7 @@ def _backpropagate(batch: Batch, part: int, seat: Seat, state: State, tallies: d
         known[point] = learned
 
 
-def _heads(clips: Tensor, point: str, wanted: Targets, seat: Seat, state: State) -> Heads:
+def _heads(clips: Tensor, point: str, wanted: Targets, seat: RankRole, state: State) -> Heads:
     bf16 = state.config.run.precision == "bf16"
     with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
         heads: Heads = seat.forward(clips, point, heads=True, swap=wanted.swap)
@@ -296,7 +300,7 @@ def _heads(clips: Tensor, point: str, wanted: Targets, seat: Seat, state: State)
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherLogits:
     """How the costliest point's logits on a part's clips come to the ranks that do not train it.
 
     `shares` are the positions in the part that each teaching rank has, `places` those of this rank's clips.
@@ -307,10 +311,10 @@ class Lesson:
     places: Tensor
 
     @classmethod
-    def begin(cls, exchange: TeacherExchange, batch: Batch, part: int, seat: Seat, config: Config) -> Lesson:
+    def begin(cls, exchange: TeacherExchange, batch: Batch, part: int, seat: RankRole, config: Config) -> TeacherLogits:
         """The logits travel while the ranks that wait for them run their first forward pass."""
         clips, teachers = config.train.batch // config.train.accumulate, seat.plan.groups[0]
-        shares = [teachers.share(number, clips, pairs=config.data.mixes) for number in teachers.ranks]
+        shares = [teachers.positions(number, clips, pairs=config.data.mixes) for number in teachers.ranks]
         if not seat.teaches:
             exchange.start(shares)
         return cls(exchange, shares, torch.tensor(batch.positions, dtype=torch.int64) - part * clips)
@@ -352,7 +356,7 @@ def _prepared(batch: Batch, state: State) -> tuple[Tensor, Tensor, Tensor]:
     return clips, targets, torch.ones(len(batch.labels), device=state.device)
 
 
-def _summary(state: State, per_epoch: int, checkpoints: Checkpoints, clock: Clock) -> dict[str, Any]:
+def _summary(state: State, per_epoch: int, checkpoints: Checkpoints, clock: ThroughputMeter) -> dict[str, Any]:
     config = state.config
     lines = pd.read_json(config.run.dir / "metrics.jsonl", lines=True).tail(per_epoch).mean()
     newest = checkpoints.latest()

@@ -1,1 +1,1 @@
-"""data/clips"""
+"""Clips for training and views for evaluation, batched. Read first: `loader.py`."""

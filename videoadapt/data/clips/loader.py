@@ -60,7 +60,7 @@ class ClipSource(Protocol):
     """Positions, in a step of all ranks, of the clips that this rank decodes."""
 
     def exchanged(self, clips: Iterator[Clip | Failure], steps: Iterable[np.ndarray]) -> Iterator[Clip | Failure]:
-        """The clips that this rank trains, in order, for those that it has decoded; `steps` are rows of the manifest."""
+        """The clips that this rank trains, in order, for those that it decodes; `steps` are manifest rows."""
 
 
 def steps_per_epoch(manifest: Manifest, config: Config) -> int:
@@ -87,7 +87,7 @@ def train_batches(
     start: int = 0,
     *,
     device: torch.device = _CPU,
-    share: Callable[[int], range] = range,
+    positions: Callable[[int], range] = range,
     exchange: ClipSource | None = None,
 ) -> Iterator[list[Batch]]:
     """Every training step from `start` to the end of the last epoch: its `train.accumulate` parts, on `device`.
@@ -100,7 +100,7 @@ def train_batches(
     """
     on_gpu = device.type == "cuda"
     part_clips = config.train.batch // config.train.accumulate
-    own = share(part_clips)
+    own = positions(part_clips)
     first = [part * part_clips + own.start for part in range(config.train.accumulate)]  # position of each part
     trained = [position + number for position in first for number in range(len(own))]
     read = trained if exchange is None else list(exchange.read)

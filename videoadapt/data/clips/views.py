@@ -1,4 +1,4 @@
-"""TODO data.clips.views."""
+"""Views for evaluation, thumbnails for the assigner, and normalising on the device."""
 
 from __future__ import annotations
 

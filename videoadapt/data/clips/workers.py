@@ -1,4 +1,4 @@
-"""TODO data.clips.workers."""
+"""Worker processes that read clips: a timeout for each clip, and errors that name the file."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.index.class_names import class_number, kinetics400, read_classes, require_usual_order
 from videoadapt.data.index.find_files import best_first, files_by_stem, video_id
 from videoadapt.data.index.formats import SPLIT_NAMES, Entry, Source, Split, is_list, read_list, read_named
-from videoadapt.data.index.text import plain, read_text
+from videoadapt.data.index.text import normalised, read_text
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.runtime.seeds import seed_of
 
@@ -55,7 +55,7 @@ def list_videos(config: Config) -> Listing:
     roots = {split: _root(path, config) for split, path in paths.items()}
     named = {split: read_named(path, split, roots[split]) for split, path in paths.items() if not is_list(path, split)}
     names, origin = _class_names(config, paths, named)
-    numbers = {plain(name): number for number, name in enumerate(names)}
+    numbers = {normalised(name): number for number, name in enumerate(names)}
     sources = {
         split: named.get(split) or read_list(path, split, roots[split], numbers) for split, path in paths.items()
     }
@@ -114,7 +114,7 @@ def _class_names(
         names, origin = read_classes(config.data.classes), str(config.data.classes)
     else:
         names, origin = _names_found(paths, named)
-    if len(set(map(plain, names))) < len(names):
+    if len(set(map(normalised, names))) < len(names):
         raise ConfigError(f"{origin}: a class is named twice")
     if names and len(names) != config.model.num_classes:
         raise ConfigError(
@@ -127,8 +127,8 @@ def _class_names(
 
 def _names_found(paths: Mapping[Split, Path], named: Mapping[Split, Source]) -> tuple[tuple[str, ...], str]:
     found = [source.classes for source in named.values() if source.classes]  # train first
-    known = set(map(plain, found[0])) if found else set()
-    new = sorted(name for classes in found[1:] for name in classes if plain(name) not in known)
+    known = set(map(normalised, found[0])) if found else set()
+    new = sorted(name for classes in found[1:] for name in classes if normalised(name) not in known)
     if new:
         raise ConfigError(f"data.val.annotations: {paths['val']} has classes that {paths['train']} has not: {new}")
     return tuple(sorted(found[0])) if found else (), " and ".join(str(paths[split]) for split in named)
@@ -172,11 +172,11 @@ def _check(listed: Sequence[Listed], paths: Mapping[Split, Path], config: Config
 
 def _require_usual_numbers(videos: Iterable[Listed]) -> None:
     """Raise `ConfigError` if folders per class of Kinetics-400 show that the numbers are of another order of names."""
-    usual = {plain(name): number for number, name in enumerate(kinetics400())}
+    usual = {normalised(name): number for number, name in enumerate(kinetics400())}
     first = None
     for video in videos:
         folder = PurePath(video.path).parent.name
-        number = usual.get(plain(folder))
+        number = usual.get(normalised(folder))
         if number is None:
             return
         if number != video.label and first is None:

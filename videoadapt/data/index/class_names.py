@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from videoadapt.data.index.text import _tidy, csv_rows, header, plain, read_json, read_text
+from videoadapt.data.index.text import _tidy, csv_rows, header, normalised, read_json, read_text
 from videoadapt.errors import ConfigError
 
 KINETICS_400 = "kinetics400"  # as a value of data.classes
@@ -53,7 +53,7 @@ def require_usual_order(names: Sequence[str], origin: str) -> None:
 
     Weights with a head, and results by class, mean something only in the order that all share.
     """
-    given, usual = list(map(plain, names)), list(map(plain, kinetics400()))
+    given, usual = list(map(normalised, names)), list(map(normalised, kinetics400()))
     if given == usual or set(given) != set(usual):
         return
     number = next(number for number, pair in enumerate(zip(given, usual, strict=True)) if pair[0] != pair[1])
@@ -68,7 +68,7 @@ def class_number(label: str, numbers: Mapping[str, int], *, origin: str, where: 
 
     `numbers` are those of the plain names, which `origin` gave. Raises `ConfigError` for the label at `where`.
     """
-    number = numbers.get(plain(label))
+    number = numbers.get(normalised(label))
     if number is not None:
         return number
     try:
@@ -77,5 +77,5 @@ def class_number(label: str, numbers: Mapping[str, int], *, origin: str, where: 
         pass
     if not numbers:
         raise ConfigError(f"{where}: label {label!r}: expected a number, or data.classes to name the classes")
-    (near,) = difflib.get_close_matches(plain(label), numbers, n=1, cutoff=0.0)
+    (near,) = difflib.get_close_matches(normalised(label), numbers, n=1, cutoff=0.0)
     raise ConfigError(f"{where}: label {label!r}: expected a number or a class of {origin}; did you mean {near!r}?")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
-from videoadapt.data.index.text import plain
+from videoadapt.data.index.text import normalised
 from videoadapt.data.video.probe import VIDEO_SUFFIXES
 
 _KINETICS_NAME = re.compile(r"(?:.*/)?(([A-Za-z0-9_-]{11})_\d{6}_\d{6})(?:\.\w+)?")  # YouTube id, start and end in s
@@ -60,6 +60,6 @@ def best_first(paths: list[str], root: Path, split_names: frozenset[str], label:
     def rank(path: str) -> tuple[bool, bool, str]:
         folders = PurePath(path).relative_to(root).parts[:-1]
         words = {word for folder in folders for word in _WORDS.findall(folder.lower())}
-        return not words & split_names, plain(label) not in map(plain, folders), path
+        return not words & split_names, normalised(label) not in map(normalised, folders), path
 
     return sorted(paths, key=rank)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from videoadapt.data.index.find_files import walk
-from videoadapt.data.index.text import csv_rows, header, plain, read_json, read_text
+from videoadapt.data.index.text import csv_rows, header, normalised, read_json, read_text
 from videoadapt.data.video.images import IMAGE_SUFFIXES
 from videoadapt.data.video.probe import VIDEO_SUFFIXES
 from videoadapt.errors import ConfigError
@@ -208,7 +208,7 @@ def _path_and_label(text: str, known: Container[str], where: str) -> tuple[str, 
     gaps = [gap for gap in _SEPARATOR.finditer(text) if gap.start() > 0]
     if not gaps:
         raise ConfigError(f"{where}: expected `path label`, got {text!r}")
-    gap = next((gap for gap in gaps if plain(text[gap.end() :]) in known), gaps[-1])
+    gap = next((gap for gap in gaps if normalised(text[gap.end() :]) in known), gaps[-1])
     return text[: gap.start()].strip('"'), text[gap.end() :].strip('"')
 
 

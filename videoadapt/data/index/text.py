@@ -60,7 +60,7 @@ def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[st
         raise ConfigError(f"{path}:{reader.line_num}: not a row of a CSV: {error}") from None
 
 
-def plain(name: str) -> str:
+def normalised(name: str) -> str:
     """A class name as it is compared: folders are often called arm_wrestling for `arm wrestling`."""
     return _tidy(name).replace(" ", "_")
 

@@ -1,1 +1,1 @@
-"""data/video"""
+"""Frames of one video file or image folder. Read first: `readers.py`."""

@@ -54,7 +54,7 @@ class Decoded(NamedTuple):
         return self.frame is None or self.frame.is_corrupt
 
 
-class Stretch(NamedTuple):
+class PacketRange(NamedTuple):
     """Packets to be decoded in one go, by number: from a keyframe to a wanted frame, both included."""
 
     first: int
@@ -78,14 +78,14 @@ class Timeline:
         before = before[self.pts[before] <= self.pts[packet]]
         return int(before[-1]) if len(before) else 0
 
-    def stretches(self, packets: Iterable[int]) -> list[Stretch]:
+    def stretches(self, packets: Iterable[int]) -> list[PacketRange]:
         """What to decode for the frames of these packets: ascending, none overlapping another."""
-        stretches: list[Stretch] = []
+        stretches: list[PacketRange] = []
         for first, last in sorted((self.start(packet), packet) for packet in packets):
             if stretches and first <= stretches[-1].last:
-                stretches[-1] = Stretch(stretches[-1].first, max(last, stretches[-1].last))
+                stretches[-1] = PacketRange(stretches[-1].first, max(last, stretches[-1].last))
             else:
-                stretches.append(Stretch(first, last))
+                stretches.append(PacketRange(first, last))
         return stretches
 
     def reached(self, packet: int, damaged_pts: Iterable[int | None]) -> bool:
@@ -150,7 +150,7 @@ def frames_by_time(
     packet_of = {number: int(timeline.shown[number]) for number in wanted}
     number_at: dict[int | None, int] = {int(timeline.pts[packet]): number for number, packet in packet_of.items()}
     last = max(packet_of.values())
-    stretches = [Stretch(0, last)] if way == "sequential" else timeline.stretches(packet_of.values())
+    stretches = [PacketRange(0, last)] if way == "sequential" else timeline.stretches(packet_of.values())
     needed = set(packet_of.values()) if way == "skipping" else None
     damaged_pts: list[int | None] = []
     missing, latest_pts = set(wanted), None
@@ -214,7 +214,7 @@ def decode(codec: VideoCodecContext, packets: Iterable[Packet[VideoStream] | Non
 
 
 def _chosen(
-    source: Source, stretches: Iterable[Stretch], needed: Collection[int] | None
+    source: Source, stretches: Iterable[PacketRange], needed: Collection[int] | None
 ) -> Iterator[Packet[VideoStream] | None]:
     """The packets of the stretches, each decoded from a fresh start to its end.
 

@@ -1,4 +1,4 @@
-"""TODO data.video.files."""
+"""File checks and one-line causes of read errors, shared by all readers."""
 
 from __future__ import annotations
 

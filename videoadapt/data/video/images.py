@@ -1,4 +1,4 @@
-"""TODO data.video.images."""
+"""Image files, and folders of images that are one video."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`videoadapt bench`: our parts beside what people would use instead, on the same input, on this machine."""
+"""`videoadapt bench`: parts of videoadapt beside what people would use instead. Read first: `points.py`."""
