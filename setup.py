@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "pandas>=2.2",
     "pillow>=10.3",
+    "psutil>=5.9",
     "pyarrow>=15",
     "pydantic>=2.7",
     "PyYAML>=6.0.1",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from videoadapt.config.cascade import Chain
+from videoadapt.config.cascade import parse_cascade_spec
 from videoadapt.config.points import Point
 from videoadapt.config.sections import (
     AssignConfig,
@@ -87,7 +87,7 @@ class Config(Section):
         self._check_teachers()
         self._check_distillation()
         for text in self.evaluate.cascade:
-            Chain.parse(text, model.points)
+            parse_cascade_spec(text, model.points)
         if len(set(self.evaluate.cascade)) < len(self.evaluate.cascade):
             raise ConfigError(f"evaluate.cascade: expected different ones, got {list(self.evaluate.cascade)}")
         return self

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from videoadapt.config.cascade import Chain
+from videoadapt.config.cascade import parse_cascade_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
@@ -57,7 +57,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         manifest = rank0_then_all(lambda: load_or_index(config))
         model = inference_model(config)
         assigned = _assigned(config, model)
-        if any(Chain.parse(text, config.model.points).cost for text in config.evaluate.cascade):
+        if any(parse_cascade_spec(text, config.model.points).cost for text in config.evaluate.cascade):
             require_labels_of_model(model, config.run.dir)
         cascades = [parse_cascade(text, config.model, config.run.dir) for text in config.evaluate.cascade]
         scores = _score(model, manifest, assigned, config)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from videoadapt.config.cascade import Chain, Measure
+from videoadapt.config.cascade import CascadeSpec, Measure, parse_cascade_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.points import canonical
 from videoadapt.config.sections import ModelConfig
@@ -169,19 +169,19 @@ def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float
 
 
 def parse_cascade(text: str, model: ModelConfig, run: Path | None) -> Cascade:
-    """A cascade from what `Chain.parse` reads. Raises `UserError`.
+    """A cascade from what `parse_cascade_spec` reads. Raises `UserError`.
 
     Where a cost is given, the threshold is fitted on the label table of the folder `run`, such that one of its clips
     costs this share of the costliest point on average.
     """
-    chain = Chain.parse(text, model.points)
+    chain = parse_cascade_spec(text, model.points)
     thresholds = chain.thresholds
     if chain.cost is not None:
         thresholds = (_fitted(chain, chain.cost, model, run),) * (len(chain.points) - 1)
     return Cascade(chain.points, thresholds, chain.measure, text)
 
 
-def _fitted(chain: Chain, share: float, model: ModelConfig, run: Path | None) -> float:
+def _fitted(chain: CascadeSpec, share: float, model: ModelConfig, run: Path | None) -> float:
     path = (run or Path()) / "labels" / "outcomes.parquet"
     if run is None or not path.exists():
         raise UserError(
