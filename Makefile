@@ -38,7 +38,7 @@ $(VENV)/.installed: $(METADATA) | $(BIN)/pip
 
 $(VENV)/.installed-test: $(METADATA) | $(BIN)/pip
 	@echo "Installing into $(VENV): torch and its CUDA libraries are about 5 GB, so this takes minutes."
-	$(PIP_INSTALL) -e '.[test,export]'
+	$(PIP_INSTALL) -e '.[test]'
 	@touch $(VENV)/.installed $@
 
 # Debian and Ubuntu ship Python without what venv needs: pip is the last thing that it makes.

@@ -17,8 +17,6 @@ REQUIREMENTS = [
     "einops>=0.8",
     "pebble>=5.0",  # processes that may hang or crash on a file
     "submitit>=1.5",
-    "huggingface_hub>=0.23",
-    "Jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pandas>=2.2",
@@ -34,11 +32,6 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "export": [
-        "onnx>=1.16",
-        "onnxruntime>=1.18",
-        "onnxscript>=0.5",  # torch.onnx.export writes through it
-    ],
     "test": [
         "pytest>=8",
         "pytest-cov>=7",
@@ -47,7 +40,6 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "hypothesis>=6.100",
         "transformers>=4.41",  # its TimeSformer is the independent implementation of the parity tests
-        "fvcore>=0.1.5.post20221221",
         "ruff>=0.6",
         "mypy>=1.11",
         "types-PyYAML>=6",
@@ -79,7 +71,10 @@ setup(
     package_data={
         "videoadapt": ["py.typed"],
         "videoadapt.data.index": ["kinetics400.txt"],
-        "videoadapt.configs": ["*.yaml"],
+        "videoadapt.configs": ["*.yaml", "ablations/*.yaml"],
     },
+    # `pip install -e .` puts the checkout itself on the path. With setuptools' default, an import finder that comes last,
+    # `import videoadapt` from the parent folder of a clone would find the clone's folder as a namespace package first.
+    options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["videoadapt = videoadapt.commands.cli:main"]},
 )
