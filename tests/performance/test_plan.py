@@ -1,7 +1,8 @@
-"""`plan` from end to end, and the memory that it counts without computing."""
+"""`plan` from end to end, and its prediction of memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 import small_runs as runs
 from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.index.manifest import index
-from videoadapt.errors import UserError
+from videoadapt.errors import RunError, UserError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.memory import parameter_count, saved_bytes, training_memory
 from videoadapt.performance.plan import analytic_passes, plan, print_plan
+from videoadapt.performance.timing import Round, Stopwatch
 from videoadapt.training.groups import make_plan
 
 CPU = torch.device("cpu")
@@ -28,9 +30,9 @@ def tiny(folder: Path, /, **sections: dict) -> Config:
 
 
 def really_saved_bytes(config: Config, point: str, clips: int) -> int:
-    """By storages of a real forward pass."""
+    """Counts the storages that a real forward pass keeps."""
     model = TimeSformer(config.model).train()
-    own = {parameter.data_ptr() for parameter in model.parameters()}
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def really_saved_bytes(config: Config, point: str, clips: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(torch.zeros(clips, 3, config.model.num_frames, config.model.size, config.model.size), point)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in parameters)
 
 
 @pytest.mark.parametrize("point", ["8", "4"])
@@ -66,42 +68,58 @@ def test_memory_follows_the_optimizer_the_length_and_the_clips(tmp_path: Path) -
     assert bf16.saved["8"][1] < memory.saved["8"][1]
 
 
-def test_a_plan_by_analytic_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_from_analytic_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(tmp_path, plan={**MACS_PER_S, "clips": 1000}, parallel={"groups": {"8": 1, "6": 1, "4": 1}})
-    result = plan(config, 3)
-    assert json.loads((config.run.dir / "plan.json").read_text()) == result
-    rows = {row["groups"]: row for row in result["layouts"]}
+    summary = plan(config, 3)
+    assert json.loads((config.run.dir / "plan.json").read_text()) == dataclasses.asdict(summary)
+    rows = {row.groups: row for row in summary.layouts}
     assert {"null", "{8: 1, 6: 1, 4: 1}", "{8: 2, 6+4: 1}"} <= set(rows)
-    assert [row["step_s"] for row in result["layouts"]] == sorted(row["step_s"] for row in result["layouts"])
-    assert result["groups_of_the_config"] == "{8: 1, 6: 1, 4: 1}"
-    assert result["measured_at_clips"] is None
+    assert [row.step_s for row in summary.layouts] == sorted(row.step_s for row in summary.layouts)
+    assert summary.groups_of_the_config == "{8: 1, 6: 1, 4: 1}"
+    assert summary.measured_at_clips is None
     row = rows["null"]
-    assert row["clips_per_s"] == pytest.approx(8 / row["step_s"])
-    assert row["gpu_hours"] == pytest.approx(3 * 2 * (1000 // 8) * row["step_s"] / 3600)  # ranks x epochs x steps
-    assert row["bytes_per_rank"] < rows["{8: 1, 6: 1, 4: 1}"]["bytes_per_rank"]  # a share of 3 clips, not of 8
-    print_plan(result)
-    said = capsys.readouterr().out
-    assert f"recommended: parallel.groups={result['recommended']}: " in said
-    assert "nothing measured" in said
+    assert row.clips_per_s == pytest.approx(8 / row.step_s)
+    assert row.gpu_hours == pytest.approx(3 * 2 * (1000 // 8) * row.step_s / 3600)  # ranks x epochs x steps
+    assert row.bytes_per_rank < rows["{8: 1, 6: 1, 4: 1}"].bytes_per_rank  # 3 clips on a rank, not 8
+    print_plan(summary)
+    output = capsys.readouterr().out
+    assert f"recommended: parallel.groups={summary.recommended}: " in output
+    assert "nothing measured" in output
 
 
-def test_checkpointed_blocks_are_computed_twice(tmp_path: Path) -> None:
-    plain = analytic_passes(tiny(tmp_path, plan=MACS_PER_S))
-    again = analytic_passes(tiny(tmp_path, plan=MACS_PER_S, train={"activation_checkpointing": True}))
-    for point, passes in plain.items():
-        assert again[point].forward == passes.forward
-        assert again[point].backward.seconds(6) == pytest.approx(passes.seconds(6))
+def test_measuring_restores_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(stopwatch: Stopwatch) -> Round:  # noqa: ARG001
+        assert torch.get_num_threads() == 1
+        raise RunError("no measurement")
+
+    monkeypatch.setattr(Stopwatch, "measure", fail)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(RunError, match="no measurement"):
+            plan(tiny(tmp_path), 1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_checkpointed_backward_pass_repeats_the_forward_pass(tmp_path: Path) -> None:
+    once = analytic_passes(tiny(tmp_path, plan=MACS_PER_S))
+    twice = analytic_passes(tiny(tmp_path, plan=MACS_PER_S, train={"activation_checkpointing": True}))
+    for point, passes in once.items():
+        assert twice[point].forward == passes.forward
+        assert twice[point].backward.seconds(6) == pytest.approx(passes.seconds(6))
 
 
 def test_the_clips_of_an_epoch_come_from_the_manifest(tmp_path: Path) -> None:
     runs.make_data(tmp_path / "data")
     config = tiny(tmp_path, plan=MACS_PER_S)
-    assert plan(config, 1)["clips_an_epoch"] is None
+    assert plan(config, 1).clips_an_epoch is None
     train_videos = int((index(config)["split"] == "train").sum())
-    assert plan(config, 1)["clips_an_epoch"] == train_videos
+    assert plan(config, 1).clips_an_epoch == train_videos
 
 
-def test_the_command_measures_and_prints(tmp_path: Path) -> None:
+def test_the_command_measures_and_prints_json(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
@@ -115,34 +133,38 @@ def test_the_command_measures_and_prints(tmp_path: Path) -> None:
         "{8+4: 1, 6: 1}",
         "{8+6: 1, 4: 1}",
     }
-    assert all(row["step_s"] > 0 for row in result["layouts"])
+    # A measured step takes at least the passes of the busiest rank, and the recommendation is the fastest layout.
+    steps = {row["groups"]: row["step_s"] for row in result["layouts"]}
+    slowest_pass_s = max(2 * p["forward_per_clip_s"] + 2 * p["backward_per_clip_s"] for p in result["passes"].values())
+    assert min(steps.values()) >= slowest_pass_s
+    assert steps[result["recommended"]] <= 1.02 * min(steps.values())
     assert result["passes"].keys() == {"8", "6", "4"}
-    # What it recommends is a layout that training takes.
+    # Training accepts the recommended layout.
     changed = config.model_dump(mode="json")
     changed["parallel"]["groups"] = None if result["recommended"] == "null" else "auto"
     assert make_plan(make_config(changed), 2, dict.fromkeys(config.model.points, 1.0)).ranks == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),
         ([], "Missing option '--gpus'"),
-        (["--gpus", "99", "plan.macs_per_s=1e9"], "99 ranks, but a step has only 8 clips"),
+        (["--gpus", "99", "plan.macs_per_s=1e9"], "99 ranks, but a micro-batch has only 8 clips"),
         (["--gpus", "2", "plan.bandwidth=3"], "unknown key plan.bandwidth; did you mean plan.bandwidth_gbps?"),
         (["--gpus", "2", "plan.macs_per_s=0"], "plan.macs_per_s: input should be greater than 0"),
     ],
 )
-def test_the_command_refuses_what_cannot_be(tmp_path: Path, words: list[str], said: str) -> None:
+def test_the_command_rejects_bad_input(tmp_path: Path, words: list[str], message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(tiny(tmp_path)))
     done = runs.command("plan", path, *words)
     assert done.returncode == 2
-    assert said in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert done.stdout == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torch sees no GPU"):
         plan(tiny(tmp_path, run={"device": "cuda"}), 2)

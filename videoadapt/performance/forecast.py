@@ -1,8 +1,8 @@
-"""How long a step would take in a layout of ranks, as arithmetic alone: times of passes in, time of the step out.
+"""Predicts the time of a training step in a layout of ranks from the times of single passes.
 
-A pass over more clips takes longer along a straight line. The slowest rank decides, the students wait for the
-teacher's logits, and the gradients are summed in a ring. What the model leaves out: decoding, latency of messages,
-and ranks that slow each other down.
+The prediction is arithmetic and measures nothing. The time of a pass grows linearly with the number of clips. The
+slowest rank decides, students wait for the teacher's logits, and gradients are summed in a ring all-reduce. The model
+ignores decoding, the latency of messages, and ranks that slow each other down.
 """
 
 from __future__ import annotations
@@ -13,25 +13,36 @@ from dataclasses import dataclass
 from videoadapt.config.points import Point
 from videoadapt.training.groups import Group, GroupPlan, consecutive_groups, even_counts, split_evenly
 
-_BUCKET_BYTES = 25 << 20  # in which DistributedDataParallel sends gradients: the last one is there when nothing is left
+# DistributedDataParallel sends gradients in buckets of this size while the backward pass still runs.
+# Only the last bucket has no computation left to overlap with.
+_BUCKET_BYTES = 25 << 20
 
 
 @dataclass(frozen=True)
 class LinearTime:
-    """Seconds of a pass: so many whatever it computes, and so many for each clip."""
+    """Seconds of a pass: a fixed cost, and a cost for each clip."""
 
     fixed_s: float
     per_clip_s: float
 
     @classmethod
     def through(cls, few: tuple[int, float], many: tuple[int, float]) -> LinearTime:
-        """The line through two measurements (clips, seconds); a part that noise would make negative is 0."""
+        """Returns the line through two measurements.
+
+        Args:
+            few: Number of clips and seconds of the smaller batch.
+            many: Number of clips and seconds of the larger batch.
+
+        Returns:
+            The line, with both costs at least 0: noise can make the slope or the intercept of the exact line negative.
+        """
         slope = max((many[1] - few[1]) / (many[0] - few[0]), 0.0)
         fixed = few[1] - slope * few[0]
+        # Without a fixed cost the line goes through the origin and the larger batch, which is the less noisy point.
         return cls(fixed, slope) if fixed >= 0.0 else cls(0.0, many[1] / many[0])
 
     def seconds(self, clips: int) -> float:
-        """Of a pass over so many clips."""
+        """Returns the seconds of a pass over `clips` clips."""
         return self.fixed_s + self.per_clip_s * clips
 
 
@@ -43,147 +54,189 @@ class Passes:
     backward: LinearTime
 
     def seconds(self, clips: int) -> float:
-        """Of both."""
+        """Returns the seconds of both passes over `clips` clips."""
         return self.forward.seconds(clips) + self.backward.seconds(clips)
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What every step has to do, whatever the layout.
-
-    `parts` is `train.accumulate`, and `pairs` whether clips are mixed in pairs. `logits_bytes` are those of one clip.
-    """
+    """The work of one optimizer step, the same in every layout of ranks."""
 
     passes: Mapping[str, Passes]  # by point, costliest first
     draws: Mapping[tuple[str, ...], float]  # the points that a step may train, with their probabilities
     optimizer_s: float
-    gradient_bytes: int
-    logits_bytes: int
-    clips: int
-    parts: int
-    pairs: bool
+    gradient_bytes: int  # all gradients of the model
+    logits_bytes: int  # the teacher's logits on one clip
+    clips: int  # of the global batch
+    micro_batches: int  # `train.accumulate`
+    pairs: bool  # whether mixup or cutmix mixes clips in pairs, which then stay on one rank
 
     @property
-    def clips_of_part(self) -> int:
-        """Clips that are run at once, over all ranks of a group."""
-        return self.clips // self.parts
+    def clips_per_micro_batch(self) -> int:
+        """Clips of one micro-batch, summed over all ranks of a group."""
+        return self.clips // self.micro_batches
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is between the ranks. Where the ranks' own cores do the sending, nothing overlaps with computing."""
+    """The connection between ranks."""
 
     bytes_per_s: float
-    overlaps: bool
+    overlaps: bool  # False on CPUs: the cores that compute also send, so that sending cannot overlap with computing
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A step in one layout, the mean over what may be drawn.
-
-    `utilisation` is the share of the ranks' time that passes take, in (0, 1].
-    """
+    """The predicted step in one layout, the mean over all draws."""
 
     plan: GroupPlan
     step_s: float
     passes_s: float  # until the slowest rank has its gradients
-    communication_s: float  # that the step takes longer for the sum of the gradients
-    utilisation: float
+    communication_s: float  # what summing the gradients adds to the step
+    utilisation: float  # fraction of the ranks' time that passes take, in (0, 1]
+
+
+@dataclass(frozen=True)
+class _StepTimes:
+    """Seconds of a step with one draw; the first three as in `Forecast`."""
+
+    step_s: float
+    passes_s: float
+    communication_s: float
+    busy_s: float  # passes, summed over all ranks
 
 
 def forecast(plan: GroupPlan, work: StepWork, network: Network) -> Forecast:
-    """The time of a step of `work` by a plan's ranks."""
-    steps = [(chance, _step(plan, draw, work, network)) for draw, chance in work.draws.items()]
-    step_s, slowest, communication_s, busy_s = (sum(c * step[i] for c, step in steps) for i in range(4))
-    return Forecast(plan, step_s, slowest, communication_s, busy_s / (plan.ranks * step_s))
+    """Predicts the time of a step of `work` by the ranks of `plan`."""
+    steps = [(probability, _step(plan, draw, work, network)) for draw, probability in work.draws.items()]
+    step_s = sum(p * step.step_s for p, step in steps)
+    return Forecast(
+        plan,
+        step_s,
+        passes_s=sum(p * step.passes_s for p, step in steps),
+        communication_s=sum(p * step.communication_s for p, step in steps),
+        utilisation=sum(p * step.busy_s for p, step in steps) / (plan.ranks * step_s),
+    )
 
 
-def _step(
-    plan: GroupPlan, draw: tuple[str, ...], work: StepWork, network: Network
-) -> tuple[float, float, float, float]:
-    """Seconds of a step that trains the points of a draw, as `Forecast` has them, and of all ranks' passes in it."""
-    plan = GroupPlan(tuple(_drawn(group, draw) for group in plan.groups))
-    shares = {group: _shares(group, work) for group in plan.groups}
-    logits_s = work.clips_of_part * work.logits_bytes / network.bytes_per_s if len(plan.groups) > 1 else 0.0
-    teachers = plan.groups[0]
-    first, part_s = work.passes[teachers.points[0]].forward, _part_s(teachers, max(shares[teachers]), work)
-    sent = [part * part_s + first.seconds(max(shares[teachers])) + logits_s for part in range(work.parts)]
-    ends = {group: _end(group, max(shares[group]), work, None if group is teachers else sent) for group in plan.groups}
-    begins = [ends[g] - work.passes[g.points[-1]].backward.seconds(max(shares[g])) for g in plan.groups if g.points]
-    slowest = max(ends.values())
+def _step(plan: GroupPlan, draw: tuple[str, ...], work: StepWork, network: Network) -> _StepTimes:
+    """Times a step that trains only the points of `draw`."""
+    plan = GroupPlan(tuple(_only_drawn(group, draw) for group in plan.groups))
+    clips_per_rank = {group: _clips_per_rank(group, work) for group in plan.groups}
+    # The rank with the most clips is the slowest of its group, and the others wait for it in the all-reduce.
+    most_clips = {group: max(clips) for group, clips in clips_per_rank.items()}
+    logits_at = _logits_arrive_at(plan, most_clips[plan.groups[0]], work, network)
+    gradients_at = {
+        group: _gradients_ready_at(group, clips, work, None if group is plan.groups[0] else logits_at)
+        for group, clips in most_clips.items()
+    }
+    last_backward_at = [
+        gradients_at[group] - work.passes[group.points[-1]].backward.seconds(most_clips[group])
+        for group in plan.groups
+        if group.points  # no point of the group may be drawn; its ranks then join the all-reduce with zeros
+    ]
+    passes_s = max(gradients_at.values())
 
+    # A ring all-reduce sends 2 (n - 1) / n of the bytes from each rank to the next.
     reduce_s = 2 * (plan.ranks - 1) / plan.ranks * work.gradient_bytes / network.bytes_per_s
-    # The sum begins when all ranks are in their last backward pass, and its last bucket when all are through.
-    last_s = reduce_s * min(1.0, _BUCKET_BYTES / work.gradient_bytes)
-    done = max(slowest + last_s, max(begins) + reduce_s) if network.overlaps else slowest + reduce_s
-    step_s = done + work.optimizer_s
-    busy_s = sum(work.parts * _part_s(group, clips, work) for group in plan.groups for clips in shares[group])
-    return step_s, slowest, done - slowest, busy_s
+    last_bucket_s = reduce_s * min(1.0, _BUCKET_BYTES / work.gradient_bytes)
+    # With overlap the all-reduce starts when all ranks run their last backward pass,
+    # and its last bucket starts when all of them have finished it.
+    if network.overlaps:
+        reduced_at = max(passes_s + last_bucket_s, max(last_backward_at) + reduce_s)
+    else:
+        reduced_at = passes_s + reduce_s
+    busy_s = sum(
+        work.micro_batches * _micro_batch_s(group, clips, work)
+        for group in plan.groups
+        for clips in clips_per_rank[group]
+    )
+    return _StepTimes(reduced_at + work.optimizer_s, passes_s, reduced_at - passes_s, busy_s)
 
 
-def _drawn(group: Group, draw: tuple[str, ...]) -> Group:
+def _only_drawn(group: Group, draw: tuple[str, ...]) -> Group:
     return Group(tuple(point for point in group.points if point in draw), group.ranks)
 
 
+def _clips_per_rank(group: Group, work: StepWork) -> list[int]:
+    """Clips of a micro-batch on each rank of the group."""
+    split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
+    return [len(positions) for positions in split]
+
+
+def _micro_batch_s(group: Group, clips: int, work: StepWork) -> float:
+    return sum(work.passes[point].seconds(clips) for point in group.points)
+
+
+def _logits_arrive_at(plan: GroupPlan, teacher_clips: int, work: StepWork, network: Network) -> list[float]:
+    """Seconds after which the students have the teacher's logits of each micro-batch."""
+    teachers = plan.groups[0]
+    # A single group has its teacher on every rank and sends no logits.
+    sending_s = work.clips_per_micro_batch * work.logits_bytes / network.bytes_per_s if len(plan.groups) > 1 else 0.0
+    forward_s = work.passes[teachers.points[0]].forward.seconds(teacher_clips)
+    micro_batch_s = _micro_batch_s(teachers, teacher_clips, work)
+    # Teachers do not wait: the forward pass of micro-batch i starts as soon as micro-batch i - 1 is done.
+    return [number * micro_batch_s + forward_s + sending_s for number in range(work.micro_batches)]
+
+
+def _gradients_ready_at(group: Group, clips: int, work: StepWork, logits_at: Sequence[float] | None) -> float:
+    """Seconds after which a rank has its gradients; `logits_at` is None for teachers."""
+    if not group.points:
+        return 0.0
+    forward_s = work.passes[group.points[0]].forward.seconds(clips)
+    rest_s, now_s = _micro_batch_s(group, clips, work) - forward_s, 0.0
+    for number in range(work.micro_batches):
+        # The first forward pass of a student runs while the logits travel; everything after it needs them.
+        now_s = max(now_s + forward_s, logits_at[number] if logits_at else 0.0) + rest_s
+    return now_s
+
+
+def layouts(work: StepWork, ranks: int) -> list[GroupPlan]:
+    """Returns the layouts of `ranks` ranks that are worth a forecast.
+
+    The first layout has no groups. For each way to partition the lengths into groups, the ranks are spread by load,
+    as `parallel.groups: auto` does for one group per length. Each spread with one rank moved from one group to another
+    is included too, because the load ignores waiting and communication.
+
+    Returns:
+        Different plans without a rank that has no clip; empty if every plan has such a rank.
+    """
+    points = tuple(work.passes)
+    plans = {GroupPlan((Group(points, range(ranks)),)): None}  # a dict removes duplicates and keeps the order
+    lengths = list(dict.fromkeys(Point.parse(point).length for point in points))
+    for partition in _partitions(lengths):
+        if not 1 < len(partition) <= ranks:
+            continue
+        groups = [tuple(point for point in points if Point.parse(point).length in members) for members in partition]
+        loads = [_expected_s(group, work) for group in groups]
+        for counts in _with_neighbours(even_counts(loads, ranks)):
+            plans[consecutive_groups(zip(groups, counts, strict=True), points)] = None
+    # Mixed clips stay in pairs, so that a rank needs at least one whole pair.
+    units = work.clips_per_micro_batch // 2 if work.pairs else work.clips_per_micro_batch
+    return [plan for plan in plans if max(len(group.ranks) for group in plan.groups) <= units]
+
+
 def _expected_s(points: Sequence[str], work: StepWork) -> float:
-    """Of the passes at some points in a mean step."""
+    """Seconds of one rank for all passes at some points, the mean over draws."""
     return sum(
-        chance * work.passes[point].seconds(work.clips_of_part)
-        for draw, chance in work.draws.items()
+        probability * work.passes[point].seconds(work.clips_per_micro_batch)
+        for draw, probability in work.draws.items()
         for point in points
         if point in draw
     )
 
 
-def _shares(group: Group, work: StepWork) -> list[int]:
-    return [len(share) for share in split_evenly(work.clips_of_part, len(group.ranks), pairs=work.pairs)]
-
-
-def _part_s(group: Group, clips: int, work: StepWork) -> float:
-    return sum(work.passes[point].seconds(clips) for point in group.points)
-
-
-def _end(group: Group, clips: int, work: StepWork, sent: Sequence[float] | None) -> float:
-    """When a rank has its gradients; a student's first forward pass runs while it waits for each part's logits."""
-    if not group.points:
-        return 0.0
-    first = work.passes[group.points[0]].forward.seconds(clips)
-    rest, now = _part_s(group, clips, work) - first, 0.0
-    for part in range(work.parts):
-        now = max(now + first, sent[part] if sent else 0.0) + rest
-    return now
-
-
-def layouts(work: StepWork, ranks: int) -> list[GroupPlan]:
-    """Plans for so many ranks: no groups, and for each way to group the lengths, the ranks spread by load.
-
-    Besides the even spread (what `auto` does, where each length has a group), each that moves one rank from one group
-    to another. Plans in which a rank would have no clip are left out.
-    """
-    points = tuple(work.passes)
-    plans = {GroupPlan((Group(points, range(ranks)),)): None}  # a dict keeps their order
-    lengths = list(dict.fromkeys(Point.parse(point).length for point in points))
-    for sets in _partitions(lengths):
-        if not 1 < len(sets) <= ranks:
-            continue
-        groups = [tuple(point for point in points if Point.parse(point).length in lengths) for lengths in sets]
-        loads = [_expected_s(group, work) for group in groups]
-        for counts in _with_neighbours(even_counts(loads, ranks)):
-            plans[consecutive_groups(zip(groups, counts, strict=True), points)] = None
-    units = work.clips_of_part // 2 if work.pairs else work.clips_of_part
-    return [plan for plan in plans if max(len(group.ranks) for group in plan.groups) <= units]
-
-
 def _with_neighbours(counts: list[int]) -> Iterator[list[int]]:
+    """Yields `counts`, then each variant with one rank moved from one group to another."""
     yield counts
-    for giver, count in enumerate(counts):
-        for taker in range(len(counts)):
-            if giver != taker and count > 1:
-                yield [n - (i == giver) + (i == taker) for i, n in enumerate(counts)]
+    for source, count in enumerate(counts):
+        for target in range(len(counts)):
+            if source != target and count > 1:  # every group keeps at least one rank
+                yield [n - (i == source) + (i == target) for i, n in enumerate(counts)]
 
 
 def _partitions(items: list[int]) -> Iterator[list[list[int]]]:
-    """All ways to put items into groups."""
+    """Yields all ways to partition `items` into groups."""
     if not items:
         yield []
         return
@@ -195,7 +248,7 @@ def _partitions(items: list[int]) -> Iterator[list[list[int]]]:
 
 
 def groups_setting(plan: GroupPlan) -> str:
-    """What `parallel.groups` is for a plan: `{14: 2, 10+7: 1}`, or `null`."""
+    """Returns the value of `parallel.groups` for a plan, as in a YAML file: `{14: 2, 10+7: 1}`, or `null`."""
     if len(plan.groups) == 1:
         return "null"
     keys = ["+".join(dict.fromkeys(str(Point.parse(p).length) for p in group.points)) for group in plan.groups]

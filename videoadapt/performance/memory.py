@@ -1,4 +1,4 @@
-"""The memory that training takes on a rank, counted without computing anything."""
+"""Predicts the memory that training takes on a rank without computing anything."""
 
 from __future__ import annotations
 
@@ -12,63 +12,88 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from videoadapt.config.load import Config
 from videoadapt.model.timesformer import TimeSformer
 
+_FLOAT_BYTES = 4  # weights, gradients and optimizer state are float32, also with run.precision=bf16
+
 
 def parameter_count(config: Config) -> int:
-    """Numbers that the model of a config learns, at all its points."""
-    with torch.device("meta"):
+    """Returns the number of learnt values in the model of a config, at all its points together."""
+    with torch.device("meta"):  # shapes without memory
         return sum(parameter.numel() for parameter in TimeSformer(config.model).parameters())
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training takes on a rank, without the buffers of kernels and of the network."""
+    """Bytes of training on one rank, without the workspaces of kernels and the buffers of the network.
 
-    state: int  # weights, gradients, optimizer state, moving average
-    saved: Mapping[str, tuple[int, int]]  # by point, what waits for the backward pass: in any case, and for each clip
+    Attributes:
+        state: Weights, gradients, optimizer state and moving average (EMA).
+        saved: By point, the activations that are kept for the backward pass: fixed bytes, and bytes for each clip.
+    """
+
+    state: int
+    saved: Mapping[str, tuple[int, int]]
 
     def bytes(self, points: Sequence[str], clips: int) -> int:
-        """Of a rank that trains so many clips at once; points run one after the other, so the largest counts."""
+        """Returns the bytes of a rank that trains `points` on micro-batches of `clips` clips.
+
+        Points run one after the other, so that only the point with the largest activations counts.
+        """
         return self.state + max(fixed + per_clip * clips for fixed, per_clip in (self.saved[p] for p in points))
 
 
 def training_memory(config: Config, device: torch.device) -> Memory:
-    """What training the model of a config takes, without `train.compile`, which saves some of it."""
+    """Predicts the memory of training. `train.compile` takes less, because fused kernels keep fewer activations."""
     train = config.train
+    # Weights and gradients; AdamW keeps two values per weight, SGD one with momentum; the EMA is another copy.
     copies = 2 + (2 if train.optimizer == "adamw" else train.momentum > 0) + (train.ema is not None)
     saved = {}
     for point in config.model.points:
         one, two = (_saved(config, point, clips, device) for clips in (1, 2))
-        saved[point] = (2 * one - two, two - one)
-    return Memory(4 * copies * parameter_count(config), saved)
+        saved[point] = (2 * one - two, two - one)  # the line through both: intercept and slope
+    return Memory(_FLOAT_BYTES * copies * parameter_count(config), saved)
 
 
 def _saved(config: Config, point: str, clips: int, device: torch.device) -> int:
     whole = saved_bytes(config, point, clips, device, checkpointing=False)
     if not config.train.activation_checkpointing:
         return whole
-    # Each block is computed again, one at a time.
+    # The backward pass recomputes one block at a time and then holds that block's activations besides.
     return saved_bytes(config, point, clips, device, checkpointing=True) + whole // config.model.depth
 
 
 def saved_bytes(config: Config, point: str, clips: int, device: torch.device, *, checkpointing: bool) -> int:
-    """What a forward pass keeps for the backward pass, weights apart; torch's fake tensors have shapes and no data."""
+    """Counts the bytes that a forward pass keeps for the backward pass.
+
+    The pass runs on torch's fake tensors, which have shapes and no data.
+
+    Args:
+        config: Gives the model and the precision.
+        point: The point of the pass.
+        clips: The batch size.
+        device: Decides which attention kernel runs, and so what it keeps.
+        checkpointing: Whether activations are recomputed per block.
+
+    Returns:
+        Bytes of all different storages, without the parameters.
+    """
     with torch.device("meta"):
         model = TimeSformer(config.model).train()
     model.activation_checkpointing = checkpointing
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its number
+        # The dict holds the tensor: a freed storage could give its address to another one.
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        shape = (clips, 3, config.model.num_frames, config.model.size, config.model.size)
+        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        shape = (clips, 3, config.model.num_frames, config.model.size, config.model.size)  # B C T H W
         frames, bf16 = torch.empty(shape, device=device), config.run.precision == "bf16"
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         ):
             model(frames, point)
-        return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in own)
+        return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)

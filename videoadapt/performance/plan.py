@@ -1,12 +1,15 @@
-"""`plan`: before a job is started, how long its steps would take in each layout of ranks, and what it would cost.
+"""`videoadapt plan`: predicts the step time, memory and GPU-hours of every layout of ranks before a job starts.
 
-Times of passes are measured on this machine, or follow from MACs and a rate; `forecast` makes steps of them.
+The times of single passes are measured on this machine, or computed from MACs and a rate (`plan.macs_per_s`).
+`forecast` turns them into the time of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -32,17 +35,100 @@ from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import make_plan, split_evenly
 
-_ROUNDS = 5  # of measuring
-_SHOWN = 12  # layouts in the table
-_ALIKE = 0.02  # a layout has to be so much faster to be worth groups
-_FLOAT_BYTES = 4
-_CPU_MACS = 25_000_000_000  # of a forward pass, in a second with its backward pass
+_ROUNDS = 5  # of measuring; the median of five ignores two disturbed rounds
+_SHOWN = 12  # layouts in the printed table
+_MIN_GAIN = 0.02  # groups must be faster by this fraction: they need more communication, and forecasts have errors
+_FLOAT_BYTES = 4  # gradients and logits travel as float32
+_CPU_MACS = 25_000_000_000  # of a forward pass that takes about a second on a core, with its backward pass
+
+
+@dataclass(frozen=True)
+class LayoutRow:
+    """One layout in `plan.json`."""
+
+    groups: str  # the value of `parallel.groups`
+    step_s: float
+    communication_s: float
+    clips_per_s: float
+    utilisation: float  # fraction of the ranks' time that passes take
+    bytes_per_rank: int  # on the rank that needs most
+    gpu_hours: float | None  # for all epochs; None if the clips of an epoch are unknown
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """The content of `plan.json`."""
+
+    gpus: int
+    device: str  # "analytic" if the times follow from MACs
+    clips: int  # of a step
+    macs_per_s: float | None  # `plan.macs_per_s`
+    measured_at_clips: list[int] | None  # the two batch sizes; None if nothing was measured
+    passes: dict[str, dict[str, float]]  # by point: fixed and per-clip seconds of both passes
+    optimizer_s: float
+    gradient_bytes: int
+    clips_an_epoch: int | None
+    epochs: int
+    layouts: list[LayoutRow]  # fastest first
+    groups_of_the_config: str | None  # None if it needs another number of ranks
+    recommended: str
+    why: str
+
+
+def plan(config: Config, gpus: int) -> PlanSummary:
+    """Predicts all layouts, recommends one, and writes `plan.json` into the run folder.
+
+    Args:
+        config: The run's config.
+        gpus: Number of ranks; without a GPU, processes with one core each.
+
+    Raises:
+        UserError: `gpus` is not positive, or every layout has a rank without a clip.
+        ConfigError: `run.device` is not available.
+    """
+    if gpus < 1:
+        raise UserError(f"--gpus: expected 1 or more, got {gpus}")
+    device, rate = pick_device(config.run.device), config.plan.macs_per_s
+    sizes = _sizes(config, gpus, device)
+    passes, optimizer_s = (analytic_passes(config), 0.0) if rate else _measured(config, sizes)
+    work = work_of(config, passes, optimizer_s)
+    # A rate describes GPUs, even if the machine that plans has none.
+    network = Network(config.plan.bandwidth_gbps * 1e9 / 8, overlaps=device.type == "cuda" or rate is not None)
+    plans = layouts(work, gpus)
+    if not plans:
+        raise UserError(
+            f"--gpus: {gpus} ranks, but a micro-batch has only {work.clips_per_micro_batch} clips (train.batch / "
+            "train.accumulate); take fewer ranks, or raise train.batch"
+        )
+    forecasts = sorted((forecast(layout, work, network) for layout in plans), key=lambda f: f.step_s)
+    best = recommended(forecasts)
+    clips_an_epoch = config.plan.clips or _manifest_clips(config)
+    memory = training_memory(config, device)
+    summary = PlanSummary(
+        gpus=gpus,
+        device="analytic" if rate else device.type,
+        clips=work.clips,
+        macs_per_s=rate,
+        measured_at_clips=None if rate else list(sizes),
+        passes={point: _pass_row(each) for point, each in passes.items()},
+        optimizer_s=optimizer_s,
+        gradient_bytes=work.gradient_bytes,
+        clips_an_epoch=clips_an_epoch,
+        epochs=config.train.epochs,
+        layouts=[_layout_row(each, work, memory, config, clips_an_epoch) for each in forecasts],
+        groups_of_the_config=_groups_of_config(config, gpus, work),
+        recommended=groups_setting(best.plan),
+        why=reason_for(best, forecasts),
+    )
+    write_json(config.run.dir / "plan.json", dataclasses.asdict(summary))
+    return summary
 
 
 def analytic_passes(config: Config) -> dict[str, Passes]:
-    """Passes at `plan.macs_per_s`; a backward pass has twice the MACs of a forward pass.
+    """Returns passes by point that run at `plan.macs_per_s` and have no fixed cost.
 
-    With `train.activation_checkpointing` it computes the forward pass again before.
+    A backward pass has twice the MACs of a forward pass. With `train.activation_checkpointing` it also repeats the
+    forward pass.
     """
     rate = config.plan.macs_per_s
     assert rate is not None
@@ -52,7 +138,7 @@ def analytic_passes(config: Config) -> dict[str, Passes]:
 
 
 def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) -> StepWork:
-    """A step of `train.batch` clips."""
+    """Returns the work of a step of `train.batch` clips, given the times of its passes and of the optimizer."""
     return StepWork(
         passes,
         possible_draws(config.model.points, config.train.draw),
@@ -60,78 +146,38 @@ def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) ->
         gradient_bytes=_FLOAT_BYTES * parameter_count(config),
         logits_bytes=_FLOAT_BYTES * config.model.num_classes,
         clips=config.train.batch,
-        parts=config.train.accumulate,
+        micro_batches=config.train.accumulate,
         pairs=config.data.mixes,
     )
 
 
-def plan(config: Config, gpus: int) -> dict[str, Any]:
-    """Forecasts of all layouts on so many ranks, fastest first, and the one to take; what `plan.json` in the run holds.
-
-    `gpus` are ranks: without a GPU, processes with a core each. Raises `UserError` where no layout gives each rank a
-    clip, `ConfigError` where `run.device` is not there.
-    """
-    if gpus < 1:
-        raise UserError(f"--gpus: expected 1 or more, got {gpus}")
-    device = pick_device(config.run.device)
-    sizes = _sizes(config, gpus, device)
-    passes, optimizer_s = (analytic_passes(config), 0.0) if config.plan.macs_per_s else _measured(config, sizes)
-    work = work_of(config, passes, optimizer_s)
-    # A rate is given for GPUs that need not be here.
-    overlaps = device.type == "cuda" or config.plan.macs_per_s is not None
-    network = Network(config.plan.bandwidth_gbps * 1e9 / 8, overlaps)
-    plans = layouts(work, gpus)
-    if not plans:
-        raise UserError(
-            f"--gpus: {gpus} ranks, but a step has only {work.clips_of_part} clips at once (train.batch / "
-            "train.accumulate); take fewer ranks, or raise train.batch"
-        )
-    forecasts = sorted((forecast(each, work, network) for each in plans), key=lambda f: f.step_s)
-    best = recommended(forecasts)
-    clips = config.plan.clips or _manifest_clips(config)
-    memory = training_memory(config, device)
-    result = {
-        "gpus": gpus,
-        "device": "analytic" if config.plan.macs_per_s else device.type,
-        "clips": work.clips,
-        "macs_per_s": config.plan.macs_per_s,
-        "measured_at_clips": None if config.plan.macs_per_s else list(sizes),
-        "passes": {point: _pass_row(each) for point, each in passes.items()},
-        "optimizer_s": optimizer_s,
-        "gradient_bytes": work.gradient_bytes,
-        "clips_an_epoch": clips,
-        "epochs": config.train.epochs,
-        "layouts": [
-            _row(each, work, memory) | {"gpu_hours": gpu_hours(each, config, clips) if clips else None}
-            for each in forecasts
-        ],
-        "groups_of_the_config": _configured(config, gpus, work),
-        "recommended": groups_setting(best.plan),
-        "why": reason_for(best, forecasts),
-    }
-    write_json(config.run.dir / "plan.json", result)
-    return result
-
-
 def _sizes(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
-    """Few and many clips of a pass: a rank's share of a step and twice that; on a CPU no more than a second's work."""
-    share = max(1, config.train.batch // config.train.accumulate // ranks)
+    """Batch sizes to measure: the clips of a rank in a micro-batch without groups, and twice as many."""
+    clips = max(1, config.train.batch // config.train.accumulate // ranks)
     if device.type == "cpu":
-        share = min(share, max(1, _CPU_MACS // max(point_macs(config.model).values())))
-    return share, 2 * share
+        clips = min(clips, max(1, _CPU_MACS // max(point_macs(config.model).values())))
+    return clips, 2 * clips
 
 
 def _measured(config: Config, sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:
     torch.manual_seed(config.run.seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a rank without a GPU is a core
-    stopwatch, rounds = Stopwatch(config, sizes), []
-    with Bar("plan: measuring passes", total=1 + _ROUNDS, unit="rounds") as bar:
+    with _one_thread(), Bar("plan: measuring passes", total=1 + _ROUNDS, unit="rounds") as bar:
+        stopwatch, rounds = Stopwatch(config, sizes), []
         for _ in range(1 + _ROUNDS):
             rounds.append(stopwatch.measure())
             bar.step()
-    torch.set_num_threads(threads)
-    return fitted(rounds[1:], sizes)
+    return fitted(rounds[1:], sizes)  # without the warm-up
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Limits torch to one thread, because a rank without a GPU has one core. Restores the number on the way out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _manifest_clips(config: Config) -> int | None:
@@ -139,12 +185,11 @@ def _manifest_clips(config: Config) -> int | None:
     return len(Manifest.load(path).split("train").readable) if path.exists() else None
 
 
-def _configured(config: Config, gpus: int, work: StepWork) -> str | None:
-    """The layout that `parallel.groups` gives now; none if it needs another number of ranks."""
-    costs = {point: each.seconds(1) for point, each in work.passes.items()}
+def _groups_of_config(config: Config, gpus: int, work: StepWork) -> str | None:
+    costs = {point: passes.seconds(1) for point, passes in work.passes.items()}
     try:
         return groups_setting(make_plan(config, gpus, costs))
-    except ConfigError:
+    except ConfigError:  # the config's groups need another number of ranks
         return None
 
 
@@ -157,36 +202,43 @@ def _pass_row(passes: Passes) -> dict[str, float]:
     }
 
 
-def _row(each: Forecast, work: StepWork, memory: Memory) -> dict[str, Any]:
-    shares = {
-        group: max(map(len, split_evenly(work.clips_of_part, len(group.ranks), pairs=work.pairs)))
-        for group in each.plan.groups
-    }
-    return {
-        "groups": groups_setting(each.plan),
-        "step_s": each.step_s,
-        "communication_s": each.communication_s,
-        "clips_per_s": work.clips / each.step_s,
-        "utilisation": each.utilisation,
-        "bytes_per_rank": max(memory.bytes(group.points, clips) for group, clips in shares.items()),
-    }
+def _layout_row(each: Forecast, work: StepWork, memory: Memory, config: Config, clips: int | None) -> LayoutRow:
+    bytes_per_rank = []
+    for group in each.plan.groups:
+        split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
+        bytes_per_rank.append(memory.bytes(group.points, max(map(len, split))))
+    return LayoutRow(
+        groups=groups_setting(each.plan),
+        step_s=each.step_s,
+        communication_s=each.communication_s,
+        clips_per_s=work.clips / each.step_s,
+        utilisation=each.utilisation,
+        bytes_per_rank=max(bytes_per_rank),
+        gpu_hours=gpu_hours(each, config, clips) if clips else None,
+    )
 
 
 def gpu_hours(each: Forecast, config: Config, clips: int) -> float:
-    """Of all epochs, of so many clips."""
-    steps = clips // config.train.batch * config.train.epochs
+    """Returns the GPU-hours of all `train.epochs` epochs with `clips` clips each."""
+    steps = clips // config.train.batch * config.train.epochs  # the loader drops the last, smaller batch
     return each.plan.ranks * steps * each.step_s / 3600
 
 
 def recommended(forecasts: Sequence[Forecast]) -> Forecast:
-    """The fastest layout; no groups where they are slower by a little only, for they send neither logits nor clips."""
+    """Returns the fastest layout, or the layout without groups if it is slower by at most 2 %.
+
+    A layout without groups sends neither logits nor clips, so that a small gain does not justify groups.
+    """
     fastest = min(forecasts, key=lambda f: f.step_s)
-    plain = [f for f in forecasts if len(f.plan.groups) == 1 and f.step_s <= (1 + _ALIKE) * fastest.step_s]
-    return plain[0] if plain else fastest
+    ungrouped = [f for f in forecasts if len(f.plan.groups) == 1 and f.step_s <= (1 + _MIN_GAIN) * fastest.step_s]
+    return ungrouped[0] if ungrouped else fastest
 
 
 def reason_for(best: Forecast, forecasts: Sequence[Forecast]) -> str:
-    """A sentence: why this layout and not the best of the other kind."""
+    """Explains in one sentence why `best` is preferred to the best layout of the other kind.
+
+    The two kinds are groups and plain data parallelism, where every rank trains every point.
+    """
     grouped = len(best.plan.groups) > 1
     others = [f for f in forecasts if (len(f.plan.groups) > 1) != grouped]
     if not others:
@@ -198,52 +250,54 @@ def reason_for(best: Forecast, forecasts: Sequence[Forecast]) -> str:
             f"groups {groups_setting(best.plan)} beat every rank training every point by {gain:.0%}: a rank runs fewer "
             f"passes over more clips (ranks are busy {best.utilisation:.0%} of a step)"
         )
-    if gain > _ALIKE:
+    if gain > _MIN_GAIN:
         return (
-            f"plain data parallelism over all points beats groups by {gain:.0%}: the best of them, "
-            f"{groups_setting(other.plan)}, keeps its ranks busy only {other.utilisation:.0%} of a step instead of "
+            f"plain data parallelism over all points beats groups by {gain:.0%}: the best groups, "
+            f"{groups_setting(other.plan)}, keep their ranks busy only {other.utilisation:.0%} of a step instead of "
             f"{best.utilisation:.0%}"
         )
     return (
         f"plain data parallelism over all points is as fast as the best groups, {groups_setting(other.plan)}, within "
-        f"{_ALIKE:.0%}, and sends neither logits nor clips"
+        f"{_MIN_GAIN:.0%}, and sends neither logits nor clips"
     )
 
 
-def print_plan(result: dict[str, Any]) -> None:
-    """The layouts, the recommended one, and why."""
-    shown = [
+def print_plan(summary: PlanSummary) -> None:
+    """Prints the layouts, the recommended one, and the reason."""
+    rows = [
         row
-        for number, row in enumerate(result["layouts"])
-        if number < _SHOWN or row["groups"] in {"null", result["groups_of_the_config"]}
+        for number, row in enumerate(summary.layouts)
+        # Also beyond the limit: no groups, and the groups of the config.
+        if number < _SHOWN or row.groups in {"null", summary.groups_of_the_config}
     ]
-    title = f"{result['gpus']} ranks ({result['device']}), a step of {result['clips']} clips: predicted"
-    columns = ("parallel.groups", "step ms", "of it communication", "clips/s", "busy %", "GPU-hours", "GiB per rank")
-    print_table(title, columns, [_cells(row) for row in shown])
-    print("Passes: " + _how_measured(result) + "; decoding is not part of a step")
-    if result["clips_an_epoch"] is None:
+    title = f"{summary.gpus} ranks ({summary.device}), a step of {summary.clips} clips: predicted"
+    columns = ("parallel.groups", "step ms", "communication ms", "clips/s", "busy %", "GPU-hours", "GiB per rank")
+    print_table(title, columns, [_cells(row) for row in rows])
+    print(f"Passes: {_source_of_times(summary)}; decoding is not part of a step")
+    if summary.clips_an_epoch is None:
         print("GPU-hours: set plan.clips, or make the run's manifest with `videoadapt index`")
     else:
-        print(f"GPU-hours: {result['epochs']} epochs of {result['clips_an_epoch']} clips")
-    if (own := result["groups_of_the_config"]) is not None and own != result["recommended"]:
-        print(f"parallel.groups is {own} now")
-    print(f"recommended: parallel.groups={result['recommended']}: {result['why']}")
+        print(f"GPU-hours: {summary.epochs} epochs of {summary.clips_an_epoch} clips")
+    current = summary.groups_of_the_config
+    if current is not None and current != summary.recommended:
+        print(f"current: parallel.groups={current}")
+    print(f"recommended: parallel.groups={summary.recommended}: {summary.why}")
 
 
-def _how_measured(result: dict[str, Any]) -> str:
-    if result["measured_at_clips"] is None:
-        return f"MACs at {result['macs_per_s']:.3g} a second (plan.macs_per_s), nothing measured"
-    few, many = result["measured_at_clips"]
-    return f"measured here over {few} and {many} clips, medians of {_ROUNDS} rounds"
+def _source_of_times(summary: PlanSummary) -> str:
+    if summary.measured_at_clips is None:
+        return f"computed from {summary.macs_per_s:.3g} MACs per second (plan.macs_per_s), nothing measured"
+    few, many = summary.measured_at_clips
+    return f"measured on this machine with {few} and {many} clips, medians of {_ROUNDS} rounds"
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: LayoutRow) -> tuple[str, ...]:
     return (
-        "none" if row["groups"] == "null" else row["groups"],
-        f"{1000 * row['step_s']:.1f}",
-        f"{1000 * row['communication_s']:.1f}",
-        f"{row['clips_per_s']:.1f}",
-        f"{100 * row['utilisation']:.0f}",
-        "-" if row["gpu_hours"] is None else f"{row['gpu_hours']:.1f}",
-        f"{row['bytes_per_rank'] / (1 << 30):.2f}",
+        "none" if row.groups == "null" else row.groups,
+        f"{1000 * row.step_s:.1f}",
+        f"{1000 * row.communication_s:.1f}",
+        f"{row.clips_per_s:.1f}",
+        f"{100 * row.utilisation:.0f}",
+        "-" if row.gpu_hours is None else f"{row.gpu_hours:.1f}",
+        f"{row.bytes_per_rank / (1 << 30):.2f}",
     )

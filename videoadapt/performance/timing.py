@@ -1,4 +1,4 @@
-"""Seconds of forward and backward passes at each point, measured on made-up clips on this machine."""
+"""Measures forward and backward passes at each point on this machine, on random clips."""
 
 from __future__ import annotations
 
@@ -19,16 +19,29 @@ from videoadapt.training.optim import make_optimizer
 
 
 @dataclass(frozen=True)
-class Round:
-    """Seconds of forward and backward passes at each point, over few and over many clips, and of the optimizer."""
+class PassTime:
+    """Seconds of one forward and one backward pass."""
 
-    few: Mapping[str, tuple[float, float]]
-    many: Mapping[str, tuple[float, float]]
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of measurements; passes by point."""
+
+    few: Mapping[str, PassTime]  # over the smaller batch
+    many: Mapping[str, PassTime]  # over the larger batch
     optimizer_s: float
 
 
 class Stopwatch:
-    """A model that is trained on made-up clips to see how long its passes take; `sizes` are few and many clips."""
+    """Times the passes and the optimizer of a config's model.
+
+    Args:
+        config: Gives the model, the losses, the optimizer, the device and the precision.
+        sizes: Numbers of clips of the smaller and the larger batch.
+    """
 
     def __init__(self, config: Config, sizes: tuple[int, int]) -> None:
         self.config, self.sizes, self.device = config, sizes, pick_device(config.run.device)
@@ -38,46 +51,59 @@ class Stopwatch:
         self._optimizer = make_optimizer(self.model.named_parameters(), config.train)
 
     def measure(self) -> Round:
-        """One round; the first one also warms up and does not count."""
+        """Measures one round. The first round also compiles and fills caches, so callers should drop it."""
         few, many = ({point: self._pass(point, clips) for point in self.config.model.points} for clips in self.sizes)
-        before = now(self.device)
+        begin = now(self.device)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad or float("inf"))
         self._optimizer.step()
-        after = now(self.device)
+        end = now(self.device)
         self._optimizer.zero_grad(set_to_none=True)
-        return Round(few, many, after - before)
+        return Round(few, many, end - begin)
 
-    def _pass(self, point: str, clips: int) -> tuple[float, float]:
+    def _pass(self, point: str, clips: int) -> PassTime:
         model = self.config.model
-        frames = torch.randn(clips, 3, model.num_frames, model.size, model.size, device=self.device)
+        frames = torch.randn(clips, 3, model.num_frames, model.size, model.size, device=self.device)  # B C T H W
         targets = torch.full((clips, model.num_classes), 1 / model.num_classes, device=self.device)
+        # Uniform probabilities cost as much as real logits. The costliest point has no teacher.
         teacher = None if point == model.points[0] else targets
         begin = now(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             heads = self._forward(frames, point, heads=True)
         dropped = Point.parse(point).keep < 1
+        # Points that drop tokens have no dense loss: labels per patch need all patches.
         dense = None if dropped or heads.dense is None else torch.full_like(heads.dense, 1 / model.num_classes)
         loss = losses.point_loss(heads, targets, teacher, self.config.loss, dropped=dropped, dense=dense).sum()
         middle = now(self.device)
         loss.backward()
-        return middle - begin, now(self.device) - middle
+        return PassTime(middle - begin, now(self.device) - middle)
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, when a device has done all that it was given."""
+    """Returns the seconds of a monotonic clock after all work queued on `device` is done."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # kernels run asynchronously: without it only their launch is timed
     return time.perf_counter()
 
 
 def fitted(rounds: Sequence[Round], sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:
-    """The passes at each point, from medians over rounds, and the optimizer's seconds."""
-    passes = {}
-    for point in rounds[0].few:
-        lines = []
-        for part in (0, 1):  # forward, backward
-            few = statistics.median(each.few[point][part] for each in rounds)
-            many = statistics.median(each.many[point][part] for each in rounds)
-            lines.append(LinearTime.through((sizes[0], few), (sizes[1], many)))
-        passes[point] = Passes(*lines)
-    return passes, statistics.median(each.optimizer_s for each in rounds)
+    """Fits times per clip to measured rounds.
+
+    Args:
+        rounds: Rounds of one `Stopwatch`, without its first one.
+        sizes: The batch sizes of that stopwatch.
+
+    Returns:
+        The passes by point, fitted to the medians over rounds, and the median seconds of the optimizer.
+    """
+
+    def line(few: Sequence[float], many: Sequence[float]) -> LinearTime:
+        return LinearTime.through((sizes[0], statistics.median(few)), (sizes[1], statistics.median(many)))
+
+    passes = {
+        point: Passes(
+            line([r.few[point].forward_s for r in rounds], [r.many[point].forward_s for r in rounds]),
+            line([r.few[point].backward_s for r in rounds], [r.many[point].backward_s for r in rounds]),
+        )
+        for point in rounds[0].few
+    }
+    return passes, statistics.median(r.optimizer_s for r in rounds)

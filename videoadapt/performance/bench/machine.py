@@ -1,9 +1,9 @@
-"""What a benchmark ran on, and the memory of its processes."""
+"""Describes the machine and the library versions of a benchmark, and measures the peak memory of a process."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 from videoadapt.runtime.machine import cpu_limit, peak_memory_bytes
 
 
-def machine() -> dict[str, Any]:
-    """CPU, number of CPUs, and system."""
+def machine() -> dict[str, str | int]:
+    """Returns the CPU model, the number of CPUs that this process may use, and the system, as JSON files hold them."""
     return {"cpu": cpu_model(), "cpus": cpu_limit().cpus, "system": platform.platform()}
 
 
 def cpu_model() -> str:
-    """The name of the CPU, as the system gives it."""
+    """Returns the model name of the CPU; of other systems than Linux, what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # psutil does not give the model name
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -28,18 +28,16 @@ def cpu_model() -> str:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Returns the versions of Python and of the installed ones of `packages`, by name."""
     found = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
-def print_machine(result: dict[str, Any]) -> None:
-    """Date, machine and versions of a benchmark's result."""
+def print_machine(result: Mapping[str, Any]) -> None:
+    """Prints the date, machine and versions of a benchmark's result."""
     print(
         f"{result['date']}, {result['machine']['cpu']}, {result['machine']['cpus']} CPUs, {result['machine']['system']}"
     )
@@ -47,15 +45,19 @@ def print_machine(result: dict[str, Any]) -> None:
 
 
 def memory_after_imports() -> int:
-    """Resident bytes of this process; its peak counts from here on, where the system can forget the one before."""
+    """Resets the peak memory of this process and returns its resident bytes.
+
+    Without the reset, the peak could stem from the imports. The reset exists on Linux only.
+    """
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: reset VmHWM
     return peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process. `getrusage` would count that of the process which started it, too."""
+    """Returns the largest resident set of this process in bytes, since the last reset."""
     try:
+        # psutil has no peak on Linux, and the peak of getrusage includes that of the process which started this one.
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return peak_memory_bytes()

@@ -1,52 +1,70 @@
-"""What processes hold of the machine's memory, as Linux counts it."""
+"""Measures the memory of processes, and of the training loader's workers while they read."""
 
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from videoadapt.data.clips.loader import train_batches
 from videoadapt.performance.bench.loaders import Work, reading_with
 
 _WORKERS = 2
-_EVERY_S = 0.005  # a clip takes ten times as long, or more
+_EVERY_S = 0.005  # between samples; reading a clip takes at least ten times as long, so that no peak is missed
+_KIB = 1 << 10
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in KB: what it has for itself (USS), that and its part of what is shared (PSS), all (RSS)."""
+    """Memory of one process, in KiB."""
 
-    rss: int
-    pss: int
-    uss: int
+    rss: int  # resident set: all pages, shared pages in full
+    pss: int  # proportional set: shared pages divided by the number of processes that share them
+    uss: int  # unique set: pages of this process alone
 
 
 def memory(pid: int) -> Memory:
-    """What the kernel says of a process now. Raises `OSError` if it is gone, or the system is not Linux."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-    kb = {name.rstrip(":"): int(value) for name, value, *_ in map(str.split, lines)}
-    return Memory(kb["Rss"], kb["Pss"], kb["Private_Clean"] + kb["Private_Dirty"])
+    """Returns the current memory of a process. Linux only: other systems have no PSS.
+
+    Raises:
+        psutil.Error: The process has ended, or belongs to another user.
+    """
+    info = psutil.Process(pid).memory_full_info()
+    return Memory(rss=info.rss // _KIB, pss=info.pss // _KIB, uss=info.uss // _KIB)
 
 
 def peak(samples: Iterable[Memory]) -> Memory:
-    """The largest of each number."""
+    """Returns the maximum of each field over the samples."""
     return Memory(*(max(values) for values in zip(*((s.rss, s.pss, s.uss) for s in samples), strict=True)))
 
 
 def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Memory | None:
-    """The peak of the training loader's workers while they read `clips` clips of the work's videos, or a few more.
+    """Measures the peak memory of the training loader's workers.
 
-    None where the system does not tell. Raises `RunError` if a worker dies, or most videos fail.
+    Args:
+        work: Gives the videos and the config.
+        reader: The value of `data.reader`.
+        clips: The least number of clips to read; the workers read whole epochs.
+
+    Returns:
+        The maximum over workers and time; None on other systems than Linux.
+
+    Raises:
+        RunError: A worker dies, or most videos fail.
     """
+    if sys.platform != "linux":
+        return None
     config = reading_with(work.config, reader)
     videos = int((work.manifest["status"] == "ok").sum())
     data = config.data.model_copy(update={"workers": _WORKERS})
-    train = config.train.model_copy(update={"batch": 1, "accumulate": 1, "epochs": 1 + -(-clips // videos)})
+    epochs = 1 + -(-clips // videos)
+    train = config.train.model_copy(update={"batch": 1, "accumulate": 1, "epochs": epochs})
     config = config.model_copy(update={"data": data, "train": train})
     batches = train_batches(work.manifest, config)
     next(batches)  # starts the workers
@@ -67,5 +85,5 @@ def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Me
 def _sample(pids: Sequence[int], samples: list[Memory], done: threading.Event) -> None:
     while not done.wait(_EVERY_S):
         for pid in pids:
-            with suppress(OSError):
+            with suppress(psutil.Error):  # a worker may end between two samples
                 samples.append(memory(pid))
