@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -237,7 +238,8 @@ def plan(
     from videoadapt.performance.plan import plan as run
     from videoadapt.performance.plan import print_plan
 
-    _show(run(_load(config, overrides), gpus), as_json, print_plan)
+    summary = run(_load(config, overrides), gpus)
+    _show(asdict(summary), as_json, lambda _: print_plan(summary))
 
 
 VideosAndOverrides = Annotated[
