@@ -101,8 +101,7 @@ def demo(overrides: Overrides = None, as_json: Json = False) -> None:
     """Generate data, then run every stage on it, in minutes."""
     from videoadapt.commands.demo import demo as run
     from videoadapt.commands.demo import demo_config, print_demo
-    from videoadapt.commands.tables import print_evaluate
-    from videoadapt.evaluation.costs import print_flops
+    from videoadapt.commands.tables import print_evaluate, print_flops
 
     result = run(overrides or [])
     if as_json:
@@ -192,8 +191,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy, cost and speed of all policies on the val split."""
-    from videoadapt.commands.tables import print_evaluate
-    from videoadapt.evaluation.compare import compare, print_compare
+    from videoadapt.commands.tables import print_compare, print_evaluate
+    from videoadapt.evaluation.compare import compare
 
     if against is not None:
         _show(compare(*against), as_json, print_compare)
@@ -213,8 +212,8 @@ def launch(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
 @app.command()
 def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """MACs of every point; after an evaluation, of every clip."""
+    from videoadapt.commands.tables import print_flops
     from videoadapt.evaluation.costs import flops as run
-    from videoadapt.evaluation.costs import print_flops
     from videoadapt.report.plots import draw_costs
 
     loaded = _load(config, overrides)
@@ -255,7 +254,8 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
 @app.command()
 def predict(config: ConfigFile, videos: VideosAndOverrides, policy: PolicyName = None, as_json: Json = False) -> None:
     """Classes, chosen point and cost of video files."""
-    from videoadapt.evaluation.predict import predict_files, print_predictions
+    from videoadapt.commands.tables import print_predictions
+    from videoadapt.evaluation.predict import predict_files
 
     overrides = [word for word in videos if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
     paths = [word for word in videos if word not in overrides]

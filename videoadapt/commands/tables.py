@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from videoadapt.runtime.console import macs, percent, print_table, say
 
 SHOWN = 10  # failed videos
 _CAUSES_SHOWN, _EXAMPLES_SHOWN = 4, 2  # so that a population fits on a screen
+_CLASSES_SHOWN = 20  # of the mix of points
 
 
 def print_index(summary: dict[str, Any]) -> None:
@@ -191,3 +193,99 @@ def _say_assigned(row: dict[str, Any], assigner: int) -> None:
     say(f"assigned, without its assigner ({macs(assigner)} MACs a clip): {view} MACs a view, {video} a video")
     difference, low, high = (100 * value for value in row["difference_to_random"])
     say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
+
+
+def print_compare(summary: dict[str, Any]) -> None:
+    """One line per pair of policies."""
+    rows = []
+    for row in summary["policies"]:
+        difference, low, high = (100 * value for value in row["difference"])
+        rows.append(
+            (
+                " / ".join(dict.fromkeys(row["policies"])),
+                *map(percent, row["top1"]),
+                f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
+                *row["right_in_one_only"],
+                f"{row['p_value']:.2g}",
+            )
+        )
+    a, b = summary["runs"]
+    print_table(
+        f"A = {a}, B = {b}, on the {summary['common']} videos of both",
+        ("policy", "A top-1 %", "B top-1 %", "A - B (95 %)", "right in A only", "in B only", "p"),
+        rows,
+    )
+    if summary["manifests"][0] == summary["manifests"][1]:
+        files = "the same files" if summary["files"][0] == summary["files"][1] else "but OTHER FILES of these videos"
+        say(f"the same manifest, {summary['manifests'][0]}, {files}; failed videos: {summary['failed_count_as']}")
+    else:
+        listed = " and ".join(map(str, summary["listed"]))
+        say(
+            f"the manifests differ ({' and '.join(summary['manifests'])}; {listed} videos listed): only videos that "
+            f"both list are compared; failed videos: {summary['failed_count_as']}"
+        )
+    say("p: exact McNemar test, two-sided, of the videos that only one gets right; no correction for several policies")
+
+
+def print_flops(summary: dict[str, Any]) -> None:
+    """The costs as tables."""
+    rows = []
+    for point in summary["points"]:
+        parts = [macs(v) for v in point["parts"].values()]
+        rows.append((point["point"], *parts, macs(point["macs_per_view"]), macs(point["macs_per_video"])))
+    columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
+    print_table(f"MACs (multiply-adds; the papers' FLOPs), {summary['views_per_video']} views a video", columns, rows)
+    if summary["assigner_macs"] is not None:
+        share = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
+        say(
+            f"assigner: {macs(summary['assigner_macs'])} MACs a clip, "
+            f"{100 * share:.2f} % of a view at the costliest point"
+        )
+    if "clips" in summary:
+        _print_clips(summary["clips"])
+        rows = [
+            (p["policy"], macs(p["macs_per_clip"]), macs(p["macs_per_video"]), percent(p["top1"]), "*" * p["pareto"])
+            for p in sorted(summary["policies"], key=lambda p: -p["macs_per_clip"])
+        ]
+        print_table("Policies, costliest first", ("policy", "MACs/clip", "MACs/video", "top-1 %", "Pareto front"), rows)
+
+
+def _print_clips(report: dict[str, Any]) -> None:
+    rows = [
+        (name, *(macs(report[f"macs_per_{name}"][key]) for key in ("mean", "median", "p95")))
+        for name in ("clip", "video")
+    ]
+    print_table(
+        f"Measured costs, policy {report['policy']} (MACs, all crops)", ("per", "mean", "median", "95th %"), rows
+    )
+    points = list(report["mix"])
+    overall = ("all", "", "", *(percent(v) for v in report["mix"].values()))
+    by_cost = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
+    shown = (
+        by_cost
+        if len(by_cost) <= _CLASSES_SHOWN
+        else [*by_cost[: _CLASSES_SHOWN // 2], *by_cost[-_CLASSES_SHOWN // 2 :]]
+    )
+    lines = [
+        (row["class"], row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points)) for row in shown
+    ]
+    title = "Mix of points, % of clips" + (
+        "" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)"
+    )
+    print_table(title, ("class", "clips", "MACs/clip", *points), [overall, *lines])
+    say("files: " + ", ".join(str(Path(name)) for name in report["files"]))
+
+
+def print_predictions(result: dict[str, Any]) -> None:
+    """One line per video."""
+    rows = [
+        (
+            Path(p["path"]).name,
+            ", ".join(f"{name} {share:.2f}" for name, share in zip(p["classes"], p["probabilities"], strict=True)),
+            " ".join(p["points"]),
+            macs(p["macs"]),
+        )
+        for p in result["predictions"]
+    ]
+    if rows:
+        print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)

@@ -11,7 +11,6 @@ import pandas as pd
 
 from videoadapt.errors import UserError
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
-from videoadapt.runtime.console import percent, print_table, say
 
 
 def compare(a: str, b: str) -> dict[str, Any]:
@@ -101,35 +100,3 @@ def _compared(sides: list[_Evaluated], pair: tuple[str, str], common: list[str])
         "right_in_one_only": [a_only, b_only],
         "p_value": mcnemar(a_only, b_only),
     }
-
-
-def print_compare(summary: dict[str, Any]) -> None:
-    """One line per pair of policies."""
-    rows = []
-    for row in summary["policies"]:
-        difference, low, high = (100 * value for value in row["difference"])
-        rows.append(
-            (
-                " / ".join(dict.fromkeys(row["policies"])),
-                *map(percent, row["top1"]),
-                f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
-                *row["right_in_one_only"],
-                f"{row['p_value']:.2g}",
-            )
-        )
-    a, b = summary["runs"]
-    print_table(
-        f"A = {a}, B = {b}, on the {summary['common']} videos of both",
-        ("policy", "A top-1 %", "B top-1 %", "A - B (95 %)", "right in A only", "in B only", "p"),
-        rows,
-    )
-    if summary["manifests"][0] == summary["manifests"][1]:
-        files = "the same files" if summary["files"][0] == summary["files"][1] else "but OTHER FILES of these videos"
-        say(f"the same manifest, {summary['manifests'][0]}, {files}; failed videos: {summary['failed_count_as']}")
-    else:
-        listed = " and ".join(map(str, summary["listed"]))
-        say(
-            f"the manifests differ ({' and '.join(summary['manifests'])}; {listed} videos listed): only videos that "
-            f"both list are compared; failed videos: {summary['failed_count_as']}"
-        )
-    say("p: exact McNemar test, two-sided, of the videos that only one gets right; no correction for several policies")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.routing.assigner import assigner_macs
-from videoadapt.runtime.console import macs, percent, print_table, say
+from videoadapt.runtime.console import say
 from videoadapt.runtime.files import write_csv, write_json
 
 
@@ -97,51 +96,3 @@ def distribution(values: pd.Series) -> dict[str, float]:
         "median": float(values.median()),
         "p95": float(np.quantile(values, 0.95)),
     }
-
-
-def print_flops(summary: dict[str, Any]) -> None:
-    """The costs as tables."""
-    rows = []
-    for point in summary["points"]:
-        parts = [macs(v) for v in point["parts"].values()]
-        rows.append((point["point"], *parts, macs(point["macs_per_view"]), macs(point["macs_per_video"])))
-    columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
-    print_table(f"MACs (multiply-adds; the papers' FLOPs), {summary['views_per_video']} views a video", columns, rows)
-    if summary["assigner_macs"] is not None:
-        share = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
-        say(
-            f"assigner: {macs(summary['assigner_macs'])} MACs a clip, "
-            f"{100 * share:.2f} % of a view at the costliest point"
-        )
-    if "clips" in summary:
-        _print_clips(summary["clips"])
-        rows = [
-            (p["policy"], macs(p["macs_per_clip"]), macs(p["macs_per_video"]), percent(p["top1"]), "*" * p["pareto"])
-            for p in sorted(summary["policies"], key=lambda p: -p["macs_per_clip"])
-        ]
-        print_table("Policies, costliest first", ("policy", "MACs/clip", "MACs/video", "top-1 %", "Pareto front"), rows)
-
-
-def _print_clips(report: dict[str, Any]) -> None:
-    rows = [
-        (name, *(macs(report[f"macs_per_{name}"][key]) for key in ("mean", "median", "p95")))
-        for name in ("clip", "video")
-    ]
-    print_table(
-        f"Measured costs, policy {report['policy']} (MACs, all crops)", ("per", "mean", "median", "95th %"), rows
-    )
-    points = list(report["mix"])
-    overall = ("all", "", "", *(percent(v) for v in report["mix"].values()))
-    by_cost = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
-    shown = by_cost if len(by_cost) <= SHOWN else [*by_cost[: SHOWN // 2], *by_cost[-SHOWN // 2 :]]
-    lines = [
-        (row["class"], row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points)) for row in shown
-    ]
-    title = "Mix of points, % of clips" + (
-        "" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)"
-    )
-    print_table(title, ("class", "clips", "MACs/clip", *points), [overall, *lines])
-    say("files: " + ", ".join(str(Path(name)) for name in report["files"]))
-
-
-SHOWN = 20

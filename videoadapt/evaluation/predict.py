@@ -21,7 +21,6 @@ from videoadapt.routing.label_rules import softmax
 from videoadapt.routing.policy import Assigned, Fixed, Policy, cost_of_ending_at, parse_policy
 from videoadapt.routing.router import route
 from videoadapt.routing.scores import inference_model, require_labels_of_model
-from videoadapt.runtime.console import macs, print_table
 from videoadapt.runtime.files import write_json
 
 TOP = 5  # classes of a prediction
@@ -116,18 +115,3 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
     result = {"policy": text, "predictions": [asdict(p) for p in done], "failed": failed}
     write_json(config.run.dir / "predict" / "predictions.json", result)
     return result
-
-
-def print_predictions(result: dict[str, Any]) -> None:
-    """One line per video."""
-    rows = [
-        (
-            Path(p["path"]).name,
-            ", ".join(f"{name} {share:.2f}" for name, share in zip(p["classes"], p["probabilities"], strict=True)),
-            " ".join(p["points"]),
-            macs(p["macs"]),
-        )
-        for p in result["predictions"]
-    ]
-    if rows:
-        print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
