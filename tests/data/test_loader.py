@@ -325,7 +325,8 @@ def test_a_run_whose_videos_nearly_all_fail_stops(folder: Path, tmp_path: Path, 
     for row in epoch_rows(manifest, config, 0)[1:].flat:  # two thirds
         (copy / f"v{row}.mp4").unlink()
     with pytest.raises(
-        RunError, match=r"8 of the last 12 training clips \(67%\) cannot be read, at last .*v\d+\.mp4: lies elsewhere"
+        RunError,
+        match=r"8 of the last 12 training clips \(67%\) cannot be read; the latest is .*v\d+\.mp4: lies elsewhere",
     ):
         parts(manifest, with_workers(config, workers))
 
@@ -354,7 +355,7 @@ def test_a_late_worker_stops_the_run_with_its_file(config: Config, manifest: Man
     dataset = Late(manifest, with_workers(config, 1, timeout_s=1.0), temporal_views=1, spatial_crops=1)
     videos = stream(dataset, [0, 2, 1])
     assert isinstance(next(videos), VideoViews)
-    with pytest.raises(RunError, match=r"data\.timeout_s=1; being read: \S+v2\.mp4 for [12]\.\d s\. Is the file"):
+    with pytest.raises(RunError, match=r"data\.timeout_s=1; being read: \S+v2\.mp4 for [12]\.\d s\. Check the file"):
         next(videos)
 
 

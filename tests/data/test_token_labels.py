@@ -22,7 +22,14 @@ from videoadapt.config.points import Point
 from videoadapt.data.clips.augment import Crop, token_swap
 from videoadapt.data.clips.datasets import Clip, TrainClips
 from videoadapt.data.clips.loader import Batch, train_batches
-from videoadapt.data.clips.token_labels import SHAPE, LabelMap, gather, label_map_file, read_label_map, token_targets
+from videoadapt.data.clips.token_labels import (
+    SHAPE,
+    LabelMap,
+    collate_label_maps,
+    label_map_file,
+    read_label_map,
+    token_targets,
+)
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import ConfigError, RunError, VideoError
 from videoadapt.evaluation.evaluate import evaluate
@@ -49,7 +56,7 @@ def saved(folder: Path, cells: Any) -> Path:
 
 def targets(cells: Tensor, box: tuple[float, ...], length: int) -> tuple[Tensor, Tensor]:
     label = LabelMap(cells.numpy(), box)  # type: ignore[arg-type]
-    whole, patches = token_targets(gather([label], CPU), length, CLASSES)
+    whole, patches = token_targets(collate_label_maps([label], CPU), length, CLASSES)
     return whole[0], patches[0]
 
 
@@ -78,7 +85,7 @@ BAD: list[tuple[Any, str]] = [
     ({"map": FULL}, "got dict"),
     (FULL.int(), r"got \(2, 5, 18, 18\) of torch.int32"),
     (FULL.to_sparse(), "not a plain tensor"),
-    (torch.stack([FULL[0], FULL[1] + 999]), r"names the class 999, but the model has 0 to 11 \(model.num_classes"),
+    (torch.stack([FULL[0], FULL[1] + 999]), r"names the class 999, but the model has the classes 0 to 11 \(model.num_classes"),
     (torch.stack([FULL[0], FULL[1] - 1]), "names the class -1,"),
     (torch.stack([FULL[0], FULL[1] + 2.7]), "names the class 2.7,"),
     (torch.stack([FULL[0], FULL[1] + 2.99999]), "names the class 2.99999,"),
@@ -172,7 +179,7 @@ def test_patches_are_labelled_where_they_lie_in_the_image() -> None:
 def test_a_flipped_clip_has_the_mirrored_targets(tmp_path: Path) -> None:
     file, box = saved(tmp_path, random_map()), (0.1, 0.2, 0.5, 0.9)
     plain, flipped = (
-        token_targets(gather([read_label_map(file, Crop(box, flip), CLASSES)], CPU), 7, CLASSES)
+        token_targets(collate_label_maps([read_label_map(file, Crop(box, flip), CLASSES)], CPU), 7, CLASSES)
         for flip in (False, True)
     )
     torch.testing.assert_close(flipped[0], plain[0])
@@ -216,7 +223,9 @@ def config_of(**sections: dict[str, Any]) -> Config:
 
 
 def at(point: str, truth: Tensor, config: Config, maps: bool = False) -> Targets:
-    tokens = gather([LabelMap(random_map(i).numpy(), WHOLE) for i in range(len(truth))], CPU) if maps else None
+    tokens = (
+        collate_label_maps([LabelMap(random_map(i).numpy(), WHOLE) for i in range(len(truth))], CPU) if maps else None
+    )
     labels = truth.argmax(1)
     batch = Batch(torch.empty(0), labels, labels, list(range(len(truth))), [], tokens)
     return make_targets(Point.parse(point), truth, batch, config, seed=5)
@@ -246,7 +255,9 @@ def test_a_video_has_the_targets_of_a_frame_for_each() -> None:
 def test_label_and_map_share_the_target_of_the_class(share: float) -> None:
     config = config_of(data={"token_labels": "maps"}, loss={"map_share": share, "label_smoothing": 0.1})
     truth = TRUTH * 0.9 + 0.1 / CLASSES
-    whole, patches = token_targets(gather([LabelMap(random_map(i).numpy(), WHOLE) for i in range(4)], CPU), 4, CLASSES)
+    whole, patches = token_targets(
+        collate_label_maps([LabelMap(random_map(i).numpy(), WHOLE) for i in range(4)], CPU), 4, CLASSES
+    )
     found = at("4", truth, config, maps=True)
     torch.testing.assert_close(found.cls, (1 - share) * truth + share * (0.9 * whole + 0.1 / CLASSES))
     torch.testing.assert_close(found.dense, 0.9 * patches + 0.1 / CLASSES)
@@ -375,7 +386,7 @@ def test_an_image_without_its_map_is_skipped_and_listed(images: Path, tmp_path: 
     causes = [json.loads(line)["cause"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(causes) == [
         f"label map {maps / 'a' / 'a_3.pt'}: No such file or directory",
-        f"label map {maps / 'a' / 'a_7.pt'}: holds scores that are not finite in float16, whose largest is 65504",
+        f"label map {maps / 'a' / 'a_7.pt'}: holds scores that are not finite in float16 (the largest is 65504)",
         f"label map {maps / 'b' / 'b_5.pt'}: expected a floating-point tensor of shape {SHAPE}, "
         "got (3,) of torch.float32",
     ]

@@ -1,1 +1,8 @@
-"""Clips for training and views for evaluation, batched. Read first: `loader.py`."""
+"""Turns videos into batches: training clips, evaluation views and thumbnails. Read first: `loader.py`.
+
+Path of a training clip: `datasets.py` (one clip) -> `augment.py` (crop, flip, colour) -> `workers.py` (processes) ->
+`loader.py` (batches). Evaluation uses `views.py` in place of `augment.py`.
+
+Shape letters: B clips, K temporal clips of a video, X spatial crops of a clip, C = 3 channels, T frames, H height,
+W width, S side of a square crop, A frames of a thumbnail, s side of a thumbnail, N patches of a frame.
+"""

@@ -1,6 +1,7 @@
-"""From decoded frames to what the model takes: crops of uint8 on the host, normalising and mixing on the device.
+"""Training augmentation: random crops on the CPU (uint8), mixup, cutmix and MixToken on the device.
 
-Resizing is antialiased, bilinear but where `data.interpolation` says otherwise, and not done where the size fits.
+RandAugment, random erasing and random resized crops are timm's. Resizing is antialiased. It is skipped where the size
+already fits. Every random draw is keyed by a seed, so that it does not depend on the number of workers or ranks.
 """
 
 from __future__ import annotations
@@ -22,48 +23,102 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from videoadapt.config.sections import DataConfig, ModelConfig
-from videoadapt.data.clips.views import _to_cthw, _to_tchw
+from videoadapt.data.clips.views import to_cthw, to_tchw
 from videoadapt.runtime.seeds import seed_of, seeded
+
+# left, top, right, bottom of a crop, as fractions of the frame
+Box = tuple[float, float, float, float]
+
+_ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random resized crop, as in timm and torchvision
+# timm's scale ends at 10. At 10, "posterize" keeps 0 bits: a black picture, and from Pillow 13 on an error.
+_MAX_MAGNITUDE = 9.99
+_TRANSLATE_FRACTION = 0.45  # RandAugment's longest shift, as a fraction of the image side, as in timm's ImageNet recipe
 
 
 class Crop(NamedTuple):
-    """Where a crop lies: left, top, right and bottom as shares of the frame, and whether it was flipped then."""
+    """Which part of the frame a training clip shows. `flipped`: mirrored left to right after the crop."""
 
-    box: tuple[float, float, float, float]
+    box: Box
     flipped: bool
 
 
 def augment(frames: np.ndarray, data: DataConfig, model: ModelConfig, *, seed: int) -> tuple[Tensor, Crop]:
-    """A random crop for training: frames (T, H, W, 3) uint8 -> (3, T, size, size) uint8, and where it lies.
+    """Cuts a random training crop. All frames get the same crop, flip, colours and erased box.
 
-    The short side is resized to a random length in `data.short_side` (none: `model.size`) and a random square is cut;
-    with `data.crop_area`, a random part of the frame is resized to a square instead. It is flipped left to right with
-    probability `data.flip`, and what else `data` asks for is done; all of it the same for all frames. Depends on
-    `frames`, the settings and `seed` alone.
+    Without `data.crop_area`, the short side is resized to a random length in `data.short_side` (None: `model.size`) and
+    a random square is cut (TimeSformer). With `data.crop_area`, a random part of the frame is resized to a square
+    (Inception, DeiT). Then the crop is mirrored with probability `data.flip`, and RandAugment, colour jitter and random
+    erasing follow where `data` enables them.
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+        data: Settings of the augmentation.
+        model: Gives the side of the crop, and the mean and standard deviation for erasing.
+        seed: The only source of randomness; global generators are neither read nor changed.
+
+    Returns:
+        The clip (3, T, size, size) uint8, contiguous, and where the crop lies.
     """
     draw = random.Random(seed)
-    images, box = _cut(_to_tchw(frames), data, model.size, draw)
+    images, box = _random_crop(to_tchw(frames), data, model.size, draw)
     flipped = draw.random() < data.flip
     if flipped:
         images = F.horizontal_flip(images)
-    return _to_cthw(recolour(images, data, model, draw.getrandbits(63))), Crop(box, flipped)
+    return to_cthw(_change_colours(images, data, model, draw.getrandbits(63))), Crop(box, flipped)
 
 
-def _cut(
-    images: Tensor, data: DataConfig, size: int, draw: random.Random
-) -> tuple[Tensor, tuple[float, float, float, float]]:
+def _random_crop(images: Tensor, data: DataConfig, size: int, draw: random.Random) -> tuple[Tensor, Box]:
+    """(T, C, H, W) -> a random square (T, C, size, size) and where it lies."""
     mode = InterpolationMode(data.interpolation)
     if data.crop_area is None:
         low, high = data.short_side or (size, size)
         images = F.resize(images, [draw.randint(low, high)], interpolation=mode, antialias=True)
         top, left = (draw.randint(0, side - size) for side in images.shape[-2:])
         height = width = size
-        square = images[..., top : top + size, left : left + size]
+        square = images[..., top : top + size, left : left + size]  # (T, C, size, size)
     else:
-        top, left, height, width = area_crop(images, data.crop_area, draw.getrandbits(63))
+        with seeded(draw.getrandbits(63)):  # timm draws from the global generators
+            top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+                images, data.crop_area, _ASPECT_RATIOS
+            )
         square = F.resized_crop(images, top, left, height, width, [size, size], interpolation=mode, antialias=True)
-    down, along = images.shape[-2:]
-    return square, (left / along, top / down, (left + width) / along, (top + height) / down)
+    frame_height, frame_width = images.shape[-2:]
+    box = (left / frame_width, top / frame_height, (left + width) / frame_width, (top + height) / frame_height)
+    return square, box
+
+
+def _change_colours(images: Tensor, data: DataConfig, model: ModelConfig, seed: int) -> Tensor:
+    """RandAugment, colour jitter and random erasing, each where `data` enables it: (T, C, H, W) uint8 -> the same."""
+    if data.rand_augment is not None:
+        images = _rand_augment(images, data.rand_augment, data, model, seed=seed)
+    with seeded(seed):
+        if data.color_jitter:
+            images = v2.ColorJitter(*[data.color_jitter] * 3)(images)  # brightness, contrast, saturation
+        return _erase(images, data.erase, model) if data.erase else images
+
+
+def _rand_augment(images: Tensor, policy_text: str, data: DataConfig, model: ModelConfig, *, seed: int) -> Tensor:
+    settings = {
+        "translate_const": int(model.size * _TRANSLATE_FRACTION),
+        "img_mean": tuple(round(255 * value) for value in model.mean),  # fills what a shift uncovers
+        "interpolation": str_to_pil_interp(data.interpolation),
+        "magnitude_max": _MAX_MAGNITUDE,
+    }
+    policy = rand_augment_transform(policy_text, settings)
+    frames = []
+    for image in images.permute(0, 2, 3, 1).numpy():  # (T, C, H, W) -> T times (H, W, C)
+        with seeded(seed):  # again for each frame, so that all frames get the same draws
+            frames.append(np.asarray(policy(Image.fromarray(image))))
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # (T, H, W, C) -> (T, C, H, W)
+
+
+def _erase(images: Tensor, probability: float, model: ModelConfig) -> Tensor:
+    """Random erasing: a box of noise that has mean 0 and standard deviation 1 after `normalise`."""
+    noise = torch.full(images.shape[1:], math.nan)  # (C, H, W); timm writes noise into a box, NaN marks the rest
+    RandomErasing(probability, mode="pixel", device="cpu")(noise)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
+    pixels = ((noise * std + mean) * 255).clamp(0, 255).nan_to_num().to(torch.uint8)  # inverts `normalise`
+    return torch.where(noise.isnan(), images, pixels)  # (C, H, W) broadcasts over the T frames
 
 
 def mix(  # noqa: PLR0913 - settings, by name
@@ -77,118 +132,98 @@ def mix(  # noqa: PLR0913 - settings, by name
     smoothing: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixup or cutmix of the clips at positions 2i and 2i + 1 of a step with each other, and soft targets.
+    """Applies mixup or cutmix to pairs of clips, and makes soft targets.
 
-    Clips (B, C, T, H, W) floating point and labels (B,) int64 -> clips of the same shape and targets (B, num_classes)
-    float32, rows adding to 1. `mixup` and `cutmix` are the alphas of their beta distributions, 0 is off; with both on,
-    one is drawn. A pair's draws depend on `seed` and i alone, so that it does not matter which clips are in the batch
-    beside it; a clip without its partner is left as it is. `smoothing` spreads that share of the targets over all
-    classes.
+    The clips at positions 2i and 2i + 1 of a step are mixed with each other. The draws of a pair depend on `seed` and i
+    alone, so that the layout of ranks and micro-batches does not change the result. A clip without its partner stays
+    unmixed.
+
+    Args:
+        clips: (B, C, T, H, W) floating point.
+        labels: (B,) int64.
+        positions: For each of the B clips, its position in the step of all ranks.
+        num_classes: Width of the targets.
+        mixup: Both parameters of mixup's beta distribution; 0 disables mixup.
+        cutmix: The same for cutmix. If both are enabled, each pair draws one of them.
+        smoothing: Fraction of each target that is spread over all classes (label smoothing), in [0, 1].
+        seed: Seed of the step.
+
+    Returns:
+        Clips of the same shape (the same tensor if no pair is mixed), and targets (B, num_classes) float32 whose rows
+        add to 1.
     """
-    targets = functional.one_hot(labels, num_classes).float()
+    targets = functional.one_hot(labels, num_classes).float()  # (B,) -> (B, num_classes)
     alphas = {kind: alpha for kind, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0}
     pairs = _pairs(positions) if alphas else []
-    mixed, truths = (clips.clone(), targets.clone()) if pairs else (clips, targets)
-    for a, b, number in pairs:
-        draw = random.Random(seed_of("mix", seed, number))
+    mixed, mixed_targets = (clips.clone(), targets.clone()) if pairs else (clips, targets)
+    for a, b, pair in pairs:
+        draw = random.Random(seed_of("mix", seed, pair))
         kind = draw.choice(sorted(alphas))
-        kept = draw.betavariate(alphas[kind], alphas[kind])
+        kept = draw.betavariate(alphas[kind], alphas[kind])  # fraction of each clip that stays its own
         if kind == "mixup":
             mixed[a], mixed[b] = torch.lerp(clips[b], clips[a], kept), torch.lerp(clips[a], clips[b], kept)
         else:
-            rows, columns = _box(clips.shape[-2:], 1.0 - kept, draw)
-            for here, other in ((a, b), (b, a)):
-                mixed[here, ..., rows, columns] = clips[other, ..., rows, columns]
+            rows, columns = _random_box(clips.shape[-2:], 1.0 - kept, draw)
+            for clip, partner in ((a, b), (b, a)):
+                mixed[clip, ..., rows, columns] = clips[partner, ..., rows, columns]
+            # the border may have cut the box: count its pixels
             kept = 1.0 - _length(rows) * _length(columns) / (clips.shape[-2] * clips.shape[-1])
-        truths[a], truths[b] = torch.lerp(targets[b], targets[a], kept), torch.lerp(targets[a], targets[b], kept)
-    return mixed, smooth(truths, smoothing)
+        mixed_targets[a] = torch.lerp(targets[b], targets[a], kept)
+        mixed_targets[b] = torch.lerp(targets[a], targets[b], kept)
+    return mixed, smooth(mixed_targets, smoothing)
 
 
 def token_swap(positions: Sequence[int], length: int, *, size: int, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Cutmix of tokens: each clip's partner (B,) int64, and the patches (B, N) bool that it takes from there.
+    """Draws which patches each clip takes from its partner (MixToken: LV-ViT, section 3.3).
 
-    The clips at positions 2i and 2i + 1 of a step are partners. Boxes are drawn on `size` pixels, for seed and i alone,
-    and taken to the nearest patches of the length, so that all lengths mix nearly the same; a clip without its
-    partner is its own.
+    The clips at positions 2i and 2i + 1 of a step are partners. A box is drawn in pixels from `seed` and i alone, and
+    rounded to the patches of `length`, so that all lengths swap nearly the same region.
+
+    Args:
+        positions: For each of the B clips, its position in the step of all ranks.
+        length: Patches per side of a frame.
+        size: Side of a frame, in pixels.
+        alpha: Both parameters of the beta distribution of the box's area.
+        seed: Seed of the step.
+
+    Returns:
+        Partners (B,) int64, as indices into the batch, and a mask (B, N) bool of the patches that come from the
+        partner. A clip without its partner is its own partner, with an empty mask. B is at least 1.
     """
     partners = torch.arange(max(len(positions), 1))
-    taken = torch.zeros(len(partners), length, length, dtype=torch.bool)
-    for a, b, number in _pairs(positions):
-        draw = random.Random(seed_of("mix token", seed, number))
-        box = _box((size, size), 1.0 - draw.betavariate(alpha, alpha), draw)
+    swapped = torch.zeros(len(partners), length, length, dtype=torch.bool)
+    for a, b, pair in _pairs(positions):
+        draw = random.Random(seed_of("mix token", seed, pair))
+        box = _random_box((size, size), 1.0 - draw.betavariate(alpha, alpha), draw)
         rows, columns = (slice(round(s.start * length / size), round(s.stop * length / size)) for s in box)
         partners[a], partners[b] = b, a
-        taken[[a, b], rows, columns] = True
-    return partners, taken.flatten(1)
+        swapped[[a, b], rows, columns] = True
+    return partners, swapped.flatten(1)  # (B, length, length) -> (B, N)
 
 
-def smooth(targets: Tensor, share: float) -> Tensor:
-    """Soft targets (..., classes) with this share spread over all classes."""
-    return targets * (1.0 - share) + share / targets.shape[-1]
+def smooth(targets: Tensor, fraction: float) -> Tensor:
+    """Label smoothing: targets (..., classes) of which `fraction` is spread evenly over all classes."""
+    return targets * (1.0 - fraction) + fraction / targets.shape[-1]
 
 
 def _pairs(positions: Sequence[int]) -> list[tuple[int, int, int]]:
-    """The places in a batch of the clips at positions 2i and 2i + 1, and i, for each i of which both are there."""
-    place = {position: number for number, position in enumerate(positions)}
-    return [(place[p], place[p + 1], p // 2) for p in positions if p % 2 == 0 and p + 1 in place]
+    """For each pair i whose two clips are in the batch: the batch indices of positions 2i and 2i + 1, and i."""
+    index_of = {position: index for index, position in enumerate(positions)}
+    return [(index_of[p], index_of[p + 1], p // 2) for p in positions if p % 2 == 0 and p + 1 in index_of]
 
 
-def _box(size: Sequence[int], share: float, draw: random.Random) -> tuple[slice, slice]:
-    """Rows and columns of a box with this share of the area, around any point, cut at the border (CutMix, eq. 2)."""
+def _random_box(size: Sequence[int], area: float, draw: random.Random) -> tuple[slice, slice]:
+    """Rows and columns of a box that covers the fraction `area` of an image (CutMix, eq. 2).
+
+    The centre is uniform over the image, and the border cuts the box.
+    """
     slices = []
     for side in size:
-        centre, half = draw.randrange(side), side * share**0.5 / 2
+        centre, half = draw.randrange(side), side * area**0.5 / 2
         slices.append(slice(max(int(centre - half), 0), min(int(centre + half), side)))
     return slices[0], slices[1]
 
 
-def _length(part: slice) -> int:
-    length: int = part.stop - part.start
+def _length(interval: slice) -> int:
+    length: int = interval.stop - interval.start
     return length
-
-
-_RATIOS = (3 / 4, 4 / 3)  # of a random resized crop's sides
-
-
-_MOST = 9.99  # of 10: there timm posterizes to 0 bits, which is black, and from Pillow 13 on an error
-
-
-def area_crop(images: Tensor, area: tuple[float, float], seed: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop of images (T, C, H, W), its share of them between two limits."""
-    with seeded(seed):
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(images, area, _RATIOS)
-    return top, left, height, width
-
-
-def recolour(images: Tensor, data: DataConfig, model: ModelConfig, seed: int) -> Tensor:
-    """RandAugment, colour jitter and random erasing, as far as `data` asks for them: (T, C, H, W) uint8, twice."""
-    if data.rand_augment is not None:
-        images = _rand_augment(images, data.rand_augment, data, model, seed=seed)
-    with seeded(seed):
-        if data.color_jitter:
-            images = v2.ColorJitter(*[data.color_jitter] * 3)(images)
-        return _erase(images, data.erase, model) if data.erase else images
-
-
-def _rand_augment(images: Tensor, text: str, data: DataConfig, model: ModelConfig, *, seed: int) -> Tensor:
-    settings = {
-        "translate_const": int(model.size * 0.45),
-        "img_mean": tuple(round(255 * value) for value in model.mean),
-        "interpolation": str_to_pil_interp(data.interpolation),
-        "magnitude_max": _MOST,
-    }
-    policy = rand_augment_transform(text, settings)
-    frames = []
-    for image in images.permute(0, 2, 3, 1).numpy():  # H W C
-        with seeded(seed):  # every frame is drawn for alike
-            frames.append(np.asarray(policy(Image.fromarray(image))))
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-
-
-def _erase(images: Tensor, probability: float, model: ModelConfig) -> Tensor:
-    """A box of noise that is normal once `mean` and `std` have normalised it."""
-    noise = torch.full(images.shape[1:], math.nan)
-    RandomErasing(probability, mode="pixel", device="cpu")(noise)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
-    pixels = ((noise * std + mean) * 255).clamp(0, 255).nan_to_num().to(torch.uint8)
-    return torch.where(noise.isnan(), images, pixels)

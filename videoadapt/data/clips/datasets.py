@@ -1,4 +1,7 @@
-"""Clips for training and views for evaluation, video by video; one that fails says so and is never replaced."""
+"""Datasets that give one item per video: a training clip, or all views of an evaluation.
+
+A video that cannot be read gives a `Failure`. It is never replaced by another video.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ from videoadapt.runtime.seeds import seed_of
 
 
 class Failure(NamedTuple):
-    """A video that could not be read: its row in the manifest, its path, and why."""
+    """A video that could not be read.
+
+    Attributes:
+        video: Its row in the manifest.
+        path: Its path.
+        cause: Why it could not be read, without the path.
+    """
 
     video: int
     path: str
@@ -34,7 +43,14 @@ class Failure(NamedTuple):
 
 @dataclass
 class Clip:
-    """A clip for training: frames (C, T, S, S) uint8, its label, its video's row in the manifest, its label map."""
+    """A clip for training.
+
+    Attributes:
+        frames: (C, T, S, S) uint8.
+        label: Class of its video.
+        video: Row of its video in the manifest.
+        tokens: Its label map, with `data.token_labels`.
+    """
 
     frames: Tensor
     label: int
@@ -42,16 +58,20 @@ class Clip:
     tokens: LabelMap | None = None
 
     def pin_memory(self) -> Clip:
-        """For the loader, which copies it to page-locked memory where it goes to a GPU."""
+        """Returns a copy in page-locked memory. DataLoader calls it, by this name, if `pin_memory` is set."""
         return replace(self, frames=self.frames.pin_memory())
 
 
 @dataclass
 class VideoViews:
-    """All views of a video: K clips, starting at `starts_s`, in X crops each.
+    """All views of a video for evaluation.
 
-    `views` is (K, X, C, T, S, S) uint8 and `thumbnails`, for the assigner, (K, C, A, s, s) uint8; the one that was not
-    asked for has X = 0 or A = 0.
+    Attributes:
+        views: (K, X, C, T, S, S) uint8; X is 0 if only thumbnails are requested.
+        thumbnails: (K, C, A, s, s) uint8, for the assigner; A is 0 if only views are requested.
+        starts_s: Start of each of the K clips, in seconds.
+        label: Class of the video.
+        video: Row of the video in the manifest.
     """
 
     views: Tensor
@@ -62,9 +82,9 @@ class VideoViews:
 
 
 class TrainClips(Dataset[Any]):
-    """One augmented random clip of a video; the key is (epoch, row of the manifest).
+    """One augmented random clip per video and epoch; the key is (epoch, row of the manifest).
 
-    All that is random depends on (run.seed, epoch, video id) alone.
+    All random draws depend on (run.seed, epoch, video id) alone, so that every rank and worker makes the same clip.
     """
 
     def __init__(self, manifest: Manifest, config: Config) -> None:
@@ -86,8 +106,9 @@ class TrainClips(Dataset[Any]):
         model, data = self.config.model, self.config.data
         reader = _open(row, self.config)
         identity = (self.config.run.seed, epoch, row.video)
+        # Two seeds, so that a change of the crop's draws does not move the clip's start.
         starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
-        frames = reader.frames(_indices(starts_s[0], reader, model))
+        frames = reader.frames(_indices(starts_s[0], reader, model))  # (T, H, W, C)
         clip, crop = augment(frames, data, model, seed=seed_of("crop", *identity))
         if data.token_labels is None:
             return clip, None
@@ -96,13 +117,18 @@ class TrainClips(Dataset[Any]):
 
 
 class EvalVideos(Dataset[Any]):
-    """All views of a video; the key is its row in the manifest. A video is decoded once for all of them.
+    """All views of a video; the key is its row in the manifest. Each video is decoded once for all views.
 
-    One temporal view is the clip in the centre, more are spread as TimeSformer spreads them. `views` and `thumbnails`
-    say what is wanted; frames that nothing needs are not decoded.
+    Args:
+        manifest: The videos.
+        config: Gives the sampling of frames and the sizes of views and thumbnails.
+        temporal_views: Number of clips per video: 1 is the clip in the centre, more are spread as TimeSformer does.
+        spatial_crops: Number of crops per clip.
+        views: Whether to make the views.
+        thumbnails: Whether to make the thumbnails. Frames that no output needs are not decoded.
     """
 
-    def __init__(  # noqa: PLR0913 - what is wanted, by name
+    def __init__(  # noqa: PLR0913 - settings, by name
         self,
         manifest: Manifest,
         config: Config,
@@ -135,7 +161,7 @@ class EvalVideos(Dataset[Any]):
         return VideoViews(views, thumbnails, starts_s, row.label, number)
 
 
-def read_views(  # noqa: PLR0913 - what is wanted, by name
+def read_views(  # noqa: PLR0913 - settings, by name
     reader: VideoReader,
     config: Config,
     *,
@@ -144,24 +170,29 @@ def read_views(  # noqa: PLR0913 - what is wanted, by name
     views: bool = True,
     thumbnails: bool = True,
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """The views and thumbnails of an open video and the starts of its clips in seconds, shaped as in `VideoViews`.
+    """Reads the views and thumbnails of an open video; the arguments are those of `EvalVideos`.
 
-    Raises `VideoError` if its frames cannot be decoded.
+    Returns:
+        Views, thumbnails and the starts of the clips in seconds, with the shapes of `VideoViews`.
+
+    Raises:
+        VideoError: A frame cannot be decoded.
     """
     model, assign, data = config.model, config.assign, config.data
     starts_s = _starts("centre" if temporal_views == 1 else "uniform", reader, config, temporal_views)
     indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
     if not views:
-        indices = indices[:, spread(model.num_frames, assign.frames)]  # (K, A)
-    wanted, places = np.unique(indices, return_inverse=True)
-    frames = reader.frames(wanted)
-    clips = [frames[clip] for clip in places.reshape(indices.shape)]
-    crop_count, kept = spatial_crops * views, assign.frames * thumbnails
+        indices = indices[:, spread(model.num_frames, assign.frames)]  # (K, T) -> (K, A)
+    # The clips of a short video overlap: each frame is decoded once, and then copied to its clips.
+    unique, inverse = np.unique(indices, return_inverse=True)
+    frames = reader.frames(unique)  # (unique frames, H, W, C)
+    clips = [frames[clip] for clip in inverse.reshape(indices.shape)]  # K times (T or A, H, W, C)
+    crop_count, frames_kept = spatial_crops * views, assign.frames * thumbnails  # 0 where not requested
     short_side = int(model.size / config.evaluate.crop_pct)
     cut = partial(crops, size=model.size, count=crop_count, short_side=short_side, interpolation=data.interpolation)
     return (
-        torch.stack([cut(clip) for clip in clips]),
-        torch.stack([thumbnail(clip, frames_kept=kept, size=assign.size) for clip in clips]),
+        torch.stack([cut(clip) for clip in clips]),  # (K, X, C, T, S, S)
+        torch.stack([thumbnail(clip, frames_kept=frames_kept, size=assign.size) for clip in clips]),  # (K, C, A, s, s)
         starts_s,
     )
 
@@ -171,6 +202,7 @@ def _failure(number: int, row: Row, error: VideoError) -> Failure:
 
 
 def _open(row: Row, config: Config) -> VideoReader:
+    """Opens the video of a row. Raises `VideoError` if it cannot be opened, or could not be read by `index`."""
     if row.status != "ok":
         raise VideoError(f"{row.path}: {row.cause}")
     return open_video(row.path, config.data.reader, row.info)
@@ -183,11 +215,13 @@ def _starts(
     clips: int,
     seed: int | None = None,
 ) -> list[float]:
+    """Starts of `clips` clips, in seconds; see `clip_starts`."""
     duration_s, clip_s = reader.num_frames / reader.fps, clip_seconds(config.model, reader.fps)
     return clip_starts(kind, duration_s=duration_s, clip_s=clip_s, clips=clips, seed=seed)
 
 
 def _indices(start_s: float, reader: VideoReader, model: ModelConfig) -> np.ndarray:
+    """Frame numbers of the clip that starts at `start_s`, (T,) int64."""
     return frame_indices(
         start_s,
         total_frames=reader.num_frames,

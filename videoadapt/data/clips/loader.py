@@ -1,7 +1,7 @@
-"""Batches for training and a stream of videos for evaluation, from worker processes that only read and crop.
+"""Training batches, and a stream of evaluation videos, read by worker processes.
 
-Workers deliver clip by clip: the first step is there sooner than if one worker made it whole, a timeout is that of one
-clip, and what waits in shared memory does not grow with the number of workers.
+Workers deliver single clips, not whole batches. The first step is then ready sooner, a timeout applies to one clip, and
+the amount of waiting data in shared memory does not grow with the number of workers.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ import torch
 from torch import Tensor
 
 from videoadapt.config.load import Config
-from videoadapt.data.clips import token_labels as tokenlabels
 from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
-from videoadapt.data.clips.token_labels import TokenLabels
-from videoadapt.data.clips.workers import _read
+from videoadapt.data.clips.token_labels import TokenLabels, collate_label_maps
+from videoadapt.data.clips.workers import read_items
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
 _CPU = torch.device("cpu")
-_FAILURES_WATCHED = 256  # clips; a run stops if more than half of the last ones failed
+_FAILURE_WINDOW = 256  # clips; the run stops if more than half of the latest ones failed
 
 
 @dataclass
 class Batch:
-    """B clips (B, C, T, S, S) uint8, their labels and their videos' rows in the manifest, (B,) int64.
+    """One micro-batch of one rank: B clips. B is smaller than planned, down to 0, if videos fail.
 
-    `positions` are the clips' places in the step of all ranks. Clips, labels and `tokens` (with `data.token_labels`)
-    are on the device that was asked for, the rest on the host. B is smaller than asked for, down to 0, by the videos
-    that failed.
+    Attributes:
+        clips: (B, C, T, S, S) uint8, on the training device.
+        labels: (B,) int64, on the training device.
+        videos: (B,) int64, rows in the manifest, on the CPU.
+        positions: Position of each clip in the step of all ranks.
+        failures: The videos that failed.
+        tokens: Label maps, with `data.token_labels`, on the training device.
     """
 
     clips: Tensor
@@ -47,37 +50,53 @@ class Batch:
     tokens: TokenLabels | None = None
 
     def without_clips(self) -> Batch:
-        """The batch of a rank that has nothing to do."""
+        """Returns an empty batch with the same failures, for a rank that has nothing to train in this step."""
         return replace(
             self, clips=self.clips[:0], labels=self.labels[:0], videos=self.videos[:0], positions=[], tokens=None
         )
 
 
 class ClipSource(Protocol):
-    """What gives a rank the clips that it trains, where ranks share the decoding: see `training/exchange`."""
+    """Exchanges clips between ranks that share the decoding. `training/exchange.py` implements it."""
 
     read: range
     """Positions, in a step of all ranks, of the clips that this rank decodes."""
 
     def exchanged(self, clips: Iterator[Clip | Failure], steps: Iterable[np.ndarray]) -> Iterator[Clip | Failure]:
-        """The clips that this rank trains, in order, for those that it decodes; `steps` are manifest rows."""
+        """Yields the clips that this rank trains, in order of position.
+
+        Args:
+            clips: The clips that this rank decodes, in order of position, step after step.
+            steps: For each step, the manifest rows of its clips, (train.batch,) int64.
+        """
 
 
 def steps_per_epoch(manifest: Manifest, config: Config) -> int:
-    """Whole steps of `train.batch` clips in the readable train videos. Raises `UserError` if there is not one."""
+    """Returns the number of whole steps of `train.batch` clips in the readable training videos.
+
+    Raises:
+        UserError: There are too few videos for one step.
+    """
     videos = len(_train_rows(manifest))
     if videos < config.train.batch:
-        raise UserError(f"train.batch: {config.train.batch} clips a step, but only {videos} train videos can be read")
+        raise UserError(
+            f"train.batch: {config.train.batch} clips a step, but only {videos} train videos can be read; lower "
+            "train.batch or add videos"
+        )
     return videos // config.train.batch
 
 
 def epoch_rows(manifest: Manifest, config: Config, epoch: int) -> np.ndarray:
-    """The manifest rows of an epoch in its order, (steps, parts of a step, clips of a part) int64.
+    """Returns the manifest rows of an epoch in training order.
 
-    Depends on (manifest, run.seed, epoch) and the sizes of steps and parts alone. An incomplete step is dropped.
+    The order depends on (manifest, run.seed, epoch, train.batch) alone. An incomplete last step is dropped.
+
+    Returns:
+        (steps, micro-batches of a step, clips of a micro-batch) int64.
     """
     steps, train = steps_per_epoch(manifest, config), config.train
     order = np.random.default_rng(seed_of("order", config.run.seed, epoch)).permutation(_train_rows(manifest))
+    # (videos,) -> (steps, accumulate, batch / accumulate)
     return order[: steps * train.batch].reshape(steps, train.accumulate, train.batch // train.accumulate)
 
 
@@ -90,70 +109,89 @@ def train_batches(
     positions: Callable[[int], range] = range,
     exchange: ClipSource | None = None,
 ) -> Iterator[list[Batch]]:
-    """Every training step from `start` to the end of the last epoch: its `train.accumulate` parts, on `device`.
+    """Yields every training step from `start` to the end of the last epoch.
 
-    What a step holds depends on (manifest, config, step), not on the number of workers, nor on `start`. `share` says
-    which positions of a part's clips this rank trains, given their number; without it, all. It reads these, or its part
-    of an `exchange`, which every rank must then have. Nothing before `start` is decoded. Workers read on into the next
-    epoch. Raises `RunError` if a worker dies or does not answer within `data.timeout_s`, naming the files, and if most
-    videos fail.
+    The content of a step depends on (manifest, config, step) alone, not on the number of workers or on `start`. Steps
+    before `start` are not decoded. Workers read ahead into the next epoch.
+
+    Args:
+        manifest: The videos.
+        config: Gives the batch size, the epochs, the seed and the augmentation.
+        start: Number of the first step.
+        device: Where clips, labels and label maps go.
+        positions: Given the number of clips in a micro-batch, the positions that this rank trains. Default: all.
+        exchange: If given, this rank decodes `exchange.read` and receives the other clips. Every rank must have one.
+
+    Yields:
+        The `train.accumulate` micro-batches of a step.
+
+    Raises:
+        RunError: A worker died or exceeded `data.timeout_s` (the message names the files), or most videos fail.
+        UserError: There are too few videos for one step.
     """
     on_gpu = device.type == "cuda"
-    part_clips = config.train.batch // config.train.accumulate
-    own = positions(part_clips)
-    first = [part * part_clips + own.start for part in range(config.train.accumulate)]  # position of each part
-    trained = [position + number for position in first for number in range(len(own))]
+    micro_batch_clips = config.train.batch // config.train.accumulate
+    local = positions(micro_batch_clips)  # of this rank, inside each micro-batch
+    # Position, in the step, of this rank's first clip of each micro-batch.
+    firsts = [micro_batch * micro_batch_clips + local.start for micro_batch in range(config.train.accumulate)]
+    trained = [first + number for first in firsts for number in range(len(local))]
     read = trained if exchange is None else list(exchange.read)
     epoch_clips = steps_per_epoch(manifest, config) * len(read)
-    plan, ahead = itertools.tee(_plan(manifest, config, start))
+    schedule, ahead = itertools.tee(_scheduled_steps(manifest, config, start))  # workers run ahead of training
     keys = ((epoch, row) for epoch, rows in ahead for row in rows[read].tolist())
     workers = min(worker_count(config.data.workers), epoch_clips)
-    items = _read(TrainClips(manifest, config), keys, workers, ahead=len(read), pin=on_gpu and exchange is None)
-    clips = _unless_most_fail(items, min(_FAILURES_WATCHED, epoch_clips))
+    # An exchange packs clips into messages on the CPU, so pinning them would be a wasted copy.
+    items = read_items(TrainClips(manifest, config), keys, workers, ahead=len(read), pin=on_gpu and exchange is None)
+    clips = _stop_if_most_fail(items, min(_FAILURE_WINDOW, epoch_clips))
     if exchange is not None:
-        plan, sent = itertools.tee(plan)
-        clips = exchange.exchanged(clips, (rows for _, rows in sent))
-    steps = ([_gather(itertools.islice(clips, len(own)), position, device) for position in first] for _ in plan)
-    yield from _one_ahead(steps, device) if on_gpu else steps
+        schedule, exchanged = itertools.tee(schedule)
+        clips = exchange.exchanged(clips, (rows for _, rows in exchanged))
+    steps = ([_collate(itertools.islice(clips, len(local)), first, device) for first in firsts] for _ in schedule)
+    yield from _copy_one_step_ahead(steps, device) if on_gpu else steps
 
 
 def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Failure]:
-    """The videos of some rows, one by one and in this order. Raises `RunError` if a worker dies or is late."""
-    return _read(dataset, rows, min(worker_count(dataset.config.data.workers), len(rows)))
+    """Yields the videos of the given manifest rows, one by one, in the given order.
+
+    Raises:
+        RunError: A worker died or exceeded `data.timeout_s`.
+    """
+    return read_items(dataset, rows, min(worker_count(dataset.config.data.workers), len(rows)))
 
 
 def _train_rows(manifest: Manifest) -> np.ndarray:
+    """Manifest rows of the readable training videos."""
     return np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
 
 
-def _plan(manifest: Manifest, config: Config, start: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Epoch and manifest rows, (clips of a step,), of every step from `start` on."""
+def _scheduled_steps(manifest: Manifest, config: Config, start: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The epoch and the manifest rows (train.batch,) of every step from `start` on."""
     per_epoch = steps_per_epoch(manifest, config)
     for epoch in range(start // per_epoch, config.train.epochs):
-        for step in epoch_rows(manifest, config, epoch)[max(0, start - epoch * per_epoch) :]:
-            yield epoch, step.reshape(-1)
+        for rows in epoch_rows(manifest, config, epoch)[max(0, start - epoch * per_epoch) :]:
+            yield epoch, rows.reshape(-1)  # (accumulate, batch / accumulate) -> (batch,)
 
 
-def _gather(items: Iterable[Clip | Failure], first: int, device: torch.device) -> Batch:
-    """A batch of clips that lie one after the other in the step, from position `first` on."""
+def _collate(items: Iterable[Clip | Failure], first: int, device: torch.device) -> Batch:
+    """A batch of clips with consecutive positions in the step, from `first` on."""
     every = list(items)
     clips = [item for item in every if isinstance(item, Clip)]
     frames = [clip.frames.to(device, non_blocking=True) for clip in clips]
     labels = torch.tensor([clip.label for clip in clips], dtype=torch.int64, pin_memory=device.type == "cuda")
     maps = [clip.tokens for clip in clips if clip.tokens is not None]
     return Batch(
-        # At once: copied one by one on a CPU, each clip would wake all of torch's threads, which then spin.
+        # One `stack`: with a copy per clip, each copy on a CPU would wake all threads of torch, which then spin.
         clips=torch.stack(frames) if frames else torch.empty((0,) * 5, dtype=torch.uint8, device=device),
         labels=labels.to(device, non_blocking=True),
         videos=torch.tensor([clip.video for clip in clips], dtype=torch.int64),
         positions=[first + number for number, item in enumerate(every) if isinstance(item, Clip)],
         failures=[item for item in every if isinstance(item, Failure)],
-        tokens=tokenlabels.gather(maps, device) if maps else None,
+        tokens=collate_label_maps(maps, device) if maps else None,
     )
 
 
-def _one_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same steps; each is copied to the GPU, on a stream of its own, while the one before it is computed."""
+def _copy_one_step_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same steps. Each is copied to the GPU on its own CUDA stream, during the computation of the step before."""
     copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def fetch() -> tuple[list[Batch] | None, torch.cuda.Event]:
@@ -167,18 +205,20 @@ def _one_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[l
         computing.wait_event(ready)
         for batch in step:
             for tensor in (batch.clips, batch.labels, *(batch.tokens or ())):
-                tensor.record_stream(computing)  # else its memory could be given to the next copy too early
+                # Otherwise the allocator could reuse the memory for the next copy while it is still being read.
+                tensor.record_stream(computing)
         yield step
 
 
-def _unless_most_fail(items: Iterable[Clip | Failure], window: int) -> Iterator[Clip | Failure]:
-    """The same items. Raises `RunError` once more than half of the last `window` are failures."""
+def _stop_if_most_fail(items: Iterable[Clip | Failure], window: int) -> Iterator[Clip | Failure]:
+    """The same items. Raises `RunError` once more than half of the latest `window` items are failures."""
     failed: deque[bool] = deque(maxlen=window)
     for item in items:
         failed.append(isinstance(item, Failure))
+        # A full window: a few failures at the start do not stop a run.
         if isinstance(item, Failure) and len(failed) == window and (count := sum(failed)) > window / 2:
             raise RunError(
-                f"{count} of the last {window} training clips ({count / window:.0%}) cannot be read, at last "
+                f"{count} of the last {window} training clips ({count / window:.0%}) cannot be read; the latest is "
                 f"{item.path}: {item.cause}"
             )
         yield item

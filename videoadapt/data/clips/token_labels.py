@@ -1,7 +1,7 @@
-"""Token labels (LV-ViT): what another model takes each cell of a training image for.
+"""Token labels (LV-ViT): for each cell of a training image, the classes that a teacher network sees there.
 
-In their public format every image has a file of its own, `CLASS/NAME.pt`: a tensor (2, 5, 18, 18) of the five best
-scores in each cell of a grid over the whole image, and of their classes.
+In LV-ViT's public format each image has its own file `CLASS/NAME.pt`: a tensor (2, 5, 18, 18). The 18 x 18 cells cover
+the whole image. Index 0 of the first axis holds the five best scores of each cell, index 1 their classes.
 """
 
 from __future__ import annotations
@@ -17,67 +17,80 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from videoadapt.data.clips.augment import Crop
+from videoadapt.data.clips.augment import Box, Crop
 from videoadapt.errors import VideoError
 
-SHAPE = (2, 5, 18, 18)
-MAP_BYTES = 2 * math.prod(SHAPE) + 4 * 8  # of a map in float16 and its box in float64
+SHAPE = (2, 5, 18, 18)  # (scores and classes, best five, rows, columns)
+MAP_BYTES = 2 * math.prod(SHAPE) + 4 * 8  # a map in float16 and its box in float64: see `LabelMap.to_bytes`
 
 
 class LabelMap(NamedTuple):
-    """A map as its file has it, float16, flipped as the clip was, and the crop's left, top, right and bottom in it.
+    """The label map of one training clip.
 
-    Sides are shares of the map's. An array goes from a worker by value: a tensor would hold an open file.
+    Attributes:
+        cells: (2, 5, 18, 18) float16, the whole image, mirrored if the clip is mirrored. A numpy array, because a
+            worker sends arrays by value; each tensor would hold an open file.
+        box: Left, top, right and bottom of the clip's crop, as fractions of the map.
     """
 
     cells: np.ndarray
-    box: tuple[float, float, float, float]
+    box: Box
 
     def to_bytes(self) -> bytes:
-        """The map and its box, `MAP_BYTES` of them."""
+        """Returns `MAP_BYTES` bytes, from which `from_bytes` makes an equal map."""
         return self.cells.tobytes() + np.array(self.box).tobytes()
 
     @classmethod
     def from_bytes(cls, row: bytes) -> LabelMap:
-        """What `to_bytes` was made of."""
+        """Reads the result of `to_bytes`."""
         cells = np.frombuffer(row, np.float16, math.prod(SHAPE)).reshape(SHAPE)
         left, top, right, bottom = np.frombuffer(row, np.float64, offset=cells.nbytes).tolist()
         return cls(cells, (left, top, right, bottom))
 
 
 class TokenLabels(NamedTuple):
-    """The label maps (B, 2, 5, 18, 18) and boxes (B, 4) of a batch, float32."""
+    """The label maps of a batch: `maps` (B, 2, 5, 18, 18) and `boxes` (B, 4), both float32, on the training device."""
 
     maps: Tensor
     boxes: Tensor
 
 
 def label_map_file(folder: Path, image: str) -> Path:
-    """Where the map of an image is: the last folder of its path, and its name up to the first dot."""
+    """Returns the file of an image's map: `folder`, then the image's last folder, then its name up to the first dot."""
     path = Path(image)
     return folder / path.parent.name / f"{path.name.partition('.')[0]}.pt"
 
 
 def read_label_map(file: Path, crop: Crop, num_classes: int) -> LabelMap:
-    """The map of an image of which `crop` is shown. Raises `VideoError` for a file that is missing or no such map."""
+    """Reads the map of an image.
+
+    Args:
+        file: The map's file.
+        crop: Which part of the image the clip shows.
+        num_classes: Classes of the model.
+
+    Raises:
+        VideoError: The file is missing, torn or no label map; a score is not finite in float16; or a class is not an
+            integer in [0, num_classes - 1].
+    """
     cells = _read_cells(file)
-    scores, classes = cells
+    scores, classes = cells  # each (5, 18, 18)
     if not scores.half().isfinite().all():
-        raise VideoError(f"label map {file}: holds scores that are not finite in float16, whose largest is 65504")
-    known = (classes >= 0) & (classes < num_classes) & (classes == classes.floor())  # false for NaN
-    if not known.all():
+        raise VideoError(f"label map {file}: holds scores that are not finite in float16 (the largest is 65504)")
+    valid = (classes >= 0) & (classes < num_classes) & (classes == classes.floor())  # False for NaN
+    if not valid.all():
         raise VideoError(
-            f"label map {file}: names the class {classes[~known][0].item():g}, but the model has 0 to "
+            f"label map {file}: names the class {classes[~valid][0].item():g}, but the model has the classes 0 to "
             f"{num_classes - 1} (model.num_classes)"
         )
     left, top, right, bottom = crop.box
-    if crop.flipped:
+    if crop.flipped:  # the crop is cut before it is mirrored, so the box is mirrored with the map
         return LabelMap(cells.flip(-1).half().numpy(), (1.0 - right, top, 1.0 - left, bottom))
     return LabelMap(cells.half().numpy(), crop.box)
 
 
 def _read_cells(file: Path) -> Tensor:
-    """What a file holds, (2, 5, 18, 18) in float64, in which no format of scores or classes is rounded."""
+    """(2, 5, 18, 18) float64, which holds every stored format without rounding."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         found = f"{tuple(content.shape)} of {content.dtype}" if isinstance(content, Tensor) else type(content).__name__
@@ -85,32 +98,41 @@ def _read_cells(file: Path) -> Tensor:
         cells = torch.from_numpy(content.detach().double().numpy()) if fits else None
     except OSError as error:
         raise VideoError(f"label map {file}: {error.strerror or error}") from None
-    except Exception as error:  # on damaged bytes the unpickler may stumble over anything
+    except Exception as error:  # the unpickler raises any class on damaged bytes
         raise VideoError(
-            f"label map {file}: torn, or not a plain tensor that torch has saved ({type(error).__name__})"
+            f"label map {file}: torn, or not a plain tensor saved by torch.save ({type(error).__name__})"
         ) from None
     if cells is None:
         raise VideoError(f"label map {file}: expected a floating-point tensor of shape {SHAPE}, got {found}")
     return cells
 
 
-def gather(labels: Sequence[LabelMap], device: torch.device) -> TokenLabels:
-    """The token labels of a batch, on a device."""
-    maps = torch.from_numpy(np.stack([label.cells for label in labels])).to(device)
+def collate_label_maps(labels: Sequence[LabelMap], device: torch.device) -> TokenLabels:
+    """Stacks B label maps, B at least 1, on a device."""
+    maps = torch.from_numpy(np.stack([label.cells for label in labels])).to(device)  # (B, 2, 5, 18, 18)
+    # to float32 only on the device: half the bytes to copy
     return TokenLabels(maps.float(), torch.tensor([label.box for label in labels], device=device))
 
 
 def token_targets(labels: TokenLabels, length: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Soft targets at a length, rows adding to 1: of whole crops (B, classes), and of their patches (B, N, classes).
+    """Makes soft targets from label maps (LV-ViT, section 3.2).
 
-    A class that is not among the five best of a cell has score 0 there. Scores are averaged over a patch or crop (ROI
-    align) before the softmax.
+    Scores are averaged over each patch, and over the crop, by ROI align; the softmax follows. A class outside the five
+    best of a cell has score 0 in that cell.
+
+    Args:
+        labels: The maps and boxes of B clips.
+        length: Patches per side.
+        num_classes: Width of the targets.
+
+    Returns:
+        Targets of the whole crops (B, num_classes) and of their patches (B, N, num_classes), float32; rows add to 1.
     """
-    scores, classes = labels.maps.unbind(1)  # (B, 5, 18, 18)
-    sparse = scores.new_zeros(len(scores), num_classes, *SHAPE[2:]).scatter_(1, classes.long(), scores)
-    numbers = torch.arange(len(scores), device=scores.device, dtype=scores.dtype)
-    boxes = torch.cat([numbers[:, None], labels.boxes], dim=1)
+    scores, classes = labels.maps.unbind(1)  # each (B, 5, 18, 18)
+    dense = scores.new_zeros(len(scores), num_classes, *SHAPE[2:]).scatter_(1, classes.long(), scores)
+    batch_index = torch.arange(len(scores), device=scores.device, dtype=scores.dtype)
+    boxes = torch.cat([batch_index[:, None], labels.boxes], dim=1)  # (B, 5), the form that roi_align expects
     whole, patches = (
-        roi_align(sparse, boxes, side, spatial_scale=SHAPE[-1], aligned=True).softmax(1) for side in (1, length)
-    )
+        roi_align(dense, boxes, side, spatial_scale=SHAPE[-1], aligned=True).softmax(1) for side in (1, length)
+    )  # (B, classes, 1, 1) and (B, classes, length, length)
     return whole.flatten(1), rearrange(patches, "b classes h w -> b (h w) classes")

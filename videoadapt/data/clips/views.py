@@ -1,4 +1,7 @@
-"""Views for evaluation, thumbnails for the assigner, and normalising on the device."""
+"""Evaluation views, thumbnails for the assigner, and normalising on the device.
+
+Resizing is antialiased. It is skipped where the size already fits.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +19,73 @@ from videoadapt.data.video.frame_sampling import spread
 def crops(
     frames: np.ndarray, *, size: int, count: int, short_side: int | None = None, interpolation: str = "bilinear"
 ) -> Tensor:
-    """The crops of an evaluation: frames (T, H, W, 3) uint8 -> (count, 3, T, size, size) uint8.
+    """Cuts the spatial crops of an evaluation (TimeSformer: 3 crops).
 
-    The short side is resized to `short_side` (none: `size`). The crops lie along the long side, in the middle of the
-    short one: 1 in the centre, 2 at both ends, 3 at left, centre and right (in portrait, top, centre and bottom).
+    The crops lie along the long side, and in the middle of the short side: 1 crop in the centre, 2 at both ends, 3 at
+    left, centre and right (in portrait: top, centre and bottom).
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+        size: Side of a crop, in pixels.
+        count: Number of crops; 0 gives an empty tensor.
+        short_side: The short side of the frames after resizing; None stands for `size`.
+        interpolation: A value of torchvision's `InterpolationMode`.
+
+    Returns:
+        (count, 3, T, size, size) uint8.
     """
     mode = InterpolationMode(interpolation)
-    images = F.resize(_to_tchw(frames), [short_side or size], interpolation=mode, antialias=True)
+    images = F.resize(to_tchw(frames), [short_side or size], interpolation=mode, antialias=True)
     height, width = images.shape[-2:]
-    shares = [0.5] if count == 1 else np.linspace(0.0, 1.0, count).tolist()
+    # Where each crop lies on the long side: 0 = first pixel, 1 = last.
+    fractions = [0.5] if count == 1 else np.linspace(0.0, 1.0, count).tolist()
     out = torch.empty((count, 3, len(frames), size, size), dtype=torch.uint8)
-    for crop, share in zip(out, shares, strict=True):
-        y = round((share if height > width else 0.5) * (height - size))
-        x = round((0.5 if height > width else share) * (width - size))
-        crop.copy_(images[..., y : y + size, x : x + size].transpose(0, 1))  # T C H W -> C T H W
+    for crop, fraction in zip(out, fractions, strict=True):
+        y = round((fraction if height > width else 0.5) * (height - size))
+        x = round((0.5 if height > width else fraction) * (width - size))
+        crop.copy_(images[..., y : y + size, x : x + size].transpose(0, 1))  # (T, C, S, S) -> (C, T, S, S)
     return out
 
 
 def thumbnail(frames: np.ndarray, *, frames_kept: int, size: int) -> Tensor:
-    """A small copy of a whole clip: frames (T, H, W, 3) uint8 -> (3, frames_kept, size, size) uint8.
+    """Makes a small copy of a whole clip for the assigner.
 
-    The frames kept are spread evenly over the clip, first and last included (one alone: the middle one); each is
-    squashed to a square whole, so that nothing of it is lost at the sides.
+    Each frame is squashed to a square, not cropped, so that the sides of the picture are kept.
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+        frames_kept: Number of frames, spread evenly over the clip with both ends included; 1 is the middle frame.
+        size: Side of the square, in pixels.
+
+    Returns:
+        (3, frames_kept, size, size) uint8.
     """
-    images = _to_tchw(frames[spread(len(frames), frames_kept)])
-    return _to_cthw(F.resize(images, [size, size], antialias=True))
-
-
-def _to_tchw(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(
-        0, 3, 1, 2
-    )  # T H W C -> T C H W, as it lies in memory
-
-
-def _to_cthw(images: Tensor) -> Tensor:
-    return images.transpose(0, 1).contiguous()  # T C H W -> C T H W
+    images = to_tchw(frames[spread(len(frames), frames_kept)])
+    return to_cthw(F.resize(images, [size, size], antialias=True))
 
 
 def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """(B, C, T, H, W) uint8 -> `(x / 255 - mean) / std` per channel, in `dtype`, on the device of the clips."""
+    """Returns `(x / 255 - mean) / std` per channel.
+
+    Args:
+        clips: (B, C, T, H, W) uint8, on any device.
+        mean: C values, for pixels in [0, 1].
+        std: C values, for pixels in [0, 1].
+        dtype: Type of the result. The arithmetic is float32.
+
+    Returns:
+        (B, C, T, H, W) on the device of `clips`.
+    """
+    # mean and std are scaled by 255 instead of the pixels: one operation less on the large tensor
     shift, scale = (torch.tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
     return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
+
+
+def to_tchw(frames: np.ndarray) -> Tensor:
+    """Frames (T, H, W, C) as torchvision's transforms take them, (T, C, H, W). A view: the memory stays as it is."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # (T, H, W, C) -> (T, C, H, W)
+
+
+def to_cthw(images: Tensor) -> Tensor:
+    """Images (T, C, H, W) as the model takes them, (C, T, H, W), contiguous."""
+    return images.transpose(0, 1).contiguous()  # (T, C, H, W) -> (C, T, H, W)
