@@ -37,7 +37,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from videoadapt.data.index.find_files import walk
-from videoadapt.data.index.probe_pool import look_at
+from videoadapt.data.index.probe_pool import run_on_files
 from videoadapt.data.synthetic import open_encoder
 from videoadapt.data.video.decoding import decode
 from videoadapt.data.video.files import reason
@@ -291,7 +291,7 @@ def resize_all(
     try:
         with (
             Bar("resize", total=len(names), unit="videos", start=len(clashing)) as bar,
-            closing(cast(Any, look_at)(todo, work, workers=workers, timeout_s=timeout_s)) as findings,
+            closing(cast(Any, run_on_files)(todo, work, workers=workers, timeout_s=timeout_s)) as findings,
         ):
             for name, finding in findings:
                 failed = isinstance(finding, str)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from video_files import write_list
 from videoadapt.config.load import Config, make_config
-from videoadapt.data.index.annotations import Listed, Listing, fingerprint, list_videos
+from videoadapt.data.index.annotations import ListedVideo, Listing, fingerprint, list_videos
 from videoadapt.data.index.class_names import kinetics400
 from videoadapt.errors import ConfigError, UserError
 
@@ -72,7 +72,7 @@ def test_lists_may_use_any_separator_and_paths_may_hold_spaces(tmp_path: Path, s
     listed = listing_of(train=path).videos
     assert [(v.video, v.label) for v in listed] == [("a.mp4", 0), ("my clips/b, ü\u2028.mp4", 2), ("/d.mp4", 1)]
     assert [v.path for v in listed] == [str(tmp_path / "a.mp4"), str(tmp_path / "my clips/b, ü\u2028.mp4"), "/d.mp4"]
-    assert [v.where for v in listed] == [f"{path}:{line}" for line in (3, 4, 5)]
+    assert [v.location for v in listed] == [f"{path}:{line}" for line in (3, 4, 5)]
 
 
 def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_folder_of_frame_images_may_be_listed_with_their_count(tmp_path: Path,
     [
         ("b.mp4 3", r"l\.txt:2: label 3 of b\.mp4: expected 0 to 2"),
         ("b.mp4 -1", r"l\.txt:2: label -1"),
-        ("b.mp4 cats", r"l\.txt:2: label 'cats': expected a number, or data\.classes"),
+        ("b.mp4 cats", r"l\.txt:2: label 'cats': expected a number, or class names in data\.classes"),
         ("b.mp4", r"l\.txt:2: expected `path label`"),
         ("b.mp4 300 1", r"l\.txt:2: expected `path label`; three fields are for folders"),
     ],
@@ -154,7 +154,7 @@ def test_a_folder_per_class_gives_labels_in_the_order_of_names(tmp_path: Path) -
     }  # fmt: skip
     assert places(listing, tmp_path)[-1] == "val/cats/deep/d.avi"
     (val / "fish").mkdir()
-    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .* has classes that .* has not: \['fish'\]"):
+    with pytest.raises(ConfigError, match=r"data\.val\.annotations: .* has classes that are not in .*: \['fish'\]"):
         listing_of(train=train, val=val)
 
 
@@ -209,8 +209,8 @@ def test_an_official_csv_names_files_labels_and_classes(tmp_path: Path) -> None:
     missing = "-aaaaaaaaaa_000000_000010"
     assert listing.classes == ("abseiling", "punching person, boxing")
     assert listing.videos == [
-        Listed(str(root / f"deep/er/{CLIP}.WEBM"), CLIP, SOURCE, 1, "val", f"{path}:2"),
-        Listed(str(root / f"{missing}.mp4"), missing, "-aaaaaaaaaa", 0, "val", f"{path}:4"),
+        ListedVideo(str(root / f"deep/er/{CLIP}.WEBM"), CLIP, SOURCE, 1, "val", f"{path}:2"),
+        ListedVideo(str(root / f"{missing}.mp4"), missing, "-aaaaaaaaaa", 0, "val", f"{path}:4"),
     ]
 
 
@@ -243,8 +243,8 @@ def test_of_several_files_the_one_of_the_split_then_of_the_class_is_taken(
         if folder in there
     )  # fmt: skip
     assert places(listing, root) == [f"{expected}/{CLIP}.mp4"]
-    left = [f"{root / folder / CLIP}.mp4: left, {root / expected / CLIP}.mp4 is taken" for folder in there]
-    assert sorted(listing.copies) == sorted(
+    left = [f"{root / folder / CLIP}.mp4: ignored, {root / expected / CLIP}.mp4 is used" for folder in there]
+    assert sorted(listing.ignored_files) == sorted(
         line for line, folder in zip(left, there, strict=True) if folder != expected
     )
 
@@ -288,7 +288,7 @@ def test_a_table_of_a_test_split_may_be_used_and_that_is_noted(tmp_path: Path) -
     path = write_csv(tmp_path / "test.csv", [("a", "ddddddddddd", 0, 10, "test")])
     listing = listing_of(1, val=path)
     assert [video.split for video in listing.videos] == ["val"]
-    assert listing.notes == [f"data.val.annotations: all rows of {path} are of split 'test', taken as val"]
+    assert listing.notes == [f"data.val.annotations: all rows of {path} are of split 'test'; they are used as val"]
 
 
 @pytest.mark.parametrize("gone", COLUMNS)
@@ -321,7 +321,7 @@ def test_the_official_json_of_kinetics_gives_what_the_csv_gives(tmp_path: Path) 
     table = write(tmp_path / "all.json", json.dumps({SOURCE: video, "aaaaaaaaaaa": train}))
     by_json = listing_of(1, val=table).videos
     by_csv = listing_of(1, val=write_csv(tmp_path / "val.csv", [("abseiling", SOURCE, 417, 427, "val")])).videos
-    assert [v._replace(where="") for v in by_json] == [v._replace(where="") for v in by_csv]
+    assert [v._replace(location="") for v in by_json] == [v._replace(location="") for v in by_csv]
     with pytest.raises(ConfigError, match=rf"bad\.json: {SOURCE}: expected .*segment"):
         listing_of(1, val=write(tmp_path / "bad.json", json.dumps({SOURCE: {"annotations": {}}})))
 
@@ -392,7 +392,7 @@ def test_a_video_listed_again_with_its_label_is_kept_once_and_told(tmp_path: Pat
     path = write_list(tmp_path / "l.txt", rows)
     listing = listing_of(train=path)
     assert [video.video for video in listing.videos] == ["a.mp4", "b.mp4", CLIP]
-    assert listing.twice == [f"./a.mp4: {path}:1 and again {path}:3", f"{CLIP}: {path}:4 and again {path}:5"]
+    assert listing.repeated == [f"./a.mp4: {path}:1 and again {path}:3", f"{CLIP}: {path}:4 and again {path}:5"]
 
 
 def test_a_video_with_two_labels_is_refused_by_both_lines(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_a_video_in_both_splits_is_kept_in_both(tmp_path: Path) -> None:
     train = write_list(tmp_path / "train.txt", [("a.mp4", 0), ("b.mp4", 0)])
     listing = listing_of(train=train, val=write_list(tmp_path / "val.txt", [("a.mp4", 1)]))
     assert [(v.video, v.split) for v in listing.videos] == [("a.mp4", "train"), ("b.mp4", "train"), ("a.mp4", "val")]
-    assert listing.twice == []
+    assert listing.repeated == []
 
 
 # Classes
@@ -496,7 +496,7 @@ def test_val_may_have_no_class_that_train_has_not(tmp_path: Path) -> None:
     val = touch(tmp_path / "val", "a_b/x.mp4")
     assert listing_of(2, train=train, val=val).classes == ("a b", "c")
     touch(val, "d/x.mp4")
-    with pytest.raises(ConfigError, match=r"val has classes that .*train\.csv has not: \['d'\]"):
+    with pytest.raises(ConfigError, match=r"val has classes that are not in .*train\.csv: \['d'\]"):
         listing_of(2, train=train, val=val)
 
 

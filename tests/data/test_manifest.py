@@ -19,7 +19,7 @@ from PIL import Image
 import small_runs as runs
 from video_files import numbered, write_list, write_video
 from videoadapt.config.load import Config, dump_config, make_config
-from videoadapt.data.index.check import check
+from videoadapt.data.index.check import CheckResult, check
 from videoadapt.data.index.manifest import Manifest, index, load_or_index
 from videoadapt.data.video.probe import PROBE_VERSION, probe
 from videoadapt.errors import UserError
@@ -190,7 +190,7 @@ def test_a_split_without_a_readable_video_is_stated_by_index_and_refused_for_tra
     config = config_of(tmp_path / "run", train=train, root=str(videos))
     assert index(config)["status"].tolist() == ["missing", "missing", "broken"]
     assert stored(config)["splits"]["train"]["listed"] == 3
-    with pytest.raises(UserError, match=rf"not one of the 3 videos .* 2 missing, 1 broken, .* {videos} \(data\.root\)"):
+    with pytest.raises(UserError, match=rf"none of the 3 videos .* 2 missing, 1 broken; .* {videos} \(data\.root\)"):
         load_or_index(config)
     shutil.copy(videos / "v0.mp4", videos / "gone.mp4")
     assert len(load_or_index(config).readable) == 1
@@ -198,9 +198,11 @@ def test_a_split_without_a_readable_video_is_stated_by_index_and_refused_for_tra
 
 def test_a_holdout_that_chance_left_empty_is_told_as_such(tmp_path: Path, videos: Path) -> None:
     train = write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 0)])
-    with pytest.raises(UserError, match=r"data\.holdout: a share of 0\.001 of the 2 videos .* split holdout"):
+    with pytest.raises(
+        UserError, match=r"data\.holdout: with a fraction of 0\.001, none of the 2 videos .* split holdout"
+    ):
         load_or_index(config_of(tmp_path / "run", train=train, holdout=0.001))
-    with pytest.raises(UserError, match=r"data\.holdout: .* none for the split train"):
+    with pytest.raises(UserError, match=r"data\.holdout: .* in the split train"):
         load_or_index(config_of(tmp_path / "run", train=train, holdout=0.999))
 
 
@@ -230,11 +232,11 @@ def test_full_verification_notes_damage_and_keeps_the_video(tmp_path: Path, vide
 def test_files_are_checked_against_the_manifest(tmp_path: Path, videos: Path) -> None:
     rows = [*((f"v{i}.mp4", 0) for i in range(5)), ("broken.mp4", 1), ("gone.mp4", 2), ("lost.mp4", 2)]
     config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", rows))
-    index(config)
+    manifest = index(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    assert check(tmp_path / "run", config) | {"manifest": ""} == {
-        "manifest": "", "videos": 8, "unchanged": 8, "changes": {}, "differences": []
-    }  # fmt: skip
+    assert check(tmp_path / "run", config) == CheckResult(
+        manifest=manifest.hash, videos=8, unchanged=8, changes={}, differences=[]
+    )
     (videos / "v1.mp4").unlink()
     (videos / "v2.mp4").write_bytes(b"no video")
     write_video(videos / "v3.mp4", 7)
@@ -243,11 +245,11 @@ def test_files_are_checked_against_the_manifest(tmp_path: Path, videos: Path) ->
     shutil.copy(videos / "v0.mp4", videos / "broken.mp4")
     shutil.copy(videos / "v0.mp4", videos / "gone.mp4")
     result = check(tmp_path / "run" / "manifest.parquet", config)
-    assert {Path(row["path"]).name: row["change"] for row in result["differences"]} == {
+    assert {Path(row.path).name: row.change for row in result.differences} == {
         "v1.mp4": "gone", "v2.mp4": "broken now", "v3.mp4": "changed", "v4.mp4": "changed",
         "broken.mp4": "readable now", "gone.mp4": "found now",
     }  # fmt: skip
-    assert (result["videos"], result["unchanged"], result["changes"]["changed"]) == (8, 2, 2)
+    assert (result.videos, result.unchanged, result.changes["changed"]) == (8, 2, 2)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -255,11 +257,11 @@ def test_an_image_that_was_written_over_is_a_change_and_index_sees_it(tmp_path: 
     folder = write_frames(tmp_path / "clip", 3)
     config = config_of(tmp_path / "run", train=write_list(tmp_path / "l.txt", [("clip 3", 0)]))
     index(config)
-    assert check(tmp_path / "run", config)["changes"] == {}
+    assert check(tmp_path / "run", config).changes == {}
     Image.fromarray(numbered(1, start=9)[0]).save(folder / "img_1.bmp")  # as large as before
-    assert check(tmp_path / "run", config)["changes"] == {"changed": 1}
+    assert check(tmp_path / "run", config).changes == {"changed": 1}
     index(config)
-    assert check(tmp_path / "run", config)["changes"] == {}
+    assert check(tmp_path / "run", config).changes == {}
 
 
 def test_a_folder_with_another_number_of_frames_than_listed_is_broken(tmp_path: Path) -> None:
@@ -269,8 +271,8 @@ def test_a_folder_with_another_number_of_frames_than_listed_is_broken(tmp_path: 
     config = config_of(tmp_path / "run", train=train)
     manifest = index(config)
     assert manifest["status"].tolist() == ["broken", "ok"]
-    assert manifest.row(0).cause == "the list says 300 frames, the folder has 20"
-    assert check(tmp_path / "run", config)["changes"] == {}
+    assert manifest.row(0).cause == "the list states 300 frames, the folder has 20"
+    assert check(tmp_path / "run", config).changes == {}
 
 
 def test_folders_of_images_are_broken_by_the_same_cause_whatever_their_images_are_called(tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_what_should_be_known_of_a_source_is_said_and_stored(
     config = config_of(tmp_path / "run", 1, val=table)
     index(config)
     (note,) = stored(config)["notes"]
-    assert "are of split 'test', taken as val" in note
+    assert "are of split 'test'; they are used as val" in note
     assert note in capsys.readouterr().err
 
 
@@ -351,7 +353,7 @@ def test_nothing_is_lost_while_the_videos_are_not_there(tmp_path: Path, videos: 
     videos.rename(tmp_path / "elsewhere")
     assert load_or_index(config).hash == good
     write_list(train, [("v0.mp4", 0), ("v1.mp4", 1)])
-    with pytest.raises(UserError, match="not one of the 2 videos"):
+    with pytest.raises(UserError, match="none of the 2 videos"):
         load_or_index(config)
     assert Manifest.load(path).hash == good
     for _ in range(2):  # asked for by name, it is made; the second has nothing to lose
@@ -377,7 +379,7 @@ def test_index_on_the_command_line_prints_one_screen_and_fails_without_a_readabl
     done = runs.command("index", tmp_path / "c.yaml")
     assert done.returncode == 2
     assert "listed" in done.stdout
-    assert "error: data.train: not one of the 1 videos" in done.stderr
+    assert "error: data.train: none of the 1 videos" in done.stderr
 
 
 def test_check_on_the_command_line_needs_no_config_and_fails_on_a_difference(tmp_path: Path, videos: Path) -> None:

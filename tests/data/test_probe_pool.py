@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from video_files import numbered, write_video
-from videoadapt.data.index import probe_pool as probing
-from videoadapt.data.index.probe_pool import Finding, look_at, probe_files
+from videoadapt.data.index import probe_pool
+from videoadapt.data.index.probe_pool import ProbeResult, probe_files, run_on_files
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.verify import verify
 from videoadapt.errors import VideoError
@@ -46,12 +46,12 @@ def by_name(path: str) -> VideoInfo:
 
 
 def look(paths: list[str], workers: int = 2, timeout_s: float = 60.0) -> dict[str, VideoInfo | str]:
-    return dict(look_at(paths, by_name, workers=workers, timeout_s=timeout_s))
+    return dict(run_on_files(paths, by_name, workers=workers, timeout_s=timeout_s))
 
 
 def test_a_file_that_crashes_its_process_fails_alone() -> None:
     found = look([*(f"good{i}" for i in range(20)), "crash1", "crash2", *(f"good{i}" for i in range(20, 40))])
-    assert {path for path, finding in found.items() if finding == "a process crashed on reading it"} == {
+    assert {path for path, finding in found.items() if finding == "the process that read it crashed"} == {
         "crash1",
         "crash2",
     }
@@ -62,7 +62,7 @@ def test_a_file_that_takes_too_long_fails_alone() -> None:
     start = time.monotonic()
     found = look(["hang1", *(f"good{i}" for i in range(20)), "hang2"], timeout_s=1.0)
     assert time.monotonic() - start < 15
-    assert found.pop("hang1") == found.pop("hang2") == "took longer than 1 s to read"
+    assert found.pop("hang1") == found.pop("hang2") == "reading it took longer than 1 s"
     assert set(found.values()) == {INFO}
     assert len(found) == 20
 
@@ -96,7 +96,7 @@ class Counting(list[str]):
 
 def test_few_files_are_under_way_at_once_and_closing_stops_at_once() -> None:
     paths = Counting(["good", *(f"hang{i}" for i in range(100_000))])
-    with closing(look_at(paths, by_name, workers=2, timeout_s=600.0)) as findings:
+    with closing(run_on_files(paths, by_name, workers=2, timeout_s=600.0)) as findings:
         assert next(findings) == ("good", INFO)
         start = time.monotonic()
     assert time.monotonic() - start < 10
@@ -118,7 +118,7 @@ def paths(tmp_path: Path, six_frames: Path) -> list[str]:
     return [str(tmp_path / name) for name in names]
 
 
-def found(paths: list[str], cache: Path, *, full: bool = False) -> dict[str, Finding]:
+def found(paths: list[str], cache: Path, *, full: bool = False) -> dict[str, ProbeResult]:
     return probe_files(paths, full=full, cache=cache, workers=2, timeout_s=60.0)
 
 
@@ -190,10 +190,10 @@ def test_findings_of_another_version_are_not_used(
 ) -> None:
     cache = tmp_path / "probed.jsonl"
     first = found(paths[:2], cache)
-    monkeypatch.setattr(probing, "PROBE_VERSION", probing.PROBE_VERSION + 1)
+    monkeypatch.setattr(probe_pool, "PROBE_VERSION", probe_pool.PROBE_VERSION + 1)
     assert found(paths[:2], cache) == first
     assert len(entries(cache)) == 4
-    monkeypatch.setattr(probing, "version", lambda _: "0.1")
+    monkeypatch.setattr(probe_pool, "version", lambda _: "0.1")
     assert found(paths[:2], cache) == first
     assert len(entries(cache)) == 6
 
@@ -213,7 +213,7 @@ def test_a_job_that_is_told_to_stop_keeps_what_it_found_and_goes_on_later(paths:
     cache = tmp_path / "probed.jsonl"
     with StopRequest(JOB_SIGNALS) as job:
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probing.Bar, "step", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
+            patch.setattr(probe_pool.Bar, "step", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
             found(paths[:5], cache)
         assert job.received == signal.SIGUSR2  # the job knows that it has to come back
     assert len(entries(cache)) == 1
@@ -235,7 +235,7 @@ def hang(_: str) -> VideoInfo:
 
 
 def test_ctrl_c_does_not_wait_for_a_file(paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "probe", hang)
+    monkeypatch.setattr(probe_pool, "probe", hang)
     start = time.monotonic()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
@@ -252,4 +252,4 @@ def warned(path: str) -> str:
 
 def test_the_processes_live_on_when_a_job_is_warned() -> None:
     paths = [f"file{i}" for i in range(8)]
-    assert dict(look_at(paths, warned, workers=2, timeout_s=60.0)) == {path: path for path in paths}
+    assert dict(run_on_files(paths, warned, workers=2, timeout_s=60.0)) == {path: path for path in paths}

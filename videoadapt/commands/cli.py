@@ -146,9 +146,9 @@ def _check(manifest: Path, config: Any, as_json: bool) -> None:
     from videoadapt.data.index.check import check
 
     result = check(manifest, config or Config())
-    _show(result, as_json, print_check)
-    if result["changes"]:
-        changes = ", ".join(f"{count} {change}" for change, count in result["changes"].items())
+    _show(asdict(result), as_json, print_check)
+    if result.changes:
+        changes = ", ".join(f"{count} {change}" for change, count in result.changes.items())
         raise RunError(f"{manifest}: its files are not as they were: {changes}; `videoadapt index` makes it anew")
 
 

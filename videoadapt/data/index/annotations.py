@@ -1,4 +1,4 @@
-"""The videos that a config names: their files, ids and labels, whatever format the annotations have."""
+"""Lists the videos of a config, with file, id, label and split, from annotations of any format."""
 
 from __future__ import annotations
 
@@ -18,70 +18,84 @@ from videoadapt.data.index.text import normalised, read_text
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.runtime.seeds import seed_of
 
-_HOLDOUT_STEPS = 1 << 63  # `seed_of` draws from [0, 2^63)
+_SEEDS = 1 << 63  # `seed_of` returns numbers in [0, 2^63)
 
 
-class Listed(NamedTuple):
-    """One video of a source."""
+class ListedVideo(NamedTuple):
+    """One video of the annotations. Its file may be missing."""
 
-    path: str  # absolute; if no file was found, where it was expected
-    video: str  # id: of Kinetics, the file's name without suffix; else the path as the source has it
-    source: str  # the YouTube id of a Kinetics file, else empty
+    path: str  # absolute; the expected place if no file was found
+    video: str  # id: file name without suffix for a Kinetics clip, else the path as the annotations have it
+    source: str  # YouTube id of a Kinetics clip, else empty
     label: int
     split: Split
-    where: str  # file and line, or folder, for messages
-    frames: int | None = None  # as a list of folders of frame images states them
+    location: str  # file and line, or folder, for error messages
+    frames: int | None = None  # number of frame images that a list states
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a config names. Each video is once in a split, but may be in several."""
+    """All videos of a config. A video occurs once in a split, and may occur in several splits."""
 
-    videos: list[Listed]
-    classes: tuple[str, ...]  # names in label order; without names, the numbers
-    twice: list[str]  # a line for each video that its split lists again, with the same label
-    copies: list[str]  # a line for each file that was left, because another of its name was taken
-    notes: list[str]  # what people should know of the sources
+    videos: list[ListedVideo]
+    classes: tuple[str, ...]  # names in label order; the numbers as text if the classes have no names
+    repeated: list[str]  # one message for each video that a split lists again with the same label
+    ignored_files: list[str]  # one message for each file that is not used because another has the same name
+    notes: list[str]  # what the user should know about the annotations
 
 
 def list_videos(config: Config) -> Listing:
-    """All videos of `data.train` and `data.val`, in their order, whether or not their files are there.
+    """Lists all videos of `data.train` and `data.val` in the order of the annotations.
 
-    Files of Kinetics' and Something-Something's tables are found by name below `data.root`, else beside the table. A
-    share `data.holdout` of the train videos, chosen by a hash of seed and source, is in split `holdout`. Raises
-    `ConfigError`, naming file, line and label, for what cannot be used, and `UserError` for a video with two labels.
+    Video files of Kinetics and Something-Something tables are searched by name below `data.root`, or below the table's
+    folder if `data.root` is not set. A fraction `data.holdout` of the train videos gets the split `holdout`. A hash of
+    seed and source selects them, so the order of the list does not matter. Missing files are listed too.
+
+    Raises:
+        ConfigError: Annotations cannot be used. The message names file, line and label.
+        UserError: A video has two labels in one split.
     """
     paths = _annotations(config)
     roots = {split: _root(path, config) for split, path in paths.items()}
     named = {split: read_named(path, split, roots[split]) for split, path in paths.items() if not is_list(path, split)}
     names, origin = _class_names(config, paths, named)
     numbers = {normalised(name): number for number, name in enumerate(names)}
+    # Lists are read last: where a path ends and its label begins depends on the class names.
     sources = {
         split: named.get(split) or read_list(path, split, roots[split], numbers) for split, path in paths.items()
     }
-    listed, copies = _listed(sources, numbers, origin)
-    _check(listed, paths, config, named=bool(names))
-    videos, twice = _once(listed)
-    held = [_hold_out(video, config) for video in videos] if config.data.holdout else videos
-    notes = [source.note for source in sources.values() if source.note]
-    return Listing(held, names or tuple(map(str, range(config.model.num_classes))), twice, copies, notes)
+    listed, ignored_files = _look_up(sources, numbers, origin)
+    _require_valid_labels(listed, paths, config, has_names=bool(names))
+    videos, repeated = _drop_repeated(listed)
+    if config.data.holdout:
+        videos = [_hold_out(video, config) for video in videos]
+    return Listing(
+        videos=videos,
+        classes=names or tuple(map(str, range(config.model.num_classes))),
+        repeated=repeated,
+        ignored_files=ignored_files,
+        notes=[source.note for source in sources.values() if source.note],
+    )
 
 
 def fingerprint(config: Config) -> str:
-    """64 hex digits that change when `list_videos` would list other videos, or with other labels, splits or classes.
+    """Returns 64 hex digits that change when `list_videos` would return other videos, labels, splits or classes.
 
-    Where the files of tables and lists lie, or whether they are there, does not count, and is not looked up: only
-    annotations that are folders are gone through. Raises `ConfigError` for annotations that cannot be read.
+    Video files of tables and lists are not looked up, so their places do not matter. Only annotations that are folders
+    are searched.
+
+    Raises:
+        ConfigError: Annotations cannot be read.
     """
     data = config.data
     sources = {split: _content(path, split, _root(path, config)) for split, path in _annotations(config).items()}
     classes = None if data.classes is None else read_classes(data.classes)
-    drawn = (data.holdout, config.run.seed) if data.holdout else None
+    drawn = (data.holdout, config.run.seed) if data.holdout else None  # without holdout the seed changes nothing
     return hashlib.sha256(json.dumps([sources, classes, config.model.num_classes, drawn]).encode()).hexdigest()
 
 
 def _content(path: Path, split: Split, root: Path) -> list[str]:
-    """Where names start, and what an annotation file says, or the classes and videos of a folder."""
+    """Returns the root and the text of an annotation file, or the root, classes and videos of a folder."""
     if not path.is_dir():
         return [str(root), read_text(path, f"data.{split}.annotations")]
     source = read_named(path, split, root)
@@ -109,11 +123,11 @@ def _annotations(config: Config) -> dict[Split, Path]:
 def _class_names(
     config: Config, paths: Mapping[Split, Path], named: Mapping[Split, Source]
 ) -> tuple[tuple[str, ...], str]:
-    """The names from `data.classes`, else from tables and folders, and where they are from; none for lists alone."""
+    """Returns the class names and their origin: `data.classes`, else tables and folders. Lists alone give no names."""
     if config.data.classes is not None:
         names, origin = read_classes(config.data.classes), str(config.data.classes)
     else:
-        names, origin = _names_found(paths, named)
+        names, origin = _names_of_sources(paths, named)
     if len(set(map(normalised, names))) < len(names):
         raise ConfigError(f"{origin}: a class is named twice")
     if names and len(names) != config.model.num_classes:
@@ -125,86 +139,100 @@ def _class_names(
     return names, origin
 
 
-def _names_found(paths: Mapping[Split, Path], named: Mapping[Split, Source]) -> tuple[tuple[str, ...], str]:
+def _names_of_sources(paths: Mapping[Split, Path], named: Mapping[Split, Source]) -> tuple[tuple[str, ...], str]:
     found = [source.classes for source in named.values() if source.classes]  # train first
     known = set(map(normalised, found[0])) if found else set()
+    # Classes of val alone would get a number that the model is never trained for.
     new = sorted(name for classes in found[1:] for name in classes if normalised(name) not in known)
     if new:
-        raise ConfigError(f"data.val.annotations: {paths['val']} has classes that {paths['train']} has not: {new}")
+        raise ConfigError(f"data.val.annotations: {paths['val']} has classes that are not in {paths['train']}: {new}")
     return tuple(sorted(found[0])) if found else (), " and ".join(str(paths[split]) for split in named)
 
 
-def _listed(sources: Mapping[Split, Source], numbers: Mapping[str, int], origin: str) -> tuple[list[Listed], list[str]]:
-    files = {root: files_by_stem(root) for root in {source.root for source in sources.values() if source.by_name}}
-    listed, copies = [], []
+def _look_up(
+    sources: Mapping[Split, Source], numbers: Mapping[str, int], origin: str
+) -> tuple[list[ListedVideo], list[str]]:
+    """Finds file, id and class number of each entry. Also returns a message for each file that is not used."""
+    # Splits often share a root, which may hold 300,000 files: each root is searched once.
+    roots = {source.root for source in sources.values() if source.search_by_name}
+    files = {root: files_by_stem(root) for root in roots}
+    listed, ignored_files = [], []
     for split, source in sources.items():
         for entry in source.entries:
-            path, *others = _places(entry, source, split, files.get(source.root, {}))
-            copies += [f"{other}: left, {path} is taken" for other in others]
-            label = class_number(entry.label, numbers, origin=origin, where=entry.where)
-            listed.append(Listed(path, *video_id(entry.name), label, split, entry.where, entry.frames))
-    return listed, copies
+            path, *others = _candidate_files(entry, source, split, files.get(source.root, {}))
+            ignored_files += [f"{other}: ignored, {path} is used" for other in others]
+            label = class_number(entry.label, numbers, origin=origin, location=entry.location)
+            listed.append(ListedVideo(path, *video_id(entry.name), label, split, entry.location, entry.frames))
+    return listed, ignored_files
 
 
-def _places(entry: Entry, source: Source, split: Split, files: Mapping[str, list[str]]) -> list[str]:
-    """The files that may be this video, the best first; if there is none, where it was expected."""
-    found = files.get(os.path.splitext(entry.name)[0], []) if source.by_name else []
+def _candidate_files(entry: Entry, source: Source, split: Split, files: Mapping[str, list[str]]) -> list[str]:
+    """Returns the files that may be this video, the most likely first, or the expected path if there is none."""
+    found = files.get(os.path.splitext(entry.name)[0], []) if source.search_by_name else []
     if len(found) > 1:
         return best_first(found, source.root, SPLIT_NAMES[split], entry.label)
     return found or [os.path.abspath(os.path.join(source.root, entry.name))]
 
 
-def _check(listed: Sequence[Listed], paths: Mapping[Split, Path], config: Config, *, named: bool) -> None:
+def _require_valid_labels(
+    listed: Sequence[ListedVideo], paths: Mapping[Split, Path], config: Config, *, has_names: bool
+) -> None:
+    """Raises `ConfigError` for a label outside the model's classes, an empty split, and numbers in a wrong order."""
     classes = config.model.num_classes
     for video in listed:
         if not 0 <= video.label < classes:
             raise ConfigError(
-                f"{video.where}: label {video.label} of {video.video}: expected 0 to {classes - 1} (model.num_classes)"
+                f"{video.location}: label {video.label} of {video.video}: "
+                f"expected 0 to {classes - 1} (model.num_classes)"
             )
     for split, path in paths.items():
         videos = [video for video in listed if video.split == split]
         if not videos:
             expected = "; expected a folder per class, of videos or images" if path.is_dir() else ""
             raise ConfigError(f"data.{split}.annotations: {path} lists no video{expected}")
-        if not named and classes == len(kinetics400()):
+        if not has_names and classes == len(kinetics400()):
             _require_usual_numbers(videos)
 
 
-def _require_usual_numbers(videos: Iterable[Listed]) -> None:
-    """Raise `ConfigError` if folders per class of Kinetics-400 show that the numbers are of another order of names."""
+def _require_usual_numbers(videos: Iterable[ListedVideo]) -> None:
+    """Raises `ConfigError` if a list's folders are named as the classes of Kinetics-400, with other numbers."""
     usual = {normalised(name): number for number, name in enumerate(kinetics400())}
-    first = None
+    first_wrong = None
     for video in videos:
         folder = PurePath(video.path).parent.name
         number = usual.get(normalised(folder))
         if number is None:
-            return
-        if number != video.label and first is None:
-            first = f"{video.where}: label {video.label}, but {folder} is class {number} in the order of Kinetics-400"
-    if first is not None:
-        raise ConfigError(f"{first} that released models share; number the labels as data.classes=kinetics400 does")
+            return  # one folder that is no class: this is another data set, with an order of its own
+        if number != video.label and first_wrong is None:
+            first_wrong = (
+                f"{video.location}: label {video.label}, but {folder} is class {number} in the order of Kinetics-400"
+            )
+    if first_wrong is not None:
+        raise ConfigError(
+            f"{first_wrong} that released models share; number the labels as data.classes=kinetics400 does"
+        )
 
 
-def _once(listed: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
-    """The videos, each once in a split, and a line for each that was listed again."""
-    first: dict[tuple[Split, str], Listed] = {}
-    videos, twice = [], []
+def _drop_repeated(listed: Iterable[ListedVideo]) -> tuple[list[ListedVideo], list[str]]:
+    """Returns each video once in a split, and a message for each that is listed again with the same label."""
+    first: dict[tuple[Split, str], ListedVideo] = {}  # by id and by path: either of them identifies a video
+    videos, repeated = [], []
     for video in listed:
         other = first.get((video.split, video.video)) or first.get((video.split, video.path))
         if other is None:
             first[video.split, video.video] = first[video.split, video.path] = video
             videos.append(video)
         elif other.label == video.label:
-            twice.append(f"{video.video}: {other.where} and again {video.where}")
+            repeated.append(f"{video.video}: {other.location} and again {video.location}")
         else:
             raise UserError(
-                f"{video.video} has two labels, {other.label} ({other.where}) and {video.label} ({video.where}); "
-                "list it once"
+                f"{video.video} has two labels, {other.label} ({other.location}) and {video.label} "
+                f"({video.location}); list it once"
             )
-    return videos, twice
+    return videos, repeated
 
 
-def _hold_out(video: Listed, config: Config) -> Listed:
-    # By source, so that no two clips of one YouTube video end on both sides.
-    drawn = seed_of("holdout", config.run.seed, video.source or video.video) / _HOLDOUT_STEPS
+def _hold_out(video: ListedVideo, config: Config) -> ListedVideo:
+    # Drawn by source: two clips of one YouTube video are nearly the same, and must not be in two splits.
+    drawn = seed_of("holdout", config.run.seed, video.source or video.video) / _SEEDS
     return video._replace(split="holdout") if video.split == "train" and drawn < config.data.holdout else video

@@ -1,15 +1,15 @@
-"""Looking again at the files of a manifest: what has gone, changed or broken since it was made, and what was mended."""
+"""Compares the files of a manifest with their state when it was made: removed, changed, broken or repaired files."""
 
 from __future__ import annotations
 
 from collections import Counter
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, Row
-from videoadapt.data.index.probe_pool import Finding, look_at
+from videoadapt.data.index.probe_pool import ProbeResult, run_on_files
 from videoadapt.data.video.files import exists
 from videoadapt.data.video.probe import probe
 from videoadapt.errors import UserError
@@ -17,51 +17,77 @@ from videoadapt.runtime.console import Bar
 from videoadapt.runtime.machine import worker_count
 
 
-def check(path: Path, config: Config) -> dict[str, Any]:
-    """What differs from a manifest (its file, or the folder of its run), JSON-able; nothing is written.
+@dataclass(frozen=True)
+class Difference:
+    """A video whose file is not as the manifest has it."""
 
-    Each file is read whole and its bytes are compared, in `data.workers` processes, `index.timeout_s` for each. Raises
-    `UserError` if the manifest cannot be read.
+    path: str
+    split: str
+    change: str  # gone, broken now, changed, found now, readable now
+    cause: str  # why the file cannot be read, or empty
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of `check`. `changes` is the number of videos by kind of change, the most frequent first."""
+
+    manifest: str  # hash of the population
+    videos: int
+    unchanged: int
+    changes: dict[str, int]
+    differences: list[Difference]
+
+
+def check(path: Path, config: Config) -> CheckResult:
+    """Reads every file of a manifest again and compares its bytes. Writes nothing.
+
+    Args:
+        path: A manifest, or the folder of a run that has one.
+        config: `data.workers` is the number of processes, `index.timeout_s` the time limit of each file.
+
+    Raises:
+        UserError: The manifest cannot be read.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected a manifest, or the folder of a run")
     manifest = Manifest.load(path / "manifest.parquet" if path.is_dir() else path)
-    now = _look(set(manifest["path"]), config)
-    changes = ((row, now[row.path], _change(row, now[row.path])) for row in manifest)
-    differences = [
-        {"path": row.path, "split": row.split, "change": change, "cause": found if isinstance(found, str) else ""}
-        for row, found, change in changes
-        if change
-    ]
-    return {
-        "manifest": manifest.hash,
-        "videos": len(manifest),
-        "unchanged": len(manifest) - len(differences),
-        "changes": dict(Counter(difference["change"] for difference in differences).most_common()),
-        "differences": differences,
-    }
+    results = _probe_again(set(manifest["path"]), config)
+    differences = []
+    for row in manifest:
+        result = results[row.path]
+        change = _change(row, result)
+        if change:
+            differences.append(Difference(row.path, row.split, change, result if isinstance(result, str) else ""))
+    return CheckResult(
+        manifest=manifest.hash,
+        videos=len(manifest),
+        unchanged=len(manifest) - len(differences),
+        changes=dict(Counter(difference.change for difference in differences).most_common()),
+        differences=differences,
+    )
 
 
-def _look(paths: set[str], config: Config) -> dict[str, Finding]:
-    found: dict[str, Finding] = {path: None for path in paths if not exists(path)}
-    todo = sorted(paths - found.keys())
+def _probe_again(paths: set[str], config: Config) -> dict[str, ProbeResult]:
+    results: dict[str, ProbeResult] = {path: None for path in paths if not exists(path)}
+    todo = sorted(paths - results.keys())
     workers = worker_count(config.data.workers)
     with (
-        Bar("check", total=len(paths), unit="files", start=len(found)) as bar,
-        closing(look_at(todo, probe, workers=workers, timeout_s=config.index.timeout_s)) as findings,
+        Bar("check", total=len(paths), unit="files", start=len(results)) as bar,
+        closing(run_on_files(todo, probe, workers=workers, timeout_s=config.index.timeout_s)) as finished,
     ):
-        for path, finding in findings:
-            found[path] = finding
+        for path, result in finished:
+            results[path] = result
             bar.step()
-    return found
+    return results
 
 
-def _change(row: Row, now: Finding) -> str:
-    """What has become of a video, in two words; nothing if it is as it was."""
+def _change(row: Row, now: ProbeResult) -> str:
+    """Returns how a video differs from its row, or an empty string if it does not."""
     if now is None:
         return "" if row.status == "missing" else "gone"
     if isinstance(now, str):
         return "" if row.status == "broken" else "broken now"
+    # Holds too for a folder whose images are sound but not as many as listed: it is `broken` with a content hash.
     if (now.bytes, now.content) == (row.bytes, row.content):
         return ""
     return {"ok": "changed", "missing": "found now", "broken": "readable now"}[row.status]

@@ -1,4 +1,4 @@
-"""Class names in label order: from the file that a config names, or Kinetics-400's, in the order that all share."""
+"""Class names in label order: read from the file in `data.classes`, or the built-in list of Kinetics-400."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from videoadapt.data.index.text import _tidy, csv_rows, header, normalised, read_json, read_text
+from videoadapt.data.index.text import csv_rows, header, normalised, read_json, read_text, strip_quotes
 from videoadapt.errors import ConfigError
 
-KINETICS_400 = "kinetics400"  # as a value of data.classes
+KINETICS_400 = "kinetics400"  # this value of data.classes selects the built-in list
 
 
 @cache
 def kinetics400() -> tuple[str, ...]:
-    """The 400 names in the order of the label maps that come with released models and lists: sorted."""
+    """Returns the 400 class names of Kinetics-400, sorted: the label order of released models and label maps."""
     return tuple(Path(__file__).with_name("kinetics400.txt").read_text(encoding="utf-8").splitlines())
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """The names that `data.classes` stands for: a file's, or Kinetics-400's if no file is called `kinetics400`.
+    """Returns the class names of `data.classes` in label order.
 
-    A file holds a name a line, in label order; or is a CSV with the columns `id` and `name`; or a JSON object from
-    names to numbers. Raises `ConfigError` unless the numbers are 0, 1, ... without a gap.
+    Args:
+        path: A text file with one name a line in label order, a CSV with the columns `id` and `name`, or a JSON
+            object from names to numbers. `kinetics400` selects the built-in list if no file has this name.
+
+    Raises:
+        ConfigError: The file cannot be read, or its numbers are not 0, 1, 2, ... without a gap.
     """
     if str(path) == KINETICS_400 and not path.is_file():
         return kinetics400()
@@ -31,16 +35,16 @@ def read_classes(path: Path) -> tuple[str, ...]:
         numbers = read_json(path, "data.classes")
         if not isinstance(numbers, dict):
             raise ConfigError(f"data.classes: {path}: expected a JSON object from class names to numbers")
-        return _by_number(((name, str(number)) for name, number in numbers.items()), path)
+        return _sort_by_number(((name, str(number)) for name, number in numbers.items()), path)
     text = read_text(path, "data.classes")
     if {"id", "name"} <= set(header(text)):
-        return _by_number(((name, number) for _, (name, number) in csv_rows(text, ("name", "id"), path)), path)
-    return tuple(filter(None, map(_tidy, text.split("\n"))))
+        return _sort_by_number(((name, number) for _, (name, number) in csv_rows(text, ("name", "id"), path)), path)
+    return tuple(filter(None, map(strip_quotes, text.split("\n"))))
 
 
-def _by_number(numbered: Iterable[tuple[str, str]], path: Path) -> tuple[str, ...]:
+def _sort_by_number(numbered: Iterable[tuple[str, str]], path: Path) -> tuple[str, ...]:
     try:
-        names = sorted((int(number), _tidy(name)) for name, number in numbered)
+        names = sorted((int(number), strip_quotes(name)) for name, number in numbered)
     except ValueError as error:
         raise ConfigError(f"data.classes: {path}: expected a whole number for each class: {error}") from None
     if [number for number, _ in names] != list(range(len(names))):
@@ -49,9 +53,16 @@ def _by_number(numbered: Iterable[tuple[str, str]], path: Path) -> tuple[str, ..
 
 
 def require_usual_order(names: Sequence[str], origin: str) -> None:
-    """Raise `ConfigError` if these are the classes of Kinetics-400 in an order of their own.
+    """Checks that the classes of Kinetics-400, if `names` are these, are in their usual order.
 
-    Weights with a head, and results by class, mean something only in the order that all share.
+    Released weights with a head, and results by class, are only valid in this order.
+
+    Args:
+        names: Class names in label order. Names of another data set pass in any order.
+        origin: The file or folder that gave the names, for error messages.
+
+    Raises:
+        ConfigError: `names` are the 400 names in another order.
     """
     given, usual = list(map(normalised, names)), list(map(normalised, kinetics400()))
     if given == usual or set(given) != set(usual):
@@ -59,14 +70,21 @@ def require_usual_order(names: Sequence[str], origin: str) -> None:
     number = next(number for number, pair in enumerate(zip(given, usual, strict=True)) if pair[0] != pair[1])
     raise ConfigError(
         f"{origin}: class {number} is {names[number]!r}, but {kinetics400()[number]!r} in the order of Kinetics-400 "
-        f"that released models share; use data.classes={KINETICS_400}, and number the labels of lists likewise"
+        f"that released models share; use data.classes={KINETICS_400}, and number the labels of lists in its order"
     )
 
 
-def class_number(label: str, numbers: Mapping[str, int], *, origin: str, where: str) -> int:
-    """The number of a label, which is a class name or, failing that, a number.
+def class_number(label: str, numbers: Mapping[str, int], *, origin: str, location: str) -> int:
+    """Returns the number of a label, which is a class name or a number. A class name takes precedence.
 
-    `numbers` are those of the plain names, which `origin` gave. Raises `ConfigError` for the label at `where`.
+    Args:
+        label: The label as the annotations have it.
+        numbers: Number of each class, by normalised name. Empty if the classes have no names.
+        origin: The file or folder that gave the class names, for error messages.
+        location: File and line of the label, for error messages.
+
+    Raises:
+        ConfigError: The label is neither. The message suggests the most similar class name.
     """
     number = numbers.get(normalised(label))
     if number is not None:
@@ -76,6 +94,8 @@ def class_number(label: str, numbers: Mapping[str, int], *, origin: str, where: 
     except ValueError:
         pass
     if not numbers:
-        raise ConfigError(f"{where}: label {label!r}: expected a number, or data.classes to name the classes")
-    (near,) = difflib.get_close_matches(normalised(label), numbers, n=1, cutoff=0.0)
-    raise ConfigError(f"{where}: label {label!r}: expected a number or a class of {origin}; did you mean {near!r}?")
+        raise ConfigError(f"{location}: label {label!r}: expected a number, or class names in data.classes")
+    (similar,) = difflib.get_close_matches(normalised(label), numbers, n=1, cutoff=0.0)  # cutoff 0: always one
+    raise ConfigError(
+        f"{location}: label {label!r}: expected a number or a class of {origin}; did you mean {similar!r}?"
+    )

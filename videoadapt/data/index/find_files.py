@@ -1,4 +1,4 @@
-"""Where the file of a video is: found by its name, by one walk over a root, however the folders are laid out."""
+"""Finds video files below a root folder by their names, in any layout of folders."""
 
 from __future__ import annotations
 
@@ -10,38 +10,48 @@ from pathlib import Path, PurePath
 from videoadapt.data.index.text import normalised
 from videoadapt.data.video.probe import VIDEO_SUFFIXES
 
-_KINETICS_NAME = re.compile(r"(?:.*/)?(([A-Za-z0-9_-]{11})_\d{6}_\d{6})(?:\.\w+)?")  # YouTube id, start and end in s
+# A YouTube id of 11 characters, then the start and the end of the clip in seconds.
+_KINETICS_NAME = re.compile(r"(?:.*/)?(([A-Za-z0-9_-]{11})_\d{6}_\d{6})(?:\.\w+)?")
 _WORDS = re.compile(r"[a-z]+")
 
 
 def video_id(name: str) -> tuple[str, str]:
-    """The id of a video, and the YouTube id of its source.
+    """Returns the id of a video and the YouTube id of its source.
 
-    A file of Kinetics has the same id in any folder and container: `0wR5jVB-WPk_000417_000427`. Any other has its path
-    as it is given, and no source.
+    A Kinetics clip has the same id in every folder and container, for example `0wR5jVB-WPk_000417_000427`. The id of
+    any other video is `name` itself, and its YouTube id is empty.
+
+    Args:
+        name: Path of the video as the annotations have it.
     """
     kinetics = _KINETICS_NAME.fullmatch(name)
     return (kinetics[1], kinetics[2]) if kinetics else (name, "")
 
 
 def walk(root: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Each folder below a root with the names of its files, sorted; links are followed, but into no folder twice.
+    """Iterates over a folder and all folders below it. Symbolic links are followed, each folder is visited once.
 
-    A folder that cannot be read is handed to `onerror`, or passed over.
+    Args:
+        root: The folder to start from.
+        onerror: Called with the error of a folder that cannot be read. None skips unreadable folders.
+
+    Yields:
+        The path of a folder and the sorted names of its files.
     """
     seen = set()
     for parent, folders, files in os.walk(root, onerror=onerror, followlinks=True):
         stat = os.stat(parent)
+        # A link may point to a parent of itself: without this check the walk would never end.
         if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
+            folders.clear()  # os.walk visits what is left in this list
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders.sort()
+        folders.sort()  # in place: os.walk visits the folders in this order
         yield parent, sorted(files)
 
 
 def files_by_stem(root: Path) -> dict[str, list[str]]:
-    """The paths of all video files below a root, by their names without suffix."""
+    """Returns the paths of all video files below `root`, by file name without suffix."""
     found: dict[str, list[str]] = {}
     for parent, files in walk(root):
         for name in files:
@@ -52,14 +62,21 @@ def files_by_stem(root: Path) -> dict[str, list[str]]:
 
 
 def best_first(paths: list[str], root: Path, split_names: frozenset[str], label: str) -> list[str]:
-    """Files of one name: below a folder named after the split, then in one named as the class, then in order.
+    """Sorts several files with the name of one video, the most likely file first.
 
-    `split_names` are looked for as words: `val` is in `videos_val`.
+    Files below a folder of the video's split come first, then files below a folder of its class, then the others by
+    path.
+
+    Args:
+        paths: Files of the same name, all below `root`.
+        root: The folder that was searched. Its own path is not considered.
+        split_names: Names of the split. They match whole words of a folder's name: `val` matches `videos_val`.
+        label: Class name of the video.
     """
 
     def rank(path: str) -> tuple[bool, bool, str]:
         folders = PurePath(path).relative_to(root).parts[:-1]
         words = {word for folder in folders for word in _WORDS.findall(folder.lower())}
-        return not words & split_names, normalised(label) not in map(normalised, folders), path
+        return not words & split_names, normalised(label) not in map(normalised, folders), path  # False sorts first
 
     return sorted(paths, key=rank)

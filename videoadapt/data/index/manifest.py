@@ -1,4 +1,4 @@
-"""The manifest: the population of a run, one row for each video that was listed, readable or not, with a hash."""
+"""The manifest: a table with one row per listed video, readable or not, and a hash that identifies the population."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cached_property
 from itertools import starmap
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,17 +21,17 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from videoadapt.config.load import Config
-from videoadapt.data.index.annotations import Listed, fingerprint, list_videos
+from videoadapt.data.index.annotations import ListedVideo, fingerprint, list_videos
 from videoadapt.data.index.formats import Split
-from videoadapt.data.index.probe_pool import Finding, probe_files
-from videoadapt.data.index.summary import summary
+from videoadapt.data.index.probe_pool import ProbeResult, probe_files
+from videoadapt.data.index.summary import IndexSummary, summary
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing, write_json
 from videoadapt.runtime.machine import worker_count
 
-_SCHEMA = pa.schema(
+_SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the same order
     [
         *((name, pa.string()) for name in ("path", "video", "source")),
         *((name, pa.int64()) for name in ("label", "frames")),
@@ -44,14 +45,14 @@ _SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("content", "damage", "split", "status", "cause")),
     ]
 )
-_KEY = b"videoadapt"  # of the metadata in the Parquet file
+_KEY = b"videoadapt"  # of our metadata in the Parquet file
 _HASH_DIGITS = 12
-_values = attrgetter(*VideoInfo.__dataclass_fields__)
-_NOTHING = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0, "")
+_info_values = attrgetter(*VideoInfo.__dataclass_fields__)
+_NO_INFO = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0, "")  # of a video that cannot be read
 
 
 class Row(NamedTuple):
-    """One video. `status` is `ok`, `missing` or `broken`, with a `cause`; what was not found is 0 or empty."""
+    """One video. If its status is not `ok`, `cause` gives the reason and unknown values are 0 or empty."""
 
     path: str  # absolute
     video: str  # id
@@ -67,29 +68,34 @@ class Row(NamedTuple):
     rotation: int
     reader: ReaderName
     bytes: int
-    content: str
-    damage: str | None  # none = the file was not decoded whole
+    content: str  # hash of the bytes
+    damage: str | None  # None: not every frame was decoded; empty: all frames are intact
     split: Split
     status: Literal["ok", "missing", "broken"]
     cause: str
 
     @property
     def info(self) -> VideoInfo:
-        """What `probe` or `verify` found."""
-        return VideoInfo(*_values(self))
+        """The values that `probe` or `verify` returned."""
+        return VideoInfo(*_info_values(self))
 
 
 class Manifest:
-    """A table of videos with the columns of `Row`, and the class names in label order.
+    """A table of videos with the columns of `Row`.
 
-    `manifest["label"]` is a column, `manifest.row(i)` a row, `manifest.table` the whole `DataFrame`. Rows are numbered
-    from 0 in each manifest, also in one that `split` or `readable` has made.
+    `manifest["label"]` is a column, `manifest.row(i)` is row `i`, and iteration gives all rows. `split` and `readable`
+    return manifests whose rows are numbered from 0 again.
+
+    Attributes:
+        classes: Class names in label order.
+        fingerprint: Identifies the annotations and settings that the manifest was made from.
     """
 
     def __init__(self, table: pa.Table | pd.DataFrame, classes: Sequence[str], fingerprint: str = "") -> None:
         if isinstance(table, pd.DataFrame):
             table = pa.Table.from_pandas(table, schema=_SCHEMA, preserve_index=False)
-        # Arrow's memory has no reference counts: the workers of a loader read it without copying it.
+        # Arrow's buffers have no reference counts, so forked loader workers share them. Python objects would be copied
+        # page by page, because reading them changes their counts.
         self._arrow = table.combine_chunks().replace_schema_metadata()
         self.classes, self.fingerprint = tuple(classes), fingerprint
 
@@ -97,26 +103,26 @@ class Manifest:
         return len(self._arrow)
 
     def __getitem__(self, column: str) -> np.ndarray:
-        """A column, (rows,): object for text, int64 or float64 for numbers."""
+        """Returns a column, (rows,): object for text, int64 or float64 for numbers."""
         values: np.ndarray = self._arrow[column].to_numpy()
         return values
 
     def row(self, number: int) -> Row:
-        """One row."""
+        """Returns one row."""
         return Row(*(column[number].as_py() for column in self._arrow.itercolumns()))
 
     def __iter__(self) -> Iterator[Row]:
-        """All rows, in order."""
+        """Iterates over all rows in order."""
         return starmap(Row, zip(*(column.to_pylist() for column in self._arrow.itercolumns()), strict=True))
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """All rows; changing them does not change the manifest."""
+        """All rows. Changes to it do not change the manifest."""
         return self._arrow.to_pandas()
 
     @cached_property
     def hash(self) -> str:
-        """12 hex digits that change with the population: any video's id, label, split or status."""
+        """12 hex digits that identify the population: the ids, labels, splits and statuses, in any order of rows."""
         columns = (self._arrow[name].cast(pa.string()) for name in ("video", "label", "split", "status"))
         lines = sorted(pc.binary_join_element_wise(*columns, "\t").to_pylist())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_HASH_DIGITS]
@@ -127,21 +133,25 @@ class Manifest:
         return self._where("status", "ok")
 
     def split(self, name: Split) -> Manifest:
-        """The videos of one split, whatever their status."""
+        """Returns the videos of one split, with any status."""
         return self._where("split", name)
 
     def _where(self, column: str, value: str) -> Manifest:
         return Manifest(self._arrow.filter(pc.equal(self._arrow[column], value)), self.classes, self.fingerprint)
 
     def save(self, path: Path) -> None:
-        """Write a Parquet file, whole or not at all."""
+        """Writes a Parquet file. An interrupted call leaves no unfinished file."""
         meta = json.dumps({"classes": self.classes, "fingerprint": self.fingerprint, "hash": self.hash})
         with replacing(Path(path)) as temporary:
             parquet.write_table(self._arrow.replace_schema_metadata({_KEY: meta.encode()}), temporary)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read what `save` wrote. Raises `UserError` if the file is missing, torn, or something else."""
+        """Reads a file that `save` wrote.
+
+        Raises:
+            UserError: The file is missing, unfinished, changed, or not a manifest.
+        """
         try:
             table = parquet.read_table(path)
             meta = json.loads((table.schema.metadata or {})[_KEY])
@@ -156,86 +166,77 @@ class Manifest:
 
 
 def index(config: Config) -> Manifest:
-    """List the videos that a config names, look at each, and write `manifest.parquet` and `index.json` in `run.dir`.
+    """Makes the manifest of a run and writes it.
 
-    With `index.verify: full` every frame is decoded. What was found is kept in `run.dir/probed.jsonl`, so that an
-    interrupted call, or one after a change of the lists, goes on where it stopped. Raises `ConfigError` or `UserError`
-    for lists that cannot be used; that files cannot be read is stated in the manifest. If a split has no readable video
-    any more, perhaps because a disk is not there, the former manifest is kept as `manifest.before.parquet`.
+    Lists the videos of the config, probes each file, and writes `manifest.parquet` and `index.json` in `run.dir`. With
+    `index.verify: full` every frame is decoded. `run.dir/probed.jsonl` caches the results, so an interrupted call, or
+    one after a change of the annotations, probes only what is new.
+
+    Files that cannot be read are rows of the manifest, not errors. If no video of a split is readable any more, for
+    example because a disk is not mounted, the previous manifest is kept as `manifest.before.parquet`.
+
+    Raises:
+        ConfigError: The annotations cannot be used.
+        UserError: A video has two labels, or a file name is not UTF-8.
     """
-    manifest, told = _look(config)
-    _keep_former(manifest, config)
-    _save(manifest, told, config)
+    manifest, counts = _build(config)
+    _keep_previous(manifest, config)
+    _save(manifest, counts, config)
     return manifest
 
 
 def load_or_index(config: Config) -> Manifest:
-    """The run's manifest, if it still serves; else a new one, as `index` makes it.
+    """Returns the manifest of a run, and makes it first if there is none that is valid for the config.
 
-    It serves if it was made from the same lists, labels and holdout, is verified as the config wants it, and has a
-    readable video in each split. Files that came or went since do not make it anew: `index` does. Raises as
-    `require_readable` does, and then writes nothing.
+    A manifest is valid if the annotations, labels and holdout are the same, if it is verified as the config asks, and
+    if each split has a readable video. Video files that appeared or disappeared since do not matter; `index` finds
+    them.
+
+    Raises:
+        ConfigError: The annotations cannot be used.
+        UserError: A split has no readable video, or `index` fails. Nothing is written then.
     """
     path = _manifest_path(config)
     if path.exists():
         manifest = Manifest.load(path)
-        outdated = _outdated(manifest, config)
+        outdated = _why_outdated(manifest, config)
         if not outdated:
             return manifest
         say(f"{path} {outdated}; indexing again")
-    manifest, told = _look(config)
+    manifest, counts = _build(config)
     require_readable(manifest, config)
-    _save(manifest, told, config)
+    _save(manifest, counts, config)
     return manifest
 
 
-def _look(config: Config) -> tuple[Manifest, dict[str, Any]]:
-    """A manifest of the videos as they are now, and its summary; of the files of a run only the cache is written."""
-    listing = list_videos(config)
-    _require_utf8(listing.videos)
-    for note in listing.notes:
-        say(note)
-    findings = probe_files(
-        [video.path for video in listing.videos],
-        full=config.index.verify == "full",
-        cache=config.run.dir / "probed.jsonl",
-        workers=worker_count(config.data.workers),
-        timeout_s=config.index.timeout_s,
-    )
-    manifest = Manifest(_table(listing.videos, findings), listing.classes, _fingerprint(config))
-    return manifest, summary(manifest.table, manifest.hash, listing)
+def require_readable(manifest: Manifest, config: Config) -> None:
+    """Checks that each split of the config has a readable video.
 
-
-def _save(manifest: Manifest, told: dict[str, Any], config: Config) -> None:
-    manifest.save(_manifest_path(config))
-    write_json(index_path(config), told)
-
-
-def _keep_former(manifest: Manifest, config: Config) -> None:
-    path = _manifest_path(config)
-    with suppress(UserError):  # there is none, or it is torn
-        lost = set(Manifest.load(path).readable["split"]) - set(manifest.readable["split"])
-        if lost:
-            path.replace(path.with_name("manifest.before.parquet"))
-            say(
-                f"no video of {' and '.join(sorted(lost))} can be read any more; the former manifest is kept as "
-                f"{path.with_name('manifest.before.parquet')}"
+    Raises:
+        UserError: A split has none. The message gives the counts, and the cause of the first video.
+    """
+    for split, source in _sources(config).items():
+        videos = manifest.split(split)
+        if len(videos.readable):
+            continue
+        if not len(videos):  # only a draw of holdout leaves a split empty: annotations without a video are refused
+            total = len(manifest) - len(manifest.split("val"))
+            raise UserError(
+                f"data.holdout: with a fraction of {config.data.holdout:g}, none of the {total} videos of {source} is "
+                f"in the split {split}; change data.holdout, or draw again with another run.seed"
             )
-
-
-def _outdated(manifest: Manifest, config: Config) -> str:
-    """Why a manifest does not serve a config, or nothing."""
-    if manifest.fingerprint != _fingerprint(config):
-        return "was made from other lists or settings, or by another version"
-    if config.index.verify == "full" and manifest.readable._arrow["damage"].null_count:
-        return "holds videos that were not decoded whole"
-    if any(not len(manifest.split(split).readable) for split in _sources(config)):
-        return "has a split without a readable video"
-    return ""
+        count = Counter(videos["status"])
+        first = videos.row(0)
+        cause = "no such file" if first.status == "missing" else first.cause
+        raise UserError(
+            f"data.{split}: none of the {len(videos)} videos of {source} can be read: {count['missing']} missing, "
+            f"{count['broken']} broken; relative paths start at {config.data.root or source.parent} (data.root); "
+            f"the first: {first.path}: {cause}"
+        )
 
 
 def index_path(config: Config) -> Path:
-    """Where `index` writes its summary."""
+    """Returns the path of the summary that `index` writes."""
     return config.run.dir / "index.json"
 
 
@@ -243,62 +244,86 @@ def _manifest_path(config: Config) -> Path:
     return config.run.dir / "manifest.parquet"
 
 
-def _require_utf8(listed: Sequence[Listed]) -> None:
-    """Neither Parquet nor JSON can hold other names, which file systems allow."""
-    for video in listed:
-        try:
-            video.path.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{video.path!r} ({video.where}): its name is not UTF-8; rename it") from None
-
-
-def _table(listed: Sequence[Listed], findings: Mapping[str, Finding]) -> pa.Table:
-    columns = zip(*(_row(video, findings[video.path]) for video in listed), strict=True)
-    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
-
-
-def _row(video: Listed, finding: Finding) -> Row:
-    if finding is None:
-        info, status, cause = _NOTHING, "missing", "no such file when it was indexed; run `videoadapt index` again"
-    elif isinstance(finding, str):
-        info, status, cause = _NOTHING, "broken", finding
-    elif video.frames not in (None, finding.frames):
-        info, status = finding, "broken"
-        cause = f"the list says {video.frames} frames, the folder has {finding.frames}"
-    else:
-        info, status, cause = finding, "ok", ""
-    return Row._make((video.path, video.video, video.source, video.label, *_values(info), video.split, status, cause))
-
-
-def _fingerprint(config: Config) -> str:
-    """Of everything that a manifest is made from, but the videos themselves."""
-    return f"{PROBE_VERSION}-{fingerprint(config)}"
-
-
 def _sources(config: Config) -> dict[Split, Path]:
-    """The annotations of each split that a config asks for."""
+    """Returns the annotations of each split of the config. Videos of `holdout` come from those of `train`."""
     train, val = config.data.train.annotations, config.data.val.annotations
     given: dict[Split, Path | None] = {"train": train, "val": val, "holdout": train if config.data.holdout else None}
     return {split: path for split, path in given.items() if path is not None}
 
 
-def require_readable(manifest: Manifest, config: Config) -> None:
-    """Raise `UserError` if a split that the config names has not one readable video."""
-    for split, source in _sources(config).items():
-        part = manifest.split(split)
-        if len(part.readable):
-            continue
-        if not len(part):
-            total = len(manifest) - len(manifest.split("val"))
-            raise UserError(
-                f"data.holdout: a share of {config.data.holdout:g} of the {total} videos of {source} left none for "
-                f"the split {split}; change data.holdout, or draw again with another run.seed"
-            )
-        count = Counter(part["status"])
-        first = part.row(0)
-        cause = "no such file" if first.status == "missing" else first.cause
-        raise UserError(
-            f"data.{split}: not one of the {len(part)} videos of {source} can be read: {count['missing']} missing, "
-            f"{count['broken']} broken, relative paths looked up in {config.data.root or source.parent} (data.root); "
-            f"the first: {first.path}: {cause}"
-        )
+def _build(config: Config) -> tuple[Manifest, IndexSummary]:
+    """Makes a manifest of the files as they are now, and its summary. In the run's folder it writes only the cache."""
+    listing = list_videos(config)
+    _require_utf8(listing.videos)
+    for note in listing.notes:
+        say(note)
+    results = probe_files(
+        [video.path for video in listing.videos],
+        full=config.index.verify == "full",
+        cache=config.run.dir / "probed.jsonl",
+        workers=worker_count(config.data.workers),
+        timeout_s=config.index.timeout_s,
+    )
+    manifest = Manifest(_table(listing.videos, results), listing.classes, _fingerprint(config))
+    return manifest, summary(manifest.table, manifest.hash, listing)
+
+
+def _save(manifest: Manifest, counts: IndexSummary, config: Config) -> None:
+    manifest.save(_manifest_path(config))
+    write_json(index_path(config), asdict(counts))
+
+
+def _keep_previous(manifest: Manifest, config: Config) -> None:
+    """Renames the previous manifest if the new one lost all readable videos of a split."""
+    path = _manifest_path(config)
+    with suppress(UserError):  # there is no previous manifest, or it is unfinished
+        lost = set(Manifest.load(path).readable["split"]) - set(manifest.readable["split"])
+        if lost:
+            kept = path.with_name("manifest.before.parquet")
+            path.replace(kept)
+            splits = " and ".join(sorted(lost))
+            say(f"no video of {splits} is readable any more; the previous manifest is kept as {kept}")
+
+
+def _why_outdated(manifest: Manifest, config: Config) -> str:
+    """Returns why a manifest is not valid for a config, or an empty string if it is."""
+    if manifest.fingerprint != _fingerprint(config):
+        return "was made from other annotations or settings, or by another version"
+    if config.index.verify == "full" and manifest.readable._arrow["damage"].null_count:
+        return "has videos that were not decoded completely"
+    if any(not len(manifest.split(split).readable) for split in _sources(config)):
+        return "has a split without a readable video"
+    return ""
+
+
+def _fingerprint(config: Config) -> str:
+    """Identifies everything that a manifest is made from, except the video files."""
+    return f"{PROBE_VERSION}-{fingerprint(config)}"
+
+
+def _require_utf8(listed: Sequence[ListedVideo]) -> None:
+    """Raises `UserError` for a file name that is not UTF-8: file systems allow it, Parquet and JSON do not."""
+    for video in listed:
+        try:
+            video.path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{video.path!r} ({video.location}): its name is not UTF-8; rename it") from None
+
+
+def _table(listed: Sequence[ListedVideo], results: Mapping[str, ProbeResult]) -> pa.Table:
+    columns = zip(*(_row(video, results[video.path]) for video in listed), strict=True)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+
+
+def _row(video: ListedVideo, result: ProbeResult) -> Row:
+    if result is None:
+        info, status, cause = _NO_INFO, "missing", "no such file when it was indexed; run `videoadapt index` again"
+    elif isinstance(result, str):
+        info, status, cause = _NO_INFO, "broken", result
+    elif video.frames not in (None, result.frames):  # an incomplete folder of frames has other moments than expected
+        info, status = result, "broken"
+        cause = f"the list states {video.frames} frames, the folder has {result.frames}"
+    else:
+        info, status, cause = result, "ok", ""
+    values = _info_values(info)
+    return Row._make((video.path, video.video, video.source, video.label, *values, video.split, status, cause))

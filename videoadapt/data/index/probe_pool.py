@@ -1,4 +1,7 @@
-"""Looking at many files at once, in processes that a file may crash or hang; findings are kept for the next time."""
+"""Probes many files in worker processes, and keeps the results in a cache.
+
+A file that crashes or hangs its process fails alone.
+"""
 
 from __future__ import annotations
 
@@ -28,96 +31,130 @@ from videoadapt.errors import RunError, VideoError
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, StopRequest
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 T = TypeVar("T")
-Finding = VideoInfo | str | None  # what a file holds, or why it cannot be read; none = there is no such file
+ProbeResult = VideoInfo | str | None  # content of a file, or why it cannot be read; None: the file does not exist
 
-_TASKS_PER_WORKER = 8  # in flight, so that 240,000 files are not all in the queue at once
-_PRELOADED = [
-    "av",
-    "videoadapt.data.index.probe_pool",
-]  # by the server that workers are forked from: neither imports torch
+_TASKS_PER_WORKER = 8  # in flight: Kinetics has 240,000 files, too many for one queue
+# Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
+_PRELOADED = ["av", "videoadapt.data.index.probe_pool"]
 
 
-def probe_files(paths: Sequence[str], *, full: bool, cache: Path, workers: int, timeout_s: float) -> dict[str, Finding]:
-    """What each of the files holds: with `full` from decoding every frame, else from `probe`.
+def probe_files(
+    paths: Sequence[str], *, full: bool, cache: Path, workers: int, timeout_s: float
+) -> dict[str, ProbeResult]:
+    """Probes files, or takes their results from the cache.
 
-    Files that `cache` knows with this size and time, from this version of `probe` and of PyAV, are not opened, and new
-    findings are added to it as they come, so that an interrupted call goes on where it stopped. A full finding serves a
-    quick call, but not the other way round. A signal to a job interrupts it at the next finding, Ctrl-C at once.
+    The cache holds one JSON object a line. A cached result is used if size and time of the file, the version of
+    `probe` and the version of PyAV are unchanged. New results are appended as they arrive, so an interrupted call
+    continues where it stopped. Failures are not cached.
+
+    Args:
+        paths: The files.
+        full: Decode every frame with `verify`. Otherwise `probe` decodes one. A cached full result also serves a call
+            without `full`, but not the reverse.
+        cache: File of the cache. It is created if it does not exist.
+        workers: Number of processes.
+        timeout_s: Time limit of each file in seconds.
+
+    Returns:
+        The result by path.
+
+    Raises:
+        Stopped: The job was asked to stop. Raised after the next result.
+        KeyboardInterrupt: Ctrl-C. Raised at once.
+        RunError: The worker processes cannot be started.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    by = f"probe {PROBE_VERSION}, PyAV {version('av')}"
-    known = _read_cache(cache, by, full=full)
+    writer = f"probe {PROBE_VERSION}, PyAV {version('av')}"
+    cached = _read_cache(cache, writer, full=full)
     with StopRequest(JOB_SIGNALS) as stop:
-        stamps = {path: _stamp(path) for path in _until(stop, paths)}
-    found: dict[str, Finding] = {path: known.get(text) for path, text in stamps.items() if text in known or not text}
-    todo = [path for path in stamps if path not in found]
+        stamps = {path: _stamp(path) for path in _until_stopped(stop, paths)}
+    results: dict[str, ProbeResult] = {
+        path: cached.get(stamp) for path, stamp in stamps.items() if stamp in cached or not stamp
+    }
+    todo = [path for path in stamps if path not in results]
     with (
         StopRequest(JOB_SIGNALS) as stop,
         cache.open("a", encoding="utf-8") as file,
-        Bar("index", total=len(stamps), unit="files", start=len(found)) as bar,
-        closing(look_at(todo, verify if full else probe, workers=workers, timeout_s=timeout_s)) as findings,
+        Bar("index", total=len(stamps), unit="files", start=len(results)) as bar,
+        closing(run_on_files(todo, verify if full else probe, workers=workers, timeout_s=timeout_s)) as finished,
     ):
-        for path, finding in _until(stop, findings):
-            found[path] = finding
-            if isinstance(finding, VideoInfo):  # what failed may be mended, or the fault was the network's
-                # On a line of its own even after one that was torn.
-                file.write("\n" + json.dumps({"by": by, "stamp": stamps[path], "info": asdict(finding)}))
+        for path, result in _until_stopped(stop, finished):
+            results[path] = result
+            # Failures are not kept: the file may be repaired, or the network was at fault.
+            if isinstance(result, VideoInfo):
+                # The line break comes first: an interrupted call may have left an unfinished line.
+                file.write("\n" + json.dumps({"by": writer, "stamp": stamps[path], "info": asdict(result)}))
                 file.flush()
             bar.step()
-    return found
+    return results
 
 
-def _until(stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
-    """The same items. Raises `Stopped` after the one in hand when a stop was requested."""
+def _until_stopped(stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
+    """Iterates over `items`. Raises `Stopped` after the current item when a stop is requested."""
     try:
         for item in items:
             yield item
             if stop.requested:
                 stop.stop()
     except RunError:
-        if stop.requested:  # the signal went to all processes of the job, and killed those that look at files
+        # The signal goes to all processes of the job. It may kill the workers before this process handles it, and
+        # the pool then reports that it is broken.
+        if stop.requested:
             stop.stop()
         raise
 
 
-def look_at(
-    paths: Sequence[str], look: Callable[[str], Found], *, workers: int, timeout_s: float
-) -> Generator[tuple[str, Found | str], None, None]:
-    """Each path with what `look` returns for it, or why it failed, as they come; `look` runs in other processes.
+def run_on_files(
+    paths: Sequence[str], function: Callable[[str], Result], *, workers: int, timeout_s: float
+) -> Generator[tuple[str, Result | str], None, None]:
+    """Calls a function for each file in worker processes.
 
-    A file that crashes its process, or takes longer than `timeout_s`, fails alone. Closing the iterator stops the
-    processes at once. Raises `RunError` if they cannot be started.
+    Closing the generator ends the processes at once.
+
+    Args:
+        paths: The files.
+        function: Called with a path. It is pickled, so it must be importable in the workers.
+        workers: Number of processes.
+        timeout_s: Time limit of each file in seconds.
+
+    Yields:
+        A path and the function's result, in the order in which they finish. The result is a message if the function
+        raised an exception, crashed its process, or exceeded the time limit.
+
+    Raises:
+        RunError: The processes cannot be started.
     """
     if not paths:
         return
-    # Forking this process is not safe while it has threads: torch's, pyarrow's, those of the pool.
+    # Not `fork`: this process may have threads (of torch, pyarrow and the pool), and a lock that one of them holds
+    # stays locked for ever in a forked process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     workers = min(max(workers, 1), len(paths))
     pool = ProcessPool(max_workers=workers, context=context)
     waiting = iter(paths)
-    running: dict[Future[Found | str], str] = {}
+    running: dict[Future[Result | str], str] = {}
     try:
         while True:
-            with _warnings_held_back():
+            with _warning_signals_blocked():
                 for path in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
-                    running[pool.schedule(partial(_finding, look), args=(path,), timeout=timeout_s)] = path
+                    running[pool.schedule(partial(_call, function), args=(path,), timeout=timeout_s)] = path
             if not running:
                 return
             for task in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(task), _result(task, timeout_s)
+                yield running.pop(task), _result_of(task, timeout_s)
     finally:
         pool.stop()
         pool.join()
 
 
 @contextmanager
-def _warnings_held_back() -> Iterator[None]:
-    """While entered, SIGUSR1 and SIGUSR2 wait; in threads and processes that are started meanwhile, for ever.
+def _warning_signals_blocked() -> Iterator[None]:
+    """Blocks SIGUSR1 and SIGUSR2 in the calling thread, and permanently in threads and processes started meanwhile.
 
-    A cluster sends them to all processes of a job, and those of the pool have no handlers: they would die of them.
+    SLURM sends these signals to all processes of a job. The workers have no handler, so the signal would kill them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
     try:
@@ -126,23 +163,25 @@ def _warnings_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _finding(look: Callable[[str], Found], path: str) -> Found | str:
+def _call(function: Callable[[str], Result], path: str) -> Result | str:
+    """Calls the function in a worker. Returns a message if it raises an exception."""
     try:
-        return look(path)
+        return function(path)
     except VideoError as error:
         return cause_of(path, error)
-    except Exception as error:  # whatever one file of many brings out must not end the work on the others
+    except Exception as error:  # any exception of a library: one bad file must not end the work on the others
         return f"reading it raised {type(error).__name__}: {reason(error)}"
 
 
-def _result(task: Future[Found | str], timeout_s: float) -> Found | str:
+def _result_of(task: Future[Result | str], timeout_s: float) -> Result | str:
     try:
         return task.result()
     except TimeoutError:
-        return f"took longer than {timeout_s:g} s to read"
+        return f"reading it took longer than {timeout_s:g} s"
     except ProcessExpired:
-        return "a process crashed on reading it"
+        return "the process that read it crashed"
     except BrokenProcessPool:
+        # Without the guard each worker would run the script again, and start workers of its own.
         raise RunError(
             "the processes that read videos cannot be started; a script that calls videoadapt must do so below "
             "`if __name__ == '__main__':`"
@@ -150,19 +189,22 @@ def _result(task: Future[Found | str], timeout_s: float) -> Found | str:
 
 
 def _stamp(path: str) -> str:
-    """Text that changes when a file does, or a file in a folder; empty if there is no such file."""
+    """Returns text that changes when a file, or a file in a folder, changes. Empty if there is no such file."""
     try:
         stat = os.stat(path)
         state = _folder_state(path) if S_ISDIR(stat.st_mode) else f"{stat.st_size} {stat.st_mtime_ns}"
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except (OSError, ValueError):  # it may be there, and looking at it says what is wrong
+    except (OSError, ValueError):  # not readable; the file may exist, and probing it gives the cause
         state = "unknown"
     return f"{state} {path}"
 
 
 def _folder_state(folder: str) -> str:
-    """A hash of names, sizes and times in a folder: its own time does not change when a file in it is written over."""
+    """Returns a hash of names, sizes and times of the files in a folder.
+
+    The folder's own time is not enough: it does not change when a file in it is overwritten.
+    """
     with os.scandir(folder) as entries:
         states = sorted((entry.name, stat.st_size, stat.st_mtime_ns) for entry in entries for stat in [_stat(entry)])
     return hashlib.sha256(repr(states).encode()).hexdigest()
@@ -171,19 +213,19 @@ def _folder_state(folder: str) -> str:
 def _stat(entry: os.DirEntry[str]) -> os.stat_result:
     try:
         return entry.stat()
-    except OSError:  # a link to nowhere
+    except OSError:  # a symbolic link whose target does not exist
         return entry.stat(follow_symlinks=False)
 
 
-def _read_cache(cache: Path, by: str, *, full: bool) -> dict[str, VideoInfo]:
-    """What is known by stamp, of lines that the same versions wrote; with `full`, only of files decoded whole."""
+def _read_cache(cache: Path, writer: str, *, full: bool) -> dict[str, VideoInfo]:
+    """Returns cached results by stamp. Lines of other versions are skipped; with `full`, also those not verified."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache.exists() else ():
         try:
             entry = json.loads(line)
             info = VideoInfo(**entry["info"])
-            if entry["by"] == by and not (full and info.damage is None):
+            if entry["by"] == writer and not (full and info.damage is None):
                 known[entry["stamp"]] = info
         except (ValueError, TypeError, KeyError):
-            continue  # torn by an interruption, or written by another version
+            continue  # an empty or unfinished line, or a line of another version
     return known

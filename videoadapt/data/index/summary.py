@@ -1,10 +1,10 @@
-"""What a manifest holds, counted: for people, who must answer for it, and for programs."""
+"""Summary of a manifest: counts of videos, failures, duplicates and leaks, each with its first examples."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -12,80 +12,155 @@ from videoadapt.data.index.annotations import Listing
 from videoadapt.data.video.images import IMAGE_SUFFIXES
 
 _EXAMPLES = 10
+# The image that a cause starts with, as in `img_7.jpg: cannot be read`.
 _IMAGE_NAME = re.compile(rf"^[^:]*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}): ", re.IGNORECASE)
 
 
-def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> dict[str, Any]:
-    """Counts of a manifest's rows, each with its first examples; JSON-able.
+@dataclass(frozen=True)
+class Examples:
+    """A count and the first ten of the counted items: paths, messages, or groups of them."""
 
-    Of `missing` and `broken`, files are counted, which may be in several splits.
-    `duplicates` are of a video in one split or in several: listed twice, further files of its name, files of the same
-    bytes. `leaks` are between splits, as groups: the same id, the same YouTube video, the same bytes.
+    count: int
+    first: list[str] | list[list[str]]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Files that cannot be read for one reason."""
+
+    cause: str
+    count: int
+    first: list[str]  # paths
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split. `damaged` videos are readable and counted in `ok`. `classes` and times are of readable videos."""
+
+    listed: int
+    ok: int
+    missing: int
+    broken: int
+    damaged: int
+    classes: int
+    hours: float
+    seconds: list[float]  # of the shortest, the median and the longest video; empty without a readable video
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Videos that occur more than once, in one split or in several."""
+
+    listed_twice: Examples
+    further_files: Examples  # files that are not used because another has the same name
+    same_content: Examples  # groups of files with equal bytes
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Groups of videos that several splits share: by id, by YouTube video, by bytes of the file."""
+
+    same_id: Examples
+    same_source: Examples
+    same_content: Examples
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """Content of `index.json`. `missing` and `broken` count files, and a file may be in several splits."""
+
+    manifest: str  # hash of the population
+    classes: int
+    splits: dict[str, SplitSummary]
+    verified: int  # videos that were decoded completely
+    readers: dict[str, int]  # videos by reader
+    notes: list[str]
+    missing: Examples
+    broken: list[Cause]  # the most frequent cause first
+    damaged: Examples
+    duplicates: Duplicates
+    leaks: Leaks
+
+
+def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> IndexSummary:
+    """Summarises a manifest.
+
+    Args:
+        rows: The rows of the manifest, with the columns of `manifest.Row`.
+        manifest_hash: Hash of the population.
+        listing: The listing that the rows were made from.
     """
     readable = rows[rows["status"] == "ok"]
     failed = rows[rows["status"] != "ok"]
     damaged = readable[readable["damage"].fillna("") != ""]
-    return {
-        "manifest": manifest_hash,
-        "classes": len(listing.classes),
-        "splits": {name: _split(rows[rows["split"] == name]) for name in sorted(set(rows["split"]))},
-        "verified": int(readable["damage"].notna().sum()),
-        "readers": {name: int(count) for name, count in readable["reader"].value_counts().items()},
-        "notes": listing.notes,
-        "missing": _some(failed.loc[failed["status"] == "missing", "path"].unique()),
-        "broken": _by_cause(failed[failed["status"] == "broken"]),
-        "damaged": _some(damaged["path"] + ": " + damaged["damage"]),
-        "duplicates": {
-            "listed_twice": _some(listing.twice),
-            "further_files": _some(listing.copies),
-            "same_content": _some(_groups(readable, "content")),
-        },
-        "leaks": {
-            "same_id": _some(_leaks(rows.assign(id=rows["video"].where(rows["source"] != "", rows["path"])), "id")),
-            "same_source": _some(_leaks(rows, "source")),
-            "same_content": _some(_leaks(readable, "content")),
-        },
-    }
+    return IndexSummary(
+        manifest=manifest_hash,
+        classes=len(listing.classes),
+        splits={name: _summarise_split(rows[rows["split"] == name]) for name in sorted(set(rows["split"]))},
+        verified=int(readable["damage"].notna().sum()),
+        readers={name: int(count) for name, count in readable["reader"].value_counts().items()},
+        notes=listing.notes,
+        missing=_examples(failed.loc[failed["status"] == "missing", "path"].unique()),
+        broken=_causes(failed[failed["status"] == "broken"]),
+        damaged=_examples(damaged["path"] + ": " + damaged["damage"]),
+        duplicates=Duplicates(
+            listed_twice=_examples(listing.repeated),
+            further_files=_examples(listing.ignored_files),
+            same_content=_groups(readable, "content"),
+        ),
+        leaks=Leaks(
+            # Only ids of Kinetics clips are the same video everywhere; `a/1.mp4` may exist below two roots.
+            same_id=_leaks(rows.assign(id=rows["video"].where(rows["source"] != "", rows["path"])), "id"),
+            same_source=_leaks(rows, "source"),
+            same_content=_leaks(readable, "content"),
+        ),
+    )
 
 
-def _split(rows: pd.DataFrame) -> dict[str, Any]:
-    status = rows["status"].value_counts()
+def _summarise_split(rows: pd.DataFrame) -> SplitSummary:
     readable = rows[rows["status"] == "ok"]
     seconds = readable["duration_s"]
-    return {
-        "listed": len(rows),
-        **{name: int(status.get(name, 0)) for name in ("ok", "missing", "broken")},
-        "damaged": int((readable["damage"].fillna("") != "").sum()),
-        "classes": int(readable["label"].nunique()),
-        "hours": round(float(seconds.sum()) / 3600, 4),
-        "seconds": [round(float(v), 3) for v in (seconds.min(), seconds.median(), seconds.max())]
-        if len(seconds)
-        else [],
-    }
+    spread = (seconds.min(), seconds.median(), seconds.max()) if len(seconds) else ()
+    return SplitSummary(
+        listed=len(rows),
+        ok=len(readable),
+        missing=int((rows["status"] == "missing").sum()),
+        broken=int((rows["status"] == "broken").sum()),
+        damaged=int((readable["damage"].fillna("") != "").sum()),
+        classes=int(readable["label"].nunique()),
+        hours=round(float(seconds.sum()) / 3600, 4),
+        seconds=[round(float(value), 3) for value in spread],
+    )
 
 
-def _by_cause(broken: pd.DataFrame) -> list[dict[str, Any]]:
-    """The causes, the commonest first; numbers in them, and the image of a folder, differ from video to video."""
-    kinds = broken["cause"].map(lambda cause: re.sub(r"\d+", "N", _IMAGE_NAME.sub("", cause)))
-    groups = [(kind, group["path"].unique()) for kind, group in broken.groupby(kinds)]
-    return [{"cause": kind, **_some(paths)} for kind, paths in sorted(groups, key=lambda group: -len(group[1]))]
+def _causes(broken: pd.DataFrame) -> list[Cause]:
+    """Groups broken files by cause, the most frequent first.
+
+    Numbers and the image's name are removed from a cause: they differ between files that fail for the same reason.
+    """
+    texts = broken["cause"].map(lambda cause: re.sub(r"\d+", "N", _IMAGE_NAME.sub("", cause)))
+    groups = [(text, list(group["path"].unique())) for text, group in broken.groupby(texts)]
+    by_count = sorted(groups, key=lambda group: -len(group[1]))
+    return [Cause(text, len(paths), paths[:_EXAMPLES]) for text, paths in by_count]
 
 
-def _some(items: Iterable[Any]) -> dict[str, Any]:
+def _examples(items: Iterable[str]) -> Examples:
     every = list(items)
-    return {"count": len(every), "first": every[:_EXAMPLES]}
+    return Examples(len(every), every[:_EXAMPLES])
 
 
-def _groups(rows: pd.DataFrame, key: str) -> list[Sequence[str]]:
-    """The paths of the videos that share a key, group by group; an empty key is none."""
+def _groups(rows: pd.DataFrame, key: str) -> Examples:
+    """Returns groups of the paths that share the value of column `key`. Empty values are ignored."""
     shared = rows[(rows[key] != "") & rows[key].duplicated(keep=False)]
-    files = shared.drop_duplicates([key, "path"])
-    return [paths for paths in files.groupby(key, sort=False)["path"].agg(list) if len(paths) > 1]
+    files = shared.drop_duplicates([key, "path"])  # one file in two splits is not a duplicate
+    groups = [paths for paths in files.groupby(key, sort=False)["path"].agg(list) if len(paths) > 1]
+    return Examples(len(groups), groups[:_EXAMPLES])
 
 
-def _leaks(rows: pd.DataFrame, key: str) -> list[Sequence[str]]:
-    """For each key that several splits share, a video of each: `split: path`. An empty key is none."""
+def _leaks(rows: pd.DataFrame, key: str) -> Examples:
+    """Returns groups `split: path`, one video for each split that shares a value of `key`. Empty values are ignored."""
     known = rows[rows[key] != ""].drop_duplicates([key, "split"])
     shared = known[known[key].duplicated(keep=False)]
     named = shared["split"] + ": " + shared["path"]
-    return list(named.groupby(shared[key], sort=False).agg(list))
+    groups = list(named.groupby(shared[key], sort=False).agg(list))
+    return Examples(len(groups), groups[:_EXAMPLES])

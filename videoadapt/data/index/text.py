@@ -1,4 +1,4 @@
-"""Text that people and other programs wrote, read with errors that name the file, and the line where there is one."""
+"""Reads text, JSON and CSV files that people wrote. Each error names the file and, if possible, the line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from videoadapt.errors import ConfigError
 
 
 def read_text(path: Path, field: str) -> str:
-    r"""The text of a file in UTF-8, lines ended by `\n`. Raises `ConfigError`, naming the config's field."""
+    r"""Returns the text of a UTF-8 file, with `\n` as line ends and without a byte order mark.
+
+    Args:
+        path: The file.
+        field: The config field that names the file, for error messages.
+
+    Raises:
+        ConfigError: The file cannot be read or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")  # -sig: spreadsheets on Windows write a byte order mark
     except OSError as error:
         raise ConfigError(f"{field}: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -23,7 +31,15 @@ def read_text(path: Path, field: str) -> str:
 
 
 def read_json(path: Path, field: str) -> Any:
-    """What a JSON file holds. Raises `ConfigError`, naming file and line."""
+    """Returns the content of a JSON file.
+
+    Args:
+        path: The file.
+        field: The config field that names the file, for error messages.
+
+    Raises:
+        ConfigError: The file cannot be read or is not valid JSON.
+    """
     try:
         return json.loads(read_text(path, field))
     except json.JSONDecodeError as error:
@@ -31,14 +47,23 @@ def read_json(path: Path, field: str) -> Any:
 
 
 def header(text: str) -> list[str]:
-    """The column names of a CSV, if its first line holds such: its fields in lower case."""
-    return [name.strip().strip('"').lower() for name in text.partition("\n")[0].split(",")]
+    """Returns the fields of a text's first line in lower case: the column names, if the text is a CSV."""
+    return [strip_quotes(name).lower() for name in text.partition("\n")[0].split(",")]
 
 
 def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[str, list[str]]]:
-    """For each row of a CSV with a header, its file and line, and its fields in these columns, in this order.
+    """Iterates over the rows of a CSV that has a header. Blank lines and other columns are skipped.
 
-    Other columns and blank lines are passed over. Raises `ConfigError`, naming file, line and column.
+    Args:
+        text: The content of the CSV.
+        columns: Lower-case names of the columns to return.
+        path: The file, for error messages.
+
+    Yields:
+        `FILE:LINE` of the row, and the row's fields in the order of `columns`.
+
+    Raises:
+        ConfigError: A column is missing, a row is too short, or a row is not valid CSV.
     """
     names = header(text)
     missing = [column for column in columns if column not in names]
@@ -46,24 +71,25 @@ def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[st
         raise ConfigError(
             f"{path}:1: no column {' or '.join(missing)}; expected {', '.join(columns)}, got {', '.join(names)}"
         )
-    places = [names.index(column) for column in columns]
-    reader = csv.reader(io.StringIO(text, newline=""))
-    next(reader)
+    indices = [names.index(column) for column in columns]
+    reader = csv.reader(io.StringIO(text, newline=""))  # newline="": the csv module splits the lines itself
+    next(reader)  # the header
     try:
         for row in reader:
             if not any(row):
                 continue
-            if len(row) <= max(places):
+            if len(row) <= max(indices):
                 raise ConfigError(f"{path}:{reader.line_num}: expected {len(names)} fields, got {len(row)}")
-            yield f"{path}:{reader.line_num}", [row[place].strip() for place in places]
-    except csv.Error as error:
+            yield f"{path}:{reader.line_num}", [row[index].strip() for index in indices]
+    except csv.Error as error:  # for example a quote that is never closed: the field grows beyond the limit
         raise ConfigError(f"{path}:{reader.line_num}: not a row of a CSV: {error}") from None
 
 
 def normalised(name: str) -> str:
-    """A class name as it is compared: folders are often called arm_wrestling for `arm wrestling`."""
-    return _tidy(name).replace(" ", "_")
+    """Returns a class name in the form that is compared: `arm wrestling` and a folder `arm_wrestling` are equal."""
+    return strip_quotes(name).replace(" ", "_")
 
 
-def _tidy(name: str) -> str:
-    return name.strip().strip('"')  # some label maps quote what is already a string
+def strip_quotes(name: str) -> str:
+    """Removes spaces and double quotes at both ends. Some label maps quote names inside JSON strings."""
+    return name.strip().strip('"')
