@@ -13,8 +13,8 @@ HEAD = """
 import os, sys, time
 from pathlib import Path
 from videoadapt.config.load import make_config
-from videoadapt.runtime.ranks import any_requested, broadcast_result, rank0_then_all, gather, rank, ranks, wait_for_all
-from videoadapt.runtime.ranks import world_size
+from videoadapt.runtime.ranks import all_gather, any_requested, broadcast_result, rank, rank0_then_all, ranks
+from videoadapt.runtime.ranks import wait_for_all, world_size
 from videoadapt.runtime.signals import StopRequest
 
 folder = Path(sys.argv[1])

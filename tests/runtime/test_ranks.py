@@ -12,14 +12,14 @@ from rank_jobs import HEAD, JOIN_S, Ranks, as_step
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import RunError
 from videoadapt.runtime.ranks import (
+    all_gather,
     any_requested,
     broadcast_result,
-    gather,
+    gpu_conflict,
     gpu_index,
     rank,
     rank0_then_all,
     ranks,
-    shared_gpu,
     wait_for_all,
     world_size,
 )
@@ -36,7 +36,7 @@ def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
         wait_for_all()
         assert rank0_then_all(lambda: "done") == "done"
         assert broadcast_result(lambda: "done") == "done"
-        assert gather("mine") == ["mine"]
+        assert all_gather("mine") == ["mine"]
         assert not any_requested(StopRequest())
 
 
@@ -49,11 +49,11 @@ def action():
         file.write_text("made")
     return file.read_text()
 
-for meeting in range(2):
+for rendezvous in range(2):
     with ranks(config):
         assert rank0_then_all(action) == "made"
         assert broadcast_result(lambda: [rank()]) == [0]
-        assert gather(rank() * 10) == [number * 10 for number in range(world_size())]
+        assert all_gather(rank() * 10) == [number * 10 for number in range(world_size())]
         assert not any_requested(StopRequest())
         (folder / f"rank{rank()}of{world_size()}").touch()
 """
@@ -77,7 +77,10 @@ def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot meet: .*RANK"), ranks(config_of(tmp_path)):
+    with (
+        pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot find each other: .*RANK"),
+        ranks(config_of(tmp_path)),
+    ):
         pass
 
 
@@ -88,16 +91,16 @@ def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path, started: lis
     assert time.monotonic() - job.since < 60
     told = "".join(errors for _, errors in ended.values())
     assert told.count("Traceback") == 1
-    assert f"of 3 ranks met within 10 s (parallel.join_s); missing: rank {missing}. See" in told
+    assert f"of 3 ranks joined within 10 s (parallel.join_s); missing: rank {missing}. Check" in told
     assert all(code != 0 for code, _ in ended.values())
 
 
 def test_the_world_must_be_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"3 ranks were asked for, this process is one of 1 \(no launcher started it\)"):
+    with pytest.raises(RunError, match=r"expected 3 ranks, but this process is one of 1 \(no launcher started it\)"):
         ranks(config_of(tmp_path, ranks=3)).__enter__()
     for name, value in as_step(0, 2).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunError, match=r"3 ranks were asked for, this process is one of 2 \(slurm started it\)"):
+    with pytest.raises(RunError, match=r"expected 3 ranks, but this process is one of 2 \(slurm started it\)"):
         ranks(config_of(tmp_path, ranks=3)).__enter__()
 
 
@@ -113,7 +116,7 @@ def test_a_promised_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     config = make_config({"run": {"dir": str(tmp_path)}})
-    with pytest.raises(RunError, match="SLURM gave GPU 3 to this task, but torch sees none; look at nvidia-smi"):
+    with pytest.raises(RunError, match="SLURM gave GPU 3 to this task, but torch finds no GPU; check nvidia-smi"):
         ranks(config).__enter__()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with ranks(config):
@@ -130,13 +133,13 @@ def test_each_rank_takes_its_own_gpu() -> None:
     [
         ([("a", "x"), ("a", "y"), ("b", "x")], ""),
         ([("a", None), ("b", None)], ""),
-        ([("a", "x"), ("b", None)], "rank 1 found no GPU, on b, and others did"),
+        ([("a", "x"), ("b", None)], "rank 1 found no GPU on b, but other ranks found one"),
         ([("a", "x"), ("b", "x"), ("a", "x")], "ranks 0 and 2 would share one GPU of a"),
     ],
 )
 def test_gpus_that_do_not_match_the_ranks(gpus: list[tuple[str, str | None]], fault: str) -> None:
-    assert shared_gpu(gpus).startswith(fault)
-    assert bool(shared_gpu(gpus)) == bool(fault)
+    assert gpu_conflict(gpus).startswith(fault)
+    assert bool(gpu_conflict(gpus)) == bool(fault)
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
@@ -246,7 +249,9 @@ except KeyboardInterrupt:
 def test_a_rank_that_died_or_hangs_is_named(tmp_path: Path, end: str) -> None:
     program = f"""
 import os, signal
-with ranks(config, timeout_s=3.0):
+with ranks(config) as collectives:
+    wait_for_all()
+    collectives.set_timeout(3.0)
     wait_for_all()
     if rank() == 1:
         {end}
@@ -257,5 +262,5 @@ with ranks(config, timeout_s=3.0):
     assert time.monotonic() - job.since < 45
     job.processes[1].kill()
     told = "".join(errors.values())
-    assert "rank 1 of 3 died or hangs: the other ranks waited for it in vain" in told
+    assert "rank 1 of 3 died or hangs; a collective operation of the other ranks failed" in told
     assert told.count("RunError:") == 1

@@ -51,7 +51,7 @@ def test_every_start_of_a_job_meets_under_another_name() -> None:
     starts = [{**STEP, "SLURM_RESTART_COUNT": count} for count in "012"]
     starts += [{**STEP, "SLURM_STEP_ID": "4"}, {**STEP, "SLURM_JOB_ID": "72"}]
     del starts[0]["SLURM_RESTART_COUNT"]  # SLURM sets it after the first requeue
-    assert len({rank_env(start).meeting for start in starts}) == len(starts)
+    assert len({rank_env(start).rendezvous for start in starts}) == len(starts)
 
 
 def test_a_job_knows_its_restarts() -> None:

@@ -187,7 +187,7 @@ training.train(load_config(folder / "config.yaml", ["parallel.decode=shared"]))
     ("victim", "message"),
     [
         ("os.getpid()", "RunError: reading videos failed: DataLoader worker"),
-        ("os.getppid()", "RunError: rank 1 of 3 died or hangs: the other ranks waited for it in vain"),
+        ("os.getppid()", "RunError: rank 1 of 3 died or hangs; a collective operation of the other ranks failed"),
     ],
 )
 def test_a_rank_whose_reading_fails_ends_all_with_one_message(tmp_path: Path, victim: str, message: str) -> None:

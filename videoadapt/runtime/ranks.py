@@ -1,6 +1,6 @@
-"""The ranks of a job: who am I of how many, meeting the others, and waiting for one another.
+"""The ranks of a job: rendezvous, process group, errors of other ranks, and small collectives.
 
-One process alone is rank 0 of 1: code that asks for its rank needs no second path.
+A single process is rank 0 of 1, so that its callers need no second code path.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,169 +31,259 @@ from videoadapt.runtime.slurm import RankEnv, rank_env, slurm_job
 
 T = TypeVar("T")
 
-PATIENCE_S = 12 * 3600.0  # for the slowest rank of a stage whose ranks meet only at its end
-_LAST_WORDS_S = 5.0  # after the first failed collective, for the other ranks to say that theirs failed too
-_SEEN_WITHIN_S = 45.0  # network file systems show what another node has written after seconds
-_STOPS = (None, signal.SIGINT, *JOB_SIGNALS)  # each outweighs those before it: a warning asks for another start
-_meetings = itertools.count()  # each meeting of this process has keys of its own
+PATIENCE_S = 12 * 3600.0  # indexing and scoring have no collective until their slowest rank has finished
+_POLL_S = 0.1  # between two reads of the store
+_FAILURE_REPORT_S = 5.0  # after the first failed collective: the other ranks notice the failure of theirs
+_FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attribute cache has expired
+# In ascending priority, because the ranks exchange the index and take the maximum: SIGUSR1 and SIGUSR2 request a
+# requeue, so they override Ctrl-C and SIGTERM.
+_STOP_SIGNALS = (None, signal.SIGINT, *JOB_SIGNALS)
+_rendezvous_numbers = itertools.count()  # a process that runs several stages needs new keys for each rendezvous
+
+
+class Collectives:
+    """The default process group of torch.distributed, for the ranks of one rendezvous.
+
+    Without a store (a single process, or a process group that already exists), nothing is created or changed.
+    """
+
+    def __init__(self, env: RankEnv, store: dist.Store | None = None, backend: str = "gloo") -> None:
+        self._env, self._store, self._backend = env, store, backend
+        self._groups = 0  # process groups created so far; each needs a key prefix of its own in the store
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Changes how long a collective may last before it fails. All ranks must call it at the same point.
+
+        torch has no public function for it, so the process group is destroyed and created again from the same store,
+        without another rendezvous. Groups of `dist.new_group` and DistributedDataParallel do not survive this: create
+        them afterwards.
+
+        Args:
+            timeout_s: The new limit, in seconds.
+        """
+        if self._store is None:
+            return
+        wait_for_all()  # with the old timeout: ranks may arrive here at very different times
+        dist.destroy_process_group()
+        self._init_process_group(timeout_s)
+
+    def _init_process_group(self, timeout_s: float) -> None:
+        assert self._store is not None
+        prefix = f"collectives-{self._groups}"
+        self._groups += 1
+        dist.init_process_group(
+            self._backend,
+            store=dist.PrefixStore(prefix, self._store),
+            rank=self._env.rank,
+            world_size=self._env.world,
+            timeout=timedelta(seconds=timeout_s),
+        )
 
 
 @contextmanager
-def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[None]:
-    """While entered, this process is one of the ranks that torchrun, srun or submitit started, or the only one.
+def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives]:
+    """Joins the ranks that torchrun, srun or submitit started; leaves them at the end.
 
-    Ranks meet within `parallel.join_s`, by a file in the run folder (torchrun: by its own store), and each has a GPU of
-    its own where there are GPUs. A collective that lasts longer than `timeout_s` fails.
+    The ranks find each other within `parallel.join_s` seconds, through a file in the run folder (torchrun: through its
+    own store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another `ranks`.
 
-    Where ranks fail, one of them raises: the one that failed first or, where one died or hangs, one that names it. The
-    others raise `SystemExit`. Where one is interrupted, the others are too, by `Stopped`. Raises `RunError` where the
-    ranks cannot meet, or are not as many as `parallel.ranks`.
+    If ranks fail, one of them raises the cause: the rank that failed first, or a rank that names the one that died or
+    hangs. All others raise `SystemExit`. If one rank is interrupted by a signal, all others raise `Stopped`.
+
+    Args:
+        config: The fields `run.dir`, `run.device`, `parallel.ranks` and `parallel.join_s` are used.
+        timeout_s: Seconds after which a collective fails because a rank does not take part.
+
+    Yields:
+        The process group, to change its timeout later.
+
+    Raises:
+        RunError: A rank is missing, the number of ranks is not `parallel.ranks`, a rank has no GPU of its own, or a
+            rank died or hangs.
     """
-    place = rank_env(os.environ)
-    _require_asked_for(place, config.parallel.ranks, os.environ)
-    gpu = _own_gpu(place, config)
-    if dist.is_initialized() or place.world == 1:
-        yield
+    env = rank_env(os.environ)
+    _require_world_size(env, config.parallel.ranks, os.environ)
+    gpu = _select_gpu(env, config)
+    if dist.is_initialized() or env.world == 1:
+        yield Collectives(env)
         return
-    store = _store(place, config)
+    store = _open_store(env, config)
     try:
-        store = _meet(store, place, gpu, config.parallel.join_s)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",  # host tensors by gloo, those of a GPU by NCCL
-            store=dist.PrefixStore("collectives", store),
-            rank=place.rank,
-            world_size=place.world,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        yield
+        store = _rendezvous(store, env, gpu, config.parallel.join_s)
+        # CPU tensors use gloo and GPU tensors NCCL.
+        collectives = Collectives(env, store, "gloo" if gpu is None else "cpu:gloo,cuda:nccl")
+        collectives._init_process_group(timeout_s)
+        yield collectives
     except KeyboardInterrupt as stopped:
-        with suppress(RuntimeError):  # the store may have gone with its host
+        with suppress(RuntimeError):  # the store of torchrun ends with the process that serves it
             store.set("stopped", stopped.signal.name if isinstance(stopped, Stopped) else "SIGINT")
         raise
     except Exception as error:
-        verdict = _verdict(store, place, error)
-        if verdict is error:
+        exception = _exception_to_raise(store, env, error)
+        if exception is error:
             raise
-        raise verdict from error
+        raise exception from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _require_asked_for(place: RankEnv, expected: int | None, environment: Mapping[str, str]) -> None:
+def _require_world_size(env: RankEnv, expected: int | None, environment: Mapping[str, str]) -> None:
     job = slurm_job(environment)
-    if place.launcher == "none" and job is not None and job.tasks > 1:
+    if env.launcher == "none" and job is not None and job.tasks > 1:
         raise RunError(
             f"job {job.id} has {job.tasks} tasks, but this process was not started by srun: it would work alone while "
-            "the others idle. Put srun before the command"
+            "the other tasks are idle. Put srun before the command"
         )
-    if expected is not None and expected != place.world:
-        started = "no launcher started it" if place.launcher == "none" else f"{place.launcher} started it"
+    if expected is not None and expected != env.world:
+        launcher = "no launcher started it" if env.launcher == "none" else f"{env.launcher} started it"
         raise RunError(
-            f"parallel.ranks: {expected} ranks were asked for, this process is one of {place.world} ({started}); start "
-            f"it by srun --ntasks={expected} or torchrun --nproc-per-node"
+            f"parallel.ranks: expected {expected} ranks, but this process is one of {env.world} ({launcher}); start it "
+            f"with srun --ntasks={expected} or torchrun --nproc-per-node"
         )
 
 
-def _own_gpu(place: RankEnv, config: Config) -> str | None:
-    """Makes one GPU this rank's own; returns what tells it from all others. None without GPUs."""
+def _select_gpu(env: RankEnv, config: Config) -> str | None:
+    """Makes one GPU the current device of this process. Returns the GPU's UUID, or None without GPUs."""
     if config.run.device == "cpu":
         return None
     if not torch.cuda.is_available():
-        promised = os.environ.get("CUDA_VISIBLE_DEVICES", "") if slurm_job(os.environ) else ""
-        if promised:
+        # Outside SLURM the variable may be a leftover of the user's shell, so only a job's value is an error.
+        assigned = os.environ.get("CUDA_VISIBLE_DEVICES", "") if slurm_job(os.environ) else ""
+        if assigned:
             raise RunError(
-                f"{socket.gethostname()}: SLURM gave GPU {promised} to this task, but torch sees none; look at "
-                "nvidia-smi there, or set run.device=cpu"
+                f"{socket.gethostname()}: SLURM gave GPU {assigned} to this task, but torch finds no GPU; check "
+                "nvidia-smi on that node, or set run.device=cpu"
             )
         return None
     count = torch.cuda.device_count()
-    index = gpu_index(place.local_rank, count)
+    index = gpu_index(env.local_rank, count)
     if index is None:
         raise RunError(
-            f"{socket.gethostname()}: local rank {place.local_rank} finds {count} GPUs; start one rank for each GPU"
+            f"{socket.gethostname()}: local rank {env.local_rank} finds {count} GPUs; start one rank for each GPU"
         )
     torch.cuda.set_device(index)
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def gpu_index(local_rank: int, count: int) -> int | None:
-    """Which of the `count` visible GPUs a rank takes: its own, where it sees no other; none if there are too few."""
+    """Returns the index of the GPU that a rank uses among the `count` visible ones, or None if there are too few."""
     if count == 1:
-        return 0  # bound by SLURM, or shared: `_meet` finds that out
+        return 0  # SLURM shows each task one GPU only; if ranks share it by mistake, `gpu_conflict` finds that
     return local_rank if local_rank < count else None
 
 
-def _store(place: RankEnv, config: Config) -> Any:
-    number = next(_meetings)
-    if place.launcher == "torchrun":
+def _open_store(env: RankEnv, config: Config) -> dist.Store:
+    """The key-value store that all processes of the job can reach; it may hold keys of an earlier job."""
+    number = next(_rendezvous_numbers)
+    if env.launcher == "torchrun":
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.join_s)))
-        except (RuntimeError, ValueError) as error:  # ValueError: variables of the launcher are missing
-            raise RunError(f"the {place.world} ranks (WORLD_SIZE) cannot meet: {error}") from error
+        except (RuntimeError, ValueError) as error:  # ValueError: a variable such as RANK is not set
+            raise RunError(f"the {env.world} ranks (WORLD_SIZE) cannot find each other: {error}") from error
         return dist.PrefixStore(str(number), store)
     folder = config.run.dir / "ranks"
     folder.mkdir(parents=True, exist_ok=True)
-    return dist.FileStore(str(folder / f"{place.meeting}-{number}"), place.world)
+    return dist.FileStore(str(folder / f"{env.rendezvous}-{number}"), env.world)
 
 
-def _meet(store: Any, place: RankEnv, gpu: str | None, join_s: float) -> Any:
-    """Waits until every rank is here, and rank 0 has found nothing wrong. Raises `RunError` on every rank if not.
+@dataclass(frozen=True)
+class _Registration:
+    """What a rank writes about itself, as JSON, when it registers."""
 
-    Returns a store for these ranks alone: what ranks of the same name, which were killed, left in the old one counts
-    for nothing, since rank 0 calls each rank by a word of its own and waits for its answer.
+    id: str  # random, new for each process
+    host: str
+    gpu: str | None  # UUID; None without GPUs
+
+
+def _rendezvous(store: dist.Store, env: RankEnv, gpu: str | None, join_s: float) -> dist.Store:
+    """Waits until every rank has joined. Returns a store whose keys no other start of the job can have written.
+
+    The given store may hold keys of a killed job with the same name. Random ids keep its processes and this job apart:
+
+    1. Each rank writes its random id, its host and its GPU to `register/RANK`. An old value is overwritten.
+    2. Rank 0 uses its own id as `rendezvous_id`. It reads all registrations until step 5, and for each new id writes
+       `rendezvous_id` to `answer/ID`. An answer to an old id has no reader.
+    3. Each other rank waits for the answer to its id. All further keys have the key prefix `rendezvous_id`.
+    4. Each rank writes `ack/RANK`.
+    5. When all ranks have acknowledged, or after `join_s` seconds, rank 0 writes `error`: the missing ranks, or two
+       ranks with one GPU; empty if all is well.
+    6. Each rank reads `error`.
+
+    Returns:
+        The store with the key prefix `rendezvous_id`.
+
+    Raises:
+        RunError: On all ranks, if `error` is not empty or rank 0 is missing.
     """
-    mine = uuid.uuid4().hex
-    store.set(f"here/{place.rank}", json.dumps({"host": socket.gethostname(), "gpu": gpu, "word": mine}))
-    if place.rank == 0:
-        meeting = dist.PrefixStore(mine, store)
-        told, absent = _answers(store, mine, place.world, join_s)
-        fault = _not_all_here(absent, place.world, join_s) if absent else shared_gpu(told)
-        meeting.set("fault", fault)
+    own = _Registration(uuid.uuid4().hex, socket.gethostname(), gpu)
+    store.set(f"register/{env.rank}", json.dumps(vars(own)))
+    if env.rank == 0:
+        joined: dist.Store = dist.PrefixStore(own.id, store)
+        error = _collect_acks(store, joined, own.id, env.world, join_s)
+        joined.set("error", error)
     else:
         try:
-            store.wait([f"called/{mine}"], timedelta(seconds=join_s))
-            meeting = dist.PrefixStore(store.get(f"called/{mine}").decode(), store)
-            meeting.set(f"came/{place.rank}", "")
-            meeting.wait(["fault"], timedelta(seconds=join_s + _LAST_WORDS_S))
+            store.wait([f"answer/{own.id}"], timedelta(seconds=join_s))
+            joined = dist.PrefixStore(store.get(f"answer/{own.id}").decode(), store)
+            joined.set(f"ack/{env.rank}", "")
+            # Rank 0 may have started to wait up to `join_s` after this rank.
+            joined.wait(["error"], timedelta(seconds=join_s + _FAILURE_REPORT_S))
         except RuntimeError:
-            raise RunError(_not_all_here([0], place.world, join_s)) from None
-        fault = meeting.get("fault").decode()
-    if fault:
-        raise RunError(fault)
-    return meeting
+            raise RunError(_missing_message([0], env.world, join_s)) from None
+        error = joined.get("error").decode()
+    if error:
+        raise RunError(error)
+    return joined
 
 
-def _answers(store: Any, mine: str, world: int, join_s: float) -> tuple[list[tuple[str, str | None]], list[int]]:
-    """Calls all ranks until they have answered or the time is over: their (host, GPU), and who did not answer."""
+def _collect_acks(store: dist.Store, joined: dist.Store, rendezvous_id: str, world: int, join_s: float) -> str:
+    """Steps 2 to 5 of rank 0. Returns the error, or an empty string."""
     deadline = time.monotonic() + join_s
-    meeting = dist.PrefixStore(mine, store)
-    meeting.set("came/0", "")
-    called: set[str] = set()
+    joined.set("ack/0", "")
+    answered: set[str] = set()
     while True:
-        here = [json.loads(store.get(f"here/{rank}")) for rank in range(world) if store.check([f"here/{rank}"])]
-        for one in here:
-            if one["word"] not in called:
-                store.set(f"called/{one['word']}", mine)
-                called.add(one["word"])
-        absent = [rank for rank in range(world) if not meeting.check([f"came/{rank}"])]
-        if not absent or time.monotonic() > deadline:
-            return [(one["host"], one["gpu"]) for one in here], absent
-        time.sleep(0.1)
+        keys = [f"register/{rank}" for rank in range(world)]
+        registered = [_Registration(**json.loads(store.get(key))) for key in keys if store.check([key])]
+        for registration in registered:
+            if registration.id not in answered:
+                store.set(f"answer/{registration.id}", rendezvous_id)
+                answered.add(registration.id)
+        missing = _ranks_without(joined, "ack", world)
+        if not missing:
+            return gpu_conflict([(registration.host, registration.gpu) for registration in registered])
+        if time.monotonic() > deadline:
+            return _missing_message(missing, world, join_s)
+        time.sleep(_POLL_S)
 
 
-def _not_all_here(absent: Sequence[int], world: int, join_s: float) -> str:
+def _ranks_without(store: dist.Store, key: str, world: int) -> list[int]:
+    return [rank for rank in range(world) if not store.check([f"{key}/{rank}"])]
+
+
+def _missing_message(missing: Sequence[int], world: int, join_s: float) -> str:
     return (
-        f"{world - len(absent)} of {world} ranks met within {join_s:g} s (parallel.join_s); missing: rank "
-        f"{', '.join(map(str, absent))}. See what they printed, and whether all nodes see the same run.dir"
+        f"{world - len(missing)} of {world} ranks joined within {join_s:g} s (parallel.join_s); missing: rank "
+        f"{_join(missing)}. Check the output of the missing ranks, and that all nodes see the same run.dir"
     )
 
 
-def shared_gpu(gpus: Sequence[tuple[str, str | None]]) -> str:
-    """What is wrong with the (host, GPU) of ranks 0, 1, ...: some have none, or two have the same. Else empty."""
+def _join(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def gpu_conflict(gpus: Sequence[tuple[str, str | None]]) -> str:
+    """Checks that either every rank or no rank has a GPU, and that no two ranks use the same one.
+
+    Args:
+        gpus: Host and GPU UUID (None: no GPU) of ranks 0, 1, ...
+
+    Returns:
+        The error message, or an empty string.
+    """
     without = [rank for rank, (_, gpu) in enumerate(gpus) if gpu is None]
     if 0 < len(without) < len(gpus):
-        return f"rank {', '.join(map(str, without))} found no GPU, on {gpus[without[0]][0]}, and others did"
+        return f"rank {_join(without)} found no GPU on {gpus[without[0]][0]}, but other ranks found one"
     for rank, (host, gpu) in enumerate(gpus):
         first = gpus.index((host, gpu))
         if gpu is not None and first < rank:
@@ -200,87 +291,100 @@ def shared_gpu(gpus: Sequence[tuple[str, str | None]]) -> str:
     return ""
 
 
-def _absent(store: Any, key: str, expected: Sequence[int], wait_s: float) -> list[int]:
-    """The ranks that have not set their key when all have, or the time is over."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        absent = [rank for rank in expected if not store.check([f"{key}/{rank}"])]
-        if not absent or time.monotonic() > deadline:
-            return absent
-        time.sleep(0.1)
+def _exception_to_raise(store: dist.Store, env: RankEnv, error: Exception) -> BaseException:
+    """Decides which of the failing ranks reports the cause.
 
-
-def _verdict(store: Any, place: RankEnv, error: Exception) -> BaseException:
-    """What this rank raises for an error: the error itself, what it means, or `SystemExit` where another one tells."""
+    1. If a rank was interrupted by a signal (`stopped`), the error follows from that: `Stopped`.
+    2. This rank writes `failed/RANK`: it failed, but it is alive.
+    3. If a collective failed, this rank closes its connections, so that collectives of the other ranks fail too and
+       they also write their key. The ranks without a key after `_FAILURE_REPORT_S` died or hang.
+    4. Of all failing ranks the first one that counts `reports` up raises the error. The others raise `SystemExit`.
+    """
     try:
         if store.check(["stopped"]):
             return Stopped(signal.Signals[store.get("stopped").decode()])
-        store.set(f"lost/{place.rank}", "")
-        if _is_of_collectives(error):
-            _hang_up(os.environ.get("MASTER_PORT", "") if place.launcher == "torchrun" else "")
-            absent = _absent(store, "lost", range(place.world), _LAST_WORDS_S)
-            if absent:
+        store.set(f"failed/{env.rank}", "")
+        if _is_collective_error(error):
+            _close_connections(os.environ.get("MASTER_PORT", "") if env.launcher == "torchrun" else "")
+            dead = _wait_for_failures(store, env.world)
+            if dead:
+                first_line = str(error).splitlines()[0]
                 error = RunError(
-                    f"rank {', '.join(map(str, absent))} of {place.world} died or hangs: the other ranks waited for it "
-                    f"in vain ({str(error).splitlines()[0]})"
+                    f"rank {_join(dead)} of {env.world} died or hangs; a collective operation of the other ranks "
+                    f"failed: {first_line}"
                 )
-        first = store.add("failed", 1) == 1
-    except RuntimeError:  # the store has gone with its host: nobody else can be asked
+        is_first = store.add("reports", 1) == 1
+    except RuntimeError:  # the host of the store has ended, so the ranks cannot agree any more
         return error
-    return error if first else SystemExit(1)
+    return error if is_first else SystemExit(1)
 
 
-def _hang_up(store_port: str) -> None:
-    """Ends this process's connections, save those with the store: ranks that wait for it fail now, not when it ends.
+def _wait_for_failures(store: dist.Store, world: int) -> list[int]:
+    """The ranks that have not reported a failure in time."""
+    deadline = time.monotonic() + _FAILURE_REPORT_S
+    while (silent := _ranks_without(store, "failed", world)) and time.monotonic() <= deadline:
+        time.sleep(_POLL_S)
+    return silent
 
-    They could not tell themselves from ranks that died: gloo has nothing to do it (`ProcessGroup.abort` is of NCCL).
+
+def _close_connections(store_port: str) -> None:
+    """Closes all network connections of this process except those to torchrun's store.
+
+    gloo cannot abort a collective (`ProcessGroup.abort` exists for NCCL only). A rank that waits for this one would
+    wait until this process ends, and could not be told apart from a rank that died.
     """
     for number in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # closed, or not connected
+        with suppress(OSError):  # the descriptor is closed by now, or the socket is not connected
             if stat.S_ISSOCK(os.fstat(number).st_mode):
+                # A duplicate: closing it leaves gloo's own descriptor valid, while shutdown acts on the connection.
                 with socket.socket(fileno=os.dup(number)) as connection:
                     ends = (connection.getpeername(), connection.getsockname())
                     if connection.family != socket.AF_UNIX and all(str(end[1]) != store_port for end in ends):
                         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _is_of_collectives(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+def _is_collective_error(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)  # gloo raises a RuntimeError with its file name
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Returns the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def wait_for_all() -> None:
-    """Returns when every rank has come here."""
+    """Waits until every rank has called it (a barrier)."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def any_requested(stop: StopRequest) -> bool:
-    """Whether any rank was asked to stop; every rank asks, and then all know of it, and by which signal.
+    """Returns whether any rank has received a stop signal. All ranks must call it.
 
-    A signal that comes while the ranks tell each other is known the next time.
+    On return `stop.received` is the same signal on every rank, the one of highest priority. A signal that arrives
+    during the call is reported by the next call.
     """
     if not dist.is_initialized():
         return stop.requested
-    number = torch.tensor(_STOPS.index(stop.received))
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    told = _STOPS[int(number)]
-    if told is not None:
-        stop.received = told
-    return told is not None
+    priority = torch.tensor(_STOP_SIGNALS.index(stop.received))
+    dist.all_reduce(priority, dist.ReduceOp.MAX)
+    agreed = _STOP_SIGNALS[int(priority)]
+    if agreed is not None:  # else a signal that arrived during the all-reduce would be overwritten
+        stop.received = agreed
+    return agreed is not None
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, by rank; it must be picklable."""
+def all_gather(value: T) -> list[T]:
+    """Returns the values of all ranks, in rank order, on every rank.
+
+    Args:
+        value: Any object that can be pickled.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -288,38 +392,60 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sums a tensor over all ranks, in place, and returns it.
+
+    Args:
+        values: A CPU tensor of the same shape and dtype on every rank.
+
+    Returns:
+        `values`, with the same bits on every rank.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def rank0_then_all(action: Callable[[], T]) -> T:
-    """Rank 0 does it, then the others, which find on the disk what it has made."""
+    """Calls `action` on rank 0, and then on the other ranks, which can read the files that rank 0 has written.
+
+    Returns:
+        The result of this rank's own call.
+    """
     if rank() == 0:
         result = action()
     wait_for_all()
     return result if rank() == 0 else action()
 
 
-def wait_for_file(path: Path, seen: Callable[[Path], bool] = Path.exists) -> Path:
-    """A file that another rank has written, once this one sees it. Raises `RunError` if it never does."""
-    deadline = time.monotonic() + _SEEN_WITHIN_S
-    while not seen(path):
-        if time.monotonic() > deadline:
-            raise RunError(
-                f"{path}: another rank wrote it, and rank {rank()} on {socket.gethostname()} cannot see it; run.dir "
-                "must be a folder that all nodes share"
-            )
-        time.sleep(0.2)
-    return path
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum of a small host tensor over all ranks, the same to the bit on each."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 def broadcast_result(action: Callable[[], T]) -> T:
-    """Rank 0 does it while the others wait; every rank gets the result, which must be picklable."""
+    """Calls `action` on rank 0 only, and returns its result on every rank. The result is pickled."""
     if not dist.is_initialized():
         return action()
     results = [action() if rank() == 0 else None]
     dist.broadcast_object_list(results)
     return cast(T, results[0])
+
+
+def wait_for_file(path: Path, is_visible: Callable[[Path], bool] = Path.exists) -> Path:
+    """Waits until this rank sees a file that another rank has already written.
+
+    Args:
+        path: The file.
+        is_visible: Tells whether the file is there, with the expected content.
+
+    Returns:
+        `path`.
+
+    Raises:
+        RunError: The file is not visible after 45 s.
+    """
+    deadline = time.monotonic() + _FILE_VISIBLE_S
+    while not is_visible(path):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{path}: another rank wrote this file, but rank {rank()} on {socket.gethostname()} does not see it; "
+                "run.dir must be a folder that all nodes share"
+            )
+        time.sleep(0.2)
+    return path

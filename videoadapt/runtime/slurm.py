@@ -14,13 +14,13 @@ _ANSWER_S = 60.0  # that SLURM's controller may take
 
 @dataclass(frozen=True)
 class RankEnv:
-    """One of the `world` processes of a job. `meeting` names this start of the job, which no other start shares."""
+    """One of the `world` processes of a job. `rendezvous` names this start of the job, which no other start shares."""
 
     launcher: Literal["none", "torchrun", "slurm", "submitit"]
     rank: int
     world: int
     local_rank: int
-    meeting: str = ""
+    rendezvous: str = ""
 
 
 def rank_env(environment: Mapping[str, str]) -> RankEnv:

@@ -20,7 +20,7 @@ from videoadapt.errors import RunError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import print_table, say
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
-from videoadapt.runtime.ranks import gather, rank, world_size
+from videoadapt.runtime.ranks import all_gather, rank, world_size
 from videoadapt.training.groups import make_plan, split_evenly
 
 _PROBED_CLIPS = 4
@@ -56,7 +56,7 @@ def preflight(config: Config, manifest: Manifest) -> None:
 
     Raises `RunError` where nodes differ in the manifest, cannot read the videos, or lack room for the checkpoints.
     """
-    found = gather(_look(config, manifest))
+    found = all_gather(_look(config, manifest))
     if rank() == 0:
         columns = (
             "rank",

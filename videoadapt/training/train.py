@@ -36,12 +36,12 @@ from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, precision_dtype, worker_count
 from videoadapt.runtime.ranks import (
+    all_reduce_sum,
     any_requested,
     broadcast_result,
     rank,
     rank0_then_all,
     ranks,
-    summed,
     wait_for_file,
     world_size,
 )
@@ -246,7 +246,9 @@ def train_step(state: State, seat: RankRole, batches: Sequence[Batch]) -> dict[s
 
 def _gathered(state: State, tallies: dict[str, Tally], failures: int) -> dict[str, float]:
     """Loss and top-1 of each point over all ranks. Raises `RunError` on every rank if a loss of one is not finite."""
-    sums = summed(torch.stack([*(tally.sums() for tally in tallies.values()), torch.tensor([0.0, 0.0, failures])]))
+    sums = all_reduce_sum(
+        torch.stack([*(tally.sums() for tally in tallies.values()), torch.tensor([0.0, 0.0, failures])])
+    )
     for point, tally in tallies.items():
         tally.require_finite(point, state.step)
     if not torch.isfinite(sums).all():
