@@ -88,7 +88,7 @@ def both_forms(config: Config, steps: int, trains: bool) -> Turn:
     manifest = load_or_index(config)
     plan = make_plan(config, world_size(), point_macs(config.model))
     exchange = WatchedExchange(manifest, config, plan)
-    share = partial(plan.group(rank()).share, rank())
+    share = partial(plan.group(rank()).positions, rank())
     state = State.start(config, manifest) if trains else None
     seat = RankRole.take(config, state.model, plan) if state is not None else None
     runs = {

@@ -75,7 +75,7 @@ read = TrainClips.__getitem__
 TrainClips.__getitem__ = lambda self, key: decoded.append(key) or read(self, key)
 with ranks(config):
     manifest, plan = load_or_index(config), make_plan(config, world_size(), {})
-    share = partial(plan.group(rank()).share, rank(), pairs=True)
+    share = partial(plan.group(rank()).positions, rank(), pairs=True)
     held = {}
     for form in ("own", "shared"):
         exchange = ClipExchange(manifest, config, plan) if form == "shared" else None

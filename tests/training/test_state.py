@@ -9,7 +9,7 @@ import torch
 
 from videoadapt.data.clips.loader import Batch
 from videoadapt.runtime.machine import CpuLimit
-from videoadapt.training import state
+from videoadapt.training import throughput
 from videoadapt.training.throughput import Throughput, ThroughputMeter
 
 SLURM = CpuLimit(4, "SLURM_CPUS_PER_TASK")
@@ -50,7 +50,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     time = Time()
-    monkeypatch.setattr(state, "time", time)
+    monkeypatch.setattr(throughput, "time", time)
     return time
 
 

@@ -184,7 +184,7 @@ def _batches(state: State, seat: RankRole) -> Iterator[list[Batch]]:
     config, device, exchange = state.config, state.device, None
     if config.parallel.decode == "shared" and len(seat.plan.groups) > 1:  # one group decodes no clip twice
         exchange = ClipExchange(state.manifest, config, seat.plan, pin=device.type == "cuda")
-    share = partial(seat.share, pairs=config.data.mixes)
+    share = partial(seat.positions, pairs=config.data.mixes)
     return train_batches(state.manifest, config, state.step, device=device, positions=share, exchange=exchange)
 
 
