@@ -97,7 +97,7 @@ def test_orientations_are_seen_in_the_direction_of_change() -> None:
 
 
 def test_levels_are_finer_and_fainter_and_their_shares_add_up() -> None:
-    assert sum(level.share for level in LEVELS) == pytest.approx(1)
+    assert sum(level.fraction for level in LEVELS) == pytest.approx(1)
     assert [level.contrast for level in LEVELS] == sorted((level.contrast for level in LEVELS), reverse=True)
     for easier, harder in zip(LEVELS, LEVELS[1:], strict=False):
         assert harder.periods[1] < easier.periods[0]
@@ -121,7 +121,7 @@ def test_classes_and_levels_are_in_fixed_shares(count: int) -> None:
     classes = np.bincount(plan["label"], minlength=len(PAIRS))
     assert classes.max() - classes.min() <= 1
     for level in LEVELS:
-        assert abs((plan["level"] == level.name).sum() - level.share * count) <= 1
+        assert abs((plan["level"] == level.name).sum() - level.fraction * count) <= 1
     assert plan["path"].is_unique
     assert plan["seed"].is_unique
 
@@ -130,7 +130,7 @@ def test_neither_the_order_nor_the_level_gives_the_class_away() -> None:
     plan = plan_videos("train", 4800, seed=0)
     table = pd.crosstab(plan["label"], plan["level"], normalize="index")
     for level in LEVELS:
-        assert table[level.name].to_numpy() == pytest.approx(level.share, abs=0.08)
+        assert table[level.name].to_numpy() == pytest.approx(level.fraction, abs=0.08)
     halves = [np.bincount(part, minlength=12) for part in np.split(plan["label"].to_numpy(), 2)]
     assert abs(halves[0] - halves[1]).max() < 100  # of 400
 

@@ -1,6 +1,7 @@
-"""From annotation lists and video files to batches of clips.
+"""From annotations and video files to batches of clips.
 
-`index` finds the videos and writes the manifest, `video` reads frames of one file, `clips` makes batches of clips.
+`index` lists the videos and writes the manifest, `video` reads frames of one file, `clips` makes batches of clips.
+`synthetic` generates the demo's videos.
 May use `config`, `runtime` and `model`.
 Read first: `clips/loader.py`.
 """
