@@ -1,4 +1,4 @@
-"""Annotations: every format that people have, files found by name, ids, classes in label order, and what is refused."""
+"""Annotations: all formats, files found by name, ids, classes in label order, and error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from video_files import write_list
@@ -25,7 +25,7 @@ COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 
 
 def config_of(num_classes: int = 3, seed: int = 0, **data: Any) -> Config:
-    """A config with `data` settings; `train=PATH` and `val=PATH` stand for the annotations."""
+    """Returns a config with `data` settings. `train=PATH` and `val=PATH` are the annotations."""
     for split in ("train", "val"):
         if split in data:
             data[split] = {"annotations": str(data[split])}
@@ -42,6 +42,7 @@ def labels_of(listing: Listing) -> dict[str, int]:
 
 
 def touch(root: Path, *names: str) -> Path:
+    """Creates empty files below a folder and returns the folder."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -58,7 +59,7 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]], columns: Sequence[str] 
     return write(path, "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
 
 
-def places(listing: Listing, root: Path) -> list[str]:
+def relative_paths(listing: Listing, root: Path) -> list[str]:
     return [os.path.relpath(video.path, root) for video in listing.videos]
 
 
@@ -66,7 +67,7 @@ def places(listing: Listing, root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t", ";", ", ", "  "])
-def test_lists_may_use_any_separator_and_paths_may_hold_spaces(tmp_path: Path, separator: str) -> None:
+def test_lists_accept_any_separator_and_spaces_in_paths(tmp_path: Path, separator: str) -> None:
     path = write_list(tmp_path / "l.txt", [("a.mp4", 0), ("my clips/b, ü\u2028.mp4", 2), ("/d.mp4", 1)], separator)
     write(path, "\ufeff# path label\n\n" + path.read_text(encoding="utf-8") + "\n")
     listed = listing_of(train=path).videos
@@ -75,13 +76,13 @@ def test_lists_may_use_any_separator_and_paths_may_hold_spaces(tmp_path: Path, s
     assert [v.location for v in listed] == [f"{path}:{line}" for line in (3, 4, 5)]
 
 
-def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
+def test_lists_accept_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "l.txt"
     path.write_bytes(b"a.mp4 0\r\nb.mp4 1\r\n")
     assert labels_of(listing_of(train=path)) == {"a.mp4": 0, "b.mp4": 1}
 
 
-def test_labels_may_be_class_names_with_spaces(tmp_path: Path) -> None:
+def test_lists_accept_class_names_with_spaces_as_labels(tmp_path: Path) -> None:
     classes = write(tmp_path / "classes.txt", "wrestling\narm wrestling\nhigh jump 2\n")
     rows: list[tuple[str, int | str]] = [
         ("my clip.mp4", "arm wrestling"),
@@ -95,18 +96,18 @@ def test_labels_may_be_class_names_with_spaces(tmp_path: Path) -> None:
     assert listing.classes == ("wrestling", "arm wrestling", "high jump 2")
 
 
-def test_lists_with_numbers_alone_have_the_numbers_as_classes(tmp_path: Path) -> None:
+def test_classes_of_a_list_with_numbers_are_the_numbers(tmp_path: Path) -> None:
     assert listing_of(train=write_list(tmp_path / "l.txt", [("a.mp4", 2)])).classes == ("0", "1", "2")
 
 
-def test_data_root_is_where_relative_paths_start(tmp_path: Path) -> None:
+def test_relative_paths_start_at_data_root(tmp_path: Path) -> None:
     path = write_list(tmp_path / "lists" / "l.txt", [("a.mp4", 0)])
     (video,) = listing_of(train=path, root=tmp_path / "videos").videos
     assert video.path == str(tmp_path / "videos" / "a.mp4")
 
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
-def test_a_folder_of_frame_images_may_be_listed_with_their_count(tmp_path: Path, separator: str) -> None:
+def test_a_list_may_state_the_number_of_frame_images_of_a_folder(tmp_path: Path, separator: str) -> None:
     touch(tmp_path, f"frames/{CLIP}/img_1.jpg", "my frames.mp4/img_1.jpg", "clip 7/img_1.jpg")
     lines = [
         (f"frames/{CLIP}", 300, 0),
@@ -117,14 +118,20 @@ def test_a_folder_of_frame_images_may_be_listed_with_their_count(tmp_path: Path,
     ]
     path = write(tmp_path / "l.txt", "".join(separator.join(map(str, line)) + "\n" for line in lines))
     listing = listing_of(train=path)
-    assert places(listing, tmp_path) == [f"frames/{CLIP}", "my frames.mp4", "gone", "clip 7", f"frames/{SOURCE}"]
+    assert relative_paths(listing, tmp_path) == [
+        f"frames/{CLIP}",
+        "my frames.mp4",
+        "gone",
+        "clip 7",
+        f"frames/{SOURCE}",
+    ]
     assert [video.label for video in listing.videos] == [0, 1, 2, 2, 1]
     assert [video.frames for video in listing.videos] == [300, 300, 300, None, None]
     assert listing.videos[0].video == CLIP
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("b.mp4 3", r"l\.txt:2: label 3 of b\.mp4: expected 0 to 2"),
         ("b.mp4 -1", r"l\.txt:2: label -1"),
@@ -133,15 +140,15 @@ def test_a_folder_of_frame_images_may_be_listed_with_their_count(tmp_path: Path,
         ("b.mp4 300 1", r"l\.txt:2: expected `path label`; three fields are for folders"),
     ],
 )
-def test_a_line_that_cannot_be_is_refused_by_file_and_line(tmp_path: Path, line: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_an_invalid_line_of_a_list_is_refused_with_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         listing_of(train=write(tmp_path / "l.txt", f"a.mp4 0\n{line}\n"))
 
 
 # Folders
 
 
-def test_a_folder_per_class_gives_labels_in_the_order_of_names(tmp_path: Path) -> None:
+def test_class_folders_are_labelled_in_the_order_of_their_names(tmp_path: Path) -> None:
     train = touch(
         tmp_path / "train", *(f"{name}/deep/{f}" for name in ("dogs", "cats", "apes") for f in ("a.MP4", "x"))
     )
@@ -152,13 +159,13 @@ def test_a_folder_per_class_gives_labels_in_the_order_of_names(tmp_path: Path) -
         "apes/deep/a.MP4": 0, "cats/deep/a.MP4": 1, "dogs/deep/a.MP4": 2,
         "cats/b.mp4": 1, "cats/c.jpg": 1, "cats/deep/d.avi": 1,
     }  # fmt: skip
-    assert places(listing, tmp_path)[-1] == "val/cats/deep/d.avi"
+    assert relative_paths(listing, tmp_path)[-1] == "val/cats/deep/d.avi"
     (val / "fish").mkdir()
     with pytest.raises(ConfigError, match=r"data\.val\.annotations: .* has classes that are not in .*: \['fish'\]"):
         listing_of(train=train, val=val)
 
 
-def test_images_in_the_folder_of_a_class_are_videos_and_a_folder_of_images_below_it_is_one(tmp_path: Path) -> None:
+def test_an_image_in_a_class_folder_is_a_video_and_a_deeper_folder_of_images_is_one_video(tmp_path: Path) -> None:
     frames = [f"img_{number:05}.jpg" for number in range(40)]
     train = touch(
         tmp_path / "train",
@@ -171,13 +178,13 @@ def test_images_in_the_folder_of_a_class_are_videos_and_a_folder_of_images_below
     }  # fmt: skip
 
 
-def test_a_folder_without_class_folders_is_refused_with_what_is_expected(tmp_path: Path) -> None:
+def test_a_folder_without_class_folders_is_refused(tmp_path: Path) -> None:
     train = touch(tmp_path / "train", "a.jpg", "b.jpg")
     with pytest.raises(ConfigError, match=r"train lists no video; expected a folder per class"):
         listing_of(train=train)
 
 
-def test_a_few_class_folders_need_the_names_of_all_classes(tmp_path: Path) -> None:
+def test_folders_of_some_classes_need_data_classes(tmp_path: Path) -> None:
     val = touch(tmp_path / "val", "high_jump/a.mp4", "abseiling/a.mp4")
     with pytest.raises(ConfigError, match=r"model\.num_classes: is 3, but .* has 2 classes.*data\.classes"):
         listing_of(val=val)
@@ -185,7 +192,7 @@ def test_a_few_class_folders_need_the_names_of_all_classes(tmp_path: Path) -> No
     assert labels_of(listing_of(val=val, classes=classes)) == {"abseiling/a.mp4": 0, "high_jump/a.mp4": 2}
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed_once(tmp_path: Path) -> None:
     elsewhere = touch(tmp_path / "disk2", "b.mp4")
     train = touch(tmp_path / "train", "cats/a.mp4")
     (train / "cats" / "linked").symlink_to(elsewhere)
@@ -193,10 +200,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert set(labels_of(listing_of(1, train=train))) == {"cats/a.mp4", "cats/linked/b.mp4"}
 
 
-# Tables of Kinetics
+# Kinetics tables
 
 
-def test_an_official_csv_names_files_labels_and_classes(tmp_path: Path) -> None:
+def test_a_kinetics_csv_gives_files_labels_and_classes(tmp_path: Path) -> None:
     path = write(
         tmp_path / "val.csv",
         "is_cc,Split,time_end,label,youtube_id,time_start\r\n"
@@ -214,7 +221,7 @@ def test_an_official_csv_names_files_labels_and_classes(tmp_path: Path) -> None:
     ]
 
 
-def test_the_csv_of_kinetics_400_has_the_classes_in_the_order_that_is_shipped(shared: Path, tmp_path: Path) -> None:
+def test_the_kinetics_400_csv_has_the_classes_of_the_built_in_list(shared: Path, tmp_path: Path) -> None:
     path = shared / "data" / "annotations" / "kinetics-400_val.csv"
     listing = listing_of(400, val=path, root=tmp_path)
     assert len(listing.videos) == 19906
@@ -222,40 +229,41 @@ def test_the_csv_of_kinetics_400_has_the_classes_in_the_order_that_is_shipped(sh
     assert listing.classes == kinetics400()
 
 
-def test_without_data_root_files_are_below_the_folder_of_the_csv(tmp_path: Path) -> None:
+def test_without_data_root_files_are_searched_below_the_folder_of_the_csv(tmp_path: Path) -> None:
     path = write_csv(touch(tmp_path, f"val/abseiling/{CLIP}.mkv") / "val.csv", [("abseiling", SOURCE, 417, 427, "val")])
-    assert places(listing_of(1, val=path), tmp_path) == [f"val/abseiling/{CLIP}.mkv"]
+    assert relative_paths(listing_of(1, val=path), tmp_path) == [f"val/abseiling/{CLIP}.mkv"]
 
 
 @given(st.randoms(use_true_random=False))
-def test_of_several_files_the_one_of_the_split_then_of_the_class_is_taken(
+@settings(max_examples=40)  # each writes a tree of files
+def test_of_several_files_the_split_folder_is_preferred_then_the_class_folder(
     tmp_path_factory: pytest.TempPathFactory, order: random.Random
 ) -> None:
     split = ["videos_val/abseiling/x", "videos_val/archery", "Validation"]
     others = ["x/abseiling", "all", "train/archery", "valve"]
-    there = order.sample([*split, *others], k=order.randint(2, 7))
-    root = touch(tmp_path_factory.mktemp("root"), *(f"{folder}/{CLIP}.mp4" for folder in there))
+    existing = order.sample([*split, *others], k=order.randint(2, 7))
+    root = touch(tmp_path_factory.mktemp("root"), *(f"{folder}/{CLIP}.mp4" for folder in existing))
     path = write_csv(root / "list.csv", [("abseiling", SOURCE, 417, 427, "val")])
     listing = listing_of(1, val=path, root=root)
     expected = next(
         folder
         for folder in [split[0], *sorted(split[1:]), others[0], *sorted(others[1:])]
-        if folder in there
+        if folder in existing
     )  # fmt: skip
-    assert places(listing, root) == [f"{expected}/{CLIP}.mp4"]
-    left = [f"{root / folder / CLIP}.mp4: ignored, {root / expected / CLIP}.mp4 is used" for folder in there]
+    assert relative_paths(listing, root) == [f"{expected}/{CLIP}.mp4"]
+    ignored = [f"{root / folder / CLIP}.mp4: ignored, {root / expected / CLIP}.mp4 is used" for folder in existing]
     assert sorted(listing.ignored_files) == sorted(
-        line for line, folder in zip(left, there, strict=True) if folder != expected
+        line for line, folder in zip(ignored, existing, strict=True) if folder != expected
     )
 
 
-def test_a_class_folder_may_be_called_with_underscores(tmp_path: Path) -> None:
+def test_a_class_folder_may_have_underscores_for_spaces(tmp_path: Path) -> None:
     root = touch(tmp_path, f"all/{CLIP}.mp4", f"high_jump/{CLIP}.mp4")
     path = write_csv(tmp_path / "train.csv", [("high jump", SOURCE, 417, 427, "train")])
-    assert places(listing_of(1, train=path), root) == [f"high_jump/{CLIP}.mp4"]
+    assert relative_paths(listing_of(1, train=path), root) == [f"high_jump/{CLIP}.mp4"]
 
 
-def test_of_a_csv_of_several_splits_the_rows_of_the_split_are_taken(tmp_path: Path) -> None:
+def test_only_rows_of_the_split_are_used_of_a_csv_with_several_splits(tmp_path: Path) -> None:
     rows = [
         ("a", "aaaaaaaaaaa", 0, 10, "train"),
         ("b", "bbbbbbbbbbb", 0, 10, "validate"),
@@ -284,7 +292,7 @@ def test_a_table_of_the_other_split_is_refused(tmp_path: Path, split: str, given
         listing_of(1, **{split: path})
 
 
-def test_a_table_of_a_test_split_may_be_used_and_that_is_noted(tmp_path: Path) -> None:
+def test_a_table_of_a_test_split_is_used_with_a_note(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "test.csv", [("a", "ddddddddddd", 0, 10, "test")])
     listing = listing_of(1, val=path)
     assert [video.split for video in listing.videos] == ["val"]
@@ -292,14 +300,14 @@ def test_a_table_of_a_test_split_may_be_used_and_that_is_noted(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("gone", COLUMNS)
-def test_a_csv_without_a_column_is_refused_by_name(tmp_path: Path, gone: str) -> None:
+def test_a_csv_without_a_column_is_refused_with_the_column(tmp_path: Path, gone: str) -> None:
     columns = [column for column in COLUMNS if column != gone]
     with pytest.raises(ConfigError, match=rf"val\.csv:1: no column {gone}; expected label, youtube_id"):
         listing_of(val=write_csv(tmp_path / "val.csv", [("x",) * 4], columns))
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (("", SOURCE, 1, 2, "val"), "label: expected a name, got ''"),
         (("a", "", 1, 2, "val"), "youtube_id: expected a name"),
@@ -309,13 +317,15 @@ def test_a_csv_without_a_column_is_refused_by_name(tmp_path: Path, gone: str) ->
         (("a", SOURCE, 1), "expected 5 fields, got 3"),
     ],
 )
-def test_a_row_that_cannot_be_is_refused_by_file_and_line(tmp_path: Path, row: Sequence[Any], said: str) -> None:
+def test_an_invalid_row_of_a_csv_is_refused_with_file_and_line(
+    tmp_path: Path, row: Sequence[Any], message: str
+) -> None:
     path = write_csv(tmp_path / "val.csv", [("a", "aaaaaaaaaaa", 0, 10, "val"), row])
-    with pytest.raises(ConfigError, match=rf"val\.csv:3: {said}"):
+    with pytest.raises(ConfigError, match=rf"val\.csv:3: {message}"):
         listing_of(1, val=path)
 
 
-def test_the_official_json_of_kinetics_gives_what_the_csv_gives(tmp_path: Path) -> None:
+def test_the_kinetics_json_and_csv_give_the_same_videos(tmp_path: Path) -> None:
     video = {"annotations": {"label": "abseiling", "segment": [417.0, 427.0]}, "duration": 10.0, "subset": "validate"}
     train = {**video, "subset": "train"}
     table = write(tmp_path / "all.json", json.dumps({SOURCE: video, "aaaaaaaaaaa": train}))
@@ -340,7 +350,7 @@ def test_the_id_of_a_kinetics_video_does_not_depend_on_the_format(tmp_path: Path
 # Something-Something
 
 
-def test_a_json_list_names_classes_by_templates(tmp_path: Path) -> None:
+def test_classes_of_something_something_are_its_templates(tmp_path: Path) -> None:
     rows = [
         {"id": "78687", "label": "holding potato", "template": "Holding [something]"},
         {"id": 42, "label": "dropping a pen", "template": "Dropping [something] onto [something]"},
@@ -352,11 +362,11 @@ def test_a_json_list_names_classes_by_templates(tmp_path: Path) -> None:
     listing = listing_of(3, train=train, root=root, classes=classes)
     assert listing.classes == ("Dropping something onto something", "Holding something", "Other")
     assert [(video.label, video.source) for video in listing.videos] == [(1, ""), (0, "")]
-    assert places(listing, root) == ["20bn/78687.mp4", "42.webm"]
+    assert relative_paths(listing, root) == ["20bn/78687.mp4", "42.webm"]
     assert listing_of(2, train=train).classes == ("Dropping something onto something", "Holding something")
 
 
-def test_a_json_list_without_templates_needs_labels_that_are_classes(tmp_path: Path) -> None:
+def test_a_json_entry_without_template_needs_a_label_that_is_a_class(tmp_path: Path) -> None:
     classes = write(tmp_path / "classes.txt", "Holding something\n")
     good = write(tmp_path / "good.json", json.dumps([{"id": "1", "label": "Holding something"}]))
     assert [video.label for video in listing_of(1, val=good, classes=classes).videos] == [0]
@@ -369,7 +379,7 @@ def test_a_json_list_without_templates_needs_labels_that_are_classes(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('[{"id": 1},\n oh]', r"x\.json:2: not valid JSON"),
         ('["a.mp4"]', r"x\.json: entry 1: expected an object"),
@@ -377,15 +387,15 @@ def test_a_json_list_without_templates_needs_labels_that_are_classes(tmp_path: P
         ("[]", r"data\.val\.annotations: .*x\.json lists no video"),
     ],
 )
-def test_json_of_another_kind_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_json_of_another_structure_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         listing_of(val=write(tmp_path / "x.json", text))
 
 
-# Twice
+# Repeated videos
 
 
-def test_a_video_listed_again_with_its_label_is_kept_once_and_told(tmp_path: Path) -> None:
+def test_a_video_listed_again_with_its_label_is_used_once_and_reported(tmp_path: Path) -> None:
     rows: list[tuple[str, int | str]] = [
         ("a.mp4", 0), ("b.mp4", 1), ("./a.mp4", 0), (f"x/{CLIP}.mp4", 2), (f"y/{CLIP}.mkv", 2)
     ]  # fmt: skip
@@ -395,7 +405,7 @@ def test_a_video_listed_again_with_its_label_is_kept_once_and_told(tmp_path: Pat
     assert listing.repeated == [f"./a.mp4: {path}:1 and again {path}:3", f"{CLIP}: {path}:4 and again {path}:5"]
 
 
-def test_a_video_with_two_labels_is_refused_by_both_lines(tmp_path: Path) -> None:
+def test_a_video_with_two_labels_is_refused_with_both_lines(tmp_path: Path) -> None:
     path = write_list(tmp_path / "l.txt", [("a.mp4", 0), ("b.mp4", 0), ("a.mp4", 1)])
     with pytest.raises(UserError, match=r"a\.mp4 has two labels, 0 \(.*l\.txt:1\) and 1 \(.*l\.txt:3\)"):
         listing_of(train=path)
@@ -421,7 +431,7 @@ def test_a_video_in_both_splits_is_kept_in_both(tmp_path: Path) -> None:
         ("c.json", '{"arm wrestling": "1", "cats": "2", "dogs": "0"}'),
     ],
 )
-def test_classes_may_be_named_in_any_usual_file(tmp_path: Path, name: str, text: str) -> None:
+def test_data_classes_accepts_text_csv_and_json(tmp_path: Path, name: str, text: str) -> None:
     path = write_list(tmp_path / "l.txt", [("a.mp4", "arm_wrestling")])
     listing = listing_of(train=path, classes=write(tmp_path / name, text))
     assert listing.classes == ("dogs", "arm wrestling", "cats")
@@ -429,7 +439,7 @@ def test_classes_may_be_named_in_any_usual_file(tmp_path: Path, name: str, text:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("c.txt", "a\nb\na\n", "a class is named twice"),
         ("c.txt", "high jump\nhigh_jump\nb\n", "a class is named twice"),
@@ -439,19 +449,19 @@ def test_classes_may_be_named_in_any_usual_file(tmp_path: Path, name: str, text:
         ("c.json", '{"a": 1.5}', "expected a whole number"),
     ],
 )
-def test_classes_that_cannot_be_are_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_invalid_classes_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = write_list(tmp_path / "l.txt", [("a.mp4", 0)])
-    with pytest.raises(ConfigError, match=rf"c\.\w+: {said}"):
+    with pytest.raises(ConfigError, match=rf"c\.\w+: {message}"):
         listing_of(train=path, classes=write(tmp_path / name, text))
 
 
-def test_a_label_that_is_no_class_is_refused_with_the_closest_name(tmp_path: Path) -> None:
+def test_an_unknown_label_is_refused_with_the_most_similar_class(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "val.csv", [("abseling", SOURCE, 417, 427, "val")])
     with pytest.raises(ConfigError, match=r"val\.csv:2: label 'abseling': .* kinetics400; did you mean 'abseiling'"):
         listing_of(400, val=path, classes="kinetics400")
 
 
-def test_the_word_kinetics400_stands_for_the_shipped_names_unless_a_file_has_it(
+def test_kinetics400_selects_the_built_in_list_unless_a_file_has_this_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -472,13 +482,13 @@ def test_the_classes_of_kinetics_400_in_another_order_are_refused(tmp_path: Path
         listing_of(400, train=path, classes=classes)
 
 
-def test_folders_with_underscores_sort_as_kinetics_400(tmp_path: Path) -> None:
+def test_class_folders_with_underscores_have_the_order_of_kinetics_400(tmp_path: Path) -> None:
     folders = touch(tmp_path / "train", *(f"{name.replace(' ', '_')}/a.mp4" for name in kinetics400()))
     listing = listing_of(400, train=folders)
     assert [name.replace("_", " ") for name in listing.classes] == list(kinetics400())
 
 
-def test_numbers_of_another_order_than_kinetics_400_are_seen_by_the_class_folders(tmp_path: Path) -> None:
+def test_a_list_that_numbers_kinetics_400_in_another_order_is_refused(tmp_path: Path) -> None:
     rows: list[tuple[str, int | str]] = [("v/abseiling/a.mp4", 0), ("v/air_drumming/b.mp4", 1), ("v/zumba/c.mp4", 399)]
     good = write_list(tmp_path / "good.txt", rows)
     assert len(listing_of(400, train=good).videos) == 3
@@ -489,7 +499,7 @@ def test_numbers_of_another_order_than_kinetics_400_are_seen_by_the_class_folder
     assert len(listing_of(400, train=own).videos) == 5
 
 
-def test_val_may_have_no_class_that_train_has_not(tmp_path: Path) -> None:
+def test_a_class_of_val_that_train_does_not_have_is_refused(tmp_path: Path) -> None:
     train = write_csv(
         tmp_path / "train.csv", [("a b", "aaaaaaaaaaa", 0, 1, "train"), ("c", "bbbbbbbbbbb", 0, 1, "train")]
     )
@@ -500,10 +510,10 @@ def test_val_may_have_no_class_that_train_has_not(tmp_path: Path) -> None:
         listing_of(2, train=train, val=val)
 
 
-# Files that cannot be used, and the rest
+# Unusable sources
 
 
-def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_read_is_refused_with_its_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train\.annotations, data\.val\.annotations: neither is given"):
         listing_of()
     with pytest.raises(ConfigError, match=r"data\.val\.annotations: .*nowhere\.txt does not exist"):
@@ -517,7 +527,7 @@ def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "train/cats", "train/cats/deep"])
-def test_a_folder_that_cannot_be_read_is_refused_not_left_out(
+def test_an_unreadable_folder_is_refused_rather_than_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     train = touch(tmp_path / "train", "dogs/a.mp4", "cats/deep/a.mp4")
@@ -530,43 +540,46 @@ def test_a_folder_that_cannot_be_read_is_refused_not_left_out(
 
         return call
 
-    for function in ("listdir", "scandir"):  # as root, who may run the tests, one reads whatever its mode is
+    for function in ("listdir", "scandir"):  # patched: root, who may run the tests, can read any folder
         monkeypatch.setattr(os, function, refusing(getattr(os, function)))
     with pytest.raises(ConfigError, match=rf"cannot read the folder {tmp_path / name}: Permission denied"):
         listing_of(2, train=train)
 
 
-def test_a_quote_that_is_not_closed_is_refused(tmp_path: Path) -> None:
+def test_an_unclosed_quote_in_a_csv_is_refused(tmp_path: Path) -> None:
     rows = [("a", f"{n:011d}", 0, 10, "train") for n in range(6000)]
     path = write_csv(tmp_path / "train.csv", [('"a', "bbbbbbbbbbb", 0, 10, "train"), *rows])
     with pytest.raises(ConfigError, match=r"train\.csv:\d+: not a row of a CSV"):
         listing_of(1, train=path)
 
 
-def test_sources_without_a_video_are_refused(tmp_path: Path) -> None:
+def test_a_source_without_a_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (write(tmp_path / "l.txt", "# path label\n"), write_csv(tmp_path / "val.csv", []), tmp_path / "folder"):
         with pytest.raises(ConfigError, match=rf"data\.val\.annotations: {path} lists no video"):
             listing_of(val=path)
 
 
+# Holdout
+
+
 def test_holdout_depends_on_ids_and_seed_not_on_the_order_of_the_list(tmp_path: Path) -> None:
     names = [f"v{i}.mp4" for i in range(400)]
 
-    def held(order: list[str], seed: int = 0, share: float = 0.25) -> set[str]:
+    def held_out(order: list[str], seed: int = 0, fraction: float = 0.25) -> set[str]:
         train = write_list(tmp_path / "train.txt", [(name, 0) for name in order])
         val = write_list(tmp_path / "val.txt", [("other.mp4", 0)])
-        listed = list_videos(config_of(train=train, val=val, holdout=share, seed=seed)).videos
+        listed = list_videos(config_of(train=train, val=val, holdout=fraction, seed=seed)).videos
         assert [video.split for video in listed if video.video == "other.mp4"] == ["val"]
         return {video.video for video in listed if video.split == "holdout"}
 
-    chosen = held(names)
+    chosen = held_out(names)
     assert 0.17 < len(chosen) / len(names) < 0.33
-    assert held(names[::-1]) == chosen
-    assert held(names[:200]) == chosen & set(names[:200])
-    assert held(names, seed=1) != chosen
-    assert held(names, share=0.5) > chosen
-    assert held(names, share=0.0) == set()
+    assert held_out(names[::-1]) == chosen
+    assert held_out(names[:200]) == chosen & set(names[:200])
+    assert held_out(names, seed=1) != chosen
+    assert held_out(names, fraction=0.5) > chosen
+    assert held_out(names, fraction=0.0) == set()
 
 
 def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> None:
@@ -581,21 +594,21 @@ def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> Non
 # Fingerprints
 
 
-def test_the_fingerprint_changes_with_what_is_listed_and_not_with_what_is_there(
+def test_the_fingerprint_changes_with_the_annotations_and_not_with_the_video_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [("a", "aaaaaaaaaaa", 0, 10, "train"), ("b", "bbbbbbbbbbb", 0, 10, "train")]
     table = write_csv(tmp_path / "train.csv", rows)
     frames = write_list(tmp_path / "val.txt", [("clip 7", 0)])
     classes = write(tmp_path / "classes.txt", "a\nb\n")
-    settings: dict[str, Any] = {"train": table, "val": frames, "classes": classes, "root": tmp_path / "videos"}
+    sources: dict[str, Any] = {"train": table, "val": frames, "classes": classes, "root": tmp_path / "videos"}
 
     def of(num_classes: int = 2, seed: int = 0, **changed: Any) -> str:
-        return fingerprint(config_of(num_classes, seed, **settings | changed))
+        return fingerprint(config_of(num_classes, seed, **sources | changed))
 
     first = of()
     touch(tmp_path / "videos", "aaaaaaaaaaa_000000_000010.mp4", "b/bbbbbbbbbbb_000000_000010.mkv", "clip 7/1.jpg")
-    monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("the root was gone through"))
+    monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("the root was searched"))
     assert of() == of(seed=1) == first
     changed = [of(3), of(holdout=0.5), of(holdout=0.5, seed=1), of(root=tmp_path), of(classes=None), of(val=table)]
     write(classes, "b\na\n")
@@ -605,7 +618,7 @@ def test_the_fingerprint_changes_with_what_is_listed_and_not_with_what_is_there(
     assert len({first, *changed}) == 1 + len(changed)
 
 
-def test_the_fingerprint_of_a_folder_is_of_its_classes_and_videos(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_folder_changes_with_its_classes_and_videos(tmp_path: Path) -> None:
     train = touch(tmp_path / "train", "cats/a.mp4", "dogs/b.mp4")
     found = [fingerprint(config_of(train=train))]
     for name in ("cats/c.mp4", "apes/readme.txt"):
