@@ -19,7 +19,7 @@ from videoadapt.config.points import Point
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import ConfigError
 from videoadapt.model.block import Block
-from videoadapt.model.drop import class_attention, strongest, take
+from videoadapt.model.drop import class_attention, gather_tokens, select_positions
 from videoadapt.model.timesformer import TimeSformer
 
 TINY: dict[str, Any] = {"width": 24, "depth": 4, "heads": 3, "patch": 4, "size": 32, "num_frames": 3, "num_classes": 5}
@@ -95,7 +95,7 @@ def test_the_strongest_by_their_mean_over_frames_stay_in_order(data: st.DataObje
     kept = data.draw(st.integers(1, shape[2]))
     scores = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=math.prod(shape), max_size=math.prod(shape))))
     scores = scores.view(shape).double()
-    positions = strongest(scores, kept)
+    positions = select_positions(scores, kept)
     for row, found in zip(scores, positions, strict=True):
         means = row.mean(0).tolist()
         expected = sorted(range(shape[2]), key=lambda n: (-means[n], n))[:kept]
@@ -104,7 +104,7 @@ def test_the_strongest_by_their_mean_over_frames_stay_in_order(data: st.DataObje
 
 def test_tokens_come_from_the_same_positions_of_all_frames() -> None:
     patches = torch.arange(2 * 3 * 5 * 2).view(2, 3, 5, 2)
-    found = take(patches, torch.tensor([[0, 3], [2, 4]]))
+    found = gather_tokens(patches, torch.tensor([[0, 3], [2, 4]]))
     assert torch.equal(found, torch.stack([patches[0][:, [0, 3]], patches[1][:, [2, 4]]]))
 
 

@@ -3,7 +3,12 @@
 May use `config` and `runtime`.
 Read first: `timesformer.py`, then `block.py`.
 
-Shape letters in the comments of this package: B clips, C colour channels, T frames, H x W pixels, L tokens per side
-(the length), N = L * L patch tokens per frame, P prefix tokens (the class token, and for students the distillation
-token), K kept patch tokens, D width, S sequences of one attention, M heads.
+Shape letters in the comments and docstrings of this package:
+
+    B  clips of a batch                 N  patch tokens per frame, L * L before any are dropped
+    C  colour channels, always 3        K  patch tokens per frame that are kept
+    T  frames of a clip                 P  prefix tokens: the class token, and for students the distillation token
+    F  frames of a batch, B * T         D  width of a token
+    H, W  pixels of a frame             S  sequences of one attention call
+    L  tokens per side (the length)     M  attention heads
 """

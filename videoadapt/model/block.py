@@ -9,51 +9,61 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from videoadapt.config.sections import ModelConfig
-from videoadapt.model.drop import class_attention, strongest, take
+from videoadapt.model.drop import class_attention, gather_tokens, select_positions
 from videoadapt.model.norm import LengthNorm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of `(S, M, N, D / M)` tensors.
-
-    Fused, but for bfloat16 on CPUs, where plain matrix products are 2 to 4 times as fast forward and 3 to 10 times
-    with the backward pass (docs/log.md).
-    """
+    """Returns softmax attention (TimeSformer, eq. 5 to 7) of queries, keys and values `(S, M, N, D / M)`."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused kernel is slow here: plain products are 2 to 4 times as fast in the forward pass, and 3 to 10
+        # times with the backward pass (measured, docs/log.md).
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within sequences."""
+    """Multi-head self-attention within each of S sequences.
+
+    Args:
+        width: D.
+        heads: M; divides D.
+        qkv_bias: Whether queries, keys and values have a bias (LV-ViT has none).
+    """
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # one product for all three, as in timm
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(S, N, D)` to `(S, N, D)`."""
+        """Maps tokens `(S, N, D)` to `(S, N, D)`."""
         return self._attend(*self._project(x))
 
     def with_class_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and how much the first token attends to each: `(S, N)`."""
+        """Returns `forward(x)` and the attention `(S, N)` of the first token to each token, see `class_attention`."""
         q, k, v = self._project(x)
+        # The fused kernel does not return its weights. One row of them is computed again, which is cheap.
         return self._attend(q, k, v), class_attention(q, k)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x), "s n (three m d) -> three s m n d", three=3, m=self.heads)
+        q, k, v = rearrange(self.qkv(x), "s n (three m d) -> three s m n d", three=3, m=self.heads)  # (S, M, N, D / M)
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.proj(rearrange(attend(q, k, v), "s m n d -> s n (m d)"))
+        return self.proj(rearrange(attend(q, k, v), "s m n d -> s n (m d)"))  # (S, N, D)
 
 
 class Block(nn.Module):
-    """Temporal attention at each position, spatial attention in each frame, MLP; each with norm and residual.
+    """Temporal attention at each position, spatial attention in each frame, then an MLP (TimeSformer, eq. 5 to 11).
 
-    Between attention and MLP a block may drop tokens (SuperViT).
+    Each of the three is a residual branch with a LayerNorm in front. Between spatial attention and MLP the block may
+    drop patch tokens (SuperViT). An image model (`config.temporal` false) has no temporal branch.
+
+    Args:
+        config: The model's section of the config.
+        drop_path: Probability that a clip skips a residual branch in training (stochastic depth).
     """
 
     def __init__(self, config: ModelConfig, *, drop_path: float) -> None:
@@ -70,8 +80,11 @@ class Block(nn.Module):
         if self.temporal:
             self.temporal_norm = norm()
             self.temporal_attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
+            # Starts at zero in all blocks but the first (`timesformer.initialise`): at the start of fine-tuning the
+            # block then computes what the pretrained image block computes.
             self.temporal_fc = nn.Linear(width, width)
             self.temporal_scale = scale()
+        # Names without a prefix are timm's, so that weights of image models load by name.
         self.norm1 = norm()
         self.attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
         self.scale1 = scale()
@@ -82,39 +95,53 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
 
     def forward(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
-        """`(B, P, D)` and `(B, T, N, D)` to `(B, P, D)` and `(B, T, K, D)`, `kept` of the N positions.
+        """Runs the block on the tokens of a batch of clips.
 
-        They are those that the class token attends to most, mean over heads and frames, the same in all frames.
+        Args:
+            prefix: The class token, and for students the distillation token, `(B, P, D)`.
+            patches: Patch tokens `(B, T, N, D)`.
+            length: L, the length whose LayerNorms apply. N is below `L * L` once tokens were dropped.
+            kept: K, how many of the N positions stay. With `kept == N` nothing is dropped.
+
+        Returns:
+            Prefix `(B, P, D)` and patches `(B, T, K, D)`. The K positions are those with the most attention from the
+            class token, averaged over heads and frames; they are the same in all frames and keep their order.
         """
         if self.temporal:
+            # The prefix takes no part: it belongs to no position and no frame.
             patches = self._add(patches, self._attend_over_time(patches, length))
         prefix, patches = self._attend_within_frames(prefix, patches, length, kept)
         return self._mix_channels(prefix, patches, length)
 
     def _attend_over_time(self, patches: Tensor, length: int) -> Tensor:
+        """The temporal branch: each position attends to itself in all frames (eq. 11)."""
         positions = patches.shape[2]
-        x = rearrange(self.temporal_norm(patches, length), "b t n d -> (b n) t d")
+        x = rearrange(self.temporal_norm(patches, length), "b t n d -> (b n) t d")  # (B N, T, D)
         x = self.temporal_fc(self.temporal_attn(x))
-        return self.drop_path(self.temporal_scale(rearrange(x, "(b n) t d -> b t n d", n=positions)))
+        x = rearrange(x, "(b n) t d -> b t n d", n=positions)  # (B, T, N, D): drop_path drops whole clips
+        return self.drop_path(self.temporal_scale(x))
 
     def _attend_within_frames(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
-        """Every frame attends with its own copy of the prefix; the copies' results are averaged over the frames."""
+        """The spatial branch: each frame attends within itself and to its own copy of the prefix (eq. 6 to 8)."""
         count, frames = prefix.shape[1], patches.shape[1]
         x = torch.cat([repeat(prefix, "b p d -> b t p d", t=frames), patches], dim=2)  # (B, T, P + N, D)
-        x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")
+        x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")  # (F, P + N, D)
         drops = kept < patches.shape[2]
         x, scores = self.attn.with_class_attention(x) if drops else (self.attn(x), None)
-        x = self.drop_path(self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames)))
+        x = self.drop_path(self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames)))  # (B, T, P + N, D)
+        # One prefix per clip goes on: the results of its copies are averaged over the frames.
         prefix, patches = self._add(prefix, x[:, :, :count].mean(1)), self._add(patches, x[:, :, count:])
         if scores is not None:
-            patches = take(patches, strongest(rearrange(scores[:, count:], "(b t) n -> b t n", t=frames), kept))
+            scores = rearrange(scores[:, count:], "(b t) n -> b t n", t=frames)  # (B, T, N), of patches alone
+            patches = gather_tokens(patches, select_positions(scores, kept))  # (B, T, K, D)
         return prefix, patches
 
     def _mix_channels(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The MLP branch on every token (eq. 9), all in one call."""
         count = prefix.shape[1]
         x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T K, D)
         x = self._add(x, self.drop_path(self.scale2(self.mlp(self.norm2(x, length)))))
-        return x[:, :count], x[:, count:].unflatten(1, patches.shape[1:3])  # (B, T, K, D)
+        return x[:, :count], x[:, count:].unflatten(1, patches.shape[1:3])  # (B, P, D), (B, T, K, D)
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        return torch.add(x, branch, alpha=self.residual_scale)
+        return torch.add(x, branch, alpha=self.residual_scale)  # LV-ViT halves every branch

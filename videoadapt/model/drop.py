@@ -1,4 +1,4 @@
-"""Token dropping (SuperViT): scores to positions to tokens, as functions that know nothing of the model."""
+"""Token dropping (SuperViT): pure functions from attention to scores to positions to tokens."""
 
 from __future__ import annotations
 
@@ -7,26 +7,49 @@ from torch import Tensor
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
-    """How much the first token attends to each, mean over heads: `(S, M, N, D / M)` queries and keys to `(S, N)`.
+    """Returns the attention that the first token (the class token) pays to each token, averaged over heads.
 
-    One row of the attention alone, so that all the rest stays fused. It gets no gradient, for it only chooses; it is at
-    least float32, for in half precision many tokens would score the same.
+    Args:
+        q: Queries `(S, M, N, D / M)`.
+        k: Keys `(S, M, N, D / M)`.
+
+    Returns:
+        Scores `(S, N)` that sum to 1 over N, float32 or wider. They carry no gradient.
     """
-    q, k = q[:, :, :1].detach(), k.detach()
+    # Detached: the scores only choose positions, and choosing has no gradient.
+    q, k = q[:, :, :1].detach(), k.detach()  # (S, M, 1, D / M): one row of the attention matrix is enough
     rows = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (S, M, 1, N)
-    return rows.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).mean(1)[:, 0]
+    # In half precision many tokens get equal scores, and the choice among them would be arbitrary.
+    scores = rows.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return scores.mean(1)[:, 0]  # (S, N)
 
 
-def strongest(scores: Tensor, kept: int) -> Tensor:
-    """The positions with the highest mean score over frames, `(B, T, N)` to `(B, K)`, in ascending order.
+def select_positions(scores: Tensor, kept: int) -> Tensor:
+    """Returns the `kept` positions with the highest scores, averaged over frames.
 
-    One choice for all frames, so that attention over time finds the same position in each. Ties go to the first.
+    All frames keep the same positions, so that temporal attention finds each position in every frame.
+
+    Args:
+        scores: `(B, T, N)`.
+        kept: K, how many positions stay; at most N.
+
+    Returns:
+        Positions `(B, K)`, int64, ascending. Of equal scores the first position wins.
     """
-    best = scores.mean(1).argsort(dim=-1, descending=True, stable=True)[:, :kept]
+    # argsort and not topk: only a stable sort fixes which of two equal scores wins.
+    best = scores.mean(1).argsort(dim=-1, descending=True, stable=True)[:, :kept]  # (B, K), best first
     return best.sort(dim=-1).values
 
 
-def take(patches: Tensor, positions: Tensor) -> Tensor:
-    """The tokens at `(B, K)` positions, in every frame: `(B, T, N, D)` to `(B, T, K, D)`."""
-    index = positions[:, None, :, None].expand(-1, patches.shape[1], -1, patches.shape[-1])
+def gather_tokens(patches: Tensor, positions: Tensor) -> Tensor:
+    """Returns the tokens at the given positions of every frame.
+
+    Args:
+        patches: `(B, T, N, D)`.
+        positions: `(B, K)`, int64, below N.
+
+    Returns:
+        `(B, T, K, D)`.
+    """
+    index = positions[:, None, :, None].expand(-1, patches.shape[1], -1, patches.shape[-1])  # (B, T, K, D)
     return patches.gather(2, index)

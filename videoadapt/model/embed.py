@@ -13,21 +13,32 @@ from videoadapt.model.norm import SHARED
 
 
 def resize_frames(frames: Tensor, side: int, *, align_corners: bool = False) -> Tensor:
-    """`(F, C, H, W)` to `(F, C, side, side)`, bilinear; unchanged where the size is right already.
+    """Resizes frames `(F, C, H, W)` to `(F, C, side, side)` bilinearly, in their dtype.
 
-    With antialiasing or, as SuperViT, with `align_corners` and without.
+    Args:
+        frames: Floating-point frames. They are returned as they are if their size is right already.
+        side: Height and width of the result, in pixels.
+        align_corners: Map corner pixels onto corner pixels, without antialiasing, as SuperViT's code does. Otherwise
+            the result is antialiased.
     """
     if frames.shape[-2:] == (side, side):
         return frames
-    # antialiased resizing exists in float32 only (CPU), and is a small share of the work
     small = F.interpolate(
-        frames.float(), size=(side, side), mode="bilinear", antialias=not align_corners, align_corners=align_corners
+        frames.float(),  # on CPUs antialiasing exists in float32 only; resizing is a small part of the work
+        size=(side, side),
+        mode="bilinear",
+        antialias=not align_corners,
+        align_corners=align_corners,
     )
     return small.to(frames.dtype)
 
 
 class Projection(nn.Module):
-    """Square patches to tokens by one linear map, its weight shaped `(D, C, kernel, kernel)` as a convolution's."""
+    """Square patches to tokens by one linear map (TimeSformer, eq. 1).
+
+    The weight has a convolution's shape `(D, C, kernel, kernel)`, so that pretrained weights fit. It is applied as a
+    linear layer to flattened patches: patches do not overlap, so this equals the strided convolution.
+    """
 
     def __init__(self, kernel: int, width: int) -> None:
         super().__init__()
@@ -35,18 +46,23 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, frames: Tensor, kernel: int) -> Tensor:
-        """`(F, C, L * kernel, L * kernel)` to `(F, N, D)`; a kernel below the weight's own is its centre."""
+        """Maps frames `(F, C, L * kernel, L * kernel)` to tokens `(F, N, D)`.
+
+        Args:
+            frames: Normalised frames.
+            kernel: Side of a patch in pixels. If it is below the weight's own, the centre of the weight is used.
+        """
         start = (self.weight.shape[-1] - kernel) // 2
         weight = self.weight[:, :, start : start + kernel, start : start + kernel]
-        patches = rearrange(frames, "f c (h p) (w q) -> f (h w) (c p q)", p=kernel, q=kernel)
+        patches = rearrange(frames, "f c (h p) (w q) -> f (h w) (c p q)", p=kernel, q=kernel)  # (F, N, C kernel kernel)
         return F.linear(patches, weight.flatten(1), self.bias)
 
 
 class Stem(nn.Module):
     """Consecutive convolutions (LV-ViT's, and ReViT's for large patches): three at half size, then the patches.
 
-    Each length has its own, BatchNorm statistics included. One that is shared (`share_patch`, SuperViT) normalises a
-    training pass by that pass's statistics; those of inference are the moving average over passes of all lengths.
+    With `share_patch` one stem serves all lengths (SuperViT). BatchNorm then normalises a training pass by the
+    statistics of that pass, and the moving averages for inference mix the passes of all lengths.
     """
 
     def __init__(self, patch: int, width: int) -> None:
@@ -58,21 +74,22 @@ class Stem(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.proj = nn.Conv2d(channels, width, patch // 2, stride=patch // 2)
+        self.proj = nn.Conv2d(channels, width, patch // 2, stride=patch // 2)  # conv1 has halved the frame already
 
-    def forward(self, frames: Tensor, kernel: int) -> Tensor:  # noqa: ARG002 - same call as Projection
-        """`(F, C, L * patch, L * patch)` to `(F, N, D)`."""
-        x = F.relu(self.bn1(self.conv1(frames)))
+    def forward(self, frames: Tensor, kernel: int) -> Tensor:  # noqa: ARG002 - called like Projection
+        """Maps frames `(F, C, L * patch, L * patch)` to tokens `(F, N, D)`. `kernel` has no effect."""
+        x = F.relu(self.bn1(self.conv1(frames)))  # (F, channels, H / 2, W / 2)
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
-        return rearrange(self.proj(x), "f d h w -> f (h w) d")
+        return rearrange(self.proj(x), "f d h w -> f (h w) d")  # (F, N, D)
 
 
 class PatchEmbed(nn.Module):
-    """Clips to patch tokens. Each length has its own weights unless `share_patch`.
+    """Clips to patch tokens. Each length has its own weights unless `config.share_patch`.
 
-    `resize` and `stem` resize frames to `length * patch`; `kernel` cuts larger patches from (nearly) the full frame.
-    Shared, `kernel` takes the centre of the largest kernel; the others use one module for all lengths.
+    `resize` and `stem` resize the frames to `L * patch` pixels; `kernel` cuts larger patches from the full frame, which
+    is resized only where L does not divide it (220 pixels for length 10 of 224). With `share_patch`, `kernel` uses the
+    centre of the largest kernel; `resize` and `stem` use one module for all lengths.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -84,18 +101,18 @@ class PatchEmbed(nn.Module):
         self.proj = nn.ModuleDict({key: make(kernel, config.width) for key, kernel in kernels.items()})
 
     def forward(self, clips: Tensor, length: int) -> Tensor:
-        """`(B, C, T, H, W)` to `(B, T, N, D)`."""
+        """Maps clips `(B, C, T, H, W)` to patch tokens `(B, T, N, D)` of a length L, with `N = L * L`."""
         kernel = self.kernels[length]
-        frames = rearrange(clips, "b c t h w -> (b t) c h w")
-        frames = resize_frames(frames, length * kernel, align_corners=self.align_corners)
-        tokens = self.proj[SHARED if self.shared else str(length)](frames, kernel)  # (B T, N, D)
-        return rearrange(tokens, "(b t) n d -> b t n d", b=clips.shape[0])
+        frames = rearrange(clips, "b c t h w -> (b t) c h w")  # (F, C, H, W): frames are embedded alone
+        frames = resize_frames(frames, length * kernel, align_corners=self.align_corners)  # (F, C, L kernel, L kernel)
+        tokens = self.proj[SHARED if self.shared else str(length)](frames, kernel)  # (F, N, D)
+        return rearrange(tokens, "(b t) n d -> b t n d", b=clips.shape[0])  # (B, T, N, D)
 
 
 class PositionEmbed(nn.Module):
     """A grid of positions per length, with rows for the class token and, for students, the distillation token.
 
-    Shared, all lengths use the upper left part of the longest one's grid (ReViT's ablation cuts it too).
+    With `config.share_pos` all lengths use the upper left part of the longest one's grid, as ReViT's ablation does.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -105,18 +122,19 @@ class PositionEmbed(nn.Module):
         self.cls = nn.ParameterDict({key: nn.Parameter(torch.zeros(1, config.width)) for key in lengths})
         self.grid = nn.ParameterDict({k: nn.Parameter(torch.zeros(v * v, config.width)) for k, v in lengths.items()})
         self.dist = nn.ParameterDict()
-        if config.distill_token:  # the longest length has no such token
+        if config.distill_token:  # only students have the token: the longest length is their teacher
             students = sorted(map(str, config.lengths[1:]))
             keys = [SHARED] if self.shared and students else students
             self.dist = nn.ParameterDict({key: nn.Parameter(torch.zeros(1, config.width)) for key in keys})
 
     def forward(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Adds the positions of `length` to `(B, P, D)` and `(B, T, N, D)`."""
+        """Adds the positions of `length` to prefix `(B, P, D)` and patches `(B, T, N, D)`; the shapes stay."""
         key = SHARED if self.shared else str(length)
         grid = self.grid[key]  # (N, D)
         if self.shared and length != self.longest:
-            grid = rearrange(grid, "(h w) d -> h w d", w=self.longest)[:length, :length].flatten(0, 1)
+            square = rearrange(grid, "(h w) d -> h w d", w=self.longest)  # (longest, longest, D)
+            grid = square[:length, :length].flatten(0, 1)  # (N, D)
         rows = self.cls[key]  # (1, D)
         if prefix.shape[1] > 1:
             rows = torch.cat([rows, self.dist[key]])  # (P, D)
-        return prefix + rows, patches + grid
+        return prefix + rows, patches + grid  # all frames get the same grid

@@ -1,4 +1,4 @@
-"""Token-length-aware LayerNorm (TAL-LN; ReViT, section 3.2): one affine per length, statistics as ever."""
+"""LayerNorm with parameters per token length (TAL-LN; ReViT, section 3.2)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHARED = "shared"  # the key of a parameter that serves all lengths
+SHARED = "shared"  # the key of a parameter that serves all lengths, in place of the length's number
 
 
 class LengthNorm(nn.Module):
-    """LayerNorm over the last dimension with a weight and a bias `(D,)` per length.
+    """Token-length-aware LayerNorm: LayerNorm over the last dimension with a weight and a bias `(D,)` per length.
 
-    Each is a parameter of its own, so that an optimizer skips those of the lengths that a step did not draw.
+    The mean and the variance come from the tokens themselves, as in every LayerNorm. Only the affine is per length:
+    activations of different lengths have different statistics, and one affine for all costs accuracy (ReViT, Table 3).
+
+    Args:
+        width: D, the size of the last dimension.
+        lengths: The token lengths L of the model.
+        eps: Added to the variance.
+        shared: Use one affine for all lengths (SuperViT).
     """
 
     def __init__(self, width: int, lengths: Sequence[int], *, eps: float, shared: bool = False) -> None:
         super().__init__()
         self.width, self.eps, self.shared = width, eps, shared
         keys = [SHARED] if shared else [str(length) for length in lengths]
+        # One parameter per length, not one tensor (lengths, D): an optimizer skips parameters without a gradient, so a
+        # length that a step does not draw gets no weight decay and no momentum.
         self.weight = nn.ParameterDict({key: nn.Parameter(torch.ones(width)) for key in keys})
         self.bias = nn.ParameterDict({key: nn.Parameter(torch.zeros(width)) for key in keys})
 
     def forward(self, x: Tensor, length: int) -> Tensor:
-        """`(..., D)` to `(..., D)`."""
+        """Normalises `(..., D)` with the affine of `length`; the shape stays."""
         key = SHARED if self.shared else str(length)
         return F.layer_norm(x, (self.width,), self.weight[key], self.bias[key], self.eps)

@@ -1,8 +1,12 @@
-"""TimeSformer at several token lengths: one class for video and, with one frame and no temporal attention, images."""
+"""The model: TimeSformer at several operating points.
+
+One class serves video and images: an image is a clip of one frame, and an image model has no temporal attention.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from einops import repeat
@@ -19,9 +23,13 @@ from videoadapt.model.norm import LengthNorm
 
 
 class Heads(NamedTuple):
-    """Logits `(B, classes)` of the class head, of the distillation head where the point has its token, and of patches.
+    """Logits of each head of the model, kept apart because the training loss treats them differently.
 
-    `dense` are the logits `(B, T * N, classes)` of the head on patches, where the model has one.
+    Attributes:
+        cls: Of the class token, `(B, classes)`.
+        dist: Of the distillation token, `(B, classes)`; None at points without that token.
+        dense: Of every patch token (LV-ViT's auxiliary head), `(B, T K, classes)`; None if the model has no such head.
+        dense_weight: How much `dense` counts in inference.
     """
 
     cls: Tensor
@@ -30,15 +38,24 @@ class Heads(NamedTuple):
     dense_weight: float = 0.0
 
     def logits(self) -> Tensor:
-        """Those of inference: the mean of both heads (DeiT), plus a share of each class's best on patches (LV-ViT)."""
+        """Returns the logits of inference, `(B, classes)`.
+
+        They are the mean of the class and distillation heads (DeiT), plus `dense_weight` times each class's maximum
+        over patches (LV-ViT).
+        """
         logits = self.cls if self.dist is None else (self.cls + self.dist) / 2
         return logits if self.dense is None else logits + self.dense_weight * self.dense.amax(1)
 
 
 class TimeSformer(nn.Module):
-    """Divided space-time attention (TimeSformer) at any operating point: length (ReViT) and keep (SuperViT).
+    """Divided space-time attention (TimeSformer) at any operating point: a length (ReViT) and a keep (SuperViT).
 
-    Per length: patch embedding, position embedding, the affine of every LayerNorm. Shared: all else.
+    Each length has its own patch embedding, position embedding and LayerNorm parameters, unless the config shares
+    them. All lengths share attention, MLP, class token, time embedding and heads.
+
+    Args:
+        config: The model's section of the config.
+        class_names: The names of the classes in label order, for those who read predictions; may be empty.
 
     Example:
         >>> model = TimeSformer(ModelConfig(points=("14", "7")))
@@ -50,20 +67,22 @@ class TimeSformer(nn.Module):
         super().__init__()
         self.config = config
         self.class_names = class_names
-        self.activation_checkpointing = False
+        self.activation_checkpointing = False  # the training loop sets it; it saves memory and changes no value
         self.points = {p: Point.parse(p) for p in config.points}
+        # For each point: how many patch tokens per frame leave each block.
         self.patches = {p: point.patches(config.depth, config.drop_blocks) for p, point in self.points.items()}
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = PositionEmbed(config)
         if config.temporal:
             self.time_embed = nn.Parameter(torch.zeros(config.num_frames, config.width))
-        drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()  # not meta
+        # Later blocks are dropped more often. On the CPU even under `torch.device("meta")`: the rates are read here.
+        drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in drops)
         self.norm = LengthNorm(config.width, config.lengths, eps=config.norm_eps, shared=config.share_norm)
         self.head = nn.Linear(config.width, config.num_classes)
         students = {p for p, point in self.points.items() if point.length < config.lengths[0]}
-        self.distilled = frozenset(students if config.distill_token else ())
+        self.distilled = frozenset(students if config.distill_token else ())  # points with a distillation token
         if self.distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, config.width))
             self.head_dist = nn.Linear(config.width, config.num_classes)
@@ -74,43 +93,57 @@ class TimeSformer(nn.Module):
     def forward(
         self, clips: Tensor, point: str | Point, *, heads: bool = False, swap: tuple[Tensor, Tensor] | None = None
     ) -> Tensor | Heads:
-        """Logits of normalised float clips `(B, C, T, H, W)` with `H = W = config.size` at an operating point.
+        """Returns the logits of a batch of clips at an operating point.
 
-        The point is an argument, never state: calls are safe under threads and compile to one graph per point.
-        Returns `(B, classes)`; with `heads`, the heads' logits apart (for the training loss). `swap` mixes tokens: each
-        clip's partner `(B,)` int64, and the patches `(B, N)` bool that it takes from there. Raises `UserError` for a
-        point that the model lacks and for clips of another shape.
+        The point is an argument and never state of the module: calls are safe under threads and data parallelism, and
+        `torch.compile` makes one graph per point.
+
+        Args:
+            clips: Normalised floating-point clips `(B, C, T, H, W)` with `T = config.num_frames` and
+                `H = W = config.size`, at every point: the model resizes them itself.
+            point: One of `config.points`, such as `"14"` or `"14@0.7"`.
+            heads: Return the logits of each head apart, for the training loss.
+            swap: Mix clips by their patch tokens (token labelling, LV-ViT): for each clip the index `(B,)`, int64, of
+                its partner in the batch, and a mask `(B, N)`, bool, of the patches to take from the partner.
+
+        Returns:
+            Logits `(B, classes)`; with `heads`, a `Heads`.
+
+        Raises:
+            UserError: The model does not have the point, or the clips have another shape.
         """
         key = str(point)
         if key not in self.points:  # torch.compile need not trace the parsing of a point that is written as ours
             key = canonical(key)
         self._check(clips, key)
         length = self.points[key].length
-        prefix, patches = self._embed(clips, key, length, swap)
+        prefix, patches = self._embed(clips, key, length, swap)  # (B, P, D), (B, T, N, D)
         for block, kept in zip(self.blocks, self.patches[key], strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 prefix, patches = checkpoint(block, prefix, patches, length, kept, use_reentrant=False)
             else:
-                prefix, patches = block(prefix, patches, length, kept)
+                prefix, patches = block(prefix, patches, length, kept)  # (B, P, D), (B, T, K, D)
         prefix = self.norm(prefix, length)
         dist = self.head_dist(prefix[:, 1]) if key in self.distilled else None
         dense, weight = None, self.config.dense_head
         if weight is not None:
-            dense = self.aux_head(self.norm(patches.flatten(1, 2), length))  # (B, T N, classes)
-        every = Heads(self.head(prefix[:, 0]), dist, dense, weight or 0.0)
-        return every if heads else every.logits()
+            dense = self.aux_head(self.norm(patches.flatten(1, 2), length))  # (B, T K, classes)
+        by_head = Heads(self.head(prefix[:, 0]), dist, dense, weight or 0.0)
+        return by_head if heads else by_head.logits()
 
     def _embed(self, clips: Tensor, key: str, length: int, swap: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Clips to prefix and patch tokens with their positions in space and time."""
         patches = self.patch_embed(clips, length)  # (B, T, N, D)
-        if swap is not None:
-            partners, taken = swap
-            patches = torch.where(taken[:, None, :, None], patches[partners], patches)
-        prefix: Tensor = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])
+        if swap is not None:  # before positions are added: a patch takes the position of the place where it goes
+            partners, from_partner = swap
+            patches = torch.where(from_partner[:, None, :, None], patches[partners], patches)  # same mask in all frames
+        prefix: Tensor = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])  # (B, 1, D)
         if key in self.distilled:
-            prefix = torch.cat([prefix, repeat(self.dist_token, "1 1 d -> b 1 d", b=clips.shape[0])], dim=1)
+            dist = repeat(self.dist_token, "1 1 d -> b 1 d", b=clips.shape[0])
+            prefix = torch.cat([prefix, dist], dim=1)  # (B, 2, D)
         prefix, patches = self.pos_embed(prefix, patches, length)
         if self.config.temporal:
-            patches = patches + self.time_embed[:, None]
+            patches = patches + self.time_embed[:, None]  # (T, 1, D): one row for all positions of a frame
         return prefix, patches
 
     def _check(self, clips: Tensor, key: str) -> None:
@@ -123,23 +156,33 @@ class TimeSformer(nn.Module):
 
 
 def build_model(config: Config) -> TimeSformer:
-    """A freshly initialised model of a config; `load_weights` fills it."""
+    """Returns a freshly initialised model for a config. `load_weights` fills it with pretrained weights."""
     return TimeSformer(config.model)
 
 
 def compiled(model: TimeSformer) -> nn.Module:
-    """The model by `torch.compile`, with room for all its points.
+    """Returns the model compiled by `torch.compile`, with room for a graph at each of its points.
 
-    Torch compiles a module for 8 different calls at most and runs all further ones uncompiled; here each point is one,
-    and another for batches of another size.
+    By default torch compiles a function for 8 different calls and runs all further ones uncompiled. Here each point is
+    a different call, and so is each other batch size.
+
+    Side effect: where `torch.compile` has no argument `recompile_limit` (older than 2.12), the limit is one for the
+    whole process. It is then raised, and stays raised, because torch reads it while the compiled model runs.
     """
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, 2 * len(model.points) + 8)
+    limit = 2 * len(model.points) + 8  # two batch sizes per point (the last batch may be smaller), and torch's own 8
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return torch.compile(model, recompile_limit=limit)  # type: ignore[call-overload]
+    limits: Any = torch._dynamo.config
+    limits.cache_size_limit = max(limits.cache_size_limit, limit)  # torch 2.7 named it recompile_limit and kept both
     return torch.compile(model)  # type: ignore[return-value]
 
 
 def initialise(model: TimeSformer) -> None:
-    """Truncated normal weights, zero biases; `temporal_fc` zero in all blocks but the first, as TimeSformer."""
+    """Initialises all parameters in place as TimeSformer does.
+
+    Weights and tokens are drawn from a truncated normal distribution with deviation `config.init_std`; biases are zero.
+    `temporal_fc` is zero in all blocks but the first, so that temporal attention starts without effect there.
+    """
     std = model.config.init_std
     for module in model.modules():
         if isinstance(module, (nn.Linear, Projection)):
@@ -151,7 +194,7 @@ def initialise(model: TimeSformer) -> None:
     if model.distilled:
         nn.init.trunc_normal_(model.dist_token, std=std)
     if model.config.temporal:
-        if model.config.time_init_std:
+        if model.config.time_init_std:  # zero, TimeSformer's own choice, draws no random numbers
             nn.init.normal_(model.time_embed, std=model.config.time_init_std)
         for block in list(model.blocks)[1:]:
             nn.init.zeros_(block.get_parameter("temporal_fc.weight"))
