@@ -420,7 +420,7 @@ def test_config_errors_are_user_errors() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.distill_token=true", "loss.lam=0"], "nothing trains its head where loss.lam is 0"),
+        (["model.distill_token=true", "loss.lam=0"], "no loss trains its head if loss.lam is 0"),
         (
             ["model.points=[14@0.3,12]", "loss.dropped=ce", "model.distill_token=true"],
             "is not of the longest length; add 14",
@@ -428,7 +428,7 @@ def test_config_errors_are_user_errors() -> None:
         (["evaluate.cascade=['9,14:0.6']"], "different points of this model"),
         (["evaluate.cascade=['7,14:60']"], "thresholds from 0 to 1"),
         (["evaluate.cascade=['7,14:0.6:prob']"], "a measure of probability, margin, entropy"),
-        (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different ones"),
+        (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different cascades"),
     ],
 )
 def test_contradictions_of_points_heads_and_cascades_are_refused_before_any_work(

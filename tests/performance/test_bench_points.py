@@ -46,7 +46,7 @@ def test_every_point_is_measured_at_every_batch(tmp_path: Path) -> None:
     assert all(row["seconds"][1] > 0 for row in result["rows"])
     assert json.loads((tmp_path / "points.json").read_text()) == result
     assert len((tmp_path / "points.md").read_text().splitlines()) == 2 + 6
-    with pytest.raises(ConfigError, match="bench points: unknown key batch"):
+    with pytest.raises(ConfigError, match="bench points: unknown key batch; did you mean batches"):
         bench_points(config, ["batch=3"])
 
 

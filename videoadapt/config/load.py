@@ -1,7 +1,7 @@
-"""Typed configs: YAML files, `base:` inheritance, `section.key=value` overrides, and errors that name the field.
+"""Loads a config: YAML files with `base:` inheritance, `section.key=value` overrides, errors that name the field.
 
-All stages of a run share one config and one run folder (`run.dir`). A config is checked as a whole when it is loaded,
-so that a contradiction is refused before any work.
+All stages of a run share one config and one run folder (`run.dir`). The whole config is checked when it is loaded, so
+that a contradiction between two fields is an error before any work starts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -36,9 +36,15 @@ from videoadapt.config.sections import (
 )
 from videoadapt.errors import ConfigError
 
+Values: TypeAlias = dict[str, Any]  # sections, keys and values as YAML gives them, not yet checked
+S = TypeVar("S", bound=Section)
+
+_MAX_MAP_CLASSES = 2048  # float16 represents each integer up to this one exactly
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
+
 
 class Config(Section):
-    """Everything that one run needs; `load_config` makes it from a YAML file."""
+    """All settings of a run. `load_config` makes it from a YAML file."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -55,240 +61,283 @@ class Config(Section):
     slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        short, model = self.data.short_side, self.model
-        if short and not model.size <= short[0] <= short[1]:
-            raise ConfigError(
-                f"data.short_side: expected [LOW, HIGH] with model.size {model.size} <= LOW <= HIGH, got {list(short)}"
-            )
-        if self.data.crop_area and (short or not self.data.crop_area[0] <= self.data.crop_area[1] <= 1.0):
-            raise ConfigError(
-                f"data.crop_area: expected [LOW, HIGH] with LOW <= HIGH <= 1, and data.short_side=null, got "
-                f"{list(self.data.crop_area)} and {short and list(short)}"
-            )
-        _check_token_labels(self.data, model)
+    def _check_across_sections(self) -> Config:
+        _check_crops(self.data, self.model.size)
+        _check_token_labels(self.data, self.model)
         if self.label.source == "holdout" and self.data.holdout == 0.0:
             raise ConfigError(
-                "label.source: holdout needs data.holdout above 0, the share of clips kept out of stage 1"
+                "label.source: holdout needs data.holdout above 0, the fraction of the clips kept out of stage 1"
             )
-        if self.assign.frames > model.num_frames:
+        if self.assign.frames > self.model.num_frames:
             raise ConfigError(
-                f"assign.frames: {self.assign.frames} is more than a clip has (model.num_frames {model.num_frames})"
+                f"assign.frames: {self.assign.frames} is more than the frames of a clip (model.num_frames "
+                f"{self.model.num_frames})"
             )
-        if self.data.mixes and (self.train.batch // self.train.accumulate) % 2:
-            raise ConfigError(
-                f"train.batch: {self.train.batch} clips in {self.train.accumulate} parts (train.accumulate) are an odd "
-                "number in each, but mixup and cutmix take clips in pairs"
-            )
+        _check_pairs(self.data, self.train)
         if isinstance(self.parallel.groups, dict):
-            _check_groups(self.parallel.groups, model.lengths)
+            _check_groups(self.parallel.groups, self.model.lengths)
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
-        self._check_teachers()
-        self._check_distillation()
-        for text in self.evaluate.cascade:
-            parse_cascade_spec(text, model.points)
-        if len(set(self.evaluate.cascade)) < len(self.evaluate.cascade):
-            raise ConfigError(f"evaluate.cascade: expected different ones, got {list(self.evaluate.cascade)}")
+        _check_teachers(self.model, self.loss, self.train)
+        _check_distillation(self.model, self.loss)
+        _check_cascades(self.evaluate.cascade, self.model.points)
         return self
 
-    def _check_distillation(self) -> None:
-        """The head of the distillation token enters the answer, so something must train it."""
-        model = self.model
-        if not model.distill_token or len(model.points) == 1:
-            return
-        if self.loss.lam == 0.0:
-            raise ConfigError(
-                "model.distill_token: nothing trains its head where loss.lam is 0; set model.distill_token=false"
-            )
-        if Point.parse(model.points[0]).length != model.lengths[0]:
-            raise ConfigError(
-                f"model.distill_token: the costliest point teaches and has no such token, but here it is "
-                f"{model.points[0]}, which is not of the longest length; add {model.lengths[0]}"
-            )
 
-    def _check_teachers(self) -> None:
-        """Where a length is needed at keep 1, it must be among the points."""
-        for point in map(Point.parse, self.model.points):
-            if str(point.length) in self.model.points:
-                continue
-            if self.train.draw == "sampled":
-                raise ConfigError(
-                    f"train.draw: sampled draws each length at keep 1, but model.points lacks {point.length}"
-                )
-            if self.loss.dropped == "kl":
-                raise ConfigError(
-                    f"loss.dropped: kl makes {point} learn from {point.length}, which is not among model.points; add "
-                    "it, or set loss.dropped=ce"
-                )
-
-
-_MOST_MAP_CLASSES = 2048  # float16 has all whole numbers up to there
+def _check_crops(data: DataConfig, size: int) -> None:
+    short = data.short_side
+    if short and not size <= short[0] <= short[1]:
+        raise ConfigError(
+            f"data.short_side: expected [LOW, HIGH] with model.size {size} <= LOW <= HIGH, got {list(short)}"
+        )
+    if data.crop_area and (short or not data.crop_area[0] <= data.crop_area[1] <= 1.0):
+        raise ConfigError(
+            f"data.crop_area: expected [LOW, HIGH] with LOW <= HIGH <= 1, and data.short_side=null, got "
+            f"{list(data.crop_area)} and {short and list(short)}"
+        )
 
 
 def _check_token_labels(data: DataConfig, model: ModelConfig) -> None:
+    # mixup and cutmix mix one label per image; token labels and mix_token have one for each patch.
     if (data.mix_token or data.token_labels) and (data.mixup or data.cutmix):
         raise ConfigError(
-            "data.mixup, data.cutmix: they mix pixels and whole labels; set both to 0, or neither data.mix_token nor "
-            "data.token_labels"
+            "data.mixup, data.cutmix: they mix pixels and whole labels; set both to 0, or do not use data.mix_token "
+            "and data.token_labels"
         )
     if data.token_labels and (model.dense_head is None or model.num_frames != 1):
         raise ConfigError(
             "data.token_labels: needs a head on patches that learns them, such as model.dense_head=0.25, and "
-            "model.num_frames=1: label maps are of images"
+            "model.num_frames=1, because label maps are made for images"
         )
-    if data.token_labels and model.num_classes > _MOST_MAP_CLASSES:
+    if data.token_labels and model.num_classes > _MAX_MAP_CLASSES:
         raise ConfigError(
-            f"data.token_labels: label maps are kept in float16, which numbers {_MOST_MAP_CLASSES} classes exactly, "
-            f"but model.num_classes is {model.num_classes}; leave data.token_labels out"
+            f"data.token_labels: label maps are stored in float16, which represents {_MAX_MAP_CLASSES} class numbers "
+            f"exactly, but model.num_classes is {model.num_classes}; leave data.token_labels out"
+        )
+
+
+def _check_pairs(data: DataConfig, train: TrainConfig) -> None:
+    # Both clips of a pair must be in the same micro-batch.
+    if data.mixes and (train.batch // train.accumulate) % 2:
+        raise ConfigError(
+            f"train.batch: {train.batch} clips in {train.accumulate} micro-batches (train.accumulate) are an odd "
+            "number in each, but mixup and cutmix take clips in pairs"
         )
 
 
 def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
-    named = [text for key in groups for text in key.split("+")]
-    wanted = sorted(map(str, lengths), key=int, reverse=True)
-    if sorted(named) != sorted(wanted):
+    given = [length for key in groups for length in key.split("+")]
+    expected = sorted(map(str, lengths), key=int, reverse=True)
+    if sorted(given) != sorted(expected):
         raise ConfigError(
-            f"parallel.groups: {groups}: expected each length of model.points ({', '.join(wanted)}) once, as a key "
-            "or in one such as 10+7; all keeps of a length are trained where the length is, for it teaches them"
+            f"parallel.groups: {groups}: expected each length of model.points ({', '.join(expected)}) once, as a key "
+            "or in one such as 10+7. The points with keep < 1 are trained in the group of their length, which has "
+            "their teacher"
         )
 
 
+def _check_teachers(model: ModelConfig, loss: LossConfig, train: TrainConfig) -> None:
+    """Some settings need each length at keep 1, because that point is the teacher of the lower keeps."""
+    for point in map(Point.parse, model.points):
+        if str(point.length) in model.points:
+            continue
+        if train.draw == "sampled":
+            raise ConfigError(
+                f"train.draw: sampled draws each length at keep 1, but model.points does not have {point.length}"
+            )
+        if loss.dropped == "kl":
+            raise ConfigError(
+                f"loss.dropped: with kl, {point} learns from {point.length}, which is not in model.points; add it, or "
+                "set loss.dropped=ce"
+            )
+
+
+def _check_distillation(model: ModelConfig, loss: LossConfig) -> None:
+    """The head of the distillation token is part of the logits at inference, so some loss must train it."""
+    if not model.distill_token or len(model.points) == 1:
+        return
+    if loss.lam == 0.0:
+        raise ConfigError(
+            "model.distill_token: no loss trains its head if loss.lam is 0; set model.distill_token=false"
+        )
+    if Point.parse(model.points[0]).length != model.lengths[0]:
+        raise ConfigError(
+            f"model.distill_token: the costliest point is the teacher and has no distillation token. Here it is "
+            f"{model.points[0]}, which is not of the longest length; add {model.lengths[0]} to model.points"
+        )
+
+
+def _check_cascades(texts: Sequence[str], points: Sequence[str]) -> None:
+    for text in texts:
+        parse_cascade_spec(text, points)
+    if len(set(texts)) < len(texts):
+        raise ConfigError(f"evaluate.cascade: expected different cascades, got {list(texts)}")
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, with `section.key=value` overrides (values in YAML syntax).
+    """Loads a config from a YAML file.
 
-    A file may name another one to start from (`base: other.yaml`, relative to itself). `${NAME}` and `${NAME:-default}`
-    in strings stand for environment variables. Raises `ConfigError`, naming the file or field.
+    A file may start from another file (`base: other.yaml`, relative to its own folder). `${NAME}` and
+    `${NAME:-default}` in strings are replaced by environment variables.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts `section.key=value` with the value in YAML syntax; they win over the file, the last one first.
+
+    Raises:
+        ConfigError: A file cannot be read, or fields are wrong. The message names the file and all wrong fields.
     """
-    values = _read(Path(path))
+    values = _read_with_base(Path(path))
     for override in overrides:
-        _apply(values, override)
-    return make_config(_expand(values, ""), str(path))
+        _apply_override(values, override)
+    return make_config(_expand_variables(values, ""), str(path))
 
 
-def make_config(values: dict[str, Any], origin: str = "config") -> Config:
-    """A checked config from nested dicts. Raises `ConfigError`: one line for each field that is wrong."""
+def make_config(values: Values, origin: str = "config") -> Config:
+    """Checks nested dicts and returns them as a `Config`.
+
+    Args:
+        values: Sections, each a dict of keys and values; what is missing has its default.
+        origin: Where the values come from, for the error message.
+
+    Raises:
+        ConfigError: Fields are wrong. The message names all of them, in one line.
+    """
+    return _validate(Config, values, f" (in {origin})")
+
+
+def parse_settings(kind: type[S], command: str, words: Sequence[str]) -> S:
+    """Parses the settings of a benchmark, which are no part of a config.
+
+    Args:
+        kind: A section with the settings.
+        command: The name of the benchmark, for error messages.
+        words: Texts `key=value`, with the value in YAML syntax.
+
+    Raises:
+        ConfigError: A key is unknown or a value is wrong.
+    """
+    values: Values = {}
     try:
-        return Config.model_validate(values)
+        for word in words:
+            keys, value = _parse_override(word, 1, "rounds=5")
+            values[".".join(keys)] = value
+        return _validate(kind, values)
+    except ConfigError as error:
+        raise ConfigError(f"{command}: {error}") from None
+
+
+def dump_config(config: Config) -> str:
+    """Returns the config as YAML, from which `load_config` makes an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(section: type[BaseModel] = Config) -> list[str]:
+    """Returns all keys of a config (or of one section), as `section.key`."""
+    return list(_walk_keys(section, ""))
+
+
+def _walk_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _walk_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _validate(kind: type[S], values: Values, suffix: str = "") -> S:
+    try:
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors()) + f" (in {origin})") from None
+        raise ConfigError("; ".join(_error_message(kind, each) for each in error.errors()) + suffix) from None
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise ConfigError(f"{path}: starts from itself; its chain of `base:` goes round in a circle")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {type(values).__name__}")
+def _error_message(kind: type[Section], error: Any) -> str:
+    """One error of pydantic as one clause of a sentence, without pydantic's error codes and links."""
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        candidates = [*kind.model_fields, *known_keys(kind)]
+        nearest = difflib.get_close_matches(field, candidates, n=1, cutoff=0.0)[0]  # 0.0: always gives one
+        return f"unknown key {field}; did you mean {nearest}?"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":  # raised by our own checks, whose messages name the field and the value
+        return message
+    return f"{field}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+
+
+def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:
+    """Reads a file and the files that it starts from; `children` are the files that start from this one."""
+    if path.resolve() in children:
+        raise ConfigError(f"{path}: starts from itself; its `base:` entries form a circle")
+    values = _read_yaml(path)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: expected the name of another config file, got {base!r}")
-    return _merge(_read(path.parent / base, (*above, path.resolve())), values)
+    return _merge(_read_with_base(path.parent / base, (*children, path.resolve())), values)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = dict(below)
-    for key, value in above.items():
-        old = both.get(key)
-        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return both
+def _read_yaml(path: Path) -> Values:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}  # an empty file gives None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # PyYAML's message has several lines; an error of the command line has one.
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {type(values).__name__}")
+    return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *sections, name = key.strip().split(".")
-    if not equals or not sections or not name:
-        raise ConfigError(f"override {override!r}: expected section.key=value, such as train.epochs=5")
+def _merge(base: Values, values: Values) -> Values:
+    """Sections are merged key by key; every other value, lists included, is replaced."""
+    merged = dict(base)
+    for key, value in values.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_override(values: Values, override: str) -> None:
+    (*sections, name), value = _parse_override(override, 2, "train.epochs=5")
     for section in sections:
         inner = values.get(section)
         values[section] = dict(inner) if isinstance(inner, dict) else {}
         values = values[section]
+    values[name] = value
+
+
+def _parse_override(override: str, min_keys: int, example: str) -> tuple[list[str], Any]:
+    """Splits `key.key=value` into keys and value. Text that is not valid YAML stays text."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < min_keys or not all(keys):
+        form = "section.key=value" if min_keys > 1 else "key=value"
+        raise ConfigError(f"override {override!r}: expected {form}, such as {example}")
     try:
-        values[name] = yaml.safe_load(text)
+        return keys, yaml.safe_load(text)
     except yaml.YAMLError:
-        values[name] = text
+        return keys, text
 
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def _expand(value: Any, field: str) -> Any:
+def _expand_variables(value: Any, field: str) -> Any:
+    """Replaces `${NAME}` in all strings of nested dicts and lists; `field` is the key path, for errors."""
     if isinstance(value, dict):
-        return {k: _expand(v, f"{field}.{k}".lstrip(".")) for k, v in value.items()}
+        return {key: _expand_variables(inner, f"{field}.{key}".lstrip(".")) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_expand(v, field) for v in value]
+        return [_expand_variables(inner, field) for inner in value]
     if not isinstance(value, str):
         return value
 
     def lookup(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1]) or match[2]  # as in a shell: set but empty is not set
+        # As with `:-` in a shell, a variable that is set to an empty string counts as not set.
+        found = os.environ.get(match["name"]) or match["default"]
         if found is None:
-            raise ConfigError(f"{field}: environment variable {match[1]} is not set; set it, or pass {field}=...")
+            name = match["name"]
+            raise ConfigError(f"{field}: environment variable {name} is not set; set it, or pass {field}=...")
         return found
 
     return _VARIABLE.sub(lookup, value)
-
-
-def _explain(error: Any) -> str:
-    field = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, [*Config.model_fields, *known_keys()], n=1, cutoff=0.0)
-        return f"unknown key {field}; did you mean {near[0]}?"
-    message = error["msg"].removeprefix("Value error, ")
-    return (
-        message
-        if error["type"] == "value_error"
-        else f"{field}: {message[0].lower() + message[1:]}, got {error['input']!r}"
-    )
-
-
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All keys that a config may have, as `section.key`."""
-    return list(_walk(section, prefix))
-
-
-def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _walk(kind, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def dump_config(config: Config) -> str:
-    """The config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-S = TypeVar("S", bound=Section)
-
-
-def parse_settings(kind: type[S], bench: str, words: Sequence[str]) -> S:
-    """Settings from `key=value` words, in YAML syntax. Raises `ConfigError`, naming benchmark and key."""
-    values = {}
-    for word in words:
-        key, _, text = word.partition("=")
-        if key not in kind.model_fields:
-            raise ConfigError(f"{bench}: unknown key {key}; expected one of {', '.join(kind.model_fields)}")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[key] = text
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(f"{bench}: {_explain_setting(e)}" for e in error.errors())) from None
-
-
-def _explain_setting(error: Any) -> str:
-    message = error["msg"].removeprefix("Value error, ")
-    field = error["loc"][0] if error["loc"] else None
-    return f"{field}: {message}, got {error['input']!r}" if field else message
