@@ -18,9 +18,9 @@ from PIL import Image
 from test_frame_accuracy import real_clips
 
 from video_files import numbered, write_video
-from videoadapt.data.video.decoding import Way, decode, open_source
+from videoadapt.data.video.decoding import DECODE_MODES, DecodeMode, decode, open_source
 from videoadapt.data.video.probe import VideoInfo, probe
-from videoadapt.data.video.readers import WAYS, PyAVReader, open_video
+from videoadapt.data.video.readers import PyAVReader, open_video
 from videoadapt.errors import VideoError
 
 FRAMES, FPS, GOP = 80, 8, 40  # ten seconds
@@ -210,10 +210,10 @@ def damaged_in_the_first_half(tmp_path: Path) -> tuple[Path, VideoInfo]:
     return path, probe(path)
 
 
-@pytest.mark.parametrize("ways", [WAYS, *((way,) for way in WAYS)], ids=str)
-def test_damage_reaches_the_frames_up_to_the_next_keyframe(tmp_path: Path, ways: tuple[Way, ...]) -> None:
+@pytest.mark.parametrize("modes", [DECODE_MODES, *((mode,) for mode in DECODE_MODES)], ids=str)
+def test_damage_reaches_the_frames_up_to_the_next_keyframe(tmp_path: Path, modes: tuple[DecodeMode, ...]) -> None:
     path, info = damaged_in_the_first_half(tmp_path)
-    video = PyAVReader(path, info, ways)
+    video = PyAVReader(path, info, modes)
     assert len(video.frames([0, 7, 20, 30, 39])) == 5
     for number in (8, 9, 19):
         with pytest.raises(VideoError, match=rf"a.mp4: frame {number} is damaged"):

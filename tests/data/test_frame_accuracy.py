@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from video_files import cut_by_copy, numbered, numbers_of, write_video
 from videoadapt.data.video import decoding
-from videoadapt.data.video.decoding import Decoded, Way, decode, open_source, read_timeline
+from videoadapt.data.video.decoding import Decoded, DecodeMode, decode, open_source, read_timeline
 from videoadapt.data.video.probe import VIDEO_SUFFIXES, probe
 from videoadapt.data.video.readers import PyAVReader, VideoReader, open_video
 from videoadapt.errors import VideoError
@@ -77,7 +77,7 @@ CUTS = {"cut.mp4": "gop12.mp4", "cut_open.mp4": "open_gop.mp4"}  # by stream cop
 CUT_AT = 17
 NAMES = [*KINDS, *CUTS]
 
-# Which ways may refuse a sound file; not listed = only decord may, which is not trusted with all of them.
+# Readers and modes that may refuse a valid file. For files not listed only decord may, as it does not suit all of them.
 DECORD_REFUSES = frozenset({"decord"})
 REFUSED = {"intra_refresh.mp4": frozenset({"decord", "skipping", "selective"})}
 
@@ -122,8 +122,8 @@ def patterns(count: int) -> dict[str, list[int]]:
     }
 
 
-def pyav(path: Path, *ways: Way) -> VideoReader:
-    return PyAVReader(path, probe(path), ways)
+def pyav(path: Path, *modes: DecodeMode) -> VideoReader:
+    return PyAVReader(path, probe(path), modes)
 
 
 def opened(path: Path, reader: Any) -> VideoReader:
@@ -202,7 +202,7 @@ def test_a_start_lies_at_a_keyframe_that_is_shown_no_later(made: Callable[[str],
     assert timeline is not None
     leading = 0
     for packet in timeline.shown.tolist():
-        start = timeline.start(packet)
+        start = timeline.decode_start(packet)
         assert start in timeline.keyframes
         assert timeline.pts[start] <= timeline.pts[packet]
         leading += start != max(key for key in timeline.keyframes if key <= packet)
@@ -210,11 +210,11 @@ def test_a_start_lies_at_a_keyframe_that_is_shown_no_later(made: Callable[[str],
 
 
 def test_packets_of_a_large_file_are_read_again(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(decoding, "_MAX_CACHED_BYTES", 0)
     check("open_gop.mp4", opened(made("open_gop.mp4"), "pyav"), whole(made("open_gop.mp4")))
 
 
-def test_on_real_footage_all_ways_give_the_same_frames(shared: Path) -> None:
+def test_on_real_footage_all_modes_give_the_same_frames(shared: Path) -> None:
     fights = sorted((shared / "data" / "fights").glob("*ight/*.mp4"))[::40]
     clips = [*real_clips(shared), *fights]
     assert len(clips) > len(fights) > 0

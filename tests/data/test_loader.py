@@ -213,7 +213,7 @@ def test_a_failed_video_is_counted_and_never_replaced(folder: Path, tmp_path: Pa
         assert [len(batch.labels) for batch in after] == [0, 1, 2, 2, 2, 2]
         assert [failure.video for failure in after[0].failures] == before[0].videos.tolist()
         (gone,) = after[1].failures
-        cause = "lies elsewhere, or is gone, since it was indexed; run `videoadapt index`"
+        cause = "not found; it was moved or deleted after it was indexed; run `videoadapt index`"
         assert gone == Failure(int(before[1].videos[0]), str(copy / f"v{gone.video}.mp4"), cause)
         assert torch.equal(after[1].clips[0], before[1].clips[1])
         assert same(after[2:], before[2:])
@@ -326,7 +326,7 @@ def test_a_run_whose_videos_nearly_all_fail_stops(folder: Path, tmp_path: Path, 
         (copy / f"v{row}.mp4").unlink()
     with pytest.raises(
         RunError,
-        match=r"8 of the last 12 training clips \(67%\) cannot be read; the latest is .*v\d+\.mp4: lies elsewhere",
+        match=r"8 of the last 12 training clips \(67%\) cannot be read; the latest is .*v\d+\.mp4: not found",
     ):
         parts(manifest, with_workers(config, workers))
 

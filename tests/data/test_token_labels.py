@@ -85,7 +85,10 @@ BAD: list[tuple[Any, str]] = [
     ({"map": FULL}, "got dict"),
     (FULL.int(), r"got \(2, 5, 18, 18\) of torch.int32"),
     (FULL.to_sparse(), "not a plain tensor"),
-    (torch.stack([FULL[0], FULL[1] + 999]), r"names the class 999, but the model has the classes 0 to 11 \(model.num_classes"),
+    (
+        torch.stack([FULL[0], FULL[1] + 999]),
+        r"names the class 999, but the model has the classes 0 to 11 \(model.num_classes",
+    ),
     (torch.stack([FULL[0], FULL[1] - 1]), "names the class -1,"),
     (torch.stack([FULL[0], FULL[1] + 2.7]), "names the class 2.7,"),
     (torch.stack([FULL[0], FULL[1] + 2.99999]), "names the class 2.99999,"),

@@ -152,7 +152,7 @@ def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(numbered_vide
     config = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0})
     away, back = data / "away", data / "v35.mp4"
     back.rename(away)
-    cause = "lies elsewhere, or is gone, since it was indexed; run `videoadapt index`"
+    cause = "not found; it was moved or deleted after it was indexed; run `videoadapt index`"
     assert evaluate(config)["failed"] == [{"path": str(back), "cause": cause}]
     parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
     assert len(parts) == 2 and VIDEOS_PER_SHARD == 32  # noqa: PLR2004

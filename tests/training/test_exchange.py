@@ -108,7 +108,7 @@ def test_ranks_get_the_same_clips_and_each_is_decoded_once(
             assert (one.tokens is None) == (other.tokens is None) == (config.data.token_labels is None)
             assert all(map(torch.equal, one.tokens or (), other.tokens or ()))
             failures += other.failures
-    causes = ["lies elsewhere"] + ([": No such file", ": torn"] if config.data.token_labels else [])
+    causes = ["not found; it was moved"] + ([": No such file", ": torn"] if config.data.token_labels else [])
     assert len({failure.video for failure in failures}) == len(causes)
     assert all(any(cause in failure.cause for failure in failures) for cause in causes)
     decoded = {form: Counter(key for rank in held for key in rank[form][1]) for form in ("own", "shared")}

@@ -99,7 +99,9 @@ def test_a_node_that_cannot_read_the_videos_stops_the_run(tmp_path: Path) -> Non
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run")
     manifest = index(config)
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(RunError, match=r"preflight: rank 0 on \S+ can read no video \(.*lies elsewhere, or is gone"):
+    with pytest.raises(
+        RunError, match=r"preflight: rank 0 on \S+ can read no video \(.*not found; it was moved or deleted"
+    ):
         preflight(config, manifest)
 
 

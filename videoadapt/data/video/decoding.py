@@ -1,7 +1,7 @@
-"""Decoding with PyAV no more of a video than the wanted frames need, and knowing whether damage has reached them.
+"""Decodes with PyAV only the packets that the requested frames need, and finds whether damage affects them.
 
-A decoder can start only at a keyframe, and of what follows a frame needs only those that others refer to. Packets come
-in decoding order, which is not the order in which their frames are shown.
+A decoder can start only at a keyframe. After it, a frame needs only the packets that it refers to. Packets are stored
+in decoding order, which differs from display order if there are B-frames.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-Way = Literal["skipping", "selective", "sequential"]
+DecodeMode = Literal["skipping", "selective", "sequential"]  # from fast to safe: see `frames_by_time`
+DECODE_MODES: tuple[DecodeMode, ...] = ("skipping", "selective", "sequential")
 
-_KEPT_BYTES = 64 << 20  # the packets of larger files are read again for each pass over them
+_MAX_CACHED_BYTES = 64 << 20  # packets of larger files are not kept in memory, but read again for each pass
 
-# A hole in a file reads as zeros, which decoders may take for a picture. H.264 and HEVC never write as many in a row,
-# but to pad a stream without lengths.
+# A hole in a file (a failed copy) reads as zeros, and decoders may turn zeros into a picture. H.264 and HEVC never
+# write eight zero bytes in a row, except as padding in streams without length prefixes.
 _HOLE = bytes(8)
 
 
 class Source(NamedTuple):
-    """An open video: its decoder, and its packets in decoding order, which can be gone through again and again."""
+    """An open video: its decoder, and its packets in decoding order. `packets` can be iterated several times."""
 
     path: Path
     container: str
@@ -43,19 +44,19 @@ class Source(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What came out of a decoder; `frame` is none for a packet that it could not decode."""
+    """One result of a decoder; `frame` is None for a packet that it could not decode."""
 
     pts: int | None
     frame: VideoFrame | None
 
     @property
     def damaged(self) -> bool:
-        """Whether FFmpeg found fault with it. Frames that refer to it are not marked, and may be as wrong."""
+        """Whether FFmpeg found an error. Frames that refer to this one may be wrong too, but are not marked."""
         return self.frame is None or self.frame.is_corrupt
 
 
 class PacketRange(NamedTuple):
-    """Packets to be decoded in one go, by number: from a keyframe to a wanted frame, both included."""
+    """Packet numbers to decode in one pass, both ends included: from a keyframe to a requested frame."""
 
     first: int
     last: int
@@ -63,52 +64,58 @@ class PacketRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The P packets of a video, numbered in decoding order, and its F frames in the order in which they are shown."""
+    """The P packets of a video, numbered in decoding order, and its F frames in display order."""
 
-    pts: np.ndarray  # (P,) int64, all different
+    pts: np.ndarray  # (P,) int64, presentation timestamps, all different
     keyframes: np.ndarray  # (K,) packet numbers, ascending
-    shown: np.ndarray  # (F,) packet numbers
+    shown: np.ndarray  # (F,) packet number of each frame; packets that an edit list hides have none
 
-    def start(self, packet: int) -> int:
-        """The packet from which to decode for the frame of `packet`: the last keyframe that is shown no later.
+    def decode_start(self, packet: int) -> int:
+        """Returns the packet where decoding must start for the frame of `packet`: a keyframe, or 0.
 
-        A frame that is decoded after a keyframe but shown before it may refer to frames before the keyframe.
+        It is the last keyframe whose display time is not after that of `packet`. A frame that is decoded after a
+        keyframe but displayed before it may refer to frames before the keyframe (open GOP).
         """
         before = self.keyframes[self.keyframes <= packet]
         before = before[self.pts[before] <= self.pts[packet]]
         return int(before[-1]) if len(before) else 0
 
-    def stretches(self, packets: Iterable[int]) -> list[PacketRange]:
-        """What to decode for the frames of these packets: ascending, none overlapping another."""
-        stretches: list[PacketRange] = []
-        for first, last in sorted((self.start(packet), packet) for packet in packets):
-            if stretches and first <= stretches[-1].last:
-                stretches[-1] = PacketRange(stretches[-1].first, max(last, stretches[-1].last))
+    def ranges(self, packets: Iterable[int]) -> list[PacketRange]:
+        """Returns the ranges to decode for the frames of these packets: ascending, without overlap."""
+        ranges: list[PacketRange] = []
+        for first, last in sorted((self.decode_start(packet), packet) for packet in packets):
+            if ranges and first <= ranges[-1].last:
+                ranges[-1] = PacketRange(ranges[-1].first, max(last, ranges[-1].last))
             else:
-                stretches.append(PacketRange(first, last))
-        return stretches
+                ranges.append(PacketRange(first, last))
+        return ranges
 
-    def reached(self, packet: int, damaged_pts: Iterable[int | None]) -> bool:
-        """Whether damage at one of these times is in the frame of `packet` or in what it may refer to.
+    def affected(self, packet: int, damaged_pts: Iterable[int | None]) -> bool:
+        """Returns whether damage at one of these times may be visible in the frame of `packet`.
 
-        Damage of unknown time is everywhere. What is shown before the keyframe is not referred to after it.
+        Damage at an unknown time (None) affects every frame. Frames displayed before a keyframe do not affect frames
+        after it.
         """
-        start_pts = self.pts[self.start(packet)]
+        start_pts = self.pts[self.decode_start(packet)]
         up_to_packet = set(self.pts[: packet + 1].tolist())
         return any(pts is None or (pts >= start_pts and pts in up_to_packet) for pts in damaged_pts)
 
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a video for decoding by one thread. Raises `VideoError`."""
+    """Opens a video for decoding in one thread.
+
+    Raises:
+        VideoError: The file cannot be read as a video.
+    """
     with open_container(path) as (container, stream):
-        small = container.size <= _KEPT_BYTES
+        small = container.size <= _MAX_CACHED_BYTES
         packets = [packet for packet in container.demux(stream) if packet.size] if small else _PacketsOf(path)
         yield Source(path, container.format.name, stream.codec_context, packets)
 
 
 class _PacketsOf:
-    """The packets of a file that is too large to keep them."""
+    """The packets of a file that is too large for memory. Each iteration reads the file again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,70 +126,91 @@ class _PacketsOf:
 
 
 def read_timeline(source: Source) -> Timeline | None:
-    """The timeline of all packets of a video; none if their times do not tell which frame is shown when."""
+    """Reads the times of all packets; None if they do not show which frame is displayed when."""
     times: list[int | None] = []
     keyframes, shown = [], []
-    as_decoded = True
+    decoding_order = True  # display times equal decoding times
     for number, packet in enumerate(source.packets):
         times.append(packet.pts)
-        as_decoded &= packet.pts == packet.dts
+        decoding_order &= packet.pts == packet.dts
         if packet.is_keyframe:
             keyframes.append(number)
-        if not packet.is_discard:
+        if not packet.is_discard:  # an edit list hides it
             shown.append(number)
     if None in times or len(set(times)) < len(times):
         return None
-    # Avi holds no times of showing, and some writers copy those of decoding: wrong as soon as frames change places.
-    if source.codec.has_b_frames and (as_decoded or source.container == "avi"):
+    # Avi stores no display times, and some writers copy the decoding times: wrong as soon as frames change order.
+    if source.codec.has_b_frames and (decoding_order or source.container == "avi"):
         return None
     pts, numbers = np.array(times, np.int64), np.array(shown, np.int64)
     return Timeline(pts, np.array(keyframes, np.int64), numbers[np.argsort(pts[numbers])])
 
 
 def frames_by_time(
-    source: Source, timeline: Timeline, wanted: Collection[int], way: Way
+    source: Source, timeline: Timeline, wanted: Collection[int], mode: DecodeMode
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """The wanted frames with their numbers, as they come; raises `VideoError` after them if one is damaged or missing.
+    """Decodes the wanted frames, recognised by their timestamps.
 
-    `selective` decodes from keyframes, `skipping` does without the frames that no other refers to, `sequential` decodes
-    from the start of the file.
+    Args:
+        source: The video.
+        timeline: Its packets.
+        wanted: Frame numbers.
+        mode: `selective` decodes from keyframes. `skipping` also leaves out frames that no other frame refers to.
+            `sequential` decodes from the start of the file.
+
+    Yields:
+        Frame number and frame, in display order.
+
+    Raises:
+        VideoError: After the last frame, if a wanted frame is damaged or missing.
     """
     packet_of = {number: int(timeline.shown[number]) for number in wanted}
     number_at: dict[int | None, int] = {int(timeline.pts[packet]): number for number, packet in packet_of.items()}
     last = max(packet_of.values())
-    stretches = [PacketRange(0, last)] if way == "sequential" else timeline.stretches(packet_of.values())
-    needed = set(packet_of.values()) if way == "skipping" else None
+    ranges = [PacketRange(0, last)] if mode == "sequential" else timeline.ranges(packet_of.values())
+    needed = set(packet_of.values()) if mode == "skipping" else None
     damaged_pts: list[int | None] = []
     missing, latest_pts = set(wanted), None
-    for decoded in decode(source.codec, _chosen(source, stretches, needed)):
+    for decoded in decode(source.codec, _packets_in(source, ranges, needed)):
         if decoded.damaged:
             damaged_pts.append(decoded.pts)
         elif latest_pts is not None and decoded.pts is not None and decoded.pts < latest_pts:
-            damaged_pts.append(None)  # times that go back are wrong, no one knows where
+            damaged_pts.append(
+                None
+            )  # frames come in display order, so a time that goes back is wrong: which, is unknown
         else:
             latest_pts = decoded.pts
         number = number_at.get(decoded.pts)
         if decoded.frame is not None and number is not None:
             missing.discard(number)
             yield number, decoded.frame
+    # Only now: damage found later in the file may belong to a frame that was already returned.
     for number, packet in packet_of.items():
-        if damaged_pts and timeline.reached(packet, damaged_pts):
+        if damaged_pts and timeline.affected(packet, damaged_pts):
             raise VideoError(f"{source.path}: frame {number} is damaged")
         if number in missing:
-            raise VideoError(f"{source.path}: frame {number} does not come out of the decoder")
+            raise VideoError(f"{source.path}: the decoder returns no frame {number}")
 
 
 def frames_by_count(source: Source, wanted: Collection[int]) -> Iterator[tuple[int, VideoFrame]]:
-    """The wanted frames with their numbers, for a video without sound times: decoded from the start, and counted.
+    """Decodes the wanted frames of a video without reliable times: from the start, counting frames.
 
-    Raises `VideoError` at one that is damaged, or cannot be counted because one before it is lost.
+    Args:
+        source: The video.
+        wanted: Frame numbers.
+
+    Yields:
+        Frame number and frame, in display order.
+
+    Raises:
+        VideoError: At a wanted frame that is damaged, or that cannot be counted because an earlier frame is lost.
     """
     damaged = False
     number, last = 0, max(wanted)
     for decoded in decode(source.codec, chain(source.packets, [None])):
         if decoded.frame is None:
             raise VideoError(f"{source.path}: frame {number} cannot be decoded")
-        damaged = decoded.damaged or (damaged and not decoded.frame.key_frame)
+        damaged = decoded.damaged or (damaged and not decoded.frame.key_frame)  # a keyframe ends the damage
         if number in wanted:
             if damaged:
                 raise VideoError(f"{source.path}: frame {number} is damaged")
@@ -194,15 +222,20 @@ def frames_by_count(source: Source, wanted: Collection[int]) -> Iterator[tuple[i
 
 
 def decode(codec: VideoCodecContext, packets: Iterable[Packet[VideoStream] | None]) -> Iterator[Decoded]:
-    """Frames in the order in which they are shown, and packets that cannot be decoded.
+    """Decodes packets.
 
-    None, as a packet, brings out what the decoder holds back.
+    Args:
+        codec: The decoder.
+        packets: Packets in decoding order. None makes the decoder return the frames that it still holds.
+
+    Yields:
+        Frames in display order, and an entry without a frame for each packet that cannot be decoded.
     """
     import av
 
-    holes_show = codec.name in {"h264", "hevc"} and _has_record(codec)
+    holes_detectable = codec.name in {"h264", "hevc"} and _is_length_prefixed(codec)
     for packet in packets:
-        if holes_show and packet is not None and _HOLE in bytes(packet):
+        if holes_detectable and packet is not None and _HOLE in bytes(packet):
             yield Decoded(packet.pts, None)
             continue
         try:
@@ -213,41 +246,46 @@ def decode(codec: VideoCodecContext, packets: Iterable[Packet[VideoStream] | Non
             yield from (Decoded(frame.pts, frame) for frame in frames)
 
 
-def _chosen(
-    source: Source, stretches: Iterable[PacketRange], needed: Collection[int] | None
+def _packets_in(
+    source: Source, ranges: Iterable[PacketRange], needed: Collection[int] | None
 ) -> Iterator[Packet[VideoStream] | None]:
-    """The packets of the stretches, each decoded from a fresh start to its end.
+    """The packets of each range, then None; the decoder is reset between ranges.
 
-    Given the `needed` ones, the decoder skips those of the others that no frame refers to.
+    With `needed`, the decoder skips all other packets that no frame refers to.
     """
     codec = source.codec
-    skips = needed is not None and _marks_unreferred(codec)
+    skips = needed is not None and _marks_unreferenced(codec)
+    # The reader may have used this decoder for an earlier mode.
     codec.flush_buffers()
     codec.skip_frame = "DEFAULT"
-    left = iter(stretches)
-    stretch = next(left)
+    remaining = iter(ranges)
+    current = next(remaining)
     for number, packet in enumerate(source.packets):
-        if number < stretch.first:
+        if number < current.first:
             continue
         if needed is not None and skips:
             codec.skip_frame = "DEFAULT" if number in needed else "NONREF"
         yield packet
-        if number == stretch.last:
+        if number == current.last:
             yield None
             codec.flush_buffers()
-            if (following := next(left, None)) is None:
+            if (following := next(remaining, None)) is None:
                 return
-            stretch = following
+            current = following
 
 
-def _marks_unreferred(codec: VideoCodecContext) -> bool:
-    """Whether the decoder can tell which frames no other refers to."""
-    if codec.name == "hevc" and codec.extradata and _has_record(codec):
-        # With several temporal layers the mark counts within a layer only. Byte 21 of the record tells how many.
+def _marks_unreferenced(codec: VideoCodecContext) -> bool:
+    """Whether the decoder can recognise frames that no other frame refers to."""
+    if codec.name == "hevc" and codec.extradata and _is_length_prefixed(codec):
+        # With several temporal layers the mark is valid only inside a layer. Bits 3 to 5 of byte 21 of the HEVC
+        # configuration record (ISO/IEC 14496-15) hold the number of layers.
         return codec.extradata[21] >> 3 & 7 == 1
     return codec.name == "h264"
 
 
-def _has_record(codec: VideoCodecContext) -> bool:
-    """Whether an H.264 or HEVC stream is as in mp4 and mkv: its units after their lengths, its settings in a record."""
+def _is_length_prefixed(codec: VideoCodecContext) -> bool:
+    """Whether each unit of an H.264 or HEVC stream follows its length, as in mp4 and mkv.
+
+    The stream then has a configuration record, whose first byte is its version, 1.
+    """
     return (codec.extradata or b"")[:1] == b"\x01"

@@ -1,43 +1,75 @@
-"""File checks and one-line causes of read errors, shared by all readers."""
+"""File checks and short error texts, shared by all readers."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 from videoadapt.errors import VideoError
 
+_MAX_REASON_CHARACTERS = 200
+_HASH_CHUNK_BYTES = 1 << 20
+
 
 def file_size(path: Path) -> int:
-    """Bytes of a file. Raises `VideoError` if it is missing, empty, or no plain file: a pipe would block for ever."""
+    """Returns the size of a file in bytes.
+
+    Raises:
+        VideoError: The file is missing, empty, or not a regular file. (Opening a pipe would block for ever.)
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from None
     if not path.is_file():
-        raise VideoError(f"{path}: not a file")
+        raise VideoError(f"{path}: not a regular file")
     if size == 0:
         raise VideoError(f"{path}: the file is empty")
     return size
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder, perhaps one that cannot be read."""
+    """Returns whether a file or folder exists, even if it cannot be read."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no permission, or a name that the file system rejects: the reader reports it
         return True
     return True
 
 
+def digest(content: bytes = b"") -> hashlib.blake2b:
+    """Returns the hash object that all content hashes use; its hexdigest has 32 digits."""
+    return hashlib.blake2b(content, digest_size=16)
+
+
+def hash_file(path: Path) -> str:
+    """Returns 32 hex digits, the hash of a file's bytes.
+
+    Raises:
+        VideoError: The file cannot be read.
+    """
+    hashed = digest()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                hashed.update(chunk)
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from None
+    return hashed.hexdigest()
+
+
 def reason(error: BaseException) -> str:
-    """The message of a library in one line: decord's carry a C++ stack trace, PyAV's repeat the path."""
+    """Returns one line with the message of a library's error.
+
+    Messages of decord contain a C++ stack trace; messages of PyAV repeat the path, but `strerror` does not.
+    """
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0][:_MAX_REASON_CHARACTERS] if lines else type(error).__name__
 
 
 def cause_of(path: str, error: VideoError) -> str:
-    """Why a file cannot be read, without its path, which the messages begin with."""
+    """Returns the message of an error without the path at its start."""
     return str(error).removeprefix(f"{path}: ")

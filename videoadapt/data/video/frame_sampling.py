@@ -1,6 +1,6 @@
-"""Which frames make a clip: pytorchvideo's samplers choose where it starts, TimeSformer's rule the frames inside it.
+"""Chooses the frames of a clip. Pytorchvideo's samplers give the start, TimeSformer's rule the frames inside it.
 
-Arithmetic alone: no video is opened here.
+Only arithmetic: no video is opened here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from videoadapt.runtime.seeds import seeded
 
 
 def clip_seconds(model: ModelConfig, file_fps: float) -> float:
-    """Seconds that a clip spans in a file of `file_fps` frames a second: `num_frames` strides at `model.fps`."""
+    """Returns the seconds that a clip spans: `num_frames` strides at `model.fps` (None: at `file_fps`)."""
     return model.stride_frames * model.num_frames / (model.fps or file_fps)
 
 
@@ -26,19 +26,31 @@ def clip_starts(
     clips: int = 1,
     seed: int | None = None,
 ) -> list[float]:
-    """Where `clips` clips of `clip_s` seconds start in a video of `duration_s` seconds; seconds, not before 0.
+    """Chooses where clips start in a video.
 
-    `delta`, the latest start, is `duration_s - clip_s`, or 0 in a video shorter than a clip. `random` draws from
-    [0, delta] and depends on `seed` alone, which it needs; `uniform` is `k * delta / clips` for k = 0, 1, ...
-    (TimeSformer's multi-view testing: a lone clip is the first); `centre` is one clip at `delta / 2`.
+    The latest start `delta` is `duration_s - clip_s`, or 0 if the video is shorter than a clip.
+
+    Args:
+        kind: `random` draws from [0, delta]. `uniform` is `k * delta / clips` for k = 0, 1, ... (TimeSformer's
+            multi-view testing). `centre` is one clip at `delta / 2`, whatever `clips` is.
+        duration_s: Length of the video in seconds.
+        clip_s: Length of a clip in seconds.
+        clips: Number of clips.
+        seed: The only source of randomness for `random`.
+
+    Returns:
+        The starts in seconds, at least 0.
+
+    Raises:
+        ValueError: `random` without a seed.
     """
-    from pytorchvideo.data.clip_sampling import make_clip_sampler
+    from pytorchvideo.data.clip_sampling import make_clip_sampler  # its import takes seconds
 
     if kind == "random":
         if seed is None:
             raise ValueError("random clip starts need a seed")
         sampler = make_clip_sampler("random", clip_s)
-        with seeded(seed):
+        with seeded(seed):  # pytorchvideo draws from the global generator
             return [float(sampler(0.0, duration_s, {}).clip_start_sec) for _ in range(clips)]
     if kind == "centre":
         # The second of two uniform clips starts at delta / 2.
@@ -56,22 +68,36 @@ def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by nam
     stride_frames: int,
     fps: float | None,
 ) -> np.ndarray:
-    """The frames of a clip, (num_frames,) int64 in [0, total_frames - 1], never falling (TimeSformer's `decoder.py`).
+    """Chooses the frames of a clip (TimeSformer, `datasets/decoder.py`).
 
-    The clip spans `stride_frames * num_frames / fps * file_fps` of the file's frames (`fps` none: the strides count
-    the file's own frames); `num_frames` indices are spread evenly over them, first and last included, and truncated.
-    Past the end of the video its last frame repeats. A clip of one frame is the frame at its start, so that with
-    `centre` it lies half a stride before the middle of the video.
+    The clip spans `stride_frames * num_frames / fps * file_fps` frames of the file. `num_frames` indices are spread
+    evenly over the span, both ends included, and truncated to integers. After the end of the video, its last frame
+    repeats. A clip of one frame is the frame at its start; with `centre` it lies half a stride before the middle of the
+    video.
+
+    Args:
+        start_s: Start of the clip in seconds.
+        total_frames: Frames in the file.
+        file_fps: Frame rate of the file.
+        num_frames: Frames in the clip.
+        stride_frames: Distance between two frames of the clip, in frames at the rate `fps`.
+        fps: The rate that strides count in; None stands for `file_fps`.
+
+    Returns:
+        (num_frames,) int64 in [0, total_frames - 1], in ascending order, repeats possible.
     """
     clip_frames = max(stride_frames * num_frames * (file_fps / fps if fps else 1.0), 1.0)
     start = start_s * file_fps
-    # Seconds times frames a second may give 13.999...98 for 14: rounded before it is truncated.
+    # Rounded before truncation, because seconds times frame rate may give 13.999...98 in place of 14.
     indices = np.linspace(start, start + clip_frames - 1, num_frames).round(6)
     return np.clip(indices, 0, total_frames - 1).astype(np.int64)
 
 
 def spread(total: int, kept: int) -> np.ndarray:
-    """(kept,) int64: positions spread evenly over `range(total)`, both ends included; one alone is the middle one."""
+    """Returns `kept` indices of `range(total)`, spread evenly with both ends included: (kept,) int64.
+
+    A single index is the middle one.
+    """
     if kept == 1:
         return np.array([total // 2], dtype=np.int64)
     return np.linspace(0, total - 1, kept).round().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Image files, and folders of images that are one video."""
+"""Image files, and folders of images that form one video."""
 
 from __future__ import annotations
 
@@ -10,72 +10,91 @@ from pathlib import Path
 
 import numpy as np
 
-from videoadapt.data.video.files import cause_of, file_size, reason
+from videoadapt.data.video.files import cause_of, digest, file_size, hash_file, reason
 from videoadapt.errors import VideoError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+IMAGE_FOLDER_FPS = 30.0  # assumed, because images carry no frame rate
 
-
-# Of the frames of one video the names differ by numbers alone. Optical flow often lies beside them.
 _NUMBER = re.compile(r"[0-9]+")
-
-
-_PATTERNS_SHOWN = 4
-
-
-_FLOW = re.compile(r"flow.*|[xy]_?#\..*")
-
-
-IMAGE_FOLDER_FPS = 30.0  # assumed: images do not say how fast they are to be shown
+_FLOW_PATTERN = re.compile(r"flow.*|[xy]_?#\..*")  # optical flow is often stored in the folder of its frames
+_MAX_PATTERNS_IN_MESSAGE = 4
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The frames of a folder of images, in the order of their names, in which numbers count as numbers.
+    """Finds the frames in a folder of images.
 
-    Names of frames have numbers and differ by these alone, as `img_00001.jpg`; optical flow (`flow_x_00001.jpg`) and
-    images without a number are left. Raises `VideoError` if there are no images, or frames of several such names.
+    The names of frames differ only by their numbers, as in `img_00001.jpg`. Optical flow (`flow_x_00001.jpg`) and
+    images without a number are ignored, unless the folder has no other images.
+
+    Returns:
+        The frames, sorted by the numbers in their names (2 before 10).
+
+    Raises:
+        VideoError: The folder cannot be read, has no images, or has frames of several name patterns.
     """
     try:
-        names = [name for name in os.listdir(folder) if not name.startswith(".")]  # macOS leaves `._` files about
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]  # macOS leaves `._` files
     except OSError as error:
         raise VideoError(f"{folder}: {error.strerror or error}") from None
-    patterns: dict[str, list[str]] = {}
+    patterns: dict[str, list[str]] = {}  # `img_#.jpg` -> its names
     for name in names:
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
             patterns.setdefault(_NUMBER.sub("#", name.lower()), []).append(name)
     if not patterns:
         raise VideoError(f"{folder}: a folder without images, not a video")
-    frames = [pattern for pattern in patterns if "#" in pattern and not _FLOW.fullmatch(pattern)]
-    if len(patterns) == 1:
+    frames = [pattern for pattern in patterns if "#" in pattern and not _FLOW_PATTERN.fullmatch(pattern)]
+    if len(patterns) == 1:  # no choice to make: a single image without a number is a video of one frame
         frames = list(patterns)
     if len(frames) != 1:
         raise VideoError(
-            f"{folder}: holds images named {', '.join(sorted(patterns)[:_PATTERNS_SHOWN])}; expected the frames of one "
-            "video, whose names differ by their numbers (#) alone"
+            f"{folder}: holds images named {', '.join(sorted(patterns)[:_MAX_PATTERNS_IN_MESSAGE])}; expected the "
+            "frames of one video, whose names differ only by their numbers (#)"
         )
-    return [folder / name for name in sorted(patterns[frames[0]], key=_natural)]
+    return [folder / name for name in sorted(patterns[frames[0]], key=_numeric_key)]
+
+
+def _numeric_key(name: str) -> tuple[list[int], str]:
+    # The text around the numbers is the same in all names, except for capitals.
+    return [int(number) for number in _NUMBER.findall(name)], name
+
+
+def hash_images(folder: Path) -> str:
+    """Returns 32 hex digits, the hash of the names and bytes of a folder's frames.
+
+    Raises:
+        VideoError: The frames cannot be found or read.
+    """
+    lines = []
+    for image in image_files(folder):
+        with errors_named_after(folder, image):
+            lines.append(f"{image.name}\t{hash_file(image)}\n")
+    return digest("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @contextmanager
-def naming(folder: Path, image: Path) -> Iterator[None]:
-    """Within it, errors of an image of a folder begin with the folder, as those of a video do."""
+def errors_named_after(folder: Path, image: Path) -> Iterator[None]:
+    """Rewrites a `VideoError` about an image: the message then starts with the folder, the path in the manifest."""
     try:
         yield
     except VideoError as error:
         raise VideoError(f"{folder}: {image.name}: {cause_of(str(image), error)}") from None
 
 
-def _natural(name: str) -> tuple[list[int], str]:
-    # All names have the same texts around their numbers, but for capitals.
-    return [int(number) for number in _NUMBER.findall(name)], name
-
-
-def _image_codec(path: Path) -> str:
+def image_codec(path: Path) -> str:
+    """Returns the name stored as the codec of an image: its suffix, in lower case and without the dot."""
     return path.suffix.lower().lstrip(".")
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image, (H, W, 3) uint8 RGB, turned as its EXIF orientation says. Raises `VideoError` if it cannot be read."""
+    """Reads an image, turned as its EXIF orientation demands.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        VideoError: The image cannot be read.
+    """
     from PIL import Image, ImageOps
 
     file_size(path)
@@ -83,5 +102,5 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        said = reason(error).replace(f" {str(path)!r}", "")
-        raise VideoError(f"{path}: cannot be read as an image: {said}") from None
+        cause = reason(error).replace(f" {str(path)!r}", "")  # Pillow repeats the path
+        raise VideoError(f"{path}: cannot be read as an image: {cause}") from None

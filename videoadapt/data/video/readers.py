@@ -1,19 +1,28 @@
-"""Frames of a video by number: decord where it is right, PyAV elsewhere, Pillow for images and folders of them."""
+"""Returns the frames of a video by number: decord where it is exact, PyAV elsewhere, Pillow for images."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from videoadapt.data.video.decoding import Way, frames_by_count, frames_by_time, open_source, read_timeline
+from videoadapt.data.video.decoding import (
+    DECODE_MODES,
+    DecodeMode,
+    frames_by_count,
+    frames_by_time,
+    open_source,
+    read_timeline,
+)
 from videoadapt.data.video.files import reason
-from videoadapt.data.video.images import image_files, naming, read_image
-from videoadapt.data.video.probe import VideoInfo, check_unchanged, decord_module, probe, upright
+from videoadapt.data.video.images import errors_named_after, image_files, read_image
+from videoadapt.data.video.probe import VideoInfo, check_unchanged, probe, upright
 from videoadapt.errors import UserError, VideoError
 
 if TYPE_CHECKING:
@@ -21,13 +30,11 @@ if TYPE_CHECKING:
 
 Indices = Sequence[int] | np.ndarray
 
-_DECORD_FRAMES = 8  # at a time
-
-WAYS: tuple[Way, ...] = ("skipping", "selective", "sequential")
+_DECORD_BATCH = 8  # frames per call: decord holds a copy of all frames of a call, on top of ours
 
 
 class VideoReader(Protocol):
-    """An open video; `width` and `height` are those of the frames that `frames` returns."""
+    """An open video. `width` and `height` are those of the frames that `frames` returns."""
 
     path: Path
     num_frames: int
@@ -38,9 +45,16 @@ class VideoReader(Protocol):
     def __len__(self) -> int: ...
 
     def frames(self, indices: Indices) -> np.ndarray:
-        """Frames by number, (T, H, W, 3) uint8 RGB, in the order asked for; repeats are allowed.
+        """Reads frames.
 
-        Raises `VideoError` for an index below 0 or beyond the last frame, and for frames that cannot be decoded.
+        Args:
+            indices: T frame numbers in any order; repeats are allowed.
+
+        Returns:
+            (T, H, W, 3) uint8 RGB, in the order of `indices`.
+
+        Raises:
+            VideoError: An index is below 0 or beyond the last frame, or a frame cannot be decoded.
         """
         ...
 
@@ -48,11 +62,17 @@ class VideoReader(Protocol):
 def open_video(
     path: str | Path, reader: Literal["auto", "decord", "pyav"] = "auto", info: VideoInfo | None = None
 ) -> VideoReader:
-    """Open a video, an image, or a folder of images. `auto` takes the reader that `probe` trusts with the file.
+    """Opens a video, an image, or a folder of images.
 
-    `info`, from an earlier `probe` of the same file, saves probing it again. Raises `VideoError` for whatever cannot be
-    read (missing, empty, torn, no video in it), and for `decord` on a file that it is not trusted with; `UserError` if
-    decord is asked for and not installed.
+    Args:
+        path: The file or folder.
+        reader: `auto` takes the reader that `probe` trusts with the file.
+        info: Result of an earlier `probe` of the same file. It saves the time of another one.
+
+    Raises:
+        VideoError: The file cannot be read (missing, empty, torn, no video), or `reader` is `decord` and decord is not
+            exact for the file.
+        UserError: `reader` is `decord`, and decord is not installed.
     """
     path = Path(path)
     if info is None:
@@ -67,8 +87,19 @@ def open_video(
         try:
             return DecordReader(path, info)
         except VideoError:
-            pass  # it refuses some sound files, such as mkv of one frame; PyAV judges the others
+            pass  # decord refuses some valid files, such as mkv of one frame; PyAV reports real errors
     return PyAVReader(path, info)
+
+
+@functools.cache
+def decord_module() -> ModuleType | None:
+    """Imports decord and silences its log. None where it is not installed: it has wheels for few platforms."""
+    try:
+        import decord
+    except (ImportError, OSError, RuntimeError):
+        return None
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord
 
 
 def _trusted_decord(path: Path, info: VideoInfo) -> DecordReader:
@@ -81,7 +112,10 @@ def _trusted_decord(path: Path, info: VideoInfo) -> DecordReader:
 
 
 class DecordReader:
-    """Decodes only what the wanted frames need. From a path, never from bytes: damaged ones crash the process."""
+    """Reads with decord, which decodes only the packets that the requested frames need.
+
+    It opens a path, never bytes: on damaged bytes decord crashes the process.
+    """
 
     def __init__(self, path: Path, info: VideoInfo) -> None:
         decord = decord_module()
@@ -89,7 +123,7 @@ class DecordReader:
         self._error = decord.DECORDError
         self.path, self.fps, self.width, self.height = path, info.fps, info.width, info.height
         try:
-            # More threads cost more CPU in all; the workers of a loader are the parallelism.
+            # One thread: the workers of a loader are the parallelism, and more threads cost more CPU in total.
             self._video = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1)
         except (self._error, RuntimeError, AssertionError) as error:
             raise VideoError(f"{path}: decord cannot open it: {reason(error)}") from None
@@ -107,23 +141,26 @@ class DecordReader:
         wanted = _checked(self.path, indices, self.num_frames)
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
         try:
-            for start in range(0, len(wanted), _DECORD_FRAMES):  # it copies what it returns
-                part = slice(start, start + _DECORD_FRAMES)
-                out[part] = self._video.get_batch(wanted[part]).asnumpy()
+            for start in range(0, len(wanted), _DECORD_BATCH):
+                batch = slice(start, start + _DECORD_BATCH)
+                out[batch] = self._video.get_batch(wanted[batch]).asnumpy()
         except self._error as error:
             raise VideoError(f"{self.path}: decord cannot decode it: {reason(error)}") from None
         return out
 
 
 class PyAVReader:
-    """Decodes what the wanted frames need, and looks whether FFmpeg finds it damaged.
+    """Reads with PyAV, which decodes the packets that the requested frames need. Damaged frames are refused.
 
-    `ways` are tried in turn, see `frames_by_time`; the last one has the last word on frames that cannot be had.
+    Args:
+        path: The video.
+        info: Result of `probe`.
+        modes: Tried in turn until one returns all frames. The error of the last one is raised.
     """
 
-    def __init__(self, path: Path, info: VideoInfo, ways: Sequence[Way] = WAYS) -> None:
+    def __init__(self, path: Path, info: VideoInfo, modes: Sequence[DecodeMode] = DECODE_MODES) -> None:
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
-        self.width, self.height, self._ways = info.width, info.height, ways
+        self.width, self.height, self._modes = info.width, info.height, modes
 
     def __len__(self) -> int:
         return self.num_frames
@@ -136,32 +173,33 @@ class PyAVReader:
         with open_source(self.path) as source:
             timeline = read_timeline(source)
             if timeline is None:
-                return self._gather(wanted, frames_by_count(source, set(wanted.tolist())))
+                return self._to_rgb(wanted, frames_by_count(source, set(wanted.tolist())))
             if len(timeline.shown) != self.num_frames:
                 raise VideoError(
                     f"{self.path}: has {len(timeline.shown)} frames, but had {self.num_frames} when it was probed"
                 )
-            *first, last = (frames_by_time(source, timeline, set(wanted.tolist()), way) for way in self._ways)
-            for frames in first:
+            *fast, safe = (frames_by_time(source, timeline, set(wanted.tolist()), mode) for mode in self._modes)
+            for frames in fast:
                 with suppress(VideoError):
-                    return self._gather(wanted, frames)
-            return self._gather(wanted, last)
+                    return self._to_rgb(wanted, frames)
+            return self._to_rgb(wanted, safe)
 
-    def _gather(self, wanted: np.ndarray, frames: Iterable[tuple[int, VideoFrame]]) -> np.ndarray:
+    def _to_rgb(self, wanted: np.ndarray, frames: Iterable[tuple[int, VideoFrame]]) -> np.ndarray:
+        """Numbered frames, in any order -> (T, H, W, 3) uint8 RGB in the order of `wanted`."""
         from av.video.reformatter import VideoReformatter
 
-        reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+        reformatter = VideoReformatter()  # shared by all frames, because it caches its conversion tables
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
         for number, frame in frames:
-            # Upright; if a stream changes its size, as large as its first frame.
-            height, width = upright((self.height, self.width), frame.rotation)
+            # A stream may change its size: every frame is resized to the size of the first one.
+            height, width = upright((self.height, self.width), frame.rotation)  # before the rotation
             rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
-            out[wanted == number] = np.rot90(rgb, frame.rotation // 90)
+            out[wanted == number] = np.rot90(rgb, frame.rotation // 90)  # a frame may be wanted several times
         return out
 
 
 class ImageReader:
-    """An image as a video of one frame, or the frames of a folder as one video; opens those that are wanted."""
+    """Reads an image as a video of one frame, or a folder of images as one video. Opens only the requested images."""
 
     def __init__(self, path: Path, info: VideoInfo) -> None:
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
@@ -175,9 +213,9 @@ class ImageReader:
         """See `VideoReader.frames`."""
         wanted = _checked(self.path, indices, self.num_frames)
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
-        for number in set(wanted.tolist()):
+        for number in set(wanted.tolist()):  # each image is read once
             image = self._images[number]
-            with naming(self.path, image) if image != self.path else nullcontext():
+            with errors_named_after(self.path, image) if image != self.path else nullcontext():
                 out[wanted == number] = self._read(image)
         return out
 
@@ -192,8 +230,9 @@ class ImageReader:
 
 
 def _checked(path: Path, indices: Indices, total: int) -> np.ndarray:
+    """The indices as (T,) int64. Raises `VideoError` if one is not a frame of the video."""
     wanted = np.asarray(indices, dtype=np.int64)
     outside = wanted[(wanted < 0) | (wanted >= total)]
     if len(outside):
-        raise VideoError(f"{path}: frame {outside[0]} was asked for, but it has frames 0 to {total - 1}")
+        raise VideoError(f"{path}: has no frame {outside[0]}; it has frames 0 to {total - 1}")
     return wanted

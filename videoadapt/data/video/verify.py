@@ -1,7 +1,7 @@
-"""Decoding a whole file to find damage that its container does not show.
+"""Decodes a whole file to find damage that its container does not show.
 
-Against flipped bits this finds nearly all damage to H.264, MPEG-4 and AV1, and little to HEVC and VP9, whose decoders
-make a picture of anything; a change of `VideoInfo.content` finds it in any file that was once sound.
+Measured with flipped bits, this finds nearly all damage in H.264, MPEG-4 and AV1, but little in HEVC and VP9, whose
+decoders turn any bytes into a picture. For those, a changed `VideoInfo.content` shows that a file has changed.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from videoadapt.errors import VideoError
 
 
 def verify(path: str | Path) -> VideoInfo:
-    """What `probe` finds, and in `damage` what decoding each frame says: about 0.1 s for 10 s of 340x256.
+    """Probes a file and decodes every frame, in about 0.1 s for 10 s of 340x256 video.
 
-    A damaged file is to be read by PyAV, which looks at every frame that it decodes, so that only those clips fail that
-    the damage touches. Raises `VideoError` if it is no video, or not one of its frames can be decoded.
+    A damaged file gets PyAV as its reader. PyAV checks every frame that it decodes, so only the clips that contain
+    damage fail.
+
+    Returns:
+        The result of `probe`, with `damage` set; an empty text means no damage.
+
+    Raises:
+        VideoError: The file is not a video, or none of its frames can be decoded.
     """
     path = Path(path)
     info = probe(path)
-    if info.container == "image":  # probing has decoded it
+    if info.container == "image":  # `probe` has decoded it
         return replace(info, damage="")
     damaged = _damaged_images(path) if info.container == "folder" else _damaged_frames(path)
     if all(damaged):
-        raise VideoError(f"{path}: not one frame of it can be decoded")
-    damage = _told(damaged, info.frames)
+        raise VideoError(f"{path}: none of its frames can be decoded")
+    damage = _describe(damaged, info.frames)
     return replace(info, damage=damage, reader="pyav" if damage and info.reader == "decord" else info.reader)
 
 
 def _damaged_frames(path: Path) -> list[bool]:
-    """Whether each frame is damaged, in the order in which they are shown."""
+    """Whether each frame is damaged, in display order."""
     with open_source(path) as source:
         return [decoded.damaged for decoded in decode(source.codec, chain(source.packets, [None]))]
 
@@ -51,8 +57,9 @@ def _damaged_images(folder: Path) -> list[bool]:
     return damaged
 
 
-def _told(damaged: list[bool], frames: int) -> str:
-    """What is wrong with a video that should have so many frames, or nothing."""
+def _describe(damaged: list[bool], frames: int) -> str:
+    """The damage of a video that should have `frames` frames; empty if there is none."""
+    # This text is stored in the manifest: after a change of its wording, raise PROBE_VERSION.
     found = []
     if any(damaged):
         found.append(f"{sum(damaged)} of {frames} frames damaged, the first {damaged.index(True)}")

@@ -116,7 +116,7 @@ def readers_of_auto(work: Work) -> list[str]:
 def _ours(reader: Literal["auto", "pyav"]) -> Read:
     import av  # noqa: F401 - so that its memory counts as imported
 
-    from videoadapt.data.video.probe import decord_module
+    from videoadapt.data.video.readers import decord_module
 
     decord_module()
 
