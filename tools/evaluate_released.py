@@ -30,11 +30,10 @@ from videoadapt.config.points import Point
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint
+from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from videoadapt.model.timesformer import build_model
 from videoadapt.model.weights.load import LOADED, NEW, load_weights
 from videoadapt.model.weights.sources import read_weights
-from videoadapt.routing.scores import weights_digest
 from videoadapt.runtime.console import say
 from videoadapt.runtime.ranks import rank, rank0_then_all, ranks
 

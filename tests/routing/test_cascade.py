@@ -19,15 +19,18 @@ from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.outcomes import pareto_front
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.label_rules import confidence, confidence_matrix, outcome_table, softmax
-from videoadapt.routing.policy import Cascade, Evidence, Fixed, cost_of_ending_at, fit_threshold, parse_cascade
-from videoadapt.routing.router import route
+from videoadapt.routing.label_rules import Choice, confidence, confidence_matrix, fit_threshold, outcome_table, softmax
+from videoadapt.routing.policy import Cascade, Evidence, Fixed, parse_cascade
+from videoadapt.routing.router import clip_macs, decide, route
 
 GRID = ("14", "12", "14@0.7", "8@0.5")
 MODEL = ModelConfig(points=GRID, num_frames=1, temporal=False)
-COSTS = np.array([4.0, 2.5, 2.0, 1.0])
-CHAIN = ("8@0.5", "12", "14")
-sure = hnp.arrays(np.float64, st.tuples(st.integers(1, 30), st.just(4)), elements=st.floats(0, 1, width=16))
+MACS = point_macs(MODEL)
+COSTS = np.array([MACS[point] / MACS["8@0.5"] for point in GRID])
+CASCADE = ("8@0.5", "12", "14")
+sure = hnp.arrays(
+    np.float64, st.tuples(st.integers(1, 30), st.just(4)), elements=st.floats(0, 1, width=16) | st.just(np.nan)
+)
 
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=6))
@@ -45,37 +48,67 @@ def test_confidences_are_between_0_and_1_and_know_one_answer_from_many(logits: l
     assert confidence(np.full(4, 0.25), "entropy") == pytest.approx(0)
 
 
+def ends(policy: Cascade, confidences: np.ndarray) -> Choice:
+    """Where clips of stored confidences `(clips, points of GRID)` end."""
+    return decide(policy, Evidence(len(confidences), GRID), lambda rows, n: {m: confidences[rows, n] for m in MEASURES})
+
+
 @given(sure, st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_a_clip_ends_at_the_first_point_that_is_sure_and_pays_for_all_before(
+def test_a_clip_ends_at_the_first_sure_point_and_pays_for_all_points_before(
     confidences: np.ndarray, thresholds: tuple[float, float]
 ) -> None:
-    policy = Cascade(CHAIN, thresholds, "margin")
-    choice = policy.choose(Evidence(len(confidences), GRID, confidence={"margin": confidences}))
-    costs = cost_of_ending_at(policy, GRID, COSTS)[choice]
+    policy = Cascade(CASCADE, thresholds, "margin")
+    choice = ends(policy, confidences)
+    costs, assigner = clip_macs(policy, choice, MODEL, crops=3)
+    assert assigner == 0
     for row, chosen, cost in zip(confidences, choice, costs, strict=True):
         ran = ["8@0.5"]
-        if row[3] < thresholds[0]:
+        if not row[3] >= thresholds[0]:  # so that NaN goes on
             ran.append("12")
-            if row[1] < thresholds[1]:
+            if not row[1] >= thresholds[1]:
                 ran.append("14")
         assert GRID[chosen] == ran[-1]
-        assert cost == sum(COSTS[GRID.index(point)] for point in ran)
-    assert cost_of_ending_at(Fixed("14"), GRID, COSTS).tolist() == COSTS.tolist()
+        assert policy.visits(GRID[chosen]) == tuple(ran)
+        assert cost == 3 * sum(MACS[point] for point in ran)
+    fixed, _ = clip_macs(Fixed("12"), np.ones_like(choice), MODEL, crops=3)
+    assert (fixed == 3 * MACS["12"]).all()
+
+
+def test_a_nan_confidence_is_never_sure() -> None:
+    nan = np.nan
+    confidences = np.array([[0.9, 0.9, 0.9, nan], [0.9, nan, 0.9, nan], [nan, nan, nan, nan], [nan, nan, nan, 0.9]])
+    assert ends(Cascade(CASCADE, (0.5, 0.5)), confidences).tolist() == [1, 0, 0, 3]
+    assert ends(Cascade(CASCADE, (0.0, 0.0)), confidences).tolist() == [1, 0, 0, 3]  # not even at threshold 0
+
+
+def test_a_fitted_threshold_counts_clips_of_nan_as_going_on() -> None:
+    along = np.array([[0.2, 0.0], [0.4, 0.0], [0.6, 0.0], [np.nan, 0.0]])
+    costs = np.array([1.0, 2.0])
+    assert fit_threshold(along, costs, 2.0) == 0.4  # the clips of 0.2 and NaN go on: 1 + 2 * 2 / 4
+    assert fit_threshold(along, costs, 1.5) == 0.2
+    assert fit_threshold(along, costs, 3.0) == 2.0
+    with pytest.raises(UserError, match=r"first point alone costs 1\.5, which is more than 1\.4"):
+        fit_threshold(along, costs, 1.4)
 
 
 @given(sure, st.floats(1.0, 8.0))
 def test_a_fitted_threshold_is_the_highest_that_is_paid_for(confidences: np.ndarray, mean_cost: float) -> None:
-    numbers = [GRID.index(point) for point in CHAIN]
+    numbers = [GRID.index(point) for point in CASCADE]
     along, costs = confidences[:, numbers], COSTS[numbers]
 
     def cost(threshold: float) -> float:
-        policy = Cascade(CHAIN, (threshold, threshold))
-        choice = policy.choose(Evidence(len(confidences), GRID, confidence={"probability": confidences}))
-        return float(cost_of_ending_at(policy, GRID, COSTS)[choice].mean())
+        policy = Cascade(CASCADE, (threshold, threshold))
+        macs, _ = clip_macs(policy, ends(policy, confidences), MODEL, crops=1)
+        return float(macs.mean()) / MACS["8@0.5"]
 
+    least = cost(0.0)  # clips of NaN go on at every threshold
+    if least > mean_cost:
+        with pytest.raises(UserError, match="first point alone costs"):
+            fit_threshold(along, costs, mean_cost)
+        return
     threshold = fit_threshold(along, costs, mean_cost)
     assert cost(threshold) <= mean_cost + 1e-9
-    higher = [value for value in [*along.ravel(), 2.0] if value > threshold]
+    higher = [value for value in [*along[:, :-1].ravel(), 2.0] if value > threshold]
     assert all(cost(value) > mean_cost - 1e-9 for value in higher)
 
 
@@ -145,7 +178,9 @@ def test_clips_that_go_on_are_batched_anew_and_all_answers_are_those_of_their_po
     model.register_forward_pre_hook(lambda _module, given: batches.append((given[1], len(given[0]))))
     routed = route(model, views, policy, batch=8)
     assert set(routed.choice) == {0, 1, 2}
-    expected = policy.choose(Evidence(23, config.points, confidence={measure: confidences}))
+    expected = decide(
+        policy, Evidence(23, config.points), lambda rows, n: dict.fromkeys(MEASURES, confidences[rows, n])
+    )
     assert routed.choice.tolist() == expected.tolist()
     np.testing.assert_allclose(routed.logits, every[np.arange(23), routed.choice], rtol=1e-4, atol=1e-5)
     ran = {"2": 23, "4@0.5": int((routed.choice != 2).sum()), "4": int((routed.choice == 0).sum())}
@@ -155,7 +190,7 @@ def test_clips_that_go_on_are_batched_anew_and_all_answers_are_those_of_their_po
         assert all(size == 8 for size in sizes[:-1])
 
 
-def test_a_chain_ends_early_where_all_clips_are_sure() -> None:
+def test_a_cascade_ends_early_where_all_clips_are_sure() -> None:
     config = ModelConfig(width=16, depth=1, heads=2, patch=4, size=16, num_frames=1, temporal=False, points=("4", "2"))
     views = torch.zeros((3, 1, 3, 1, 16, 16), dtype=torch.uint8)
     routed = route(TimeSformer(config).eval(), views, Cascade(("2", "4"), (0.0,)), batch=8)

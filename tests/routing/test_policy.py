@@ -25,6 +25,7 @@ from videoadapt.routing.label_rules import (
     softmax,
 )
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Random, mix_of, parse_policy
+from videoadapt.routing.router import decide
 
 POINTS = ("14", "10", "7")
 MODEL = ModelConfig(points=POINTS)
@@ -218,7 +219,7 @@ def test_softmax_adds_to_one_and_is_torchs(logits: np.ndarray) -> None:
 def test_a_fixed_policy_gives_every_clip_its_point() -> None:
     assert Fixed("10").choose(Evidence(4, POINTS)).tolist() == [1] * 4
     assert Fixed("10").name == "fixed:10"
-    with pytest.raises(UserError, match="fixed:8: this model has the points 14, 10, 7"):
+    with pytest.raises(UserError, match="fixed:8: the model has no point 8; this model has the points 14, 10, 7"):
         Fixed("8").choose(Evidence(4, POINTS))
 
 
@@ -264,7 +265,7 @@ def test_no_policy_is_more_often_right_than_the_oracle(right: np.ndarray, data: 
 
 def test_the_oracle_says_where_it_exists() -> None:
     with pytest.raises(UserError, match="videoadapt evaluate"):
-        Oracle().choose(Evidence(3, POINTS))
+        decide(Oracle(), Evidence(3, POINTS), lambda _rows, _number: {})
 
 
 @given(st.data(), st.integers(1, 10))

@@ -17,7 +17,7 @@ from videoadapt.data.clips.views import normalise
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Choice, cheapest_sufficient, last_true
-from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random
+from videoadapt.routing.policy import Assigned, Evidence, Fixed, OnePointPolicy, Oracle, Policy, Random
 from videoadapt.routing.router import assign_probabilities, route, view_logits
 
 CONFIG = ModelConfig(
@@ -69,11 +69,10 @@ def alone() -> np.ndarray:
     return logits.numpy()
 
 
-class Given:
-    """A policy that says what it was told."""
+class Given(OnePointPolicy):
+    """A policy with a choice that the test gives."""
 
     name = "given"
-    assigner = None
 
     def __init__(self, choice: Choice) -> None:
         self.choice = choice

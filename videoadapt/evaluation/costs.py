@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -43,7 +44,7 @@ def flops(config: Config) -> dict[str, Any]:
             "`evaluate` again"
         )
     elif found is not None:
-        summary["clips"] = clip_report(config)
+        summary["clips"] = clip_report(config, found["policies"])
         summary["policies"] = [_policy_row(name, row) for name, row in found["policies"].items()]
     write_json(config.run.dir / "report" / "flops.json", summary)
     return summary
@@ -53,16 +54,16 @@ def _policy_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"policy": name, **{key: row[key] for key in ("macs_per_clip", "macs_per_video", "top1", "pareto")}}
 
 
-def clip_report(config: Config) -> dict[str, Any]:
+def clip_report(config: Config, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The clip-level report of the assigned policy, else of the first cascade, else of the costliest point.
 
     Writes its files.
     """
     source, folder = config.run.dir / "evaluate", config.run.dir / "report"
     clips, videos = pd.read_parquet(source / "clips.parquet"), pd.read_parquet(source / "videos.parquet")
-    policies = clips["policy"].unique().tolist()
-    adaptive = [name for name in policies if name == "assigned" or name.startswith("cascade:")]
-    policy = (adaptive or policies)[0]
+    # The assigned policy records its difference to random routing, a cascade its thresholds; the first of them counts.
+    adaptive = [name for name, row in rows.items() if {"difference_to_random", "thresholds"} & row.keys()]
+    policy = next(iter([*adaptive, *rows]))
     clips = clips[clips["policy"] == policy].drop(columns="policy")
     videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
     names = Manifest.load(config.run.dir / "manifest.parquet").classes

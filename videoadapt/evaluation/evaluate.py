@@ -11,17 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from videoadapt.config.cascade import parse_cascade_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import CheckpointError, RunError, UserError
+from videoadapt.errors import RunError, UserError
 from videoadapt.evaluation.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
-from videoadapt.model.checkpoint import Guard, require_same
+from videoadapt.model.checkpoint import Guard, weights_digest
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
+from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.routing.router import route
@@ -29,22 +28,18 @@ from videoadapt.routing.scores import (
     Scores,
     files_digest,
     inference_model,
-    require_labels_of_model,
     score,
-    weights_digest,
 )
-from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
 from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
 
 HARDEST = 5  # classes shown; all are in classes.csv
-# how an assigner was fitted is of no consequence for running it
-FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
 
 
-def evaluate(config: Config) -> dict[str, Any]:
+def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Every listed video counts (`evaluate.failed`: as wrong, or left out). Writes `evaluate/` tables per view, clip and
@@ -56,16 +51,15 @@ def evaluate(config: Config) -> dict[str, Any]:
     with ranks(config), sole_writer(config, "evaluate") as guard:
         manifest = rank0_then_all(lambda: load_or_index(config))
         model = inference_model(config)
-        assigned = _assigned(config, model)
-        if any(parse_cascade_spec(text, config.model.points).cost for text in config.evaluate.cascade):
-            require_labels_of_model(model, config.run.dir)
-        cascades = [parse_cascade(text, config.model, config.run.dir) for text in config.evaluate.cascade]
+        assigned = Assigned.for_model(config.run.dir, model, config.assign)
+        cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
+        _require_usable(policies, cascades, model, assigned)
         scores = _score(model, manifest, assigned, config)
         if scores is None:
             return {"shard": config.parallel.shard}
         if rank() == 0:
-            policies = _policies(model.config.points, scores, assigned, cascades, config)
-            summary = _summary(model, manifest, scores, policies, guard, config=config)
+            every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
+            summary = _summary(model, manifest, scores, every, guard, config=config)
             with guard():
                 write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
         written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
@@ -138,25 +132,21 @@ def _hardest(classes: pd.DataFrame) -> list[dict[str, Any]]:
     return shown
 
 
-def _assigned(config: Config, model: TimeSformer) -> Assigned | None:
-    found = assigner_checkpoints(config.run.dir).latest()
-    if found is None:
-        return None
-    assigned = Assigned.load(found.path)
-    if assigned.points != model.config.points:
-        raise CheckpointError(
-            f"{config.run.dir / 'assigner'}: was fitted for the points {', '.join(assigned.points)}, the model has "
-            f"{', '.join(model.config.points)}; run `label` and `assign` again"
-        )
-    fitted = assigned.assigner.config.model_dump(mode="json")
-    require_same(config.run.dir / "assigner", config.assign, fitted, "assign", free=FITTING)
-    if found.meta["model"] != weights_digest(model):
-        say(
-            "the assigner was fitted to labels of other weights, or of another run.precision: run `label` and `assign` "
-            "again, or its choices are not those of this model"
-        )
-    assigned.assigner.to(model.head.weight.device)
-    return assigned
+def _require_usable(
+    further: Sequence[Policy], cascades: Sequence[Policy], model: TimeSformer, assigned: Assigned | None
+) -> None:
+    """Refuses further policies that do not fit the run, before hours of scoring."""
+    names = [*(Fixed(point).name for point in model.config.points), Assigned.name, Random.name, Oracle.name]
+    names += [policy.name for policy in cascades]
+    digest = weights_digest(assigned.assigner) if assigned is not None else None
+    for policy in further:
+        policy.check(model)
+        if policy.name in names:
+            raise UserError(f"evaluate: two policies are named {policy.name}; give each a name of its own")
+        names.append(policy.name)
+        # Scores hold the probabilities of one assigner.
+        if policy.assigner is not None and weights_digest(policy.assigner) != digest:
+            raise UserError(f"policy {policy.name}: its assigner is not the one of this run; load it from this run")
 
 
 def _population(manifest: Manifest, scores: Scores) -> Population:
@@ -175,13 +165,13 @@ def _population(manifest: Manifest, scores: Scores) -> Population:
 
 
 def _policies(
-    points: tuple[str, ...], scores: Scores, assigned: Assigned | None, cascades: Sequence[Policy], config: Config
+    points: tuple[str, ...], scores: Scores, assigned: Assigned | None, further: Sequence[Policy], config: Config
 ) -> list[Policy]:
     policies: list[Policy] = [Fixed(point) for point in points]
     if assigned is not None:
         choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
-        policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed)]
-    return [*policies, *cascades, Oracle()]
+        policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed, imitates=assigned.name)]
+    return [*policies, *further, Oracle()]
 
 
 def _speeds(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-from videoadapt.config.cost import point_macs
+from videoadapt.config.cascade import Measure
 from videoadapt.config.load import Config
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
-from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_rules import Bools, Choice, Floats, softmax
-from videoadapt.routing.policy import Cascade, Evidence, Policy, cost_of_ending_at, mix_of
+from videoadapt.routing.policy import Evidence, Policy, mix_of
+from videoadapt.routing.router import clip_macs, decide
 from videoadapt.routing.scores import Scored, Scores
 from videoadapt.runtime.files import replacing, write_csv, write_parquet
 
@@ -50,14 +50,19 @@ class Outcome:
     choice: Choice  # (clips,)
     best: Choice
     p_best: Floats
-    macs: Floats  # (clips,), all crops, the assigner and all points that were run included
+    macs: Floats  # (clips,), of all crops at all points that ran, and of the assigner
+    assigner_macs: int  # of one clip, 0 without an assigner
 
 
 def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> list[Outcome]:
     """What each policy does with the scored clips."""
     points = config.model.points
-    evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right, scores.confidence)
-    choices = [policy.choose(evidence) for policy in policies]
+    evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right)
+
+    def stored(rows: Choice, number: int) -> Mapping[Measure, Floats]:
+        return {measure: values[rows, number] for measure, values in scores.confidence.items()}
+
+    choices = [decide(policy, evidence, stored) for policy in policies]
     best: list[list[tuple[Choice, Floats]]] = [[] for _ in policies]
     first = 0
     for part in scores.shards():
@@ -66,13 +71,11 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
         for found, choice in zip(best, choices, strict=True):
             found.append(_best(probabilities[np.arange(len(part.rows)), choice[here]], part.rows))
         first = here.stop
-    costs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64) * config.evaluate.spatial_crops
     outcomes = []
     for policy, choice, found in zip(policies, choices, best, strict=True):
-        paid = assigner_macs(config.assign, len(points)) if policy.assigner else 0
-        classes, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        macs = cost_of_ending_at(policy, points, costs)[choice] + paid
-        outcomes.append(Outcome(policy, choice, classes, shares, macs))
+        classes, probable = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        macs, assigner = clip_macs(policy, choice, config.model, crops=config.evaluate.spatial_crops)
+        outcomes.append(Outcome(policy, choice, classes, probable, macs.astype(np.float64), assigner))
     return outcomes
 
 
@@ -99,18 +102,18 @@ def policy_rows(
         row["macs_saved"] = float(1 - outcome.macs.mean() / outcomes[0].macs.mean())
         row["mix"] = dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True))
         row["clips_per_s"] = speeds.get(outcome.policy.name)
-        if isinstance(outcome.policy, Cascade):
-            row["thresholds"] = outcome.policy.thresholds
+        row |= outcome.policy.record()
         rows[outcome.policy.name] = row
-    known = {name: row for name, row in rows.items() if name != "oracle"}  # which looks at the truth
+    # A policy that reads the truth cannot be used on new clips, so it takes no place on the front.
+    known = {o.policy.name: rows[o.policy.name] for o in outcomes if "truth" not in o.policy.needs}
     front = pareto_front([row["macs_per_video"] for row in known.values()], [row["top1"] for row in known.values()])
     for name, row in rows.items():
         row["pareto"] = bool(front[list(known).index(name)]) if name in known else False
     by_name = {outcome.policy.name: outcome for outcome in outcomes}
-    if "random" in rows:
-        rows["assigned"]["difference_to_random"] = _difference(
-            by_name["assigned"], by_name["random"], population, counted
-        )
+    for outcome in outcomes:
+        if outcome.policy.imitates is not None:
+            imitated = by_name[outcome.policy.imitates]
+            rows[imitated.policy.name]["difference_to_random"] = _difference(imitated, outcome, population, counted)
     return rows
 
 
@@ -148,8 +151,11 @@ def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> di
 
 
 def _costs(outcome: Outcome, population: Population, config: Config) -> dict[str, float]:
-    paid = assigner_macs(config.assign, len(config.model.points)) if outcome.policy.assigner else 0
-    model, crops, videos = outcome.macs - paid, config.evaluate.spatial_crops, max(len(population.scored), 1)
+    model, crops, videos = (
+        outcome.macs - outcome.assigner_macs,
+        config.evaluate.spatial_crops,
+        max(len(population.scored), 1),
+    )
     return {
         "macs_per_view": float(outcome.macs.mean() / crops),
         "macs_per_view_without_assigner": float(model.mean() / crops),

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
 from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.label_rules import softmax
-from videoadapt.routing.policy import Assigned, Fixed, Policy, cost_of_ending_at, parse_policy
-from videoadapt.routing.router import route
-from videoadapt.routing.scores import inference_model, require_labels_of_model
+from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
+from videoadapt.routing.router import clip_macs, route
+from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.files import write_json
 
 TOP = 5  # classes of a prediction
@@ -55,6 +52,7 @@ def predict(
     """
     points = model.config.points
     chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy or Fixed(points[0])
+    chosen.check(model)
     assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
     config = Config(
         model=model.config,
@@ -80,12 +78,9 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
     best = (-probabilities).argsort(kind="stable")[:top]
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
     points = tuple(config.model.points[i] for i in routed.choice)
-    costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)
-    total = int(cost_of_ending_at(policy, config.model.points, costs)[routed.choice].sum()) * crops
-    if policy.assigner is not None:
-        total += len(points) * assigner_macs(config.assign, len(config.model.points))
+    clips, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
     return Prediction(
-        str(path), tuple(names[i] for i in best), tuple(float(probabilities[i]) for i in best), points, total
+        str(path), tuple(names[i] for i in best), tuple(float(probabilities[i]) for i in best), points, int(clips.sum())
     )
 
 
@@ -97,21 +92,21 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
     if not paths:
         raise UserError("predict: no video named; expected `videoadapt predict CONFIG VIDEO ...`")
     model = inference_model(config)
-    assigned = None
-    if policy in (None, "assigned") and assigner_checkpoints(config.run.dir).latest() is not None:
-        assigned = Assigned.load(config.run.dir)
-        assigned.assigner.to(model.head.weight.device)
+    assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
-    if text.startswith("cascade:") and "cost=" in text:
-        require_labels_of_model(model, config.run.dir)
-    chosen = parse_policy(text, assigned, model.config, config.run.dir)
+    chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
     config = config.model_copy(update={"assign": chosen.assigner.config}) if chosen.assigner is not None else config
     done, failed = [], []
     for path in paths:
         try:
-            done.append(_predict_one(model, path, chosen, config, TOP))
+            prediction = _predict_one(model, path, chosen, config, TOP)
         except VideoError as error:
             failed.append({"path": path, "cause": str(error)})
+            continue
+        if math.isnan(prediction.probabilities[0]):  # JSON has no NaN, and there is no class to show
+            failed.append({"path": path, "cause": f"{path}: the model's probabilities are NaN"})
+        else:
+            done.append(prediction)
     result = {"policy": text, "predictions": [asdict(p) for p in done], "failed": failed}
     write_json(config.run.dir / "predict" / "predictions.json", result)
     return result

@@ -6,6 +6,7 @@ with a sentence, and where nobody named it, the one before it is used. Nothing i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -202,6 +203,15 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     if wrong:
         raise CheckpointError(f"{path}: tensor {wrong[0]} (and {len(wrong) - 1} more) does not fit this architecture")
     module.load_state_dict(dict(tensors))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Returns 12 hex digits of SHA-256 over the names and bytes of all tensors of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

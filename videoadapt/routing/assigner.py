@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from videoadapt.config.sections import AssignConfig
 from videoadapt.errors import CheckpointError
-from videoadapt.model.checkpoint import Checkpoints, Guard, find_checkpoint, load_tensors
+from videoadapt.model.checkpoint import Checkpoint, Checkpoints, Guard, find_checkpoint, load_tensors
 
 # EfficientNet-B0 by stages, in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze-excitation
 B0_STAGES = (
@@ -100,12 +100,24 @@ def assigner_checkpoints(run: Path, guard: Guard = nullcontext) -> Checkpoints:
 
 
 def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]:
-    """The assigner of a checkpoint file or run folder, in eval mode, its points and threshold, or `CheckpointError`."""
-    checkpoint = find_checkpoint(Path(source), assigner_checkpoints)
+    """Loads the assigner of a checkpoint file or of a run folder.
+
+    Returns:
+        The assigner in eval mode, the points that it was fitted for (costliest first), and its threshold.
+
+    Raises:
+        CheckpointError: There is no fitted assigner, or its file cannot be read.
+    """
+    return restore_assigner(find_checkpoint(Path(source), assigner_checkpoints))
+
+
+def restore_assigner(checkpoint: Checkpoint) -> tuple[Assigner, tuple[str, ...], float]:
+    """Builds the assigner of a checkpoint; returns and raises as `load_assigner`."""
     if checkpoint.meta["threshold"] is None:
         raise CheckpointError(
             f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
         )
-    assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(checkpoint.meta["points"]))
+    points = tuple(checkpoint.meta["points"])
+    assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(points))
     load_tensors(assigner, checkpoint.tensors_under("model"), checkpoint.path)
-    return assigner.eval(), tuple(checkpoint.meta["points"]), float(checkpoint.meta["threshold"])
+    return assigner.eval(), points, float(checkpoint.meta["threshold"])

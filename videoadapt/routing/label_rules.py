@@ -6,6 +6,7 @@ model again. Points are numbered as in `model.points`: 0 is the costliest, the l
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
@@ -43,6 +44,11 @@ def confidence(probabilities: Floats, measure: Measure) -> Floats:
     return 1 + (probabilities * surprise).sum(-1) / np.log(probabilities.shape[-1])
 
 
+def confidences(probabilities: Floats) -> dict[Measure, Floats]:
+    """Returns `confidence` by every measure."""
+    return {measure: confidence(probabilities, measure) for measure in MEASURES}
+
+
 def outcome_table(
     videos: Sequence[str], clips: npt.NDArray[np.int64], truth: Choice, probabilities: Floats, points: Sequence[str]
 ) -> pd.DataFrame:
@@ -66,7 +72,7 @@ def outcome_table(
             "right": (prediction == truth[:, None]).ravel(),
             "p_true": p_true.ravel(),
             "margin": (p_true - others.max(-1)).ravel(),
-            **{f"confidence_{measure}": confidence(probabilities, measure).ravel() for measure in MEASURES},
+            **{f"confidence_{measure}": sure.ravel() for measure, sure in confidences(probabilities).items()},
         }
     )
 
@@ -132,3 +138,34 @@ def choose_threshold(probabilities: Floats, right: Bools, costs: Floats, *, tole
         if accuracy >= allowed and cost < least:
             best, least = float(threshold), cost
     return best
+
+
+def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float:
+    """Finds the highest threshold, one for a whole cascade, at which a clip costs at most `mean_cost` on average.
+
+    The truth is not needed. As in `Cascade`, a clip with a NaN confidence goes on to the next point.
+
+    Args:
+        confidences: `(clips, points)`, points in the order of the cascade.
+        costs: Cost of each of these points, `(points,)`, in the unit of `mean_cost`.
+        mean_cost: The mean cost of a clip.
+
+    Returns:
+        The threshold. 2 if the mean cost pays for all points of every clip: no confidence reaches 2.
+
+    Raises:
+        UserError: The lowest threshold costs more. It is 0: every clip ends at the first point, apart from NaN.
+    """
+
+    def cost(threshold: float) -> float:
+        goes_on = np.cumprod(~(confidences[:, :-1] >= threshold), axis=1)  # whether a clip runs each further point
+        return float(costs[0] + (goes_on @ costs[1:]).mean())
+
+    # The mean cost only changes at confidences that occur. NaN is no threshold, and would break the bisection.
+    found = confidences[:, :-1]
+    candidates = np.unique(np.append(found[~np.isnan(found)], [0.0, 2.0]))
+    if cost(candidates[0]) > mean_cost:
+        raise UserError(
+            f"cascade: its first point alone costs {cost(candidates[0]):.3g}, which is more than {mean_cost:g}"
+        )
+    return float(candidates[bisect_right(candidates, mean_cost, key=cost) - 1])

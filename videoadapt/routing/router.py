@@ -1,42 +1,115 @@
-"""Routing: the policy gives each clip its point, clips of one point run in full batches, results return in order."""
+"""Runs policies: decides which points each clip runs, in full batches, and what the clip costs.
+
+`decide` is the only place where a policy acts. `evaluate` feeds it stored answers, `predict` feeds it the model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from videoadapt.config.cascade import MEASURES, Measure
+from videoadapt.config.cost import point_macs
+from videoadapt.config.sections import ModelConfig
 from videoadapt.data.clips.views import normalise
+from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.label_rules import Bools, Choice, Floats, confidence, softmax
-from videoadapt.routing.policy import Cascade, Evidence, Policy
+from videoadapt.routing.assigner import Assigner, assigner_macs
+from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, softmax
+from videoadapt.routing.policy import NO_POINT, Evidence, Policy
+
+# Runs some clips (row numbers) at one point (its number) and returns their confidences by measure, `(rows,)`
+RunPoint = Callable[[Choice, int], Mapping[Measure, Floats]]
+
+
+def decide(policy: Policy, evidence: Evidence, run: RunPoint) -> Choice:
+    """Gives each clip its points, one round after the other, until the policy ends every clip.
+
+    Args:
+        policy: The rule.
+        evidence: What is known before the model runs. `confidence` is ignored: the policy sees the confidence of a
+            clip only at the points that the clip has run.
+        run: Runs clips at a point. It is called once for each point of a round, costliest first.
+
+    Returns:
+        Number of the point where each clip ends, `(clips,)`.
+
+    Raises:
+        UserError: The policy needs the truth, and `evidence` does not have it.
+        ValueError: The policy breaks its own rules: it ends a clip before its first point, runs a point twice on a
+            clip, or runs other points than `visits` says.
+    """
+    _require_evidence(policy, evidence)
+    shape = (evidence.clips, len(evidence.points))
+    seen = {measure: np.full(shape, np.nan) for measure in MEASURES} if "confidence" in policy.needs else {}
+    ran = np.zeros(shape, dtype=bool)
+    last = np.full(evidence.clips, NO_POINT)
+    left = np.arange(evidence.clips)
+    while len(left):
+        following = policy.next(replace(evidence, confidence=seen).take(left), last[left])
+        if ((following == NO_POINT) & (last[left] == NO_POINT)).any():
+            raise ValueError(f"policy {policy.name}: ends a clip before its first point")
+        goes_on = following != NO_POINT
+        left, following = left[goes_on], following[goes_on]
+        if ran[left, following].any():  # would never end
+            raise ValueError(f"policy {policy.name}: runs a point twice on a clip")
+        for number in np.unique(following).tolist():
+            rows = left[following == number]
+            found = run(rows, number)
+            for measure, values in seen.items():
+                values[rows, number] = found[measure]
+        ran[left, following] = True
+        last[left] = following
+    _require_visits(policy, evidence.points, last, ran)
+    return last
+
+
+def _require_evidence(policy: Policy, evidence: Evidence) -> None:
+    if "truth" in policy.needs and evidence.right is None:
+        raise UserError(f"policy {policy.name}: needs the true classes, which only `videoadapt evaluate` knows")
+    if "assigner" in policy.needs and evidence.assigned is None:
+        raise ValueError(f"policy {policy.name}: needs the assigner's probabilities of the clips")
+
+
+def _require_visits(policy: Policy, points: tuple[str, ...], ended: Choice, ran: Bools) -> None:
+    """Costs are sums over `visits`, so `visits` must name exactly the points that ran."""
+    for number in np.unique(ended).tolist():
+        visited = np.isin(points, policy.visits(points[number]))
+        if (ran[ended == number] != visited).any():
+            raise ValueError(f"policy {policy.name}: `visits` does not name the points that its clips ran")
+
+
+def clip_macs(policy: Policy, ended: Choice, model: ModelConfig, *, crops: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Returns the MACs of clips by the points where they end. All costs of policies come from here.
+
+    Args:
+        policy: The policy that decided.
+        ended: Number of the point where each clip ends, `(clips,)`.
+        model: The model's config.
+        crops: Crops of a clip; the model runs on each, the assigner once on the clip.
+
+    Returns:
+        The MACs of each clip, `(clips,)`: all crops at all points that it has run, and the assigner. Then the MACs of
+        the assigner alone, 0 for a policy without one.
+    """
+    macs, points = point_macs(model), model.points
+    ends, kind = np.unique(ended, return_inverse=True)
+    paid = [crops * sum(macs[point] for point in policy.visits(points[end])) for end in ends.tolist()]
+    assigner = assigner_macs(policy.assigner.config, len(points)) if policy.assigner is not None else 0
+    return np.array(paid, dtype=np.int64)[kind] + assigner, assigner
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The chosen point of each clip, `(clips,)`, and the logits of its views there, `(clips, crops, classes)`."""
+    """The point where each clip ends, `(clips,)`, and the logits of its views there, `(clips, crops, classes)`."""
 
     choice: Choice
     logits: Floats
-
-
-@torch.inference_mode()
-def view_logits(model: TimeSformer, views: Tensor, point: str, *, batch: int) -> Tensor:
-    """Float32 logits `(V, classes)` on the CPU, of uint8 views `(V, C, T, S, S)`, `batch` views at a time."""
-    weight = model.head.weight
-    outputs = []
-    for part in views.split(batch):
-        clips = normalise(part.to(weight.device), model.config.mean, model.config.std, weight.dtype)
-        outputs.append(model(clips, point).float())
-    return torch.cat(outputs).cpu()
-
-
-def assign_probabilities(assigner: Assigner, thumbnails: Tensor) -> Floats:
-    """The assigner's label probabilities `(clips, points)` of uint8 thumbnails `(clips, C, A, s, s)`."""
-    return assigner.probabilities(thumbnails.to(assigner.head.weight.device)).cpu().double().numpy()
 
 
 def route(
@@ -48,43 +121,77 @@ def route(
     thumbnails: Tensor | None = None,
     right: Bools | None = None,
 ) -> Routed:
-    """Runs each clip of uint8 `(clips, crops, C, T, S, S)` at the point that the policy chooses, or along its chain.
+    """Runs each clip at the points that the policy chooses; clips of one point share batches.
 
-    `batch` views run at a time; the results are those of running each clip alone. `thumbnails` are for a policy with
-    an assigner, `right` for the oracle.
+    Args:
+        model: The model, in eval mode.
+        views: uint8 `(clips, crops, C, T, S, S)`.
+        policy: The rule.
+        batch: Views of a forward pass. The results are those of running each clip alone.
+        thumbnails: uint8 `(clips, C, A, s, s)`, for a policy with an assigner.
+        right: `(clips, points)`, for a policy that needs the truth.
+
+    Returns:
+        The points and float32 logits of the clips, in the order of `views`.
+
+    Raises:
+        UserError: As in `decide`.
+        ValueError: The policy has an assigner and there are no thumbnails, or as in `decide`.
     """
-    if isinstance(policy, Cascade):
-        return _run_chain(model, views, policy, batch=batch)
+    clips, crops = views.shape[:2]
     assigned = None
     if policy.assigner is not None:
         if thumbnails is None:
             raise ValueError(f"policy {policy.name}: needs the clips' thumbnails")
         assigned = assign_probabilities(policy.assigner, thumbnails)
-    clips, crops = views.shape[:2]
-    choice = policy.choose(Evidence(clips, model.config.points, assigned, right))
     logits = np.empty((clips, crops, model.config.num_classes), np.float32)
-    for number, point in enumerate(model.config.points):
-        here = np.flatnonzero(choice == number)
-        if len(here):
-            logits[here] = _run(model, views, here, point, batch=batch)
+
+    def run(rows: Choice, number: int) -> Mapping[Measure, Floats]:
+        flat = views[torch.from_numpy(rows)].flatten(0, 1)  # (rows * crops, C, T, S, S)
+        found = view_logits(model, flat, model.config.points[number], batch=batch)
+        # A later point of a clip overwrites the answer of an earlier one: what stays is that of its last point.
+        logits[rows] = found.unflatten(0, (len(rows), crops)).numpy()  # (rows, crops, classes)
+        return confidences(clip_probabilities(logits[rows])) if "confidence" in policy.needs else {}
+
+    choice = decide(policy, Evidence(clips, model.config.points, assigned, right), run)
     return Routed(choice, logits)
 
 
-def _run(model: TimeSformer, views: Tensor, clips: Choice, point: str, *, batch: int) -> Floats:
-    """The logits of some of the clips, `(clips, crops, classes)`."""
-    out = view_logits(model, views[torch.from_numpy(clips)].flatten(0, 1), point, batch=batch)
-    logits: Floats = out.unflatten(0, (len(clips), views.shape[1])).numpy()
-    return logits
+def clip_probabilities(logits: Floats) -> Floats:
+    """Returns the mean over crops of the probabilities: `(clips, crops, ..., classes)` to `(clips, ..., classes)`.
+
+    In float64. Stored and fresh logits both pass through here, so that equal logits give equal confidences.
+    """
+    means: Floats = softmax(logits).mean(1)
+    return means
 
 
-def _run_chain(model: TimeSformer, views: Tensor, policy: Cascade, *, batch: int) -> Routed:
-    """Each point of the chain in full batches of the clips that none before was sure of."""
-    choice = np.empty(len(views), np.int64)
-    logits = np.empty((*views.shape[:2], model.config.num_classes), np.float32)
-    left = np.arange(len(views))
-    for point, threshold in zip(policy.chain, (*policy.thresholds, 0.0), strict=True):  # the last is always sure
-        if len(left):
-            logits[left] = _run(model, views, left, point, batch=batch)
-            choice[left] = model.config.points.index(point)
-            left = left[confidence(softmax(logits[left]).mean(1), policy.measure) < threshold]
-    return Routed(choice, logits)
+@torch.inference_mode()
+def view_logits(model: TimeSformer, views: Tensor, point: str, *, batch: int) -> Tensor:
+    """Runs views at one point.
+
+    Args:
+        model: The model, in eval mode, of any precision and on any device.
+        views: uint8 `(V, C, T, S, S)`.
+        point: The point.
+        batch: Views of a forward pass.
+
+    Returns:
+        Float32 logits on the CPU, `(V, classes)`.
+    """
+    weight = model.head.weight
+    outputs = []
+    for micro_batch in views.split(batch):
+        clips = normalise(micro_batch.to(weight.device), model.config.mean, model.config.std, weight.dtype)
+        outputs.append(model(clips, point).float())
+    return torch.cat(outputs).cpu()
+
+
+def assign_probabilities(assigner: Assigner, thumbnails: Tensor) -> Floats:
+    """Returns the assigner's label probabilities, float64 `(clips, points)`.
+
+    Args:
+        assigner: The assigner, in eval mode and on any device.
+        thumbnails: uint8 `(clips, C, A, s, s)`, A frames of each clip.
+    """
+    return assigner.probabilities(thumbnails.to(assigner.head.weight.device)).cpu().double().numpy()

@@ -19,7 +19,6 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.load import Config
@@ -27,12 +26,11 @@ from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.video.files import reason
-from videoadapt.errors import UserError
-from videoadapt.model.checkpoint import load_model
+from videoadapt.model.checkpoint import load_model, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.label_rules import Bools, Floats, confidence, softmax
-from videoadapt.routing.router import assign_probabilities, view_logits
+from videoadapt.routing.label_rules import Bools, Floats, confidences
+from videoadapt.routing.router import assign_probabilities, clip_probabilities, view_logits
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.machine import pick_device, precision_dtype
@@ -63,8 +61,7 @@ class Scored:
 
     def probabilities(self) -> Floats:
         """The mean over a clip's crops, `(n, points, classes)`."""
-        means: Floats = softmax(self.logits).mean(1)
-        return means
+        return clip_probabilities(self.logits)
 
 
 @dataclass(frozen=True)
@@ -261,7 +258,8 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         if "rows" in part:
             probabilities = _scored(part).probabilities()
             part["right"] = probabilities.argmax(-1) == part["truth"][:, None]
-            part |= {measure: confidence(probabilities, measure) for measure in MEASURES}
+            for measure, values in confidences(probabilities).items():
+                part[measure] = values
             for key in part.keys() - {"logits", "failures"}:
                 small.setdefault(key, []).append(part[key])
 
@@ -280,22 +278,3 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         model=weights,
         files=files,
     )
-
-
-def require_labels_of_model(model: nn.Module, run: Path) -> None:
-    """Raises `UserError` where the label table of a run was made by other weights than these."""
-    path = run / "labels" / "label.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["model"] != weights_digest(model):
-        raise UserError(
-            f"{path.parent}: made by other weights, or with another run.precision, so that no cost can be fitted on "
-            "it; run `label` again"
-        )
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Of names and values, so that parts of another model are never mixed in."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]

@@ -1,0 +1,295 @@
+"""Evaluation and prediction decide alike: the same clip gets the same point and the same cost on both paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import small_runs as runs
+import videoadapt as va
+from videoadapt.config.cost import point_macs
+from videoadapt.config.load import Config
+from videoadapt.data.index.manifest import load_or_index
+from videoadapt.errors import CheckpointError, UserError
+from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.evaluation.predict import predict, predict_files
+from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
+from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_macs
+from videoadapt.routing.label_rules import Choice
+from videoadapt.routing.policy import NO_POINT, Evidence, OnePointPolicy, Policy
+from videoadapt.routing.router import decide
+from videoadapt.training.state import State
+
+POINTS = ("4", "3", "2")
+CLASSES, CLIPS, CROPS = 2, 24, 2
+NAN = np.nan
+
+
+def table() -> np.ndarray:
+    """Logits of each clip at each point, `(CLIPS, POINTS, CLASSES)`. Some clips have NaN at some or all points."""
+    logits = np.random.default_rng(0).normal(0, 2, (CLIPS, len(POINTS), CLASSES)).astype(np.float32)
+    logits[0] = NAN
+    logits[1, 2] = NAN  # at the cheapest point
+    logits[2, :2] = NAN
+    logits[3, 1:] = NAN
+    logits[4, 2, 1] = NAN  # of one class alone
+    logits[5, 2, 1] = np.inf  # softmax of it is NaN
+    return logits
+
+
+def level(clip: int) -> int:
+    """The grey level of the image that stands for a clip."""
+    return 5 + 10 * clip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run with an untrained model and an untrained assigner; its val split has an image of one grey level a clip."""
+    folder = tmp_path_factory.mktemp("both")
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+    for clip in range(CLIPS):
+        image = Image.new("RGB", (20, 18), (level(clip),) * 3)
+        image.save(folder / "val" / "ab"[clip % 2] / f"{clip}.png")
+        image.save(folder / "train" / "ab"[clip % 2] / f"{clip}.png")
+    config = runs.config(
+        folder,
+        folder / "run",
+        data={"root": None, "classes": None, "holdout": 0.0, "short_side": None}
+        | {split: {"annotations": str(folder / split)} for split in ("train", "val")},
+        model={"width": 16, "heads": 2, "depth": 1, "patch": 4, "size": 16, "num_classes": CLASSES, "points": POINTS}
+        | {"num_frames": 1, "stride_frames": 1, "temporal": False, "time_init_std": 0.0},
+        label={"source": "train"},
+        assign={"frames": 1, "stages": 1},
+        evaluate={"spatial_crops": CROPS, "speed_clips": 0, "batch": 5, "cascade": ["2,4:0.5", "2,3,4:0.4,0.6:margin"]},
+    )
+    save_model(config)
+    save_assigner(config)
+    return config
+
+
+def save_model(config: Config) -> None:
+    state = State.start(config, load_or_index(config))
+    train_checkpoints(config.run.dir).save(0, *state.saved())
+
+
+def save_assigner(config: Config, *, points: tuple[str, ...] = POINTS) -> None:
+    """An assigner whose choices differ from clip to clip."""
+    torch.manual_seed(0)
+    assigner = Assigner(config.assign, len(points))
+    size = config.assign.size
+    shades = torch.tensor([level(clip) for clip in range(CLIPS)], dtype=torch.uint8)
+    thumbnails = shades[:, None, None, None, None].expand(-1, 3, 1, size, size)
+    assigner.train()(thumbnails)  # statistics of its batch norms
+    assigner.eval()
+    with torch.no_grad():
+        assigner.head.weight.mul_(3 / assigner(thumbnails).std(0)[:, None])
+        assigner.head.bias.sub_(assigner(thumbnails).mean(0))
+    meta = {
+        "assign": config.assign.model_dump(mode="json"),
+        "points": list(points),
+        "threshold": 0.6,
+        "model": weights_digest(load_model(config.run.dir)),
+    }
+    tensors = {f"model/{name}": tensor for name, tensor in assigner.state_dict().items()}
+    assigner_checkpoints(config.run.dir).save(1, tensors, meta)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Makes every model answer from `table`: the grey level of a view says which clip it is."""
+    logits = torch.from_numpy(table())
+
+    def forward(model: va.TimeSformer, views: Tensor, point: str) -> Tensor:
+        grey = (views.mean((1, 2, 3, 4)) * sum(model.config.std) / 3 + sum(model.config.mean) / 3) * 255
+        clips = ((grey - level(0)) / (level(1) - level(0))).round().long()
+        return logits[clips, POINTS.index(point)]
+
+    monkeypatch.setattr(va.TimeSformer, "forward", forward)
+    return logits.numpy()
+
+
+@dataclass(frozen=True)
+class SecondOpinion(Policy):
+    """A policy that the package does not know: the cheapest point, and the costliest for doubtful answers."""
+
+    doubt: float
+    name = "second_opinion"
+    needs = frozenset({"confidence"})
+
+    def next(self, evidence: Evidence, last: Choice) -> Choice:
+        cheapest = len(evidence.points) - 1
+        margin = evidence.confidence["margin"][:, cheapest]
+        again = np.where((last == cheapest) & ~(margin > self.doubt), 0, NO_POINT)
+        return np.where(last == NO_POINT, cheapest, again)
+
+    def visits(self, point: str) -> tuple[str, ...]:
+        return ("2",) if point == "2" else ("2", point)
+
+    def record(self) -> dict[str, Any]:
+        return {"doubt": self.doubt}
+
+
+def test_both_paths_give_the_same_point_and_cost(run: Config, answers: np.ndarray) -> None:
+    assert np.isnan(answers).any(-1).sum() > 5
+    assigned = va.Assigned.load(run.run.dir)
+    new = SecondOpinion(0.3)
+    summary = evaluate(run, [new])
+    assert summary["policies"][new.name]["doubt"] == 0.3
+    clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet").set_index(["policy", "video"])
+    val = load_or_index(run).split("val")
+    model = load_model(run.run.dir)
+    policies: list[str | Policy] = [*(f"fixed:{p}" for p in POINTS), *(f"cascade:{t}" for t in run.evaluate.cascade)]
+    policies += [assigned, new]
+    for policy in policies:
+        name = policy if isinstance(policy, str) else policy.name
+        found = predict(model, val["path"].tolist(), policy, evaluate=run.evaluate, data=run.data)
+        ends = [prediction.points[0] for prediction in found]
+        assert ends == clips.loc[name].loc[val["video"], "point"].tolist(), name
+        assert [p.macs for p in found] == clips.loc[name].loc[val["video"], "macs"].tolist(), name
+        assert len(set(ends)) > 1 or name.startswith("fixed:"), f"{name} gives all clips the same point"
+
+
+def test_the_verb_predict_decides_as_the_function(run: Config, answers: np.ndarray) -> None:
+    paths = load_or_index(run).split("val")["path"].tolist()
+    model = load_model(run.run.dir)
+    for policy in (None, "cascade:2,4:0.5"):
+        written = predict_files(run, paths, policy)
+        assert written["policy"] == (policy or "assigned")
+        given = policy or va.Assigned.load(run.run.dir)
+        expected = predict(model, paths, given, evaluate=run.evaluate, data=run.data)
+        usable = [p for p in expected if not np.isnan(p.probabilities).any()]
+        assert 0 < len(usable) < len(expected)
+        assert [(p["path"], tuple(p["points"]), p["macs"]) for p in written["predictions"]] == [
+            (p.path, p.points, p.macs) for p in usable
+        ]
+        unusable = [p.path for p in expected if np.isnan(p.probabilities).any()]
+        assert [row["path"] for row in written["failed"]] == unusable  # JSON has no NaN
+        assert written["failed"][0]["cause"].endswith("probabilities are NaN")
+
+
+def test_a_clip_without_a_usable_answer_runs_the_whole_cascade(run: Config, answers: np.ndarray) -> None:
+    path = run.data.val.annotations
+    macs = point_macs(run.model)
+    [lost] = predict(
+        load_model(run.run.dir), [Path(str(path)) / "a" / "0.png"], va.Cascade(("2", "3", "4"), (0.0, 0.0))
+    )
+    assert lost.points == ("4",)
+    assert lost.macs == 3 * sum(macs.values())  # three crops is the default
+
+
+def test_clips_pay_for_their_assigner_once_and_for_every_crop(run: Config, answers: np.ndarray) -> None:
+    path = load_or_index(run).split("val")["path"].tolist()[7]
+    [prediction] = predict(load_model(run.run.dir), [path], va.Assigned.load(run.run.dir), evaluate=run.evaluate)
+    expected = CROPS * point_macs(run.model)[prediction.points[0]] + assigner_macs(run.assign, len(POINTS))
+    assert prediction.macs == expected
+
+
+Path_ = Callable[[Config], object]
+PATHS: dict[str, Path_] = {
+    "evaluate": evaluate,
+    "predict": lambda config: predict_files(config, image(config), None),
+    "va.predict": lambda config: predict(
+        load_model(config.run.dir), image(config), va.Assigned.load(config.run.dir), evaluate=config.evaluate
+    ),
+}
+
+
+def image(config: Config) -> list[str]:
+    return load_or_index(config).split("val")["path"].tolist()[:1]
+
+
+@pytest.fixture
+def copy(run: Config, tmp_path: Path) -> Config:
+    """A run of its own, which the test may change."""
+    config = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path / "run", "seed": 2})})
+    save_model(config)
+    save_assigner(config)
+    return config
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_assigner_of_other_weights_is_warned_of(copy: Config, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    PATHS[path](copy)
+    assert "other weights" not in capsys.readouterr().err
+    other = copy.model_copy(update={"run": copy.run.model_copy(update={"seed": 3})})
+    save_model(other)  # as if the model was trained again after `assign`
+    PATHS[path](other)
+    assert "its assigner was fitted to the labels of other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_assigner_of_other_points_is_refused(copy: Config, path: str) -> None:
+    save_assigner(copy, points=("4", "2"))
+    with pytest.raises(CheckpointError, match="was fitted for the points 4, 2, the model has 4, 3, 2"):
+        PATHS[path](copy)
+
+
+def test_an_assigner_with_other_settings_is_refused_by_evaluate_alone(copy: Config) -> None:
+    """`predict` reads thumbnails with the assigner's own settings, so that the config's do not matter."""
+    other = copy.model_copy(update={"assign": copy.assign.model_copy(update={"size": 48})})
+    with pytest.raises(CheckpointError, match=r"assign\.size is 32 there, 48 here"):
+        evaluate(other)
+    assert len(predict_files(other, image(other), "assigned")["predictions"]) == 1
+
+
+class Other(va.Assigned):
+    """An assigned policy under another name."""
+
+    name = "other"
+
+
+def test_further_policies_are_checked_before_any_clip_is_scored(copy: Config) -> None:
+    with pytest.raises(UserError, match="policy fixed:7: the model has no point 7"):
+        evaluate(copy, [va.Fixed("7")])
+    with pytest.raises(UserError, match="its assigner is not the one of this run"):
+        evaluate(copy, [Other(Assigner(copy.assign, 3).eval(), POINTS)])
+    with pytest.raises(UserError, match="two policies are named fixed:3"):
+        evaluate(copy, [va.Fixed("3")])
+    assert not (copy.run.dir / "scores").exists()
+
+
+def test_a_policy_that_needs_the_truth_exists_in_evaluations_alone(run: Config) -> None:
+    with pytest.raises(UserError, match="oracle: needs the true classes, which only `videoadapt evaluate` knows"):
+        predict(load_model(run.run.dir), image(run), va.Oracle())
+
+
+class Broken(Policy):
+    """A policy whose `next` comes from the test."""
+
+    name = "broken"
+
+    def __init__(self, following: Callable[[Choice], Choice]) -> None:
+        self.following = following
+
+    def next(self, evidence: Evidence, last: Choice) -> Choice:
+        return self.following(last)
+
+
+@pytest.mark.parametrize(
+    ("following", "message"),
+    [
+        (lambda last: np.full_like(last, NO_POINT), "ends a clip before its first point"),
+        (lambda last: np.zeros_like(last), "runs a point twice on a clip"),
+        (lambda last: np.where(last == NO_POINT, 2, np.where(last == 2, 0, NO_POINT)), "`visits` does not name"),
+    ],
+)
+def test_a_policy_that_breaks_its_own_rules_is_found_out(following: Callable[[Choice], Choice], message: str) -> None:
+    with pytest.raises(ValueError, match=f"policy broken: {message}"):
+        decide(Broken(following), Evidence(3, POINTS), lambda _rows, _number: {})
+
+
+def test_nan_probabilities_of_an_assigner_give_the_costliest_point() -> None:
+    probabilities = np.array([[0.1, 0.1, 0.8], [NAN, NAN, NAN], [0.1, NAN, 0.8]])
+    policy: OnePointPolicy = va.Assigned(Assigner(va.Config().assign, 3), POINTS, 0.9)
+    assert policy.choose(Evidence(3, POINTS, probabilities)).tolist() == [1, 0, 0]
