@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench_train_ranks import Turn, started
+from rank_processes import Turn, started
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, make_config
 from videoadapt.data.clips.datasets import Clip, Failure

@@ -1,26 +1,34 @@
-"""`videoadapt bench train`: optimizer steps at several lengths, by one rank and by groups, beside separate models.
+"""Times optimizer steps at several lengths: by one rank, by groups of ranks, and beside separate models.
 
-Clips are made up and lie ready: decoding is not part of a step.
+    python tools/bench_train.py CONFIG rounds=5 batch=4 lengths=[14,7,10] [section.key=value ...] [--json]
+
+The clips are random and already in memory: decoding is not part of a step. Cases that need more cores or GPUs than
+this machine has are predicted as `videoadapt plan` predicts them. Results are printed, and written to DIR/train.json.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import datetime
+import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_train_ranks import Prepare, slots, started
-from bench_train_steps import StepTurn, matrix_product, our_step, passes, peer_step, sum_over_ranks
+from bench_train_results import Row, by_lengths, print_bench_train, with_times
+from bench_train_steps import all_reduce, matrix_product, our_step, passes, peer_step
+from rank_processes import Prepare, slots, started
 from videoadapt.config.cost import point_macs
-from videoadapt.config.load import Config, make_config, parse_settings
+from videoadapt.config.load import Config, load_config, make_config, parse_settings
 from videoadapt.config.points import Point
 from videoadapt.config.sections import Count, Section
-from videoadapt.errors import ConfigError, RunError
+from videoadapt.errors import ConfigError, RunError, UserError
 from videoadapt.performance.bench.machine import machine, versions
 from videoadapt.performance.forecast import Network, Passes, forecast
 from videoadapt.performance.memory import parameter_count
@@ -33,59 +41,76 @@ from videoadapt.training.draws import point_shares
 from videoadapt.training.groups import GroupPlan, make_plan
 
 PEER = "Hugging Face's TimeSformer"
-_PASSES, _PRODUCT, _SUM = "passes", "matrix product", "sum over ranks"
+_PASSES, _PRODUCT, _REDUCE = "passes", "matrix product", "sum over ranks"  # names of jobs that are not cases
 _PACKAGES = ("torch", "timm", "transformers")
 
 
 class Settings(Section):
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
     dir: Path = Path("runs/bench")
-    rounds: Count = 5  # contestants take turns, so that all meet the same noise
+    rounds: Count = 5  # cases take turns in every round, so that noise on the machine meets all of them
     batch: Count = 4  # clips of a step, over all ranks
-    steps: Count = 1  # in a turn; their mean counts
-    lengths: tuple[Count, ...] | None = (
-        None  # the first k make the steps at k; none = the longest, then the shortest up
-    )
+    steps: Count = 1  # of a turn; their mean counts
+    lengths: tuple[Count, ...] | None = None  # in the order in which they are added; None: the longest, then ascending
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A step at some points by some ranks. `kind` is alone, sequential, groups, no groups, or how a grid is drawn."""
+class Case:
+    """A step at some points by some ranks."""
 
-    kind: str
+    kind: str  # alone, sequential, groups, no groups, the peer's name or, for a grid, a value of `train.draw`
     config: Config
     ranks: int
 
     @property
     def name(self) -> str:
-        """As `groups {14, 7}, 2 ranks`."""
+        """For example `groups {14, 7}, 2 ranks`."""
         points = "{" + ", ".join(self.config.model.points) + "}"
         return f"{self.kind} {points}" + (f", {self.ranks} ranks" if self.ranks > 1 else "")
 
+    @property
+    def plan(self) -> GroupPlan:
+        """Which rank trains what. Raises `ConfigError` if a rank has no clip."""
+        return make_plan(self.config, self.ranks, point_macs(self.config.model))
 
-def contestants(config: Config, settings: Settings) -> list[Contestant]:
-    """Each length alone, the first k lengths by one rank, in groups on 2 to k ranks, and all without groups.
 
-    Where the config has keeps, also its whole grid by one rank: all points a step, and four that are drawn.
+@dataclass(frozen=True)
+class _Job:
+    """What takes turns: `prepare(config, *args)` on some ranks."""
+
+    prepare: Prepare
+    config: Config
+    args: tuple[Any, ...] = ()
+    ranks: int = 1
+
+
+def cases(config: Config, settings: Settings) -> list[Case]:
+    """Returns our cases; the first is the costliest length alone, to which the others are compared.
+
+    They are each length alone, the first k lengths by one rank and in groups on 2 to k ranks, and all lengths without
+    groups. A config with keeps also gives its whole grid by one rank, with all points in a step and with sampled ones.
+
+    Raises:
+        ConfigError: The lengths repeat, or do not fit the model.
     """
     lengths = settings.lengths or (config.model.lengths[0], *sorted(config.model.lengths[1:]))
     if len(set(lengths)) < len(lengths):
-        raise ConfigError(f"bench train: lengths: expected different lengths, got {list(lengths)}")
+        raise ConfigError(f"bench_train: lengths: expected different lengths, got {list(lengths)}")
 
-    def of(kind: str, k: Sequence[int], ranks: int) -> Contestant:
+    def case(kind: str, members: Sequence[int], ranks: int) -> Case:
         groups = "auto" if kind == "groups" else None
-        return Contestant(kind, _changed(config, settings.batch, list(map(str, k)), groups), ranks)
+        return Case(kind, _changed(config, settings.batch, list(map(str, members)), groups), ranks)
 
-    found = [of("alone", [length], 1) for length in lengths]
+    found = [case("alone", [length], 1) for length in lengths]
     for k in range(2, len(lengths) + 1):
-        found.append(of("sequential", lengths[:k], 1))
-        found += [of("groups", lengths[:k], ranks) for ranks in range(2, k + 1)]
-    found += [of("no groups", lengths, ranks) for ranks in range(2, len(lengths) + 1)]
+        found.append(case("sequential", lengths[:k], 1))
+        found += [case("groups", lengths[:k], ranks) for ranks in range(2, k + 1)]
+    found += [case("no groups", lengths, ranks) for ranks in range(2, len(lengths) + 1)]
     grid = config.model.points
     if any(Point.parse(point).keep < 1 for point in grid):
         draws = ("all", "sampled")
-        found += [Contestant(draw, _changed(config, settings.batch, grid, None, draw=draw), 1) for draw in draws]
+        found += [Case(draw, _changed(config, settings.batch, grid, None, draw=draw), 1) for draw in draws]
     return found
 
 
@@ -94,200 +119,145 @@ def _changed(config: Config, batch: int, points: Sequence[str], groups: str | No
     values["model"]["points"] = list(points)
     values["train"] |= {"batch": batch, "accumulate": 1, "draw": draw}
     values["parallel"]["groups"] = groups
-    return make_config(values, "bench train")
+    return make_config(values, "bench_train")
 
 
 def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Measures all contestants for which there are cores or GPUs, predicts the others; returns what `train.json` holds.
+    """Measures the cases for which the machine has enough cores or GPUs, and predicts the others.
 
-    What cannot be run is named with the cause. Raises `ConfigError` for settings or a config that cannot be,
-    `RunError` where the costliest length alone cannot be trained.
+    Args:
+        config: Gives the model, the optimizer, the precision and the device.
+        words: Settings as `key=value`.
+
+    Returns:
+        The content of `train.json`. Cases that cannot run are in `left_out` with the cause.
+
+    Raises:
+        ConfigError: A setting is wrong, or does not fit the config.
+        RunError: The costliest length alone cannot be trained.
     """
-    settings = parse_settings(Settings, "bench train", words)
-    places, asked = slots(config.run.device), contestants(config, settings)
-    left_out = {each.name: cause for each in asked if (cause := _impossible(each))}
-    possible = [each for each in asked if each.name not in left_out]
-    sizes = (max(1, settings.batch // 2), 2 * max(1, settings.batch // 2))
-    whole = max(possible, key=lambda each: len(each.config.model.points)).config
-    peer, steps = Contestant(PEER, asked[0].config, 1), settings.steps
-    jobs = {each.name: Job(our_step, each.config, (steps,), each.ranks) for each in possible if each.ranks <= places}
-    jobs |= {peer.name: Job(peer_step, peer.config, (steps,)), _PRODUCT: Job(matrix_product, whole)}
-    jobs[_PASSES] = Job(passes, whole, (sizes, steps))
-    if places > 1:
-        jobs[_SUM] = Job(sum_over_ranks, whole, ranks=2)
+    settings = parse_settings(Settings, "bench_train", words)
+    available, ours = slots(config.run.device), cases(config, settings)
+    impossible = {case.name: cause for case in ours if (cause := _why_impossible(case))}
+    possible = [case for case in ours if case.name not in impossible]
+    half = max(1, settings.batch // 2)
+    sizes = (half, 2 * half)  # of the single passes
+    whole = max(possible, key=lambda case: len(case.config.model.points)).config  # has every point that is predicted
+    peer, steps = Case(PEER, ours[0].config, 1), settings.steps
+    jobs = {
+        case.name: _Job(our_step, case.config, (steps,), case.ranks) for case in possible if case.ranks <= available
+    }
+    jobs |= {peer.name: _Job(peer_step, peer.config, (steps,)), _PRODUCT: _Job(matrix_product, whole)}
+    jobs[_PASSES] = _Job(passes, whole, (sizes, steps))
+    if available > 1:
+        jobs[_REDUCE] = _Job(all_reduce, whole, ranks=2)
     turns, failed = _measure(jobs, settings.rounds)
-    for needed in (asked[0].name, _PASSES, _PRODUCT):
-        if needed in failed:
-            raise RunError(f"bench train: {needed}: {failed[needed]}")
+    for required in (ours[0].name, _PASSES, _PRODUCT):
+        if required in failed:
+            raise RunError(f"bench_train: {required}: {failed[required]}")
 
-    point_passes, optimizer_s = fitted([each for turn in turns[_PASSES] for each in turn[0]], sizes)
-    measured = [min(turn) for turn in turns.get(_SUM, [])]
-    bytes_per_s = statistics.median(measured) if measured else config.plan.bandwidth_gbps * 1e9 / 8
+    rates = [min(turn) for turn in turns.get(_REDUCE, [])]  # the slower rank
     device = pick_device(config.run.device).type
+    bytes_per_s = statistics.median(rates) if rates else config.plan.bandwidth_gbps * 1e9 / 8
     network = Network(bytes_per_s, overlaps=device == "cuda")
-    rows = [_about(each) | _predicted(each, point_passes, optimizer_s, network) for each in possible]
-    rows.append(_about(peer) | {"predicted_s": None, "parameters": None})
-    add_times(rows, turns, statistics.median(turn[0] for turn in turns[_PRODUCT]))
+    point_passes, optimizer_s = fitted([each for turn in turns[_PASSES] for each in turn[0]], sizes)
+    rows = [_row(case, _predict(case, point_passes, optimizer_s, network)) for case in possible]
+    rows.append(dataclasses.replace(_row(peer, None), parameters=None))  # ours are counted, not the peer's
+    peak_macs_per_s = statistics.median(turn[0] for turn in turns[_PRODUCT])
+    rows = with_times(rows, turns, peak_macs_per_s)
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine() | {"device": device, "ranks": places, "load": os.getloadavg()[0]},
+        "machine": machine() | {"device": device, "ranks": available, "load": os.getloadavg()[0]},
         "versions": versions(_PACKAGES),
         "settings": settings.model_dump(mode="json"),
         "config": config.model_dump(mode="json"),
-        "peak_macs_per_s": statistics.median(turn[0] for turn in turns[_PRODUCT]),
-        "bytes_per_s": bytes_per_s if measured else None,
-        "rows": rows,
-        "lengths": by_lengths(rows),
-        "left_out": left_out | failed,
+        "peak_macs_per_s": peak_macs_per_s,
+        "bytes_per_s": bytes_per_s if rates else None,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "lengths": [dataclasses.asdict(row) for row in by_lengths(rows)],
+        "left_out": impossible | failed,
     }
     write_json(settings.dir / "train.json", result)
     return result
 
 
-@dataclass(frozen=True)
-class Job:
-    """What takes turns: a function of `steps`, what it is given, and on how many ranks."""
-
-    prepare: Prepare
-    config: Config
-    args: tuple[Any, ...] = ()
-    ranks: int = 1
-
-
-def _impossible(each: Contestant) -> str | None:
+def _why_impossible(case: Case) -> str | None:
     try:
-        _plan(each)
+        case.plan  # noqa: B018 - evaluated for its error
     except ConfigError as error:
         return str(error)
     return None
 
 
-def _plan(each: Contestant) -> GroupPlan:
-    return make_plan(each.config, each.ranks, point_macs(each.config.model))
-
-
-def _measure(jobs: Mapping[str, Job], rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """The results of every turn, by rank, and why some have none."""
+def _measure(jobs: Mapping[str, _Job], rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """For each job the results of its turns, by rank; and for each job that failed the cause."""
     turns: dict[str, list[Any]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
-    with ExitStack() as stack, Bar("bench train", total=len(jobs) * (1 + rounds), unit="turns") as bar:
+    with ExitStack() as stack, Bar("bench_train", total=len(jobs) * (1 + rounds), unit="turns") as bar:
         running = {}
         for name, job in jobs.items():
-            bar.step(note=f"{name}: getting ready")
+            bar.step(note=f"{name}: preparing")
             running[name] = stack.enter_context(started(job.ranks, job.prepare, job.config, *job.args))
-            with _noted(failed, name):
-                running[name].ready()  # one by one: all at once may not fit into memory
+            with _recorded(failed, name):
+                running[name].ready()  # one job after the other: together they may not fit into memory
         for _ in range(rounds):
-            for name, ranks in running.items():
+            for name, processes in running.items():
                 bar.step(note=name)
                 if name not in failed:
-                    with _noted(failed, name):
-                        turns[name].append(ranks.turn())
-    return {name: each for name, each in turns.items() if name not in failed}, failed
+                    with _recorded(failed, name):
+                        turns[name].append(processes.turn())
+    return {name: results for name, results in turns.items() if name not in failed}, failed
 
 
 @contextmanager
-def _noted(failed: dict[str, str], name: str) -> Iterator[None]:
+def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except RunError as error:
         failed[name] = str(error)
 
 
-def _about(each: Contestant) -> dict[str, Any]:
-    macs, shares = point_macs(each.config.model), point_shares(each.config)
-    return {
-        "name": each.name,
-        "kind": each.kind,
-        "points": list(macs),
-        "ranks": each.ranks,
-        "plan": str(_plan(each)),
-        # Of all forward passes of a step, the mean over draws.
-        "macs": sum(shares[point] * macs[point] for point in macs) * each.config.train.batch,
-        "clips": each.config.train.batch,
-        "parameters": parameter_count(each.config),
-    }
+def _row(case: Case, predicted_s: float | None) -> Row:
+    macs, fractions = point_macs(case.config.model), point_shares(case.config)
+    return Row(
+        name=case.name,
+        kind=case.kind,
+        points=list(macs),
+        ranks=case.ranks,
+        plan=str(case.plan),
+        macs=sum(fractions[point] * macs[point] for point in macs) * case.config.train.batch,
+        clips=case.config.train.batch,
+        parameters=parameter_count(case.config),
+        predicted_s=predicted_s,
+    )
 
 
-def _predicted(each: Contestant, all_: Mapping[str, Passes], optimizer_s: float, network: Network) -> dict[str, float]:
-    work = work_of(each.config, {point: all_[point] for point in each.config.model.points}, optimizer_s)
-    return {"predicted_s": forecast(_plan(each), work, network).step_s}
+def _predict(case: Case, point_passes: Mapping[str, Passes], optimizer_s: float, network: Network) -> float:
+    needed = {point: point_passes[point] for point in case.config.model.points}
+    return forecast(case.plan, work_of(case.config, needed, optimizer_s), network).step_s
 
 
-def add_times(rows: list[dict[str, Any]], turns: Mapping[str, Sequence[Sequence[StepTurn]]], peak: float) -> None:
-    """Adds to each row what was measured; None where nothing was. The first row is the costliest length alone.
-
-    Relations between contestants are medians over rounds of the relation within a round.
-    """
-    alone = [_slowest(turn) for turn in turns[rows[0]["name"]]]
-    for row in rows:
-        taken = turns.get(row["name"])
-        row["flops_bound"] = row["macs"] / rows[0]["macs"]
-        row |= dict.fromkeys(_MEASURED) if taken is None else _times(row, taken, alone, peak)
-
-
-_MEASURED = ("step_s", "rounds_s", "times_alone", "times_bound", "communication", "waited_s", "prediction_error") + (
-    "clips_per_s",
-    "peak_fraction",
-    "peak_bytes",
-)
-
-
-def _slowest(turn: Sequence[StepTurn]) -> float:
-    return max(rank.seconds for rank in turn)
-
-
-def _times(row: Mapping[str, Any], turns: Sequence[Sequence[StepTurn]], alone: Sequence[float], peak: float) -> Any:
-    seconds = [_slowest(turn) for turn in turns]
-    step_s = statistics.median(seconds)
-    times = statistics.median(one / base for one, base in zip(seconds, alone, strict=True))
-    silent = [1 - max(rank.alone_s for rank in turn) / one for turn, one in zip(turns, seconds, strict=True)]
-    return {
-        "step_s": step_s,
-        "rounds_s": seconds,
-        "times_alone": times,
-        "times_bound": times / row["flops_bound"],
-        "communication": statistics.median(silent) if row["ranks"] > 1 else None,
-        "waited_s": statistics.median(max(rank.waited_s for rank in turn) for turn in turns),
-        "prediction_error": row["predicted_s"] and row["predicted_s"] / step_s - 1,
-        "clips_per_s": row["clips"] / step_s,
-        "peak_fraction": 3 * row["macs"] / step_s / (peak * row["ranks"]),  # a backward pass has twice the MACs
-        "peak_bytes": max(rank.peak_bytes for rank in turns[-1]),
-    }
+def main() -> None:
+    """Measures and prints. Exit code 2: the input is wrong; 1: the benchmark failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's YAML config")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of the benchmark and section.key=value")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    given = parser.parse_intermixed_args()
+    # Threads that spin at barriers slow training down if other processes use the cores. The ranks inherit the variable.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    overrides = [word for word in given.words if "." in word.partition("=")[0]]
+    settings = [word for word in given.words if word not in overrides]
+    try:
+        result = bench_train(load_config(given.config, overrides), settings)
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    if given.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_bench_train(result)
 
 
-def by_lengths(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For k = 1 and more lengths: one model by one rank and with a rank for each length, beside k separate models.
-
-    The separate models are trained one after the other by one rank. A time that was not measured is predicted.
-    """
-    alone = {row["points"][0]: row for row in rows if row["kind"] == "alone"}
-    first = next(iter(alone.values()))
-    table = []
-    for one in (first, *(row for row in rows if row["kind"] == "sequential")):
-        k = len(one["points"])
-        group = next(
-            (r for r in rows if r["kind"] == "groups" and r["points"] == one["points"] and r["ranks"] == k), one
-        )
-        separate = [alone[point] for point in one["points"] if point in alone]
-        table.append(
-            {
-                "points": one["points"],
-                "sequential_s": one["step_s"],
-                "grouped_s": group["step_s"] or group["predicted_s"],
-                "grouped_is_predicted": group["step_s"] is None,
-                "separate_s": sum_or_none(row["step_s"] for row in separate),
-                "parameters": one["parameters"],
-                "separate_parameters": sum(row["parameters"] for row in separate),
-                "peak_bytes": one["peak_bytes"],
-                "grouped_peak_bytes": group["peak_bytes"],
-                "separate_peak_bytes": sum_or_none(row["peak_bytes"] for row in separate),
-            }
-        )
-    return table
-
-
-def sum_or_none(values: Iterable[float | None]) -> float | None:
-    """The sum; none if one is missing."""
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
-"""What `bench train` times: our optimizer step, Hugging Face's, passes, a matrix product, a sum over ranks.
+"""The code that `bench_train.py` times: optimizer steps, single passes, a matrix product and an all-reduce.
 
-Each function prepares one of them in its process and returns the turn: what is run when it is its turn. A turn begins
-with one step that does not count, as caches are cold and memory was given back while others had their turns.
+Each public function prepares one case in its process and returns a turn, which measures it once. A turn starts with a
+warm-up that is not measured: caches are cold, and memory was released, because other cases ran in between.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bench_train_ranks import Turn
+from rank_processes import Turn
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
@@ -35,33 +35,33 @@ from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
 from videoadapt.training.train import RankRole, train_step
 
-_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough to reach the peak of the device
 
 
 @dataclass(frozen=True)
-class StepTurn:
-    """Seconds of a step on this rank; `alone_s` of the same step without communication, `waited_s` for logits in it."""
+class StepTime:
+    """One step on one rank, the mean over the steps of a turn."""
 
     seconds: float
-    alone_s: float
-    waited_s: float
-    peak_bytes: int  # above what the process had imported; on a GPU, what torch has allocated there
+    silent_s: float  # the same step without communication
+    waited_s: float  # for the teacher's logits
+    peak_bytes: int  # above the imports; on a GPU, what torch has allocated there
 
 
-class _WatchedExchange(TeacherExchange):
-    """Notes how long its rank waits."""
+class _TimedExchange(TeacherExchange):
+    """Measures how long its rank waits for the teacher's logits."""
 
     waited_s = 0.0
 
     def logits(self) -> Tensor:
-        before = time.perf_counter()
+        begin = time.perf_counter()
         values = super().logits()
-        self.waited_s += time.perf_counter() - before
+        self.waited_s += time.perf_counter() - begin
         return values
 
 
-class _NoExchange(TeacherExchange):
-    """Sends nothing: the teacher's logits are zeros."""
+class _SilentExchange(TeacherExchange):
+    """Sends nothing; the teacher's logits are zeros."""
 
     def start(self, shares: Sequence[range], own: Tensor | None = None) -> None:
         del own
@@ -72,60 +72,63 @@ class _NoExchange(TeacherExchange):
 
 
 def our_step(config: Config, steps: int) -> Turn:
-    """`train_step` on random clips, by the ranks of `parallel.groups`."""
+    """Prepares `train_step` on random clips, on the ranks of `parallel.groups`; a turn returns a `StepTime`."""
     base = memory_after_imports()
     state = State.start(config, Manifest(pa.table({}), ()))
-    seat = RankRole.take(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
-    watched, silent = None, seat
-    if seat.exchange is not None:
-        given = (seat.plan, config.model.num_classes, seat.exchange.dtype, state.device)
-        watched, silent = _WatchedExchange(*given), replace(seat, exchange=_NoExchange(*given))
-        seat = replace(seat, exchange=watched)
-    batches = _batches(config, seat, state.device)
+    role = RankRole.take(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
+    timed, silent_role = None, role
+    if role.exchange is not None:
+        given = (role.plan, config.model.num_classes, role.exchange.dtype, state.device)
+        timed, silent_role = _TimedExchange(*given), replace(role, exchange=_SilentExchange(*given))
+        role = replace(role, exchange=timed)
+    batches = _batches(config, role, state.device)
 
-    def run(seat: RankRole) -> float:
+    def seconds_a_step(role: RankRole) -> float:
         wait_for_all()
         begin = now(state.device)
         for _ in range(steps):
-            train_step(state, seat, batches)
+            train_step(state, role, batches)
             state.step += 1
         return (now(state.device) - begin) / steps
 
-    def turn() -> StepTurn:
-        train_step(state, seat, batches)
-        if watched is not None:
-            watched.waited_s = 0.0
-        seconds = alone_s = run(seat)
+    def turn() -> StepTime:
+        train_step(state, role, batches)  # warm-up
+        if timed is not None:
+            timed.waited_s = 0.0
+        seconds = silent_s = seconds_a_step(role)
         if world_size() > 1:
-            with no_gradient_sync(seat.forward):  # the ranks' weights drift apart, which takes no time
-                alone_s = run(silent)
-        waited_s = watched.waited_s / steps if watched is not None else 0.0
-        return StepTurn(seconds, alone_s, waited_s, _peak_bytes(state.device, base))
+            # The weights of the ranks now differ. This does not change the time of later steps.
+            with no_gradient_sync(role.forward):
+                silent_s = seconds_a_step(silent_role)
+        waited_s = timed.waited_s / steps if timed is not None else 0.0
+        return StepTime(seconds, silent_s, waited_s, _peak_bytes(state.device, base))
 
     return turn
 
 
-def _batches(config: Config, seat: RankRole, device: torch.device) -> list[Batch]:
-    """This rank's share of a step's parts, the same clips for any plan."""
+def _batches(config: Config, role: RankRole, device: torch.device) -> list[Batch]:
+    """This rank's clips of every micro-batch of a step; the global batch is the same in every layout."""
     model, clips = config.model, config.train.batch // config.train.accumulate
     generator = torch.Generator().manual_seed(config.run.seed)
-    share = seat.positions(clips, pairs=config.data.mixes)
-    found = []
-    for part in range(config.train.accumulate):
-        shape = (clips, 3, model.num_frames, model.size, model.size)
+    positions = role.positions(clips, pairs=config.data.mixes)
+    rows = torch.tensor(positions, dtype=torch.int64)
+    batches = []
+    for micro_batch in range(config.train.accumulate):
+        shape = (clips, 3, model.num_frames, model.size, model.size)  # B C T H W
         frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, model.num_classes, (clips,), generator=generator)
-        rows = torch.tensor(share, dtype=torch.int64)
-        positions = [part * clips + position for position in share]
-        found.append(Batch(frames[rows].to(device), labels[rows].to(device), rows, positions, []))
-    return found
+        in_step = [micro_batch * clips + position for position in positions]
+        batches.append(Batch(frames[rows].to(device), labels[rows].to(device), rows, in_step, []))
+    return batches
 
 
 def peer_step(config: Config, steps: int) -> Turn:
-    """The same step by Hugging Face's TimeSformer, at the costliest length alone, as a plain training loop has it.
+    """Prepares a plain training step of Hugging Face's TimeSformer at the costliest length.
 
-    Without drop path, of which it takes whole numbers only. Raises `UserError` where transformers is missing, or for a
-    model without temporal attention.
+    The step has no drop path: that implementation takes integers only. A turn returns a `StepTime`.
+
+    Raises:
+        UserError: transformers is not installed, or the config's model has no temporal attention.
     """
     try:
         from transformers import TimesformerConfig, TimesformerForVideoClassification
@@ -133,12 +136,14 @@ def peer_step(config: Config, steps: int) -> Turn:
         raise UserError(f"transformers is not installed ({error}); pip install transformers") from None
     model = config.model
     if not model.temporal:
-        raise UserError("Hugging Face's TimeSformer has temporal attention, this config has not")
+        raise UserError(
+            "Hugging Face's TimeSformer always has temporal attention; this config has model.temporal=false"
+        )
     base, device = memory_after_imports(), pick_device(config.run.device)
-    length = Point.parse(model.points[0]).length
-    made = TimesformerForVideoClassification(
+    side = Point.parse(model.points[0]).length * model.patch  # pixels
+    peer = TimesformerForVideoClassification(
         TimesformerConfig(
-            image_size=length * model.patch,
+            image_size=side,
             patch_size=model.patch,
             num_frames=model.num_frames,
             hidden_size=model.width,
@@ -148,12 +153,12 @@ def peer_step(config: Config, steps: int) -> Turn:
             num_labels=model.num_classes,
         )
     ).to(device)
-    made.train()
-    optimizer = make_optimizer(made.named_parameters(), config.train)
-    forward: nn.Module = torch.compile(made) if config.train.compile else made  # type: ignore[assignment]
-    side = length * model.patch
-    clips = torch.randint(0, 256, (config.train.batch, 3, model.num_frames, side, side), dtype=torch.uint8)
-    clips, labels = clips.to(device), torch.randint(0, model.num_classes, (config.train.batch,)).to(device)
+    peer.train()
+    optimizer = make_optimizer(peer.named_parameters(), config.train)
+    forward: nn.Module = torch.compile(peer) if config.train.compile else peer  # type: ignore[assignment]
+    shape = (config.train.batch, 3, model.num_frames, side, side)  # B C T H W
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    labels = torch.randint(0, model.num_classes, (config.train.batch,), device=device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -161,22 +166,22 @@ def peer_step(config: Config, steps: int) -> Turn:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
             logits = forward(frames).logits
         nn.functional.cross_entropy(logits.float(), labels).backward()
-        torch.nn.utils.clip_grad_norm_(made.parameters(), config.train.clip_grad or float("inf"))
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), config.train.clip_grad or float("inf"))
         optimizer.step()
 
-    def turn() -> StepTurn:
-        step()
+    def turn() -> StepTime:
+        step()  # warm-up
         begin = now(device)
         for _ in range(steps):
             step()
         seconds = (now(device) - begin) / steps
-        return StepTurn(seconds, seconds, 0.0, _peak_bytes(device, base))
+        return StepTime(seconds, seconds, 0.0, _peak_bytes(device, base))
 
     return turn
 
 
 def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:
-    """What `plan` measures, so many times."""
+    """Prepares what `videoadapt plan` measures; a turn returns `steps` rounds."""
     stopwatch = Stopwatch(config, sizes)
 
     def turn() -> list[Round]:
@@ -186,28 +191,29 @@ def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:
 
 
 def matrix_product(config: Config) -> Turn:
-    """MACs per second of one large product in the run's precision: the peak that steps are compared with."""
+    """Prepares a large matrix product in the run's precision; a turn returns its MACs per second."""
     device = pick_device(config.run.device)
     side = _PRODUCT_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=precision_dtype(config.run.precision))
 
     def turn() -> float:
-        torch.mm(matrix, matrix)
+        torch.mm(matrix, matrix)  # warm-up
         begin = now(device)
-        for _ in range(8):
+        for _ in range(8):  # long enough for the clock
             torch.mm(matrix, matrix)
         return 8 * side**3 / (now(device) - begin)
 
     return turn
 
 
-def sum_over_ranks(config: Config) -> Turn:
-    """Bytes per second of the network, from the time that a sum of all gradients takes."""
+def all_reduce(config: Config) -> Turn:
+    """Prepares an all-reduce of all gradients; a turn returns the bytes per second from a rank to the next."""
     gradients = torch.zeros(parameter_count(config), device=pick_device(config.run.device))
+    # A ring all-reduce sends 2 (n - 1) / n of the bytes from each rank.
     sent = 2 * (world_size() - 1) / world_size() * gradients.numel() * gradients.element_size()
 
     def turn() -> float:
-        dist.all_reduce(gradients)
+        dist.all_reduce(gradients)  # warm-up
         wait_for_all()
         begin = now(gradients.device)
         dist.all_reduce(gradients)

@@ -1,7 +1,11 @@
-"""`videoadapt bench data`: clips per CPU-second and memory of our loaders and of others', on the same clips."""
+"""`videoadapt bench data`: compares the speed and memory of our loaders and other libraries' on the same clips.
+
+Each loader has its own process on one core. The loaders take turns, so that noise on the machine meets all of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import multiprocessing
 import os
@@ -9,9 +13,10 @@ import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pebble import ProcessPool
@@ -44,19 +49,22 @@ from videoadapt.performance.bench.memory import Memory, worker_memory
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
 
-_TIMEOUT_S = 600.0  # of a turn
+_TIMEOUT_S = 600.0  # of a turn; a library that hangs must not stop the benchmark
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")
 _PEERS = {"decord": PEER_DECORD, "pyav": PEER_PYAV}
-_CLIPS_MIN = 3  # in a turn
+_CLIPS_MIN = 3  # in a turn: fewer are too short for the CPU clock
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
+T = TypeVar("T")
+
+
 class Settings(Section):
-    """What is measured, and how often; the clip is TimeSformer-B's."""
+    """The settings of the benchmark. The default clip is that of TimeSformer-B."""
 
     dir: Path = Path("runs/bench")
-    rounds: Count = 5  # loaders take turns, so that all meet the same noise
-    clips: Count | None = None  # in a turn; none = one of each file, three at least
+    rounds: Count = 5
+    clips: Count | None = None  # in a turn; None: one of each file, but at least three
     num_frames: Count = 8
     stride_frames: Count = 32
     short_side: Count = 256
@@ -66,34 +74,73 @@ class Settings(Section):
     @model_validator(mode="after")
     def _possible(self) -> Settings:
         if self.size > self.short_side:
-            raise ConfigError(f"size: {self.size} is more than short_side {self.short_side}")
+            raise ConfigError(f"size: expected at most short_side ({self.short_side}), got {self.size}")
         return self
 
 
-def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dict[str, Any]:
-    """Measures all loaders on `videos`, or on files that it makes; returns what `data.json` in the folder holds.
+@dataclass(frozen=True)
+class LoaderRow:
+    """One loader in `data.json`."""
 
-    A loader that is not installed or fails is named with the cause, and so is a file that cannot be read, or of which
-    our two readers give different frames; the others are measured. Raises `UserError` if no file is left.
+    clips_per_cpu_s: float  # the median over rounds
+    rounds: list[float]
+    peak_bytes: int  # of its process
+    imported_bytes: int  # of its process after the imports
+    worker_uss_bytes: int | None  # of the training loader's workers; None for the loaders of others
+    worker_pss_bytes: int | None
+    times_same_decoder: float | None = None  # speed relative to pytorchvideo with the same decoder
+    times_best_pytorchvideo: float | None = None  # speed relative to pytorchvideo with its faster decoder
+
+
+@dataclass(frozen=True)
+class KindTable:
+    """All loaders on one kind of files, in `data.json`."""
+
+    files: int
+    files_read: int
+    clips: int  # in a turn
+    unread: dict[str, str]  # the cause by path
+    auto_reads_with: list[str]  # the readers that `data.reader: auto` chose
+    loaders: dict[str, LoaderRow]
+    left_out: dict[str, str]  # the cause by loader
+
+
+def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dict[str, Any]:
+    """Measures all loaders and writes `data.json`.
+
+    A loader that is not installed, or fails, is left out. So is a file that cannot be read, or of which our two readers
+    give different frames. The result names both with the cause.
+
+    Args:
+        overrides: Settings as `key=value`.
+        videos: Paths of videos; generated ones if empty.
+
+    Returns:
+        The content of `data.json`.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        UserError: None of the files can be used.
     """
     settings = parse_settings(Settings, "bench data", overrides)
     kinds = {"given": [Path(video) for video in videos]} if videos else generate(settings.dir / "data")
     works = {kind: _work(kind, paths, settings) for kind, paths in kinds.items()}
-    with Bar("bench data", total=len(works) * (len(LOADERS) * (1 + settings.rounds) + len(OURS)), unit="turns") as bar:
+    turns = len(works) * (len(LOADERS) * (1 + settings.rounds) + len(OURS))
+    with Bar("bench data", total=turns, unit="turns") as bar:
         tables = {kind: _measure_kind(kind, work, settings.rounds, bar) for kind, work in works.items()}
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(_PACKAGES) | ffmpeg_version(),
         "settings": settings.model_dump(mode="json"),
-        "kinds": tables,
+        "kinds": {kind: dataclasses.asdict(table) for kind, table in tables.items()},
     }
     write_json(settings.dir / "data.json", result)
     return result
 
 
 def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
-    """The clips of a turn: as many of one file as of another, at random places."""
+    """The clips of a turn, spread evenly over the files, at random positions in them."""
     folder = settings.dir / "lists" / kind.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     videos = folder / "videos.txt"
@@ -112,28 +159,31 @@ def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
             "assign": {"frames": 1},
         }
     )
-    return _without_unfit(_plan(index(config), config, settings.clips), settings.clips)
+    return _without_unfit(_with_keys(index(config), config, settings.clips), settings.clips)
 
 
-def _plan(manifest: Manifest, config: Config, clips: int | None) -> Work:
+def _with_keys(manifest: Manifest, config: Config, clips: int | None) -> Work:
+    """The work on the readable files of a manifest, which each give a clip in turn."""
     readable = np.flatnonzero(manifest["status"] == "ok").tolist()
     if not readable:
         first = manifest.row(0)
-        raise UserError(f"bench data: not one of the {len(manifest)} videos can be read; {first.path}: {first.cause}")
-    turns_of_all = (divmod(number, len(readable)) for number in range(clips or max(_CLIPS_MIN, len(readable))))
-    return Work(manifest, config, [(epoch, readable[place]) for epoch, place in turns_of_all])
+        raise UserError(f"bench data: none of the {len(manifest)} videos can be used; {first.path}: {first.cause}")
+    numbers = range(clips or max(_CLIPS_MIN, len(readable)))
+    turns_of_all = (divmod(number, len(readable)) for number in numbers)  # (epoch, index)
+    return Work(manifest, config, [(epoch, readable[index]) for epoch, index in turns_of_all])
 
 
 def _without_unfit(work: Work, clips: int | None) -> Work:
-    """The same without the files that our readers fail at, which its manifest then calls broken."""
+    """The same without the files that our readers fail at; its manifest marks them as broken."""
     with _own_process() as process:
+        # With fewer files the others give more clips, which can turn out to be unfit too: hence the loop.
         while unfit := _result(process, unfit_files, work):
-            work = _plan(broken(work.manifest, unfit), work.config, clips)
+            work = _with_keys(broken(work.manifest, unfit), work.config, clips)
     return work
 
 
 def broken(manifest: Manifest, causes: Mapping[str, str]) -> Manifest:
-    """The same manifest in which the files of some paths are broken, with a cause."""
+    """Returns the manifest with some files marked as broken, given the cause by path."""
     table = manifest.table
     unfit = table["path"].isin(list(causes))
     table.loc[unfit, "status"] = "broken"
@@ -141,51 +191,52 @@ def broken(manifest: Manifest, causes: Mapping[str, str]) -> Manifest:
     return Manifest(table, manifest.classes, manifest.fingerprint)
 
 
-def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> dict[str, Any]:
+def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> KindTable:
     left_out: dict[str, str] = {}
 
-    def attempt(name: str, task: Callable[[], Any]) -> Any:
+    def attempt(name: str, task: Callable[[], T]) -> T | None:
+        """The result of a task for a loader; None after its first error."""
         bar.step(note=f"{kind}: {name}")
         if name not in left_out:
             try:
                 return task()
-            except Exception as error:  # whatever a library throws, or a crash of its process: the table says so
+            except Exception as error:  # a library may raise anything, and its process may crash
                 left_out[name] = reason(error)
         return None
 
     with ExitStack() as stack:
         processes = {name: stack.enter_context(_own_process()) for name in LOADERS}
 
-        def ask(task: Callable[[str, Work], Any], name: str) -> Any:
+        def run(task: Callable[[str, Work], T], name: str) -> T | None:
             return attempt(name, lambda: _result(processes[name], task, name, work))
 
-        imported = {name: ask(start, name) for name in LOADERS}
-        turns = [{name: ask(measure, name) for name in LOADERS} for _ in range(rounds)]
+        imported = {name: run(start, name) for name in LOADERS}
+        turns = [{name: run(measure, name) for name in LOADERS} for _ in range(rounds)]
         readers = [] if OURS_AUTO in left_out else _result(processes[OURS_AUTO], readers_of_auto, work)
     clips = len(work.keys) * rounds
     workers = {name: attempt(name, partial(worker_memory, work, reader, clips)) for name, reader in OURS.items()}
-    rows = {
-        name: _row(imported[name], [turn[name] for turn in turns], workers.get(name))
-        for name in LOADERS
-        if name not in left_out
-    }
-    add_ratios(rows, peers(readers))
+    rows = {}
+    for name in LOADERS:
+        measured = [turn for turn in (each[name] for each in turns) if turn is not None]
+        imported_bytes = imported[name]
+        if name not in left_out and imported_bytes is not None:
+            rows[name] = _row(imported_bytes, measured, workers.get(name))
     unread = work.manifest.table[work.manifest["status"] != "ok"]
-    return {
-        "files": len(work.manifest),
-        "files_read": len({row for _, row in work.keys}),
-        "clips": len(work.keys),
-        "unread": dict(zip(unread["path"], unread["cause"], strict=True)),
-        "auto_reads_with": readers,
-        "loaders": rows,
-        "left_out": left_out,
-    }
+    return KindTable(
+        files=len(work.manifest),
+        files_read=len({row for _, row in work.keys}),
+        clips=len(work.keys),
+        unread=dict(zip(unread["path"], unread["cause"], strict=True)),
+        auto_reads_with=readers,
+        loaders=with_ratios(rows, peers(readers)),
+        left_out=left_out,
+    )
 
 
 @contextmanager
 def _own_process() -> Iterator[ProcessPool]:
-    """A fresh process for one loader; it may crash, and is stopped on the way out whatever it is at."""
-    pool = ProcessPool(1, initializer=_alone, context=multiprocessing.get_context("spawn"))
+    """A new process for one loader. It may crash, and is stopped at the end, also in the middle of a task."""
+    pool = ProcessPool(1, initializer=_isolate, context=multiprocessing.get_context("spawn"))
     try:
         yield pool
     finally:
@@ -193,51 +244,62 @@ def _own_process() -> Iterator[ProcessPool]:
         pool.join()
 
 
-def _result(process: ProcessPool, task: Callable[..., Any], *args: Any) -> Any:
+def _result(process: ProcessPool, task: Callable[..., T], *args: Any) -> T:
     return process.schedule(task, args=args, timeout=_TIMEOUT_S).result()
 
 
-def _alone() -> None:
-    """Makes this process end at Ctrl-C, and mute: what fails comes back as an exception, and C++ code talks besides."""
+def _isolate() -> None:
+    """Makes the process end at Ctrl-C, and drops its output.
+
+    Errors come back as exceptions. The C++ code of some libraries also writes to the terminal.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
+    for descriptor in (1, 2):  # of the process, and not sys.stdout: C++ code does not use the latter
         os.dup2(nothing, descriptor)
     os.close(nothing)
 
 
-def _row(imported_bytes: int, turns: Sequence[Turn], worker: Memory | None) -> dict[str, Any]:
+def _row(imported_bytes: int, turns: Sequence[Turn], worker: Memory | None) -> LoaderRow:
     speeds = [turn.clips_per_cpu_s for turn in turns]
-    return {
-        "clips_per_cpu_s": statistics.median(speeds),
-        "rounds": speeds,
-        "peak_bytes": turns[-1].peak_bytes,
-        "imported_bytes": imported_bytes,
-        "worker_uss_bytes": worker and worker.uss * _KIB,
-        "worker_pss_bytes": worker and worker.pss * _KIB,
-    }
+    return LoaderRow(
+        clips_per_cpu_s=statistics.median(speeds),
+        rounds=speeds,
+        peak_bytes=turns[-1].peak_bytes,
+        imported_bytes=imported_bytes,
+        worker_uss_bytes=worker and worker.uss * _KIB,
+        worker_pss_bytes=worker and worker.pss * _KIB,
+    )
 
 
 def peers(auto_reads_with: Sequence[str]) -> dict[str, str]:
-    """The loader of pytorchvideo that decodes with the same library as each of ours; none if ours takes several."""
+    """Returns, for each of our loaders, the loader of pytorchvideo that decodes with the same library.
+
+    The loader `auto` has no peer if it reads some of the files with another library than others.
+    """
     same = {OURS_PYAV: PEER_PYAV}
     if len(auto_reads_with) == 1 and auto_reads_with[0] in _PEERS:
         same[OURS_AUTO] = _PEERS[auto_reads_with[0]]
     return same
 
 
-def add_ratios(rows: dict[str, dict[str, Any]], peers: Mapping[str, str]) -> None:
-    """How many times faster each loader is than its peer, and than pytorchvideo's better one."""
-    speeds = {name: row["clips_per_cpu_s"] for name, row in rows.items()}
+def with_ratios(rows: Mapping[str, LoaderRow], peers: Mapping[str, str]) -> dict[str, LoaderRow]:
+    """Returns the rows with the speed relative to the loader's peer, and to the faster loader of pytorchvideo."""
+    speeds = {name: row.clips_per_cpu_s for name, row in rows.items()}
     best = max((speeds[peer] for peer in _PEERS.values() if peer in speeds), default=None)
+    with_both = {}
     for name, row in rows.items():
         same = speeds.get(peers.get(name, ""))
-        row["times_same_decoder"] = same and speeds[name] / same
-        row["times_best_pytorchvideo"] = best and speeds[name] / best
+        with_both[name] = dataclasses.replace(
+            row,
+            times_same_decoder=same and speeds[name] / same,
+            times_best_pytorchvideo=best and speeds[name] / best,
+        )
+    return with_both
 
 
-def print_bench_data(result: dict[str, Any]) -> None:
-    """One table for each kind of file, and what is missing in it."""
+def print_bench_data(result: Mapping[str, Any]) -> None:
+    """Prints a content of `data.json`: a table for each kind of files, and what was left out."""
     settings = result["settings"]
     print_machine(result)
     print(
@@ -250,12 +312,12 @@ def print_bench_data(result: dict[str, Any]) -> None:
             f"{kind}: {table['clips']} clips a round, of {table['files_read']} of {table['files']} files; "
             f"auto reads with {', '.join(table['auto_reads_with'])}"
         )
-        print_table(title, _COLUMNS, [_cells(name, row) for name, row in table["loaders"].items()])
+        print_table(title, _COLUMNS, [_cells(name, LoaderRow(**row)) for name, row in table["loaders"].items()])
         for name, cause in (table["left_out"] | table["unread"]).items():
             print(f"left out: {name}: {cause}")
     print(
-        "RSS counts the pages that processes share, such as libraries, in full; PSS counts a process's part of them, "
-        "USS only what it has for itself. Workers are those of the training loader."
+        "RSS counts pages that processes share, such as libraries, in full. PSS divides them by the number of "
+        "processes. USS leaves them out. Workers are the training loader's."
     )
 
 
@@ -272,15 +334,15 @@ _COLUMNS = (
 )
 
 
-def _cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
-    times = (row["times_same_decoder"], row["times_best_pytorchvideo"])
-    # ffmpeg's memory is that of another process.
-    process = (row["peak_bytes"], row["peak_bytes"] - row["imported_bytes"]) if name != FFMPEG else (None, None)
-    memory = (*process, row["worker_pss_bytes"], row["worker_uss_bytes"])
+def _cells(name: str, row: LoaderRow) -> tuple[str, ...]:
+    times = (row.times_same_decoder, row.times_best_pytorchvideo)
+    # ffmpeg runs in a process of its own, whose memory is not measured.
+    process = (row.peak_bytes, row.peak_bytes - row.imported_bytes) if name != FFMPEG else (None, None)
+    memory = (*process, row.worker_pss_bytes, row.worker_uss_bytes)
     return (
         name,
-        f"{row['clips_per_cpu_s']:.2f}",
-        f"{min(row['rounds']):.2f} .. {max(row['rounds']):.2f}",
+        f"{row.clips_per_cpu_s:.2f}",
+        f"{min(row.rounds):.2f} .. {max(row.rounds):.2f}",
         *(f"{value:.1f}" if value else "-" for value in times),
         *(f"{value / _MIB:.0f}" if value else "-" for value in memory),
     )

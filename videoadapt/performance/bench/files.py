@@ -1,4 +1,4 @@
-"""Videos to measure loaders on: of the sizes, rates and contents of Kinetics copies, at two keyframe distances."""
+"""Generates the videos that `bench data` reads: sizes, bit rates and contents as in copies of Kinetics."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 FPS = 30
 FRAMES = 300  # 10 s, as a clip of Kinetics
-GOPS = (12, 250)  # 250 is what x264 does when nobody asks, 12 what copies made for training often have
-FILES = 3  # of each kind, each with content of its own
+GOPS = (12, 250)  # frames between keyframes: usual in copies made for training, and the default of x264
+FILES = 3  # of each kind, with different contents
 
 _PATCHES = 8
-_NOISE = 3.0  # grey levels, as a camera's
-_MARGIN = 64  # pixels that the picture is larger than the view, so that the view can wander over it
+_NOISE = 3.0  # standard deviation in grey levels, as of a camera's sensor
+_MARGIN = 64  # pixels by which the scene is larger than a frame, so that the camera can move over it
 
 
 @dataclass(frozen=True)
 class Size:
-    """A frame size, and the bit rate that x264 is to keep."""
+    """A frame size and the bit rate of its encoder."""
 
     width: int
     height: int
@@ -42,7 +42,11 @@ SIZES = (Size(340, 256, 1_000_000), Size(640, 360, 2_000_000))
 
 
 def generate(folder: Path, *, sizes: tuple[Size, ...] = SIZES, frames: int = FRAMES) -> dict[str, list[Path]]:
-    """The files of every kind, such as `340x256 GOP 250`, made where they are not in `folder` yet."""
+    """Writes the videos that `folder` does not have yet.
+
+    Returns:
+        The paths of all videos by kind, for example `340x256 GOP 250`.
+    """
     kinds: dict[str, list[Path]] = {}
     with Bar("generate", total=len(sizes) * FILES, unit="contents") as bar:
         for size in sizes:
@@ -57,26 +61,27 @@ def generate(folder: Path, *, sizes: tuple[Size, ...] = SIZES, frames: int = FRA
 
 
 def render(rng: np.random.Generator, size: Size, frames: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Frames (H, W, 3) uint8: textured patches that move over a texture that the camera wanders over, with noise."""
+    """Yields frames (H, W, 3) of textured patches that move over a textured scene, with a moving camera and noise."""
     height, width = size.height, size.width
     scene = _texture(rng, height + _MARGIN, width + _MARGIN)
     patches = [_texture(rng, *rng.integers(height // 8, height // 3, 2)) for _ in range(_PATCHES)]
-    wander, phases = rng.uniform(0.5, 2.0, (_PATCHES + 1, 2)), rng.uniform(0, 2 * np.pi, (_PATCHES + 1, 2))
+    # The patches and, in the last row, the camera: (patches + 1, 2), for the vertical and the horizontal motion.
+    frequencies, phases = rng.uniform(0.5, 2.0, (_PATCHES + 1, 2)), rng.uniform(0, 2 * np.pi, (_PATCHES + 1, 2))
     for t in range(frames):
-        # Each moves along a figure of Lissajous: shares of its way, (patches + 1, 2), in [0, 1].
-        places = (np.sin(wander * 2 * np.pi * t / FRAMES + phases) + 1) / 2
-        top, left = (places[-1] * _MARGIN).astype(int)
+        # Lissajous curves: different frequencies in both directions. Positions are fractions of the free space.
+        positions = (np.sin(frequencies * 2 * np.pi * t / FRAMES + phases) + 1) / 2  # in [0, 1]
+        top, left = (positions[-1] * _MARGIN).astype(int)
         frame = scene[top : top + height, left : left + width].copy()
-        for patch, place in zip(patches, places[:-1], strict=True):
-            high, wide = patch.shape[:2]
-            y, x = (place * (height - high, width - wide)).astype(int)
-            frame[y : y + high, x : x + wide] = patch
-        frame += rng.normal(0, _NOISE, (height, width, 1)).astype(np.float32)
+        for patch, position in zip(patches, positions[:-1], strict=True):
+            patch_height, patch_width = patch.shape[:2]
+            y, x = (position * (height - patch_height, width - patch_width)).astype(int)
+            frame[y : y + patch_height, x : x + patch_width] = patch
+        frame += rng.normal(0, _NOISE, (height, width, 1)).astype(np.float32)  # the same in all three colours
         yield frame.clip(0, 255).astype(np.uint8)
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float32]:
-    """(height, width, 3), around 128: coloured noise at four scales, the finer the fainter, as in photographs."""
+    """Coloured noise (height, width, 3) around 128. Amplitudes fall with the scale, as in photographs."""
     picture = np.full((height, width, 3), 128, np.float32)
     for scale, amplitude in ((64, 0.5), (16, 0.25), (4, 0.15), (1, 0.05)):
         noise = rng.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
@@ -85,13 +90,19 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[n
     return picture
 
 
-def write_videos(names: dict[int, Path], size: Size, frames: Iterator[npt.NDArray[np.uint8]]) -> None:
-    """The same frames as H.264 in mp4 once for each keyframe distance in `names`, all written whole or not at all."""
+def write_videos(paths: dict[int, Path], size: Size, frames: Iterator[npt.NDArray[np.uint8]]) -> None:
+    """Encodes the same frames as H.264 in mp4 once for each keyframe distance.
+
+    Args:
+        paths: The files by keyframe distance. An error leaves none of them behind.
+        size: Frame size and bit rate.
+        frames: Arrays (H, W, 3).
+    """
     import av
 
     with ExitStack() as stack:
         outputs = []
-        for gop, path in names.items():
+        for gop, path in paths.items():
             temporary = stack.enter_context(replacing(path))
             container = stack.enter_context(av.open(str(temporary), "w", format="mp4"))
             outputs.append((container, _add_stream(container, size, gop)))
@@ -99,7 +110,7 @@ def write_videos(names: dict[int, Path], size: Size, frames: Iterator[npt.NDArra
             for container, stream in outputs:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         for container, stream in outputs:
-            container.mux(stream.encode())
+            container.mux(stream.encode())  # the frames that the encoder still holds
 
 
 def _add_stream(container: OutputContainer, size: Size, gop: int) -> VideoStream:
@@ -107,5 +118,6 @@ def _add_stream(container: OutputContainer, size: Size, gop: int) -> VideoStream
     stream.width, stream.height, stream.pix_fmt = size.width, size.height, "yuv420p"
     stream.bit_rate = size.bits_per_s
     stream.codec_context.gop_size = gop
-    stream.options = {"sc_threshold": "0", "threads": "1"}  # no keyframes but those of the GOP
+    # Without scene cuts (sc_threshold) keyframes lie exactly `gop` frames apart; one thread makes files reproducible.
+    stream.options = {"sc_threshold": "0", "threads": "1"}
     return stream

@@ -1,15 +1,17 @@
-"""`videoadapt bench points`: how fast each point of a model really runs, beside what its MACs promise.
+"""`videoadapt bench points`: measures the speed of each point of a model and compares it with the ratio of MACs.
 
-Points take turns, so that all meet the same noise; a point's speed is relative to the costliest point's in the same
-round. Clips are made up and lie ready: decoding, normalising and routing are not part of it.
+The points take turns, so that noise on the machine meets all of them. The speed of a point is relative to the costliest
+point in the same round. Clips are random and already in memory: decoding, normalising and routing are not measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +29,49 @@ from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import replacing, write_json
 from videoadapt.runtime.machine import pick_device, precision_dtype
 
-TARGET = 0.85  # of the speed that the MACs promise
+TARGET = 0.85  # least fraction of the speed that the MACs promise, for a point that counts as fast
 
 
 class Settings(Section):
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
     dir: Path = Path("runs/bench")
     rounds: Count = 15
     batches: tuple[Count, ...] = (1, 8)  # clips of a forward pass
 
 
-def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Measures every point at every batch size; returns what `points.json` holds, and writes `points.md` beside it.
+@dataclass(frozen=True)
+class PointRow:
+    """One point at one batch size in `points.json`. Lists are a median over rounds and its 95 % interval."""
 
-    Of each point: seconds of a forward pass, the speed relative to the costliest point, what the MACs promise, and
-    their quotient, each a median over rounds with its 95 % interval. Raises `ConfigError` for settings that cannot be.
+    point: str
+    batch: int
+    macs: int  # of one clip
+    clips_per_s: float
+    seconds: list[float]  # of a forward pass
+    speed: list[float]  # relative to the costliest point in the same round
+    promised: float  # MACs of the costliest point / MACs of this point
+    kept: list[float]  # speed / promised; the target is `TARGET` or more
+
+
+def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Measures every point at every batch size, and writes `points.json` and `points.md`.
+
+    Args:
+        config: Gives the model, the device, the precision and the seed.
+        words: Settings as `key=value`.
+
+    Returns:
+        The content of `points.json`.
+
+    Raises:
+        ConfigError: A setting is wrong, or `run.device` is not available.
     """
     settings = parse_settings(Settings, "bench points", words)
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
     model = TimeSformer(config.model).to(device, precision_dtype(config.run.precision)).eval()
-    rows = []
+    rows: list[PointRow] = []
     total = len(settings.batches) * (1 + settings.rounds)
     with Bar("bench points", total=total, unit="rounds") as bar:
         for batch in settings.batches:
@@ -56,7 +79,7 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
             for number in range(1 + settings.rounds):
                 rounds.append(_round(model, batch, number))
                 bar.step(note=f"{batch} clips")
-            rows += speeds(rounds[1:], point_macs(config.model), batch)  # the first one warms up
+            rows += speeds(rounds[1:], point_macs(config.model), batch)  # the first round is a warm-up
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": machine() | {"device": device.type, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
@@ -64,19 +87,20 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "config": config.model_dump(mode="json"),
         "target": TARGET,
-        "rows": rows,
+        "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_json(settings.dir / "points.json", result)
     with replacing(settings.dir / "points.md") as temporary:
-        temporary.write_text(markdown(result), encoding="utf-8")
+        temporary.write_text(markdown(rows), encoding="utf-8")
     return result
 
 
 def _round(model: TimeSformer, batch: int, number: int) -> dict[str, float]:
-    """Seconds of a forward pass at each point, in another order each round."""
+    """Seconds of a forward pass by point."""
     config, weight = model.config, model.head.weight
-    shape = (batch, 3, config.num_frames, config.size, config.size)
+    shape = (batch, 3, config.num_frames, config.size, config.size)  # B C T H W
     clips = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+    # Another order in each round: a point profits from the caches and suffers from the heat of the one before it.
     order = random.Random(number).sample(config.points, len(config.points))
     return {point: _seconds(model, clips, point) for point in order}
 
@@ -88,63 +112,79 @@ def _seconds(model: TimeSformer, clips: Tensor, point: str) -> float:
     return now(clips.device) - begin
 
 
-def speeds(rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], batch: int) -> list[dict[str, Any]]:
-    """A row for each point, costliest first, from the seconds of each round."""
+def speeds(rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], batch: int) -> list[PointRow]:
+    """Returns a row for each point, costliest first.
+
+    Args:
+        rounds: Seconds of a forward pass by point, for each round.
+        macs: MACs of a clip by point, costliest first.
+        batch: Clips of a forward pass.
+    """
     costliest = next(iter(macs))
     rows = []
     for point, cost in macs.items():
         promised = macs[costliest] / cost
-        seconds = median_interval([taken[point] for taken in rounds])
-        speed = median_interval([taken[costliest] / taken[point] for taken in rounds])
+        seconds = median_interval([by_point[point] for by_point in rounds])
+        speed = median_interval([by_point[costliest] / by_point[point] for by_point in rounds])
         rows.append(
-            {
-                "point": point,
-                "batch": batch,
-                "macs": cost,
-                "clips_per_s": batch / seconds[0],
-                "seconds": list(seconds),
-                "speed": list(speed),
-                "promised": promised,
-                "kept": [value / promised for value in speed],  # the target is `TARGET` or more
-            }
+            PointRow(
+                point=point,
+                batch=batch,
+                macs=cost,
+                clips_per_s=batch / seconds[0],
+                seconds=list(seconds),
+                speed=list(speed),
+                promised=promised,
+                kept=[value / promised for value in speed],
+            )
         )
     return rows
 
 
-_COLUMNS = ("point", "batch", "GMACs", "clips/s", "ms (95 %)", "speed (95 %)", "by MACs", "of it (95 %)", "target")
+_COLUMNS = (
+    "point",
+    "batch",
+    "GMACs",
+    "clips/s",
+    "ms (95 %)",
+    "speed (95 %)",
+    "by MACs",
+    "speed / by MACs (95 %)",
+    "target",
+)
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """The rows as a table."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row, result["target"]) for row in result["rows"])]
+def markdown(rows: Sequence[PointRow]) -> str:
+    """Returns the rows as a markdown table."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_cells, rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cells(row: Mapping[str, Any], target: float) -> tuple[str, ...]:
+def _cells(row: PointRow) -> tuple[str, ...]:
     return (
-        row["point"],
-        str(row["batch"]),
-        f"{row['macs'] / 1e9:.2f}",
-        f"{row['clips_per_s']:.1f}",
-        _interval(row["seconds"], 1000, 1),
-        _interval(row["speed"], 1, 2),
-        f"{row['promised']:.2f}",
-        _interval(row["kept"], 1, 2),
-        "met" if row["kept"][0] >= target else "missed",
+        row.point,
+        str(row.batch),
+        f"{row.macs / 1e9:.2f}",
+        f"{row.clips_per_s:.1f}",
+        _interval(row.seconds, 1000, 1),
+        _interval(row.speed, 1, 2),
+        f"{row.promised:.2f}",
+        _interval(row.kept, 1, 2),
+        "met" if row.kept[0] >= TARGET else "missed",
     )
 
 
-def _interval(values: Sequence[float], unit: float, digits: int) -> str:
-    middle, low, high = (f"{value * unit:.{digits}f}" for value in values)
+def _interval(values: Sequence[float], factor: float, digits: int) -> str:
+    middle, low, high = (f"{value * factor:.{digits}f}" for value in values)
     return f"{middle} ({low} to {high})"
 
 
-def print_bench_points(result: dict[str, Any]) -> None:
-    """Where it ran, and the table."""
+def print_bench_points(result: Mapping[str, Any]) -> None:
+    """Prints the machine and the table of a content of `points.json`."""
     print_machine(result)
     print(
         f"{result['config']['run']['precision']}, {result['machine']['threads']} threads, load "
         f"{result['machine']['load']:.1f}, medians of {result['settings']['rounds']} rounds; speed is relative to the "
-        f"costliest point, and should be {result['target']:g} of what the MACs promise\n"
+        f"costliest point; the target is {result['target']:g} of the speed that the MACs promise\n"
     )
-    print(markdown(result))
+    print(markdown([PointRow(**row) for row in result["rows"]]))
