@@ -16,7 +16,7 @@ from videoadapt.data.index.manifest import index
 from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.report.plots import draw_accuracy_cost, draw_costs
+from videoadapt.report.plots import draw_costs, plot_accuracy_cost, save_figure
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.runtime.console import percent, print_table, say
@@ -62,7 +62,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
     result = timed("evaluate", lambda: evaluate(config))
     costs = timed("flops", lambda: flops(config))
     draw_costs(config.run.dir, costs)
-    draw_accuracy_cost(config.run.dir / "accuracy_cost.png", result["policies"])
+    save_figure(config.run.dir / "accuracy_cost.png", plot_accuracy_cost(result["policies"]))
     summary = {
         "seconds": round(time.monotonic() - start, 1),
         "stages": seconds,

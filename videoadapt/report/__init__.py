@@ -1,4 +1,4 @@
-"""The clip-level cost report of an evaluated run.
+"""The figures of an evaluated run: what clips cost, and accuracy against cost.
 
 May use every room below it, from `evaluation` down.
 Read first: `plots.py`.

@@ -1,4 +1,4 @@
-"""Figures: costs of clips, and accuracy against cost. Drawn without a display."""
+"""Figures of an evaluated run: what clips cost, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
 from matplotlib.ticker import EngFormatter
 
 from videoadapt.runtime.console import macs
 from videoadapt.runtime.files import replacing
 
-MOST_CLASSES = 40
+MOST_CLASSES = 40  # more names than this overlap on the axis
+DPI = 110
+MARKERS = {"assigned": "*", "random": "x", "oracle": "^", "cascade": "s"}  # by the kind of policy; a dot for others
 
 
 def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
@@ -34,24 +33,32 @@ def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
     if "clips" not in summary:
         return []
     report = run / "report"
-    clips = pd.read_csv(report / "clips.csv", dtype={"point": str})
+    clips = pd.read_csv(report / "clips.csv", dtype={"point": str})  # a point such as 14 is a name, not a number
     classes = pd.read_csv(report / "classes.csv", dtype={"class": str})
     evaluated = json.loads((run / "evaluate" / "evaluate.json").read_text(encoding="utf-8"))
-    drawn = [report / "clips.png", report / "accuracy_cost.png"]
     points, policy = tuple(summary["clips"]["mix"]), summary["clips"]["policy"]
-    draw_clip_costs(drawn[0], clips, classes, points, policy)
-    draw_accuracy_cost(drawn[1], evaluated["policies"])
-    return drawn
+    save_figure(report / "clips.png", plot_clip_costs(clips, classes, points, policy))
+    save_figure(report / "accuracy_cost.png", plot_accuracy_cost(evaluated["policies"]))
+    return [report / "clips.png", report / "accuracy_cost.png"]
 
 
-def draw_clip_costs(
-    path: Path, clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], policy: str
-) -> None:
-    """Left: how many clips cost how much. Right: the mix of points per class, dearest classes first."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    colours = dict(
-        zip(points, plt.get_cmap("viridis")([i / max(len(points) - 1, 1) for i in range(len(points))]), strict=True)
-    )
+def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], policy: str) -> Figure:
+    """Plots the points that one policy gave to clips.
+
+    Args:
+        clips: A row per clip: `point`, and `macs` of all its crops with the assigner.
+        classes: A row per class: `class`, `macs_per_clip`, and per point the fraction of clips that got it.
+        points: The points of the model, costliest first.
+        policy: The name of the policy.
+
+    Returns:
+        On the left how many clips got each point, on the right the mix of points in the `MOST_CLASSES` costliest
+        classes.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [i / max(len(points) - 1, 1) for i in range(len(points))]  # 0 for the costliest point, 1 for the cheapest
+    colours = dict(zip(points, matplotlib.colormaps["viridis"](steps), strict=True))
     for point in points:
         costs = clips.loc[clips["point"] == point, "macs"]
         if len(costs):
@@ -59,36 +66,53 @@ def draw_clip_costs(
     left.axhline(0, color="black", linewidth=0.5)
     left.set(xlabel="point, MACs of a clip (all crops, assigner included)", ylabel="clips", title=f"policy {policy}")
     shown = classes.sort_values("macs_per_clip", ascending=False).head(MOST_CLASSES)
-    bottom = pd.Series(0.0, index=shown.index)
+    bottom = pd.Series(0.0, index=shown.index)  # the bars of a class stand on one another, costliest point at the foot
     for point in points:
         right.bar(shown["class"].astype(str), shown[point], bottom=bottom, color=colours[point], label=point)
         bottom += shown[point]
-    right.set(xlabel="class, costliest first", ylabel="share of clips", ylim=(0, 1), title="mix of points per class")
+    right.set(
+        xlabel="class, costliest first", ylabel="fraction of clips", ylim=(0, 1), title="mix of points per class"
+    )
     right.tick_params(axis="x", labelsize=7, rotation=90)
     right.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, path)
+    return figure
 
 
-def draw_accuracy_cost(path: Path, policies: Mapping[str, Mapping[str, Any]]) -> None:
-    """Top-1 with its 95 % interval against mean MACs of a clip, one mark per policy; the Pareto front joined."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    front = sorted((p["macs_per_clip"], 100 * p["top1"]) for p in policies.values() if p["pareto"])
+def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Plots accuracy against cost, one mark per policy.
+
+    Args:
+        policies: For each policy's name: `macs_per_clip`, `top1` with its 95 % interval `top1_low` and `top1_high`
+            (between 0 and 1), and `pareto`: whether no other policy is both cheaper and more accurate.
+
+    Returns:
+        Top-1 in percent, with its interval, against the mean MACs of a clip. A line joins the Pareto front.
+    """
+    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    front = sorted((row["macs_per_clip"], 100 * row["top1"]) for row in policies.values() if row["pareto"])
     axes.plot(*zip(*front, strict=True), color="0.7", zorder=1, label="Pareto front")
-    for name, p in policies.items():
-        below, above = 100 * (p["top1"] - p["top1_low"]), 100 * (p["top1_high"] - p["top1"])
-        marker = {"assigned": "*", "random": "x", "oracle": "^", "cascade": "s"}.get(name.partition(":")[0], "o")
-        x, y = p["macs_per_clip"], 100 * p["top1"]
+    for name, row in policies.items():
+        below, above = 100 * (row["top1"] - row["top1_low"]), 100 * (row["top1_high"] - row["top1"])
+        marker = MARKERS.get(name.partition(":")[0], "o")
+        size = 12 if marker == "*" else 7  # a star looks smaller than a disc of its size
         axes.errorbar(
-            x, y, [[below], [above]], fmt=marker, markersize=12 if marker == "*" else 7, capsize=3, label=name
+            row["macs_per_clip"],
+            100 * row["top1"],
+            [[below], [above]],
+            fmt=marker,
+            markersize=size,
+            capsize=3,
+            label=name,
         )
     axes.set(xlabel="mean MACs of a clip (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as a PNG file, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+        figure.savefig(temporary, format="png", dpi=DPI)
