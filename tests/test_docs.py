@@ -59,7 +59,8 @@ def test_pages_have_command_lines() -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in LINES])
-def test_a_command_line_names_what_exists(page: str, words: list[str]) -> None:
+def test_a_command_line_names_what_exists(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIGHTS", "fights")  # where the clips of configs/fights.yaml lie
     if "-m" in words and "videoadapt" in words:  # torchrun ... -m videoadapt VERB
         words = words[words.index("videoadapt") :]
     program, *rest = words
