@@ -1,11 +1,11 @@
-"""Does reading leak? Draws clips through the training loader and watches the memory of every process.
+"""Checks whether reading leaks: draws clips through the training loader and records the memory of every process.
 
     python tools/bench_loader_memory.py --clips 10000
     python tools/bench_loader_memory.py --manifest runs/base/manifest.parquet --reader pyav --json
 
-Without a manifest it makes 32 videos of 10 s, each listed 8 times. Linux only: it reads /proc/PID/smaps_rollup. USS is
-what a process has for itself, PSS adds its part of what is shared, RSS counts shared pages (libraries) in full. A slope
-is fitted to the USS after the first fifth of the clips, in which caches fill.
+Without a manifest it generates 32 videos of 10 s and lists each 8 times. Linux only. USS counts the pages of a process
+alone, PSS also its part of shared pages, and RSS shared pages (libraries) in full. A line is fitted to the USS after
+the first fifth of the clips, in which caches fill; its slope is the leak.
 """
 
 from __future__ import annotations
@@ -29,25 +29,31 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.performance.bench.memory import Memory, memory, peak
 from videoadapt.runtime.console import Bar, print_table
 
-FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the videos made here
+FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the generated videos
 BATCH = 8  # clips
-WARM_UP = 0.2  # share of the clips
+WARM_UP = 0.2  # fraction of the clips, left out of the fit
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A process over the clips that were drawn; KB, and KB of USS for each 1,000 clips with its standard error."""
+    """The memory of one process while clips were drawn, in KiB."""
 
     process: str
-    first_uss: int
+    first_uss: int  # after the warm-up
     last_uss: int
     peak: Memory
-    slope: float
-    slope_error: float
+    slope: float  # of the USS, per 1,000 clips
+    slope_error: float  # standard error
 
 
 def trend(process: str, clips: list[int], samples: list[Memory]) -> Trend:
-    """The least-squares slope after the warm-up. Neighbouring samples are taken as independent."""
+    """Fits a line to the USS of a process by least squares.
+
+    Args:
+        process: Its name.
+        clips: Number of clips drawn at each sample.
+        samples: Its memory. The standard error assumes that neighbouring samples are independent.
+    """
     warm = int(len(samples) * WARM_UP)
     x, y = np.array(clips[warm:]) / 1000, np.array([sample.uss for sample in samples[warm:]], dtype=float)
     (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
@@ -55,37 +61,38 @@ def trend(process: str, clips: list[int], samples: list[Memory]) -> Trend:
 
 
 def watch(manifest: Manifest, config: Config, clips: int, every: int) -> list[Trend]:
-    """Draws clips through the loader and samples the main process and each worker."""
+    """Draws `clips` clips and samples the main process and each worker after every `every` clips."""
     samples: dict[str, list[Memory]] = {}
-    drawn, at = 0, list[int]()
+    drawn, drawn_at_samples = 0, list[int]()
     with Bar(f"reader {config.data.reader}", total=clips, unit="clips") as bar:
-        for parts in train_batches(manifest, config):
-            count = sum(len(batch.labels) for batch in parts)
+        for micro_batches in train_batches(manifest, config):
+            count = sum(len(batch.labels) for batch in micro_batches)
             drawn += count
             bar.step(count)
-            if drawn // every > len(at):
-                at.append(drawn)
+            if drawn // every > len(drawn_at_samples):
+                drawn_at_samples.append(drawn)
                 workers = sorted(process.pid or 0 for process in multiprocessing.active_children())
                 names = {os.getpid(): "main", **{pid: f"worker {i}" for i, pid in enumerate(workers)}}
                 for pid, name in names.items():
                     samples.setdefault(name, []).append(memory(pid))
             if drawn >= clips:
                 break
-    return [trend(name, at, taken) for name, taken in samples.items()]
+    return [trend(name, drawn_at_samples, of_process) for name, of_process in samples.items()]
 
 
 def write_videos(folder: Path, height: int, width: int) -> Path:
-    """Videos of moving noise, and a list that names each several times. Returns the list."""
+    """Writes videos of moving noise. Returns the path of a list that names each of them `COPIES` times."""
     rng = np.random.default_rng(0)
     for number in range(FILES):
         with av.open(str(folder / f"{number}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            # Blocks of 8 pixels: noise in single pixels would make huge files.
             picture = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
             for image in _moving(picture, height, width):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
-    for copy in range(COPIES):
+    for copy in range(COPIES):  # links, because a manifest lists each path once
         for number in range(FILES):
             (folder / f"{number}-{copy}.mp4").symlink_to(folder / f"{number}.mp4")
     lines = [f"{number}-{copy}.mp4 0\n" for copy in range(COPIES) for number in range(FILES)]
@@ -101,7 +108,7 @@ def _moving(picture: np.ndarray, height: int, width: int) -> Iterator[np.ndarray
 
 
 def run_config(folder: Path, listed: Path | None, *, reader: str, workers: int, crop: int) -> Config:
-    """A run that draws clips for as long as one wants, eight a step."""
+    """Returns a config with eight clips per step and so many epochs that the loader does not end."""
     return make_config(
         {
             "run": {"dir": folder, "device": "cpu"},
@@ -116,32 +123,36 @@ def main(
     *,
     clips: int = 10_000,
     workers: int = 2,
-    size: Annotated[tuple[int, int], typer.Option(help="Height and width of the videos that are made.")] = (96, 128),
+    size: Annotated[tuple[int, int], typer.Option(help="Height and width of the generated videos.")] = (96, 128),
     crop: Annotated[int, typer.Option(help="Side of the clips, in pixels.")] = 224,
-    reader: Annotated[list[str] | None, typer.Option(help="auto, decord or pyav; may be given again.")] = None,
-    manifest: Annotated[Path | None, typer.Option(help="Of an indexed run, instead of videos made here.")] = None,
+    reader: Annotated[list[str] | None, typer.Option(help="auto, decord or pyav; may be repeated.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="The manifest of an indexed run, instead of generated videos.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Draws the clips with each reader, and prints a table or JSON."""
-    found: dict[str, list[Trend]] = {}
+    """Draws clips with each reader, and prints the memory as a table or JSON."""
+    trends: dict[str, list[Trend]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         listed = None if manifest else write_videos(folder, *size)
         for kind in reader or ["auto", "pyav"]:
             config = run_config(folder / "run", listed, reader=kind, workers=workers, crop=crop)
             population = Manifest.load(manifest) if manifest else load_or_index(config)
-            found[kind] = watch(population, config, clips, every=max(BATCH, clips // 100))
+            trends[kind] = watch(population, config, clips, every=max(BATCH, clips // 100))
     if as_json:
-        print(json.dumps({kind: [asdict(trend) for trend in trends] for kind, trends in found.items()}, indent=2))
+        print(
+            json.dumps({kind: [asdict(trend) for trend in by_process] for kind, by_process in trends.items()}, indent=2)
+        )
         return
-    columns = ["reader", "process", "USS first", "last", "peak", "PSS peak", "RSS peak", "KB per 1,000 clips"]
+    columns = ["reader", "process", "USS first", "last", "peak", "PSS peak", "RSS peak", "KiB per 1,000 clips"]
     rows = [
         [kind, t.process, *(f"{kb / 1024:.1f}" for kb in (t.first_uss, t.last_uss, t.peak.uss, t.peak.pss, t.peak.rss))]
         + [f"{t.slope:+.1f} ± {t.slope_error:.1f}"]
-        for kind, trends in found.items()
-        for t in trends
+        for kind, by_process in trends.items()
+        for t in by_process
     ]
-    print_table(f"Memory in MB while {clips} clips were drawn by {workers} workers", columns, rows)
+    print_table(f"Memory in MiB while {workers} workers drew {clips} clips", columns, rows)
 
 
 if __name__ == "__main__":

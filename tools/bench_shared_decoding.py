@@ -1,10 +1,10 @@
-"""Groups that decode for themselves against shared decoding, on gloo ranks: `python tools/bench_shared_decoding.py`.
+"""Compares groups that decode for themselves with shared decoding: `python tools/bench_shared_decoding.py`.
 
-Two and three ranks, a group of one rank for each length, read real H.264 files of 340x256: loading alone, a step of a
-tiny model (reading is the larger part of it) and one of TimeSformer-S in bf16. Each rank is pinned to a core (three
-ranks on two cores share) and reads in its main process, so that reading and training take turns on that core as they
-would with workers. Both forms take turns within a round; relations are those within a round. Seven rounds are measured:
-between the least and the greatest lies the median of all rounds with a confidence of 98 %.
+Two and three gloo ranks, one per length, read real H.264 files of 340x256. Three cases are measured: loading alone, a
+step of a tiny model (mostly reading), and a step of TimeSformer-S in bf16. Each rank is pinned to a core; three ranks
+share two cores on a smaller machine. A rank reads in its main process, so that reading and training share its core as
+they would with workers. Both forms take turns within a round, and ratios are those within a round. With seven rounds,
+the interval from the smallest to the largest ratio covers the true median with a confidence of 98 %.
 """
 
 from __future__ import annotations
@@ -40,41 +40,41 @@ from videoadapt.training.state import State
 from videoadapt.training.train import RankRole, train_step
 
 COPIES = 8  # of each file: an epoch of 48 clips
-LENGTHS = {2: (14, 7), 3: (14, 10, 7)}  # by the number of ranks
+LENGTHS = {2: (14, 7), 3: (14, 10, 7)}  # by number of ranks
 TINY = {"width": 48, "depth": 1, "heads": 2}
 SMALL = {"width": 384, "depth": 12, "heads": 6}
 FORMS = ("own", "shared")
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What one rank took for some steps of one form."""
+class TurnTime:
+    """One turn of one form on one rank."""
 
     seconds: float
-    cpu_s: float  # of all threads, those of gloo too
+    cpu_s: float  # of all threads, with those of gloo
     packed_s: float = 0.0
-    waited_s: float = 0.0  # for the clips of others, which may still have been reading
+    waited_s: float = 0.0  # for the clips of other ranks, which may still be reading
     bytes_sent: int = 0  # to other ranks
 
 
-class WatchedExchange(ClipExchange):
-    """Notes the time for packing and waiting, and the bytes."""
+class TimedExchange(ClipExchange):
+    """Measures the time for packing and waiting, and counts the bytes."""
 
     packed_s = waited_s = 0.0
     bytes_sent = 0
 
     def _send(self, clips: Iterable[Clip | Failure]) -> tuple[Tensor, Any]:
-        items = list(clips)  # reading is not packing
+        items = list(clips)  # reads the clips, whose time is not that of packing
         begin = time.perf_counter()
         received, work = super()._send(items)
         self.packed_s += time.perf_counter() - begin
         others = (len(positions) for number, positions in enumerate(self._sent) if number != rank())
         self.bytes_sent += sum(others) * self._row_bytes
-        return received, _WatchedWork(self, work)
+        return received, _TimedWork(self, work)
 
 
-class _WatchedWork:
-    def __init__(self, exchange: WatchedExchange, work: dist.Work) -> None:
+class _TimedWork:
+    def __init__(self, exchange: TimedExchange, work: dist.Work) -> None:
         self._exchange, self._work = exchange, work
 
     def wait(self) -> None:
@@ -84,59 +84,59 @@ class _WatchedWork:
 
 
 def both_forms(config: Config, steps: int, trains: bool) -> Turn:
-    """A turn: so many steps of each form, by form; the one that goes first changes from turn to turn."""
+    """Prepares both forms; a turn runs `steps` steps of each and returns a `TurnTime` by form."""
     manifest = load_or_index(config)
     plan = make_plan(config, world_size(), point_macs(config.model))
-    exchange = WatchedExchange(manifest, config, plan)
-    share = partial(plan.group(rank()).positions, rank())
+    exchange = TimedExchange(manifest, config, plan)
+    positions = partial(plan.group(rank()).positions, rank())
     state = State.start(config, manifest) if trains else None
-    seat = RankRole.take(config, state.model, plan) if state is not None else None
-    runs = {
-        "own": train_batches(manifest, config, positions=share),
-        "shared": train_batches(manifest, config, positions=share, exchange=exchange),
+    role = RankRole.take(config, state.model, plan) if state is not None else None
+    steps_of = {
+        "own": train_batches(manifest, config, positions=positions),
+        "shared": train_batches(manifest, config, positions=positions, exchange=exchange),
     }
 
-    def taken(batches: Iterator[list[Batch]]) -> Taken:
+    def measure(batches: Iterator[list[Batch]]) -> TurnTime:
         before = (exchange.packed_s, exchange.waited_s, exchange.bytes_sent)
         wait_for_all()
         begin, cpu_s = time.perf_counter(), time.process_time()
         for step in islice(batches, steps):
-            if state is not None and seat is not None:
-                train_step(state, seat, step)
-        cpu_s = time.process_time() - cpu_s
+            if state is not None and role is not None:
+                train_step(state, role, step)
+        cpu_s = time.process_time() - cpu_s  # before the barrier, in which a rank may spin
         wait_for_all()
         after = (exchange.packed_s, exchange.waited_s, exchange.bytes_sent)
         packed_s, waited_s, sent = (b - a for a, b in zip(before, after, strict=True))
-        return Taken(time.perf_counter() - begin, cpu_s, packed_s, waited_s, int(sent))
+        return TurnTime(time.perf_counter() - begin, cpu_s, packed_s, waited_s, int(sent))
 
     order = list(FORMS)
 
-    def turn() -> dict[str, Taken]:
-        order.reverse()
-        return {form: taken(runs[form]) for form in order}
+    def turn() -> dict[str, TurnTime]:
+        order.reverse()  # the form that runs first changes from turn to turn
+        return {form: measure(steps_of[form]) for form in order}
 
     return turn
 
 
 def transfer(config: Config) -> Turn:
-    """A turn: seconds for packing and sending the clips of a step that lie ready, and CPU seconds of the rank."""
+    """Prepares the exchange of clips that are already read; a turn packs and sends those of a step."""
     manifest = load_or_index(config)
     exchange = ClipExchange(manifest, config, make_plan(config, world_size(), point_macs(config.model)))
     model = config.model
-    frames = torch.zeros((3, model.num_frames, model.size, model.size), dtype=torch.uint8)
+    frames = torch.zeros((3, model.num_frames, model.size, model.size), dtype=torch.uint8)  # C T H W
     clips = [Clip(frames, 0, 0) for _ in exchange.read]
 
-    def turn() -> Taken:
+    def turn() -> TurnTime:
         wait_for_all()
         begin, cpu_s = time.perf_counter(), time.process_time()
         exchange._send(clips)[1].wait()
-        return Taken(time.perf_counter() - begin, time.process_time() - cpu_s)
+        return TurnTime(time.perf_counter() - begin, time.process_time() - cpu_s)
 
     return turn
 
 
 def make_videos(folder: Path) -> Path:
-    """A list of links to the files that `bench data` measures loaders on, of 340x256."""
+    """Generates the 340x256 videos of `bench data`. Returns the path of a list that names `COPIES` links to each."""
     kinds = generate(folder / "data", sizes=SIZES[:1])
     lines = []
     for number, path in enumerate(path for paths in kinds.values() for path in paths):
@@ -150,7 +150,7 @@ def make_videos(folder: Path) -> Path:
 
 
 def config_of(folder: Path, ranks: int, batch: int, model: dict[str, int], precision: str) -> Config:
-    """A group of one rank for each length."""
+    """Returns a config with a group of one rank for each length."""
     lengths = LENGTHS[ranks]
     return make_config(
         {
@@ -164,18 +164,25 @@ def config_of(folder: Path, ranks: int, batch: int, model: dict[str, int], preci
 
 
 def measured(config: Config, ranks: int, rounds: int, prepare: Callable[..., Turn], *args: Any) -> list[Any]:
-    """The turns of all ranks, round by round; a round that does not count comes first."""
+    """Returns the turns of all ranks for each round, without a first round as warm-up."""
     with started(ranks, prepare, config, *args) as processes:
         processes.ready()
         return [processes.turn() for _ in range(1 + rounds)][1:]
 
 
-def row_of(name: str, turns: Sequence[Sequence[dict[str, Taken]]], clips: int) -> tuple[str, ...]:
-    """A line of the table: both forms over so many clips a turn, and their relation within rounds."""
-    seconds = {form: [max(taken[form].seconds for taken in turn) for turn in turns] for form in FORMS}
-    cpu_s = {form: [sum(taken[form].cpu_s for taken in turn) for turn in turns] for form in FORMS}
-    shared = [[taken["shared"] for taken in turn] for turn in turns]
-    faster = [own / one for own, one in zip(seconds["own"], seconds["shared"], strict=True)]
+def row_of(name: str, turns: Sequence[Sequence[dict[str, TurnTime]]], clips: int) -> tuple[str, ...]:
+    """Returns the cells of a case.
+
+    Args:
+        name: The first cell.
+        turns: For each round and rank, the times by form.
+        clips: Clips of a turn.
+    """
+    # The slowest rank decides how long a turn takes; CPU time is added up.
+    seconds = {form: [max(rank_times[form].seconds for rank_times in turn) for turn in turns] for form in FORMS}
+    cpu_s = {form: [sum(rank_times[form].cpu_s for rank_times in turn) for turn in turns] for form in FORMS}
+    shared = [[rank_times["shared"] for rank_times in turn] for turn in turns]
+    faster = [own / with_others for own, with_others in zip(seconds["own"], seconds["shared"], strict=True)]
     return (
         name,
         *(f"{clips / statistics.median(seconds[form]):.2f}" for form in FORMS),
@@ -189,21 +196,21 @@ def row_of(name: str, turns: Sequence[Sequence[dict[str, Taken]]], clips: int) -
 
 
 COLUMNS = (
-    *("what", "own clips/s", "shared clips/s", "faster by", "min .. max", "own CPU-ms/clip", "shared"),
+    *("case", "own clips/s", "shared clips/s", "faster by", "min .. max", "own CPU-ms/clip", "shared"),
     *("MB sent/clip", "packing ms/clip", "waiting ms/clip"),
 )
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures all cases and prints a table for each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/bench_shared_decoding"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], choices=LENGTHS)
     given = parser.parse_args()
     make_videos(given.dir)
-    load_or_index(config_of(given.dir, 2, 12, TINY, "fp32"))  # once: the ranks find it made
-    cases = {  # model, precision, clips a step, steps a turn, whether it trains
+    load_or_index(config_of(given.dir, 2, 12, TINY, "fp32"))  # here, because the ranks would all index at once
+    cases = {  # model, precision, clips per step, steps per turn, whether it trains
         "loading": (TINY, "fp32", 12, 2, False),
         "a tiny model": (TINY, "fp32", 12, 1, True),
         "TimeSformer-S": (SMALL, "bf16", 3, 1, True),
@@ -218,12 +225,12 @@ def main() -> None:
         print_table(f"{ranks} ranks, lengths {LENGTHS[ranks]}, {given.rounds} rounds", COLUMNS, rows)
         config = config_of(given.dir, ranks, 12, TINY, "fp32")
         sent = measured(config, ranks, 3 * given.rounds, transfer)
-        slowest = [max(taken.seconds for taken in turn) for turn in sent]
-        cpu_s = [sum(taken.cpu_s for taken in turn) for turn in sent]
+        slowest = [max(rank_time.seconds for rank_time in turn) for turn in sent]
+        cpu_s = [sum(rank_time.cpu_s for rank_time in turn) for turn in sent]
         print(
-            f"12 clips that lie ready, packed and sent: median {1000 * statistics.median(slowest):.1f} ms "
+            f"Packing and sending 12 clips in memory: median {1000 * statistics.median(slowest):.1f} ms "
             f"({1000 * min(slowest):.1f} .. {1000 * max(slowest):.1f}), {1000 * statistics.median(cpu_s) / 12:.2f} "
-            f"CPU-ms a clip over all ranks. Load {os.getloadavg()[0]:.1f}"
+            f"CPU-ms per clip over all ranks. Load {os.getloadavg()[0]:.1f}"
         )
 
 

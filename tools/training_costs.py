@@ -1,9 +1,9 @@
-"""What it takes to train configs, from their MACs alone: a markdown table, one line a config.
+"""Estimates the GPU-hours of training from MACs alone, and prints a markdown table with a row for each config.
 
     python tools/training_costs.py configs/*_k400.yaml configs/*_in1k.yaml --utilisation 0.4 0.06
 
-A backward pass counts twice a forward pass, thrice with activation checkpointing; steps are those of `videoadapt plan`
-on one GPU, the mean over what `train.draw` may draw. Reading clips and sending gradients are not in it.
+The steps are those of `videoadapt plan` on one GPU, the mean over the draws of `train.draw`. A backward pass has twice
+the MACs of a forward pass, three times with activation checkpointing. Reading and communication are not included.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from videoadapt.performance.forecast import Forecast, Network, forecast
 from videoadapt.performance.plan import analytic_passes, gpu_hours, work_of
 from videoadapt.training.groups import Group, GroupPlan
 
-A100_MACS_PER_S = 156e12  # its peak in bf16
-UTILISATIONS = (0.4, 0.06)  # assumed where GPUs are well fed; what the days of training that SuperViT gives come to
-TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by classes: Kinetics-400 as MMAction2's copy has it, ImageNet-1k
-COLUMNS = ("config", "points: GMACs a view", "step", "epochs", "clips an epoch")
+A100_MACS_PER_S = 156e12  # peak in bf16: 312 TFLOP/s, two per MAC
+UTILISATIONS = (0.4, 0.06)  # an assumption for well-fed GPUs, and what follows from the training days in SuperViT
+TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by number of classes: Kinetics-400 (MMAction2's copy), ImageNet-1k
+COLUMNS = (
+    "config",
+    "points: GMACs a view",
+    "step",
+    "epochs",
+    "clips an epoch",
+)  # step: relative to the costliest point
 
 
 def main() -> None:
@@ -34,25 +40,29 @@ def main() -> None:
         "--peak-macs-per-s", type=float, default=A100_MACS_PER_S, help="of a GPU [default: 156e12, an A100's in bf16]"
     )
     parser.add_argument(
-        "--utilisation", type=float, nargs="+", default=UTILISATIONS, help="shares of the peak [default: 0.4 0.06]"
+        "--utilisation", type=float, nargs="+", default=UTILISATIONS, help="fractions of the peak [default: 0.4 0.06]"
     )
     given = parser.parse_args()
     try:
         lines = [row(path, given.peak_macs_per_s, given.utilisation) for path in given.configs]
     except UserError as error:
         sys.exit(f"error: {error}")
-    columns = (*COLUMNS, *(f"GPU-hours at {share:.0%}" for share in given.utilisation))
+    columns = (*COLUMNS, *(f"GPU-hours at {fraction:.0%}" for fraction in given.utilisation))
     for cells in (columns, ("---",) * len(columns), *lines):
         print(f"| {' | '.join(cells)} |")
 
 
 def row(path: Path, peak_macs_per_s: float, utilisations: Sequence[float]) -> tuple[str, ...]:
-    """The cells of a config's line. Raises `UserError` where the clips of an epoch are not known."""
+    """Returns the cells of a config.
+
+    Raises:
+        UserError: The config cannot be loaded, or the number of clips in an epoch is unknown.
+    """
     config = load_config(path, [f"plan.macs_per_s={peak_macs_per_s}"])
     clips = config.plan.clips or TRAIN_CLIPS.get(config.model.num_classes)
     if clips is None:
         raise UserError(
-            f"{path}: set plan.clips, the clips of an epoch; known are those of Kinetics-400 and ImageNet-1k"
+            f"{path}: set plan.clips, the clips of an epoch; only those of Kinetics-400 and ImageNet-1k are known"
         )
     points = point_macs(config.model)
     step = one_gpu(config)
@@ -64,15 +74,15 @@ def row(path: Path, peak_macs_per_s: float, utilisations: Sequence[float]) -> tu
         f"{step.step_s / alone:.2f}",
         str(config.train.epochs),
         f"{clips:,}",
-        *(f"{hours / share:,.0f}" for share in utilisations),
+        *(f"{hours / fraction:,.0f}" for fraction in utilisations),
     )
 
 
 def one_gpu(config: Config) -> Forecast:
-    """A step of one GPU, at `plan.macs_per_s`."""
-    everything = GroupPlan((Group(config.model.points, range(1)),))
-    nothing_sent = Network(bytes_per_s=float("inf"), overlaps=True)
-    return forecast(everything, work_of(config, analytic_passes(config), optimizer_s=0.0), nothing_sent)
+    """Predicts a step on one GPU that runs at `plan.macs_per_s`."""
+    plan = GroupPlan((Group(config.model.points, range(1)),))
+    network = Network(bytes_per_s=float("inf"), overlaps=True)  # one GPU sends nothing
+    return forecast(plan, work_of(config, analytic_passes(config), optimizer_s=0.0), network)
 
 
 if __name__ == "__main__":
