@@ -1,6 +1,7 @@
-"""Costs in multiply-adds (MACs; the papers' "FLOPs"), from the architecture alone.
+"""Cost of a forward pass in multiply-adds (MACs; the papers write "FLOPs"), computed from the architecture.
 
-Linear layers, convolutions and the two attention products count; norms, activations, softmax and additions do not.
+Linear layers, convolutions and the two matrix products of attention count. Normalisation, activations, softmax and
+additions do not count.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from typing import Protocol
 
 from videoadapt.config.points import Point
 
-STEM_CHANNELS = 64  # of the convolutions that `embed: stem` begins with
+STEM_CHANNELS = 64  # width of the convolutions at the start of `embed: stem` (LV-ViT)
+_RGB = 3  # input channels
 
 
 class _Architecture(Protocol):
-    """What of a model's config decides its costs; the config itself needs them, to put its points in order."""
+    """The fields of `ModelConfig` that decide the cost.
+
+    A protocol, because `config.sections` imports this module to sort its points by cost.
+    """
 
     @property
     def width(self) -> int: ...
@@ -46,7 +51,7 @@ class _Architecture(Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one view at one point, by part."""
+    """MACs of one view at one point, by component of the model."""
 
     embedding: int
     temporal_attention: int
@@ -56,47 +61,54 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """MACs of the view."""
+        """Sum over the components."""
         return sum(asdict(self).values())
 
 
 def point_cost(config: _Architecture, point: str | Point) -> Cost:
-    """The cost of one view (one crop of one clip) at a point, of any batch divided by its size."""
+    """Returns the MACs of one view (one crop of one clip) at a point."""
     parsed = Point.parse(point)
     width, frames = config.width, config.num_frames
-    prefix = 2 if config.distill_token and parsed.length < config.lengths[0] else 1
-    left = parsed.patches(config.depth, config.drop_blocks)
-    entered = (parsed.length**2, *left[:-1])
-    spatial = sum(_attention(width, prefix + patches) for patches in entered)
-    # Where tokens are dropped, the class token's row of attention is computed once more (model/drop.py).
-    scores = sum((prefix + n) * width for n, after in zip(entered, left, strict=True) if after < n)
+    # Tokens beside the patches: the class token, and for student points the distillation token.
+    extra = 2 if config.distill_token and parsed.length < config.lengths[0] else 1
+    after_drop = parsed.patches(config.depth, config.drop_blocks)  # patches per frame in the MLP of each block
+    # A block drops between attention and MLP, so its attention has the patches of the block before.
+    in_attention = (parsed.length**2, *after_drop[:-1])
+    spatial = sum(_attention_macs(width, extra + patches) for patches in in_attention)
+    # A dropping block computes the class token's row of the attention map once more, as scores (model/drop.py).
+    scores = sum((extra + n) * width for n, kept in zip(in_attention, after_drop, strict=True) if kept < n)
+    hidden = int(width * config.mlp_ratio)
+    head_tokens = extra + (frames * after_drop[-1] if config.dense_head is not None else 0)
     return Cost(
-        embedding=frames * _embedding(config, parsed.length),
-        temporal_attention=sum(_temporal(width, frames, patches) for patches in entered) if config.temporal else 0,
-        spatial_attention=frames * (spatial + scores),
-        mlp=sum(prefix + frames * patches for patches in left) * 2 * width * int(width * config.mlp_ratio),
-        head=(prefix + (frames * left[-1] if config.dense_head is not None else 0)) * width * config.num_classes,
+        embedding=frames * _embedding_macs(config, parsed.length),
+        temporal_attention=sum(_temporal_macs(width, frames, n) for n in in_attention) if config.temporal else 0,
+        spatial_attention=frames * (spatial + scores),  # the class token is repeated in each frame
+        mlp=sum(extra + frames * n for n in after_drop) * 2 * width * hidden,  # 2: into the hidden layer and back
+        head=head_tokens * width * config.num_classes,
     )
 
 
 def point_macs(config: _Architecture) -> dict[str, int]:
-    """MACs per view of every point of a model, costliest first."""
+    """Returns the MACs per view of every point of a model, in the order of `config.points` (costliest first)."""
     return {point: point_cost(config, point).total for point in config.points}
 
 
-def _attention(width: int, tokens: int) -> int:
-    """Queries, keys, values, output (4 D^2 a token) and the two products over all pairs of tokens."""
+def _attention_macs(width: int, tokens: int) -> int:
+    """Query, key, value and output layers (4 D^2 per token), and the two matrix products (N^2 D each)."""
     return tokens * 4 * width**2 + 2 * tokens**2 * width
 
 
-def _temporal(width: int, frames: int, patches: int) -> int:
-    return patches * (_attention(width, frames) + frames * width**2)  # and temporal_fc
+def _temporal_macs(width: int, frames: int, patches: int) -> int:
+    """Attention over the frames at each patch position, then the linear layer `temporal_fc` (D^2 per token)."""
+    return patches * (_attention_macs(width, frames) + frames * width**2)
 
 
-def _embedding(config: _Architecture, length: int) -> int:
+def _embedding_macs(config: _Architecture, length: int) -> int:
+    """The convolutions that make the patch tokens of one frame."""
     kernel = config.kernel(length)
     if config.embed != "stem":
-        return length**2 * 3 * kernel**2 * config.width
-    half, channels = (length * kernel // 2) ** 2, STEM_CHANNELS
-    convolutions = half * (3 * 7**2 * channels + 2 * 3**2 * channels**2)
-    return convolutions + length**2 * (kernel // 2) ** 2 * channels * config.width
+        return length**2 * _RGB * kernel**2 * config.width
+    # The stem: one 7 x 7 convolution with stride 2, two 3 x 3, then one over (kernel / 2) x (kernel / 2) patches.
+    pixels = (length * kernel // 2) ** 2  # at half the resolution
+    stem = pixels * (_RGB * 7**2 * STEM_CHANNELS + 2 * 3**2 * STEM_CHANNELS**2)
+    return stem + length**2 * (kernel // 2) ** 2 * STEM_CHANNELS * config.width

@@ -1,4 +1,4 @@
-"""Operating points: how many tokens per side (`length`) and which share of them is kept (`keep`)."""
+"""Operating points: tokens per side of a frame (`length`), and the fraction of them that is kept (`keep`)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from fractions import Fraction
 
 from videoadapt.errors import ConfigError
 
+# No leading zero, so that each length has one spelling.
 _POINT = re.compile(r"(?P<length>[1-9]\d*)(@(?P<keep>\d*\.?\d+))?")
 
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One operating point, written `14` or `14@0.7`. Sorts by length, then by keep.
+    """An operating point, written `14` or `14@0.7`. Points sort by length, then by keep."""
 
-    `length` counts patch tokens per side of a frame; `keep` in (0, 1] is the share kept at each dropping block.
-    """
-
-    length: int
-    keep: float = 1.0
+    length: int  # patch tokens per side of a frame
+    keep: float = 1.0  # fraction of the patch tokens kept at each dropping block, in (0, 1]
 
     @classmethod
     def parse(cls, text: str | int | Point) -> Point:
-        """`"14"`, `14`, `"14@0.7"` or a `Point`. Raises `ConfigError` for anything else."""
+        """Returns the point of `"14"`, `14`, `"14@0.7"` or a `Point`.
+
+        Raises:
+            ConfigError: The text has another form, or the keep is not in (0, 1].
+        """
         if isinstance(text, Point):
             return text
         match = _POINT.fullmatch(str(text).strip())
@@ -40,21 +42,29 @@ class Point:
         return str(self.length) if self.keep == 1.0 else f"{self.length}@{self.keep:g}"
 
     def patches(self, depth: int, drop_blocks: Collection[int]) -> tuple[int, ...]:
-        """Patch tokens of a frame that each of `depth` blocks passes on to its MLP and to the blocks after it.
+        """Returns the number of patch tokens of a frame after the dropping of each block.
 
-        Of the n that enter a dropping block (counted from 1) `min(n, ceil(keep (n + 1)))` stay (SuperViT).
-        The keep is taken for the decimal number that it is written as: 0.55 of 100 are 55, and no rounding makes it 56.
+        Of the n tokens that enter a dropping block, `min(n, ceil(keep * (n + 1)))` are kept (SuperViT).
+
+        Args:
+            depth: Number of blocks.
+            drop_blocks: Numbers of the dropping blocks, counted from 1.
+
+        Returns:
+            `depth` numbers, for blocks 1, 2, ...
         """
-        share, count, counts = Fraction(str(self.keep)), self.length**2, []
+        # Exact decimal arithmetic: with floats, 0.55 * 100 is 55.00000000000001, whose ceiling is 56.
+        keep = Fraction(str(self.keep))
+        count, counts = self.length**2, []
         for block in range(1, depth + 1):
             if block in drop_blocks:
-                count = min(count, math.ceil(share * (count + 1)))
+                count = min(count, math.ceil(keep * (count + 1)))  # + 1: with the class token
             counts.append(count)
         return tuple(counts)
 
 
 def canonical(text: str) -> str:
-    """A point as `model.points` writes it, `14@0.7` for `14@0.70`; what is no point stays as it is."""
+    """Returns a point as `model.points` writes it, such as `14@0.7` for `14@0.70`; other text is returned unchanged."""
     try:
         return str(Point.parse(text))
     except ConfigError:

@@ -1,4 +1,4 @@
-"""The sections of a config: what each key means, its default, and what it may be."""
+"""The sections of a config: each key with its type, default, allowed values and meaning."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ from videoadapt.config.cost import point_cost
 from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]  # below 1: at 1, momentum, EMA or dropout would keep nothing
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+# timm's text form. `inc1` is required: its magnitudes all grow in strength, as in DeiT's and LV-ViT's recipes.
 _RAND_AUGMENT = r"^rand(-(m\d+|n\d+|(p|mstd)\d+(\.\d+)?))*-inc1$"
 
 
-def _parse_points(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
+    """One point, or one cascade, needs no brackets: `model.points=14`."""
     return [value] if isinstance(value, (int, str)) else value
 
 
-def _parse_groups(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    named = {str(key).replace(" ", ""): count for key, count in value.items()} if isinstance(value, dict) else value
+def _check_groups_type(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    # YAML reads the key 14 as a number, and users write `10 + 7` with spaces.
+    groups = {str(key).replace(" ", ""): count for key, count in value.items()} if isinstance(value, dict) else value
     try:
-        return check(named)
-    except ValidationError:  # it has a line for each form that groups may have
+        return validate(groups)
+    except ValidationError:  # pydantic has one error for each type of the union, which says nothing to a user
         raise ConfigError(
             "parallel.groups: expected auto, or how many ranks each length has, 1 or more, such as {14: 4, 10+7: 1}, "
             f"with a space after each colon, got {value!r}"
@@ -43,101 +46,105 @@ def _parse_groups(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and unknown keys are errors."""
+    """A part of the config. It is immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    """Where a run lives, and on what it runs."""
+    """The run folder, the device and the seed."""
 
     dir: Path = Path("runs/run")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint: Path | None = None  # for label, evaluate, predict; none = the newest of the run
+    checkpoint: Path | None = None  # that label, evaluate and predict load; none = the newest one of the run
 
 
 class SplitConfig(Section):
-    """Which videos make a split."""
+    """The videos of a split."""
 
     annotations: Path | None = None  # an official CSV, a `path label` list, a JSON list, or a folder per class
 
 
 class DataConfig(Section):
-    """The videos, how they are read, and how they are augmented."""
+    """The videos, and how they are read and augmented."""
 
-    root: Path | None = None  # where the relative paths of a list start; none = the folder of the list
+    root: Path | None = None  # folder for relative paths in a list; none = the folder of the list
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
     classes: Path | None = None  # class names in label order: a file (lines, CSV or JSON), or `kinetics400`
-    holdout: Fraction = 0.0  # share of the train split kept out of stage 1, for `label.source: holdout`
+    holdout: Fraction = 0.0  # fraction of the train split kept out of stage 1, for `label.source: holdout`
     reader: Literal["auto", "decord", "pyav"] = "auto"
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has
-    timeout_s: Positive = 300.0
-    short_side: tuple[int, int] | None = None  # training: range of the short side before the crop; none = model.size
-    crop_area: tuple[Positive, Positive] | None = None  # training, instead: range of a crop's share of the frame
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resizing before a crop
-    flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # timm's, such as rand-m9-mstd0.5-inc1
-    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # of brightness, contrast and saturation
+    timeout_s: Positive = 300.0  # for a worker to read one clip
+    # Training crops. short_side: resize the short side to a random size in [LOW, HIGH], then crop model.size; none =
+    # model.size. crop_area, instead: crop a random fraction of the frame's area in [LOW, HIGH], then resize.
+    short_side: tuple[int, int] | None = None
+    crop_area: tuple[Positive, Positive] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of the resizing before a crop
+    flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # probability of a horizontal flip
+    rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # as in timm: rand-m9-mstd0.5-inc1
+    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # strength for brightness, contrast and saturation
     erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
-    cutmix: Annotated[float, Field(ge=0.0)] = 0.0
-    mix_token: Annotated[float, Field(ge=0.0)] = 0.0  # cutmix of tokens instead of pixels (LV-ViT)
-    token_labels: Path | None = None  # LV-ViT's label maps, CLASS/NAME.pt for each training image
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0  # alpha, too
+    mix_token: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of cutmix with patch tokens instead of pixels (LV-ViT)
+    token_labels: Path | None = None  # folder of LV-ViT's label maps, with CLASS/NAME.pt for each training image
 
     @property
     def mixes(self) -> bool:
-        """Whether clips are mixed in pairs."""
+        """Whether two clips are mixed into one."""
         return self.mixup > 0 or self.cutmix > 0 or self.mix_token > 0
 
 
 class IndexConfig(Section):
-    """How files are looked at before they are used."""
+    """How `index` probes the video files."""
 
-    verify: Literal["quick", "full"] = "quick"  # full = every frame is decoded, and damage is noted
-    timeout_s: Positive = 60.0  # for one file; one that takes longer is recorded as broken
+    verify: Literal["quick", "full"] = "quick"  # full = decode every frame and record errors
+    timeout_s: Positive = 60.0  # for one file; a file that takes longer is recorded as broken
 
 
 class ModelConfig(Section):
-    """The architecture and the input that it expects: enough to build the model and to feed it a file."""
+    """The architecture and its input: all that is needed to build the model and to give it the frames of a file."""
 
     width: Count = 768
     depth: Count = 12
     heads: Count = 12
     mlp_ratio: Positive = 4.0
-    patch: Count = 16
-    size: Count = 224  # side of the square crop, in pixels
+    patch: Count = 16  # side of a patch in pixels
+    size: Count = 224  # side of the square crop in pixels
     num_frames: Count = 8
-    stride_frames: Count = 32  # between two frames of a clip, counted at `fps`
-    fps: Positive | None = 30.0  # none: strides count the file's own frames
-    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
+    stride_frames: Count = 32  # distance of two frames of a clip, counted at `fps`
+    fps: Positive | None = 30.0  # none = the stride counts the file's own frames
+    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)  # of RGB values in [0, 1], for normalisation
     std: tuple[Positive, Positive, Positive] = (0.225, 0.225, 0.225)
     num_classes: Count = 400
-    points: Annotated[tuple[str, ...], BeforeValidator(_parse_points)] = ("14", "10", "7")
-    temporal: bool = True  # divided space-time attention; off = frames are seen one by one
-    drop_blocks: tuple[Count, ...] = (4, 7, 10)  # counted from 1; points with keep < 1 drop tokens there
-    embed: Literal["resize", "kernel", "stem"] = "resize"
-    align_corners: bool = False  # frames are resized as in SuperViT: corner on corner, and without antialiasing
+    points: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("14", "10", "7")
+    temporal: bool = True  # divided space-time attention; false = no attention between frames
+    drop_blocks: tuple[Count, ...] = (4, 7, 10)  # numbers from 1; points with keep < 1 drop tokens in these blocks
+    embed: Literal["resize", "kernel", "stem"] = "resize"  # how a length's tokens are made (docs/points.md)
+    align_corners: bool = False  # resize frames as SuperViT does: aligned corners, no antialiasing
+    # One set of weights for all lengths instead of one for each: LayerNorm, patch embedding, position embedding.
     share_norm: bool = False
     share_patch: bool = False
     share_pos: bool = False
-    distill_token: bool = False
-    dense_head: Positive | None = None  # LV-ViT's second head, on patches: the weight of their best logits; none = none
+    distill_token: bool = False  # a second class token for student points (ReViT, figure 3)
+    dense_head: Positive | None = None  # weight of the logits of LV-ViT's head on patches; none = no such head
     qkv_bias: bool = True
     layer_scale: float | None = None  # initial value; none = no LayerScale
-    residual_scale: Positive = 1.0  # of what each branch adds; LV-ViT: 0.5
+    residual_scale: Positive = 1.0  # factor of attention and MLP outputs before they are added; LV-ViT: 0.5
     norm_eps: Positive = 1e-6
-    drop_path: Fraction = 0.0
-    init_std: Positive = 0.02
+    drop_path: Fraction = 0.0  # probability in the last block, rising linearly from 0 in the first
+    init_std: Positive = 0.02  # of new linear layers and embeddings
     time_init_std: Annotated[float, Field(ge=0.0)] = 0.0  # TimeSformer starts its time embedding at zero
 
     @model_validator(mode="before")
     @classmethod
     def _canonical_points(cls, values: Any) -> Any:
+        # Before the fields are checked: a wrong point is reported by its own message, not as a wrong type.
         if isinstance(values, dict) and values.get("points") is not None:
-            given = _parse_points(values["points"])
+            given = _as_list(values["points"])
             try:
                 points = [Point.parse(p) for p in given] if isinstance(given, (list, tuple)) else []
             except ConfigError as error:
@@ -148,38 +155,40 @@ class ModelConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _possible(self) -> ModelConfig:
+    def _check_architecture(self) -> ModelConfig:
         if self.width % self.heads:
             raise ConfigError(f"model.heads: {self.heads} does not divide model.width {self.width}")
         if not self.temporal and self.num_frames != 1:
-            raise ConfigError(f"model.temporal: off needs model.num_frames 1, got {self.num_frames}")
+            raise ConfigError(f"model.temporal: false needs model.num_frames 1, got {self.num_frames}")
         if self.embed == "stem" and self.patch % 2:
             raise ConfigError(
-                f"model.embed: stem halves the frame first and needs an even model.patch, got {self.patch}"
+                f"model.embed: stem halves the resolution first and needs an even model.patch, got {self.patch}"
             )
         for point in map(Point.parse, self.points):
             if point.length * self.patch > self.size:
                 raise ConfigError(
                     f"model.points: length {point.length} with {self.patch}-pixel patches needs "
-                    f"{point.length * self.patch} pixels, but model.size is {self.size}; "
-                    f"take at most {self.size // self.patch}"
+                    f"{point.length * self.patch} pixels, but model.size is {self.size}; the largest length is "
+                    f"{self.size // self.patch}"
                 )
             if point.keep < 1.0:
                 self._check_drops(point)
         costliest_first = sorted(self.points, key=lambda point: -point_cost(self, point).total)
-        self.__dict__["points"] = tuple(costliest_first)  # frozen for others; the costs need all other fields
+        # Sorted here, because the cost depends on all other fields. The object is frozen, so a field can only be set
+        # as in `__post_init__` of a frozen dataclass.
+        object.__setattr__(self, "points", tuple(costliest_first))
         return self
 
     def _check_drops(self, point: Point) -> None:
         if not self.drop_blocks or max(self.drop_blocks) > self.depth:
             raise ConfigError(
-                f"model.drop_blocks: expected some of the blocks 1 to {self.depth} (model.depth), where {point} drops "
-                f"tokens, got {list(self.drop_blocks)}"
+                f"model.drop_blocks: {point} needs blocks that drop tokens, with numbers from 1 to {self.depth} "
+                f"(model.depth), got {list(self.drop_blocks)}"
             )
         whole = Point(point.length)
         if point_cost(self, point).total >= point_cost(self, whole).total:
             raise ConfigError(
-                f"model.points: {point} drops too few tokens to save anything; use {whole}, or a lower keep"
+                f"model.points: {point} drops so few tokens that it saves nothing; use {whole}, or a lower keep"
             )
 
     @property
@@ -188,30 +197,30 @@ class ModelConfig(Section):
         return tuple(sorted({Point.parse(p).length for p in self.points}, reverse=True))
 
     def kernel(self, length: int) -> int:
-        """Side of the patches of a length, in pixels; its tokens are cut from frames of `length * kernel` pixels."""
+        """Returns the side of a patch in pixels; a frame of this length has `length * kernel` pixels per side."""
         return self.size // length if self.embed == "kernel" else self.patch
 
 
 class LossConfig(Section):
-    """ReViT's objective (its section 3.3) between lengths, and SuperViT's between the keeps of a length."""
+    """The loss: ReViT's distillation between lengths (section 3.3), SuperViT's between the keeps of a length."""
 
-    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of distillation in a student's loss
-    tau: Positive = 1.0
-    hard: bool = False  # students learn the teacher's top class instead of its distribution
-    dropped: Literal["kl", "ce"] = "kl"  # below keep 1: learn from the same length at keep 1, or the truth alone
+    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of the distillation term in a student's loss
+    tau: Positive = 1.0  # temperature of the softmax in the distillation term
+    hard: bool = False  # the target is the teacher's top class instead of its distribution
+    dropped: Literal["kl", "ce"] = "kl"  # points with keep < 1 learn from their length at keep 1, or from the labels
     label_smoothing: Fraction = 0.0
-    dense_weight: Annotated[float, Field(ge=0.0)] = 0.5  # of the head on patches (model.dense_head), at every point
-    map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # of label maps, where given, in the target of the class
+    dense_weight: Annotated[float, Field(ge=0.0)] = 0.5  # weight of the loss of the head on patches (model.dense_head)
+    map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # weight of the label map in the target of the class token
 
 
 class TrainConfig(Section):
-    """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's."""
+    """Stage 1: optimizer, schedule and checkpoints. The defaults are those of TimeSformer."""
 
-    init: str | None = None  # weights to start from: a file, a folder, or a timm name
+    init: str | None = None  # initial weights: a file, a folder, or the name of a timm model
     epochs: Count = 15
-    draw: Literal["all", "sampled"] = "all"  # the points of a step: all of them (ReViT), or four drawn (SuperViT)
-    batch: Count = 64  # clips a step, over all ranks
-    accumulate: Count = 1  # a step's clips are run in this many parts
+    draw: Literal["all", "sampled"] = "all"  # points of a step: all (ReViT), or four random ones (SuperViT)
+    batch: Count = 64  # clips of a step, over all ranks
+    accumulate: Count = 1  # micro-batches of a step
     optimizer: Literal["adamw", "sgd"] = "sgd"
     lr: Positive = 0.005
     momentum: Fraction = 0.9
@@ -219,91 +228,93 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
     schedule: Literal["cosine", "step"] = "step"
     milestones: tuple[Positive, ...] = (11, 14)  # epochs, for `step`
-    gamma: Positive = 0.1
+    gamma: Positive = 0.1  # factor of the learning rate at each milestone
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    clip_grad: Positive | None = None
-    ema: Fraction | None = None  # decay
+    clip_grad: Positive | None = None  # maximum norm of the gradient; none = no clipping
+    ema: Fraction | None = None  # decay of the moving average of the weights; none = no average
     activation_checkpointing: bool = False
     compile: bool = False
-    save_steps: Annotated[int, Field(ge=0)] = 0  # checkpoint every so many steps; 0 = every epoch
+    save_steps: Annotated[int, Field(ge=0)] = 0  # steps between two checkpoints; 0 = one each epoch
+    # At least 2: if the newest file is damaged, the one before it is used.
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
 
     @model_validator(mode="after")
-    def _divides(self) -> TrainConfig:
+    def _check_schedule_and_batch(self) -> TrainConfig:
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"train.warmup_epochs: {self.warmup_epochs:g} is more than train.epochs {self.epochs}")
         if self.min_lr > self.lr:
             raise ConfigError(f"train.min_lr: {self.min_lr:g} is above train.lr {self.lr:g}")
         if self.batch % self.accumulate:
             raise ConfigError(
-                f"train.batch: {self.batch} does not divide into train.accumulate {self.accumulate} equal parts"
+                f"train.batch: {self.batch} clips cannot be split into {self.accumulate} equal micro-batches "
+                "(train.accumulate)"
             )
         return self
 
 
 class PlanConfig(Section):
-    """What `videoadapt plan` reckons with."""
+    """Assumptions of `videoadapt plan`."""
 
-    bandwidth_gbps: Positive = 100.0  # gigabits per second that a rank sends to the next one
-    macs_per_s: Positive | None = None  # of a rank, in training; none = steps are measured on this machine
-    clips: Count | None = None  # of an epoch; none = as many as the run's manifest has
+    bandwidth_gbps: Positive = 100.0  # gigabits per second from one rank to the next
+    macs_per_s: Positive | None = None  # of a rank in training; none = measured on this machine
+    clips: Count | None = None  # of an epoch; none = from the run's manifest
 
 
 class LabelConfig(Section):
-    """Stage 2: on which clips, and by which rule, labels are made."""
+    """Stage 2: the clips and the rule for the labels."""
 
-    source: Literal["train", "holdout", "teacher"] = "train"
-    none_right: Literal["longest", "cheapest", "exclude"] = "longest"
+    source: Literal["train", "holdout", "teacher"] = "train"  # teacher: right = agrees with the costliest point
+    none_right: Literal["longest", "cheapest", "exclude"] = "longest"  # label of a clip on which no point is right
 
 
 class AssignConfig(Section):
-    """The assigner: a shrunken EfficientNet-B0 on a few small frames, and how it is fitted."""
+    """The assigner, a small EfficientNet-B0 on a few low-resolution frames, and its training."""
 
-    frames: Count = 4
-    size: Count = 112
-    channel_multiplier: Positive = 0.5
-    stages: Annotated[int, Field(ge=1, le=7)] = 7
+    frames: Count = 4  # of a clip
+    size: Count = 112  # side of a frame in pixels
+    channel_multiplier: Positive = 0.5  # 1 = the width of EfficientNet-B0
+    stages: Annotated[int, Field(ge=1, le=7)] = 7  # of the 7 stages of EfficientNet-B0, the first ones
     epochs: Count = 30
     batch: Count = 64
     lr: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.02
     loss: Literal["ce", "expected_cost"] = "ce"
-    mu: Annotated[float, Field(ge=0.0)] = 2.0  # price of a wrong answer, in units of the costliest point's cost
-    select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # share of the labelled clips that choose the threshold
-    tolerance: Fraction = 0.005  # accuracy that the threshold may lose on those clips against the costliest point
+    mu: Annotated[float, Field(ge=0.0)] = 2.0  # cost of a wrong prediction, in units of the costliest point's cost
+    select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # fraction of the labelled clips, to choose the threshold on
+    tolerance: Fraction = 0.005  # accuracy on these clips that may be lost against the costliest point
 
 
 class EvaluateConfig(Section):
-    """The views of a video, and how speed is measured. Kinetics: 1 clip x 3 crops."""
+    """The views of a video, the policies, and the measurement of speed. Kinetics: 1 clip x 3 crops."""
 
-    temporal_views: Count = 1
-    spatial_crops: Count = 3
-    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of a crop over the short side of the frame
-    batch: Count = 16  # views a forward pass
-    failed: Literal["wrong", "exclude"] = "wrong"  # how a video that cannot be read counts
-    speed_clips: Annotated[int, Field(ge=0)] = 64  # clips of the speed measurement; 0 = none
+    temporal_views: Count = 1  # clips of a video
+    spatial_crops: Count = 3  # crops of a clip
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of the crop / short side of the resized frame
+    batch: Count = 16  # views of a forward pass
+    failed: Literal["wrong", "exclude"] = "wrong"  # a video that cannot be read counts as wrong, or not at all
+    speed_clips: Annotated[int, Field(ge=0)] = 64  # for the measurement of speed; 0 = no measurement
     speed_repeats: Count = 3
-    # early exits, such as 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md)
-    cascade: Annotated[tuple[str, ...], BeforeValidator(_parse_points)] = ()
+    # For example 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md).
+    cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
 
 
 class ParallelConfig(Section):
-    """The ranks of a stage, which of them train what, and the shards of a stage that is an array of jobs."""
+    """The ranks of a stage, the groups of ranks that train a length, and the shards of an array of jobs."""
 
-    # ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none = every rank
-    # trains every point
-    groups: Annotated[Literal["auto"] | dict[str, Count] | None, WrapValidator(_parse_groups)] = None
-    # with groups: shared = each clip is decoded once over all ranks, and sent to those that train it; own = each group
-    # decodes every clip, and none is sent
+    # Number of ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none =
+    # every rank trains every point.
+    groups: Annotated[Literal["auto"] | dict[str, Count] | None, WrapValidator(_check_groups_type)] = None
+    # With groups: shared = each clip is decoded by one rank, which sends it to the ranks that train it; own = each
+    # group decodes every clip.
     decode: Literal["own", "shared"] = "shared"
-    ranks: Count | None = None  # how many there must be, or nothing starts; none = as many as the launcher started
-    join_s: Positive = 50.0  # for all ranks to meet
-    step_s: Positive = 1800.0  # that a rank waits for the others in a step of training, loading included
-    shard: str | None = None  # I/N: score only this part of the videos (label, evaluate), and leave the rest to others
+    ranks: Count | None = None  # required number; none = as many as the launcher has started
+    join_s: Positive = 50.0  # time in which all ranks must have started
+    step_s: Positive = 1800.0  # time that a rank waits for the others in a training step, with loading
+    shard: str | None = None  # I/N: label and evaluate score only shard I of N of the videos
 
     @model_validator(mode="after")
-    def _numbers(self) -> ParallelConfig:
+    def _check_shard(self) -> ParallelConfig:
         if self.shard is not None:
             number, _, count = self.shard.partition("/")
             if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
@@ -312,34 +323,34 @@ class ParallelConfig(Section):
 
     @property
     def shard_of(self) -> tuple[int, int]:
-        """The number of this shard, from 0, and how many there are."""
+        """Number of this shard, from 0, and number of shards."""
         number, _, count = (self.shard or "0/1").partition("/")
         return int(number), int(count)
 
 
 class LaunchConfig(Section):
-    """What `videoadapt launch` starts, and where."""
+    """The stages that `videoadapt launch` starts, and where."""
 
-    stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"  # all = the four in turn
+    stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"  # all = these four, in this order
     cluster: Literal["slurm", "local"] = "slurm"  # local = on this machine, one stage after the other
-    shards: Count = 1  # jobs of the array that label and evaluate are scored by; 1 = no array
+    shards: Count = 1  # jobs in the array of label and of evaluate; 1 = no array
 
 
 class SlurmConfig(Section):
-    """What a job asks SLURM for. `assign`, and each job of an array, is one task with its GPUs, CPUs and memory."""
+    """Resources of a SLURM job. `assign`, and each job of an array, has one task with its GPUs, CPUs and memory."""
 
-    partition: str | None = None  # none, here and below: the cluster's default
+    partition: str | None = None  # none, here and below = the cluster's default
     account: str | None = None
     qos: str | None = None
-    constraint: str | None = None  # features that nodes must have
-    exclude: str | None = None  # nodes that must not be used
+    constraint: str | None = None  # required features of the nodes
+    exclude: str | None = None  # names of nodes to avoid
     comment: str | None = None
-    time_minutes: Count = 1440  # limit of one start of a job; near it, the job saves and is requeued
+    time_minutes: Count = 1440  # limit of one start; shortly before it, the job saves and is requeued
     nodes: Count = 1
     tasks_per_node: Count = 1  # one for each GPU
-    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1  # 0 on clusters without GPUs
-    cpus_per_task: Count = 8  # one reads videos, or computes, for each
-    mem_gb: Count | None = None  # of a node
-    setup: tuple[str, ...] = ()  # shell lines before the command: modules, environments
-    signal_s: Count = 120  # before the time limit, when the job is told to save
-    max_restarts: Annotated[int, Field(ge=0)] = 20  # a job that needs more ends as failed
+    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1  # 0 = no GPUs; a rank uses one at most
+    cpus_per_task: Count = 8  # the data workers of a task share them
+    mem_gb: Count | None = None  # gigabytes of a node
+    setup: tuple[str, ...] = ()  # shell lines before the command, to load modules or an environment
+    signal_s: Count = 120  # seconds before the time limit at which the job gets the signal to save
+    max_restarts: Annotated[int, Field(ge=0)] = 20  # a job that needs more fails
