@@ -110,7 +110,7 @@ def test_split_without_a_readable_video(run: Config, tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_another_architecture(run: Config) -> None:
-    assert "model.depth is 2 there, 3 here" in refused("evaluate", file_of(run), "model.depth=3")
+    assert "model.depth is 2 in the checkpoint, 3 in the config" in refused("evaluate", file_of(run), "model.depth=3")
 
 
 def test_named_checkpoint_that_is_torn_foreign_or_missing(run: Config, tmp_path: Path) -> None:

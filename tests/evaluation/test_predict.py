@@ -238,7 +238,7 @@ def test_an_assigner_of_other_points_is_refused(copy: Config, path: str) -> None
 def test_an_assigner_with_other_settings_is_refused_by_evaluate_alone(copy: Config) -> None:
     """`predict` reads thumbnails with the assigner's own settings, so that the config's do not matter."""
     other = copy.model_copy(update={"assign": copy.assign.model_copy(update={"size": 48})})
-    with pytest.raises(CheckpointError, match=r"assign\.size is 32 there, 48 here"):
+    with pytest.raises(CheckpointError, match=r"assign\.size is 32 in the checkpoint, 48 in the config"):
         evaluate(other)
     assert len(predict_files(other, image(other), "assigned")["predictions"]) == 1
 

@@ -307,9 +307,9 @@ def test_another_architecture_or_recipe_is_refused(data: Path, tmp_path: Path) -
     config = runs.config(data, tmp_path / "run", train={"epochs": 1})
     train(config)
     before = {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    with pytest.raises(CheckpointError, match=r"model\.width is 32 there, 64 here"):
+    with pytest.raises(CheckpointError, match=r"model\.width is 32 in the checkpoint, 64 in the config"):
         train(runs.config(data, tmp_path / "run", model={"width": 64}))
-    with pytest.raises(CheckpointError, match=r"train\.lr is 0\.002 there, 0\.1 here"):
+    with pytest.raises(CheckpointError, match=r"train\.lr is 0\.002 in the checkpoint, 0\.1 in the config"):
         train(runs.config(data, tmp_path / "run", train={"lr": 0.1}))
     with pytest.raises(CheckpointError, match="manifest"):  # another seed holds out other clips
         train(runs.config(data, tmp_path / "run", run={"seed": 2}))

@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file each, tensors as tensors, the rest as JSON in its header.
+"""Checkpoints: one safetensors file each, with everything that is not a tensor as JSON in the file's header.
 
-Written to a temporary name, fsynced, renamed; `last` names the newest complete one. A torn or foreign file is refused
-with a sentence, and where nobody named it, the one before it is used. Nothing is ever unpickled.
+A file is written to a temporary name, synced to disk and renamed, so that a crash leaves no half-written checkpoint
+under the final name. Loading never unpickles. The names of the tensors on disk begin with a prefix: `model/`, `ema/`,
+`optimizer/`.
 """
 
 from __future__ import annotations
@@ -25,28 +26,39 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 
-KEY = "videoadapt"
-VERSION = 1
-Guard = Callable[[], AbstractContextManager[None]]
+KEY = "videoadapt"  # of our JSON in the safetensors header; other programs put their own keys there
+VERSION = 1  # of the format; a file of another version is refused
+Guard = Callable[[], AbstractContextManager[None]]  # see `Checkpoints.guard`
+NO_EFFECT_ONCE_TRAINED = ("drop_path", "init_std", "time_init_std")  # fields of ModelConfig: weights are there already
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: its file, its tensors by name (`model/...`, `ema/...`, `optimizer/...`), and the rest."""
+    """A loaded checkpoint."""
 
     path: Path
-    tensors: dict[str, Tensor]
-    meta: dict[str, Any]
+    tensors: dict[str, Tensor]  # by name: `model/head.bias`, `ema/head.bias`, `optimizer/head.bias/exp_avg`
+    meta: dict[str, Any]  # the JSON of the header, as it was saved, with `kind`, `version` and `step`
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under `prefix/`, without it."""
+        """Returns the tensors whose names begin with `prefix/`, named without it."""
         return {name.removeprefix(f"{prefix}/"): t for name, t in self.tensors.items() if name.startswith(f"{prefix}/")}
 
 
 def save_checkpoint(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint whole or not at all. Raises `RunError` where the disk does not take it."""
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        path: The file, replaced if it exists. Missing folders are created.
+        kind: Which stage it belongs to: `train` or `assigner`.
+        tensors: By name. They may be on any device, and views or parameters.
+        meta: Anything that JSON can hold.
+
+    Raises:
+        RunError: The file cannot be written, for example because the disk is full. An earlier file is left as it was.
+    """
     header = {KEY: json.dumps({"kind": kind, "version": VERSION, **meta})}
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}  # no transposed views
     try:
         with replacing(path) as temporary:
             save_file(ready, temporary, metadata=header)
@@ -55,53 +67,82 @@ def save_checkpoint(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: 
 
 
 def load_checkpoint(path: Path, kind: str) -> Checkpoint:
-    """Reads a checkpoint of a kind (`train` or `assigner`). Raises `CheckpointError` saying what is wrong with it."""
+    """Reads a checkpoint onto the CPU.
+
+    Args:
+        path: The file.
+        kind: The stage that it must belong to: `train` or `assigner`.
+
+    Raises:
+        CheckpointError: There is no such file, or it is torn, foreign, or of another stage.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: the header is not JSON
         raise CheckpointError(f"{path}: torn or not a checkpoint ({error}); name another one") from None
     if not isinstance(header, dict) or header.get("version") != VERSION:
-        raise CheckpointError(f"{path}: not a checkpoint of this version of videoadapt; weights go in by train.init")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this version of videoadapt. Pretrained weights are loaded with train.init"
+        )
     if header["kind"] != kind:
-        raise CheckpointError(f"{path}: holds a checkpoint of kind {header['kind']}, expected {kind}")
+        raise CheckpointError(f"{path}: expected a checkpoint of kind {kind}, got one of kind {header['kind']}")
     return Checkpoint(Path(path), tensors, header)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one stage in a folder: `step-00000120.safetensors`, ..., and `last`.
+    """The checkpoints of one stage: `step-00000120.safetensors` and so on in a folder, and `last`, a text file.
 
-    They are written and removed inside `guard`, which raises where this process may not write any more.
+    `last` names the newest complete checkpoint. It is written after the checkpoint itself.
     """
 
     folder: Path
-    kind: str
-    keep: int = 2
-    guard: Guard = nullcontext
+    kind: str  # `train` or `assigner`
+    keep: int = 2  # how many are kept: two, so that a torn newest one has one before it
+    guard: Guard = nullcontext  # entered around every write; raises if this process no longer owns the run folder
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Writes the checkpoint of a step, points `last` to it, and removes all but the newest `keep`."""
+        """Writes the checkpoint of a step, points `last` to it, and removes all but the newest `keep`.
+
+        Args:
+            step: The number of optimizer steps that are done.
+            tensors: By name with prefix, see `save_checkpoint`.
+            meta: Anything that JSON can hold; `step` is added.
+
+        Returns:
+            The file.
+
+        Raises:
+            RunError: The disk refuses the checkpoint or `last`, or `guard` refuses the write.
+        """
         with self.guard():
             return self._save(step, tensors, meta)
 
     def _save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        path = self.folder / f"step-{step:08d}.safetensors"
+        path = self.folder / f"step-{step:08d}.safetensors"  # zeros in front: names sort by step
         save_checkpoint(path, self.kind, tensors, {"step": step, **meta})
         try:
             with replacing(self.folder / "last") as temporary:
                 temporary.write_text(path.name, encoding="utf-8")
         except OSError as error:
             raise RunError(f"{self.folder / 'last'}: cannot be written ({error}); {path} is complete") from error
+        # Only now: until `last` names the new one, an older one is what a resumed run would load.
         for old in self._newest_first()[self.keep :]:
             old.unlink()
         return path
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read; torn ones are passed over with a message. None if there is none."""
+        """Returns the newest checkpoint that can be read, or None if the folder has none.
+
+        A torn checkpoint is skipped with a message, and the one before it is read.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none can be read. Starting again in silence would lose the run.
+        """
         files = self._newest_first()
         for path in files:
             try:
@@ -115,57 +156,72 @@ class Checkpoints:
         return None
 
     def _newest_first(self) -> list[Path]:
-        """What `last` names, then older ones: a file newer than `last` was never announced complete."""
+        """The files up to the one that `last` names. A newer one was never announced complete."""
         files = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
         last = self.folder / "last"
         named = last.read_text(encoding="utf-8", errors="replace").strip() if last.exists() else ""
-        announced = named.startswith("step-")  # else a foreign or torn file, which says nothing
+        announced = named.startswith("step-")  # otherwise `last` is torn or foreign, and every file counts
         return [path for path in files if not announced or path.name <= named]
 
 
 def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> Checkpoints:
-    """Where stage 1 of a run keeps its checkpoints."""
+    """Returns the checkpoints of stage 1 (training) of a run folder."""
     return Checkpoints(run / "checkpoints", "train", keep, guard)
 
 
 def require_same(
     path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
 ) -> None:
-    """Raises `CheckpointError`, naming fields, where a section is not the one that a checkpoint was made with.
+    """Checks that a section of the config is the one that a checkpoint was made with.
 
-    A field that is younger than the checkpoint has its default there: what was done before there was a choice.
+    A field that the checkpoint does not have is newer than the checkpoint. It counts as its default, which is what the
+    code did before the field existed.
+
+    Args:
+        path: The checkpoint's file, for the message.
+        ours: The section of the present config.
+        theirs: The same section as the checkpoint holds it, as JSON values.
+        name: The section's name in the config, such as `model`.
+        free: Fields that may differ.
+
+    Raises:
+        CheckpointError: Fields differ; the message names each of them with both values.
     """
     mine = ours.model_dump(mode="json")
     theirs = type(ours)().model_dump(mode="json") | dict(theirs)
-    other = {
-        key: [theirs.get(key), value]
-        for key, value in mine.items()
-        if key not in free and not _alike(key, theirs.get(key), value)
-    }
-    if other:
-        listed = "; ".join(f"{name}.{key} is {there!r} there, {here!r} here" for key, (there, here) in other.items())
+    differ = [key for key, value in mine.items() if key not in free and not _equal(key, theirs.get(key), value)]
+    if differ:
+        listed = "; ".join(
+            f"{name}.{key} is {theirs.get(key)!r} in the checkpoint, {mine[key]!r} in the config" for key in differ
+        )
         raise CheckpointError(
             f"{path}: this checkpoint is of another architecture or run: {listed}. "
-            "Use another run.dir, or set these as they were"
+            "Use another run.dir, or the checkpoint's values"
         )
 
 
-def _alike(key: str, there: Any, here: Any) -> bool:
-    """Whether a field is the same. Points stand in the order of their costs, which follows from the other fields."""
-    return sorted(there) == sorted(here) if key == "points" else bool(there == here)
-
-
-INITIAL = ("drop_path", "init_std", "time_init_std")  # of no consequence for weights that are there already
+def _equal(field: str, theirs: Any, ours: Any) -> bool:
+    if field == "points":  # in the order of their costs, which other fields decide
+        return sorted(theirs) == sorted(ours)
+    return bool(theirs == ours)
 
 
 def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeSformer:
-    """The trained model of a checkpoint file or of a run folder's newest one (its EMA where it has one), in eval mode.
+    """Loads a trained model.
 
-    With `expected`, a checkpoint of another architecture is refused. Raises `CheckpointError`.
+    Args:
+        source: A checkpoint file, or a run folder, whose newest checkpoint is loaded.
+        expected: The architecture that the model must have.
+
+    Returns:
+        The model on the CPU in eval mode, with the moving average of the weights (EMA) if the checkpoint has one.
+
+    Raises:
+        CheckpointError: There is no checkpoint, it cannot be read, or its architecture is not the expected one.
     """
     checkpoint = find_checkpoint(Path(source), train_checkpoints)
     if expected is not None:
-        require_same(checkpoint.path, expected, checkpoint.meta["model"], "model", free=INITIAL)
+        require_same(checkpoint.path, expected, checkpoint.meta["model"], "model", free=NO_EFFECT_ONCE_TRAINED)
     model = TimeSformer(ModelConfig(**checkpoint.meta["model"]), tuple(checkpoint.meta["classes"]))
     load_tensors(model, checkpoint.tensors_under("ema") or checkpoint.tensors_under("model"), checkpoint.path)
     return model.eval()
@@ -186,7 +242,7 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
     """
     checkpoints = checkpoints_of(source)
     if not source.is_dir():
-        return load_checkpoint(source, checkpoints.kind)
+        return load_checkpoint(source, checkpoints.kind)  # a file that the user names has no substitute
     found = checkpoints.latest()
     if found is None:
         verb = "train" if checkpoints.kind == "train" else "assign"
@@ -195,11 +251,19 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies tensors into a module of the same structure. Raises `CheckpointError`, naming a tensor that differs."""
-    own = module.state_dict()
-    wrong = [n for n in own if n not in tensors or tensors[n].shape != own[n].shape] + [
-        n for n in tensors if n not in own
-    ]
+    """Copies tensors into a module of the same structure.
+
+    Args:
+        module: Filled in place; left as it was if the tensors do not fit.
+        tensors: One for each entry of the module's state dict, by the same name, and no others.
+        path: Where the tensors come from, for the message.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or has no place in the module; the message names it.
+    """
+    expected = module.state_dict()
+    wrong = [n for n in expected if n not in tensors or tensors[n].shape != expected[n].shape]
+    wrong += [n for n in tensors if n not in expected]
     if wrong:
         raise CheckpointError(f"{path}: tensor {wrong[0]} (and {len(wrong) - 1} more) does not fit this architecture")
     module.load_state_dict(dict(tensors))
@@ -210,25 +274,30 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
+        # Bytes, because numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state by parameter name: `optimizer/PARAMETER/KEY`."""
+    """Returns an optimizer's state as tensors named `optimizer/PARAMETER/KEY`, such as `optimizer/head.bias/exp_avg`.
+
+    Names and not torch's numbers: the state then belongs to its parameter whatever the order of parameter groups.
+    """
     names = {id(p): name for name, p in module.named_parameters()}
     return {
         f"optimizer/{names[id(parameter)]}/{key}": torch.as_tensor(value)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
-        if value is not None
+        if value is not None  # SGD without momentum keeps None
     }
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's optimizer state back, each tensor beside its parameter (the step count stays on the CPU)."""
+    """Restores an optimizer's state from a checkpoint, in place, on the devices of the module's parameters."""
     parameters = dict(module.named_parameters())
     for name, value in checkpoint.tensors_under("optimizer").items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
+        # torch keeps the step count on the CPU and reads it there; on a GPU each step would wait for the device.
         optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)
