@@ -1,4 +1,4 @@
-"""Looking at many files at once: files that crash or hang a process, and going on where an earlier call stopped."""
+"""Probing many files in processes: files that crash or hang a process, the cache, and signals."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 INFO = VideoInfo(1, 1.0, 64, 64, 1.0, "h264", "mov", 0, "pyav", 1, "abc")
 
 
-# What the processes run must be importable there: they know nothing of fixtures and patches.
+# Functions that the processes call must be importable there. Fixtures and patches do not reach them.
 def by_name(path: str) -> VideoInfo:
-    """Stands for `probe`: what becomes of a file is its name."""
+    """Replaces `probe`: the name of a file decides what happens."""
     match path.rstrip("0123456789"):
         case "crash":
             os._exit(11)
@@ -45,30 +45,30 @@ def by_name(path: str) -> VideoInfo:
     return INFO
 
 
-def look(paths: list[str], workers: int = 2, timeout_s: float = 60.0) -> dict[str, VideoInfo | str]:
+def run(paths: list[str], workers: int = 2, timeout_s: float = 60.0) -> dict[str, VideoInfo | str]:
     return dict(run_on_files(paths, by_name, workers=workers, timeout_s=timeout_s))
 
 
 def test_a_file_that_crashes_its_process_fails_alone() -> None:
-    found = look([*(f"good{i}" for i in range(20)), "crash1", "crash2", *(f"good{i}" for i in range(20, 40))])
-    assert {path for path, finding in found.items() if finding == "the process that read it crashed"} == {
+    results = run([*(f"good{i}" for i in range(20)), "crash1", "crash2", *(f"good{i}" for i in range(20, 40))])
+    assert {path for path, result in results.items() if result == "the process that read it crashed"} == {
         "crash1",
         "crash2",
     }
-    assert sum(finding == INFO for finding in found.values()) == 40
+    assert sum(result == INFO for result in results.values()) == 40
 
 
 def test_a_file_that_takes_too_long_fails_alone() -> None:
     start = time.monotonic()
-    found = look(["hang1", *(f"good{i}" for i in range(20)), "hang2"], timeout_s=1.0)
+    results = run(["hang1", *(f"good{i}" for i in range(20)), "hang2"], timeout_s=1.0)
     assert time.monotonic() - start < 15
-    assert found.pop("hang1") == found.pop("hang2") == "reading it took longer than 1 s"
-    assert set(found.values()) == {INFO}
-    assert len(found) == 20
+    assert results.pop("hang1") == results.pop("hang2") == "reading it took longer than 1 s"
+    assert set(results.values()) == {INFO}
+    assert len(results) == 20
 
 
-def test_whatever_else_a_file_brings_out_is_its_cause() -> None:
-    assert look(["bug", "broken", "good"]) == {
+def test_any_exception_becomes_the_cause_of_its_file() -> None:
+    assert run(["bug", "broken", "good"]) == {
         "bug": "reading it raised KeyError: 'a bug of a library'",
         "broken": "no video",
         "good": INFO,
@@ -76,31 +76,31 @@ def test_whatever_else_a_file_brings_out_is_its_cause() -> None:
 
 
 def test_the_processes_do_not_import_torch() -> None:
-    assert look(["torch"])["torch"] == replace(INFO, codec="not imported")
+    assert run(["torch"])["torch"] == replace(INFO, codec="not imported")
 
 
-def test_no_file_needs_no_process() -> None:
-    assert look([]) == {}
+def test_no_paths_give_no_results() -> None:
+    assert run([]) == {}
 
 
 class Counting(list[str]):
-    """Paths that count how many of them were asked for."""
+    """A list that counts the items that were read from it."""
 
-    taken = 0
+    read = 0
 
     def __iter__(self) -> Iterator[str]:
         for path in super().__iter__():
-            self.taken += 1
+            self.read += 1
             yield path
 
 
-def test_few_files_are_under_way_at_once_and_closing_stops_at_once() -> None:
+def test_few_files_are_in_flight_and_closing_stops_at_once() -> None:
     paths = Counting(["good", *(f"hang{i}" for i in range(100_000))])
-    with closing(run_on_files(paths, by_name, workers=2, timeout_s=600.0)) as findings:
-        assert next(findings) == ("good", INFO)
+    with closing(run_on_files(paths, by_name, workers=2, timeout_s=600.0)) as results:
+        assert next(results) == ("good", INFO)
         start = time.monotonic()
     assert time.monotonic() - start < 10
-    assert paths.taken < 100
+    assert paths.read < 100
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def six_frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def paths(tmp_path: Path, six_frames: Path) -> list[str]:
-    """Five videos, the names of some hard for a careless program, one broken file and one that is not there."""
+    """Five videos, some with unusual names, a file that is not a video, and a missing file."""
     names = [f"{name}.mp4" for name in ("a", "b b", "ünï-日本", "d\u2028e", '"f"', "broken", "gone")]
     for name in names[:5]:
         shutil.copy(six_frames, tmp_path / name)
@@ -118,118 +118,118 @@ def paths(tmp_path: Path, six_frames: Path) -> list[str]:
     return [str(tmp_path / name) for name in names]
 
 
-def found(paths: list[str], cache: Path, *, full: bool = False) -> dict[str, ProbeResult]:
+def probe_all(paths: list[str], cache: Path, *, full: bool = False) -> dict[str, ProbeResult]:
     return probe_files(paths, full=full, cache=cache, workers=2, timeout_s=60.0)
 
 
 def entries(cache: Path) -> list[str]:
-    """The names of the files in a cache, in the order in which they were looked at."""
+    """Returns the names of the files in a cache, in the order in which they were probed."""
     lines = filter(None, cache.read_text().splitlines())
     return [json.loads(line)["stamp"].rpartition("/")[2] for line in lines]
 
 
-def test_what_was_found_is_kept_and_failures_are_not(paths: list[str], tmp_path: Path) -> None:
+def test_results_are_cached_and_failures_are_not(paths: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "run" / "probed.jsonl"
-    first = found(paths, cache)
+    first = probe_all(paths, cache)
     assert [first[path] for path in paths[:5]] == [probe(path) for path in paths[:5]]
     assert "cannot be read" in str(first[paths[5]])
     assert first[paths[6]] is None
     assert sorted(entries(cache)) == sorted(Path(path).name for path in paths[:5])
     written = cache.read_bytes()
-    assert found(paths, cache) == first
+    assert probe_all(paths, cache) == first
     assert cache.read_bytes() == written
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(paths: list[str], tmp_path: Path) -> None:
+def test_an_interrupted_call_continues_where_it_stopped(paths: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "probed.jsonl"
-    first = found(paths, cache)
+    first = probe_all(paths, cache)
     lines = cache.read_text().split("\n")
-    cache.write_text("\n".join(lines[:4]) + "\n" + lines[4][:40])  # three were found, the fourth line is torn
+    cache.write_text("\n".join(lines[:4]) + "\n" + lines[4][:40])  # three results, and an incomplete fourth line
     kept = [json.loads(line)["stamp"].rpartition("/")[2] for line in lines[1:4]]
     changed = next(path for path in paths if Path(path).name == kept[0])
     write_video(Path(changed), 7)
     shutil.copy(paths[1], paths[6])
-    second = found(paths, cache)
+    second = probe_all(paths, cache)
     assert second == first | {changed: probe(changed), paths[6]: probe(paths[6])}
-    looked_at = [line for line in cache.read_text().split("\n")[5:] if line]
-    assert len(looked_at) == 4  # the two after the interruption, the changed one, the one that was missing
-    assert found(paths, cache) == second
+    probed = [line for line in cache.read_text().split("\n")[5:] if line]
+    assert len(probed) == 4  # two after the interruption, the changed file, the file that was missing
+    assert probe_all(paths, cache) == second
 
 
-def test_a_full_finding_serves_a_quick_call_but_not_the_other_way_round(paths: list[str], tmp_path: Path) -> None:
+def test_a_full_result_serves_a_quick_call_but_not_the_reverse(paths: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "probed.jsonl"
-    quick = found(paths[:5], cache)
-    full = found(paths[:5], cache, full=True)
+    quick = probe_all(paths[:5], cache)
+    full = probe_all(paths[:5], cache, full=True)
     assert len(entries(cache)) == 10
     assert full == {path: verify(path) for path in paths[:5]}
     assert full != quick
-    assert found(paths[:5], cache, full=True) == found(paths[:5], cache) == full
+    assert probe_all(paths[:5], cache, full=True) == probe_all(paths[:5], cache) == full
     assert len(entries(cache)) == 10
 
 
-def test_an_image_that_is_written_over_in_its_folder_is_seen(tmp_path: Path) -> None:
+def test_an_overwritten_image_of_a_folder_is_probed_again(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     folder.mkdir()
     for number in range(3):
         Image.fromarray(numbered(1, start=number)[0]).save(folder / f"{number}.bmp")
     (folder / "nowhere").symlink_to(tmp_path / "gone")
     cache, path = tmp_path / "cache" / "probed.jsonl", str(folder)
-    first = found([path], cache)
-    assert found([path], cache) == first
+    first = probe_all([path], cache)
+    assert probe_all([path], cache) == first
     assert len(entries(cache)) == 1
     folder_time = folder.stat().st_mtime_ns
-    Image.fromarray(numbered(1, start=9)[0]).save(folder / "1.bmp")  # as large as before
+    Image.fromarray(numbered(1, start=9)[0]).save(folder / "1.bmp")  # the size is unchanged
     assert folder.stat().st_mtime_ns == folder_time
-    second = found([path], cache)
+    second = probe_all([path], cache)
     assert second == {path: probe(folder)}
     assert second != first
 
 
-def test_findings_of_another_version_are_not_used(
+def test_results_of_another_version_are_not_used(
     paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "probed.jsonl"
-    first = found(paths[:2], cache)
+    first = probe_all(paths[:2], cache)
     monkeypatch.setattr(probe_pool, "PROBE_VERSION", probe_pool.PROBE_VERSION + 1)
-    assert found(paths[:2], cache) == first
+    assert probe_all(paths[:2], cache) == first
     assert len(entries(cache)) == 4
     monkeypatch.setattr(probe_pool, "version", lambda _: "0.1")
-    assert found(paths[:2], cache) == first
+    assert probe_all(paths[:2], cache) == first
     assert len(entries(cache)) == 6
 
 
-def test_a_file_that_may_not_be_read_is_broken_not_missing(tmp_path: Path, six_frames: Path) -> None:
+def test_an_unreadable_path_is_broken_and_not_missing(tmp_path: Path, six_frames: Path) -> None:
     (tmp_path / "folder").mkdir()
     names = ["x" * 300 + ".mp4", "nul\0.mp4", "folder", str(six_frames) + "/inside.mp4"]
     paths = [str(tmp_path / name) for name in names]
-    findings = found(paths, tmp_path / "cache" / "probed.jsonl")
-    assert "too long" in str(findings[paths[0]])
-    assert "null" in str(findings[paths[1]])
-    assert "folder without images" in str(findings[paths[2]])
-    assert findings[paths[3]] is None
+    results = probe_all(paths, tmp_path / "cache" / "probed.jsonl")
+    assert "too long" in str(results[paths[0]])
+    assert "null" in str(results[paths[1]])
+    assert "folder without images" in str(results[paths[2]])
+    assert results[paths[3]] is None
 
 
-def test_a_job_that_is_told_to_stop_keeps_what_it_found_and_goes_on_later(paths: list[str], tmp_path: Path) -> None:
+def test_a_stopped_job_keeps_its_results_and_continues_later(paths: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "probed.jsonl"
     with StopRequest(JOB_SIGNALS) as job:
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(probe_pool.Bar, "step", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
-            found(paths[:5], cache)
-        assert job.received == signal.SIGUSR2  # the job knows that it has to come back
+            probe_all(paths[:5], cache)
+        assert job.received == signal.SIGUSR2  # the job knows that it must be submitted again
     assert len(entries(cache)) == 1
-    assert found(paths[:5], cache) == {path: probe(path) for path in paths[:5]}
+    assert probe_all(paths[:5], cache) == {path: probe(path) for path in paths[:5]}
     assert len(entries(cache)) == 5
 
 
-def test_a_job_that_was_told_to_stop_before_stops_before_a_file_is_opened(paths: list[str], tmp_path: Path) -> None:
+def test_a_job_that_was_stopped_before_opens_no_file(paths: list[str], tmp_path: Path) -> None:
     with StopRequest(JOB_SIGNALS), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
-        found(paths, tmp_path / "probed.jsonl")
+        probe_all(paths, tmp_path / "probed.jsonl")
     assert not (tmp_path / "probed.jsonl").exists()
 
 
 def hang(_: str) -> VideoInfo:
-    """Stands for `probe`."""
+    """Replaces `probe`."""
     time.sleep(600)
     return INFO
 
@@ -239,17 +239,17 @@ def test_ctrl_c_does_not_wait_for_a_file(paths: list[str], tmp_path: Path, monke
     start = time.monotonic()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        found(paths, tmp_path / "probed.jsonl")
+        probe_all(paths, tmp_path / "probed.jsonl")
     assert time.monotonic() - start < 15
 
 
-def warned(path: str) -> str:
-    """Stands for `probe`: gets the signal of a job near its time limit, as all of its processes do."""
+def send_warnings(path: str) -> str:
+    """Replaces `probe`: sends the signal that SLURM sends to all processes of a job near its time limit."""
     os.kill(os.getpid(), signal.SIGUSR2)
-    os.kill(os.getppid(), signal.SIGUSR2)  # where processes are forked from
+    os.kill(os.getppid(), signal.SIGUSR2)  # the fork server
     return path
 
 
-def test_the_processes_live_on_when_a_job_is_warned() -> None:
+def test_the_processes_survive_the_warning_signals_of_a_job() -> None:
     paths = [f"file{i}" for i in range(8)]
-    assert dict(run_on_files(paths, warned, workers=2, timeout_s=60.0)) == {path: path for path in paths}
+    assert dict(run_on_files(paths, send_warnings, workers=2, timeout_s=60.0)) == {path: path for path in paths}

@@ -1,4 +1,4 @@
-"""The demo's data: real files, made the same again, whose class no single frame shows."""
+"""The demo's data: files that are reproducible, and a class that no single frame shows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def video(seed: int, pair: tuple[int, int], level: int = 0) -> np.ndarray:
     return render(np.random.default_rng(seed), LEVELS[level], pair)
 
 
-# What a video shows.
+# Content of a video
 
 
 def test_classes_are_the_ordered_pairs_of_different_orientations() -> None:
@@ -54,19 +54,19 @@ def test_classes_are_the_ordered_pairs_of_different_orientations() -> None:
 
 @pytest.mark.parametrize("level", range(len(LEVELS)))
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_frame_shows_one_orientation_alone(level: int, seed: int) -> None:
-    """Each frame of a video of (a, b) is that of (a, a) or that of (b, b), which know nothing of the other."""
+def test_every_frame_shows_one_orientation_only(level: int, seed: int) -> None:
+    """Each frame of a video of (a, b) equals the frame of (a, a) or of (b, b), which do not depend on the other."""
     for a, b in PAIRS:
         made, first, second = (video(seed, pair, level) for pair in ((a, b), (a, a), (b, b)))
         from_first = [np.array_equal(made[t], first[t]) for t in range(FRAMES)]
         from_second = [np.array_equal(made[t], second[t]) for t in range(FRAMES)]
-        assert from_first == sorted(from_first, reverse=True)  # one switch
+        assert from_first == sorted(from_first, reverse=True)  # one change
         assert from_second == [not flag for flag in from_first]
         assert from_first[:2] == [True, True]
         assert from_second[-1]
 
 
-def test_the_first_frame_is_that_of_all_classes_that_start_alike_and_the_last_of_those_that_end_alike() -> None:
+def test_the_first_frame_depends_only_on_the_first_orientation_and_the_last_frame_on_the_second() -> None:
     for first in range(len(ORIENTATIONS)):
         starts = [video(3, pair)[0] for pair in PAIRS if pair[0] == first]
         ends = [video(3, pair)[-1] for pair in PAIRS if pair[1] == first]
@@ -74,7 +74,7 @@ def test_the_first_frame_is_that_of_all_classes_that_start_alike_and_the_last_of
         assert all(np.array_equal(frame, ends[0]) for frame in ends)
 
 
-def test_the_moment_of_the_switch_varies_and_says_nothing() -> None:
+def test_the_moment_of_the_change_varies_and_does_not_depend_on_the_class() -> None:
     moments = set()
     for seed in range(40):
         found = {
@@ -86,8 +86,8 @@ def test_the_moment_of_the_switch_varies_and_says_nothing() -> None:
     assert moments == set(range(2, FRAMES))
 
 
-def test_orientations_are_seen_in_the_direction_of_change() -> None:
-    """The mean squared differences of neighbours along and across; stripes of angle 0 run horizontally."""
+def test_stripes_have_the_named_orientation() -> None:
+    """Compares mean squared differences of neighbours: small along the stripes, large across."""
     horizontal, vertical = video(1, (0, 0)).astype(float).mean(-1), video(1, (2, 2)).astype(float).mean(-1)
     along, down = (lambda x: np.square(np.diff(x, axis=2)).mean()), (lambda x: np.square(np.diff(x, axis=1)).mean())
     assert ORIENTATIONS[0] == "horizontal"
@@ -96,7 +96,7 @@ def test_orientations_are_seen_in_the_direction_of_change() -> None:
     assert along(vertical) > down(vertical)
 
 
-def test_levels_are_finer_and_fainter_and_their_shares_add_up() -> None:
+def test_levels_get_finer_and_fainter_and_their_fractions_add_up() -> None:
     assert sum(level.fraction for level in LEVELS) == pytest.approx(1)
     assert [level.contrast for level in LEVELS] == sorted((level.contrast for level in LEVELS), reverse=True)
     for easier, harder in zip(LEVELS, LEVELS[1:], strict=False):
@@ -104,7 +104,7 @@ def test_levels_are_finer_and_fainter_and_their_shares_add_up() -> None:
         assert harder.periods[0] > 2  # pixels: finer stripes could not be drawn
 
 
-def test_frames_are_bytes_of_the_stated_size_and_videos_differ() -> None:
+def test_frames_are_uint8_of_the_stated_size_and_depend_on_the_seed() -> None:
     made = video(0, (0, 1))
     assert made.shape == (FRAMES, SIDE, SIDE, 3)
     assert made.dtype == np.uint8
@@ -112,11 +112,11 @@ def test_frames_are_bytes_of_the_stated_size_and_videos_differ() -> None:
     assert not np.array_equal(made, video(1, (0, 1)))
 
 
-# The plan.
+# The plan
 
 
 @pytest.mark.parametrize("count", [1, 7, 12, 48, 100, 601])
-def test_classes_and_levels_are_in_fixed_shares(count: int) -> None:
+def test_classes_and_levels_have_fixed_fractions(count: int) -> None:
     plan = plan_videos("train", count, seed=0)
     classes = np.bincount(plan["label"], minlength=len(PAIRS))
     assert classes.max() - classes.min() <= 1
@@ -126,7 +126,7 @@ def test_classes_and_levels_are_in_fixed_shares(count: int) -> None:
     assert plan["seed"].is_unique
 
 
-def test_neither_the_order_nor_the_level_gives_the_class_away() -> None:
+def test_the_class_is_independent_of_order_and_level() -> None:
     plan = plan_videos("train", 4800, seed=0)
     table = pd.crosstab(plan["label"], plan["level"], normalize="index")
     for level in LEVELS:
@@ -135,17 +135,17 @@ def test_neither_the_order_nor_the_level_gives_the_class_away() -> None:
     assert abs(halves[0] - halves[1]).max() < 100  # of 400
 
 
-def test_splits_and_seeds_have_videos_of_their_own() -> None:
+def test_splits_and_seeds_have_different_videos() -> None:
     plans = [plan_videos(split, 200, seed) for split in ("train", "val") for seed in (0, 1)]
     seeds = [seed for plan in plans for seed in plan["seed"]]
     assert len(set(seeds)) == len(seeds)
     assert plan_videos("train", 200, 0).equals(plans[0])
 
 
-# The files.
+# The files
 
 
-def test_the_lists_name_every_video_with_its_class_and_level(data: Path) -> None:
+def test_the_lists_have_every_video_with_its_class_and_level(data: Path) -> None:
     assert (data / "classes.txt").read_text().splitlines() == list(CLASSES)
     levels = pd.read_csv(data / "levels.csv")
     for split, count in SIZES.items():
@@ -167,7 +167,7 @@ def test_files_are_h264_with_exactly_the_stated_frames(data: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", ["auto", "pyav"])
-def test_readers_give_back_what_was_drawn(data: Path, reader: Any) -> None:
+def test_readers_return_the_frames_that_were_drawn(data: Path, reader: Any) -> None:
     plan = plan_videos("train", SIZES["train"], 5)
     levels = {level.name: level for level in LEVELS}
     for row in plan.itertuples():
@@ -177,10 +177,10 @@ def test_readers_give_back_what_was_drawn(data: Path, reader: Any) -> None:
         read = opened.frames(np.arange(FRAMES))
         assert read.shape == drawn.shape
         grey = [frames.astype(float).mean(-1) for frames in (read, drawn)]
-        assert abs(grey[0] - grey[1]).mean() < 4  # of 255, by compression and subsampled colours
+        assert abs(grey[0] - grey[1]).mean() < 4  # of 255: compression and subsampled colours
 
 
-def test_files_are_the_same_again_whoever_makes_them(data: Path, tmp_path: Path) -> None:
+def test_files_do_not_depend_on_the_number_of_processes(data: Path, tmp_path: Path) -> None:
     generate(tmp_path, SIZES, seed=5, workers=2)
     assert contents(tmp_path) == contents(data)
 
@@ -191,7 +191,7 @@ def test_another_seed_makes_other_files(data: Path, tmp_path: Path) -> None:
         assert path.read_bytes() != (data / "val" / path.name).read_bytes()
 
 
-def test_what_is_there_is_kept_and_what_is_missing_is_made_again_equal(data: Path) -> None:
+def test_existing_files_are_kept_and_missing_files_are_made_again(data: Path) -> None:
     before = contents(data)
     lost = [data / "train" / "00003.mp4", data / "val" / "00000.mp4"]
     for path in lost:
@@ -202,8 +202,8 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made_again_equal(data: Pat
     assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items())
 
 
-def test_an_interrupted_video_is_not_there(tmp_path: Path) -> None:
-    frames = video(0, (0, 1)).astype(object)  # what cannot be written
-    with pytest.raises(Exception):  # noqa: B017 - whatever the library says
+def test_an_interrupted_call_leaves_no_file(tmp_path: Path) -> None:
+    frames = video(0, (0, 1)).astype(object)  # a dtype that cannot be encoded
+    with pytest.raises(Exception):  # noqa: B017 - PyAV decides on the type
         write_video(tmp_path / "a.mp4", frames, qp=6)
     assert os.listdir(tmp_path) == []

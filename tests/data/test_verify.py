@@ -1,4 +1,4 @@
-"""Decoding whole files: sound ones are found sound, and damage is found and told."""
+"""Decoding whole files: intact files pass, and damage is reported with its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FRAMES = 40
 
 
 def moving(seed: int) -> np.ndarray:
-    """A texture that moves and changes, (FRAMES, 96, 128, 3) uint8: flat pictures leave few bits to damage."""
+    """Returns a moving texture, (FRAMES, 96, 128, 3) uint8. A flat picture would leave few bits to damage."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 255, (24, 48, 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
     frames = np.stack([np.roll(coarse, 3 * t, axis=1)[:96, :128] for t in range(FRAMES)]).astype(int)
@@ -28,8 +28,8 @@ def moving(seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_video(tmp_path_factory.mktemp("sound") / "sound.mp4", moving(0), gop=20)
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("intact") / "intact.mp4", moving(0), gop=20)
 
 
 @pytest.mark.parametrize(
@@ -39,19 +39,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a.webm", "libvpx-vp9"), ("a.mp4", "libsvtav1"),
     ],
 )  # fmt: skip
-def test_sound_files_are_found_sound(tmp_path: Path, name: str, codec: str) -> None:
+def test_intact_files_have_no_damage(tmp_path: Path, name: str, codec: str) -> None:
     path = write_video(tmp_path / name, FRAMES, codec=codec)
     info = verify(path)
     assert info.damage == ""
     assert (info.reader, info.content) == (probe(path).reader, probe(path).content)
 
 
-def test_frames_that_are_not_shown_are_not_damage(tmp_path: Path, sound: Path) -> None:
-    path = cut_by_copy(sound, tmp_path / "cut.mp4", 7)
+def test_hidden_frames_are_not_damage(tmp_path: Path, intact: Path) -> None:
+    path = cut_by_copy(intact, tmp_path / "cut.mp4", 7)
     assert verify(path).damage == ""
 
 
-def test_an_image_and_a_folder_of_images_are_decoded(tmp_path: Path) -> None:
+def test_images_and_folders_of_images_are_decoded(tmp_path: Path) -> None:
     for number in range(5):
         Image.fromarray(moving(1)[number]).save(tmp_path / f"{number}.png")
     assert verify(tmp_path / "0.png").damage == ""
@@ -62,14 +62,14 @@ def test_an_image_and_a_folder_of_images_are_decoded(tmp_path: Path) -> None:
     assert verify(tmp_path).reader == "image"
 
 
-def test_damage_is_told_with_its_place_and_the_file_is_left_to_pyav(tmp_path: Path, sound: Path) -> None:
-    content = bytearray(sound.read_bytes())
+def test_damage_is_reported_with_its_place_and_selects_pyav(tmp_path: Path, intact: Path) -> None:
+    content = bytearray(intact.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 40] = bytes(40)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(content)
     assert probe(path).damage is None
-    assert probe(path).reader == probe(sound).reader
+    assert probe(path).reader == probe(intact).reader
     info = verify(path)
     count, of, total, *rest = str(info.damage).split()
     assert (of, total, rest[:4]) == ("of", "40", ["frames", "damaged,", "the", "first"])
@@ -78,11 +78,11 @@ def test_damage_is_told_with_its_place_and_the_file_is_left_to_pyav(tmp_path: Pa
     assert info.reader == "pyav"
 
 
-def test_frames_that_never_come_are_missed(tmp_path: Path) -> None:
-    """MPEG-4 has pictures that are not coded; the decoder takes them in and gives nothing for them."""
-    sound, path = write_video(tmp_path / "sound.avi", moving(0), codec="mpeg4", b_frames=0), tmp_path / "short.avi"
-    not_coded = bytes.fromhex("000001b6505f")  # start code; a P picture, times, and the bit that says so
-    with av.open(str(sound)) as old, av.open(str(path), "w") as new:
+def test_frames_that_the_decoder_does_not_return_are_reported(tmp_path: Path) -> None:
+    """MPEG-4 has pictures that are not coded. The decoder accepts them and returns no frame."""
+    intact, path = write_video(tmp_path / "intact.avi", moving(0), codec="mpeg4", b_frames=0), tmp_path / "short.avi"
+    not_coded = bytes.fromhex("000001b6505f")  # start code, a P picture, times, and the bit `not coded`
+    with av.open(str(intact)) as old, av.open(str(path), "w") as new:
         video = old.streams.video[0]
         copied = new.add_stream_from_template(video)
         for number, packet in enumerate(packet for packet in old.demux(video) if packet.size):
@@ -92,7 +92,7 @@ def test_frames_that_never_come_are_missed(tmp_path: Path) -> None:
     assert re.fullmatch(r"ends after 3[4-6] of 40 frames", str(verify(path).damage))
 
 
-def test_a_file_without_one_sound_frame_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_an_intact_frame_is_refused(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "one.mp4", moving(0)[:1]).read_bytes()
     path = tmp_path / "damaged.mp4"
     path.write_bytes(whole[: len(whole) // 3] + bytes(40) + whole[len(whole) // 3 + 40 :])
@@ -105,7 +105,7 @@ def test_a_file_without_one_sound_frame_is_refused(tmp_path: Path) -> None:
 
 
 def pixels(path: Path) -> list[np.ndarray]:
-    """All frames that come out, in grey; none if there is an error on the way."""
+    """Returns all frames in grey, or an empty list if decoding fails."""
     try:
         with av.open(str(path)) as container:
             return [frame.to_ndarray(format="gray").astype(int) for frame in container.decode(video=0)]
@@ -114,19 +114,19 @@ def pixels(path: Path) -> list[np.ndarray]:
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
-    """1 to 20 bits of the middle flipped."""
+    """Returns the content with 1 to 20 bits flipped, none in the first and last tenth."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 20)):
         changed[rng.randrange(len(changed) // 10, len(changed) * 9 // 10)] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-def test_flipped_bits_that_change_the_picture_are_found(tmp_path: Path, sound: Path) -> None:
+def test_flipped_bits_that_change_the_picture_are_found(tmp_path: Path, intact: Path) -> None:
     rng = random.Random(0)
-    original, path = pixels(sound), tmp_path / "flipped.mp4"
+    original, path = pixels(intact), tmp_path / "flipped.mp4"
     visible = found = 0
     for _ in range(60):
-        path.write_bytes(flipped(sound.read_bytes(), rng))
+        path.write_bytes(flipped(intact.read_bytes(), rng))
         now = pixels(path)
         if len(now) == FRAMES and all(abs(a - b).max() <= 16 for a, b in zip(now, original, strict=True)):
             continue
