@@ -55,7 +55,7 @@ def ramp(height: int, width: int, frames: int = 3) -> np.ndarray:
 
 
 @given(st.integers(20, 60), st.integers(20, 60), st.integers(0, 2**63 - 1))
-def test_augment_gives_a_square_of_the_size_asked_for(height: int, width: int, seed: int) -> None:
+def test_augment_gives_a_square_of_the_requested_size(height: int, width: int, seed: int) -> None:
     clip = augmented(noise(2, height, width, 3), seed, size=24, short_side=(24, 40))
     assert clip.shape == (3, 2, 24, 24)
     assert clip.dtype == torch.uint8
@@ -63,7 +63,7 @@ def test_augment_gives_a_square_of_the_size_asked_for(height: int, width: int, s
 
 
 @pytest.mark.parametrize("settings", [{"short_side": (32, 48)}, RECIPE], ids=["crop", "recipe"])
-def test_augment_does_the_same_to_all_frames(settings: dict[str, Any]) -> None:
+def test_augment_treats_all_frames_alike(settings: dict[str, Any]) -> None:
     still = np.repeat(noise(1, 50, 70, 3), 5, axis=0)
     for seed in range(20):
         clip = augmented(still, seed, **settings)
@@ -73,7 +73,7 @@ def test_augment_does_the_same_to_all_frames(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"short_side": (32, 48)}, RECIPE], ids=["crop", "recipe"])
-def test_augment_depends_on_the_seed_alone_and_leaves_global_generators_alone(settings: dict[str, Any]) -> None:
+def test_augment_depends_only_on_the_seed_and_keeps_global_generators(settings: dict[str, Any]) -> None:
     frames = noise(2, 50, 70, 3)
     torch.manual_seed(1)
     random.seed(1)
@@ -91,7 +91,7 @@ def test_augment_depends_on_the_seed_alone_and_leaves_global_generators_alone(se
     assert len({clip.numpy().tobytes() for clip in others}) == 5
 
 
-def test_augment_flips_as_often_as_it_is_told() -> None:
+def test_augment_flips_with_the_probability_of_the_config() -> None:
     frames = noise(1, 32, 32, 3)
     plain = torch.from_numpy(frames).permute(3, 0, 1, 2)
     for flip in (0.0, 0.5, 1.0):
@@ -110,7 +110,7 @@ def gradient(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", [{"short_side": (32, 60)}, {"crop_area": (0.1, 0.9)}], ids=["short side", "area"])
-def test_augment_tells_where_the_crop_lies(settings: dict[str, Any]) -> None:
+def test_augment_returns_where_the_crop_lies(settings: dict[str, Any]) -> None:
     flips = set()
     for seed in range(30):
         clip, (box, flipped) = augment(gradient(90, 140), DataConfig(**settings), model_of(32), seed=seed)
@@ -127,7 +127,7 @@ def test_augment_tells_where_the_crop_lies(settings: dict[str, Any]) -> None:
     assert flips == {True, False}
 
 
-def test_crops_of_an_area_have_the_areas_and_shapes_asked_for() -> None:
+def test_area_crops_cover_the_requested_areas_and_aspect_ratios() -> None:
     frames, boxes = gradient(200, 300), []
     for seed in range(200):
         _, crop = augment(frames, DataConfig(crop_area=(0.08, 0.5)), model_of(32), seed=seed)
@@ -140,7 +140,7 @@ def test_crops_of_an_area_have_the_areas_and_shapes_asked_for() -> None:
         assert values.max() == pytest.approx(high, rel=0.2)
 
 
-def test_erasing_puts_noise_in_one_box_that_is_normal_once_normalised() -> None:
+def test_erasing_fills_one_box_with_noise_that_is_standard_normal_after_normalising() -> None:
     frames = np.full((2, 64, 64, 3), 7, np.uint8)
     model = model_of(64)
     erased = 0
@@ -159,7 +159,7 @@ def test_erasing_puts_noise_in_one_box_that_is_normal_once_normalised() -> None:
     assert 10 <= erased <= 30
 
 
-def test_rand_augment_and_jitter_change_pictures_as_often_as_told() -> None:
+def test_rand_augment_and_jitter_change_most_clips() -> None:
     frames = gradient(32, 32)
     plain = torch.from_numpy(frames).permute(3, 0, 1, 2)
     for settings, least in (({"rand_augment": "rand-m9-n2-inc1"}, 10), ({"color_jitter": 0.3}, 19), ({}, 0)):
@@ -176,7 +176,7 @@ def test_rand_augment_of_any_magnitude_runs() -> None:
 
 
 @pytest.mark.parametrize("text", ["rand-m9-x3-inc1", "rand-m9.5-inc1", "augmix-m5", "rand-m9-mstd0.5", ""])
-def test_other_recipes_than_rand_augments_are_refused(text: str) -> None:
+def test_recipes_other_than_rand_augment_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="data.rand_augment"):
         make_config({"data": {"rand_augment": text}})
 
@@ -251,7 +251,7 @@ LABELS = torch.tensor([0, 2, 1, 2])
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mix_makes_each_clip_of_two_in_the_shares_of_its_targets(mixup: float, cutmix: float) -> None:
+def test_mix_combines_two_clips_in_the_fractions_of_their_targets(mixup: float, cutmix: float) -> None:
     clips, labels = torch.eye(4).view(4, 1, 1, 2, 2).repeat(1, 1, 2, 8, 8), torch.arange(4)
     partner = torch.tensor([1, 0, 3, 2])
     shares = []
@@ -275,7 +275,7 @@ def test_mix_makes_each_clip_of_two_in_the_shares_of_its_targets(mixup: float, c
     assert len(set(shares)) > 10  # each pair has draws of its own; boxes of the same size are possible
 
 
-def test_cutmix_counts_the_pixels_of_its_box() -> None:
+def test_cutmix_targets_count_the_pixels_of_the_box() -> None:
     clips = torch.stack([torch.zeros(3, 2, 12, 20), torch.ones(3, 2, 12, 20)])
     for seed in range(20):
         mixed, targets = mix(
@@ -285,7 +285,7 @@ def test_cutmix_counts_the_pixels_of_its_box() -> None:
         assert (mixed[0] == mixed[0, 0, 0]).all()  # the same box in all frames and channels
 
 
-def test_a_pair_is_mixed_alike_whatever_else_is_in_the_batch() -> None:
+def test_the_mix_of_a_pair_does_not_depend_on_the_rest_of_the_batch() -> None:
     """So that any split of a step over ranks and parts trains the same clips."""
     settings = {"num_classes": 3, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "seed": 5}
     torch.manual_seed(1)

@@ -148,7 +148,7 @@ def check(name: str, video: VideoReader, sequential: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readers_return_exactly_the_frames_asked_for(made: Callable[[str], Path], name: str) -> None:
+def test_readers_return_exactly_the_requested_frames(made: Callable[[str], Path], name: str) -> None:
     path = made(name)
     sequential = pyav(path, "sequential").frames(range(len(expected(name))))
     for reader in ("auto", "pyav", "sequential"):
@@ -163,7 +163,7 @@ def test_readers_return_exactly_the_frames_asked_for(made: Callable[[str], Path]
 @pytest.mark.parametrize("name", ["open_gop.mp4", "hevc.mp4", "mpeg4.avi", "cut.mp4"])
 @given(data=st.data())
 @settings(max_examples=15)
-def test_any_frames_are_the_rows_of_sequential_decoding(
+def test_any_frames_equal_those_of_sequential_decoding(
     made: Callable[[str], Path], name: str, data: st.DataObject
 ) -> None:
     path = made(name)
@@ -178,7 +178,9 @@ def whole(path: Path) -> np.ndarray:
     return pyav(path, "sequential").frames(range(probe(path).frames))
 
 
-def test_only_what_a_frame_needs_is_decoded(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_packets_that_a_frame_needs_are_decoded(
+    made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fed: list[int] = []
 
     def watched(codec: Any, packets: Iterable[Any]) -> Iterator[Decoded]:
@@ -196,7 +198,7 @@ def test_only_what_a_frame_needs_is_decoded(made: Callable[[str], Path], monkeyp
     assert sequential >= 45
 
 
-def test_a_start_lies_at_a_keyframe_that_is_shown_no_later(made: Callable[[str], Path]) -> None:
+def test_decoding_starts_at_a_keyframe_displayed_no_later_than_the_frame(made: Callable[[str], Path]) -> None:
     with open_source(made("open_gop.mp4")) as source:
         timeline = read_timeline(source)
     assert timeline is not None
@@ -214,7 +216,7 @@ def test_packets_of_a_large_file_are_read_again(made: Callable[[str], Path], mon
     check("open_gop.mp4", opened(made("open_gop.mp4"), "pyav"), whole(made("open_gop.mp4")))
 
 
-def test_on_real_footage_all_modes_give_the_same_frames(shared: Path) -> None:
+def test_all_modes_give_the_same_frames_of_real_footage(shared: Path) -> None:
     fights = sorted((shared / "data" / "fights").glob("*ight/*.mp4"))[::40]
     clips = [*real_clips(shared), *fights]
     assert len(clips) > len(fights) > 0

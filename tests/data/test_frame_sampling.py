@@ -17,20 +17,22 @@ seeds = st.integers(0, 2**63 - 1)
 
 
 @given(durations, durations, st.integers(1, 10))
-def test_uniform_starts_are_timesformers(duration_s: float, clip_s: float, clips: int) -> None:
+def test_uniform_starts_equal_those_of_timesformer(duration_s: float, clip_s: float, clips: int) -> None:
     delta = max(duration_s - clip_s, 0.0)
     expected = [k * delta / clips for k in range(clips)]
     assert clip_starts("uniform", duration_s=duration_s, clip_s=clip_s, clips=clips) == pytest.approx(expected)
 
 
 @given(durations, durations)
-def test_the_centre_clip_leaves_as_much_before_as_behind(duration_s: float, clip_s: float) -> None:
+def test_the_centre_clip_leaves_equal_time_before_and_after(duration_s: float, clip_s: float) -> None:
     (start,) = clip_starts("centre", duration_s=duration_s, clip_s=clip_s)
     assert start == pytest.approx(max(duration_s - clip_s, 0.0) / 2)
 
 
 @given(durations, durations, seeds)
-def test_random_starts_lie_inside_and_depend_on_the_seed_alone(duration_s: float, clip_s: float, seed: int) -> None:
+def test_random_starts_lie_inside_the_video_and_depend_only_on_the_seed(
+    duration_s: float, clip_s: float, seed: int
+) -> None:
     random.seed(1)
     before = random.getstate()
     (start,) = clip_starts("random", duration_s=duration_s, clip_s=clip_s, seed=seed)
@@ -75,7 +77,7 @@ def test_indices_are_frames_of_the_video_in_order(  # noqa: PLR0917
 
 
 @given(st.integers(0, 200), st.sampled_from([24.0, 25.0, 30000 / 1001, 30.0, 60.0]))
-def test_a_start_at_a_frame_takes_this_frame(frame: int, fps: float) -> None:
+def test_a_start_at_the_time_of_a_frame_takes_this_frame(frame: int, fps: float) -> None:
     indices = frame_indices(frame / fps, total_frames=999, file_fps=fps, num_frames=8, stride_frames=1, fps=None)
     assert indices.tolist() == list(range(frame, frame + 8))
 
@@ -108,13 +110,13 @@ def test_a_clip_of_one_frame_is_the_frame_at_its_start() -> None:
     assert frame_indices(2.0, total_frames=300, file_fps=30, num_frames=1, stride_frames=32, fps=30).tolist() == [60]
 
 
-def test_clip_seconds_count_strides_at_the_models_rate_or_the_files() -> None:
+def test_clip_seconds_use_the_rate_of_the_model_or_else_of_the_file() -> None:
     assert clip_seconds(ModelConfig(num_frames=8, stride_frames=32, fps=30), 25) == pytest.approx(256 / 30)
     assert clip_seconds(ModelConfig(num_frames=8, stride_frames=32, fps=None), 25) == pytest.approx(256 / 25)
 
 
 @given(st.integers(1, 100), st.integers(2, 100))
-def test_spread_holds_both_ends_in_even_steps(total: int, kept: int) -> None:
+def test_spread_includes_both_ends_in_even_steps(total: int, kept: int) -> None:
     positions = spread(total, kept)
     assert positions[0] == 0
     assert positions[-1] == total - 1

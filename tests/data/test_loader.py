@@ -1,4 +1,4 @@
-"""Batches and views: the same whatever the number of workers or the place to start; failures counted, not replaced."""
+"""Batches and views do not depend on the number of workers or the first step; failures are counted, not replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from processes import finished
 from rank_jobs import as_step
 from video_files import numbered, numbers_of, write_list, write_video
 from videoadapt.config.load import Config, dump_config, make_config
-from videoadapt.data.clips import datasets
+from videoadapt.data.clips import datasets, workers
 from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.clips.loader import Batch, epoch_rows, steps_per_epoch, stream, train_batches
 from videoadapt.data.index.manifest import Manifest, index
@@ -56,14 +56,30 @@ def config_of(folder: Path, folder_of_run: Path, **sections: dict[str, Any]) -> 
     return make_config({name: values | sections.get(name, {}) for name, values in defaults.items()})
 
 
-@pytest.fixture
-def config(folder: Path, tmp_path: Path) -> Config:
-    return config_of(folder, tmp_path)
+@pytest.fixture(scope="session")
+def config(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Shared by all tests that do not write to the run folder or change the videos."""
+    return config_of(folder, tmp_path_factory.mktemp("loader_run"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def manifest(config: Config) -> Manifest:
     return index(config)
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> tuple[Path, Config, Manifest]:
+    """A copy of the videos that a test may damage, its config and its manifest."""
+    copy = tmp_path / "videos"
+    shutil.copytree(folder, copy)
+    config = config_of(copy, tmp_path / "run")
+    return copy, config, index(config)
+
+
+@pytest.fixture
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process checks its workers more often, so that tests of dying workers wait less."""
+    monkeypatch.setattr(workers, "_POLL_S", 0.2)
 
 
 def with_workers(config: Config, workers: int, timeout_s: float = 300.0) -> Config:
@@ -71,10 +87,10 @@ def with_workers(config: Config, workers: int, timeout_s: float = 300.0) -> Conf
     return config.model_copy(update={"data": data})
 
 
-def parts(
+def micro_batches(
     manifest: Manifest, config: Config, start: int = 0, *, steps: int = 3, positions: Callable[[int], range] = range
 ) -> list[Batch]:
-    """The parts of some steps; an epoch has three."""
+    """The micro-batches of some steps. An epoch has 3 steps of 2 micro-batches."""
     run = train_batches(manifest, config, start, positions=positions)
     return list(chain.from_iterable(islice(run, steps)))
 
@@ -87,9 +103,9 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 
 
 def test_an_epoch_holds_whole_steps_of_different_videos(config: Config, manifest: Manifest) -> None:
-    batches = parts(manifest, config)
+    batches = micro_batches(manifest, config)
     assert steps_per_epoch(manifest, config) == 3
-    assert len(batches) == 6  # 3 steps of 2 parts; the 13th video is left out
+    assert len(batches) == 6  # 3 steps of 2 micro-batches; the 13th video is left out
     for batch in batches:
         assert batch.clips.shape == (2, 3, 4, SIZE, SIZE)
         assert (batch.clips.dtype, batch.labels.dtype, batch.videos.dtype) == (torch.uint8, torch.int64, torch.int64)
@@ -99,53 +115,51 @@ def test_an_epoch_holds_whole_steps_of_different_videos(config: Config, manifest
 
 
 def test_batches_are_the_same_whatever_the_number_of_workers(config: Config, manifest: Manifest) -> None:
-    expected, *others = [parts(manifest, with_workers(config, workers), steps=6) for workers in (0, 1, 2)]
+    expected, *others = [micro_batches(manifest, with_workers(config, workers), steps=6) for workers in (0, 1, 2)]
     assert all(same(expected, other) for other in others)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_starting_at_a_batch_equals_skipping_those_before(config: Config, manifest: Manifest, workers: int) -> None:
-    config = with_workers(config, workers)
-    whole = parts(manifest, config, steps=6)
-    assert same(parts(manifest, config, 2, steps=4), whole[4:])  # in the middle of an epoch
-    assert same(parts(manifest, config, 3, steps=3), whole[6:])  # at its end
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_later_start_gives_the_same_steps(config: Config, manifest: Manifest, count: int) -> None:
+    config = with_workers(config, count)
+    whole = micro_batches(manifest, config, steps=6)
+    assert same(micro_batches(manifest, config, 2, steps=4), whole[4:])  # in the middle of an epoch
+    assert same(micro_batches(manifest, config, 3, steps=3), whole[6:])  # at its end
     last = steps_per_epoch(manifest, config) * config.train.epochs
-    assert len(parts(manifest, config, last - 1, steps=9)) == 2
-    assert parts(manifest, config, last) == []
+    assert len(micro_batches(manifest, config, last - 1, steps=9)) == 2
+    assert micro_batches(manifest, config, last) == []
 
 
-def test_ranks_share_each_part_and_together_have_the_whole(config: Config, manifest: Manifest) -> None:
-    whole = parts(manifest, config)
+def test_the_batches_of_all_ranks_together_are_the_whole_micro_batch(config: Config, manifest: Manifest) -> None:
+    whole = micro_batches(manifest, config)
     halves: list[Callable[[int], range]] = [lambda clips: range(clips // 2), lambda clips: range(clips // 2, clips)]
-    shares = list(zip(*(parts(manifest, config, positions=half) for half in halves), strict=True))
-    assert [batch.positions for batch in shares[1]] == [[2], [3]]  # of the second part, in the step
+    ranks = list(zip(*(micro_batches(manifest, config, positions=half) for half in halves), strict=True))
+    assert [batch.positions for batch in ranks[1]] == [[2], [3]]  # the second micro-batch, positions in the step
     joined = [
         Batch(
-            torch.cat([batch.clips for batch in share]),
-            torch.cat([batch.labels for batch in share]),
-            torch.cat([batch.videos for batch in share]),
-            list(chain.from_iterable(batch.positions for batch in share)),
+            torch.cat([batch.clips for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            torch.cat([batch.videos for batch in batches]),
+            list(chain.from_iterable(batch.positions for batch in batches)),
             failures=[],
         )
-        for share in shares
+        for batches in ranks
     ]
     assert same(joined, whole)
 
 
-def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(
-    folder: Path, tmp_path: Path, manifest: Manifest
-) -> None:
+def test_the_order_of_an_epoch_depends_only_on_seed_and_epoch(folder: Path, tmp_path: Path, manifest: Manifest) -> None:
     orders = set()
     for seed, epoch in itertools.product(range(3), range(5)):
         run = {"dir": str(tmp_path), "seed": seed}
-        in_parts = [
+        by_accumulate = [
             epoch_rows(
                 manifest, config_of(folder, tmp_path, run=run, train={"batch": 4, "accumulate": accumulate}), epoch
             )
             for accumulate in (1, 2, 4)
         ]
-        assert [rows.shape for rows in in_parts] == [(3, 1, 4), (3, 2, 2), (3, 4, 1)]
-        (order,) = {tuple(rows.flat) for rows in in_parts}
+        assert [rows.shape for rows in by_accumulate] == [(3, 1, 4), (3, 2, 2), (3, 4, 1)]
+        (order,) = {tuple(rows.flat) for rows in by_accumulate}
         assert len(set(order)) == 12
         assert set(order) <= set(range(COUNT))
         orders.add(order)
@@ -160,7 +174,7 @@ def test_skipped_batches_are_not_decoded(config: Config, manifest: Manifest, mon
         return open_video(path, *settings)
 
     monkeypatch.setattr(datasets, "open_video", watched)
-    assert len(parts(manifest, config, 2, steps=1)) == 2
+    assert len(micro_batches(manifest, config, 2, steps=1)) == 2
     assert len(opened) == 4
 
 
@@ -170,7 +184,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_clips(folder: Path, tmp_path: P
     manifest = index(config)
 
     def order(config: Config, epoch: int) -> list[int]:
-        return [int(row) for batch in parts(manifest, config, 3 * epoch) for row in batch.videos]
+        return [int(row) for batch in micro_batches(manifest, config, 3 * epoch) for row in batch.videos]
 
     assert order(config, 0) == order(config, 0)
     assert order(config, 0) != order(config, 1)
@@ -180,7 +194,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_clips(folder: Path, tmp_path: P
     assert len(contents) > 4
 
 
-def test_clips_are_of_the_frames_that_their_start_and_stride_say(tmp_path: Path) -> None:
+def test_clips_hold_the_frames_of_their_start_and_stride(tmp_path: Path) -> None:
     # Square, so that crops show the whole frame and its number.
     write_video(tmp_path / "a.mp4", numbered(40, 64, 64))
     config = config_of(tmp_path, tmp_path, data={"train": {"annotations": write_list(tmp_path / "l", [("a.mp4", 2)])}})
@@ -199,17 +213,14 @@ def test_clips_are_of_the_frames_that_their_start_and_stride_say(tmp_path: Path)
     assert [numbers_of(small.permute(1, 2, 3, 0).numpy()) for small in found.thumbnails] == [[0, 11], [14, 25]]
 
 
-def test_a_failed_video_is_counted_and_never_replaced(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "videos"
-    shutil.copytree(folder, copy)
-    config = config_of(copy, tmp_path / "run")
-    manifest = index(config)
-    before = parts(manifest, config)
+def test_a_failed_video_is_counted_and_never_replaced(copied: tuple[Path, Config, Manifest]) -> None:
+    copy, config, manifest = copied
+    before = micro_batches(manifest, config)
     for row in before[0].videos.tolist():  # a whole batch, after the index was made
         (copy / f"v{row}.mp4").write_bytes(b"torn")
     (copy / f"v{before[1].videos[0]}.mp4").unlink()
-    for workers in (0, 2):
-        after = parts(manifest, with_workers(config, workers))
+    for count in (0, 2):
+        after = micro_batches(manifest, with_workers(config, count))
         assert [len(batch.labels) for batch in after] == [0, 1, 2, 2, 2, 2]
         assert [failure.video for failure in after[0].failures] == before[0].videos.tolist()
         (gone,) = after[1].failures
@@ -228,7 +239,7 @@ def test_only_readable_train_videos_are_trained_on(folder: Path, tmp_path: Path)
         folder, tmp_path, data={**data, "root": str(folder), "workers": 0}, train={"batch": 3, "accumulate": 1}
     )
     manifest = index(config)
-    seen = {int(row) for batch in parts(manifest, config, steps=18) for row in batch.videos}
+    seen = {int(row) for batch in micro_batches(manifest, config, steps=18) for row in batch.videos}
     assert seen == set(range(1, 7))
     larger = config_of(folder, tmp_path, train={"batch": 7, "accumulate": 1})
     with pytest.raises(UserError, match="7 clips a step, but only 6 train videos"):
@@ -236,9 +247,7 @@ def test_only_readable_train_videos_are_trained_on(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_is_in_the_order_asked_for_with_failures_in_their_places(
-    folder: Path, tmp_path: Path, workers: int
-) -> None:
+def test_a_stream_keeps_the_order_of_its_rows_including_failures(folder: Path, tmp_path: Path, workers: int) -> None:
     write_list(tmp_path / "train.txt", [("gone.mp4", 0), *((f"v{i}.mp4", 0) for i in range(5))])
     data = {"train": {"annotations": str(tmp_path / "train.txt")}, "root": str(folder)}
     config = config_of(folder, tmp_path, data=data)
@@ -291,7 +300,7 @@ def test_a_video_is_decoded_once_for_all_views(
     assert len(decoded[1]) == 6  # two frames of each of three clips
 
 
-def test_images_are_clips_that_stand_still(tmp_path: Path) -> None:
+def test_an_image_is_a_clip_of_equal_frames(tmp_path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(numbered(1, 40, 60, start=77)[0]).save(tmp_path / "a.png")
@@ -302,11 +311,8 @@ def test_images_are_clips_that_stand_still(tmp_path: Path) -> None:
     assert (views.views == views.views[:, :, :, :1]).all()
 
 
-def test_a_whole_step_of_failed_videos_is_an_empty_step(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "videos"
-    shutil.copytree(folder, copy)
-    config = config_of(copy, tmp_path / "run")
-    manifest = index(config)
+def test_a_whole_step_of_failed_videos_is_an_empty_step(copied: tuple[Path, Config, Manifest]) -> None:
+    copy, config, manifest = copied
     for row in epoch_rows(manifest, config, 0)[1].flat:
         (copy / f"v{row}.mp4").unlink()
     first, *middle, last = islice(train_batches(manifest, with_workers(config, 2)), 3)
@@ -316,32 +322,29 @@ def test_a_whole_step_of_failed_videos_is_an_empty_step(folder: Path, tmp_path: 
         assert len(batch.failures) == 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_whose_videos_nearly_all_fail_stops(folder: Path, tmp_path: Path, workers: int) -> None:
-    copy = tmp_path / "videos"
-    shutil.copytree(folder, copy)
-    config = config_of(copy, tmp_path / "run")
-    manifest = index(config)
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_run_stops_if_most_videos_fail(copied: tuple[Path, Config, Manifest], count: int) -> None:
+    copy, config, manifest = copied
     for row in epoch_rows(manifest, config, 0)[1:].flat:  # two thirds
         (copy / f"v{row}.mp4").unlink()
     with pytest.raises(
         RunError,
         match=r"8 of the last 12 training clips \(67%\) cannot be read; the latest is .*v\d+\.mp4: not found",
     ):
-        parts(manifest, with_workers(config, workers))
+        micro_batches(manifest, with_workers(config, count))
 
 
 class Late(EvalVideos):
-    """A file system that does not answer for row 2."""
+    """A file system that does not respond for row 2."""
 
     def __getitem__(self, number: int) -> VideoViews | Failure:
         if number == 2:
-            time.sleep(3)
+            time.sleep(2)
         return super().__getitem__(number)
 
 
 class Killed(EvalVideos):
-    """A worker that runs out of memory at row 2, while another one reads."""
+    """A worker that is killed at row 2, as when memory runs out, while another one reads."""
 
     def __getitem__(self, number: int) -> VideoViews | Failure:
         time.sleep(0.3)
@@ -351,7 +354,8 @@ class Killed(EvalVideos):
         return super().__getitem__(number)
 
 
-def test_a_late_worker_stops_the_run_with_its_file(config: Config, manifest: Manifest) -> None:
+@pytest.mark.usefixtures("quick_polls")
+def test_the_error_of_a_timeout_names_the_file(config: Config, manifest: Manifest) -> None:
     dataset = Late(manifest, with_workers(config, 1, timeout_s=1.0), temporal_views=1, spatial_crops=1)
     videos = stream(dataset, [0, 2, 1])
     assert isinstance(next(videos), VideoViews)
@@ -359,8 +363,9 @@ def test_a_late_worker_stops_the_run_with_its_file(config: Config, manifest: Man
         next(videos)
 
 
+@pytest.mark.usefixtures("quick_polls")
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_a_killed_worker_stops_the_run_with_its_file_first(config: Config, manifest: Manifest, method: str) -> None:
+def test_the_error_of_a_killed_worker_names_its_file_first(config: Config, manifest: Manifest, method: str) -> None:
     dataset = Killed(manifest, with_workers(config, 2), temporal_views=1, spatial_crops=1)
     file = r"\S+v2\.mp4 for \d+\.\d s \(its worker died of SIGKILL\)"
     before = multiprocessing.get_start_method()
@@ -372,17 +377,18 @@ def test_a_killed_worker_stops_the_run_with_its_file_first(config: Config, manif
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_a_worker_that_dies_does_not_break_into_what_the_main_process_does(config: Config, manifest: Manifest) -> None:
+@pytest.mark.usefixtures("quick_polls")
+def test_a_dead_worker_does_not_interrupt_the_main_process(config: Config, manifest: Manifest) -> None:
     dataset = Killed(manifest, with_workers(config, 1), temporal_views=1, spatial_crops=1)
     videos = stream(dataset, [0, 2])
     next(videos)
-    time.sleep(0.6)  # in which the worker dies
+    time.sleep(0.6)  # the worker dies in this time
     with pytest.raises(RunError, match="exited unexpectedly"):
         next(videos)
 
 
 def lost() -> None:
-    """What a clip becomes in the main process when its worker no longer answers: its memory is a file of the worker."""
+    """Fails as a clip does in the main process when its worker is dying: the worker serves the clip's memory."""
     raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
 
@@ -392,7 +398,7 @@ class Lost:
 
 
 class Dying(EvalVideos):
-    """A worker that is killed, but takes a moment to end."""
+    """A worker that is killed half a second after it has sent its item."""
 
     def __getitem__(self, number: int) -> Any:
         if number != 2:
@@ -401,15 +407,18 @@ class Dying(EvalVideos):
         return Lost()
 
 
-def test_a_worker_whose_end_takes_a_moment_is_named_all_the_same(config: Config, manifest: Manifest) -> None:
+@pytest.mark.usefixtures("quick_polls")
+def test_a_worker_that_dies_slowly_is_reported_too(config: Config, manifest: Manifest) -> None:
     dataset = Dying(manifest, with_workers(config, 1), temporal_views=1, spatial_crops=1)
     with pytest.raises(RunError, match="exited unexpectedly"):
         list(stream(dataset, [0, 2, 1, 3]))
 
 
 def test_no_worker_outlives_its_loader(config: Config, manifest: Manifest) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
     run = train_batches(manifest, with_workers(config, 2))
     next(run)
+    assert signal.getsignal(signal.SIGCHLD) == handler  # DataLoader's own would raise anywhere in the main process
     assert len(multiprocessing.active_children()) == 2
     run.close()  # type: ignore[attr-defined]
     assert multiprocessing.active_children() == []
@@ -427,8 +436,9 @@ config = load_config(sys.argv[1], ["data.workers=2"])
 videos = stream(EvalVideos(load_or_index(config), config, temporal_views=1, spatial_crops=1), [0, 1, 2, 3, 4] * 9)
 next(videos)
 workers = active_children()
-if sys.argv[2] == "SIGTERM":  # as from a cluster
-    subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)
+# SIGTERM from another process, as from a cluster. Only one worker gets it, so that for the other one the SIGTERM of the
+# main process is the first.
+subprocess.run(["kill", str(workers[0].pid)], check=True)
 for _ in range(40):
     next(videos)
 assert active_children() == workers
@@ -436,18 +446,18 @@ raise SystemExit("failed")
 """
 
 
-@pytest.mark.parametrize("told", ["SIGTERM", "nothing"])
-def test_workers_of_a_job_outlive_its_signals_and_not_its_main_process(
-    config: Config, tmp_path: Path, told: str
+def test_workers_of_a_job_ignore_its_signals_and_end_with_its_main_process(
+    config: Config, manifest: Manifest, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    line = [sys.executable, "-c", FAILING, str(tmp_path / "config.yaml"), told]
-    done = finished(line, timeout_s=60, env=os.environ | as_step(0, 1))
+    command = [sys.executable, "-c", FAILING, str(tmp_path / "config.yaml")]
+    # It returns when all processes that hold its output have ended: also the workers.
+    done = finished(command, timeout_s=60, env=os.environ | as_step(0, 1))
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "failed")
 
 
 @pytest.mark.gpu
-def test_batches_on_a_gpu_are_those_on_the_host(config: Config, manifest: Manifest) -> None:
+def test_batches_on_a_gpu_equal_those_on_the_cpu(config: Config, manifest: Manifest) -> None:
     device = torch.device("cuda")
     run = islice(train_batches(manifest, with_workers(config, 2), device=device), 6)
     for step, expected in zip(run, islice(train_batches(manifest, config), 6), strict=True):

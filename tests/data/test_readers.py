@@ -46,7 +46,7 @@ def test_decord_and_pyav_return_the_same_frames(tmp_path: Path, gop: int, b_fram
         ("a.mp4", "mpeg4", "pyav"),
     ],
 )
-def test_auto_returns_exactly_the_frames_asked_for(tmp_path: Path, name: str, codec: str, trusted: str) -> None:
+def test_auto_returns_exactly_the_requested_frames(tmp_path: Path, name: str, codec: str, trusted: str) -> None:
     path = write_video(tmp_path / name, 40, codec=codec)
     info = probe(path)
     assert info.reader == trusted
@@ -86,14 +86,14 @@ def test_odd_and_narrow_sizes(tmp_path: Path, height: int, width: int) -> None:
     assert numbers_of(frames) == list(range(20))
 
 
-def test_a_cut_by_stream_copy_starts_where_it_is_shown(tmp_path: Path) -> None:
+def test_a_stream_copy_cut_starts_at_its_first_displayed_frame(tmp_path: Path) -> None:
     path = cut_by_copy(write_video(tmp_path / "a.mp4", 40), tmp_path / "cut.mp4", first_frame=5)
     video = open_video(path)
     assert probe(path).reader == "pyav"
     assert numbers_of(video.frames(range(len(video)))) == list(range(5, 40))
 
 
-def test_packets_without_times_are_read_in_order_at_the_stated_rate(tmp_path: Path) -> None:
+def test_packets_without_times_are_read_in_order_at_the_declared_rate(tmp_path: Path) -> None:
     path = write_without_times(write_video(tmp_path / "a.mp4", 40, b_frames=0), tmp_path / "b.mp4")
     video = open_video(path)
     assert probe(path).reader == "pyav"
@@ -110,7 +110,7 @@ def test_frames_outside_the_video_are_refused(tmp_path: Path, reader: str) -> No
     assert video.frames([]).shape == (0, 64, 96, 3)
 
 
-def test_an_image_is_a_video_of_one_frame_turned_as_its_exif_says(tmp_path: Path) -> None:
+def test_an_image_is_a_video_of_one_frame_with_its_exif_rotation(tmp_path: Path) -> None:
     picture = numbered(1, start=421)[0]
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned 90 degrees clockwise
@@ -165,13 +165,13 @@ def test_optical_flow_and_other_images_are_not_frames(tmp_path: Path, beside: li
 @pytest.mark.parametrize(
     "names", [["left_1.jpg", "right_1.jpg"], ["img_1.jpg", "img_1.png"], ["a.jpg", "b.jpg"], FLOW], ids=len
 )
-def test_a_folder_of_which_it_is_not_clear_what_the_frames_are_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_a_folder_with_ambiguous_frames_is_refused(tmp_path: Path, names: list[str]) -> None:
     folder = write_images(tmp_path / "clip", names)
     with pytest.raises(VideoError, match=r"clip: holds images named .*; expected the frames of one video"):
         open_video(folder)
 
 
-def test_the_content_of_a_folder_is_that_of_its_frames(tmp_path: Path) -> None:
+def test_the_content_hash_of_a_folder_covers_only_its_frames(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "clip", [*FRAMES, *FLOW])
     content = probe(folder).content
     (folder / FLOW[0]).write_bytes(b"another")
@@ -181,9 +181,7 @@ def test_the_content_of_a_folder_is_that_of_its_frames(tmp_path: Path) -> None:
     assert probe(folder).content != content
 
 
-def test_a_file_that_is_opened_without_having_been_probed_is_not_hashed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_a_file_does_not_hash_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 6)
 
     def refuse(path: Path) -> str:
@@ -193,7 +191,7 @@ def test_a_file_that_is_opened_without_having_been_probed_is_not_hashed(
     assert len(open_video(path)) == 6
 
 
-def test_of_a_folder_only_the_wanted_images_are_opened(tmp_path: Path) -> None:
+def test_only_the_requested_images_of_a_folder_are_opened(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "clip", ["0.png", "1.png", "2.png"])
     (folder / "1.png").write_bytes(b"torn")
     Image.fromarray(numbered(1, 32, 48)[0]).save(folder / "2.png")
@@ -218,7 +216,7 @@ def test_a_folder_that_changed_or_has_no_images_is_refused(tmp_path: Path) -> No
 
 
 @needs_decord
-def test_decord_is_refused_where_it_is_not_trusted(tmp_path: Path) -> None:
+def test_decord_is_refused_for_files_that_it_is_not_trusted_with(tmp_path: Path) -> None:
     stream = write_video(tmp_path / "a.ts", 10)
     with pytest.raises(VideoError, match=r"h264 in mpegts.*use reader auto or pyav"):
         open_video(stream, "decord")
@@ -253,7 +251,7 @@ def bad_files(folder: Path) -> list[Path]:
     ]
 
 
-def test_what_is_no_video_is_refused_in_one_line_that_names_it(
+def test_a_file_that_is_not_a_video_gives_a_one_line_error_with_its_path(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for path in bad_files(tmp_path):
@@ -283,7 +281,7 @@ def test_a_torn_mp4_with_its_index_in_front_is_refused(tmp_path: Path) -> None:
         open_video(fast)
 
 
-def test_pyav_says_so_when_a_file_ends_early_or_is_damaged(tmp_path: Path) -> None:
+def test_pyav_refuses_a_file_that_ends_early_or_is_damaged(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", numbered(40, 128, 160))
     info = probe(path)
     longer = replace(info, frames=50)
@@ -296,7 +294,7 @@ def test_pyav_says_so_when_a_file_ends_early_or_is_damaged(tmp_path: Path) -> No
         PyAVReader(path, info).frames(range(40))
 
 
-def test_a_file_that_changed_since_it_was_probed_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_changed_after_probing_is_refused(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 20)
     info = probe(path)
     write_video(path, 30)
@@ -304,7 +302,7 @@ def test_a_file_that_changed_since_it_was_probed_is_refused(tmp_path: Path) -> N
         open_video(path, info=info)
 
 
-def test_a_file_that_was_moved_since_it_was_probed_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_of_a_moved_file_tells_what_to_do(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 20)
     info = probe(path)
     path.rename(tmp_path / "b.mp4")
@@ -313,7 +311,7 @@ def test_a_file_that_was_moved_since_it_was_probed_is_refused_with_what_to_do(tm
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
-def test_an_uneven_rate_is_not_taken_for_the_duration(tmp_path: Path, name: str) -> None:
+def test_the_duration_of_uneven_frames_comes_from_their_times(tmp_path: Path, name: str) -> None:
     times_ms = [*range(0, 1000, 100), *range(5000, 6000, 20)]
     info = probe(write_video(tmp_path / name, len(times_ms), times_ms=times_ms))
     assert info.duration_s == pytest.approx(6.0, abs=0.2)

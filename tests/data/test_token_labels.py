@@ -68,7 +68,7 @@ def test_a_map_lies_in_the_folder_of_its_class_under_the_images_name(image: str)
     assert label_map_file(Path("maps"), image) == Path("maps/n01440764/n01440764_18.pt")
 
 
-def test_maps_are_read_as_they_are_and_flipped_with_the_clip(tmp_path: Path) -> None:
+def test_maps_are_read_unchanged_and_flipped_with_the_clip(tmp_path: Path) -> None:
     cells, box = random_map(), (0.1, 0.2, 0.5, 0.9)
     file = saved(tmp_path, cells)
     plain, flipped = (read_label_map(file, Crop(box, flip), CLASSES) for flip in (False, True))
@@ -114,7 +114,7 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, content: byt
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_whatever_damage_does_to_a_file_is_a_refusal_or_a_map(tmp_path: Path) -> None:
+def test_a_damaged_file_gives_a_refusal_or_a_valid_map(tmp_path: Path) -> None:
     """The old format is a bare pickle, which no checksum guards: bytes of it are replaced at random."""
     whole, rng = io.BytesIO(), np.random.default_rng(0)
     torch.save(random_map(), whole, _use_new_zipfile_serialization=False)
@@ -154,7 +154,7 @@ def test_a_whole_image_at_the_maps_own_grid_has_the_maps_cells() -> None:
 
 @pytest.mark.parametrize("length", [14, 10, 7])
 @pytest.mark.parametrize("box", [WHOLE, (0.1, 0.3, 0.55, 0.8), (0.7, 0.0, 1.0, 0.25)])
-def test_targets_are_lvvits(length: int, box: tuple[float, ...]) -> None:
+def test_targets_equal_those_of_lvvit(length: int, box: tuple[float, ...]) -> None:
     """Its code hands ROI align boxes that it has moved by half a cell itself."""
     cells = random_map()
     boxes = [torch.tensor([box]) * 18 - 0.5]
@@ -207,7 +207,7 @@ def test_partners_swap_the_same_region_at_all_lengths() -> None:
     assert shares[7] == pytest.approx(shares[56], abs=0.15)
 
 
-def test_what_is_swapped_depends_on_seed_and_position_alone() -> None:
+def test_swapped_patches_depend_only_on_seed_and_position() -> None:
     settings: dict[str, Any] = {"size": 64, "alpha": 1.0}
     _, taken = token_swap([4, 5, 6, 7], 8, seed=1, **settings)
     partners, half = token_swap([6, 7], 8, seed=1, **settings)
@@ -237,7 +237,7 @@ def at(point: str, truth: Tensor, config: Config, maps: bool = False) -> Targets
 TRUTH = torch.eye(CLASSES)[[2, 7, 7, 11]]
 
 
-def test_without_maps_patches_are_what_their_clip_is() -> None:
+def test_without_maps_patches_have_the_target_of_their_clip() -> None:
     found = at("4", TRUTH, config_of())
     assert torch.equal(found.cls, TRUTH)
     assert found.swap is None
@@ -246,7 +246,7 @@ def test_without_maps_patches_are_what_their_clip_is() -> None:
     assert at("4", TRUTH, config_of(model={"dense_head": None})).dense is None
 
 
-def test_a_video_has_the_targets_of_a_frame_for_each() -> None:
+def test_every_frame_of_a_video_has_the_same_targets() -> None:
     config = config_of(model={"num_frames": 3}, data={"mix_token": 1.0})
     dense = at("4", TRUTH, config).dense
     assert dense is not None
@@ -284,7 +284,7 @@ def test_mixed_tokens_have_mixed_targets(maps: bool) -> None:
             assert torch.equal(mixed.dense[clip, patch], plain.dense[origin, patch])
 
 
-def test_what_is_left_after_dropping_has_no_targets_of_its_own() -> None:
+def test_points_that_drop_tokens_have_no_patch_targets() -> None:
     found = at("8@0.5", TRUTH, config_of(data={"mix_token": 1.0}))
     assert found.dense is None
     assert found.swap is not None
@@ -301,7 +301,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("sections", "message"), REFUSED)
-def test_settings_that_contradict_each_other_are_refused(sections: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(**sections)
 
@@ -373,7 +373,7 @@ def test_an_lvvit_learns_from_label_maps(images: Path, tmp_path: Path) -> None:
     assert policies["fixed:2"]["top1"] >= 0.9
 
 
-def test_an_image_without_its_map_is_skipped_and_listed(images: Path, tmp_path: Path) -> None:
+def test_an_image_without_a_valid_map_is_skipped_and_listed(images: Path, tmp_path: Path) -> None:
     maps = tmp_path / "maps"
     for name in "ab":
         (maps / name).mkdir(parents=True)
