@@ -27,6 +27,7 @@ REQUIREMENTS = [
     "PyYAML>=6.0.1",
     "rich>=13.7",
     "safetensors>=0.4.3",
+    "scipy>=1.11.2",
     "tensorboard>=2.16",
     "typer>=0.12.4",
 ]

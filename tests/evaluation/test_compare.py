@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -62,7 +64,10 @@ def test_a_run_against_itself_does_not_differ(tmp_path: Path, right: tuple[dict,
 
 
 def test_the_order_of_videos_is_of_no_consequence(tmp_path: Path, right: tuple[dict, dict]) -> None:
-    shuffled = dict(sorted(right[1].items(), key=lambda item: hash(item[0])))
+    items = list(right[1].items())
+    random.Random(0).shuffle(items)
+    shuffled = dict(items)
+    assert list(shuffled) != list(right[1])
     folder = evaluated(tmp_path / "a", right[0])
     plain, mixed = (compare(folder, evaluated(tmp_path / n, r)) for n, r in (("b", right[1]), ("c", shuffled)))
     assert plain["policies"] == mixed["policies"]
@@ -109,6 +114,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, right: tuple[dict, d
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_twice_the_smaller_binomial_tail(a: int, b: int) -> None:
+    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
+    assert mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail / 2 ** (a + b)), abs=1e-12)
+
+
+def test_mcnemar_of_many_videos_takes_milliseconds() -> None:
+    start = time.perf_counter()
+    assert mcnemar(20_000, 19_000) == pytest.approx(4.216841447373e-07, rel=1e-9)  # by exact fractions
+    assert mcnemar(0, 39_000) == 0.0
+    assert time.perf_counter() - start < 0.5  # some milliseconds; exact fractions took 0.6 s
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_symmetric_and_falls_with_the_imbalance(a: int, b: int) -> None:
     assert mcnemar(a, b) == mcnemar(b, a)
     assert 0 < mcnemar(a, b) <= 1
@@ -117,11 +135,9 @@ def test_mcnemar_is_symmetric_and_falls_with_the_imbalance(a: int, b: int) -> No
 
 
 def test_mcnemar_keeps_its_level() -> None:
-    """Of runs that are equally good, at most 5 % are called different."""
-    rng = np.random.default_rng(0)
-    draws = rng.binomial(40, 0.5, 3000)
-    assert np.mean([mcnemar(int(a), 40 - int(a)) < 0.05 for a in draws]) <= 0.05
-    assert mcnemar(20_000, 19_000) < 1e-5  # no overflow
+    """At most 5 % of pairs of equally good runs get a p-value below 0.05, and not far fewer."""
+    chance = {a: math.comb(40, a) / 2**40 for a in range(41)}
+    assert 0.02 < sum(p for a, p in chance.items() if mcnemar(a, 40 - a) < 0.05) <= 0.05
 
 
 def test_the_verb_needs_no_config(tmp_path: Path, right: tuple[dict, dict]) -> None:

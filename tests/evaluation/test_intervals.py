@@ -24,6 +24,14 @@ def test_wilson_has_its_published_values(right: int, total: int, low: float, hig
     assert wilson(right, total) == pytest.approx((low, high), abs=6e-5)
 
 
+@given(st.integers(1, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_wilson_solves_its_equation(counts: tuple[int, int]) -> None:
+    """The ends are the p with `(right / total - p)^2 = z^2 p (1 - p) / total`."""
+    right, total = counts
+    for p in wilson(right, total):
+        assert (right / total - p) ** 2 == pytest.approx(1.959963984540054**2 * p * (1 - p) / total, abs=1e-9)
+
+
 @given(st.integers(0, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
 def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
     right, total = counts
