@@ -1,19 +1,19 @@
-r"""Evaluate released weights: a TimeSformer under its paper's protocol, a model of images under its config's.
+r"""Evaluates released weights: a TimeSformer with its paper's protocol, an image model with its config's.
 
     python tools/evaluate_released.py TimeSformer_divST_8x32_224_K400.pyth configs/timesformer_b_k400.yaml \
         data.root=/data/k400 data.val.annotations=/data/k400/kinetics-400_val.csv
 
-WEIGHTS is a `.pyth` of facebookresearch or a Hugging Face folder; the config names the architecture
-(timesformer_hr_k400.yaml and timesformer_l_k400.yaml for the other two). TimeSformer's protocol is one clip in the
-centre of a video, and three crops; its released models know their costliest length alone, so that it is the only point,
-unless `model.points` says otherwise. Models of images (`model.num_frames` is 1) have the points, crops and views of the
-config: SuperViT's `.pth` go with configs/supervit_*_in1k.yaml.
+WEIGHTS is a `.pyth` of facebookresearch or a Hugging Face folder. The config gives the architecture: also
+timesformer_hr_k400.yaml and timesformer_l_k400.yaml. TimeSformer's protocol is one clip in the centre of a video and
+three crops. The released models were trained only at their costliest length, which is the only point unless
+`model.points` is set. Image models (`model.num_frames` is 1) have the points, crops and views of the config:
+configs/supervit_*_in1k.yaml go with the `.pth` of SuperViT.
 
-The input is normalised as the config says: for video with mean 0.45 and deviation 0.225, as the released weights were
-trained. The processors of converted folders (`preprocessor_config.json`) state other values; where they do, that is
-said. For weights of your own, set `model.mean` and `model.std`.
+The config also gives the normalisation. For video it is mean 0.45 and deviation 0.225, with which the released weights
+were trained. The `preprocessor_config.json` of a Hugging Face folder can have other values; a note then shows both.
+For other weights, set `model.mean` and `model.std`.
 
-Stops, and goes on, as `videoadapt evaluate` does; torchrun spreads it over several processes.
+Like `videoadapt evaluate`, it resumes where it was stopped; torchrun distributes it over several processes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ VIDEO_PROTOCOL = ["evaluate.temporal_views=1", "evaluate.spatial_crops=3"]
 
 
 def main() -> None:
-    """Converts, evaluates, prints."""
+    """Converts the weights, evaluates them and prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="a .pyth or .pth file, or a Hugging Face folder")
-    parser.add_argument("config", type=Path, help="the architecture, such as configs/timesformer_b_k400.yaml")
+    parser.add_argument("config", type=Path, help="the architecture, for example configs/timesformer_b_k400.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     try:
@@ -59,26 +59,33 @@ def main() -> None:
 
 
 def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
-    """The config with a run folder for these weights and, of video, with TimeSformer's protocol."""
+    """Loads the config of an evaluation.
+
+    Args:
+        weights: Name the default run folder.
+        path: The config of the architecture. A video model gets TimeSformer's protocol and its costliest point alone.
+        overrides: Texts `section.key=value`; they replace all of these defaults.
+    """
     model = load_config(path, overrides).model
-    own = [f"run.dir=runs/released/{weights.stem}"]
+    defaults = [f"run.dir=runs/released/{weights.stem}"]
     if model.num_frames > 1:
-        own += [f"model.points=['{max(map(Point.parse, model.points))}']", *VIDEO_PROTOCOL]
-    config = load_config(path, [*own, *overrides])
+        defaults += [f"model.points=['{max(map(Point.parse, model.points))}']", *VIDEO_PROTOCOL]
+    config = load_config(path, [*defaults, *overrides])  # the last one of a key counts
     return config.model_copy(
         update={"run": config.run.model_copy(update={"checkpoint": config.run.dir / "released.safetensors"})}
     )
 
 
 def _note_normalisation(path: Path, config: Config) -> None:
-    """Says so where a Hugging Face folder states another normalisation than the one that is used."""
-    stated, model = _read_json(path), config.model
-    for key, used, theirs in (("mean", model.mean, "image_mean"), ("std", model.std, "image_std")):
-        if theirs in stated and list(used) != stated[theirs]:
-            say(f"note: {path} states {theirs} {stated[theirs]}; used is model.{key} {list(used)}")
+    """Prints a note if a Hugging Face folder has another normalisation than the config."""
+    values, model = _read_json(path), config.model
+    for key, ours, theirs in (("mean", model.mean, "image_mean"), ("std", model.std, "image_std")):
+        if theirs in values and list(ours) != values[theirs]:
+            say(f"note: {path} has {theirs} {values[theirs]}; the evaluation uses model.{key} {list(ours)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The values of a JSON file; empty if there is none."""
     if not path.is_file():
         return {}
     try:
@@ -89,7 +96,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def convert(weights: Path, config: Config) -> None:
-    """Writes the weights as a checkpoint of ours, if they fill the whole model and name the classes as we do."""
+    """Writes the weights as a checkpoint of the run, unless the same weights are there already.
+
+    Raises:
+        CheckpointError: The weights do not fill the model.
+        UserError: A class has another number in the weights, or the run folder has other weights.
+    """
     classes = load_or_index(config).classes
     _require_classes(weights / "config.json", classes)
     _note_normalisation(weights / "preprocessor_config.json", config)
@@ -99,17 +111,20 @@ def convert(weights: Path, config: Config) -> None:
     new = [row.name for row in report.rows if row.fate == NEW]
     if new:
         raise CheckpointError(
-            f"{weights}: does not fill {new[0]} (and {len(new) - 1} more), which is then not the released model; "
-            "the config must be of its architecture and class count"
+            f"{weights}: does not fill {new[0]} and {len(new) - 1} more tensors of the model; take a config with the "
+            "architecture and the number of classes of the weights"
         )
     changed = [row for row in report.rows if row.name and row.fate != LOADED]
     if changed:
-        say(f"note: {len(changed)} tensors are {changed[0].fate} ({changed[0].name}): not the released model unchanged")
+        say(
+            f"note: {len(changed)} tensors are {changed[0].fate} (first: {changed[0].name}); the evaluated model "
+            "differs from the released one"
+        )
     path = config.run.checkpoint
-    assert path is not None, "released_config names it"
+    assert path is not None, "released_config sets it"
     if path.exists():
-        there = load_checkpoint(path, "train").meta["digest"]
-        if there != weights_digest(model):
+        digest = load_checkpoint(path, "train").meta["digest"]
+        if digest != weights_digest(model):
             raise UserError(f"{path}: holds other weights, which are not overwritten; set run.dir to another folder")
         return
     meta = config.model_dump(mode="json") | {"classes": list(classes), "digest": weights_digest(model), "step": 0}
@@ -117,15 +132,25 @@ def convert(weights: Path, config: Config) -> None:
 
 
 def _require_classes(path: Path, classes: tuple[str, ...]) -> None:
-    """Refuses a Hugging Face folder whose classes have other numbers than ours; numbers alone cannot be compared."""
+    """Raises `UserError` if a class of a Hugging Face folder has another number than in the manifest.
+
+    Without names on both sides there is nothing to compare.
+    """
     theirs = {int(number): name for number, name in _read_json(path).get("id2label", {}).items()}
     if all(name.isdigit() for name in classes) or all(name.startswith("LABEL_") for name in theirs.values()):
         return
-    plain = [name.replace("_", " ").strip('"').casefold() for name in classes]
     for number, name in sorted(theirs.items()):
-        if number >= len(plain) or plain[number] != name.replace("_", " ").strip('"').casefold():
-            ours = classes[number] if number < len(classes) else "nothing"
-            raise UserError(f"{path}: its class {number} is {name!r}, ours is {ours!r}; set data.classes to its order")
+        ours = classes[number] if number < len(classes) else "nothing"
+        if number >= len(classes) or _comparable(ours) != _comparable(name):
+            raise UserError(
+                f"{path}: its class {number} is {name!r}, but class {number} of this run is {ours!r}; set data.classes "
+                "to a list in the order of the weights"
+            )
+
+
+def _comparable(name: str) -> str:
+    """A class name without the differences between copies of Kinetics."""
+    return name.replace("_", " ").strip('"').casefold()
 
 
 if __name__ == "__main__":

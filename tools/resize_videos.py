@@ -1,16 +1,16 @@
-"""Copies of videos that are quick to read at random places: `python tools/resize_videos.py SRC DST --short-side 256`.
+"""Copies videos so that they decode fast at random positions: `python tools/resize_videos.py SRC DST --short-side 256`.
 
-Each video under SRC, a folder or a manifest.parquet, becomes DST/NAME.mp4: rotated as it is to be shown, its short side
-resized, in 8 bits and 4:2:0, with a keyframe at least every `--gop` frames, without sound. It has all frames of its
-source, evenly spaced at the rate that `index` finds in the source, so that clips of both have the same frames; of a
-video with uneven times, the times are not kept. Names change where the source is no mp4: annotations that name files
-with their suffix, such as `path label` lists, must name the copies with .mp4; official CSVs go on working. A video
-whose short side is smaller already keeps its size, and is encoded again too, so that all of DST is of one kind.
+SRC is a folder or a manifest.parquet. Each of its videos becomes DST/NAME.mp4: rotated as it is displayed, with a
+smaller short side, in 8 bits and 4:2:0, with a keyframe at least every `--gop` frames, without sound. A copy has all
+frames of its source, evenly spaced at the frame rate that `index` finds in the source, so that clips of both have the
+same frames; uneven timestamps are lost. A source that is not an mp4 changes its name: annotations that contain the
+suffix, such as `path label` lists, must name the copies with .mp4; official CSVs stay valid. A video with a smaller
+short side keeps its size and is encoded again, so that all files in DST are alike.
 
-The same command goes on where it was stopped, and does again what has changed: every result says in its own metadata
-what it was made from. A file in DST that does not say so is not this tool's, and is left alone. A result gets its name
-when it was found to have all frames of its source; damaged videos are listed in DST/failed.csv, and nothing else is
-written for them. One call at a time should work on a name in DST.
+The same command resumes where it was stopped, and repeats what has changed: each copy records its source and encoder
+settings in its metadata. A file in DST without this record is never overwritten. A copy gets its final name only after
+a check that it has all frames of its source. Damaged videos get no copy and are listed in DST/failed.csv. Two processes
+must not write the same copy at the same time.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 FAILED = "failed.csv"  # in DST
-FAILURES_SHOWN = 10
-SAMPLE = 20  # files whose speed of reading is measured before and after
-_KEY = "comment"  # of the metadata that mp4 keeps
+FAILURES_SHOWN = 10  # on the terminal; the CSV has all
+SAMPLE = 20  # files that are read before and after, to measure the gain
+_KEY = "comment"  # one of the few metadata keys that mp4 keeps
 _MARK = "videoadapt resize_videos "
 
-# What libraries beside FFmpeg's own need to be told, to take one thread and be silent.
+# Options that limit an encoder to one thread: the videos are encoded in parallel. x265 would also write its log.
 _ENCODER_OPTIONS = {
     "libx264": {"threads": "1"},
     "libx265": {"x265-params": "pools=1:frame-threads=1:log-level=error"},
@@ -70,16 +70,16 @@ _ENCODER_OPTIONS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How results are made; `crf` and `preset` none are the encoder's own defaults."""
+    """The settings of the copies."""
 
-    short_side: int = 256
+    short_side: int = 256  # pixels
     codec: str = "libx264"
-    gop: int = 12
-    crf: int | None = None
-    preset: str | None = None
+    gop: int = 12  # largest distance between keyframes, in frames
+    crf: int | None = None  # quality; None: the encoder's default
+    preset: str | None = None  # effort; None: the encoder's default
 
     def options(self) -> dict[str, str]:
-        """For the encoder, in FFmpeg's words."""
+        """Returns FFmpeg's options of the encoder."""
         given = {"crf": self.crf, "preset": self.preset}
         return _ENCODER_OPTIONS.get(self.codec, {}) | {
             key: str(value) for key, value in given.items() if value is not None
@@ -88,17 +88,21 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a video."""
+    """The result of a video that did not fail."""
 
-    status: Literal["done", "skipped"]
+    status: Literal["done", "skipped"]  # skipped: an earlier call has made the copy
     bytes_before: int
     bytes_after: int
 
 
 def find_videos(source: Path) -> tuple[Path, list[str]]:
-    """The folder that all videos of a folder or a manifest lie in, and their names in it, sorted.
+    """Finds the videos of a folder, or the readable videos of a manifest.
 
-    Of a manifest, those that it found readable. Raises `UserError` if there is not one, or nothing at `source`.
+    Returns:
+        The folder that contains all of them, and their paths relative to it, sorted.
+
+    Raises:
+        UserError: `source` does not exist or has no video.
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
@@ -111,26 +115,26 @@ def find_videos(source: Path) -> tuple[Path, list[str]]:
         ]
         root = source
     else:
-        from videoadapt.data.index.manifest import Manifest  # brings torch, which the workers need not load
+        from videoadapt.data.index.manifest import Manifest  # imports torch, which the workers do not need
 
         table = Manifest.load(source).readable
         paths = [Path(row.path) for row in map(table.row, range(len(table))) if row.reader != "image"]
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else source
     if not paths:
-        raise UserError(f"{source}: there is no video in it")
+        raise UserError(f"{source}: contains no video")
     return root, sorted(path.relative_to(root).as_posix() for path in paths)
 
 
 def result_path(name: str, target: Path) -> Path:
-    """Where the result of a video goes: its name with the suffix of mp4."""
+    """Returns the path of a copy: the name of its video with the suffix .mp4."""
     return (target / name).with_suffix(".mp4")
 
 
 def split_clashing(names: Sequence[str], target: Path) -> tuple[list[str], dict[str, str]]:
-    """The names whose results have a file each, and, of the others, why not."""
+    """Returns the names whose copies have different paths, and the cause of failure for each of the others."""
     claims = Counter(result_path(name, target) for name in names)
     clashing = {
-        name: f"another file of SRC would become {result_path(name, target)} too; rename one"
+        name: f"another file of SRC would also become {result_path(name, target)}; rename one"
         for name in names
         if claims[result_path(name, target)] > 1
     }
@@ -138,20 +142,24 @@ def split_clashing(names: Sequence[str], target: Path) -> tuple[list[str], dict[
 
 
 def resized(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(height, width) with the short side at most `short_side`, even, as 4:2:0 wants them."""
+    """Returns (height, width) with a short side of at most `short_side`; both are even, because 4:2:0 needs it."""
     scale = min(1.0, short_side / min(size))
     height, width = (max(2, round(side * scale / 2) * 2) for side in size)
     return height, width
 
 
 def resize(name: str, *, root: Path, target: Path, encoding: Encoding) -> Outcome:
-    """Makes the result of one video, unless it is there already. Raises `VideoError`, and leaves nothing behind."""
+    """Makes the copy of one video, unless it exists already.
+
+    Raises:
+        VideoError: The video is damaged, or cannot be encoded, or the copy's path has another file. Nothing is written.
+    """
     source, result = root / name, result_path(name, target)
     mark = mark_of(source, encoding)
     if result.exists():
         found = read_mark(result)
         if found is None:
-            raise VideoError(f"{source}: {result} is there already and was not made by this tool; move it away")
+            raise VideoError(f"{source}: {result} exists and was not made by this tool; move it away")
         if found == mark:
             return Outcome("skipped", source.stat().st_size, result.stat().st_size)
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -169,12 +177,16 @@ def resize(name: str, *, root: Path, target: Path, encoding: Encoding) -> Outcom
 
 
 def part_of(result: Path) -> Path:
-    """A result before it is finished; the same name in each call, so that what a kill has left is written over."""
+    """Returns the path of an unfinished copy; the same in each call, so that what a kill leaves is overwritten."""
     return result.with_name(f".{result.name}.part")
 
 
 def mark_of(source: Path, encoding: Encoding) -> str:
-    """What a result says of itself: changes when the source or the encoding does. Raises `VideoError`."""
+    """Returns the record in a copy's metadata, which changes with the source and the encoding.
+
+    Raises:
+        VideoError: The source cannot be read.
+    """
     try:
         stat = source.stat()
     except OSError as error:
@@ -183,7 +195,7 @@ def mark_of(source: Path, encoding: Encoding) -> str:
 
 
 def read_mark(result: Path) -> str | None:
-    """What a file says that it was made from; none if it is not a result of this tool."""
+    """Returns the record in a file's metadata; None if this tool did not make the file."""
     try:
         with open_container(result) as (container, _):
             mark = container.metadata.get(_KEY, "")
@@ -193,7 +205,11 @@ def read_mark(result: Path) -> str | None:
 
 
 def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: str) -> None:
-    """Writes all frames of a video. Raises `VideoError` if one of them is damaged, or the encoder fails."""
+    """Writes all frames of `source` to `path`, resized, upright and evenly spaced.
+
+    Raises:
+        VideoError: A frame is damaged, or the encoder fails.
+    """
     size = resized((info.height, info.width), encoding.short_side)
     with open_container(source) as (container, stream):
         rate = Fraction(info.fps).limit_denominator(1 << 16)
@@ -206,15 +222,15 @@ def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: 
                 open_encoder(copy.codec_context)
                 for number, frame in enumerate(upright_frames(source, container, stream, size)):
                     frame.pts, frame.time_base = number, 1 / rate
-                    frame.pict_type = PictureType.NONE  # the source's must not tell the encoder where keyframes are
+                    frame.pict_type = PictureType.NONE  # otherwise the source's keyframes become keyframes of the copy
                     output.mux(copy.encode(frame))
-                output.mux(copy.encode())
+                output.mux(copy.encode())  # the frames that the encoder still holds
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"{source}: cannot be encoded with {encoding.codec}: {reason(error)}") from None
 
 
 def set_up(context: VideoCodecContext, source: VideoCodecContext, size: tuple[int, int], encoding: Encoding) -> None:
-    """An encoder of (height, width) that says of its colours what the source says."""
+    """Sets up an encoder for frames of `size` (height, width), with the colour description of the source."""
     context.height, context.width = size
     context.pix_fmt, context.gop_size, context.thread_count = "yuv420p", encoding.gop, 1
     context.options = encoding.options()
@@ -225,17 +241,21 @@ def set_up(context: VideoCodecContext, source: VideoCodecContext, size: tuple[in
 def upright_frames(
     source: Path, container: InputContainer, stream: VideoStream, size: tuple[int, int]
 ) -> Iterator[VideoFrame]:
-    """The frames turned as to be shown and resized to (height, width). Raises `VideoError` at one that is damaged."""
-    resizer = VideoReformatter()  # one for all frames: it keeps its tables
+    """Yields all frames as they are displayed, resized to `size` (height, width).
+
+    Raises:
+        VideoError: A frame is damaged.
+    """
+    resizer = VideoReformatter()  # one for all frames, because it caches its tables
     for number, decoded in enumerate(decode(stream.codec_context, container.demux(stream))):
         frame = decoded.frame
         if frame is None or decoded.damaged:
             raise VideoError(f"{source}: frame {number} is damaged")
-        height, width = upright(size, frame.rotation)
+        height, width = upright(size, frame.rotation)  # of the frame as it is stored
         reformat = partial(resizer.reformat, frame, width, height, interpolation="BICUBIC", threads=1)
         if frame.rotation % 360 == 0:
             yield reformat("yuv420p", dst_color_range="MPEG")
-        else:
+        else:  # FFmpeg's scaler does not rotate; numpy does, in RGB
             turned = np.ascontiguousarray(np.rot90(reformat("rgb24").to_ndarray(), frame.rotation // 90), np.uint8)
             rotated = av.VideoFrame.from_ndarray(turned, "rgb24")
             yield rotated.reformat(format="yuv420p", dst_colorspace=frame.colorspace)
@@ -244,27 +264,32 @@ def upright_frames(
 def _require_same_frames(source: Path, info: VideoInfo, part: Path) -> None:
     frames = probe(part).frames
     if frames != info.frames:
-        raise VideoError(f"{source}: {frames} frames came out of {info.frames}; it is damaged")
+        raise VideoError(f"{source}: {frames} frames came out of {info.frames}; the video is damaged")
 
 
 def require_encoder(encoding: Encoding) -> None:
-    """Raises `UserError` if FFmpeg has no such encoder, or it refuses the options."""
+    """Tries the encoder out, before the work on many videos starts.
+
+    Raises:
+        UserError: FFmpeg has no such encoder, or the encoder rejects an option; the message names the option.
+    """
     try:
         av.CodecContext.create(encoding.codec, "w")
     except (av.FFmpegError, ValueError):
-        raise UserError(f"--codec {encoding.codec}: FFmpeg has no such encoder; libx264 is one") from None
-    cause = _refusal(encoding)
+        raise UserError(f"--codec {encoding.codec}: FFmpeg has no such encoder; use for example libx264") from None
+    cause = _rejection(encoding)
     if not cause:
         return
+    # The wrong option is the one without which the encoder starts.
     for option, others in (("preset", replace(encoding, preset=None)), ("crf", replace(encoding, crf=None))):
-        if others != encoding and not _refusal(others):
+        if others != encoding and not _rejection(others):
             value = encoding.options()[option]
-            raise UserError(f"--{option} {value}: {encoding.codec} does not take it ({cause})")
+            raise UserError(f"--{option} {value}: {encoding.codec} does not accept it ({cause})")
     raise UserError(f"--codec {encoding.codec}: cannot encode with {encoding.options()}: {cause}")
 
 
-def _refusal(encoding: Encoding) -> str:
-    """Why an encoder does not start; empty if it does."""
+def _rejection(encoding: Encoding) -> str:
+    """Why an encoder does not start; empty if it starts."""
     context = cast("VideoCodecContext", av.CodecContext.create(encoding.codec, "w"))
     try:
         set_up(context, context, (64, 64), encoding)
@@ -278,13 +303,19 @@ def _refusal(encoding: Encoding) -> str:
 def resize_all(
     source: Path, target: Path, encoding: Encoding, *, workers: int, timeout_s: float
 ) -> tuple[Path, dict[str, Outcome | str]]:
-    """The folder that the videos of SRC lie in, and by their names in it what came of them, or why it failed.
+    """Makes the copies of all videos in parallel.
 
-    A video that crashes its process or takes longer than `timeout_s` fails alone.
+    A video that crashes its process or takes longer than `timeout_s` fails; the others go on.
+
+    Returns:
+        The folder of the videos and, by their path relative to it, the outcome or the cause of the failure.
+
+    Raises:
+        UserError: SRC has no video, or DST lies inside SRC.
     """
     root, names = find_videos(source)
     if target.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{target}: lies in {root}, and its files would be taken for videos to resize; choose another")
+        raise UserError(f"{target}: is inside {root}, and the next call would resize the copies; choose another folder")
     todo, clashing = split_clashing(names, target)
     outcomes: dict[str, Outcome | str] = {**clashing}
     work = partial(resize, root=root, target=target, encoding=encoding)
@@ -298,17 +329,17 @@ def resize_all(
                 outcomes[name] = finding.removeprefix(f"{root / name}: ") if failed else finding
                 bar.step(note=f"{sum(isinstance(outcome, str) for outcome in outcomes.values())} failed")
     finally:
-        for name in todo:  # whose process was stopped
+        for name in todo:  # a stopped process leaves its unfinished copy
             if not isinstance(outcomes.get(name), Outcome):
                 part_of(result_path(name, target)).unlink(missing_ok=True)
     return root, outcomes
 
 
 def reading_speeds(pairs: Sequence[tuple[Path, Path]]) -> tuple[float, float] | None:
-    """Clips per CPU-second from the sources and from the results, by the same reader; none if none can be read."""
+    """Returns clips per CPU-second of the sources and of the copies with the same reader; None if none can be read."""
     used = np.zeros(2)
     clips = 0
-    for path in chain.from_iterable(pairs[:1]):  # what is first used is imported then; that is nobody's reading
+    for path in chain.from_iterable(pairs[:1]):  # the first clip also imports libraries, so it does not count
         with suppress(VideoError):
             _clip_cpu_s(path)
     for source, result in pairs:
@@ -319,7 +350,7 @@ def reading_speeds(pairs: Sequence[tuple[Path, Path]]) -> tuple[float, float] | 
 
 
 def _clip_cpu_s(path: Path) -> float:
-    """CPU seconds to read 8 frames, 32 apart, from the middle of a video."""
+    """CPU seconds to read a clip of TimeSformer (8 frames, stride 32) from the middle of a video."""
     info = probe(path)
     start_s = max(0, info.frames - 8 * 32) / 2 / info.fps
     indices = frame_indices(
@@ -331,7 +362,7 @@ def _clip_cpu_s(path: Path) -> float:
 
 
 def write_failures(path: Path, root: Path, outcomes: dict[str, Outcome | str]) -> None:
-    """A CSV of all videos that failed and why; no file if there is none."""
+    """Writes a CSV of all videos that failed, with the cause. Deletes the file if there are none."""
     failed = [(str(root / name), outcome) for name, outcome in sorted(outcomes.items()) if isinstance(outcome, str)]
     if not failed:
         path.unlink(missing_ok=True)
@@ -341,7 +372,7 @@ def write_failures(path: Path, root: Path, outcomes: dict[str, Outcome | str]) -
 
 
 def print_summary(root: Path, target: Path, outcomes: dict[str, Outcome | str]) -> None:
-    """How many videos became what, why others failed, and what it was good for."""
+    """Prints counts, causes of failures, and sizes and reading speeds before and after."""
     good = {name: outcome for name, outcome in sorted(outcomes.items()) if isinstance(outcome, Outcome)}
     causes = {name: outcome for name, outcome in sorted(outcomes.items()) if isinstance(outcome, str)}
     for name, cause in list(causes.items())[:FAILURES_SHOWN]:
@@ -351,14 +382,13 @@ def print_summary(root: Path, target: Path, outcomes: dict[str, Outcome | str]) 
     renamed = sum(Path(name).suffix != ".mp4" for name in good)
     if renamed:
         say(
-            f"renamed: {renamed} copies end in .mp4 and their sources do not; change the names in `path label` lists, "
-            "which would not find them"
+            f"renamed: {renamed} copies end in .mp4, but their sources do not; change these names in `path label` lists"
         )
     status = Counter(outcome.status for outcome in good.values())
     before, after = (sum(getattr(o, field) for o in good.values()) for field in ("bytes_before", "bytes_after"))
     rows = [("done", status["done"]), ("done before", status["skipped"]), ("failed", len(causes))]
     print_table(f"{root} -> {target}", ("videos", "number"), rows)
-    sample = list(good)[:: -(-len(good) // SAMPLE) or 1]
+    sample = list(good)[:: -(-len(good) // SAMPLE) or 1]  # at most SAMPLE, evenly spread
     speeds = reading_speeds([(root / name, result_path(name, target)) for name in sample])
     gains = [("MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}")]
     if speeds:
@@ -368,26 +398,29 @@ def print_summary(root: Path, target: Path, outcomes: dict[str, Outcome | str]) 
 
 def main(  # noqa: PLR0913 - the options
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder, or a manifest.parquet.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder of the results.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder of the copies.")],
     *,
-    short_side: Annotated[int, typer.Option(min=16, help="Of the results, in pixels; no video is enlarged.")] = 256,
-    codec: Annotated[str, typer.Option(help="An encoder of FFmpeg: libx264, libx265, libsvtav1 ...")] = "libx264",
+    short_side: Annotated[int, typer.Option(min=16, help="Of the copies, in pixels; no video is enlarged.")] = 256,
+    codec: Annotated[
+        str, typer.Option(help="An encoder of FFmpeg, for example libx264, libx265 or libsvtav1.")
+    ] = "libx264",
     gop: Annotated[
         int,
         typer.Option(
-            min=1, help="Frames from keyframe to keyframe at most. 12 makes random access about twice as fast as 250."
+            min=1,
+            help="Largest distance between keyframes, in frames. With 12, random access is twice as fast as with 250.",
         ),
     ] = 12,
-    crf: Annotated[int | None, typer.Option(help="Quality, lower is better; without it, the encoder's own.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Effort, such as fast; without it, the encoder's own.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; without it, one for each CPU.")] = None,
-    timeout_s: Annotated[float, typer.Option(min=1.0, help="For one video.")] = 600.0,
+    crf: Annotated[int | None, typer.Option(help="Quality, lower is better [default: the encoder's].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Effort, for example fast [default: the encoder's].")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes [default: one for each CPU].")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Time limit of one video, in seconds.")] = 600.0,
 ) -> None:
-    """Copies of videos that are quick to read at random places, as mp4 without sound.
+    """Copies videos as mp4 without sound, so that they decode fast at random positions.
 
-    a.avi and b.mkv become a.mp4 and b.mp4: `path label` lists must name these.
+    a.avi and b.mkv become a.mp4 and b.mp4: `path label` lists must name the copies.
     """
-    from videoadapt.runtime.machine import worker_count  # brings torch, which the workers need not load
+    from videoadapt.runtime.machine import worker_count  # imports torch, which the workers do not need
 
     encoding = Encoding(short_side, codec, gop, crf, preset)
     try:
@@ -399,7 +432,7 @@ def main(  # noqa: PLR0913 - the options
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is done", file=sys.stderr)
+        print("interrupted; the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
     write_failures(target / FAILED, root, outcomes)
     print_summary(root, target, outcomes)

@@ -1,12 +1,13 @@
-"""A real SLURM on this machine, for trying jobs out: one controller, virtual nodes, GPUs that are only pretended.
+"""Runs a real SLURM on this machine to try jobs out: one controller, virtual nodes, fake GPUs.
 
-    python tools/slurm_cluster.py start FOLDER     # prints the line that makes sbatch find it
+    python tools/slurm_cluster.py start FOLDER     # prints the export that makes sbatch find it
     export SLURM_CONF=FOLDER/slurm.conf
     python tools/slurm_cluster.py status FOLDER
     python tools/slurm_cluster.py stop FOLDER
 
-Needs Debian's or Ubuntu's packages `slurmctld slurmd slurm-client`, no systemd, munge or database; all that it writes
-is in FOLDER. Jobs are not authenticated, and its ports are open to all on this machine: not for one that others use.
+It needs the packages `slurmctld slurmd slurm-client` of Debian or Ubuntu, but no systemd, munge or database. It writes
+only into FOLDER. Jobs are not authenticated, and every user of the machine can reach its ports: do not use it on a
+shared machine.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd")
 TOOLS = ("srun", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
-CPUS, GPUS, MEMORY_MB = 8, 8, 64_000  # that each node claims to have
-START_S, STOP_S = 30.0, 15.0
+CPUS, GPUS, MEMORY_MB = 8, 8, 64_000  # that each node reports, whatever the machine has
+START_S, STOP_S = 30.0, 15.0  # time limits
 
 CONF = """\
 ClusterName=onemachine
@@ -43,7 +44,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
-# Else one job takes a node's whole memory.
+# Without this default a job takes the whole memory of a node.
 DefMemPerCPU=500
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
@@ -68,7 +69,7 @@ SlurmdLogFile={folder}/log/slurmd.%n.log
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-# Addresses as names: ranks that look their own node up by name find it.
+# The names of nodes are addresses: a rank can then connect to a node by its name, without DNS.
 NODE = (
     "NodeName=127.0.0.{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
     "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory_mb} Gres=gpu:{gpus} State=UNKNOWN"
@@ -76,11 +77,18 @@ NODE = (
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot be started, or is not there."""
+    """The cluster cannot start, or does not run."""
 
 
 class Cluster:
-    """The cluster of a folder. Raises `ClusterError` where it cannot do what is asked."""
+    """The cluster of a folder.
+
+    Its methods raise `ClusterError` if a daemon or one of SLURM's tools fails.
+
+    Attributes:
+        folder: Configuration, logs, state and process ids.
+        conf: The path of slurm.conf.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -89,24 +97,25 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment in which SLURM's tools find this cluster."""
+        """The environment variables with which SLURM's tools find this cluster."""
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        # Variables of an enclosing job would change the options of ours.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return kept | {"PATH": path, "SLURM_CONF": str(self.conf)}
 
     def run(self, *command: str) -> str:
-        """Standard output of one of SLURM's tools."""
+        """Runs one of SLURM's tools and returns its standard output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
         if done.returncode:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
     def start(self, nodes: int = 3) -> None:
-        """Starts the daemons, and returns when all nodes are idle."""
+        """Starts the daemons and waits until all nodes are idle."""
         if absent := missing():
             raise ClusterError(f"not installed: {', '.join(absent)}; apt-get install slurmctld slurmd slurm-client")
         if any(map(alive, self.daemons().values())):
-            raise ClusterError(f"{self.folder}: a cluster runs there already")
+            raise ClusterError(f"{self.folder}: a cluster already runs there")
         names = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
         for name in ("state", "log", "dev", *(f"spool/{node}" for node in names)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -120,25 +129,27 @@ class Cluster:
             raise
 
     def daemons(self) -> dict[str, int]:
-        """The process ids of the controller and of the nodes' daemons, by name."""
+        """Returns the process ids of the controller and of the nodes' daemons by name."""
         found: dict[str, int] = json.loads(self._pids.read_text()) if self._pids.exists() else {}
         return found
 
     def kill_node(self, node: str, *, spare: int | None = None) -> None:
-        """Kills a node's daemon and all that it has started, as a power cut does.
+        """Kills a node's daemon and all processes of its jobs, like a power cut.
 
-        With `spare`, this process and its children go on: SLURM is dead there, and does not know of them any more.
+        Args:
+            node: The name of the node.
+            spare: A process that goes on with its children, like a job that SLURM has lost track of.
         """
         for pid in (self.daemons()[node], *self._step_processes(node)):
             if spare is None or spare not in (pid, _parent(pid)):
                 _send(pid, signal.SIGKILL)
 
     def revive_node(self, node: str) -> None:
-        """Starts the daemon of a node that was killed."""
+        """Starts the daemon of a killed node again."""
         self._pids.write_text(json.dumps(self.daemons() | {node: self._start_node(node)}))
 
     def stop(self) -> None:
-        """Cancels all jobs, then ends the daemons."""
+        """Cancels all jobs and stops the daemons."""
         daemons = self.daemons()
         if alive(daemons.get("slurmctld", 0)):
             self.run("scancel", "--full", f"--user={getpass.getuser()}")
@@ -158,7 +169,7 @@ class Cluster:
         self.conf.write_text(
             CONF.format(host=host, port=_free_port(), user=user, folder=self.folder, nodes="\n".join(lines))
         )
-        for number in range(GPUS):  # a GPU is a character device to SLURM, whatever it does
+        for number in range(GPUS):  # SLURM accepts any character device as a GPU
             device = self.folder / "dev" / f"gpu{number}"
             device.unlink(missing_ok=True)
             device.symlink_to("/dev/null")
@@ -182,14 +193,17 @@ class Cluster:
 
     def _idle(self, nodes: int) -> bool:
         if dead := [name for name, pid in self.daemons().items() if not alive(pid)]:
-            raise ClusterError(f"{', '.join(dead)} ended at once; see {self.folder / 'log'}")
+            raise ClusterError(f"{', '.join(dead)} exited during the start; see {self.folder / 'log'}")
         try:
             return self.run("sinfo", "--noheader", "--format=%D %t").split() == [str(nodes), "idle"]
         except ClusterError:  # the controller does not answer yet
             return False
 
     def _step_processes(self, node: str) -> list[int]:
-        """What the node's jobs have started, after the step daemons that watch over it and would report its end."""
+        """The processes of the node's jobs.
+
+        The step daemons come first: killed after their tasks, they would report the end of the tasks to the controller.
+        """
         tasks = [
             int(folder.name)
             for folder in Path("/proc").glob("[0-9]*")
@@ -201,7 +215,7 @@ class Cluster:
 
 
 def missing() -> list[str]:
-    """The programs of SLURM that this machine lacks."""
+    """Returns the programs of SLURM that are not installed."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     return [name for name in (*DAEMONS, *TOOLS) if shutil.which(name, path=path) is None]
 
@@ -216,13 +230,14 @@ def _free_port() -> int:
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except OSError:  # a process that has ended, or somebody else's
+    except OSError:  # the process has ended, or belongs to another user
         return ""
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
+    """Returns whether a process runs. A zombie, which nobody has waited for, does not run."""
     stat = _read(Path(f"/proc/{pid}/stat"))
+    # The name in parentheses can contain spaces and parentheses; the state follows the last one.
     return bool(stat) and stat.rpartition(")")[2].split()[0] != "Z"
 
 
@@ -250,7 +265,7 @@ def _wait_until(done: Callable[[], bool], seconds: float, what: str, *, strict: 
 
 
 def main() -> None:
-    """Starts, stops or shows the cluster of a folder."""
+    """Starts or stops the cluster of a folder, or prints its status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["start", "stop", "status"])
     parser.add_argument("folder", type=Path)

@@ -164,9 +164,9 @@ def test_submission_holds_the_best_classes_of_every_listed_video(evaluated: tupl
     assert (table["score_1"] >= table["score_2"]).all() and (table["score_2"] >= table["score_3"]).all()
     again = tool("make_submission", run, tmp_path / "out.csv")
     assert again.returncode == 1 and "not overwritten" in again.stderr
-    for words, said in ((["--policy", "best"], "this evaluation has"), (["--top", 9], "expected 1 to 5")):
+    for words, message in ((["--policy", "best"], "this evaluation has"), (["--top", 9], "expected 1 to 5")):
         refused = tool("make_submission", run, tmp_path / "new.csv", *words)
-        assert refused.returncode == 1 and said in refused.stderr
+        assert refused.returncode == 1 and message in refused.stderr
     nothing = tool("make_submission", tmp_path, tmp_path / "new.csv")
     assert nothing.returncode == 1 and "run `videoadapt evaluate` first" in nothing.stderr
 

@@ -1,4 +1,4 @@
-"""The tool that resizes videos: what a result holds, what is left alone, and that nothing half-made remains."""
+"""`tools/resize_videos.py`: the content of copies, files that it must not touch, and cleaning up after failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from videoadapt.data.video.readers import open_video
 from videoadapt.errors import UserError, VideoError
 
 TOOL = Path(__file__).parents[2] / "tools" / "resize_videos.py"
-sys.path.insert(0, str(TOOL.parent))  # the tool's processes look for its functions there, too
+sys.path.insert(0, str(TOOL.parent))  # the worker processes of the tool import it from there
 tool: Any = importlib.import_module(TOOL.stem)
 
 SMALL = tool.Encoding(short_side=48, preset="ultrafast")
@@ -59,7 +59,7 @@ def test_sizes_are_even_and_never_larger(height: int, width: int, short_side: in
     assert abs(new[0] * width - new[1] * height) <= height + width + 2  # the proportions, up to rounding
 
 
-def test_a_result_has_all_frames_in_order_small_and_with_many_keyframes(tmp_path: Path) -> None:
+def test_a_copy_has_all_frames_in_order_a_smaller_size_and_many_keyframes(tmp_path: Path) -> None:
     source = write_video(tmp_path / "a.mkv", 40, gop=250)
     result = resize(source, tmp_path / "out")
     info = probe(result)
@@ -89,7 +89,7 @@ def test_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".gif"])
-def test_the_rate_stays_however_uneven_the_times(tmp_path: Path, suffix: str) -> None:
+def test_the_frame_rate_stays_with_uneven_times(tmp_path: Path, suffix: str) -> None:
     source = tmp_path / f"uneven{suffix}"
     milliseconds = [50, 80, 120, 400, 430, 1000, 1030]
     if suffix == ".gif":
@@ -104,8 +104,8 @@ def test_the_rate_stays_however_uneven_the_times(tmp_path: Path, suffix: str) ->
     assert all_numbers(result) == list(range(7))
 
 
-def test_times_in_disorder_do_not_disorder_frames(tmp_path: Path) -> None:
-    source = write_video(tmp_path / "b_frames.avi", 20)  # avi has no times but those of decoding
+def test_frames_stay_in_order_without_presentation_times(tmp_path: Path) -> None:
+    source = write_video(tmp_path / "b_frames.avi", 20)  # avi has decoding times only
     assert all_numbers(resize(source, tmp_path / "out")) == list(range(20))
 
 
@@ -118,7 +118,7 @@ def test_colours_stay(tmp_path: Path, pixels: str, matrix: int, rotation: int) -
     with av.open(str(source), "w") as container:
         stream = container.add_stream("libx264", rate=30)
         stream.height, stream.width, stream.pix_fmt = 64, 96, pixels
-        stream.codec_context.colorspace = matrix  # 1: of HD, 6: of SD, 2: not said
+        stream.codec_context.colorspace = matrix  # 1: HD (BT.709), 6: SD (BT.601), 2: unspecified
         stream.set_display_rotation(rotation)
         for _ in range(3):
             frame = av.VideoFrame.from_ndarray(np.stack([row] * 64), "rgb24")
@@ -129,7 +129,7 @@ def test_colours_stay(tmp_path: Path, pixels: str, matrix: int, rotation: int) -
     assert np.abs(difference).mean() < 3
 
 
-def test_what_is_done_is_not_done_again_until_it_changes(tmp_path: Path) -> None:
+def test_a_copy_is_made_again_only_after_a_change(tmp_path: Path) -> None:
     source, target = write_video(tmp_path / "in" / "sub" / "a.mp4", 5), tmp_path / "out"
 
     def status(encoding: Any = SMALL) -> str:
@@ -144,7 +144,7 @@ def test_what_is_done_is_not_done_again_until_it_changes(tmp_path: Path) -> None
     assert [status(other), status(other)] == ["done", "skipped"]
 
 
-def test_a_file_of_others_is_left_alone(tmp_path: Path) -> None:
+def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
     source = write_video(tmp_path / "in" / "a.mp4", 5)
     foreign = write_video(tmp_path / "out" / "a.mp4", 3)
     before = foreign.read_bytes()
@@ -167,7 +167,7 @@ def test_a_damaged_video_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_result_that_lacks_frames_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_lacks_frames_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_video(tmp_path / "a.mp4", 5)
     monkeypatch.setattr(tool, "encode", lambda source, path, *_: write_video(path.with_suffix(".mp4"), 4).rename(path))
     with pytest.raises(VideoError, match="4 frames came out of 5"):
@@ -175,7 +175,7 @@ def test_a_result_that_lacks_frames_gets_no_name(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_videos_that_would_become_one_file_both_fail(tmp_path: Path) -> None:
+def test_videos_with_the_same_copy_both_fail(tmp_path: Path) -> None:
     todo, clashing = tool.split_clashing(["a.avi", "a.mp4", "b.mkv"], tmp_path)
     assert todo == ["b.mkv"]
     assert set(clashing) == {"a.avi", "a.mp4"}
@@ -185,7 +185,7 @@ def test_an_encoder_that_is_not_there_is_refused_at_once() -> None:
     tool.require_encoder(SMALL)
     with pytest.raises(UserError, match="^--codec libx999: FFmpeg has no such encoder"):
         tool.require_encoder(tool.Encoding(codec="libx999"))
-    with pytest.raises(UserError, match="^--preset quick: libx264 does not take it"):
+    with pytest.raises(UserError, match="^--preset quick: libx264 does not accept it"):
         tool.require_encoder(tool.Encoding(preset="quick", crf=30))
 
 
@@ -204,7 +204,7 @@ def test_an_encoder_leaves_the_scheduling_as_it_was(tmp_path: Path) -> None:
     assert policies() == before
 
 
-def test_a_link_to_its_own_folder_brings_no_video_twice(tmp_path: Path) -> None:
+def test_a_link_to_its_own_folder_repeats_no_video(tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "a.mp4", 2)
     write_video(tmp_path / "elsewhere" / "b.mp4", 2)
     (tmp_path / "in" / "loop").symlink_to(".")
@@ -212,18 +212,18 @@ def test_a_link_to_its_own_folder_brings_no_video_twice(tmp_path: Path) -> None:
     assert tool.find_videos(tmp_path / "in") == (tmp_path / "in", ["a.mp4", "more/b.mp4"])
 
 
-def test_nothing_there_is_called_so(tmp_path: Path) -> None:
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nosuch: no such file or folder"):
         tool.find_videos(tmp_path / "nosuch")
 
 
-def test_all_failures_are_in_a_file_and_ten_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_failures_are_in_a_file_and_ten_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = {f"{n:02d}.avi": f"torn, {n}" for n in range(25)}
     tool.write_failures(tmp_path / tool.FAILED, Path("in"), outcomes)
     tool.print_summary(Path("in"), tmp_path, outcomes)
-    said = capsys.readouterr().err
-    assert said.count("torn") == 10
-    assert f"25 videos in all; {tmp_path / 'failed.csv'} names each" in said.replace("\n", "")
+    stderr = capsys.readouterr().err
+    assert stderr.count("torn") == 10
+    assert f"25 videos in all; {tmp_path / 'failed.csv'} names each" in stderr.replace("\n", "")
     with (tmp_path / "failed.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["path", "cause"], *([f"in/{name}", cause] for name, cause in outcomes.items())]
@@ -232,7 +232,7 @@ def test_all_failures_are_in_a_file_and_ten_are_said(tmp_path: Path, capsys: pyt
 
 
 def test_imports_do_not_count_as_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    cold = [9.0]  # CPU seconds, of whatever is read first
+    cold = [9.0]  # CPU seconds of the first read
     monkeypatch.setattr(tool, "_clip_cpu_s", lambda path: cold.pop() if cold else {"a": 0.5, "b": 0.25}[path.name])
     assert tool.reading_speeds([(Path("a"), Path("b"))] * 2) == (2.0, 4.0)
 
@@ -272,7 +272,7 @@ def test_a_run_from_end_to_end(tmp_path: Path) -> None:
     assert [line.split()[-2] for line in again.stdout.splitlines() if "done before" in line] == ["2"]
 
 
-def test_results_among_the_sources_are_refused(tmp_path: Path) -> None:
+def test_a_target_inside_the_source_is_rejected(tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "a.mkv", 2)
     done = run(tmp_path / "in", tmp_path / "in" / "out")
     assert done.returncode == 2
@@ -290,7 +290,7 @@ def test_a_video_that_takes_too_long_fails_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["short.mp4"]
 
 
-def test_an_interruption_leaves_nothing_half_made(tmp_path: Path) -> None:
+def test_an_interruption_leaves_no_unfinished_copy(tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "long.mp4", 1000)
     target = tmp_path / "out"
     words = [sys.executable, str(TOOL), str(tmp_path / "in"), str(target), "--preset", "placebo"]
@@ -298,7 +298,7 @@ def test_an_interruption_leaves_nothing_half_made(tmp_path: Path) -> None:
     while not list(target.glob(".*.part")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130, said
-    assert "goes on" in said
+    _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "the same command resumes" in stderr
     assert list(target.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The one-machine SLURM: jobs run on it, and a node that dies is a node that fails."""
+"""`tools/slurm_cluster.py`: jobs run on its nodes, and it starts and stops its daemons."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from slurm_cluster import Cluster, ClusterError
 
 
 @pytest.mark.slurm
-def test_a_job_runs_on_every_node_with_its_pretended_gpus(cluster: Cluster) -> None:
-    told = cluster.run(
+def test_a_job_runs_on_every_node_with_its_fake_gpus(cluster: Cluster) -> None:
+    output = cluster.run(
         "srun",
         "--nodes=3",
         "--ntasks=3",
@@ -24,12 +24,12 @@ def test_a_job_runs_on_every_node_with_its_pretended_gpus(cluster: Cluster) -> N
         "-c",
         "echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES",
     )
-    assert sorted(told.split("\n")) == ["", "127.0.0.1 0,1", "127.0.0.2 0,1", "127.0.0.3 0,1"]
+    assert sorted(output.split("\n")) == ["", "127.0.0.1 0,1", "127.0.0.2 0,1", "127.0.0.3 0,1"]
 
 
 @pytest.mark.slurm
-def test_a_second_cluster_in_one_folder_is_refused(cluster: Cluster) -> None:
-    with pytest.raises(ClusterError, match="a cluster runs there already"):
+def test_a_second_cluster_in_one_folder_is_an_error(cluster: Cluster) -> None:
+    with pytest.raises(ClusterError, match="a cluster already runs there"):
         Cluster(cluster.folder).start()
     assert cluster.run("sinfo", "--noheader", "--format=%D").split() == ["3"]
 
@@ -53,7 +53,7 @@ def test_start_status_stop(cluster: Cluster, tmp_path: Path) -> None:
     assert second.daemons() == {}
 
 
-def test_without_slurm_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_cluster, "missing", lambda: ["slurmctld", "srun"])
     with pytest.raises(ClusterError, match="not installed: slurmctld, srun; apt-get install slurmctld slurmd"):
         Cluster(tmp_path).start()
