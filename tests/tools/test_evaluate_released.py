@@ -1,4 +1,4 @@
-"""The scripts for Kinetics users: evaluating released weights, and writing predictions down."""
+"""`tools/evaluate_released.py` and `tools/make_submission.py`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from videoadapt.data.synthetic import CLASSES
 from videoadapt.model.timesformer import TimeSformer
 
 TOOLS = Path(__file__).parents[2] / "tools"
-MEAN, STD = [0.45] * 3, [0.225] * 3  # with which the released weights were trained
-CONVERTED = {"image_mean": [0.5] * 3, "image_std": [0.225] * 3}  # what converted folders state
+MEAN, STD = [0.45] * 3, [0.225] * 3  # the released weights were trained with these
+CONVERTED = {"image_mean": [0.5] * 3, "image_std": [0.225] * 3}  # in converted folders
 
 
 def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -35,7 +35,7 @@ def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A Hugging Face folder with a small TimeSformer that knows the generated set's classes, and the model."""
+    """A Hugging Face folder with a small TimeSformer for the classes of the generated videos, and the model."""
     transformers: Any = need("transformers", "the independent TimeSformer")
     torch.manual_seed(0)
     settings = transformers.TimesformerConfig(
@@ -59,20 +59,20 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module")
 def evaluated(released: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The run folder and the config file of its evaluation by the script."""
+    """The run folder of its evaluation by the tool, and the config file."""
     folder = tmp_path_factory.mktemp("k400")
     config = folder / "tiny.yaml"
     config.write_text(dump_config(runs.config(runs.make_data(folder / "data"), folder / "run")))
     settings = [f"run.dir={folder / 'run'}", "evaluate.speed_clips=0"]
     done = tool("evaluate_released", released[0], config, *settings)
     assert done.returncode == 0, done.stderr
-    assert "states image_mean [0.5, 0.5, 0.5]; used is model.mean [0.45, 0.45, 0.45]" in done.stderr
+    assert "has image_mean [0.5, 0.5, 0.5]; the evaluation uses model.mean [0.45, 0.45, 0.45]" in done.stderr
     assert "fixed:8" in done.stdout and "1 clips x 3 crops" in done.stdout
     return folder / "run", config
 
 
 def test_predictions_are_those_of_the_released_model(released: tuple[Path, Any], evaluated: tuple[Path, Path]) -> None:
-    """Against Hugging Face's own forward pass, with the normalisation of the training, over the paper's three crops."""
+    """Compared with Hugging Face's forward pass over the paper's three crops."""
     from videoadapt.config.load import load_config
     from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 
@@ -83,20 +83,20 @@ def test_predictions_are_those_of_the_released_model(released: tuple[Path, Any],
     views = pd.read_parquet(run / "evaluate" / "views.parquet").set_index(["video", "crop"])
     assert set(views["point"]) == {"8"}
     val = np.flatnonzero(manifest["split"] == "val")[:4]
-    shares: list[float] = []
+    probabilities: list[float] = []
     for row in val:
         video = videos[int(row)]
         assert isinstance(video, VideoViews)
         clips = normalise(video.views[0], MEAN, STD, torch.float32).transpose(1, 2)  # X C T H W -> X T C H W
         with torch.no_grad():
             expected = released[1](clips).logits.softmax(-1)[:, video.label]
-        shares.append(float(expected[0]))
+        probabilities.append(float(expected[0]))
         found = views.loc[manifest["video"][row]]["p_true"].to_numpy()
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.std(shares) > 1e-3  # not trivially equal
+    assert np.std(probabilities) > 1e-3  # otherwise a constant model would pass
 
 
-def test_evaluating_again_reads_nothing_and_other_weights_are_refused(
+def test_a_second_call_reads_no_video_and_other_weights_are_an_error(
     released: tuple[Path, Any], evaluated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run, path = evaluated
@@ -110,7 +110,7 @@ def test_evaluating_again_reads_nothing_and_other_weights_are_refused(
     assert "holds other weights" in other.stderr.splitlines()[-1]
 
 
-def test_weights_of_another_shape_or_other_classes_are_refused(
+def test_weights_of_another_shape_or_other_classes_are_an_error(
     released: tuple[Path, Any], evaluated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, path = evaluated
@@ -131,7 +131,7 @@ def test_weights_of_another_shape_or_other_classes_are_refused(
     assert swapped.returncode == 1 and "its class 0 is" in swapped.stderr.splitlines()[-1], swapped.stderr
 
 
-def test_a_model_of_images_has_all_its_points_and_the_crops_of_its_config(tmp_path: Path) -> None:
+def test_an_image_model_has_the_points_and_crops_of_its_config(tmp_path: Path) -> None:
     rng, images = np.random.default_rng(0), {"num_frames": 1, "stride_frames": 1, "temporal": False, "num_classes": 2}
     for split, name in itertools.product(("train", "val"), "ab"):
         (tmp_path / split / name).mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_a_model_of_images_has_all_its_points_and_the_crops_of_its_config(tmp_pa
     assert all(f"fixed:{point} " in done.stdout for point in config.model.points)
 
 
-def test_submission_holds_the_best_classes_of_every_listed_video(evaluated: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_submission_has_the_best_classes_of_every_video(evaluated: tuple[Path, Path], tmp_path: Path) -> None:
     run, _ = evaluated
     done = tool("make_submission", run, tmp_path / "out.csv", "--policy", "oracle", "--top", 3)
     assert done.returncode == 0 and "12 videos, 0 of them without" in done.stdout, done.stderr
@@ -171,7 +171,7 @@ def test_submission_holds_the_best_classes_of_every_listed_video(evaluated: tupl
     assert nothing.returncode == 1 and "run `videoadapt evaluate` first" in nothing.stderr
 
 
-def test_kinetics_names_are_taken_apart(evaluated: tuple[Path, Path], tmp_path: Path) -> None:
+def test_kinetics_names_are_split_into_columns(evaluated: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "evaluate").mkdir(parents=True)
     (run / "manifest.parquet").symlink_to(evaluated[0] / "manifest.parquet")

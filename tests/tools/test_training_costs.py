@@ -1,11 +1,11 @@
-"""The configs of the papers' experiments: each can be built, is in the docs, and costs what they say."""
+"""The configs: each gives a model, opens with command, cost and result, is in the docs, and costs what they state."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS)
-def test_the_model_of_every_config_answers_at_its_points(path: str) -> None:
+def test_the_model_of_every_config_runs_at_all_its_points(path: str) -> None:
     config = load_config(path).model
     with torch.device("meta"):
         model = TimeSformer(config).eval()
@@ -45,7 +45,18 @@ def test_every_config_is_in_the_docs_and_the_docs_name_no_other() -> None:
     assert named == set(CONFIGS)
 
 
-def test_the_sweep_of_the_cascade_is_one_of_its_models_points() -> None:
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_opens_with_command_cost_and_result(path: str) -> None:
+    header = list(takewhile(lambda line: line.startswith("#"), (ROOT / path).read_text().splitlines()))
+    assert [line.split(":")[0] for line in header if re.match("# (Command|Cost|Result):", line)] == [
+        "# Command",
+        "# Cost",
+        "# Result",
+    ]
+    assert path in "".join(header) or path == "configs/demo.yaml"  # the command names the config
+
+
+def test_the_cascade_config_sweeps_the_threshold_at_two_points_of_its_model() -> None:
     config = load_config("configs/supervit_deit_s_cascade_in1k.yaml")
     sweep = [parse_cascade(text, config.model, None) for text in config.evaluate.cascade]
     assert {cascade.chain for cascade in sweep} == {("8@0.5", "14@0.7")}
@@ -53,13 +64,13 @@ def test_the_sweep_of_the_cascade_is_one_of_its_models_points() -> None:
     assert len(set(thresholds)) > 5 and thresholds == sorted(thresholds)
 
 
-def test_configs_do_not_write_into_each_others_runs() -> None:
-    # A cascade is evaluated in the run of the model that it routes.
+def test_configs_have_different_run_folders() -> None:
+    # A cascade config evaluates in the run of its model.
     folders = [load_config(path).run.dir for path in CONFIGS if "cascade" not in path]
     assert len(set(folders)) == len(folders)
 
 
-def test_the_table_of_costs_is_what_its_command_prints(
+def test_the_table_in_the_docs_is_the_output_of_its_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = next(line for line in GUIDE.splitlines() if line.startswith("python tools/training_costs.py "))
@@ -69,7 +80,7 @@ def test_the_table_of_costs_is_what_its_command_prints(
     assert capsys.readouterr().out in GUIDE
 
 
-def test_costs_of_an_unknown_data_set_need_its_size(
+def test_an_unknown_data_set_needs_plan_clips(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.yaml"
@@ -83,6 +94,6 @@ def test_costs_of_an_unknown_data_set_need_its_size(
     training_costs.main()
     *_, step, epochs, clips, hours = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
     assert (step, epochs, clips) == ("1.00", "2", "1,009")
-    # 2 epochs of 100 steps of 10 clips, of 3 forward passes' worth each
+    # 2 epochs of 100 steps of 10 clips; forward and backward pass have the MACs of 3 forward passes.
     macs = 2 * 100 * 10 * 3 * point_cost(load_config(path).model, "14").total
     assert float(hours.replace(",", "")) == pytest.approx(macs / 0.5e9 / 3600, rel=0.001)
