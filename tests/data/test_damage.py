@@ -1,4 +1,4 @@
-"""Whatever is done to a file, a reader returns frames or a `VideoError`: no crash, no hang, and few damaged frames."""
+"""Damaged files: a reader returns intact frames or raises a `VideoError`. It does not crash and does not hang."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.readers import PyAVReader, open_video
 from videoadapt.errors import VideoError
 
-FRAMES, FPS, GOP = 80, 8, 40  # ten seconds
-FLIPPED_FILES = 200
+FRAMES, FPS, GOP = 40, 8, 20  # five seconds, two keyframes
+FLIPPED_FILES = 100
 TIMEOUT_S = 20
-CLIP = np.linspace(0, FRAMES - 1, 8).astype(int)  # as in use: 8 frames spread over the video
+CLIP = np.linspace(0, FRAMES - 1, 8).astype(int)  # as in training: 8 frames spread over the video
 
 
-class Answer(NamedTuple):
-    """Digests of the clip's frames by plain decoding and by two readers; none where an error was raised."""
+class Digests(NamedTuple):
+    """Hashes of the clip's frames by plain decoding and by two readers. None: an error was raised."""
 
     plain: str | None
     pyav: str | None
@@ -42,28 +42,29 @@ def digest(frames: np.ndarray) -> str:
 
 
 def plain(path: Path) -> np.ndarray:
-    """The clip as one would decode it without looking for damage."""
+    """Returns the clip, (8, H, W, 3), decoded without a check for damage."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
         wanted = {n: f.to_ndarray(format="rgb24") for n, f in enumerate(container.decode(video=0)) if n in CLIP}
     return np.stack([wanted[number] for number in CLIP])
 
 
-def answer(path: Path) -> Answer:
+def digests(path: Path) -> Digests:
     def attempt(read: Callable[[], np.ndarray], errors: Any = VideoError) -> str | None:
         try:
             return digest(read())
         except errors:
             return None
 
-    return Answer(
-        attempt(lambda: plain(path), (av.FFmpegError, LookupError, AttributeError)),
+    return Digests(
+        attempt(lambda: plain(path), (av.FFmpegError, LookupError, AttributeError, UnicodeDecodeError)),
         attempt(lambda: open_video(path, "pyav").frames(CLIP)),
         attempt(lambda: open_video(path).frames(CLIP)),
     )
 
 
-def refusal(path: Path) -> str:
+def error_message(path: Path) -> str:
+    """Returns the message of the error that a reader raises, or an empty string."""
     try:
         open_video(path).frames([0])
     except VideoError as error:
@@ -72,13 +73,13 @@ def refusal(path: Path) -> str:
 
 
 def in_processes(function: Callable[[Path], Any], paths: Sequence[Path]) -> list[Any]:
-    """What a function says of each file, in processes: raises if one crashes, or takes longer than TIMEOUT_S."""
+    """Calls a function for each file in processes. Raises if one crashes or takes longer than TIMEOUT_S."""
     with ProcessPool(max_workers=2) as pool:
         return list(pool.map(function, paths, timeout=TIMEOUT_S).result())
 
 
 def textured(frames: int, height: int, width: int) -> np.ndarray:
-    """A grainy picture that moves, on which an encoder has to spend bits."""
+    """Returns a moving grainy picture, (T, H, W, 3) uint8. A flat one would leave few bits to damage."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (height, width, 3), np.uint8)
     picture = np.asarray(Image.fromarray(picture).resize((width // 2, height // 2)).resize((width, height)))
@@ -92,31 +93,34 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flipped(data: bytes, seed: int) -> bytes:
+    """Returns the data with 1, 3, 10 or 30 bits flipped."""
     rng, out = random.Random(seed), bytearray(data)
     for _ in range(rng.choice([1, 3, 10, 30])):
         out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
     return bytes(out)
 
 
-def test_flipped_bits_are_noticed(intact: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_flipped_bits_are_detected(
+    intact: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     data, good = intact.read_bytes(), digest(plain(intact))
     paths = [tmp_path / f"{seed}.mp4" for seed in range(FLIPPED_FILES)]
     for seed, path in enumerate(paths):
         path.write_bytes(flipped(data, seed))
-    answers = in_processes(answer, paths)
-    silent = [a for a in answers if a.plain not in {None, good}]
+    files = in_processes(digests, paths)
+    silent = [a for a in files if a.plain not in {None, good}]
     counts = {
-        "refused by plain decoding": sum(a.plain is None for a in answers),
-        "not touched": sum(a.plain == good for a in answers),
+        "refused by plain decoding": sum(a.plain is None for a in files),
+        "unchanged": sum(a.plain == good for a in files),
         "silently damaged": len(silent),
-        "of these noticed by pyav": sum(a.pyav in {None, good} for a in silent),
-        "of these noticed by auto": sum(a.auto in {None, good} for a in silent),
+        "of these detected by pyav": sum(a.pyav in {None, good} for a in silent),
+        "of these detected by auto": sum(a.auto in {None, good} for a in silent),
     }
     print(counts)
     for name, count in counts.items():
         record_property(name, count)
-    assert len(silent) > FLIPPED_FILES / 4
-    assert counts["of these noticed by pyav"] >= 0.95 * len(silent)
+    assert len(silent) > FLIPPED_FILES / 2
+    assert counts["of these detected by pyav"] >= 0.95 * len(silent)
 
 
 FORMATS = {
@@ -142,7 +146,7 @@ def test_flipped_bits_in_any_format_give_frames_or_an_error(tmp_path: Path, name
 
 
 def shape_of_clip(path: Path) -> tuple[int, int] | None:
-    """Of frames read by both readers: none where either has said that it cannot."""
+    """Returns number of frames and channels, the same for both readers. None: a reader raised a `VideoError`."""
     try:
         both = [open_video(path, "pyav").frames([0, 20]), open_video(path).frames([0, 20])]
     except VideoError:
@@ -151,7 +155,7 @@ def shape_of_clip(path: Path) -> tuple[int, int] | None:
     return both[0].shape[0], both[0].shape[3]
 
 
-def test_a_hole_is_never_taken_for_a_picture(intact: Path, tmp_path: Path) -> None:
+def test_a_hole_never_becomes_a_picture(intact: Path, tmp_path: Path) -> None:
     data, good = intact.read_bytes(), digest(plain(intact))
     paths = []
     for seed in range(30):
@@ -160,43 +164,43 @@ def test_a_hole_is_never_taken_for_a_picture(intact: Path, tmp_path: Path) -> No
         start = rng.randrange(len(data) - length)
         paths.append(tmp_path / f"{seed}.mp4")
         paths[-1].write_bytes(data[:start] + bytes(length) + data[start + length :])
-    answers = in_processes(answer, paths)
-    assert {a.pyav for a in answers} <= {None, good}
-    assert any(a.plain not in {None, good} for a in answers)
+    files = in_processes(digests, paths)
+    assert {a.pyav for a in files} <= {None, good}
+    assert any(a.plain not in {None, good} for a in files)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "fast.mp4", "a.mkv", "a.ts", "a.avi"])
-def test_of_a_file_cut_short_whole_frames_are_left(tmp_path: Path, name: str) -> None:
+def test_frames_before_the_cut_of_a_shortened_file_are_intact(tmp_path: Path, name: str) -> None:
     muxer = {"movflags": "faststart"} if name == "fast.mp4" else None
     codec = "mpeg4" if name == "a.avi" else "libx264"
     path = write_video(tmp_path / name, 60, codec=codec, muxer=muxer)
     whole, data = open_video(path).frames(range(60)), path.read_bytes()
-    paths = [tmp_path / f"{share}{name}" for share in range(5, 100, 12)]
-    for share, short in zip(range(5, 100, 12), paths, strict=True):
-        short.write_bytes(data[: len(data) * share // 100])
-    for frames in in_processes(left_frames, paths):
+    paths = [tmp_path / f"{percent}{name}" for percent in range(5, 100, 12)]
+    for percent, short in zip(range(5, 100, 12), paths, strict=True):
+        short.write_bytes(data[: len(data) * percent // 100])
+    for frames in in_processes(readable_frames, paths):
         for number, frame in frames.items():
-            # The last frames before the cut may lack others that are shown before them.
+            # Just before the cut, frames may be missing, so that a number gets one of the next two frames.
             assert any(np.array_equal(frame, whole[later]) for later in range(number, min(number + 3, 60)))
 
 
-def left_frames(path: Path) -> dict[int, np.ndarray]:
-    """The frames that can still be read, by number."""
-    left: dict[int, np.ndarray] = {}
+def readable_frames(path: Path) -> dict[int, np.ndarray]:
+    """Returns the frames that can still be read, by number."""
+    frames: dict[int, np.ndarray] = {}
     try:
         video = open_video(path, "pyav")
     except VideoError:
-        return left
+        return frames
     for number in range(len(video)):
         try:
-            left[number] = video.frames([number])[0]
+            frames[number] = video.frames([number])[0]
         except VideoError:
             continue
-    return left
+    return frames
 
 
 def damaged_in_the_first_half(tmp_path: Path) -> tuple[Path, VideoInfo]:
-    """A video of two keyframes, of which a packet in the first half is zeroed."""
+    """Writes a video of two keyframes and overwrites a packet of its first half with random bytes."""
     path = write_video(
         tmp_path / "a.mp4", textured(40, 64, 96), gop=20, b_frames=0, options={"x264-params": "scenecut=0"}
     )
@@ -220,7 +224,7 @@ def test_damage_reaches_the_frames_up_to_the_next_keyframe(tmp_path: Path, modes
             video.frames([0, number, 39])
 
 
-def test_what_is_no_video_is_refused_in_time(tmp_path: Path) -> None:
+def test_files_that_are_not_videos_are_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
     contents = {
         "text.mp4": b"no video\n" * 999,
@@ -234,17 +238,19 @@ def test_what_is_no_video_is_refused_in_time(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
     paths = sorted(tmp_path.iterdir())
-    refusals = in_processes(refusal, paths)
-    assert len(refusals) == len(contents) + 3
-    for path, why in zip(paths, refusals, strict=True):
-        assert why.startswith(f"{path}: ")
+    messages = in_processes(error_message, paths)
+    assert len(messages) == len(contents) + 3
+    for path, message in zip(paths, messages, strict=True):
+        assert message.startswith(f"{path}: ")
 
 
 def test_no_false_alarm_on_real_footage(shared: Path) -> None:
     fights = sorted((shared / "data" / "fights").glob("*ight/*.mp4"))[::20]
-    alarms = {}
+    damaged_frames = {}
     for path in [*real_clips(shared), *fights]:
         with open_source(path) as source:
-            alarms[path.name] = sum(decoded.damaged for decoded in decode(source.codec, [*source.packets, None]))
-    assert len(alarms) > len(fights) > 0
-    assert not Counter(alarms).total()
+            damaged_frames[path.name] = sum(
+                decoded.damaged for decoded in decode(source.codec, [*source.packets, None])
+            )
+    assert len(damaged_frames) > len(fights) > 0
+    assert not Counter(damaged_frames).total()
