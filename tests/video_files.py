@@ -1,4 +1,4 @@
-"""Small real video files for tests: each frame carries its number, so that a test knows which frame it got."""
+"""Writes small video files for tests. Each frame carries its number, so that a test can recognise it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from av.video.stream import VideoStream
 
 from videoadapt.data.synthetic import open_encoder
 
-BITS = 10  # frame numbers below 1024
-_ROWS = 2
+BITS = 10  # of a frame number, which is below 1024
+_ROWS = 2  # of blocks in a frame; BITS / _ROWS columns
 
 
 def numbered(count: int, height: int = 64, width: int = 96, start: int = 0) -> np.ndarray:
-    """Frames (count, height, width, 3) uint8: a grid of 2 x 5 grey blocks spells the frame's number in binary."""
+    """Makes frames (count, height, width, 3) uint8. A grid of 2 x 5 grey blocks shows the frame's number in binary."""
     rows = np.arange(height) * _ROWS // height
     columns = np.arange(width) * (BITS // _ROWS) // width
     block = rows[:, None] * (BITS // _ROWS) + columns  # H W
@@ -28,7 +28,7 @@ def numbered(count: int, height: int = 64, width: int = 96, start: int = 0) -> n
 
 
 def numbers_of(frames: np.ndarray) -> list[int]:
-    """The numbers that `numbered` wrote, read from frames (T, H, W, 3) of any size, coded with loss."""
+    """Reads the numbers that `numbered` wrote, from frames (T, H, W, 3) of any size, after lossy coding."""
     _, height, width, _ = frames.shape
     columns = BITS // _ROWS
     y = ((np.arange(BITS) // columns + 0.5) * height / _ROWS).astype(int)
@@ -50,10 +50,23 @@ def write_video(
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
 ) -> Path:
-    """Encode frames (T, H, W, 3), or so many numbered ones, into the container that the suffix names.
+    """Encodes a video.
 
-    `rotation` in degrees goes into the display matrix, as phones write it. `times_ms` says when each frame is shown, if
-    not at an even rate. `options` go to the encoder, `muxer` to the writer of the container.
+    Args:
+        path: The suffix names the container.
+        frames: (T, H, W, 3) uint8, or the count of numbered frames.
+        codec: Name of FFmpeg's encoder.
+        fps: Frame rate.
+        gop: Frames from one keyframe to the next, at most.
+        b_frames: B-frames in a row, at most.
+        rotation: Degrees, written to the display matrix, as phones do.
+        pixels: Pixel format.
+        times_ms: Display time of each frame, for an uneven rate.
+        options: Options of the encoder.
+        muxer: Options of the container.
+
+    Returns:
+        The path.
     """
     images = numbered(frames) if isinstance(frames, int) else frames
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +90,7 @@ def write_video(
 
 
 def cut_by_copy(source: Path, path: Path, first_frame: int) -> Path:
-    """Cut without encoding again, as `ffmpeg -ss -c copy` does: an edit list hides the frames before `first_frame`."""
+    """Cuts without encoding again, as `ffmpeg -ss -c copy` does: an edit list hides the frames before `first_frame`."""
     with av.open(str(source)) as old, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as new:
         video = old.streams.video[0]
         copied = new.add_stream_from_template(video)
@@ -96,7 +109,7 @@ def _times(path: Path) -> list[int]:
 
 
 def write_without_times(source: Path, path: Path) -> Path:
-    """Copy the packets of a file, all with the same time, as some converters write them."""
+    """Copies the packets of a file and gives all of them the time 0, as some converters do."""
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         video = old.streams.video[0]
         copied = new.add_stream_from_template(video)
@@ -109,7 +122,7 @@ def write_without_times(source: Path, path: Path) -> Path:
 
 
 def write_list(path: Path, rows: Sequence[tuple[str, int | str]], separator: str = " ") -> Path:
-    """An annotation list: one `path label` a line."""
+    """Writes an annotation list, one `path label` per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{name}{separator}{label}\n" for name, label in rows), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Every reader returns exactly the frames that were asked for, from every kind of file, or says that it cannot."""
+"""Every reader returns exactly the requested frames of every kind of file, or raises `VideoError`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ COUNT = 60
 UNEVEN_MS = np.cumsum(np.random.default_rng(0).integers(5, 90, COUNT)).tolist()
 X265 = "log-level=none:pools=1:frame-threads=1"
 
-# Colours that change from line to line: readers that take the two fields for one picture mix them.
+# Colours that change from line to line: a reader that treats the two fields as one picture mixes them.
 _LINES = numbered(COUNT, 96, 128)
 _LINES[:, ::4, :, 0] = _LINES[:, 1::4, :, 0] = 255
 _LINES[:, 2::4, :, 2] = _LINES[:, 3::4, :, 2] = 0
 
-# What `write_video` is given, by the file's name.
+# Arguments of `write_video` by file name.
 KINDS: dict[str, dict[str, Any]] = {
     "gop12.mp4": {"gop": 12},
     "gop250.mp4": {"gop": 250},
@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "h264.flv": {},
     "h264.ts": {"options": {"x264-params": "open-gop=1"}},
     "h264.avi": {"b_frames": 0},
-    "b_frames.avi": {},  # avi has no times of showing, and those that FFmpeg guesses are wrong
+    "b_frames.avi": {},  # avi stores no display times, and those that FFmpeg guesses are wrong
     "interlaced.mp4": {"frames": _LINES, "options": {"x264-params": "tff=1"}},
     "interlaced.mkv": {"frames": _LINES, "options": {"flags": "+ilme+ildct"}},
     "ten_bit.mp4": {"pixels": "yuv420p10le"},
@@ -84,7 +84,7 @@ REFUSED = {"intra_refresh.mp4": frozenset({"decord", "skipping", "selective"})}
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Files by name, each written when it is first asked for."""
+    """Returns files by name. Each is written at the first request."""
     folder = tmp_path_factory.mktemp("videos")
 
     @functools.cache
@@ -105,12 +105,12 @@ def expected(name: str) -> list[int]:
 
 
 def upright(name: str, frames: np.ndarray) -> np.ndarray:
-    """As they were written, before the player turns them."""
+    """The frames as they were written, without the rotation of the player."""
     return np.rot90(frames, -KINDS.get(name, {}).get("rotation", 0) // 90, axes=(1, 2))
 
 
 def patterns(count: int) -> dict[str, list[int]]:
-    """Frame numbers as users ask for them."""
+    """Typical requests of frame numbers."""
     rng = np.random.default_rng(count)
     return {
         "whole": list(range(count)),
@@ -137,7 +137,7 @@ def real_clips(shared: Path) -> list[Path]:
 
 
 def check(name: str, video: VideoReader, sequential: np.ndarray) -> None:
-    """The frames carry the right numbers, and are those of sequential decoding to the last bit."""
+    """Checks that frames carry the right numbers, and equal those of sequential decoding bit by bit."""
     numbers = expected(name)
     assert len(video) == len(numbers)
     for indices in patterns(len(numbers)).values():
@@ -208,7 +208,7 @@ def test_decoding_starts_at_a_keyframe_displayed_no_later_than_the_frame(made: C
         assert start in timeline.keyframes
         assert timeline.pts[start] <= timeline.pts[packet]
         leading += start != max(key for key in timeline.keyframes if key <= packet)
-    assert leading > 0  # frames that are decoded after a keyframe, and need one from before it
+    assert leading > 0  # some frames are decoded after a keyframe, but need one from before it
 
 
 def test_packets_of_a_large_file_are_read_again(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

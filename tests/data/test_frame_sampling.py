@@ -1,4 +1,4 @@
-"""Where clips start and which frames they take."""
+"""Starts of clips, and the frames inside them."""
 
 from __future__ import annotations
 

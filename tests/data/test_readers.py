@@ -1,4 +1,4 @@
-"""Readers return the frames that were asked for, and say so when they cannot."""
+"""Readers return exactly the requested frames, or raise an error that names the file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_auto_returns_exactly_the_requested_frames(tmp_path: Path, name: str, co
 @pytest.mark.parametrize("reader", ["auto", "pyav"])
 def test_rotation_is_applied(tmp_path: Path, reader: str) -> None:
     upright = numbered(6, height=96, width=64)
-    # The camera was held so that the picture lies on its side; 90 degrees anticlockwise make it upright.
+    # As a phone stores it: the picture lies on its side, and the metadata ask for 90 degrees anticlockwise.
     path = write_video(tmp_path / "phone.mp4", np.rot90(upright, -1, axes=(1, 2)), rotation=90)
     video = open_video(path, "pyav" if reader == "pyav" else "auto")
     assert (video.height, video.width, probe(path).rotation) == (96, 64, 90)
@@ -97,7 +97,7 @@ def test_packets_without_times_are_read_in_order_at_the_declared_rate(tmp_path: 
     path = write_without_times(write_video(tmp_path / "a.mp4", 40, b_frames=0), tmp_path / "b.mp4")
     video = open_video(path)
     assert probe(path).reader == "pyav"
-    assert 1 <= video.fps <= 60  # the average of the times would be thousands
+    assert 1 <= video.fps <= 60  # from the times, the average would be in the thousands
     assert numbers_of(video.frames(SCATTERED)) == SCATTERED
 
 
@@ -124,7 +124,7 @@ def test_an_image_is_a_video_of_one_frame_with_its_exif_rotation(tmp_path: Path)
 
 
 def write_images(folder: Path, names: Sequence[str]) -> Path:
-    """A folder of images that carry their places in `names`."""
+    """A folder of images. Each image carries its index in `names`."""
     folder.mkdir(parents=True)
     for name, picture in zip(names, numbered(len(names)), strict=True):
         Image.fromarray(picture).save(folder / name)
@@ -135,14 +135,14 @@ def write_images(folder: Path, names: Sequence[str]) -> Path:
     "names",
     [
         [f"img_{number:05}.jpg" for number in range(12)],
-        [f"{number}.png" for number in range(12)],  # 10 comes after 9
+        [f"{number}.png" for number in range(12)],  # 10 must come after 9
         ["a2b1.jpg", "a2b10.jpg", "a10b2.jpg"],
     ],
 )
 def test_a_folder_of_images_is_a_video(tmp_path: Path, names: list[str]) -> None:
     folder = write_images(tmp_path / "clip", names)
     (folder / "notes.txt").write_text("no image")
-    (folder / "._img.jpg").write_bytes(b"left by a file manager")
+    (folder / "._img.jpg").write_bytes(b"written by a file manager")
     info = probe(folder)
     assert (info.frames, info.fps, info.container, info.reader) == (len(names), IMAGE_FOLDER_FPS, "folder", "image")
     assert (info.height, info.width, info.codec) == (64, 96, names[0][-3:])
@@ -228,7 +228,7 @@ def test_decord_is_refused_for_files_that_it_is_not_trusted_with(tmp_path: Path)
 
 
 def bad_files(folder: Path) -> list[Path]:
-    """One file of each kind that is no video, or only a part of one."""
+    """One file of each kind that is not a video, or only a part of one."""
     whole = write_video(folder / "good" / "a.mp4", numbered(60, 128, 160)).read_bytes()
     contents = {
         "empty.mp4": b"",
@@ -262,7 +262,7 @@ def test_a_file_that_is_not_a_video_gives_a_one_line_error_with_its_path(
         assert "\n" not in message
         assert message.count(str(path)) == 1
     capfd_text = capfd.readouterr()
-    assert "moov" not in capfd_text.err  # FFmpeg's own words stay inside
+    assert "moov" not in capfd_text.err  # FFmpeg must not print its own messages
 
 
 def test_a_torn_mp4_with_its_index_in_front_is_refused(tmp_path: Path) -> None:
@@ -281,16 +281,14 @@ def test_a_torn_mp4_with_its_index_in_front_is_refused(tmp_path: Path) -> None:
         open_video(fast)
 
 
-def test_pyav_refuses_a_file_that_ends_early_or_is_damaged(tmp_path: Path) -> None:
+def test_pyav_refuses_a_file_that_ends_early(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", numbered(40, 128, 160))
     info = probe(path)
     longer = replace(info, frames=50)
     with pytest.raises(VideoError, match="has 40 frames, but had 50"):
         PyAVReader(path, longer).frames([45])
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2 : len(damaged) // 2 + 300] = bytes(300)
-    path.write_bytes(damaged)
-    with pytest.raises(VideoError, match=r"has \d+ frames, but had 40|damaged"):
+    path.write_bytes(path.read_bytes()[: info.bytes // 2])  # mkv, unlike mp4, can be read up to the cut
+    with pytest.raises(VideoError, match=r"has \d+ frames, but had 40"):
         PyAVReader(path, info).frames(range(40))
 
 
@@ -321,7 +319,6 @@ def test_without_decord_pyav_reads_everything(tmp_path: Path, monkeypatch: pytes
     path = write_video(tmp_path / "a.mp4", 20)
     found = probe(path)
     monkeypatch.setattr("videoadapt.data.video.readers.decord_module", lambda: None)
-    assert probe(path) == found  # what is stored serves machines with and without decord
     assert isinstance(open_video(path), PyAVReader)
     assert isinstance(open_video(path, info=found), PyAVReader)
     with pytest.raises(ValueError, match="not installed"):

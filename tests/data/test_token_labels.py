@@ -1,4 +1,4 @@
-"""Token labels: label maps from their files to the targets of every length, and what mixing tokens makes of them."""
+"""Token labels: from the files of label maps to the targets of every length, with and without MixToken."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CLASSES = 12
 
 
 def random_map(seed: int = 0) -> Tensor:
-    """Five different classes in each cell, with scores as another model's."""
+    """A map with five different classes in each cell, and scores between 0 and 6."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.rand((CLASSES, 18, 18), generator=generator).argsort(0)[:5]
     scores = 6 * torch.rand((5, 18, 18), generator=generator)
@@ -115,14 +115,14 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, content: byt
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_file_gives_a_refusal_or_a_valid_map(tmp_path: Path) -> None:
-    """The old format is a bare pickle, which no checksum guards: bytes of it are replaced at random."""
+    """Replaces random bytes of the old format, a bare pickle without a checksum."""
     whole, rng = io.BytesIO(), np.random.default_rng(0)
     torch.save(random_map(), whole, _use_new_zipfile_serialization=False)
     refusals = 0
     for _ in range(300):
         damaged = bytearray(whole.getvalue())
-        for place in rng.integers(0, 500, 3):
-            damaged[place] = rng.integers(256)
+        for offset in rng.integers(0, 500, 3):
+            damaged[offset] = rng.integers(256)
         (tmp_path / "map.pt").write_bytes(damaged)
         try:
             cells = read_label_map(tmp_path / "map.pt", Crop(WHOLE, False), CLASSES).cells
@@ -137,7 +137,7 @@ def test_a_damaged_file_gives_a_refusal_or_a_valid_map(tmp_path: Path) -> None:
 
 
 def sparse(cells: Tensor) -> Tensor:
-    """Scores of all classes (classes, 18, 18), cell by cell."""
+    """The scores of all classes, (classes, 18, 18), filled cell by cell."""
     found = torch.zeros(CLASSES, 18, 18)
     for rank in range(5):
         for y in range(18):
@@ -155,7 +155,7 @@ def test_a_whole_image_at_the_maps_own_grid_has_the_maps_cells() -> None:
 @pytest.mark.parametrize("length", [14, 10, 7])
 @pytest.mark.parametrize("box", [WHOLE, (0.1, 0.3, 0.55, 0.8), (0.7, 0.0, 1.0, 0.25)])
 def test_targets_equal_those_of_lvvit(length: int, box: tuple[float, ...]) -> None:
-    """Its code hands ROI align boxes that it has moved by half a cell itself."""
+    """LV-ViT's code shifts the boxes by half a cell itself, before the older `aligned=False` of ROI align."""
     cells = random_map()
     boxes = [torch.tensor([box]) * 18 - 0.5]
     whole, patches = targets(cells, box, length)
@@ -166,7 +166,7 @@ def test_targets_equal_those_of_lvvit(length: int, box: tuple[float, ...]) -> No
 
 
 def test_patches_are_labelled_where_they_lie_in_the_image() -> None:
-    """Class 3 on the left, 8 below on the right."""
+    """The map has class 3 on the left, and class 8 at the bottom right."""
     cells = torch.zeros(SHAPE)
     cells[1] = torch.arange(5)[:, None, None]
     cells[0, 3, :, :9] = 9.0
@@ -193,26 +193,26 @@ def test_a_flipped_clip_has_the_mirrored_targets(tmp_path: Path) -> None:
 
 
 def test_partners_swap_the_same_region_at_all_lengths() -> None:
-    shares: dict[int, list[float]] = {}
+    fractions: dict[int, list[float]] = {}
     for length in (56, 14, 7):
-        partners, taken = token_swap(range(20), length, size=224, alpha=1.0, seed=3)
+        partners, swapped = token_swap(range(20), length, size=224, alpha=1.0, seed=3)
         assert partners.tolist() == [i ^ 1 for i in range(20)]
-        assert torch.equal(taken[::2], taken[1::2])
-        shares[length] = taken.float().mean(1)[::2].tolist()
-        for one in taken.view(20, length, length):  # a box
+        assert torch.equal(swapped[::2], swapped[1::2])
+        fractions[length] = swapped.float().mean(1)[::2].tolist()
+        for one in swapped.view(20, length, length):  # a box
             rows, columns = one.any(1), one.any(0)
             assert torch.equal(one, rows[:, None] & columns)
-    assert len({round(share, 3) for share in shares[56]}) == 10
-    assert shares[14] == pytest.approx(shares[56], abs=0.08)
-    assert shares[7] == pytest.approx(shares[56], abs=0.15)
+    assert len({round(fraction, 3) for fraction in fractions[56]}) == 10
+    assert fractions[14] == pytest.approx(fractions[56], abs=0.08)
+    assert fractions[7] == pytest.approx(fractions[56], abs=0.15)
 
 
 def test_swapped_patches_depend_only_on_seed_and_position() -> None:
     settings: dict[str, Any] = {"size": 64, "alpha": 1.0}
-    _, taken = token_swap([4, 5, 6, 7], 8, seed=1, **settings)
+    _, swapped = token_swap([4, 5, 6, 7], 8, seed=1, **settings)
     partners, half = token_swap([6, 7], 8, seed=1, **settings)
     assert partners.tolist() == [1, 0]
-    assert torch.equal(half, taken[2:])
+    assert torch.equal(half, swapped[2:])
     partners, alone = token_swap([5, 6, 7], 8, seed=1, **settings)  # the partner of 5 failed
     assert partners.tolist() == [0, 2, 1]
     assert not alone[0].any()
@@ -254,15 +254,15 @@ def test_every_frame_of_a_video_has_the_same_targets() -> None:
     assert torch.equal(dense[:, :16], dense[:, 16:32])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_label_and_map_share_the_target_of_the_class(share: float) -> None:
-    config = config_of(data={"token_labels": "maps"}, loss={"map_share": share, "label_smoothing": 0.1})
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_the_class_target_combines_label_and_map(fraction: float) -> None:
+    config = config_of(data={"token_labels": "maps"}, loss={"map_share": fraction, "label_smoothing": 0.1})
     truth = TRUTH * 0.9 + 0.1 / CLASSES
     whole, patches = token_targets(
         collate_label_maps([LabelMap(random_map(i).numpy(), WHOLE) for i in range(4)], CPU), 4, CLASSES
     )
     found = at("4", truth, config, maps=True)
-    torch.testing.assert_close(found.cls, (1 - share) * truth + share * (0.9 * whole + 0.1 / CLASSES))
+    torch.testing.assert_close(found.cls, (1 - fraction) * truth + fraction * (0.9 * whole + 0.1 / CLASSES))
     torch.testing.assert_close(found.dense, 0.9 * patches + 0.1 / CLASSES)
     assert found.cls.sum(1).allclose(torch.ones(4))
 
@@ -274,13 +274,13 @@ def test_mixed_tokens_have_mixed_targets(maps: bool) -> None:
     assert mixed.swap is not None
     assert mixed.dense is not None
     assert plain.dense is not None
-    partners, taken = mixed.swap
+    partners, swapped = mixed.swap
     for clip in range(4):
-        share = float(taken[clip].float().mean())
-        expected = (1 - share) * plain.cls[clip] + share * plain.cls[partners[clip]]
+        fraction = float(swapped[clip].float().mean())
+        expected = (1 - fraction) * plain.cls[clip] + fraction * plain.cls[partners[clip]]
         torch.testing.assert_close(mixed.cls[clip], expected)
         for patch in range(64):
-            origin = partners[clip] if taken[clip, patch] else clip
+            origin = partners[clip] if swapped[clip, patch] else clip
             assert torch.equal(mixed.dense[clip, patch], plain.dense[origin, patch])
 
 
@@ -311,7 +311,7 @@ def test_contradictory_settings_are_refused(sections: dict[str, Any], message: s
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes: pictures that are darker above, and pictures that are darker below; and their label maps."""
+    """Pictures of two classes (bright in the lower half, bright in the upper half), and their label maps."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 8)):
         for number, name in enumerate("ab"):
