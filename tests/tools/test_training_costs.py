@@ -59,7 +59,7 @@ def test_every_config_opens_with_command_cost_and_result(path: str) -> None:
 def test_the_cascade_config_sweeps_the_threshold_at_two_points_of_its_model() -> None:
     config = load_config("configs/supervit_deit_s_cascade_in1k.yaml")
     sweep = [parse_cascade(text, config.model, None) for text in config.evaluate.cascade]
-    assert {cascade.chain for cascade in sweep} == {("8@0.5", "14@0.7")}
+    assert {cascade.points for cascade in sweep} == {("8@0.5", "14@0.7")}
     thresholds = [cascade.thresholds for cascade in sweep]
     assert len(set(thresholds)) > 5 and thresholds == sorted(thresholds)
 

@@ -267,8 +267,8 @@ def _row(imported_bytes: int, turns: Sequence[Turn], worker: Memory | None) -> L
         rounds=speeds,
         peak_bytes=turns[-1].peak_bytes,
         imported_bytes=imported_bytes,
-        worker_uss_bytes=worker and worker.uss * _KIB,
-        worker_pss_bytes=worker and worker.pss * _KIB,
+        worker_uss_bytes=None if worker is None else worker.uss * _KIB,
+        worker_pss_bytes=None if worker is None else worker.pss * _KIB,
     )
 
 
