@@ -1,24 +1,25 @@
-"""The errors that users see: one line each, saying what was given, what was expected and what to do.
+"""The errors that users see: one line that says what was given, what was expected and what to do.
 
-The command line prints the line alone: exit code 2 for `UserError` (the input must change), 1 for `RunError`.
+The command line prints only this line. Its exit code is 2 for `UserError` (the input must be changed) and 1 for
+`RunError` (the input is valid).
 """
 
 
 class UserError(ValueError):
-    """Something that was given (config, file, tensor, name) cannot be used; nothing was changed on disk."""
+    """An input (config, file, tensor, name) cannot be used. Nothing was changed on disk."""
 
 
 class ConfigError(UserError):
-    """A config file or an override is wrong; the message names the field."""
+    """A config file or an override is wrong. The message names the field."""
 
 
 class VideoError(UserError):
-    """A video cannot be read, or not the frames that were asked for; the message names the file."""
+    """A video, or the requested frames of it, cannot be read. The message names the file."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or weights file is torn, foreign, or of another architecture."""
+    """A checkpoint or a weights file is damaged, of an unknown format, or of another architecture."""
 
 
 class RunError(RuntimeError):
-    """A run had to stop through no fault of its input: a loss that is not finite, a full disk."""
+    """A run had to stop although its input is valid: the loss is not finite, a disk is full, a rank died."""

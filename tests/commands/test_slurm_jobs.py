@@ -288,7 +288,7 @@ def test_what_is_left_of_a_superseded_start_can_write_no_more(slurm: Slurm) -> N
     slurm.cluster.run("scontrol", "update", f"jobid={job}", "ExcNodeList=", "StartTime=now")
     wait_until(lambda: not alive(old), 60, lambda: "the old start to end")
     told = handle.paths.stderr.read_text(errors="replace")
-    assert f"now names job {job}, restart 1, process" in told
+    assert f"the owner is now job {job}, restart 1, process" in told
     assert f"this process (job {job}, restart 0, process {old} on" in told
     before = steps(config)
     wait_until(lambda: steps(config) > before, 30, lambda: "the new start to go on")

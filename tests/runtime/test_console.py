@@ -71,7 +71,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     script = f"""
         import os, signal
         from pathlib import Path
-        from videoadapt.runtime.console import replacing
+        from videoadapt.runtime.files import replacing
         with replacing(Path({str(path)!r})) as temporary:
             temporary.write_text("half of the new")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -32,7 +32,7 @@ def write_owner(folder: Path, owner: Owner) -> None:
 def another_process() -> Owner:
     """One that runs: the parent of this one."""
     pid = os.getppid()
-    return replace(Owner.this_process(), pid=pid, born=module._born(pid))
+    return replace(Owner.this_process(), pid=pid, born=module._start_time(pid))
 
 
 ELSEWHERE = Owner(host="node7", machine="another", pid=1, born="1", job=None, restarts=0)
@@ -40,7 +40,7 @@ ELSEWHERE = Owner(host="node7", machine="another", pid=1, born="1", job=None, re
 
 def test_a_lease_is_given_back(tmp_path: Path) -> None:
     for _ in range(2):
-        with Lease.taken(tmp_path, "train") as lease, lease.held():
+        with Lease.acquire(tmp_path, "train") as lease, lease.lock():
             assert json.loads((tmp_path / "train.owner").read_text())["pid"] == os.getpid()
         assert (tmp_path / "train.owner").read_text() == ""
 
@@ -48,10 +48,10 @@ def test_a_lease_is_given_back(tmp_path: Path) -> None:
 def test_a_second_run_is_refused_at_once_with_the_owner(tmp_path: Path) -> None:
     write_owner(tmp_path, another_process())
     started = time.monotonic()
-    with pytest.raises(RunError, match=rf"in use by process {os.getppid()} on .*; let it finish, cancel it"):
-        Lease.taken(tmp_path, "train").__enter__()
+    with pytest.raises(RunError, match=rf"in use by process {os.getppid()} on .*; wait until it ends, cancel it"):
+        Lease.acquire(tmp_path, "train").__enter__()
     assert time.monotonic() - started < 5
-    with Lease.taken(tmp_path, "label"):  # another stage
+    with Lease.acquire(tmp_path, "label"):  # another stage
         pass
 
 
@@ -61,26 +61,26 @@ import os, signal
 from pathlib import Path
 from typing import Any
 from videoadapt.runtime.lease import Lease
-with Lease.taken(Path({str(tmp_path)!r}), "train"):
+with Lease.acquire(Path({str(tmp_path)!r}), "train"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
     assert (tmp_path / "train.owner").read_text()
-    with Lease.taken(tmp_path, "train"):
+    with Lease.acquire(tmp_path, "train"):
         pass
 
 
 def test_a_number_of_a_process_that_was_used_again_is_not_its_owner(tmp_path: Path) -> None:
     write_owner(tmp_path, replace(another_process(), born="1"))
-    with Lease.taken(tmp_path, "train"):
+    with Lease.acquire(tmp_path, "train"):
         pass
 
 
 @pytest.mark.parametrize(
     ("states", "refusal"),
     [
-        ({"5": "RUNNING|node7"}, r"in use by job 5, restart 0, process 1 on node7; let it finish[^.]*\.dir\.$"),
-        (None, r"If it is gone for certain, delete .*train\.owner"),
+        ({"5": "RUNNING|node7"}, r"in use by job 5, restart 0, process 1 on node7; wait until it ends[^.]*\.dir\.$"),
+        (None, r"If it has certainly ended, delete .*train\.owner"),
         ({"5": "FAILED|node7"}, None),
         ({"5": "PENDING|"}, None),
         ({}, None),
@@ -93,37 +93,37 @@ def test_a_job_elsewhere_is_asked_for(
     monkeypatch.setattr(module, "job_states", lambda _: states)
     if refusal:
         with pytest.raises(RunError, match=refusal):
-            Lease.taken(tmp_path, "train").__enter__()
+            Lease.acquire(tmp_path, "train").__enter__()
     else:
-        with Lease.taken(tmp_path, "train"):
+        with Lease.acquire(tmp_path, "train"):
             pass
 
 
 def test_a_process_elsewhere_without_a_job_may_still_run(tmp_path: Path) -> None:
     write_owner(tmp_path, ELSEWHERE)
-    with pytest.raises(RunError, match="If it is gone for certain, delete"):
-        Lease.taken(tmp_path, "train").__enter__()
+    with pytest.raises(RunError, match="If it has certainly ended, delete"):
+        Lease.acquire(tmp_path, "train").__enter__()
 
 
 def test_label_and_evaluate_write_nothing_once_superseded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1})
     train(config)
     for stage, function in (("label", label), ("evaluate", evaluate)):
-        module_of_stage = sys.modules[f"videoadapt.{stage}"]
+        module_of_stage = sys.modules[function.__module__]
 
         def superseded(*words: Any, stage: str = stage, **settings: Any) -> Any:
             (config.run.dir / f"{stage}.owner").write_text(json.dumps(asdict(ELSEWHERE)))
             return score(*words, **settings)
 
         monkeypatch.setattr(module_of_stage, "score", superseded)
-        with pytest.raises(RunError, match=rf"{stage}\.owner: now names process 1 on node7"):
+        with pytest.raises(RunError, match=rf"{stage}\.owner: the owner is now process 1 on node7"):
             function(config)
         assert not list(config.run.dir.glob(f"{'labels' if stage == 'label' else stage}/*"))
 
 
 def test_a_torn_file_names_nobody(tmp_path: Path) -> None:
     (tmp_path / "train.owner").write_text('{"host": "no')
-    with Lease.taken(tmp_path, "train"):
+    with Lease.acquire(tmp_path, "train"):
         pass
 
 
@@ -131,13 +131,15 @@ def test_a_restarted_job_takes_over_and_its_earlier_start_can_save_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    with Lease.taken(tmp_path, "train") as old:
-        early = train_checkpoints(tmp_path, guard=old.held)
+    with Lease.acquire(tmp_path, "train") as old:
+        early = train_checkpoints(tmp_path, guard=old.lock)
         early.save(1, {"w": torch.zeros(1)}, {})
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with Lease.taken(tmp_path, "train") as new:
-            late = train_checkpoints(tmp_path, guard=new.held)
-            with pytest.raises(RunError, match=r"names job 5, restart 1, .* \(job 5, restart 0, .*\) was superseded"):
+        with Lease.acquire(tmp_path, "train") as new:
+            late = train_checkpoints(tmp_path, guard=new.lock)
+            with pytest.raises(
+                RunError, match=r"now job 5, restart 1, .* \(job 5, restart 0, .*\) was superseded"
+            ):
                 early.save(2, {"w": torch.ones(1)}, {})
             late.save(3, {"w": torch.full((1,), 3.0)}, {})
             assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [
@@ -146,11 +148,11 @@ def test_a_restarted_job_takes_over_and_its_earlier_start_can_save_no_more(
             ]
             monkeypatch.delenv("SLURM_RESTART_COUNT")
             with pytest.raises(RunError, match="in use by job 5, restart 1"):  # the older one cannot come back
-                Lease.taken(tmp_path, "train").__enter__()
+                Lease.acquire(tmp_path, "train").__enter__()
 
 
 def test_nobody_takes_over_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WAIT_S", 0.2)
-    with Lease.taken(tmp_path, "train") as lease, lease.held():
-        with pytest.raises(RunError, match=r"train\.owner: locked by another process for 0\.2 s"):
-            Lease.taken(tmp_path, "train").__enter__()
+    monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.2)
+    with Lease.acquire(tmp_path, "train") as lease, lease.lock():
+        with pytest.raises(RunError, match=r"train\.owner: another process has locked this file for 0\.2 s"):
+            Lease.acquire(tmp_path, "train").__enter__()

@@ -1,6 +1,6 @@
-"""What people and programs see of a run: messages and progress on stderr, results on stdout, metrics in files.
+"""Messages and progress on stderr, tables on stdout, and the formats of numbers in them.
 
-Standard output carries results alone, so that `--json` can be piped.
+Only results go to stdout, so that the output of `--json` can be piped.
 """
 
 from __future__ import annotations
@@ -25,24 +25,37 @@ from rich.table import Table
 
 from videoadapt.runtime.slurm import rank_env
 
-# Rank 0 speaks for the job.
+_LOG_WIDTH = 160  # columns of a table in a file or a pipe; rich's default of 80 would wrap most cells
+_UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+# Only rank 0 prints, or each message would appear once for each rank. The environment is read at import, because a
+# process is one rank for its whole life.
 console = Console(stderr=True, highlight=False, quiet=rank_env(os.environ).rank != 0)
 
 
 def say(message: str) -> None:
-    """A message for people, on stderr."""
+    """Prints a message for people on stderr, on rank 0 only."""
+    # No markup: paths and points may contain square brackets. No wrapping: log files are searched line by line.
     console.print(message, markup=False, soft_wrap=True)
 
 
 class Bar:
-    """One line of progress: `with Bar("train", total=100, unit="clips") as bar: bar.step(4, note="...")`.
+    """Progress in one line: `with Bar("train", total=100, unit="clips") as bar: bar.step(4, note="loss 0.5")`.
 
-    On a terminal it is live; elsewhere (a log file) it is a line at most every `every_s` seconds.
+    On a terminal the line is updated in place. Elsewhere, as in a log file, a new line is printed at most every
+    `every_s` seconds. A last line follows at the end, also after an exception.
+
+    Args:
+        name: What is done.
+        total: Number of items.
+        unit: What the items are.
+        start: Number of items that an earlier run has done; they do not count for the remaining time.
+        every_s: Seconds between two lines of a log file.
     """
 
     def __init__(self, name: str, *, total: int, unit: str = "", start: int = 0, every_s: float = 30.0) -> None:
         self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
-        self.done = self._started_at = start
+        self.done = self._done_before = start
         self._note = ""
         self._task: TaskID | None = None
         self._progress: Progress | None = None
@@ -53,13 +66,14 @@ class Bar:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
             )
+            # transient: the live line is removed at the end, when `__exit__` prints the last one.
             self._progress = Progress(
                 *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
             )
             self._task = self._progress.add_task(name, total=total, completed=start, note="")
 
     def __enter__(self) -> Bar:
-        self._start = self._last = time.monotonic()
+        self._start_time = self._last_line_time = time.monotonic()
         if self._progress:
             self._progress.start()
         return self
@@ -69,56 +83,67 @@ class Bar:
     ) -> None:
         if self._progress:
             self._progress.stop()
-        seconds = time.monotonic() - self._start
+        seconds = time.monotonic() - self._start_time
         say(f"{self.name}: {self.done}/{self.total} {self.unit} in {duration(seconds)} {self._note}".rstrip())
 
     def step(self, count: int = 1, note: str = "") -> None:
-        """Go on by `count`; `note` stands beside the bar."""
+        """Counts `count` more items as done, and shows `note` beside the progress."""
         self.done += count
         self._note = note
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=self.done, note=note)
             return
         now = time.monotonic()
-        if now - self._last >= self.every_s and self.done < self.total:
-            self._last = now
-            left = (now - self._start) * (self.total - self.done) / max(self.done - self._started_at, 1)
-            say(f"{self.name}: {self.done}/{self.total} {self.unit} {note} {duration(left)} left")
+        if now - self._last_line_time >= self.every_s and self.done < self.total:
+            self._last_line_time = now
+            seconds_per_item = (now - self._start_time) / max(self.done - self._done_before, 1)
+            remaining = duration(seconds_per_item * (self.total - self.done))
+            say(f"{self.name}: {self.done}/{self.total} {self.unit} {note} {remaining} left")
 
 
 def duration(seconds: float) -> str:
-    """`75.2` as `1:15`."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Formats a duration as `M:SS` or `H:MM:SS`: 75.2 is `1:15`."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, aside: bool = False) -> None:
-    """A table on stdout, or, aside, on stderr; text to the left, numbers (as strings or numbers) to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, to_stderr: bool = False) -> None:
+    """Prints a table.
+
+    Args:
+        title: The line above the table.
+        columns: The headers.
+        rows: One cell for each column, printed with `str`. A column is aligned to the right if all its cells are
+            numbers, or texts that begin like a number; else to the left.
+        to_stderr: Print to stderr instead of stdout, for tables that are not the result of a command.
+    """
     table = Table(title=title, title_justify="left", header_style="bold", expand=False)
     for number, column in enumerate(columns):
-        numeric = all(_looks_numeric(row[number]) for row in rows)
+        numeric = all(_is_numeric(row[number]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(stderr=aside, highlight=False, width=None if console.is_terminal else 160).print(table, markup=False)
+    # A console of its own, because `console` writes to stderr.
+    width = None if console.is_terminal else _LOG_WIDTH
+    Console(stderr=to_stderr, highlight=False, width=width).print(table, markup=False)
 
 
-def _looks_numeric(cell: Any) -> bool:
-    return (
-        isinstance(cell, (int, float)) or str(cell)[:1].isdigit() or str(cell) in {"", "-"} or str(cell)[:1] in "+-−±"
-    )
+def _is_numeric(cell: Any) -> bool:
+    text = str(cell)  # "196 G", "75.3 (73.1 to 77.2)" and "-" (no value) are aligned as numbers, too
+    return isinstance(cell, (int, float)) or text in {"", "-"} or text[0].isdigit() or text[0] in "+-−±"
 
 
 def macs(value: float) -> str:
-    """`196 G`: multiply-adds to three digits, with a unit."""
-    rounded = float(f"{value:.3g}")  # first, for 999.7 G is 1 T
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """Formats a number of multiply-adds with three digits and a unit: 195.8e9 is `196 G`."""
+    rounded = float(f"{value:.3g}")  # before the unit is chosen: 999.7e9 is 1 T, not 1000 G
+    for unit, size in _UNITS:
         if rounded >= size:
-            return f"{rounded / size:.3g} {unit}" if rounded / size < 1000 else f"{value / size:.0f} {unit}"  # noqa: PLR2004
+            # `.3g` would print 1234 T as 1.23e+03 T; there is no larger unit.
+            return f"{rounded / size:.3g} {unit}" if rounded < 1000 * size else f"{value / size:.0f} {unit}"
     return f"{value:.0f}"
 
 
 def percent(value: float) -> str:
-    """`75.3`: a share in per cent."""
+    """Formats a fraction in per cent, with one decimal and without a sign: 0.7534 is `75.3`."""
     return f"{100 * value:.1f}"

@@ -1,4 +1,4 @@
-"""One writer in a run folder: who writes says so in a file, and who was superseded can write no more."""
+"""One writer in a run folder: a file names the process that may write, and a superseded process cannot write."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.ranks import broadcast_result, rank, wait_for_file
 from videoadapt.runtime.slurm import job_states, slurm_job
 
-_WAIT_S = 45.0  # for another process to finish the file that it is writing
+_LOCK_TIMEOUT_S = 45.0  # the owner holds the lock while it writes a checkpoint
+_POLL_S = 0.05  # between two attempts to lock
+_ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # of SLURM: processes of the job may still exist
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that writes."""
+    """A process that writes into a run folder. The fields are keys of the JSON in the owner file."""
 
     host: str
-    machine: str
+    machine: str  # within it, process ids are unique; see `_machine_id`
     pid: int
-    born: str
-    job: str | None  # of SLURM
-    restarts: int
+    born: str  # start time of the process; a process id is used again after the process has ended
+    job: str | None  # id of the SLURM job
+    restarts: int  # of the SLURM job
 
     @classmethod
     def this_process(cls) -> Owner:
-        """Who calls."""
+        """Returns the calling process."""
         job = slurm_job(os.environ)
         pid = os.getpid()
         return cls(
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=_machine_id(),
             pid=pid,
-            born=_born(pid),
+            born=_start_time(pid),
             job=job.id if job else None,
             restarts=job.restarts if job else 0,
         )
@@ -52,24 +54,30 @@ class Owner:
         return f"{job}process {self.pid} on {self.host}"
 
     def superseded_by(self, other: Owner) -> bool:
-        """Whether the other is a later start of the same job; what is left of the earlier one may still run."""
+        """Returns whether `other` is a later start of the same SLURM job. The earlier one may still be running."""
         return self.job is not None and self.job == other.job and self.restarts < other.restarts
 
     def has_ended(self) -> bool | None:
-        """Whether the process is gone; none where that cannot be found out from here."""
-        if self.machine and self.machine == _machine():
-            return _born(self.pid) != self.born
+        """Returns whether the process has ended, or None if that cannot be found out from this machine."""
+        if self.machine and self.machine == _machine_id():
+            return _start_time(self.pid) != self.born
         states = job_states([self.job]) if self.job else None
         if states is None:
             return None
-        return not any(state.split("|")[0] in {"RUNNING", "COMPLETING", "SUSPENDED"} for state in states.values())
+        # SLURM forgets a job some minutes after its end, so a job without a state has ended.
+        return not any(state.split("|")[0] in _ACTIVE_STATES for state in states.values())
 
 
 class Lease:
-    """The right of this process to write what a stage writes into a run folder, until it gives it back.
+    """The right of this process to write the files of a stage into a run folder.
 
     The file `STAGE.owner` in the folder names the owner. It is read and changed under a lock of the file system, which
-    a process loses when it ends; what is written under `held` is thus written by the owner, or not at all.
+    the kernel releases when the process ends. What is written inside `lock()` is therefore written by the owner, or not
+    at all.
+
+    Args:
+        folder: The run folder.
+        stage: The stage, such as `train`.
     """
 
     def __init__(self, folder: Path, stage: str) -> None:
@@ -78,120 +86,147 @@ class Lease:
 
     @classmethod
     @contextmanager
-    def taken(cls, folder: Path, stage: str) -> Iterator[Lease]:
-        """The lease of a stage, given back at the end. Raises `RunError` where another run has it.
+    def acquire(cls, folder: Path, stage: str) -> Iterator[Lease]:
+        """Makes this process the owner of a stage until the end of the `with` block.
 
-        It is taken over from a process that has ended, and from an earlier start of this very job.
+        It replaces an owner that has ended, or that is an earlier start of this SLURM job.
+
+        Raises:
+            RunError: Another process is the owner and may be running.
         """
         lease = cls(folder, stage)
-        with lease._locked() as file:
-            before = _read(file)
-            if before is not None and before != lease.owner:
-                lease._take_over(before)
-            _write(file, lease.owner)
+        with lease._locked_file() as file:
+            previous = _read_owner(file)
+            if previous is not None and previous != lease.owner:
+                lease._require_replaceable(previous)
+            _write_owner(file, lease.owner)
         try:
             yield lease
         finally:
-            with lease._locked() as file:
-                if _read(file) == lease.owner:
-                    _write(file, None)
+            with lease._locked_file() as file:
+                if _read_owner(file) == lease.owner:  # else a later start of this job has replaced it
+                    _write_owner(file, None)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """While entered, nobody can take the lease over. Raises `RunError` if somebody has."""
-        with self._locked() as file:
-            owner = _read(file)
+    def lock(self) -> Iterator[None]:
+        """While entered, no other process can become the owner.
+
+        Raises:
+            RunError: Another process has become the owner.
+        """
+        with self._locked_file() as file:
+            owner = _read_owner(file)
             if owner != self.owner:
                 raise RunError(
-                    f"{self.path}: now names {owner or 'nobody'} as the one who writes here; this process "
-                    f"({self.owner}) was superseded and has written nothing since"
+                    f"{self.path}: the owner is now {owner or 'nobody'}; this process ({self.owner}) was superseded "
+                    "and has written nothing since"
                 )
             yield
 
-    def _take_over(self, before: Owner) -> None:
-        if before.superseded_by(self.owner):
-            say(f"{self.path.parent}: taken over from {before}")
+    def _require_replaceable(self, previous: Owner) -> None:
+        if previous.superseded_by(self.owner):
+            say(f"{self.path.parent}: taken over from {previous}")
             return
-        ended = before.has_ended()
+        ended = previous.has_ended()
         if not ended:
-            unsure = f" If it is gone for certain, delete {self.path}." if ended is None else ""
+            unknown = f" If it has certainly ended, delete {self.path}." if ended is None else ""
             raise RunError(
-                f"run.dir: {self.path.parent} is in use by {before}; let it finish, cancel it, or use another "
-                f"run.dir.{unsure}"
+                f"run.dir: {self.path.parent} is in use by {previous}; wait until it ends, cancel it, or use another "
+                f"run.dir.{unknown}"
             )
 
     @contextmanager
-    def _locked(self) -> Iterator[IO[str]]:
+    def _locked_file(self) -> Iterator[IO[str]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + _WAIT_S
-        with self.path.open("a+", encoding="utf-8") as file:  # opened anew each time: network file systems then look
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise RunError(
-                            f"{self.path}: locked by another process for {_WAIT_S:g} s; is it stuck?"
-                        ) from None
-                    time.sleep(0.05)
-                except OSError as error:
+        # Opened each time: NFS guarantees the newest content only to a process that opens the file.
+        with self.path.open("a+", encoding="utf-8") as file:
+            self._wait_for_lock(file)
+            yield file  # closing the file releases the lock
+
+    def _wait_for_lock(self, file: IO[str]) -> None:
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
                     raise RunError(
-                        f"{self.path}: this file system takes no locks ({error}); use a run.dir on one that does"
+                        f"{self.path}: another process has locked this file for {_LOCK_TIMEOUT_S:g} s; check whether "
+                        "it hangs"
                     ) from None
-            yield file
+                time.sleep(_POLL_S)
+            except OSError as error:
+                raise RunError(
+                    f"{self.path}: this file system does not support locks ({error}); use a run.dir on one that does"
+                ) from None
 
 
 @contextmanager
 def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """While entered, no other run of the stage writes into the run folder; gives `Lease.held`, to write under.
+    """While entered, no other run of the stage writes into the run folder. Every rank must enter it.
 
-    It is rank 0 that writes; every rank enters. Raises `RunError` where another run writes there, or a rank does not
-    see the folder that rank 0 writes into. Shards need no lease: each writes files of its own.
+    Does nothing with `parallel.shard`, because each shard writes files of its own.
+
+    Args:
+        config: `run.dir` is the folder.
+        stage: The name of the stage.
+
+    Yields:
+        On rank 0, which writes: `Lease.lock`, to be entered for each write. On other ranks: `nullcontext`.
+
+    Raises:
+        RunError: Another run writes into the folder, or a rank does not see the folder of rank 0.
     """
     if config.parallel.shard is not None:
         yield nullcontext
         return
-    with ExitStack() as taken:
-        lease = broadcast_result(lambda: taken.enter_context(Lease.taken(config.run.dir, stage)))
+    with ExitStack() as acquired:
+        lease = broadcast_result(lambda: acquired.enter_context(Lease.acquire(config.run.dir, stage)))
         if rank() != 0:
-            own = config.run.dir / lease.path.name  # the path of rank 0 may be another
-            wait_for_file(own, lambda path: path.exists() and _parsed(path.read_text()) == lease.owner)
-        yield lease.held if rank() == 0 else nullcontext
+            # If nodes have different folders under this path, this fails now instead of after the training.
+            own_path = config.run.dir / lease.path.name
+            wait_for_file(own_path, lambda path: path.exists() and _parse_owner(path.read_text()) == lease.owner)
+        yield lease.lock if rank() == 0 else nullcontext
 
 
-def _read(file: IO[str]) -> Owner | None:
+def _read_owner(file: IO[str]) -> Owner | None:
     file.seek(0)
-    return _parsed(file.read())
+    return _parse_owner(file.read())
 
 
-def _parsed(text: str) -> Owner | None:
+def _parse_owner(text: str) -> Owner | None:
     try:
         return Owner(**json.loads(text))
-    except (ValueError, TypeError):  # given back, or torn by a crash
+    except (ValueError, TypeError):  # empty: released; anything else: the write was cut off by a crash
         return None
 
 
-def _write(file: IO[str], owner: Owner | None) -> None:
+def _write_owner(file: IO[str], owner: Owner | None) -> None:
+    # In place, because the lock belongs to this very file: a new file under its name would not be locked.
     file.truncate(0)
     file.write(json.dumps(asdict(owner)) if owner else "")
     file.flush()
     os.fsync(file.fileno())
 
 
-def _machine() -> str:
-    """Where numbers of processes mean the same: a start of a machine, and a container on it."""
+def _machine_id() -> str:
+    """One boot of a machine, and one container (pid namespace) on it; empty if this is not Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
+    except OSError:
         return ""
 
 
-def _born(pid: int) -> str:
-    """When a process started, in the kernel's ticks, as its number may be used again; empty if it has ended."""
+def _start_time(pid: int) -> str:
+    """The start time of a process in clock ticks since boot; empty if it has ended.
+
+    Not psutil's `create_time`: that is in seconds of the wall clock, which moves when the clock is set.
+    """
     try:
+        # The name of the program, in parentheses, may contain spaces and parentheses; the fields follow the last one.
         state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state == "Z" else fields[18]
+    return "" if state == "Z" else fields[18]  # Z: ended, but not yet reaped by its parent; 18: `starttime`

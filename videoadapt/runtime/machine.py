@@ -1,4 +1,4 @@
-"""The machine under a run: its device, how it asks a run to stop, and how much memory was used."""
+"""The machine: the device, the dtype, the number of CPUs this process may use, and the memory it has used."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from videoadapt.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `run.device` names; `auto` is CUDA where there is a GPU. Raises `ConfigError`."""
+    """Returns the device for `run.device`.
+
+    Args:
+        name: `cpu`, `cuda`, or `auto` (CUDA if there is a GPU).
+
+    Raises:
+        ConfigError: `cuda` was given, but torch finds no GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device: cuda was asked for, but torch sees no GPU; use run.device=cpu")
+        raise ConfigError("run.device: cuda was given, but torch finds no GPU; use run.device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    # The current one: `parallel.ranks` gives each rank of a node a GPU of its own.
+    # The current device, because `runtime.ranks` has selected a GPU for each rank of a node.
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def precision_dtype(name: str) -> torch.dtype:
-    """The dtype of activations for `run.precision`."""
+    """Returns the dtype of activations for `run.precision` (`fp32` or `bf16`)."""
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 class CpuLimit(NamedTuple):
-    """How many CPUs this process may use, and what says so."""
+    """The number of CPUs that this process may use, and the limit that determines it."""
 
     cpus: int
     source: str
@@ -41,10 +48,16 @@ def cpu_limit(
     cgroups: Path = Path("/sys/fs/cgroup"),
     own_cgroups: Path = Path("/proc/self/cgroup"),
 ) -> CpuLimit:
-    """The least of the process's affinity, its cgroup's quota and `SLURM_CPUS_PER_TASK`; at least 1.
+    """Returns the smallest of the CPU affinity, the quota of the cgroup and `SLURM_CPUS_PER_TASK`; at least 1.
 
-    The ranks that torchrun starts on a node share these CPUs evenly; tasks that SLURM starts have each their own.
+    The ranks that torchrun starts on a node share these CPUs evenly. Tasks that SLURM starts have their own.
+
+    Args:
+        environment: The environment variables.
+        cgroups: Where the cgroup file system is mounted.
+        own_cgroups: The file that names the cgroups of this process.
     """
+    # os.cpu_count() counts the CPUs of the machine, which a job on a shared node may not use.
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = [(float(affinity), "CPU affinity")]
     if (quota := _cgroup_cpus(cgroups, own_cgroups)) is not None:
@@ -52,6 +65,7 @@ def cpu_limit(
     if (slurm := environment.get("SLURM_CPUS_PER_TASK", "")).isdigit():
         limits.append((float(slurm), "SLURM_CPUS_PER_TASK"))
     cpus, source = min(limits)
+    # LOCAL_WORLD_SIZE alone is no proof of torchrun: users set it for other launchers.
     ranks = int(environment["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in environment else 1
     if ranks > 1:
         source += f" {cpus:g}, shared by {ranks} ranks"
@@ -59,7 +73,7 @@ def cpu_limit(
 
 
 def _cgroup_cpus(cgroups: Path, own_cgroups: Path) -> float | None:
-    """The least quota of the process's cgroups (v1 or v2) and of those above them; none without one."""
+    """The smallest quota of the process's cgroups (v1 or v2) and their parents, in CPUs. None without a quota."""
     try:
         lines = own_cgroups.read_text().splitlines()  # v2: `0::/group`; v1: `4:cpu,cpuacct:/group`
     except OSError:
@@ -70,32 +84,36 @@ def _cgroup_cpus(cgroups: Path, own_cgroups: Path) -> float | None:
             continue
         mount = cgroups / "cpu" if controllers else cgroups
         folder = mount / group.lstrip("/")
-        # Inside a container the group's own folder may not be there, but the mount is the container's group.
+        # In a container the folder of the group may not exist; the mount itself is then the group of the container.
         quotas += [_quota(path) for path in (folder, *folder.parents) if path.is_relative_to(mount)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota(folder: Path) -> float | None:
-    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+    """The quota of one cgroup, in CPUs: microseconds of CPU time per period / microseconds of the period."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # cgroup v2, v1
         try:
             quota, period = " ".join((folder / file).read_text() for file in files).split()
         except OSError:
             continue
-        return None if quota in {"max", "-1"} else int(quota) / int(period)
+        return None if quota in {"max", "-1"} else int(quota) / int(period)  # v2 and v1 write "no quota" so
     return None
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, as `cpu_limit` finds them."""
+    """Returns the number of CPUs that this process may use."""
     return cpu_limit().cpus
 
 
 def worker_count(workers: Literal["auto"] | int) -> int:
-    """Processes that read videos, for `data.workers`; `auto` is one for each CPU that the job has."""
+    """Returns the number of worker processes for `data.workers`; `auto` is one for each available CPU."""
     return available_cpus() if workers == "auto" else workers
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set that this process or one of its finished children has had."""
-    kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return kib if sys.platform == "darwin" else kib * 1024
+    """Returns the largest resident set size, in bytes, of this process and of each of its finished children.
+
+    The sizes are not added up. psutil has no peak values on Linux.
+    """
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,4 +1,4 @@
-"""Seeds: what is drawn at random depends on what it is drawn for, and on nothing else."""
+"""Seeds: a random draw depends on its purpose (seed, epoch, step, clip) and on nothing else."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ import torch
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that depends on `parts` alone: not on the process, not on the machine."""
+    """Returns a seed in [0, 2^63) that depends on `parts` only, not on the process, the machine or the version.
+
+    Args:
+        parts: What the draw is for, such as a purpose, the run's seed, the epoch and the clip.
+    """
+    # Python's hash() is salted in each process. The separator keeps (1, 23) and (12, 3) apart.
     text = "\0".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1  # torch takes signed 64-bit seeds
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global generators that other libraries draw from, of Python, NumPy and torch (CPU), seeded meanwhile."""
+    """Seeds the global generators of Python, NumPy and torch (CPU); restores their states at the end.
+
+    For libraries that draw from the global generators. The generators of GPUs are left alone, because drop path uses
+    them.
+    """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # not that of a GPU, which drop path uses
+    np.random.seed(seed % 2**32)  # NumPy's limit
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would also seed all GPUs
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""How a process is asked to stop: Ctrl-C, and the signals of a cluster. Imports no torch: see `StopRequest`."""
+"""Stop signals: Ctrl-C, and the signals that SLURM sends before it ends a job.
+
+This module does not import torch, so that a job can install its handlers before that import, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit is near: what a job asks its cluster to send
-JOB_SIGNALS = (signal.SIGTERM, *WARNINGS)  # SIGTERM: the job loses its nodes soon
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit is near; `sbatch --signal` chooses one of them
+JOB_SIGNALS = (signal.SIGTERM, *WARNINGS)  # SIGTERM: the job is cancelled or preempted
 
 
 class Stopped(KeyboardInterrupt):
-    """Work ended early, saved, because a signal asked for it: this process or another rank of its job."""
+    """Raised when work has been saved and ended early, because this process or another rank received a signal.
+
+    Args:
+        received: The signal.
+    """
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(received.name)
@@ -20,10 +27,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, a first Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 only sets `received`, for a loop to stop at a step.
+    """Records stop signals, so that a loop can save and stop at the end of a step.
 
-    A signal kills a process that has no handler for it, and importing torch takes seconds: the entry point of a job
-    enters a request for `JOB_SIGNALS` before, and a loop's own request, entered inside, knows what came earlier.
+    While entered, SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 set `received` and have no other effect. A second
+    Ctrl-C raises `KeyboardInterrupt`. Signal handlers belong to the whole process: they are replaced on entry and
+    restored on exit, and only the main thread may do that.
+
+    Requests can be nested. The entry point of a job enters a request for `JOB_SIGNALS` before torch is imported,
+    because a signal kills a process without a handler. The request of a loop inside takes over an earlier signal on
+    entry, and passes its own on at exit.
+
+    Args:
+        signals: The signals to record.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, *JOB_SIGNALS)) -> None:
@@ -32,25 +47,27 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether any signal has come."""
+        """Whether a signal was received."""
         return self.received is not None
 
     def stop(self) -> NoReturn:
-        """To call once all is saved. Raises `Stopped`."""
-        assert self.received is not None, "nobody asked for it"
+        """Raises `Stopped`. To be called after everything is saved."""
+        assert self.received is not None, "no signal was received"
         raise Stopped(self.received)
 
     def __enter__(self) -> StopRequest:
+        # The outer request, if there is one: the current handler is its bound method `_handle`.
         self._outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        self._before = {number: signal.signal(number, self._handle) for number in self._signals}
-        if isinstance(self._outer, StopRequest):  # afterwards: a signal may have come while handlers changed
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in self._signals}
+        if isinstance(self._outer, StopRequest):
+            # Only now, because the outer request still records signals while the handlers are replaced one by one.
             self.received = self.received or self._outer.received
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         if isinstance(self._outer, StopRequest) and self.requested:
             self._outer.received = self.received
@@ -58,5 +75,5 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received not in WARNINGS:  # SIGTERM may follow a warning, which still asks for another start
+        if self.received not in WARNINGS:  # SIGTERM may follow a warning, which requests a requeue and so must stay
             self.received = signal.Signals(number)

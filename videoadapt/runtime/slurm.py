@@ -1,4 +1,4 @@
-"""What launchers tell a process through its environment: which rank of how many, in which job. And asking SLURM."""
+"""What a process knows about its job from its environment variables, and commands to SLURM."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ from typing import Literal
 
 from videoadapt.errors import RunError
 
-_ANSWER_S = 60.0  # that SLURM's controller may take
+_TIMEOUT_S = 60.0  # a busy controller of a large cluster answers after many seconds
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """One of the `world` processes of a job. `rendezvous` names this start of the job, which no other start shares."""
+    """The rank of this process, as its launcher has set it in the environment."""
 
     launcher: Literal["none", "torchrun", "slurm", "submitit"]
-    rank: int
-    world: int
-    local_rank: int
-    rendezvous: str = ""
+    rank: int  # of all processes of the job
+    world: int  # number of processes
+    local_rank: int  # of the processes on this node
+    rendezvous: str = ""  # name of this start of the job, unique; empty for torchrun, which has its own store
 
 
 def rank_env(environment: Mapping[str, str]) -> RankEnv:
-    """The place that torchrun, srun (as submitit uses it on SLURM), or submitit's local executor have given.
+    """Reads the rank that torchrun, srun or submitit's local executor has set.
 
-    torchrun inside a SLURM job counts as torchrun. One process alone is rank 0 of 1.
+    Without a launcher the process is rank 0 of 1. torchrun inside a SLURM job is torchrun.
+
+    Args:
+        environment: The environment variables.
     """
 
-    def number(name: str, otherwise: int = 0) -> int:
+    def number(name: str, default: int = 0) -> int:
         text = environment.get(name, "")
-        return int(text) if text.isdigit() else otherwise
+        return int(text) if text.isdigit() else default
 
     if "WORLD_SIZE" in environment:
         return RankEnv("torchrun", number("RANK"), number("WORLD_SIZE", 1), number("LOCAL_RANK"))
     job = slurm_job(environment)
+    # SLURM_STEP_NUM_TASKS is set by srun only. A batch script itself has the variables of the job without being a task.
     if job is not None and "SLURM_STEP_NUM_TASKS" in environment:
         step = environment.get("SLURM_STEP_ID", "0")
         return RankEnv(
             "slurm",
             number("SLURM_PROCID"),
             number("SLURM_STEP_NUM_TASKS", 1),
-            number("SLURM_LOCALID"),  # SLURM_NTASKS / SLURM_NNODES would be wrong for tasks spread unevenly
+            number("SLURM_LOCALID"),  # SLURM_NTASKS / SLURM_NNODES is wrong if tasks are spread unevenly over nodes
             f"slurm-{job.id}-{job.restarts}-{step}",
         )
     if environment.get("SUBMITIT_EXECUTOR") == "local":
@@ -54,21 +58,21 @@ def rank_env(environment: Mapping[str, str]) -> RankEnv:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The SLURM job that a process runs in (of an array, the element). `restarts` counts how often it was requeued.
-
-    `tasks` is what sbatch or salloc was asked for, which is not what a process started without srun gets.
-    """
+    """The SLURM job (or the element of a job array) that a process belongs to."""
 
     id: str
-    restarts: int
-    tasks: int
+    restarts: int  # how often the job was requeued
+    tasks: int  # requested by sbatch or salloc; a process that was started without srun is alone all the same
 
 
 def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:
-    """The job of a process; none outside SLURM.
+    """Returns the SLURM job of a process, or None outside SLURM.
 
-    A process of submitit's local executor is no task of the job in which that was called, such as `srun --pty bash`.
+    Args:
+        environment: The environment variables.
     """
+    # A process of submitit's local executor inherits the variables of a job in which it was started (such as
+    # `srun --pty bash`), but it is not a task of that job: it must not requeue it.
     if "SLURM_JOB_ID" not in environment or environment.get("SUBMITIT_EXECUTOR") == "local":
         return None
     counts = (environment.get(name, "") for name in ("SLURM_RESTART_COUNT", "SLURM_NTASKS"))
@@ -77,42 +81,57 @@ def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:
 
 
 def requeue(job: str) -> None:
-    """Gives a job back to SLURM, which ends it and starts it again. Raises `RunError` where SLURM refuses."""
+    """Returns a running job to SLURM's queue. SLURM ends its processes and starts it again later.
+
+    Raises:
+        RunError: SLURM refuses or does not answer.
+    """
     try:
-        # Untouched by the SIGTERM that all processes of the job get for it, itself among them.
-        _ask("sh", "-c", 'trap "" TERM; exec scontrol requeue "$1"', "sh", job)
+        # SLURM sends SIGTERM to all processes of the job, scontrol included, which must not die before it has finished.
+        _run("sh", "-c", 'trap "" TERM; exec scontrol requeue "$1"', "sh", job)
     except (OSError, subprocess.SubprocessError) as error:
         raise RunError(
-            f"job {job} cannot be requeued ({_said(error)}); submit it again: it goes on from what is saved"
+            f"job {job} cannot be requeued ({_reason(error)}); submit it again: it continues from its last checkpoint"
         ) from None
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Takes jobs away from SLURM, whether they wait or run. Raises `RunError` where SLURM refuses."""
+    """Cancels pending and running jobs.
+
+    Raises:
+        RunError: SLURM refuses or does not answer.
+    """
     try:
-        _ask("scancel", *jobs)
+        _run("scancel", *jobs)
     except (OSError, subprocess.SubprocessError) as error:
-        raise RunError(f"they cannot be cancelled ({_said(error)}); run scancel {' '.join(jobs)}") from None
+        raise RunError(f"the jobs cannot be cancelled ({_reason(error)}); run scancel {' '.join(jobs)}") from None
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str] | None:
-    """The state (`RUNNING`, `COMPLETED`, ...) and, after a `|`, the nodes of jobs by id, from squeue, not from sacct.
+    """Asks squeue for the states of jobs.
 
-    sacct needs a database that small clusters lack. squeue knows a job for minutes after its end (`MinJobAge`); one
-    that it has forgotten is left out. None where SLURM does not answer.
+    squeue instead of sacct, because sacct needs a database that small clusters do not have. squeue forgets a job some
+    minutes after its end (`MinJobAge`).
+
+    Args:
+        jobs: Ids of jobs, or of elements of job arrays.
+
+    Returns:
+        For each job that SLURM knows, `STATE|NODES`, such as `RUNNING|node[1-2]`. None if SLURM does not answer.
     """
+    command = ["squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(jobs)}", "--format=%i|%T|%N"]
     try:
-        told = _ask("squeue", "--noheader", "--states=all", "--array", f"--jobs={','.join(jobs)}", "--format=%i|%T|%N")
+        output = _run(*command)
     except subprocess.CalledProcessError as error:
-        return {} if "Invalid job id" in error.stderr else None
+        return {} if "Invalid job id" in error.stderr else None  # squeue fails if it knows none of the jobs
     except (OSError, subprocess.SubprocessError):
         return None
-    return dict(line.split("|", 1) for line in told.splitlines())
+    return dict(line.split("|", 1) for line in output.splitlines())
 
 
-def _ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_ANSWER_S).stdout
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S).stdout
 
 
-def _said(error: OSError | subprocess.SubprocessError) -> str:
+def _reason(error: OSError | subprocess.SubprocessError) -> str:
     return (getattr(error, "stderr", None) or str(error)).strip()

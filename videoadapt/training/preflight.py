@@ -83,7 +83,7 @@ def preflight(config: Config, manifest: Manifest) -> None:
             )
             for number, one in enumerate(found)
         ]
-        print_table("Preflight", columns, rows, aside=True)
+        print_table("Preflight", columns, rows, to_stderr=True)
         for warning in warnings(found):
             say(warning)
     if wrong := faults(found, checkpoints_bytes(config)):
