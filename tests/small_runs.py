@@ -1,11 +1,18 @@
-"""Small real runs for the end-to-end tests: a generated data set and a config that trains on it in seconds."""
+"""Small real runs for the end-to-end tests: a generated data set, a config that trains on it in seconds, and verbs."""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import io
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from videoadapt.commands.cli import main
 from videoadapt.config.load import Config, make_config
 from videoadapt.data.synthetic import generate
 
@@ -13,13 +20,22 @@ SIZES = {"train": 48, "val": 12}
 
 
 def make_data(folder: Path) -> Path:
-    """48 training and 12 validation videos of the demo's kind."""
+    """Writes 48 training and 12 validation videos of the demo's kind. The test may change the files."""
+    shutil.copytree(_generated(), folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _generated() -> Path:
+    """The videos, generated once per process of tests."""
+    folder = Path(tempfile.mkdtemp(prefix="videoadapt-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     generate(folder, SIZES, seed=3, workers=1)
     return folder
 
 
 def values(data: Path, run: Path) -> dict:
-    """The nested dicts of a tiny config; tests change what they need."""
+    """The nested dicts of a tiny config. Tests change the keys that they are about."""
     return {
         "run": {"dir": str(run), "seed": 1, "device": "cpu"},
         "data": {
@@ -65,14 +81,29 @@ def values(data: Path, run: Path) -> dict:
 
 
 def config(data: Path, run: Path, /, **sections: dict) -> Config:
-    """The tiny config with some keys of some sections changed."""
+    """Returns the tiny config with some keys of some sections replaced."""
     nested = values(data, run)
     for section, keys in sections.items():
         nested.setdefault(section, {}).update(keys)
     return make_config(nested)
 
 
-def command(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """`videoadapt WORDS` as a process of its own."""
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs `videoadapt WORDS` in this process, which saves the import of torch; returns exit code and output.
+
+    A programming error is raised, and fails the test with its traceback.
+    """
+    out, errors = io.StringIO(), io.StringIO()
+    arguments = [str(word) for word in words]
+    with redirect_stdout(out), redirect_stderr(errors):
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            assert isinstance(ended.code, int)
+            return subprocess.CompletedProcess(arguments, ended.code, out.getvalue(), errors.getvalue())
+
+
+def command_process(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs `videoadapt WORDS` as a process of its own: for limits, signals, and what the interpreter itself does."""
     line = [sys.executable, "-m", "videoadapt", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""`python -m videoadapt` is the command `videoadapt`."""
+"""Makes `python -m videoadapt` the same as the command `videoadapt`."""
 
 from videoadapt.commands.cli import main
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def refused(*words: object) -> str:
 
 
 def test_help_fits_a_screen() -> None:
-    done = runs.command("--help", env=None)
+    done = runs.command("--help")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) <= 24
     for verb in "demo index train label assign evaluate launch flops plan predict bench".split():
@@ -149,6 +151,17 @@ def test_predict_any_length_and_an_unreadable_file(run: Config, tmp_path: Path) 
     assert "assign" in refused("predict", file_of(run), good, "--policy", "assigned")
 
 
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_disk_full_while_saving_leaves_the_earlier_checkpoint(
     run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,17 +175,15 @@ def test_disk_full_while_saving_leaves_the_earlier_checkpoint(
             raise InterruptedError
         return step(state, *rest)
 
-    monkeypatch.setattr(training, "train_step", stop_in_step_4)
-    with pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training, "train_step", stop_in_step_4)
         train(config)
     [earlier] = (config.run.dir / "checkpoints").glob("step-*")
     content, size = earlier.read_bytes(), earlier.stat().st_size
     (tmp_path / "config.yaml").write_text(dump_config(config))
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    done = runs.command("train", tmp_path / "config.yaml", preexec_fn=limit)
+    with file_size_limit(size // 2):
+        done = runs.command("train", tmp_path / "config.yaml")
     assert done.returncode == 1, done.stderr
     assert "cannot save this checkpoint" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

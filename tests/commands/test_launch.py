@@ -130,7 +130,7 @@ def test_a_chain_that_is_refused_half_way_is_cancelled_and_named(
         launch(config_of(), [])
     assert told.value is stop
     assert cancelled == ["71", "72"]
-    assert "cancelled, as the chain cannot be completed: train 71, label 72" in capsys.readouterr().err
+    assert "cancelled, because the chain cannot be completed: train 71, label 72" in capsys.readouterr().err
 
 
 def test_jobs_that_cannot_be_cancelled_are_named_too(
@@ -175,7 +175,7 @@ def test_the_chain_file_finds_the_others_and_stays_in_its_folder(called: str, tm
 
 def test_a_local_launch_has_one_node(tmp_path: Path) -> None:
     nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local"}, "slurm": {"nodes": 2}}
-    with pytest.raises(ConfigError, match=r"slurm\.nodes: launch\.cluster=local has one node, this machine, not 2"):
+    with pytest.raises(ConfigError, match=r"slurm\.nodes is 2; with launch\.cluster=local it must be 1"):
         launch(make_config(nested), [])
 
 
@@ -188,11 +188,11 @@ def test_the_chain_on_this_machine(tmp_path: Path) -> None:
         launch={"cluster": "local", "shards": 2},
         slurm={"tasks_per_node": 2, "gpus_per_task": 0},
     )
-    told = launch(config, [])
-    assert [(job["stage"], job["ranks"]) for job in told["jobs"]] == [
+    result = launch(config, [])
+    assert [(job.stage, job.ranks) for job in result.jobs] == [
         ("train", 2), ("label", 2), ("assign", 1), ("evaluate", 2)
     ]  # fmt: skip
-    assert all(Path(job["log"]).exists() for job in told["jobs"])
+    assert all(Path(job.log).exists() for job in result.jobs)
     assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12
 
 

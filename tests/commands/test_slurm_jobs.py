@@ -231,7 +231,7 @@ def test_a_job_without_restarts_left_has_failed(slurm: Slurm) -> None:
     slurm.wait_for_step(config, 3)
     slurm.cluster.run("scancel", "--signal=USR2", job)
     assert slurm.wait(job) == "FAILED"
-    assert f"job {job} was restarted 0 times and may not be again (slurm.max_restarts 0)" in slurm.log(config, job)
+    assert f"job {job} was restarted 0 times, and slurm.max_restarts is 0" in slurm.log(config, job)
     assert 3 <= steps(config) < STEPS
 
 
@@ -359,7 +359,7 @@ def test_a_chain_that_is_refused_half_way_is_taken_back(slurm: Slurm) -> None:
     done = runs.command("launch", slurm.file(config), "launch.stage=all")
     assert done.returncode == 1
     assert "label cannot be submitted: " in done.stderr
-    told = re.search(r"cancelled, as the chain cannot be completed: train (\d+)\n", done.stderr)
+    told = re.search(r"cancelled, because the chain cannot be completed: train (\d+)\n", done.stderr)
     assert told
     assert slurm.wait(told[1], 30) == "CANCELLED"
 

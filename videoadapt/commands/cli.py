@@ -1,4 +1,9 @@
-"""The command line: `videoadapt VERB CONFIG.yaml [section.key=value ...]`. A verb calls one function."""
+"""The command line: `videoadapt VERB CONFIG.yaml [section.key=value ...]`. Each verb calls one function.
+
+A verb imports what it needs when it runs, so that `videoadapt --help` does not wait for torch.
+Errors of the user (`UserError`, `RunError`, `OSError`) are printed as one line. All other exceptions are programming
+errors and show their traceback. The environment variable VIDEOADAPT_TRACEBACK=1 adds the traceback to every error.
+"""
 
 from __future__ import annotations
 
@@ -6,112 +11,132 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from videoadapt.errors import RunError, UserError
+from videoadapt.runtime.console import say
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
-# typer carries a click of its own in newer versions: its base class, wherever it lives
+if TYPE_CHECKING:  # importing `config` takes pydantic, which `--help` does not need
+    from videoadapt.commands.stage import Stage, Summary
+    from videoadapt.config.load import Config
+
+Result = TypeVar("Result")
+
+# The base class of all usage errors (click.UsageError). Newer versions of typer ship their own copy of click, so it is
+# found through a class that typer exports.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
-INTERRUPTED = 130  # exit code
+
+# Exit codes
+RUN_FAILED = 1
+INPUT_WRONG = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells do
+
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")  # section.key=value
+_SETTING = re.compile(r"[a-z_]+=.*")  # key=value, of a benchmark
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="One TimeSformer at several token lengths; each clip gets the fewest tokens that suffice. "
-    "Keys of the config can be set behind it: section.key=value.",
+    pretty_exceptions_enable=False,  # programming errors show Python's own traceback
+    help="Train one TimeSformer at several token lengths; give each clip the fewest tokens that suffice. "
+    "section.key=value after CONFIG overrides a key. "
+    "VIDEOADAPT_TRACEBACK=1 in the environment shows the traceback of every error.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Benchmark readers, loaders and points on this machine.")
+app.add_typer(bench, name="bench")
 
-ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML config.", show_default=False, metavar="CONFIG")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.", show_default=False, metavar="CONFIG")]
 OptionalConfig = Annotated[
-    Path | None, typer.Argument(help="The run's YAML config.", show_default=False, metavar="CONFIG")
+    Path | None, typer.Argument(help="YAML config of the run.", show_default=False, metavar="CONFIG")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value ...", show_default=False, metavar="[KEY=VALUE]...")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON alone.")]
+VideosAndOverrides = Annotated[
+    list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
+]
+SettingsAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings of the benchmark (rounds=15, batches=[1,8] ...), and section.key=value of the config.",
+        show_default=False,
+        metavar="[KEY=VALUE]...",
+    ),
+]
+SettingsAndVideos = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings of the benchmark (rounds=5, clips=6 per round ...), and video files to read instead of "
+        "generated ones.",
+        show_default=False,
+        metavar="[KEY=VALUE]... [VIDEO]...",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
-def main() -> None:
-    """Runs a verb; errors are one line. Exit 2: the input is wrong, 1: the run failed, 130: interrupted."""
-    # Threads that spin at barriers make training 6 times slower as soon as another process needs a core (docs/log.md).
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one verb, then exits.
+
+    Args:
+        arguments: The words after `videoadapt`. Default: those of this process (`sys.argv`).
+
+    Raises:
+        SystemExit: Always. Code 0: success. 1: the run failed. 2: the input is wrong. 130: interrupted.
+        Exception: Any programming error, unchanged.
+    """
+    # By default, OpenMP threads spin while they wait at a barrier. That makes training 6 times slower as soon as
+    # another process needs a core (docs/log.md). OpenMP reads the variable once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with StopRequest(JOB_SIGNALS if slurm_job(os.environ) else ()):  # before torch is imported: see there
-            code = app(standalone_mode=False) or 0
+        # Importing torch takes seconds, in which a signal of the job would kill it. So the handlers come first.
+        with StopRequest(JOB_SIGNALS if slurm_job(os.environ) else ()):
+            code = app(args=arguments, prog_name="videoadapt", standalone_mode=False) or 0
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code
             raise KeyboardInterrupt
         sys.exit(code)
     except USAGE_ERROR as error:
         error.show()
-        sys.exit(2)
+        sys.exit(INPUT_WRONG)
     except UserError as error:
-        _fail(error, 2)
-    except RunError as error:
-        _fail(error, 1)
-    except OSError as error:
-        _fail(error, 1)
+        _fail(error, INPUT_WRONG)
+    except (RunError, OSError) as error:  # OSError: a full disk, a missing permission, a lost file system
+        _fail(error, RUN_FAILED)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print("interrupted; run the same command again to continue from what is saved", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _fail(error: Exception, code: int) -> None:
-    place = rank_env(os.environ)
-    rank = f" on rank {place.rank} of {place.world}" if place.world > 1 else ""
-    print(f"error{rank}: " + " ".join(str(error).split()), file=sys.stderr)
+def _fail(error: Exception, code: int) -> NoReturn:
+    """Prints an error as one line on stderr, after its traceback if the user wants it, and exits."""
+    if os.environ.get("VIDEOADAPT_TRACEBACK", "0") not in {"", "0"}:
+        traceback.print_exception(error)
+    env = rank_env(os.environ)
+    where = f" on rank {env.rank} of {env.world}" if env.world > 1 else ""
+    # One line: log files of many ranks are searched with grep.
+    print(f"error{where}: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
-
-
-def _required(config: Path | None) -> Path:
-    if config is None:
-        raise UserError("missing argument CONFIG, the run's YAML file")
-    return config
-
-
-def _run_stage(stage: Any, config: Any) -> dict[str, Any]:
-    from videoadapt.commands.stage import run_stage
-
-    return run_stage(stage, config)
-
-
-def _load(path: Path, overrides: list[str] | None) -> Any:
-    from videoadapt.config.load import load_config
-
-    return load_config(path, overrides or [])
-
-
-def _show(result: dict[str, Any], as_json: bool, printer: Any, *args: Any) -> None:
-    if rank_env(os.environ).rank != 0:
-        return  # rank 0 speaks for the job
-    if as_json or "shard" in result:
-        print(json.dumps(result, indent=2))
-    else:
-        printer(result, *args)
 
 
 @app.command()
 def demo(overrides: Overrides = None, as_json: Json = False) -> None:
-    """Generate data, then run every stage on it, in minutes."""
+    """Generate videos and run every stage on them, in minutes."""
     from videoadapt.commands.demo import demo as run
-    from videoadapt.commands.demo import demo_config, print_demo
-    from videoadapt.commands.tables import print_evaluate, print_flops
+    from videoadapt.commands.tables import print_demo
 
     result = run(overrides or [])
     if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    folder = demo_config(overrides or []).run.dir
-    stored = [json.loads((folder / name).read_text()) for name in ("report/flops.json", "evaluate/evaluate.json")]
-    print_flops(stored[0])
-    print_evaluate(stored[1])
-    print_demo(result, folder)
+        _print_json(result.summary)
+    else:
+        print_demo(result)
 
 
 @app.command()
@@ -121,12 +146,12 @@ def index(
     check: Annotated[
         Path | None,
         typer.Option(
-            metavar="MANIFEST", help="Look again at the files of a manifest (or run folder) instead; needs no config."
+            metavar="MANIFEST", help="Check the files of this manifest (or run folder) instead. Needs no config."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make the manifest: probe every listed video."""
+    """Probe every listed video and write the manifest."""
     if check is not None:
         _check(check, _load(config, overrides) if config else None, as_json)
         return
@@ -136,20 +161,20 @@ def index(
 
     loaded = _load(_required(config), overrides)
     manifest = run(loaded)
-    _show(json.loads(index_path(loaded).read_text()), as_json, print_index)
-    require_readable(manifest, loaded)
+    _show(_read_json(index_path(loaded)), as_json, print_index)
+    require_readable(manifest, loaded)  # after the table, which names the unreadable files
 
 
-def _check(manifest: Path, config: Any, as_json: bool) -> None:
+def _check(manifest: Path, config: Config | None, as_json: bool) -> None:
     from videoadapt.commands.tables import print_check
     from videoadapt.config.load import Config
     from videoadapt.data.index.check import check
 
     result = check(manifest, config or Config())
-    _show(asdict(result), as_json, print_check)
+    _show(result, as_json, print_check)
     if result.changes:
         changes = ", ".join(f"{count} {change}" for change, count in result.changes.items())
-        raise RunError(f"{manifest}: its files are not as they were: {changes}; `videoadapt index` makes it anew")
+        raise RunError(f"{manifest}: its files have changed: {changes}; run `videoadapt index` to make it anew")
 
 
 @app.command()
@@ -185,16 +210,17 @@ def evaluate(
         typer.Option(
             "--compare",
             metavar="RUN_A RUN_B",
-            help="Compare two evaluated runs (folders, or FOLDER:POLICY) instead; needs no config.",
+            help="Compare two evaluated runs (FOLDER, or FOLDER:POLICY) instead. Needs no config.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy, cost and speed of all policies on the val split."""
+    """Measure accuracy, cost and speed of all policies on the val split."""
     from videoadapt.commands.tables import print_compare, print_evaluate
-    from videoadapt.evaluation.compare import compare
 
     if against is not None:
+        from videoadapt.evaluation.compare import compare
+
         _show(compare(*against), as_json, print_compare)
     else:
         _show(_run_stage("evaluate", _load(_required(config), overrides)), as_json, print_evaluate)
@@ -202,16 +228,16 @@ def evaluate(
 
 @app.command()
 def launch(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Submit stages, or the chain of all, to SLURM, or run them here."""
+    """Submit one stage or all stages to SLURM, or run them here."""
     from videoadapt.commands.launch import launch as run
-    from videoadapt.commands.launch import print_launch
+    from videoadapt.commands.tables import print_launch
 
     _show(run(_load(config, overrides), [str(config), *(overrides or [])]), as_json, print_launch)
 
 
 @app.command()
 def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """MACs of every point; after an evaluation, of every clip."""
+    """Count the MACs of every point; after an evaluation, of every clip."""
     from videoadapt.commands.tables import print_flops
     from videoadapt.evaluation.costs import flops as run
     from videoadapt.report.plots import draw_costs
@@ -221,95 +247,108 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     drawn = draw_costs(loaded.run.dir, result)
     _show(result, as_json, print_flops)
     if drawn and not as_json:
-        from videoadapt.runtime.console import say
-
         say("figures: " + ", ".join(map(str, drawn)))
 
 
 @app.command()
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option(help="Ranks of the job, over all its nodes.", show_default=False)],
+    gpus: Annotated[int, typer.Option(help="Number of ranks of the job, over all its nodes.", show_default=False)],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Predicted step time, GPU-hours and memory of every layout of ranks."""
+    """Predict step time, GPU-hours and memory of each layout."""
     from videoadapt.performance.plan import plan as run
     from videoadapt.performance.plan import print_plan
 
-    summary = run(_load(config, overrides), gpus)
-    _show(asdict(summary), as_json, lambda _: print_plan(summary))
-
-
-VideosAndOverrides = Annotated[
-    list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
-]
-PolicyName = Annotated[
-    str | None,
-    typer.Option(help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS [default: assigned if there is an assigner]"),
-]
-_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
+    _show(run(_load(config, overrides), gpus), as_json, print_plan)
 
 
 @app.command()
-def predict(config: ConfigFile, videos: VideosAndOverrides, policy: PolicyName = None, as_json: Json = False) -> None:
-    """Classes, chosen point and cost of video files."""
-    from videoadapt.commands.tables import print_predictions
-    from videoadapt.evaluation.predict import predict_files
-
-    overrides = [word for word in videos if _OVERRIDE.fullmatch(word) and not Path(word).exists()]
-    paths = [word for word in videos if word not in overrides]
-    result = predict_files(_load(config, overrides), paths, policy)
-    _show(result, as_json, print_predictions)
-    if result["failed"]:
-        raise UserError("; ".join(row["cause"] for row in result["failed"]))
-
-
-bench = typer.Typer(no_args_is_help=True, help="Our parts beside what people would use instead, on this machine.")
-app.add_typer(bench, name="bench")
-SettingsAndVideos = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="rounds=5, clips=6 (in a round) ...; video files instead of the generated ones.",
-        show_default=False,
-        metavar="[KEY=VALUE]... [VIDEO]...",
-    ),
-]
-_SETTING = re.compile(r"[a-z_]+=.*")
-
-
-@bench.command("data")
-def bench_data(words: SettingsAndVideos = None, as_json: Json = False) -> None:
-    """Clips per CPU-second and memory of our loaders, pytorchvideo's, torchcodec and ffmpeg."""
-    from videoadapt.performance.bench.data import bench_data as run
-    from videoadapt.performance.bench.data import print_bench_data
-
-    settings = [word for word in words or [] if _SETTING.fullmatch(word) and not Path(word).exists()]
-    videos = [word for word in words or [] if word not in settings]
-    _show(run(settings, videos), as_json, print_bench_data)
-
-
-@bench.command("points")
-def bench_points(
+def predict(
     config: ConfigFile,
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="rounds=15, batches=[1,8] ...; section.key=value of the config.",
-            show_default=False,
-            metavar="[KEY=VALUE]...",
+    videos: VideosAndOverrides,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS [default: assigned if the run has an assigner, "
+            "else fixed at the costliest point]"
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measured speed of every point beside what its MACs promise."""
+    """Print classes, chosen points and cost of video files."""
+    from videoadapt.commands.tables import print_predictions
+    from videoadapt.evaluation.predict import predict_files
+
+    overrides, paths = _split(videos, _OVERRIDE)
+    result = predict_files(_load(config, overrides), paths, policy)
+    _show(result, as_json, print_predictions)
+    if result["failed"]:  # after the table: one bad file does not hide the results of the others
+        raise UserError("; ".join(row["cause"] for row in result["failed"]))
+
+
+@bench.command("data")
+def bench_data(words: SettingsAndVideos = None, as_json: Json = False) -> None:
+    """Measure clips per CPU-second and memory of our loaders, pytorchvideo's, torchcodec and ffmpeg."""
+    from videoadapt.performance.bench.data import bench_data as run
+    from videoadapt.performance.bench.data import print_bench_data
+
+    settings, videos = _split(words or [], _SETTING)
+    _show(run(settings, videos), as_json, print_bench_data)
+
+
+@bench.command("points")
+def bench_points(config: ConfigFile, words: SettingsAndOverrides = None, as_json: Json = False) -> None:
+    """Measure the speed of every point beside the speed that its MACs predict."""
     from videoadapt.performance.bench.points import bench_points as run
     from videoadapt.performance.bench.points import print_bench_points
 
-    settings, overrides = _settings_and_overrides(words)
+    settings, overrides = _split(words or [], _SETTING)
     _show(run(_load(config, overrides), settings), as_json, print_bench_points)
 
 
-def _settings_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
-    settings = [word for word in words or [] if _SETTING.fullmatch(word)]
-    return settings, [word for word in words or [] if word not in settings]
+def _required(config: Path | None) -> Path:
+    if config is None:
+        raise UserError("missing argument CONFIG, the run's YAML file")
+    return config
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Config:
+    from videoadapt.config.load import load_config
+
+    return load_config(path, overrides or [])
+
+
+def _run_stage(stage: Stage, config: Config) -> Summary:
+    from videoadapt.commands.stage import run_stage
+
+    return run_stage(stage, config)
+
+
+def _read_json(path: Path) -> Summary:
+    content: Summary = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that match a pattern, and the others. A word that is the name of a file never matches."""
+    matching = [word for word in words if pattern.fullmatch(word) and not Path(word).exists()]
+    return matching, [word for word in words if word not in matching]
+
+
+def _show(result: Result, as_json: bool, print_result: Callable[[Result], None]) -> None:
+    """Prints a result, as JSON or as tables. Of several ranks, rank 0 prints for the job."""
+    if rank_env(os.environ).rank != 0:
+        return
+    # One shard of an array job has no table: its result only says which shard is done.
+    is_shard = isinstance(result, Mapping) and "shard" in result
+    if as_json or is_shard:
+        _print_json(result)
+    else:
+        print_result(result)
+
+
+def _print_json(result: object) -> None:
+    content = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    print(json.dumps(content, indent=2))

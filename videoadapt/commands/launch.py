@@ -1,7 +1,9 @@
-"""Stages as jobs of SLURM, or of this machine, through submitit.
+"""Runs stages as SLURM jobs, or as processes of this machine, through submitit.
 
-What is submitted is `jobs.run_stage`, as `srun videoadapt STAGE CONFIG` in `slurm/*.sbatch` calls it. The config is
-kept as it is at submission: a job that waits or comes back does not see later changes of the file.
+A job calls `stage.run_stage`, as `srun videoadapt STAGE CONFIG` in `slurm/*.sbatch` does. It carries the config as it
+is at submission: if the file changes while the job waits or is requeued, the job does not see the change.
+
+Only the verb `launch` imports this module, because submitit is slow to import.
 """
 
 from __future__ import annotations
@@ -10,27 +12,26 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-from submitit.core.utils import DelayedSubmission
+import submitit
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
-from videoadapt.commands.stage import Stage, run_stage
+from videoadapt.commands.stage import Stage, Summary, run_stage
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError
-from videoadapt.runtime.console import print_table, say
+from videoadapt.runtime.console import say
 from videoadapt.runtime.slurm import cancel
 
-if TYPE_CHECKING:
-    import submitit
-
 STAGES: tuple[Stage, ...] = get_args(Stage)
-_NO_LIMIT_MINUTES = 366 * 24 * 60
+_NO_LIMIT_MINUTES = 366 * 24 * 60  # submitit's local executor needs a limit: a year
+_SQUEUE_EVERY_S = 60  # how often a handle asks SLURM for the state of its job, unless forced
 
 
 @dataclass(frozen=True)
 class Job:
-    """One submission: a stage on `nodes * tasks_per_node` ranks, or, with `shards`, an array of as many jobs."""
+    """A job to submit: a stage on `nodes * tasks_per_node` ranks, or an array of `shards` such jobs."""
 
     stage: Stage
     nodes: int
@@ -39,15 +40,54 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the job, or of each job of the array."""
+        """Number of ranks of the job; of an array, ranks of each of its jobs."""
         return self.nodes * self.tasks_per_node
 
 
-def jobs_of(config: Config) -> list[Job]:
-    """The submissions of `launch.stage`, each of which needs the one before it.
+@dataclass(frozen=True)
+class Submission:
+    """A job that was submitted, or, on this machine, has run."""
 
-    With `launch.shards`, label and evaluate are two: an array that scores, and a job that puts the scores together.
-    One machine gains nothing from an array, and runs none.
+    stage: Stage
+    id: str
+    ranks: int
+    shards: int
+    log: str  # path of the log file; of an array, a pattern
+    sbatch: str  # the equivalent sbatch command; empty on this machine
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """The result of `launch`."""
+
+    cluster: str  # "slurm" or "local"
+    jobs: list[Submission]
+
+
+def launch(config: Config, words: Sequence[str]) -> LaunchResult:
+    """Submits the jobs of `launch.stage`. Each job starts when the job before it has succeeded.
+
+    With `launch.cluster=slurm`, returns as soon as all jobs are submitted. If SLURM refuses one, the jobs before it
+    are cancelled. With `launch.cluster=local`, runs the jobs here, one after the other, and returns after the last.
+
+    Args:
+        config: The config of the run.
+        words: The config file and the overrides as the user gave them. They appear in the equivalent sbatch commands.
+
+    Raises:
+        ConfigError: `launch.cluster=local` with more than one node.
+        RunError: SLURM refuses a job, or a job fails on this machine.
+    """
+    jobs = jobs_of(config)
+    submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
+    return LaunchResult(config.launch.cluster, submitted)
+
+
+def jobs_of(config: Config) -> list[Job]:
+    """Returns the jobs of `launch.stage` in their order.
+
+    With `launch.shards` > 1 on SLURM, `label` and `evaluate` take two jobs each: an array that scores the shards, and
+    a job that merges the scores. On one machine an array gains nothing, so there is none.
     """
     arrays = config.launch.shards > 1 and config.launch.cluster == "slurm"
     stages = STAGES if config.launch.stage == "all" else (config.launch.stage,)
@@ -55,7 +95,7 @@ def jobs_of(config: Config) -> list[Job]:
     for stage in stages:
         if stage in ("label", "evaluate") and arrays:
             jobs += [Job(stage, 1, 1, config.launch.shards), Job(stage, 1, 1)]
-        elif stage == "assign":
+        elif stage == "assign":  # the assigner is small: it trains on one rank
             jobs.append(Job(stage, 1, 1))
         else:
             jobs.append(Job(stage, config.slurm.nodes, config.slurm.tasks_per_node))
@@ -63,9 +103,9 @@ def jobs_of(config: Config) -> list[Job]:
 
 
 def sbatch_options(job: Job, config: Config) -> dict[str, str]:
-    """What a job asks sbatch for, by option; an empty value stands for an option that takes none."""
+    """Returns the sbatch options of a job, without their dashes. An empty value marks an option that takes none."""
     slurm = config.slurm
-    asked = {
+    options = {
         "job-name": f"videoadapt-{job.stage}",
         "partition": slurm.partition,
         "account": slurm.account,
@@ -79,108 +119,100 @@ def sbatch_options(job: Job, config: Config) -> dict[str, str]:
         "gpus-per-task": slurm.gpus_per_task or None,
         "cpus-per-task": slurm.cpus_per_task,
         "mem": slurm.mem_gb and f"{slurm.mem_gb}G",
-        "signal": f"USR2@{slurm.signal_s}",
-        "requeue": "",
-        "open-mode": "append",
+        "signal": f"USR2@{slurm.signal_s}",  # sent to the ranks before the time limit; see `run_stage`
+        "requeue": "",  # after preemption or the failure of a node
+        "open-mode": "append",  # a requeued job keeps the log of its earlier starts
         "array": f"0-{job.shards - 1}" if job.shards > 1 else None,
     }
-    return {option: str(value) for option, value in asked.items() if value is not None}
+    return {option: str(value) for option, value in options.items() if value is not None}
 
 
 def sbatch_line(job: Job, config: Config, words: Sequence[str], after: str | None) -> str:
-    """The command that submits the same by hand; `words` are the config file and overrides, `after` a job's id.
+    """Returns the shell command that submits the same job by hand.
 
-    Lines of `slurm.setup` have no option: they go into the file.
+    The lines of `slurm.setup` are missing, because sbatch has no option for them: they belong into the sbatch file.
+
+    Args:
+        job: The job.
+        config: The config of the run.
+        words: The config file and the overrides.
+        after: The id of the job that must succeed first, if there is one.
     """
-    no_gpu = {"gpus-per-task": "0"}  # the file asks for one
-    options = no_gpu | sbatch_options(job, config) | _chained(after)
+    no_gpu = {"gpus-per-task": "0"}  # the sbatch file asks for one GPU, which the command must be able to revoke
+    options = no_gpu | sbatch_options(job, config) | _dependency(after)
     flags = [f"--{option}={value}" if value else f"--{option}" for option, value in options.items()]
     return shlex.join(["sbatch", *flags, f"slurm/{job.stage}.sbatch", *words])
 
 
-def launch(config: Config, words: Sequence[str]) -> dict[str, Any]:
-    """Submits the jobs of `launch.stage`, each to start when the one before it has succeeded.
+def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.Job[Summary]]:
+    """Submits a job to SLURM.
 
-    `words` are the config file and overrides as given, for the equivalent sbatch lines. On SLURM it returns at once
-    with ids, log files and these lines; if one is refused, those before it are cancelled. With `launch.cluster=local`
-    the jobs run here one after the other, and it returns when they are done. Raises `ConfigError` or `RunError`.
+    Args:
+        job: The job.
+        config: The config of the run.
+        after: The id of the job that must succeed first, if there is one.
+
+    Returns:
+        The handle of the job; of an array, one handle per shard. They know the state of the job without sacct.
+
+    Raises:
+        RunError: SLURM refuses the job, or is not installed.
     """
-    jobs = jobs_of(config)
-    submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
-    return {"cluster": config.launch.cluster, "jobs": submitted}
-
-
-def print_launch(result: dict[str, Any]) -> None:
-    """Ids, log files, and the sbatch lines."""
-    rows = [(job["stage"], job["id"], job["ranks"], job["shards"], job["log"]) for job in result["jobs"]]
-    print_table("Jobs", ("stage", "id", "ranks", "shards", "log"), rows)
-    for job in result["jobs"]:
-        if job["sbatch"]:
-            print(job["sbatch"])
-
-
-class StageCall:
-    """What submitit carries to the job: a stage and its config."""
-
-    def __init__(self, job: Job, config: Config, shard: int | None = None) -> None:
-        parallel = {"ranks": job.ranks, "shard": None if shard is None else f"{shard}/{job.shards}"}
-        self.stage = job.stage
-        self.values = config.model_dump(mode="json")
-        self.values["parallel"] |= parallel
-
-    def __call__(self) -> dict[str, Any]:
-        """Runs the stage."""
-        return run_stage(self.stage, make_config(self.values, "the config at submission"))
-
-
-def _submit_all(jobs: Sequence[Job], config: Config, words: Sequence[str]) -> list[dict[str, Any]]:
-    submitted: list[dict[str, Any]] = []
-    before: str | None = None
+    shards = [None] if job.shards == 1 else list(range(job.shards))
+    calls = [StageCall(job, config, shard) for shard in shards]
     try:
-        for job in jobs:
-            line = sbatch_line(job, config, words, before)
-            handles = submit(job, config, before)
-            before = handles[0].job_id.split("_")[0]  # of the array, not of its first job
-            log = handles[0].paths.stdout if job.shards == 1 else _folder(config) / f"{before}_*" / "*.out"
-            submitted.append(_told(job, before, log, line))
-    except (RunError, KeyboardInterrupt):
-        if submitted:
-            say(_withdrawn(submitted))
-        raise
-    return submitted
-
-
-def _withdrawn(submitted: Sequence[dict[str, Any]]) -> str:
-    """Cancels the jobs of a chain that cannot be completed, and says what became of them."""
-    named = ", ".join(f"{job['stage']} {job['id']}" for job in submitted)
-    try:
-        cancel([job["id"] for job in submitted])
-    except RunError as error:
-        return f"already submitted: {named}; {error}"
-    return f"cancelled, as the chain cannot be completed: {named}"
-
-
-def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.Job[dict[str, Any]]]:
-    """Submits one job, or the jobs of an array, to SLURM. Raises `RunError` where it is refused.
-
-    The handles know the state of their jobs also where SLURM keeps no accounts.
-    """
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    pass
-
-    calls = [StageCall(job, config)] if job.shards == 1 else [StageCall(job, config, i) for i in range(job.shards)]
-    try:
-        executor = SqueueExecutor(folder=_folder(config) / "%j")
+        executor = SqueueExecutor(folder=_job_folder(config) / "%j")
         executor.update_parameters(**_submitit_parameters(job, config, after))
         return executor.submit_array(calls)
     except (RuntimeError, OSError, FailedJobError, FailedSubmissionError) as error:
         raise RunError(f"{job.stage} cannot be submitted: {error}") from error
 
 
+class StageCall:
+    """The function that submitit pickles and a job calls: a stage with its config."""
+
+    def __init__(self, job: Job, config: Config, shard: int | None = None) -> None:
+        parallel = {"ranks": job.ranks, "shard": None if shard is None else f"{shard}/{job.shards}"}
+        self.stage = job.stage
+        self.values = config.model_dump(mode="json")  # plain values: a pickled Config would tie the job to its class
+        self.values["parallel"] |= parallel
+
+    def __call__(self) -> Summary:
+        """Runs the stage and returns its summary."""
+        return run_stage(self.stage, make_config(self.values, "the config at submission"))
+
+
+def _submit_all(jobs: Sequence[Job], config: Config, words: Sequence[str]) -> list[Submission]:
+    """Submits jobs that depend on each other; cancels them all if one is refused."""
+    submitted: list[Submission] = []
+    before: str | None = None
+    try:
+        for job in jobs:
+            line = sbatch_line(job, config, words, before)
+            handles = submit(job, config, before)
+            before = handles[0].job_id.split("_")[0]  # 7 of 7_0: the next job waits for the whole array
+            log = handles[0].paths.stdout if job.shards == 1 else _job_folder(config) / f"{before}_*" / "*.out"
+            submitted.append(Submission(job.stage, before, job.ranks, job.shards, str(log), line))
+    except (RunError, KeyboardInterrupt):
+        if submitted:
+            say(_cancel_all(submitted))
+        raise
+    return submitted
+
+
+def _cancel_all(submitted: Sequence[Submission]) -> str:
+    """Cancels the jobs of an incomplete chain; returns a message with the outcome."""
+    names = ", ".join(f"{job.stage} {job.id}" for job in submitted)
+    try:
+        cancel([job.id for job in submitted])
+    except RunError as error:
+        return f"already submitted: {names}; {error}"
+    return f"cancelled, because the chain cannot be completed: {names}"
+
+
 def _submitit_parameters(job: Job, config: Config, after: str | None) -> dict[str, Any]:
-    """`sbatch_options` for submitit, which itself adds those of the log, the signal and the array."""
-    options = sbatch_options(job, config) | _chained(after)
+    """Returns `sbatch_options` as the parameters of submitit, which sets some options by names of its own."""
+    options = sbatch_options(job, config) | _dependency(after)
     for option in ("job-name", "nodes", "ntasks-per-node", "time", "signal", "open-mode", "array"):
         options.pop(option, None)
     return {
@@ -190,25 +222,24 @@ def _submitit_parameters(job: Job, config: Config, after: str | None) -> dict[st
         "time": config.slurm.time_minutes,
         "signal_delay_s": config.slurm.signal_s,
         "setup": list(config.slurm.setup),
-        # A rank that fails ends the others. srun does not take the CPUs from sbatch in all versions.
+        # When one rank fails, srun ends the others. Since SLURM 22.05, srun does not inherit sbatch's CPUs per task.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.slurm.cpus_per_task}"],
         "additional_parameters": {option: value or True for option, value in options.items()},
     }
 
 
-def _chained(after: str | None) -> dict[str, str]:
+def _dependency(after: str | None) -> dict[str, str]:
+    # kill-on-invalid-dep: without it, a job whose predecessor has failed stays in the queue for ever.
     return {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}
 
 
-def _run_here(jobs: Sequence[Job], config: Config) -> list[dict[str, Any]]:
-    import submitit
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
+def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
+    """Runs jobs one after the other as processes of this machine."""
     done = []
     for job in jobs:
         if job.nodes > 1:
-            raise ConfigError(f"slurm.nodes: launch.cluster=local has one node, this machine, not {job.nodes}")
-        executor = submitit.LocalExecutor(folder=_folder(config) / "%j")
+            raise ConfigError(f"slurm.nodes is {job.nodes}; with launch.cluster=local it must be 1, this machine")
+        executor = submitit.LocalExecutor(folder=_job_folder(config) / "%j")
         executor.update_parameters(
             tasks_per_node=job.tasks_per_node,
             gpus_per_node=job.tasks_per_node * config.slurm.gpus_per_task,
@@ -221,25 +252,18 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[dict[str, Any]]:
         except (FailedJobError, UncompletedJobError) as error:
             raise RunError(f"{job.stage} failed; see {handle.paths.stderr}") from error
         except KeyboardInterrupt:
-            handle.cancel()
+            handle.cancel()  # the job has a process group of its own, which Ctrl-C does not reach
             raise
-        done.append(_told(job, handle.job_id, handle.paths.stdout, ""))
+        done.append(Submission(job.stage, handle.job_id, job.ranks, job.shards, str(handle.paths.stdout), ""))
     return done
 
 
-def _told(job: Job, number: str, log: Path, line: str) -> dict[str, Any]:
-    return {
-        "stage": job.stage,
-        "id": number,
-        "ranks": job.ranks,
-        "shards": job.shards,
-        "log": str(log),
-        "sbatch": line,
-    }
-
-
-def _folder(config: Config) -> Path:
+def _job_folder(config: Config) -> Path:
     return config.run.dir.absolute() / "jobs"
+
+
+# submitit asks sacct for the states of jobs. sacct needs a database, which small clusters do not have. The classes
+# below ask squeue instead.
 
 
 class SqueueWatcher(SlurmInfoWatcher):
@@ -250,24 +274,24 @@ class SqueueWatcher(SlurmInfoWatcher):
         return ["squeue", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i|%T|%N"] if jobs else None
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """States and nodes by job, from what squeue printed."""
+        """Returns state and nodes by job id, from the output of squeue."""
         text = string if isinstance(string, str) else string.decode()
         _, *lines = text.splitlines()
-        return super().read_info("\n".join(["JobID|State|NodeList", *lines]))
+        return super().read_info("\n".join(["JobID|State|NodeList", *lines]))  # the header that sacct prints
 
 
 class SqueueJob(SlurmJob[Any]):
-    """A job that knows its state where there is no sacct."""
+    """A job that asks squeue for its state."""
 
-    watcher = SqueueWatcher(delay_s=60)
+    watcher = SqueueWatcher(delay_s=_SQUEUE_EVERY_S)
 
 
 class SqueueExecutor(SlurmExecutor):
-    """Submits such jobs."""
+    """Submits jobs as `SqueueJob`."""
 
     job_class = SqueueJob
 
     def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Any]:
         jobs = super()._internal_process_submissions(delayed_submissions)
-        # Those of an array come as jobs of the base class.
+        # submitit makes the jobs of an array of its own class, whatever `job_class` is.
         return [SqueueJob(self.folder, job.job_id, tasks=list(range(job.num_tasks))) for job in jobs]

@@ -1,7 +1,7 @@
-"""A stage as a job: what a verb, `srun` and submitit all call, and what becomes of a job that is told to stop.
+"""Runs one stage as a job, and handles the signals that SLURM sends to the job.
 
-Imports no stage before the handlers of the job's signals are installed: importing torch takes seconds, in which a
-signal would kill the job for good.
+The command line, `srun` and submitit all call `run_stage`. This module imports no stage at its head: importing torch
+takes seconds, and a signal that arrives in them would kill the job. The handlers are installed first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
@@ -19,23 +19,38 @@ from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopReque
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
 Stage = Literal["train", "label", "assign", "evaluate"]
+Summary: TypeAlias = dict[str, Any]  # the result of a stage, with the keys of its JSON file
 
-_KILLED_WITHIN_S = 600.0  # clusters grant less
-_TERMINATED = 128 + signal.SIGTERM  # exit code
+_END_TIMEOUT_S = 600.0  # SLURM kills a job sooner: its grace time is rarely more than a few minutes
+_TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 
 
-def run_stage(stage: Stage, config: Config) -> dict[str, Any]:
-    """Runs a stage to its end and returns its summary; in a SLURM job, signals make it save first.
+def run_stage(stage: Stage, config: Config) -> Summary:
+    """Runs a stage to its end. In a SLURM job, a signal makes the stage save first.
 
-    Near its time limit (SIGUSR1, SIGUSR2) the job is then requeued, at most `slurm.max_restarts` times: `SystemExit`,
-    or `RunError` after the last. At preemption (SIGTERM) it waits for its end, after which SLURM requeues it: a job
-    that ended by itself would count as completed.
+    - SIGUSR1 or SIGUSR2 (the time limit is near): rank 0 requeues the job, at most `slurm.max_restarts` times.
+    - SIGTERM (preemption): SLURM itself requeues the job. This process waits until SLURM ends it, because a job that
+      ends by itself counts as completed.
+
+    Args:
+        stage: The stage to run.
+        config: The config of the run.
+
+    Returns:
+        The summary of the stage.
+
+    Raises:
+        SystemExit: The job was requeued or preempted. The exit code is 143.
+        RunError: The job has no restarts left, or the stage failed.
+        UserError: The config or the input of the stage is wrong.
+        KeyboardInterrupt: Ctrl-C; outside a SLURM job also the other signals.
     """
     job = slurm_job(os.environ)
-    if job is not None and job.restarts > config.slurm.max_restarts:
+    if job is not None and job.restarts > config.slurm.max_restarts:  # SLURM also requeues after a node has failed
         raise RunError(_out_of_restarts(job, config))
     if job is not None:
-        for number in WARNINGS:  # one that comes after the stage has ended, on some ranks first, must not kill it
+        # Some ranks end the stage before others. A warning that arrives after the end must not kill them.
+        for number in WARNINGS:
             signal.signal(number, signal.SIG_IGN)
     with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
@@ -44,11 +59,12 @@ def run_stage(stage: Stage, config: Config) -> dict[str, Any]:
             if job is None or stopped.signal not in JOB_SIGNALS:
                 raise
             warned = stopped.signal in WARNINGS
-        # Outside the `except`, which would keep the stage's workers alive: they get the signals that follow.
-        _leave(job, warned, config)
+        # After the `except`, whose exception would keep the stage's workers alive. Workers get the next signals too.
+        _wait_for_end(job, warned, config)
 
 
-def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
+def _function(stage: Stage) -> Callable[[Config], Summary]:
+    """Imports a stage and returns its function."""
     if stage == "train":
         from videoadapt.training.train import train
 
@@ -66,25 +82,28 @@ def _function(stage: Stage) -> Callable[[Config], dict[str, Any]]:
     return evaluate
 
 
-def _leave(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
-    """Waits until SLURM ends this process: one that ends before has failed, or completed, and takes the job along."""
+def _wait_for_end(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
+    """Requeues a warned job, then waits until SLURM ends this process.
+
+    A process that ends earlier counts as failed or as completed, and `srun` then ends the other ranks with it.
+    """
     if warned and job.restarts >= config.slurm.max_restarts:
         raise RunError(_out_of_restarts(job, config))
-    ends: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: ends.append(number))
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     if not warned:
-        say(f"job {job.id} loses its nodes: saved, waiting for the end")
-    elif rank_env(os.environ).rank == 0:
+        say(f"job {job.id} is preempted: saved, waiting for the end")
+    elif rank_env(os.environ).rank == 0:  # one rank requeues for all
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
-    deadline = time.monotonic() + _KILLED_WITHIN_S
-    while not ends and time.monotonic() < deadline:
-        time.sleep(0.5)  # which a signal that another thread gets does not end
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while not received and time.monotonic() < deadline:
+        time.sleep(0.5)  # polled: a signal that another thread receives does not interrupt the sleep
     raise SystemExit(_TERMINATED)
 
 
 def _out_of_restarts(job: SlurmJob, config: Config) -> str:
     return (
-        f"job {job.id} was restarted {job.restarts} times and may not be again (slurm.max_restarts "
-        f"{config.slurm.max_restarts}); what is saved is intact: submit it again to go on"
+        f"job {job.id} was restarted {job.restarts} times, and slurm.max_restarts is {config.slurm.max_restarts}. "
+        "Everything saved is intact: submit the job again to continue"
     )

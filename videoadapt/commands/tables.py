@@ -1,84 +1,96 @@
-"""Results as files and as the tables that people read."""
+"""Prints the results of the verbs as tables and sentences.
+
+The input is the result of a stage, with the keys of its JSON file, or the dataclass that a function returns. Tables go
+to stdout, sentences to stderr: `videoadapt VERB > file` keeps the tables alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from videoadapt.commands.stage import Summary
 from videoadapt.runtime.console import macs, percent, print_table, say
 
-SHOWN = 10  # failed videos
-_CAUSES_SHOWN, _EXAMPLES_SHOWN = 4, 2  # so that a population fits on a screen
-_CLASSES_SHOWN = 20  # of the mix of points
+if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them at most
+    from videoadapt.commands.demo import DemoResult
+    from videoadapt.commands.launch import LaunchResult
+    from videoadapt.data.index.check import CheckResult
+
+# Limits that keep a result on one screen
+_FAILURES_SHOWN = 10
+_CAUSES_SHOWN = 4
+_EXAMPLES_SHOWN = 2
+_CLASSES_SHOWN = 20  # an even number: half of them the costliest, half the cheapest
 
 
-def print_index(summary: dict[str, Any]) -> None:
-    """The population on one screen: what was listed, what of it can be read, and what is doubtful about it."""
+def print_index(summary: Summary) -> None:
+    """Prints the population of a manifest: videos by split and status, then duplicates and leaks."""
+    columns = ("split", "listed", "readable", "missing", "broken", "damaged", "classes", "hours")
     rows = [
         (
             name,
-            *(s[key] for key in ("listed", "ok", "missing", "broken", "damaged", "classes")),
-            f"{s['hours']:.2f}",
-            " / ".join(f"{seconds:.1f}" for seconds in s["seconds"]) or "-",
+            *(split[key] for key in ("listed", "ok", "missing", "broken", "damaged", "classes")),
+            f"{split['hours']:.2f}",
+            " / ".join(f"{seconds:.1f}" for seconds in split["seconds"]) or "-",
         )
-        for name, s in summary["splits"].items()
+        for name, split in summary["splits"].items()
     ]
-    columns = (
-        "split",
-        "listed",
-        "readable",
-        "missing",
-        "broken",
-        "damaged",
-        "classes",
-        "hours",
-        "shortest / median / longest s",
-    )
-    print_table(f"Manifest {summary['manifest']}, of {summary['classes']} classes", columns, rows)
+    title = f"Manifest {summary['manifest']}, of {summary['classes']} classes"
+    print_table(title, (*columns, "shortest / median / longest s"), rows)
     if summary["readers"]:
         readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
-        say(f"readers to trust: {readers}; decoded whole to find damage: {summary['verified']}")
+        say(f"videos by exact reader: {readers}; decoded completely to find damage: {summary['verified']}")
     _say_examples("missing files", summary["missing"])
-    for cause in summary["broken"][:_CAUSES_SHOWN]:
-        say(f"broken: {cause['count']} of cause `{cause['cause']}`, the first {cause['first'][0]}")
-    others = summary["broken"][_CAUSES_SHOWN:]
-    if others:
-        say(f"broken: {sum(cause['count'] for cause in others)} of {len(others)} other causes, in index.json")
+    _say_causes(summary["broken"])
     _say_examples("damaged", summary["damaged"])
     duplicates, leaks = summary["duplicates"], summary["leaks"]
     _say_examples("listed twice, counted once", duplicates["listed_twice"])
-    _say_examples("further files of the same name", duplicates["further_files"])
+    _say_examples("unused files, because another file has the same name", duplicates["further_files"])
     _say_examples("groups of files with the same content", duplicates["same_content"])
     _say_examples("leaks between splits, the same video", leaks["same_id"])
     _say_examples("leaks between splits, clips of the same YouTube video", leaks["same_source"])
     _say_examples("leaks between splits, the same content", leaks["same_content"])
-    if not any(some["count"] for some in (*duplicates.values(), *leaks.values())):
+    if not any(examples["count"] for examples in (*duplicates.values(), *leaks.values())):
         say("no duplicates, and no leaks between splits")
 
 
-def _say_examples(name: str, some: dict[str, Any]) -> None:
-    """How many there are and the first of them; nothing if there are none."""
-    if not some["count"]:
+def _say_examples(name: str, examples: Mapping[str, Any]) -> None:
+    """Prints a count and its first examples; nothing for a count of 0."""
+    if not examples["count"]:
         return
-    say(f"{name}: {some['count']}")
-    for item in some["first"][:_EXAMPLES_SHOWN]:
+    say(f"{name}: {examples['count']}")
+    for item in examples["first"][:_EXAMPLES_SHOWN]:
         say("  " + (item if isinstance(item, str) else "  =  ".join(item[:_EXAMPLES_SHOWN])))
 
 
-def print_check(result: dict[str, Any]) -> None:
-    """How the files differ from their manifest."""
-    changes = result["changes"]
-    rows = [*changes.items(), ("unchanged", result["unchanged"]), ("listed", result["videos"])]
-    print_table("Check", (f"manifest {result['manifest']}", "videos"), rows)
-    for difference in result["differences"][:SHOWN]:
-        cause = f": {difference['cause']}" if difference["cause"] else ""
-        say(f"  {difference['change']}: {difference['path']} ({difference['split']}){cause}")
-    if len(result["differences"]) > SHOWN:
-        say(f"  and {len(result['differences']) - SHOWN} more; --json lists all")
+def _say_causes(broken: Sequence[Mapping[str, Any]]) -> None:
+    for cause in broken[:_CAUSES_SHOWN]:
+        say(f"broken: {cause['count']} with the cause `{cause['cause']}`, for example {cause['first'][0]}")
+    others = broken[_CAUSES_SHOWN:]
+    if others:
+        say(f"broken: {sum(cause['count'] for cause in others)} with {len(others)} other causes; see index.json")
 
 
-def print_train(summary: dict[str, Any]) -> None:
-    """Training metrics of the last epoch."""
+def print_check(result: CheckResult) -> None:
+    """Prints which files have changed since their manifest was made."""
+    rows = [*result.changes.items(), ("unchanged", result.unchanged), ("listed", result.videos)]
+    print_table("Check", (f"manifest {result.manifest}", "videos"), rows)
+    for difference in result.differences[:_FAILURES_SHOWN]:
+        cause = f": {difference.cause}" if difference.cause else ""
+        say(f"  {difference.change}: {difference.path} ({difference.split}){cause}")
+    _say_more(len(result.differences), "--json lists all")
+
+
+def _say_more(count: int, where: str) -> None:
+    """Prints how many of `count` items are not shown."""
+    if count > _FAILURES_SHOWN:
+        say(f"  and {count - _FAILURES_SHOWN} more; {where}")
+
+
+def print_train(summary: Summary) -> None:
+    """Prints loss and top-1 of the last epoch for each point."""
     rows = [
         (point, f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else (point, "not drawn", "-")
         for point, v in summary["points"].items()
@@ -91,66 +103,46 @@ def print_train(summary: dict[str, Any]) -> None:
     )
 
 
-def print_label(summary: dict[str, Any]) -> None:
-    """How often each point is right, and how the labels fall."""
+def print_label(summary: Summary) -> None:
+    """Prints the accuracy of each point, and how many clips have it as their label."""
     total = summary["clips"]
     rows = [
         (point, percent(v["right"]), v["labelled"], percent(v["labelled"] / total))
         for point, v in summary["points"].items()
     ]
-    print_table(
-        f"Labels of {total} clips, source {summary['source']}", ("point", "right %", "labelled", "share %"), rows
-    )
+    title = f"Labels of {total} clips, source {summary['source']}"
+    print_table(title, ("point", "right %", "labelled", "labelled %"), rows)
     say(f"no point is right on {summary['none_right_clips']} clips (rule: {summary['none_right']})")
     for failure in summary["failed"]:
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
 
 
-def print_assign(summary: dict[str, Any]) -> None:
-    """The assigner on the clips that chose its threshold."""
+def print_assign(summary: Summary) -> None:
+    """Prints accuracy and cost of the assigner on the clips that selected its threshold."""
+    mix = ", ".join(f"{point}: {percent(v)} %" for point, v in summary["mix"].items())
+    accuracy = f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}"
+    cost = f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point"
     rows = [
-        ("clips fitted / choosing the threshold", f"{summary['clips_fitted']} / {summary['clips_selecting']}"),
+        ("clips: fitted / selecting", f"{summary['clips_fitted']} / {summary['clips_selecting']}"),
         ("threshold", f"{summary['threshold']:.3f}"),
-        (
-            "accuracy, assigned / costliest %",
-            f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}",
-        ),
+        ("accuracy: assigned / costliest %", accuracy),
         ("MACs saved %", percent(summary["macs_saved"])),
-        ("mix", ", ".join(f"{p}: {percent(v)} %" for p, v in summary["mix"].items())),
-        (
-            "cost per clip",
-            f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point",
-        ),
+        ("mix", mix),
+        ("cost of the assigner per clip", cost),
     ]
-    print_table("Assigner", ("on the clips that chose its threshold", ""), rows)
+    print_table("Assigner", ("on the clips that selected its threshold", ""), rows)
 
 
-def print_evaluate(summary: dict[str, Any]) -> None:
-    """One line per policy: accuracy with intervals, cost, speed."""
-    wrong = summary["failed_count_as"] == "wrong"
-    other = "top1_readable" if wrong else "top1_failed_wrong"
-    rows = []
-    for name, p in summary["policies"].items():
-        difference, low, high = (100 * v for v in p["difference_to_costliest"])
-        speed = "-" if p["clips_per_s"] is None else f"{p['clips_per_s']:.1f}"
-        rows.append(
-            (
-                f"{name} *" if p["pareto"] else name,
-                f"{percent(p['top1'])} ({percent(p['top1_low'])} to {percent(p['top1_high'])})",
-                *((percent(p[other]),) if summary["failed"] else ()),
-                f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
-                "-" if p["top5"] is None else percent(p["top5"]),
-                f"{percent(p['mean_class'])} ({percent(p['mean_class_low'])} to {percent(p['mean_class_high'])})",
-                macs(p["macs_per_view"]),
-                macs(p["macs_per_video"]),
-                percent(p["macs_saved"]),
-                speed,
-            )
-        )
+def print_evaluate(summary: Summary) -> None:
+    """Prints one row per policy (accuracy with intervals, cost, speed), then failures and notes."""
+    failed_count_as_wrong = summary["failed_count_as"] == "wrong"
+    # If videos failed, a second top-1 shows what the other way to count them gives.
+    other = ("readable only", "top1_readable") if failed_count_as_wrong else ("failed as wrong", "top1_failed_wrong")
+    other_column, other_key = other if summary["failed"] else (None, None)
     columns = (
         "policy",
         "top-1 % (95 %)",
-        *(("readable alone" if wrong else "failed as wrong",) if summary["failed"] else ()),
+        *((other_column,) if other_column else ()),
         "to costliest",
         "top-5 %",
         "mean class %",
@@ -161,48 +153,77 @@ def print_evaluate(summary: dict[str, Any]) -> None:
     )
     title = (
         f"{summary['listed']} videos listed, {summary['scored']} read; {summary['temporal_views']} clips x "
-        f"{summary['spatial_crops']} crops a video"
+        f"{summary['spatial_crops']} crops per video"
     )
+    rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
-    counts = "as wrong" if wrong else "not at all (evaluate.failed: exclude)"
-    say("* on the Pareto front of top-1 and MACs: none but the oracle is better and not costlier, or as good for less")
-    say(f"manifest {summary['manifest']}; {len(summary['failed'])} videos failed, and count {counts}")
-    for failure in summary["failed"][:SHOWN]:
+    say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")
+    counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
+    say(f"manifest {summary['manifest']}; {len(summary['failed'])} videos failed, counted as {counted}")
+    for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
-    if len(summary["failed"]) > SHOWN:
-        say(f"  and {len(summary['failed']) - SHOWN} more, in evaluate.json")
-    if summary["hardest_classes"]:
-        hardest = ", ".join(
-            f"{row['class']} {percent(row['top1'])} %"
-            + (f" (taken for {row['taken_for']})" if row["taken_for"] else "")
-            for row in summary["hardest_classes"]
-        )
-        say(f"hardest classes of {next(iter(summary['policies']))}: {hardest}; all classes: evaluate/classes.csv")
+    _say_more(len(summary["failed"]), "see evaluate.json")
+    _say_hardest_classes(summary)
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     else:
-        say("no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random")
+        say("no assigner yet: run `videoadapt label` and `videoadapt assign` to add the policies assigned and random")
     say(
-        "MACs are multiply-adds (the papers' FLOPs), the assigner's included; "
-        "clips/s: assigner, routing and model, decoding apart"
+        "MACs are multiply-adds (the FLOPs of the papers) and include the assigner; "
+        "clips/s covers assigner, routing and model, without decoding"
     )
 
 
-def _say_assigned(row: dict[str, Any], assigner: int) -> None:
-    view, video = macs(row["macs_per_view_without_assigner"]), macs(row["macs_per_video_without_assigner"])
-    say(f"assigned, without its assigner ({macs(assigner)} MACs a clip): {view} MACs a view, {video} a video")
-    difference, low, high = (100 * value for value in row["difference_to_random"])
+def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -> tuple[str, ...]:
+    """Returns the cells of a policy's row; `other_key` names the second top-1, if there is one."""
+    difference, low, high = (100 * v for v in policy["difference_to_costliest"])
+    top1, mean_class = (
+        f"{percent(policy[key])} ({percent(policy[f'{key}_low'])} to {percent(policy[f'{key}_high'])})"
+        for key in ("top1", "mean_class")
+    )
+    return (
+        f"{name} *" if policy["pareto"] else name,
+        top1,
+        *((percent(policy[other_key]),) if other_key else ()),
+        f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
+        "-" if policy["top5"] is None else percent(policy["top5"]),
+        mean_class,
+        macs(policy["macs_per_view"]),
+        macs(policy["macs_per_video"]),
+        percent(policy["macs_saved"]),
+        "-" if policy["clips_per_s"] is None else f"{policy['clips_per_s']:.1f}",
+    )
+
+
+def _say_hardest_classes(summary: Summary) -> None:
+    if not summary["hardest_classes"]:
+        return
+    hardest = ", ".join(
+        f"{row['class']} {percent(row['top1'])} %"
+        + (f" (most often predicted as {row['taken_for']})" if row["taken_for"] else "")
+        for row in summary["hardest_classes"]
+    )
+    policy = next(iter(summary["policies"]))  # the first policy, fixed at the costliest point
+    say(f"hardest classes of {policy}: {hardest}; all classes: evaluate/classes.csv")
+
+
+def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
+    view, video = macs(policy["macs_per_view_without_assigner"]), macs(policy["macs_per_video_without_assigner"])
+    say(
+        f"assigned, without its assigner ({macs(assigner_macs)} MACs per clip): {view} MACs per view, {video} per video"
+    )
+    difference, low, high = (100 * value for value in policy["difference_to_random"])
     say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
 
 
-def print_compare(summary: dict[str, Any]) -> None:
-    """One line per pair of policies."""
+def print_compare(summary: Summary) -> None:
+    """Prints one row per pair of policies: both accuracies, their paired difference, and its p-value."""
     rows = []
     for row in summary["policies"]:
         difference, low, high = (100 * value for value in row["difference"])
         rows.append(
             (
-                " / ".join(dict.fromkeys(row["policies"])),
+                " / ".join(dict.fromkeys(row["policies"])),  # a policy that both sides share is named once
                 *map(percent, row["top1"]),
                 f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
                 *row["right_in_one_only"],
@@ -210,36 +231,40 @@ def print_compare(summary: dict[str, Any]) -> None:
             )
         )
     a, b = summary["runs"]
-    print_table(
-        f"A = {a}, B = {b}, on the {summary['common']} videos of both",
-        ("policy", "A top-1 %", "B top-1 %", "A - B (95 %)", "right in A only", "in B only", "p"),
-        rows,
-    )
+    columns = ("policy", "A top-1 %", "B top-1 %", "A - B (95 %)", "right in A only", "right in B only", "p")
+    print_table(f"A = {a}, B = {b}, on the {summary['common']} videos of both", columns, rows)
+    failed = f"failed videos: {summary['failed_count_as']}"
     if summary["manifests"][0] == summary["manifests"][1]:
         files = "the same files" if summary["files"][0] == summary["files"][1] else "but OTHER FILES of these videos"
-        say(f"the same manifest, {summary['manifests'][0]}, {files}; failed videos: {summary['failed_count_as']}")
+        say(f"the same manifest, {summary['manifests'][0]}, {files}; {failed}")
     else:
         listed = " and ".join(map(str, summary["listed"]))
         say(
             f"the manifests differ ({' and '.join(summary['manifests'])}; {listed} videos listed): only videos that "
-            f"both list are compared; failed videos: {summary['failed_count_as']}"
+            f"both list are compared; {failed}"
         )
-    say("p: exact McNemar test, two-sided, of the videos that only one gets right; no correction for several policies")
+    say("p: exact two-sided McNemar test on the videos that one run alone gets right; not corrected for many policies")
 
 
-def print_flops(summary: dict[str, Any]) -> None:
-    """The costs as tables."""
-    rows = []
-    for point in summary["points"]:
-        parts = [macs(v) for v in point["parts"].values()]
-        rows.append((point["point"], *parts, macs(point["macs_per_view"]), macs(point["macs_per_video"])))
+def print_flops(summary: Summary) -> None:
+    """Prints the MACs of every point by part; after an evaluation, also those of clips, classes and policies."""
+    rows = [
+        (
+            point["point"],
+            *map(macs, point["parts"].values()),
+            macs(point["macs_per_view"]),
+            macs(point["macs_per_video"]),
+        )
+        for point in summary["points"]
+    ]
     columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
-    print_table(f"MACs (multiply-adds; the papers' FLOPs), {summary['views_per_video']} views a video", columns, rows)
+    title = f"MACs (multiply-adds; the FLOPs of the papers), {summary['views_per_video']} views per video"
+    print_table(title, columns, rows)
     if summary["assigner_macs"] is not None:
-        share = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
+        fraction = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
         say(
-            f"assigner: {macs(summary['assigner_macs'])} MACs a clip, "
-            f"{100 * share:.2f} % of a view at the costliest point"
+            f"assigner: {macs(summary['assigner_macs'])} MACs per clip, "
+            f"{100 * fraction:.2f} % of a view at the costliest point"
         )
     if "clips" in summary:
         _print_clips(summary["clips"])
@@ -250,38 +275,35 @@ def print_flops(summary: dict[str, Any]) -> None:
         print_table("Policies, costliest first", ("policy", "MACs/clip", "MACs/video", "top-1 %", "Pareto front"), rows)
 
 
-def _print_clips(report: dict[str, Any]) -> None:
+def _print_clips(report: Mapping[str, Any]) -> None:
+    """Prints the clip-level report: the distribution of costs, and the mix of points by class."""
     rows = [
         (name, *(macs(report[f"macs_per_{name}"][key]) for key in ("mean", "median", "p95")))
         for name in ("clip", "video")
     ]
-    print_table(
-        f"Measured costs, policy {report['policy']} (MACs, all crops)", ("per", "mean", "median", "95th %"), rows
-    )
+    title = f"Measured costs, policy {report['policy']} (MACs, all crops)"
+    print_table(title, ("per", "mean", "median", "95th %"), rows)
     points = list(report["mix"])
-    overall = ("all", "", "", *(percent(v) for v in report["mix"].values()))
-    by_cost = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
-    shown = (
-        by_cost
-        if len(by_cost) <= _CLASSES_SHOWN
-        else [*by_cost[: _CLASSES_SHOWN // 2], *by_cost[-_CLASSES_SHOWN // 2 :]]
-    )
+    overall = ("all", "", "", *map(percent, report["mix"].values()))
+    classes = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
+    title = "Mix of points, % of clips"
+    if len(classes) > _CLASSES_SHOWN:
+        classes = [*classes[: _CLASSES_SHOWN // 2], *classes[-_CLASSES_SHOWN // 2 :]]
+        title += " (the costliest and cheapest classes)"
     lines = [
-        (row["class"], row["clips"], macs(row["macs_per_clip"]), *(percent(row[p]) for p in points)) for row in shown
+        (row["class"], row["clips"], macs(row["macs_per_clip"]), *(percent(row[point]) for point in points))
+        for row in classes
     ]
-    title = "Mix of points, % of clips" + (
-        "" if len(shown) == len(by_cost) else " (the costliest and cheapest classes)"
-    )
     print_table(title, ("class", "clips", "MACs/clip", *points), [overall, *lines])
-    say("files: " + ", ".join(str(Path(name)) for name in report["files"]))
+    say("files: " + ", ".join(report["files"]))
 
 
-def print_predictions(result: dict[str, Any]) -> None:
-    """One line per video."""
+def print_predictions(result: Summary) -> None:
+    """Prints one row per video: its most probable classes, the points of its clips, and its cost."""
     rows = [
         (
             Path(p["path"]).name,
-            ", ".join(f"{name} {share:.2f}" for name, share in zip(p["classes"], p["probabilities"], strict=True)),
+            ", ".join(f"{name} {value:.2f}" for name, value in zip(p["classes"], p["probabilities"], strict=True)),
             " ".join(p["points"]),
             macs(p["macs"]),
         )
@@ -289,3 +311,30 @@ def print_predictions(result: dict[str, Any]) -> None:
     ]
     if rows:
         print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
+
+
+def print_launch(result: LaunchResult) -> None:
+    """Prints the jobs with their ids and log files, then the sbatch commands that submit the same jobs."""
+    rows = [(job.stage, job.id, job.ranks, job.shards, job.log) for job in result.jobs]
+    print_table("Jobs", ("stage", "id", "ranks", "shards", "log"), rows)
+    for job in result.jobs:
+        if job.sbatch:
+            print(job.sbatch)
+
+
+def print_demo(result: DemoResult) -> None:
+    """Prints costs, policies, accuracy by level of difficulty, and the time of each stage."""
+    print_flops(result.costs)
+    print_evaluate(result.evaluation)
+    summary = result.summary
+    policies = list(summary.policies)
+    rows = [
+        (level, int(row["videos"]), f"{row['mean_length']:.2f}", *(percent(row[policy]) for policy in policies))
+        for level, row in summary.levels.items()
+    ]
+    columns = ("level", "videos", "mean length", *policies)
+    print_table("By level of difficulty: mean assigned length, and top-1 %", columns, rows)
+    say("Each level (stripe period and contrast) was designed to need more tokens than the level before it.")
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary.stages.items())
+    files = f"{result.folder / 'summary.json'}, {result.folder / 'accuracy_cost.png'}"
+    say(f"{summary.seconds:.0f} s in total ({stages}); see {files}")
