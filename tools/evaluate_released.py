@@ -108,16 +108,16 @@ def convert(weights: Path, config: Config) -> None:
     model = build_model(config)
     report = load_weights(model, read_weights(weights).tensors)
     say(str(report))
-    new = [row.name for row in report.rows if row.fate == NEW]
+    new = [row.name for row in report.rows if row.status == NEW]
     if new:
         raise CheckpointError(
             f"{weights}: does not fill {new[0]} and {len(new) - 1} more tensors of the model; take a config with the "
             "architecture and the number of classes of the weights"
         )
-    changed = [row for row in report.rows if row.name and row.fate != LOADED]
+    changed = [row for row in report.rows if row.name and row.status != LOADED]
     if changed:
         say(
-            f"note: {len(changed)} tensors are {changed[0].fate} (first: {changed[0].name}); the evaluated model "
+            f"note: {len(changed)} tensors are {changed[0].status} (first: {changed[0].name}); the evaluated model "
             "differs from the released one"
         )
     path = config.run.checkpoint

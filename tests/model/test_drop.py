@@ -288,7 +288,10 @@ def test_each_point_compiles_to_one_graph_with_its_own_shapes() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"drop_blocks": (2, 5)}, r"model\.drop_blocks: 8@0\.7 needs blocks .* with numbers from 1 to 4 .*got \[2, 5\]"),
+        (
+            {"drop_blocks": (2, 5)},
+            r"model\.drop_blocks: 8@0\.7 needs blocks .* with numbers from 1 to 4 .*got \[2, 5\]",
+        ),
         ({"drop_blocks": ()}, r"model\.drop_blocks: 8@0\.7 needs blocks that drop tokens, .*got \[\]"),
         ({"points": ("8", "8@0.99")}, r"model\.points: 8@0\.99 drops so few tokens that it saves nothing; use 8"),
         ({"points": ("8", "8@1.5")}, r"model\.points: point '8@1\.5': expected .*0 < KEEP <= 1"),

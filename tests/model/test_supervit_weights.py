@@ -163,7 +163,7 @@ def test_dropping_changes_the_logits_of_the_description(name: str) -> None:
 def test_every_tensor_of_the_file_finds_its_place(name: str) -> None:
     _, report = loaded(name)
     assert "SuperViT" in report.source
-    counters = {row.name for row in report.rows if row.fate == "new"}
+    counters = {row.name for row in report.rows if row.status == "new"}
     assert all(counter.endswith("num_batches_tracked") for counter in counters)
     assert report.counts["loaded"] == len(report.rows) - len(counters)
 
@@ -179,7 +179,7 @@ def test_a_model_with_norms_of_each_length_gets_copies_and_the_same_logits() -> 
 
 def test_a_file_may_hold_more_lengths_than_the_model() -> None:
     model = TimeSformer(ModelConfig(**DEIT_S | {"points": ["14", "8"]}))
-    unused = {row.source for row in load_weights(model, released("deit_s")).rows if row.fate == "unused"}
+    unused = {row.source for row in load_weights(model, released("deit_s")).rows if row.status == "unused"}
     assert unused == {f"pos_embed_list.{i}[{rows}]" for i in (1, 2) for rows in ("0", "1:")}
 
 

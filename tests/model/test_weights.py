@@ -66,8 +66,8 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def fates(model: TimeSformer, source: Any) -> dict[str, str]:
-    return {row.name or row.source: row.fate for row in load_weights(model, source).rows}
+def statuses(model: TimeSformer, source: Any) -> dict[str, str]:
+    return {row.name or row.source: row.status for row in load_weights(model, source).rows}
 
 
 # Parity with independent implementations.
@@ -164,7 +164,7 @@ def test_distilled_deit_equals_timms_for_students_and_plain_deit_for_the_costlie
 def test_distillation_token_and_head_are_unused_without_a_place() -> None:
     theirs = timm.create_model("deit_tiny_distilled_patch16_224", pretrained=False, depth=1)
     ours = TimeSformer(ModelConfig(width=192, heads=3, depth=1, num_classes=1000, **IMAGE))
-    rows = {row.source: row for row in load_weights(ours, theirs.state_dict()).rows if row.fate == "unused"}
+    rows = {row.source: row for row in load_weights(ours, theirs.state_dict()).rows if row.status == "unused"}
     assert set(rows) == {"dist_token", "head_dist.weight", "head_dist.bias", "pos_embed[1]"}
     assert {row.detail for row in rows.values()} == {"the model has no distillation token"}
 
@@ -229,11 +229,11 @@ def test_real_dinov2_file(shared: Path) -> None:
     sizes: dict[str, Any] = {"width": 384, "heads": 6, "depth": 12, "patch": 14, "size": 196, "layer_scale": 1e-5}
     model = TimeSformer(ModelConfig(**sizes, points=("14", "10", "7"))).eval()
     report = load_weights(model, shared / "weights" / "vit_small_patch14_dinov2.safetensors")
-    assert report.share == 1.0
+    assert report.filled == 1.0
     assert report.counts["resampled"] == 3  # a grid per length
     assert "unused" not in report.counts
-    assert {row.name.split(".")[0] for row in report.rows if row.fate == "new"} == {"blocks", "time_embed", "head"}
-    assert all("temporal_fc" in row.name for row in report.rows if row.fate == "new" and "blocks" in row.name)
+    assert {row.name.split(".")[0] for row in report.rows if row.status == "new"} == {"blocks", "time_embed", "head"}
+    assert all("temporal_fc" in row.name for row in report.rows if row.status == "new" and "blocks" in row.name)
     assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
     text = str(report)
     assert "100.0% of the attention and MLP weights" in text and "pos_embed.grid (37 x 37 to 10 x 10)" in text
@@ -260,7 +260,7 @@ def test_still_video_gives_the_image_models_logits_until_time_is_learned() -> No
 def test_temporal_weights_start_as_copies_of_the_spatial_ones() -> None:
     theirs, ours = tiny_vit(init_values=0.1), make(layer_scale=1e-5)
     before = snapshot(ours)
-    found = fates(ours, theirs.state_dict())
+    found = statuses(ours, theirs.state_dict())
     state = ours.state_dict()
     for i in range(2):
         block = f"blocks.{i}."
@@ -281,7 +281,7 @@ def test_temporal_weights_start_as_copies_of_the_spatial_ones() -> None:
 
 def test_video_weights_in_an_image_model_leave_time_out() -> None:
     rows = load_weights(make(**IMAGE), released_names(randomised(make(points=["14"])))).rows
-    unused = {row.source: row.detail for row in rows if row.fate == "unused"}
+    unused = {row.source: row.detail for row in rows if row.status == "unused"}
     assert set(unused.values()) == {"the model has no temporal attention"}
     assert {"model.time_embed", "model.blocks.1.temporal_fc.bias", "model.blocks.0.temporal_norm1.weight"} <= set(
         unused
@@ -293,7 +293,7 @@ def test_video_weights_in_an_image_model_leave_time_out() -> None:
 
 def test_each_length_starts_from_the_one_that_the_source_has() -> None:
     theirs, ours = tiny_vit(), make()
-    found = fates(ours, theirs.state_dict())
+    found = statuses(ours, theirs.state_dict())
     table = theirs.pos_embed.detach()
     for length in (14, 10, 7):
         key = str(length)
@@ -311,7 +311,7 @@ def test_each_length_starts_from_the_one_that_the_source_has() -> None:
 def test_larger_kernels_see_in_a_larger_image_what_the_kernel_saw() -> None:
     """FlexiViT, section 3.4: the token of an upsampled patch is the token of the patch."""
     theirs, ours = tiny_vit(), make(embed="kernel", **(IMAGE | {"points": ["14", "7"]}))
-    found = fates(ours, theirs.state_dict())
+    found = statuses(ours, theirs.state_dict())
     assert found["patch_embed.proj.7.weight"] == "resampled"
     patch = torch.randn(6, 3, 4, 4)
     large = F.interpolate(patch, size=(8, 8), mode="bicubic", antialias=True)
@@ -321,7 +321,7 @@ def test_larger_kernels_see_in_a_larger_image_what_the_kernel_saw() -> None:
 
 def test_patches_of_another_size_are_resampled() -> None:
     theirs, ours = tiny_vit(patch_size=7), make()
-    assert fates(ours, theirs.state_dict())["patch_embed.proj.10.weight"] == "resampled"
+    assert statuses(ours, theirs.state_dict())["patch_embed.proj.10.weight"] == "resampled"
     expected = resample_patch_embed(theirs.patch_embed.proj.weight.detach(), [4, 4])
     torch.testing.assert_close(ours.patch_embed.proj["10"].weight.detach(), expected)
 
@@ -330,7 +330,7 @@ def test_time_embedding_of_another_clip_length_is_interpolated() -> None:
     source, ours = randomised(make(points=["14"], num_frames=4)), make(points=["14"], num_frames=8)
     ramp = torch.arange(4.0)[:, None].expand(4, 32)
     state = released_names(source) | {"model.time_embed": ramp[None]}
-    assert fates(ours, state)["time_embed"] == "resampled"
+    assert statuses(ours, state)["time_embed"] == "resampled"
     expected = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0])
     torch.testing.assert_close(ours.time_embed.detach(), expected[:, None].expand(8, 32))
 
@@ -347,11 +347,11 @@ def test_shared_parameters_are_filled() -> None:
 
 def test_stem_leaves_patch_weights_unused() -> None:
     rows = load_weights(make(embed="stem"), tiny_vit().state_dict()).rows
-    unused = {row.source: row.detail for row in rows if row.fate == "unused"}
+    unused = {row.source: row.detail for row in rows if row.status == "unused"}
     assert unused == dict.fromkeys(
         ("patch_embed.proj.weight", "patch_embed.proj.bias"), "the model has a convolutional stem"
     )
-    assert "new" == next(row.fate for row in rows if row.name == "patch_embed.proj.14.conv1.weight")
+    assert "new" == next(row.status for row in rows if row.name == "patch_embed.proj.14.conv1.weight")
 
 
 # Heads, precision, the rest.
@@ -361,7 +361,7 @@ def test_head_of_another_class_count_stays_new() -> None:
     ours = make(num_classes=7)
     before = snapshot(ours.head)
     rows = load_weights(ours, tiny_vit().state_dict()).rows
-    told = {(row.name or row.source, row.fate): row.detail for row in rows if "head" in row.name + row.source}
+    told = {(row.name or row.source, row.status): row.detail for row in rows if "head" in row.name + row.source}
     reason = "the file has 5 classes, the model 7"
     assert told == {(f"head.{kind}", fate): reason for kind in ("weight", "bias") for fate in ("new", "unused")}
     assert all(torch.equal(before[name], tensor) for name, tensor in ours.head.state_dict().items())
@@ -376,7 +376,7 @@ def test_half_precision_becomes_the_models() -> None:
 
 def test_what_serves_pretraining_only_is_unused() -> None:
     rows = load_weights(make(), tiny_vit().state_dict() | {"mask_token": torch.zeros(1, 32)}).rows
-    assert [(row.source, row.detail) for row in rows if row.fate == "unused"] == [
+    assert [(row.source, row.detail) for row in rows if row.status == "unused"] == [
         ("mask_token", "serves pretraining only")
     ]
 
@@ -428,7 +428,7 @@ def test_own_checkpoint_gives_its_averaged_weights_if_it_has_them(tmp_path: Path
 
 def test_new_lengths_start_from_the_longest_one() -> None:
     source, target = randomised(make(points=["14", "7"])), make(points=["14", "10", "7"])
-    found = fates(target, source.state_dict())
+    found = statuses(target, source.state_dict())
     assert found["norm.bias.7"] == "loaded" and found["norm.bias.10"] == "copied to each length"
     assert found["pos_embed.grid.10"] == "resampled" and found["pos_embed.grid.7"] == "loaded"
     assert torch.equal(target.norm.bias["10"], source.norm.bias["14"])
@@ -437,7 +437,7 @@ def test_new_lengths_start_from_the_longest_one() -> None:
 
 def test_lengths_that_the_model_lacks_are_unused() -> None:
     rows = load_weights(make(points=["14"]), randomised(make()).state_dict()).rows
-    unused = [row for row in rows if row.fate == "unused"]
+    unused = [row for row in rows if row.status == "unused"]
     assert {row.detail for row in unused} == {"a length that the model lacks"}
     assert all(".10" in row.source or ".7" in row.source for row in unused)
 
@@ -450,7 +450,7 @@ def test_timm_name_takes_timms_pretrained_weights(monkeypatch: pytest.MonkeyPatc
     create = Mock(return_value=theirs)
     monkeypatch.setattr(timm, "create_model", create)
     ours = make()
-    assert load_weights(ours, "deit_small_patch16_224.fb_in1k").share == 1.0
+    assert load_weights(ours, "deit_small_patch16_224.fb_in1k").filled == 1.0
     create.assert_called_once_with("deit_small_patch16_224.fb_in1k", pretrained=True)
     assert torch.equal(ours.cls_token, theirs.cls_token)
     with pytest.raises(CheckpointError, match="4 attention heads, the model has 8"):
@@ -562,6 +562,6 @@ def test_a_grid_that_is_not_square_is_reported() -> None:
     state = copy.copy(tiny_vit().state_dict())
     state["pos_embed"] = torch.randn(1, 1 + 10 * 19, 32)
     rows = load_weights(make(), state).rows
-    assert [(row.source, row.detail) for row in rows if row.fate == "unused"] == [
+    assert [(row.source, row.detail) for row in rows if row.status == "unused"] == [
         ("pos_embed", "not a square grid of positions")
     ]

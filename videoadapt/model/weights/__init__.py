@@ -1,1 +1,4 @@
-"""Pretrained weights of other projects: where they come from, their layouts, and loading. Read first: `load.py`."""
+"""Pretrained weights of other projects: reading their files, translating their names, and filling a model.
+
+Read first: `load.py`; `sources.py` reads files, `layouts.py` translates names.
+"""

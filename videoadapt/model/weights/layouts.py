@@ -1,7 +1,7 @@
-"""How others name and lay out the weights of a (video) ViT, translated to one set of base names.
+"""Translates the names of other projects' (video) ViT weights to one set of base names.
 
 A base name is the name of our own parameter without its length: `blocks.0.norm1.weight` for
-`blocks.0.norm1.weight.14`. Everything here is pure: names and tensors in, names and tensors out.
+`blocks.0.norm1.weight.14`. All functions are pure: they map names and tensors to names and tensors.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 
 from videoadapt.model.norm import SHARED
 
-TOKENS = {"cls_token": "pos_embed.cls", "dist_token": "pos_embed.dist"}  # in the order of their positions
-MOST_PREFIX_TOKENS = 5  # a class token and four registers
+TOKENS = {"cls_token": "pos_embed.cls", "dist_token": "pos_embed.dist"}  # in the order of their rows in a table
+MOST_PREFIX_TOKENS = 5  # a class token and four registers (DINOv2)
 SUPERVIT = "SuperViT"
-NO_LENGTH = ""  # the key of a tensor whose layout knows one length only
+NO_LENGTH = ""  # the key of a tensor that is not per length in its layout
 _PREFIXES = re.compile(r"^((module|_orig_mod|model|timesformer)\.)+")  # DDP, compile, TimeSformer, Hugging Face
 
 
 class Entry(NamedTuple):
-    """A tensor of the source, and what it is called there."""
+    """A tensor of the source."""
 
-    name: str
+    name: str  # in the source
     tensor: Tensor
 
 
 class Layout(NamedTuple):
-    """Whose names they are, and the tensors: base name to length key (`NO_LENGTH`, `"14"`, `"shared"`) to tensor."""
+    """The tensors of a source by base name, and what they show of its architecture."""
 
-    kind: str
-    tensors: dict[str, dict[str, Entry]]
+    kind: str  # whose names the source has
+    tensors: dict[str, dict[str, Entry]]  # by base name, then by length key: `NO_LENGTH`, `"14"` or `"shared"`
 
     @property
     def width(self) -> int:
-        """Of the tokens."""
+        """D, the width of the tokens."""
         return self.tensors["blocks.0.attn.qkv.weight"][NO_LENGTH].tensor.shape[1]
 
     @property
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
     @property
     def layer_scale(self) -> bool:
-        """Whether the residual branches are scaled."""
+        """Whether the residual branches have LayerScale."""
         return "blocks.0.scale1.gamma" in self.tensors
 
     @property
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
     @property
     def dense_head(self) -> bool:
-        """Whether there is a head on patches (LV-ViT)."""
+        """Whether there is an auxiliary head on patch tokens (LV-ViT)."""
         return "aux_head.weight" in self.tensors
 
     @property
@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 
     @property
     def temporal(self) -> bool:
-        """Whether there is attention over time: a video model."""
+        """Whether there is temporal attention, as in a video model."""
         return "blocks.0.temporal_attn.qkv.weight" in self.tensors
 
 
@@ -86,7 +86,11 @@ _OURS = (
 
 
 def split_length(name: str) -> tuple[str, str]:
-    """Our parameter's name as base name and length key: `norm.weight.14` as `norm.weight` and `"14"`."""
+    """Splits the name of one of our parameters: `norm.weight.14` into base name `norm.weight` and length key `"14"`.
+
+    Returns:
+        The base name and the length key: a number, `"shared"`, or `NO_LENGTH` if the parameter is not per length.
+    """
     for pattern in _OURS:
         if match := pattern.fullmatch(name):
             return f"{match['head']}.{match['tail']}".rstrip("."), match["key"]
@@ -97,7 +101,10 @@ _VIT_BLOCK = {"ls1": "scale1", "ls2": "scale2", "temporal_norm1": "temporal_norm
 
 
 def from_vit(name: str) -> str:
-    """The base name of a name of timm's ViT, DeiT, DINOv2, LV-ViT, SuperViT, or facebookresearch/TimeSformer."""
+    """Returns the base name for a name of timm's ViT, DeiT, DINOv2, LV-ViT, SuperViT or facebookresearch/TimeSformer.
+
+    Only LayerScale and the temporal norm have other names than ours.
+    """
     block = re.fullmatch(r"(blocks\.\d+)\.(\w+)\.(.+)", name)
     return f"{block[1]}.{_VIT_BLOCK.get(block[2], block[2])}.{block[3]}" if block else name
 
@@ -128,7 +135,7 @@ _HF_TOP = {
 
 
 def from_hugging_face(name: str) -> str:
-    """The base name of a name of transformers' TimeSformer."""
+    """Returns the base name for a name of the TimeSformer in Hugging Face's transformers."""
     block = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
     if block and block[2] in _HF_BLOCK:
         return f"blocks.{block[1]}.{_HF_BLOCK[block[2]]}.{block[3]}"
@@ -136,26 +143,40 @@ def from_hugging_face(name: str) -> str:
 
 
 def split_positions(name: str, table: Tensor, tokens: Collection[str]) -> dict[str, Entry]:
-    """A table `(1, P + N, D)` as the grid `(N, D)` and a row `(1, D)` for each of `tokens` (of `TOKENS`).
+    """Splits a table of positions into the grid of the patches and the rows of the prefix tokens.
 
-    A table without rows for the prefix (DeiT III) gives its tokens no position: zero. A grid that is not square
-    remains what it is.
+    Args:
+        name: Of the table in the source.
+        table: `(1, P + N, D)`, with the prefix first and N a square number.
+        tokens: The base names of the source; those in `TOKENS` get a row.
+
+    Returns:
+        By base name: `pos_embed.grid` `(N, D)`, and a row `(1, D)` for each token. The row is zero if the table has
+        none for it (DeiT III gives its class token no position). If the table has another shape, it comes back whole
+        as `pos_embed`, which fits nothing and so is reported as unused.
     """
     if table.ndim != 3 or len(table) != 1:  # noqa: PLR2004 - (1, P + N, D)
         return {"pos_embed": Entry(name, table)}
-    rows = table[0]
-    prefix = len(rows) - math.isqrt(len(rows)) ** 2
+    rows = table[0]  # (P + N, D)
+    prefix = len(rows) - math.isqrt(len(rows)) ** 2  # P: what is left beside the largest square
     if prefix > MOST_PREFIX_TOKENS:
         return {"pos_embed": Entry(name, table)}
-    parts = {"pos_embed.grid": Entry(f"{name}[{prefix}:]", rows[prefix:])}
+    split = {"pos_embed.grid": Entry(f"{name}[{prefix}:]", rows[prefix:])}  # (N, D)
     for row, token in enumerate(token for token in TOKENS if token in tokens):
         no_row = Entry("zero, as in the source", torch.zeros_like(rows[:1]))
-        parts[TOKENS[token]] = Entry(f"{name}[{row}]", rows[row : row + 1]) if row < prefix else no_row
-    return parts
+        split[TOKENS[token]] = Entry(f"{name}[{row}]", rows[row : row + 1]) if row < prefix else no_row  # (1, D)
+    return split
 
 
 def recognise(state: Mapping[str, Tensor]) -> Layout | None:
-    """The layout of a state dict and its tensors by base name; none if it is no layout that is known here."""
+    """Finds out whose names a state dict has.
+
+    Args:
+        state: Tensors by the source's names, with or without the prefixes of wrappers such as `module.`.
+
+    Returns:
+        The layout with the tensors by base name, or None if the names are not those of a known ViT.
+    """
     names = {_PREFIXES.sub("", name): name for name in state}
     if any(name.startswith("pos_embed.grid.") for name in names):
         return _checked("videoadapt", _by_length(names, state))
@@ -168,6 +189,7 @@ def recognise(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _by_length(names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Entry]]:
+    """Our own tensors by base name and length key."""
     tensors: dict[str, dict[str, Entry]] = {}
     for stripped, name in names.items():
         base, key = split_length(stripped)
@@ -178,20 +200,22 @@ def _by_length(names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[st
 def _translate(
     names: Mapping[str, str], state: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> dict[str, dict[str, Entry]]:
+    """Another project's tensors by base name, position tables split; only SuperViT's have lengths."""
     flat = {rename(stripped): Entry(name, state[name]) for stripped, name in names.items()}
-    if "patch_embed.conv1.weight" in flat:  # a stem, whose last convolution has the name of a plain patch embedding
+    # A stem's last convolution has the name of a plain patch embedding; ours are all below `patch_embed.proj`.
+    if "patch_embed.conv1.weight" in flat:
         flat = {re.sub(r"^patch_embed\.", "patch_embed.proj.", base): entry for base, entry in flat.items()}
-    lists = [flat.pop(base) for base in sorted(flat) if base.startswith("pos_embed_list.")]
+    tables = [flat.pop(base) for base in sorted(flat) if base.startswith("pos_embed_list.")]  # SuperViT: per length
     if "pos_embed" in flat:
         flat |= split_positions(*flat.pop("pos_embed"), flat.keys())
     if "time_embed" in flat:
         name, table = flat["time_embed"]
         flat["time_embed"] = Entry(name, table.flatten(0, -2))  # (1, T, D) to (T, D)
     tensors = {base: {NO_LENGTH: entry} for base, entry in flat.items()}
-    for name, table in lists:
-        parts = split_positions(name, table, TOKENS.keys() & flat.keys())
-        length = str(math.isqrt(len(parts["pos_embed.grid"].tensor))) if "pos_embed.grid" in parts else name
-        for base, entry in parts.items():
+    for name, table in tables:
+        split = split_positions(name, table, TOKENS.keys() & flat.keys())
+        length = str(math.isqrt(len(split["pos_embed.grid"].tensor))) if "pos_embed.grid" in split else name
+        for base, entry in split.items():
             tensors.setdefault(base, {})[length] = entry
     return tensors
 
@@ -202,9 +226,17 @@ def _checked(kind: str, tensors: dict[str, dict[str, Entry]]) -> Layout | None:
 
 
 def pick(entries: Mapping[str, Entry], key: str) -> tuple[str, Entry]:
-    """The tensor that serves a length: its own, else the shared one, else that of the longest length."""
+    """Picks the tensor that a length starts from: its own, else the shared one, else that of the longest length.
+
+    Args:
+        entries: Tensors by length key, at least one.
+        key: The length key that needs a tensor.
+
+    Returns:
+        The length key of the tensor, and the tensor.
+    """
     for candidate in (key, SHARED):
         if candidate in entries:
             return candidate, entries[candidate]
-    longest = max(entries, key=lambda k: int(k or 0))
+    longest = max(entries, key=lambda k: int(k or 0))  # `NO_LENGTH` is the empty string
     return longest, entries[longest]

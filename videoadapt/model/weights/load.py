@@ -1,6 +1,6 @@
-"""Filling a model with other people's weights, or our own, with an account of every tensor.
+"""Fills a model with pretrained weights, of other projects or our own, and reports what became of every tensor.
 
-All is worked out before anything is copied, so that a refused source leaves the model as it was.
+All new values are computed before the first is copied, so that a refused source leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,72 +26,81 @@ from videoadapt.model.weights.sources import Weights, read_weights
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
 TO_EACH_LENGTH = "copied to each length"
-LEAST_SHARE = 0.99  # of the attention and MLP weights: only biases may be missing, all else is another model
+LEAST_FILLED = 0.99  # of the attention and MLP weights: biases may be missing; more means another architecture
+CORE = re.compile(r"blocks\.\d+\.(\w*attn|mlp)\.")  # attention and MLP weights, which all lengths share
 
 
 class Row(NamedTuple):
-    """What became of one tensor. `name` is ours, empty where `unused`; `source` is theirs, empty where `new`."""
+    """What became of one tensor."""
 
-    name: str
-    fate: str
-    source: str
-    detail: str
+    name: str  # in our model; empty if `unused`
+    status: str  # one of the constants above
+    source: str  # its name in the source; empty if `new`
+    detail: str  # the reason or the change of size, for the reader; may be empty
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The fate of every tensor of the model and of the source.
+    """What became of every tensor of the model and of the source.
 
-    `loaded` as it is; `resampled` to the model's grid, frames or patch size; `copied to each length`; `copied` from
-    spatial to temporal attention; `new`: keeps its initialisation; `unused`: has no place here. `share` is the share
-    of the model's attention and MLP weights, by number of elements, that were filled.
+    The status of a tensor is `loaded` (unchanged), `resampled` (to the model's grid, number of frames or patch size),
+    `copied to each length`, `copied` (from spatial to temporal attention), `new` (the model's tensor keeps its
+    initialisation) or `unused` (the source's tensor has no place in the model).
     """
 
-    source: str
-    rows: tuple[Row, ...]
-    share: float
+    source: str  # names the source and its layout
+    rows: tuple[Row, ...]  # the model's tensors in its order, then the unused ones of the source
+    filled: float  # fraction of the elements of the model's attention and MLP weights that were filled
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of tensors by fate."""
-        return dict(Counter(row.fate for row in self.rows))
+        """Number of tensors by status."""
+        return dict(Counter(row.status for row in self.rows))
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.share:.1%} of the attention and MLP weights filled"]
-        for fate in (LOADED, RESAMPLED, TO_EACH_LENGTH, COPIED, NEW, UNUSED):
-            rows = [row for row in self.rows if row.fate == fate]
+        lines = [f"{self.source}: {self.filled:.1%} of the attention and MLP weights filled"]
+        for status in (LOADED, RESAMPLED, TO_EACH_LENGTH, COPIED, NEW, UNUSED):
+            rows = [row for row in self.rows if row.status == status]
             for detail in dict.fromkeys(row.detail for row in rows):
                 names = [row.name or row.source for row in rows if row.detail == detail]
                 reason = f" ({detail})" if detail else ""
-                lines.append(f"  {fate:{len(TO_EACH_LENGTH)}} {len(names):4}  {_abridge(names)}{reason}")
+                lines.append(f"  {status:{len(TO_EACH_LENGTH)}} {len(names):4}  {_abridge(names)}{reason}")
         return "\n".join(lines)
 
 
 def _abridge(names: Iterable[str]) -> str:
-    """Names without block, length and weight or bias, each once."""
+    """Names without number of block, length, and weight or bias, each once: some hundred tensors in one line."""
     short = (re.sub(r"\b(blocks|layer)\.\d+", r"\1.*", split_length(name)[0]) for name in names)
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias|gamma)$", "", name) for name in short))
 
 
 def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False) -> LoadReport:
-    """Fills a model from a file, a folder, a timm model's name or a state dict, and reports what became of each tensor.
+    """Fills a model with pretrained weights.
 
-    Understood are the names of timm's ViT, DeiT (distilled too) and DINOv2; LV-ViT's, and SuperViT's for both (whose
-    lengths, patch embedding and heads the model must keep to); facebookresearch's TimeSformer (`.pyth`); Hugging Face's
-    TimeSformer (its folder too); and our own, checkpoints included (their EMA, if they have one). Torch files are read
-    with `weights_only=True` only.
+    These names are known: timm's ViT, DeiT (distilled too) and DINOv2; LV-ViT; SuperViT on DeiT and LV-ViT;
+    facebookresearch's TimeSformer (`.pyth`); Hugging Face's TimeSformer (its folder too); and our own, checkpoints
+    included (their EMA, if they have one). SuperViT's weights are trained for its lengths, patch embedding and heads:
+    the model must have the same. Torch files are read with `weights_only=True` only.
 
-    Position grids are resampled bicubically with antialiasing, time embeddings linearly; `nearest` takes the nearest
-    neighbour for both, as TimeSformer's own code does. Patch kernels are resized by pseudo-inverse (FlexiViT, section
-    3.4). From an image model, temporal attention starts as a copy of the spatial one (norm and LayerScale too).
-    A head of another class count is left out.
+    Tensors of another size are resampled: position grids bicubically with antialiasing, time embeddings linearly, patch
+    kernels by pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of the
+    spatial one, with its norm and LayerScale. A head with another number of classes is left as it is.
 
-    The normalisation that weights expect is not in the file: the released TimeSformers were trained with mean 0.45 and
-    deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). Nor are
-    `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml have them as SuperViT.
+    Some settings are not in the file, and the user must set them. The normalisation: the released TimeSformers were
+    trained with mean 0.45 and deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224,
+    0.225). `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml have those of SuperViT.
 
-    Raises `CheckpointError` for a source that cannot be read or is of another architecture, `UserError` for a timm name
-    whose weights cannot be downloaded. The model is then unchanged.
+    Args:
+        model: Filled in place.
+        source: A file, a folder, a timm model's name, or a state dict.
+        nearest: Resample position grids and time embeddings by nearest neighbour, as TimeSformer's own code does.
+
+    Returns:
+        What became of every tensor of the model and of the source.
+
+    Raises:
+        CheckpointError: The source cannot be read or is of another architecture. The model is unchanged.
+        UserError: `source` is a timm name, and its weights cannot be downloaded. The model is unchanged.
     """
     weights = read_weights(source)
     layout = recognise(weights.tensors)
@@ -102,16 +111,16 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
         )
     _check_architecture(model, layout, weights)
     filled, rows = _plan(model, layout, nearest=nearest)
-    report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _share(model, filled))
-    if report.share < LEAST_SHARE:
+    report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _fraction_filled(model, filled))
+    if report.filled < LEAST_FILLED:
         raise CheckpointError(
-            f"{weights.label}: it fills only {report.share:.0%} of the model's attention and MLP weights; "
+            f"{weights.label}: it fills only {report.filled:.0%} of the model's attention and MLP weights; "
             + _first_misfit(report)
         )
     with torch.no_grad():
         for name, target in model.state_dict().items():
             if name in filled:
-                target.copy_(filled[name])
+                target.copy_(filled[name])  # converts to the model's dtype and device
     return report
 
 
@@ -142,7 +151,7 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
 
 
 def _check_supervit(config: ModelConfig, layout: Layout, label: str) -> None:
-    """Refuses what the weights of SuperViT, trained at all lengths, have no trained values for."""
+    """Refuses a model that needs values that SuperViT did not train: other lengths, patch embeddings or heads."""
     if not set(config.lengths) <= set(layout.lengths):
         raise CheckpointError(
             f"{label}: the file has positions for the lengths {_listed(layout.lengths)}, the model has "
@@ -162,14 +171,14 @@ def _listed(lengths: Iterable[int]) -> str:
 
 
 def _plan(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
-    """Our tensors' new values, and the rows of the report: ours in the model's order, then what is left of theirs."""
+    """The new values of the model's tensors by name, and the rows of the report."""
     filled: dict[str, Tensor] = {}
     rows: list[Row] = []
-    misfits: dict[str, str] = {}  # their base name: why it does not fit
+    misfits: dict[str, str] = {}  # by base name: why the source's tensor does not fit
     lengths = len(model.config.lengths)
     for name, target in model.state_dict().items():
         base, key = split_length(name)
-        origin = spatial_origin(base) if not layout.temporal else base
+        origin = base if layout.temporal else spatial_origin(base)
         found = layout.tensors.get(origin)
         if found is None:
             rows.append(Row(name, NEW, "", ""))
@@ -181,7 +190,7 @@ def _plan(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[st
             rows.append(Row(name, NEW, "", misfits[base]))
             continue
         filled[name] = tensor
-        each = lengths > 1 and key not in (NO_LENGTH, SHARED, from_key)
+        each = lengths > 1 and key not in (NO_LENGTH, SHARED, from_key)  # one source tensor serves several lengths
         rows.append(_row(name, entry, tensor, copied=origin != base, each=each))
     return filled, rows + _unused(model, layout, {row.source for row in rows}, misfits)
 
@@ -200,14 +209,29 @@ def _size(name: str, tensor: Tensor) -> str:
 
 
 def spatial_origin(base: str) -> str:
-    """The tensor that a temporal one starts from: `temporal_norm` from `norm1`, and so on; others from themselves."""
+    """Returns the base name of the spatial tensor that a temporal one starts from, or the name itself for all others.
+
+    `blocks.0.temporal_attn.qkv.weight` starts from `blocks.0.attn.qkv.weight`. `temporal_fc` has no counterpart: it
+    keeps its initialisation (zero in all blocks but the first).
+    """
     for temporal, spatial in (("temporal_norm", "norm1"), ("temporal_attn", "attn"), ("temporal_scale", "scale1")):
         base = base.replace(f".{temporal}.", f".{spatial}.")
     return base
 
 
 def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False) -> Tensor | None:
-    """A source tensor in the shape of ours: as it is, or resampled where that has a meaning, or none."""
+    """Brings a source tensor to the shape of ours.
+
+    Args:
+        base: The base name, which decides how to resample.
+        tensor: The source's tensor.
+        shape: The shape of the model's tensor.
+        nearest: Resample grids and times by nearest neighbour.
+
+    Returns:
+        The tensor itself if its shape is right already; the resampled tensor (float32) for position grids, time
+        embeddings and patch kernels of the same width; otherwise None.
+    """
     if tensor.shape == shape:
         return tensor
     fitting: dict[str, Callable[[Tensor, torch.Size, bool], Tensor]] = {
@@ -223,16 +247,18 @@ def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False
 
 def _resample_grid(grid: Tensor, shape: torch.Size, nearest: bool) -> Tensor:
     side = round(shape[0] ** 0.5)
-    mode: dict[str, Any] = {"interpolation": "nearest", "antialias": False} if nearest else {}
-    return resample_abs_pos_embed(grid[None], [side, side], num_prefix_tokens=0, **mode)[0]
+    mode = "nearest" if nearest else "bicubic"
+    return resample_abs_pos_embed(  # takes and returns (1, N, D)
+        grid[None], [side, side], num_prefix_tokens=0, interpolation=mode, antialias=not nearest
+    )[0]
 
 
 def _resample_times(times: Tensor, shape: torch.Size, nearest: bool) -> Tensor:
     mode = "nearest" if nearest else "linear"
-    return F.interpolate(times.T[None], size=shape[0], mode=mode)[0].T
+    return F.interpolate(times.T[None], size=shape[0], mode=mode)[0].T  # (T, D) as (1, D, T) and back
 
 
-def _resample_kernel(kernel: Tensor, shape: torch.Size, nearest: bool) -> Tensor:  # noqa: ARG001 - same call as above
+def _resample_kernel(kernel: Tensor, shape: torch.Size, nearest: bool) -> Tensor:  # noqa: ARG001 - called like the two above
     return resample_patch_embed(kernel, list(shape[-2:]))
 
 
@@ -243,15 +269,15 @@ def _misfit(base: str, theirs: Tensor, ours: Tensor) -> str:
 
 
 def _unused(model: TimeSformer, layout: Layout, used: set[str], misfits: dict[str, str]) -> list[Row]:
-    left = ((base, entry) for base, found in layout.tensors.items() for entry in found.values())
+    entries = ((base, entry) for base, found in layout.tensors.items() for entry in found.values())
     return [
         Row("", UNUSED, entry.name, misfits.get(base) or _why_unused(base, model))
-        for base, entry in left
+        for base, entry in entries
         if entry.name not in used
     ]
 
 
-_NO_PLACE = {
+_NO_PLACE = {  # a pattern of base names, and why the model has no place for them; the first match counts
     r"mask_token": "serves pretraining only",
     r"reg_token|register_tokens": "the model has no register tokens",
     r"dist_token|head_dist\..*|pos_embed\.dist": "the model has no distillation token",
@@ -265,16 +291,17 @@ _NO_PLACE = {
 def _why_unused(base: str, model: TimeSformer) -> str:
     if base in {split_length(name)[0] for name in model.state_dict()}:
         return "a length that the model lacks"
-    return next((why for pattern, why in _NO_PLACE.items() if re.fullmatch(pattern, base)), "no place in the model")
+    return next(
+        (reason for pattern, reason in _NO_PLACE.items() if re.fullmatch(pattern, base)), "no place in the model"
+    )
 
 
-def _share(model: TimeSformer, filled: Mapping[str, Tensor]) -> float:
-    """The share of the elements of attention and MLP, which all lengths have in common, that are filled."""
-    core = {k: v.numel() for k, v in model.state_dict().items() if re.match(r"blocks\.\d+\.(\w*attn|mlp)\.", k)}
+def _fraction_filled(model: TimeSformer, filled: Mapping[str, Tensor]) -> float:
+    core = {name: tensor.numel() for name, tensor in model.state_dict().items() if CORE.match(name)}
     return sum(size for name, size in core.items() if name in filled) / sum(core.values())
 
 
 def _first_misfit(report: LoadReport) -> str:
-    rows = [row for row in report.rows if row.fate == NEW and re.match(r"blocks\.\d+\.(\w*attn|mlp)\.", row.name)]
-    row = next((row for row in rows if row.detail), rows[0])
+    rows = [row for row in report.rows if row.status == NEW and CORE.match(row.name)]
+    row = next((row for row in rows if row.detail), rows[0])  # a wrong shape explains more than a missing tensor
     return f"{row.name} {'is ' + row.detail if row.detail else 'is not in the file'}"

@@ -1,4 +1,4 @@
-"""Reading other people's weights, and our own: files, folders and timm names to tensors. Nothing is unpickled."""
+"""Reads pretrained weights from files, folders and timm names. Python objects are never unpickled."""
 
 from __future__ import annotations
 
@@ -17,20 +17,29 @@ from torch import Tensor
 
 from videoadapt.errors import CheckpointError, UserError
 
-CONTAINERS = ("model_state", "model", "state_dict")  # where training codes keep the weights in their files
+CONTAINERS = ("model_state", "model", "state_dict")  # keys under which training codes store the weights
 TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".tar")
 
 
 class Weights(NamedTuple):
-    """Tensors as they were read, what to call them in messages, and the head count where the source states it."""
+    """Weights as the source has them, without any translation."""
 
-    tensors: dict[str, Tensor]
-    label: str
-    heads: int | None = None
+    tensors: dict[str, Tensor]  # by the source's own names
+    label: str  # names the source in messages
+    heads: int | None = None  # number of attention heads, if the source states it: tensor shapes do not show it
 
 
 def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
-    """The tensors of a state dict, a file, a folder with a Hugging Face model, or a timm model's name."""
+    """Reads the weights of a source, onto the CPU if it is a file.
+
+    Args:
+        source: A state dict, a file (safetensors or torch), a folder with a Hugging Face model, or a timm model's name.
+            A file or folder of that name is preferred to timm.
+
+    Raises:
+        CheckpointError: There is no such source, or it cannot be read, or it holds no tensors.
+        UserError: timm cannot download the weights.
+    """
     if isinstance(source, Mapping):
         return Weights(_tensors(source, "the state dict"), "the state dict")
     path = Path(source)
@@ -54,7 +63,7 @@ def _stated_heads(config: Path) -> int | None:
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # the file is optional, and there is only one thing to learn from it
+        return None  # the file is optional: without it only the check of the number of heads is lost
     heads = values.get("num_attention_heads") if isinstance(values, dict) else None
     return heads if isinstance(heads, int) else None
 
@@ -76,43 +85,44 @@ def _read_torch(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read this file: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
+        # torch has one exception type for damaged files and for refused objects; only its message tells them apart.
         if not re.search(r"GLOBAL |allowlisted|must be imported", str(error)):
             raise CheckpointError(f"{path}: torn, or not a torch file") from None
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path}: holds Python objects besides tensors{f' ({found[1]})' if found else ''}, and unpickling those "
-            "could run any code; save the model's state_dict() alone, best as .safetensors"
+            f"{path}: holds Python objects besides tensors{f' ({found[1]})' if found else ''}, and unpickling them "
+            "could run any code. Save the model's state_dict() alone, best as .safetensors"
         ) from None
-    except Exception as error:  # on damaged bytes the unpickler may stumble over anything
+    except Exception as error:  # damaged bytes can make the unpickler raise any exception
         raise CheckpointError(f"{path}: torn, or not a torch file ({type(error).__name__})") from None
 
 
 def _tensors(content: Any, label: str) -> dict[str, Tensor]:
-    """The weights in what a file holds: without containers, optimizer and all that is no tensor."""
-    for key in CONTAINERS:
+    """The weights in the content of a file, without containers, optimizer state and other objects."""
+    for key in CONTAINERS:  # they may be nested, as `model_state` in `model`
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise CheckpointError(f"{label}: holds no weights; expected a state dict, at the top or under {CONTAINERS}")
-    return _of_checkpoint(tensors)
+    return _model_of_checkpoint(tensors)
 
 
-def _of_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of our own checkpoints the model, its averaged weights (EMA) going before the last ones."""
-    parts = ("model/", "ema/")
-    if not any(name.startswith(parts) for name in tensors):
+def _model_of_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model in a checkpoint of our own (averaged weights if it has them); other tensors as they are."""
+    prefixes = ("model/", "ema/")  # in this order: an averaged weight replaces the last one of the same name
+    if not any(name.startswith(prefixes) for name in tensors):
         return tensors
-    return {name.removeprefix(p): tensor for p in parts for name, tensor in tensors.items() if name.startswith(p)}
+    return {name.removeprefix(p): tensor for p in prefixes for name, tensor in tensors.items() if name.startswith(p)}
 
 
 def _download(name: str) -> Weights:
     try:
         model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever the hub's and its HTTP library's errors are
+    except Exception as error:  # the hub and its HTTP library have many exception types, none in common
         raise UserError(
-            f"{name}: timm cannot get these weights ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-            "on a machine without internet, download them elsewhere and give the file"
+            f"{name}: timm cannot get these weights ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+            "On a machine without internet, download them elsewhere and give the file"
         ) from None
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks else None
