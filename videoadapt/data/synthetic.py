@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import replacing, write_json
 
 if TYPE_CHECKING:
+    import pandas as pd
     from av.video.codeccontext import VideoCodecContext
 
 SIDE = 64  # height and width in pixels
@@ -107,7 +107,7 @@ def write_video(path: Path, frames: npt.NDArray[np.uint8], *, qp: int) -> None:
         frames: (T, H, W, 3) uint8.
         qp: Constant quantiser of x264, 0 (lossless) to 51.
     """
-    import av
+    import av  # not at the top, as pandas below
 
     with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
@@ -132,6 +132,8 @@ def plan_videos(split: str, count: int, seed: int) -> pd.DataFrame:
     Returns:
         A row per video with the columns `path` (relative), `label`, `level` (name) and `seed`.
     """
+    import pandas as pd  # not at the top: processes that only call `open_encoder` start faster without it
+
     stream = np.random.SeedSequence([seed, sum(map(ord, split))])
     rng = np.random.default_rng(stream)
     bounds = np.cumsum([level.fraction for level in LEVELS])
@@ -161,6 +163,8 @@ def generate(folder: Path, sizes: dict[str, int], *, seed: int, workers: int = 2
     Raises:
         UserError: The folder has data of another seed, other sizes or another `qp`.
     """
+    import pandas as pd
+
     recipe = {"seed": seed, "sizes": sizes, "qp": qp}
     recipe_path = folder / "recipe.json"
     if recipe_path.exists() and json.loads(recipe_path.read_text(encoding="utf-8")) != recipe:

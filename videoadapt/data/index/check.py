@@ -68,6 +68,7 @@ def check(path: Path, config: Config) -> CheckResult:
 
 
 def _probe_again(paths: set[str], config: Config) -> dict[str, ProbeResult]:
+    # Without a process for each missing file: thousands may be missing.
     results: dict[str, ProbeResult] = {path: None for path in paths if not exists(path)}
     todo = sorted(paths - results.keys())
     workers = worker_count(config.data.workers)

@@ -65,7 +65,7 @@ def require_usual_order(names: Sequence[str], origin: str) -> None:
         ConfigError: `names` are the 400 names in another order.
     """
     given, usual = list(map(normalised, names)), list(map(normalised, kinetics400()))
-    if given == usual or set(given) != set(usual):
+    if given == usual or set(given) != set(usual):  # not the same set: other classes, or only some of the 400
         return
     number = next(number for number, pair in enumerate(zip(given, usual, strict=True)) if pair[0] != pair[1])
     raise ConfigError(
@@ -86,7 +86,7 @@ def class_number(label: str, numbers: Mapping[str, int], *, origin: str, locatio
     Raises:
         ConfigError: The label is neither. The message suggests the most similar class name.
     """
-    number = numbers.get(normalised(label))
+    number = numbers.get(normalised(label))  # first: a class may be called `7`
     if number is not None:
         return number
     try:

@@ -60,19 +60,19 @@ class Row(NamedTuple):
     label: int
     frames: int
     fps: float
-    width: int
+    width: int  # pixels, after the rotation
     height: int
     duration_s: float
     codec: str
     container: str
-    rotation: int
-    reader: ReaderName
-    bytes: int
+    rotation: int  # degrees anticlockwise
+    reader: ReaderName  # the reader that is exact for this file
+    bytes: int  # size of the file
     content: str  # hash of the bytes
     damage: str | None  # None: not every frame was decoded; empty: all frames are intact
     split: Split
     status: Literal["ok", "missing", "broken"]
-    cause: str
+    cause: str  # empty if the status is ok
 
     @property
     def info(self) -> VideoInfo:
@@ -123,6 +123,7 @@ class Manifest:
     @cached_property
     def hash(self) -> str:
         """12 hex digits that identify the population: the ids, labels, splits and statuses, in any order of rows."""
+        # Not of the paths: a data set on another disk, with the same videos, is the same population.
         columns = (self._arrow[name].cast(pa.string()) for name in ("video", "label", "split", "status"))
         lines = sorted(pc.binary_join_element_wise(*columns, "\t").to_pylist())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_HASH_DIGITS]
@@ -160,6 +161,7 @@ class Manifest:
             raise UserError(f"{path}: cannot be read as a manifest: {str(error).splitlines()[0]}") from None
         except (KeyError, ValueError):
             raise UserError(f"{path}: not a manifest of videoadapt; make one with `videoadapt index`") from None
+        # The stored hash detects a table that another program filtered or edited.
         if not table.schema.equals(_SCHEMA) or expected != (manifest := cls(table, classes, fingerprint)).hash:
             raise UserError(f"{path}: its columns or rows were changed; make it again with `videoadapt index`")
         return manifest
@@ -204,7 +206,7 @@ def load_or_index(config: Config) -> Manifest:
             return manifest
         say(f"{path} {outdated}; indexing again")
     manifest, counts = _build(config)
-    require_readable(manifest, config)
+    require_readable(manifest, config)  # before anything is written: the disk may just not be mounted
     _save(manifest, counts, config)
     return manifest
 
@@ -227,6 +229,7 @@ def require_readable(manifest: Manifest, config: Config) -> None:
             )
         count = Counter(videos["status"])
         first = videos.row(0)
+        # The stored cause of a missing file advises `videoadapt index`, which has just failed.
         cause = "no such file" if first.status == "missing" else first.cause
         raise UserError(
             f"data.{split}: none of the {len(videos)} videos of {source} can be read: {count['missing']} missing, "
