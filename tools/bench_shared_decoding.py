@@ -37,7 +37,7 @@ from videoadapt.runtime.ranks import rank, wait_for_all, world_size
 from videoadapt.training.exchange import ClipExchange
 from videoadapt.training.groups import make_plan
 from videoadapt.training.state import State
-from videoadapt.training.train import RankRole, train_step
+from videoadapt.training.step import RankRole, train_step
 
 COPIES = 8  # of each file: an epoch of 48 clips
 LENGTHS = {2: (14, 7), 3: (14, 10, 7)}  # by number of ranks
@@ -90,7 +90,7 @@ def both_forms(config: Config, steps: int, trains: bool) -> Turn:
     exchange = TimedExchange(manifest, config, plan)
     positions = partial(plan.group(rank()).positions, rank())
     state = State.start(config, manifest) if trains else None
-    role = RankRole.take(config, state.model, plan) if state is not None else None
+    role = RankRole.from_plan(config, state.model, plan) if state is not None else None
     steps_of = {
         "own": train_batches(manifest, config, positions=positions),
         "shared": train_batches(manifest, config, positions=positions, exchange=exchange),

@@ -7,7 +7,6 @@ warm-up that is not measured: caches are cold, and memory was released, because 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -29,11 +28,11 @@ from videoadapt.performance.timing import Round, Stopwatch, now
 from videoadapt.runtime.machine import pick_device, precision_dtype
 from videoadapt.runtime.ranks import wait_for_all, world_size
 from videoadapt.training.ddp import no_gradient_sync
-from videoadapt.training.exchange import TeacherExchange
+from videoadapt.training.exchange import TeacherLogits
 from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
-from videoadapt.training.train import RankRole, train_step
+from videoadapt.training.step import RankRole, train_step
 
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough to reach the peak of the device
 
@@ -48,39 +47,42 @@ class StepTime:
     peak_bytes: int  # above the imports; on a GPU, what torch has allocated there
 
 
-class _TimedExchange(TeacherExchange):
+class _TimedLogits(TeacherLogits):
     """Measures how long its rank waits for the teacher's logits."""
 
     waited_s = 0.0
 
-    def logits(self) -> Tensor:
+    def receive(self, places: Tensor, clips: int) -> Tensor:
         begin = time.perf_counter()
-        values = super().logits()
+        values = super().receive(places, clips)
         self.waited_s += time.perf_counter() - begin
         return values
 
 
-class _SilentExchange(TeacherExchange):
+class _SilentLogits(TeacherLogits):
     """Sends nothing; the teacher's logits are zeros."""
 
-    def start(self, shares: Sequence[range], own: Tensor | None = None) -> None:
-        del own
-        self._clips = sum(map(len, shares))
+    def start(self) -> None:
+        pass
 
-    def logits(self) -> Tensor:
-        return torch.zeros(self._clips, self._classes, dtype=self.dtype, device=self._device)
+    def send(self, logits: Tensor, places: Tensor) -> None:
+        pass
+
+    def receive(self, places: Tensor, clips: int) -> Tensor:
+        del places
+        return torch.zeros(clips, self.classes, dtype=self.dtype, device=self.device)
 
 
 def our_step(config: Config, steps: int) -> Turn:
     """Prepares `train_step` on random clips, on the ranks of `parallel.groups`; a turn returns a `StepTime`."""
     base = memory_after_imports()
     state = State.start(config, Manifest(pa.table({}), ()))
-    role = RankRole.take(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
+    role = RankRole.from_plan(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
     timed, silent_role = None, role
-    if role.exchange is not None:
-        given = (role.plan, config.model.num_classes, role.exchange.dtype, state.device)
-        timed, silent_role = _TimedExchange(*given), replace(role, exchange=_SilentExchange(*given))
-        role = replace(role, exchange=timed)
+    if role.teacher_logits is not None:
+        given = (config, role.plan, role.teacher_logits.dtype, state.device)
+        timed, silent_role = _TimedLogits(*given), replace(role, teacher_logits=_SilentLogits(*given))
+        role = replace(role, teacher_logits=timed)
     batches = _batches(config, role, state.device)
 
     def seconds_a_step(role: RankRole) -> float:

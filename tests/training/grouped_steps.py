@@ -26,13 +26,13 @@ from videoadapt.training.ddp import share_statistics
 from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
-from videoadapt.training.train import RankRole, train_step
+from videoadapt.training.step import RankRole, train_step
 
 UNREADABLE = 5  # position of a clip that nobody can read
 TRAININGS = [(1, torch.float64), (1, torch.float32), (5, torch.float64)]  # steps, precision
 
 
-def batches(config: Config, seat: RankRole, step: int) -> list[Batch]:
+def batches(config: Config, role: RankRole, step: int) -> list[Batch]:
     """This rank's share of a step's parts, the same clips for any plan."""
     generator = torch.Generator().manual_seed(step)
     model, clips = config.model, config.train.batch // config.train.accumulate
@@ -41,8 +41,8 @@ def batches(config: Config, seat: RankRole, step: int) -> list[Batch]:
         shape = (clips, 3, model.num_frames, model.size, model.size)
         frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, model.num_classes, (clips,), generator=generator)
-        own = [i for i in seat.positions(clips, pairs=config.data.mixes) if part * clips + i != UNREADABLE]
-        failures = [Failure(0, "gone.mp4", "gone")] * (len(seat.positions(clips, pairs=config.data.mixes)) - len(own))
+        own = [i for i in role.positions(clips, pairs=config.data.mixes) if part * clips + i != UNREADABLE]
+        failures = [Failure(0, "gone.mp4", "gone")] * (len(role.positions(clips, pairs=config.data.mixes)) - len(own))
         rows = torch.tensor(own, dtype=torch.int64)
         found.append(Batch(frames[rows], labels[rows], rows, [part * clips + i for i in own], failures))
     return found
@@ -56,12 +56,12 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
         for parameter in state.model.parameters():  # off the zeros that it starts with
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * 0.05)
     state.optimizer = make_optimizer(state.model.named_parameters(), config.train)
-    seat = RankRole.take(config, state.model, make_plan(config, world_size(), {}))
+    role = RankRole.from_plan(config, state.model, make_plan(config, world_size(), {}))
     values = {}
     for step in range(steps):
-        values = train_step(state, seat, batches(config, seat, step))
+        values = train_step(state, role, batches(config, role, step))
         state.step += 1
-    share_statistics(state.model, seat.plan)
+    share_statistics(state.model, role.plan)
     named = dict(state.model.named_parameters())
     return {
         "gradients": {name: parameter.grad for name, parameter in named.items()},

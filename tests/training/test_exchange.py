@@ -125,12 +125,12 @@ from videoadapt.config.load import load_config
 
 step = training.train_step
 
-def stopped_once(state, seat, batches):
+def stopped_once(state, role, batches):
     asked = folder / "asked"
     if state.config.parallel.decode == "shared" and state.step == 2 and rank() == 1 and not asked.exists():
         asked.touch()
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(state, seat, batches)
+    return step(state, role, batches)
 
 training.train_step = stopped_once
 for form in ("own", "shared"):

@@ -1,4 +1,4 @@
-"""The look before the first step: what every rank finds, and what stops the run or is warned of."""
+"""The preflight: what each rank reports about its node, and which faults stop the run or cause a warning."""
 
 from __future__ import annotations
 
@@ -14,50 +14,76 @@ from typing import Any
 import pytest
 
 import small_runs as runs
-from videoadapt.data.index.manifest import index
+from videoadapt.config.load import Config
+from videoadapt.data.index.manifest import Manifest, index
 from videoadapt.errors import RunError
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.training import preflight as module
-from videoadapt.training.preflight import NodeReport, checkpoints_bytes, faults, preflight, warnings
+from videoadapt.training.groups import GroupPlan, make_plan
+from videoadapt.training.preflight import (
+    NodeReport,
+    checkpoints_bytes,
+    clips_decoded_per_step,
+    faults,
+    preflight,
+    warnings,
+)
 from videoadapt.training.train import train
 
 GOOD = NodeReport(
-    "node1", "H200", cpus=8, workers=8, free_bytes=10**9, step_clips=32, clips_per_s=20.0, unread="", manifest="aa"
+    "node1", "H200", cpus=8, workers=8, free_bytes=10**9, step_clips=32, clips_per_s=20.0, error="", manifest="aa"
 )
 
 
-def test_a_table_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run")
-    manifest = index(config)
-    capsys.readouterr()
-    preflight(config, manifest)
-    told = capsys.readouterr()
-    assert told.out == ""
-    for word in (
-        "rank",
-        "node",
-        "GPU",
-        "CPUs",
-        "workers",
-        "free GB",
-        "clips/s a worker",
-        "decoding s/step",
-        manifest.hash,
-    ):
-        assert word in told.err
-    assert re.search(
-        r"decoding the clips of a step takes \d+\.\d\d s on the slowest rank; where computing it takes less", told.err
-    )
+def indexed(folder: Path) -> tuple[Config, Manifest, GroupPlan]:
+    config = runs.config(runs.make_data(folder / "data"), folder / "run")
+    return config, index(config), make_plan(config, 1, {})
 
 
-def test_decoding_of_a_step_takes_what_all_workers_need_that_have_a_cpu() -> None:
+def table_rows(text: str) -> list[dict[str, str]]:
+    """The rows of a printed table, by column."""
+    lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in "│┃" and line]
+    columns, *rows = ([cell.strip() for cell in line] for line in lines)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def test_the_table_has_a_row_for_each_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = NodeReport("node2", "none", 2, 4, 2_500_000_000, 48, clips_per_s=10.0, error="", manifest="aa")
+    monkeypatch.setattr(module, "report_of_this_node", lambda *_: GOOD)
+    monkeypatch.setattr(module, "all_gather", lambda own: [own, other])
+    config = runs.config(tmp_path, tmp_path / "run")
+    preflight(config, Manifest.__new__(Manifest), make_plan(config, 1, {}))
+    printed = capsys.readouterr()
+    assert printed.out == ""  # stdout is for results
+    by_rank = [
+        ("0", "node1", "H200", "8", "8", "1.0", "20.0", "0.20", "aa"),
+        ("1", "node2", "none", "2", "4", "2.5", "10.0", "2.40", "aa"),
+    ]
+    assert [tuple(row.values()) for row in table_rows(printed.err)] == by_rank
+    assert table_rows(printed.err)[1]["decoding s/step"] == "2.40"  # 48 clips by the 2 workers that have a CPU
+    assert "takes 2.40 s on the slowest rank" in " ".join(printed.err.split())
+    assert "rank 1: 4 workers share 2 CPUs" in " ".join(printed.err.split())
+
+
+def test_a_report_describes_this_node(tmp_path: Path) -> None:
+    config, manifest, plan = indexed(tmp_path)
+    report = module.report_of_this_node(config, manifest, plan)
+    assert (report.gpu, report.workers, report.step_clips, report.error) == ("none", 0, config.train.batch, "")
+    assert report.manifest == manifest.hash
+    assert report.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
+    assert 1 < report.clips_per_s < 10_000
+
+
+def test_the_time_for_a_step_counts_the_workers_that_have_a_cpu() -> None:
     assert GOOD.decoding_s == pytest.approx(32 / (20 * 8))
     assert replace(GOOD, cpus=2).decoding_s == pytest.approx(32 / (20 * 2))
     assert replace(GOOD, workers=0).decoding_s == pytest.approx(32 / 20)  # the rank itself reads
     assert replace(GOOD, clips_per_s=0.0).decoding_s == math.inf
 
 
-def test_what_is_loaded_once_does_not_count_as_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_libraries_does_not_count_as_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowAtFirst(module.TrainClips):
         warm = False
 
@@ -67,11 +93,11 @@ def test_what_is_loaded_once_does_not_count_as_decoding(tmp_path: Path, monkeypa
                 time.sleep(3.0)
             return super().__getitem__(key)
 
-    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run")
+    config, manifest, _ = indexed(tmp_path)
     monkeypatch.setattr(module, "TrainClips", SlowAtFirst)
-    clips_per_s, unread = module._decode(config, index(config))
-    assert clips_per_s > 4 / 3
-    assert unread == ""
+    clips_per_s, error = module._try_decoding(config, manifest)
+    assert clips_per_s > 4 / 3  # with the 3 s, it would be less
+    assert error == ""
 
 
 @pytest.mark.parametrize(
@@ -83,29 +109,24 @@ def test_what_is_loaded_once_does_not_count_as_decoding(tmp_path: Path, monkeypa
         ({8: 2, 6: 1, 4: 1}, "own", [4, 4, 8, 8]),  # each group reads the whole step
     ],
 )
-def test_a_rank_reads_its_share_of_each_step(
-    groups: dict[int, int] | None, decode: str, clips: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_decodes_its_part_of_each_step(
+    groups: dict[int, int] | None, decode: str, clips: list[int], tmp_path: Path
 ) -> None:
     config = runs.config(tmp_path, tmp_path, parallel={"groups": groups, "decode": decode})
-    monkeypatch.setattr(module, "world_size", lambda: 4)
-    found = []
-    for number in range(4):
-        monkeypatch.setattr(module, "rank", lambda number=number: number)
-        found.append(module._step_clips(config))
-    assert found == clips
+    plan = make_plan(config, 4, {})
+    assert [clips_decoded_per_step(config, plan, rank) for rank in range(4)] == clips
 
 
 def test_a_node_that_cannot_read_the_videos_stops_the_run(tmp_path: Path) -> None:
-    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run")
-    manifest = index(config)
+    config, manifest, plan = indexed(tmp_path)
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(
         RunError, match=r"preflight: rank 0 on \S+ can read no video \(.*not found; it was moved or deleted"
     ):
-        preflight(config, manifest)
+        preflight(config, manifest, plan)
 
 
-def test_the_room_for_checkpoints_is_what_they_take(tmp_path: Path) -> None:
+def test_the_estimated_size_of_checkpoints_is_their_size(tmp_path: Path) -> None:
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1})
     train(config)
     files = list(train_checkpoints(config.run.dir).folder.glob("step-*"))
@@ -114,12 +135,11 @@ def test_the_room_for_checkpoints_is_what_they_take(tmp_path: Path) -> None:
     assert 0.8 < checkpoints_bytes(config) / taken < 1.05
 
 
-def test_no_room_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run")
-    manifest = index(config)
+def test_a_full_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, manifest, plan = indexed(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(RunError, match=r"run\.dir has 0\.0 GB free, the checkpoints need"):
-        preflight(config, manifest)
+        preflight(config, manifest, plan)
 
 
 def test_nodes_must_see_one_manifest() -> None:
@@ -128,7 +148,7 @@ def test_nodes_must_see_one_manifest() -> None:
     assert "aa on node1 (rank 0), bb on node2 (rank 1)" in fault
 
 
-def test_too_few_cpus_are_warned_of() -> None:
+def test_too_few_cpus_cause_a_warning() -> None:
     assert warnings([GOOD]) == []
     (warning,) = warnings([GOOD, replace(GOOD, cpus=2)])
     assert warning.startswith("rank 1: 8 workers share 2 CPUs")

@@ -1,7 +1,8 @@
-"""BatchNorm on several ranks: its statistics are those of all clips of a length, whichever rank has them.
+"""Sums over ranks: of gradients, and of the statistics of BatchNorm.
 
-Only a `stem` has any. A length's stem is in step within the group that trains it, and unknown to the others until
-`share_statistics`.
+First half: `sum_gradients` wraps the model in `DistributedDataParallel`. Second half: BatchNorm, which only the patch
+embedding `stem` has. Each length has its own stem. While a group trains a length, its ranks compute the statistics
+together (`synchronise_batch_norms`); other groups have old statistics of this length until `share_statistics`.
 """
 
 from __future__ import annotations
@@ -22,79 +23,17 @@ from videoadapt.runtime.ranks import rank
 from videoadapt.training.groups import GroupPlan
 
 
-class HostSyncBatchNorm(nn.BatchNorm2d):
-    """`nn.SyncBatchNorm` for tensors `(B, C, H, W)` on the host; torch has it for GPUs alone."""
-
-    process_group: dist.ProcessGroup
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class's name
-        """Normalised by the mean and variance over the clips of all ranks of the group."""
-        if not self.training:
-            return super().forward(input)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None  # noqa: PT018
-        size = torch.tensor(float(input.numel() // input.shape[1]), dtype=input.dtype)
-        count = all_reduce(size, group=self.process_group)
-        mean = all_reduce(input.sum((0, 2, 3)), group=self.process_group) / count
-        spread = (input - mean[:, None, None]).square().sum((0, 2, 3))
-        variance = all_reduce(spread, group=self.process_group) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            assert self.momentum is not None, "a stem's BatchNorms have a momentum"
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        # Not `F.batch_norm`, which would take mean and variance for constants.
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (input - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
-
-
-def synchronise(model: TimeSformer, plan: GroupPlan) -> None:
-    """Makes the BatchNorms of this rank's lengths use the statistics of its whole group. Every rank must call it.
-
-    Raises `ConfigError` where several groups would share one stem.
-    """
-    if model.config.embed != "stem" or plan.ranks == 1:
-        return
-    if model.config.share_patch and len(plan.groups) > 1:
-        raise ConfigError("parallel.groups: a stem that all lengths share (model.share_patch) needs one group for all")
-    process_groups = [dist.new_group(list(group.ranks)) for group in plan.groups]  # by every rank, in this order
-    number = plan.groups.index(plan.group(rank()))
-    if len(plan.groups[number].ranks) == 1:
-        return
-    on_host = next(model.parameters()).device.type == "cpu"
-    for key in _keys(model, plan.groups[number].points):
-        stem, process_group = model.patch_embed.proj[key], process_groups[number]
-        if on_host:
-            for module in stem.children():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.__class__ = HostSyncBatchNorm
-                    module.process_group = process_group
-        else:
-            model.patch_embed.proj[key] = nn.SyncBatchNorm.convert_sync_batchnorm(stem, process_group)
-
-
-def statistics_are_apart(model: TimeSformer, plan: GroupPlan) -> bool:
-    """Whether a rank may hold old statistics of lengths that others train."""
-    return model.config.embed == "stem" and len(plan.groups) > 1
-
-
-def share_statistics(model: nn.Module, plan: GroupPlan) -> None:
-    """Gives all ranks the statistics of every length, from its group's first rank. Every rank must call it."""
-    if not isinstance(model, TimeSformer) or not statistics_are_apart(model, plan):
-        return
-    for group in plan.groups:
-        for key in _keys(model, group.points):
-            for buffer in model.patch_embed.proj[key].buffers():
-                dist.broadcast(buffer, group.ranks.start)
-
-
-def _keys(model: TimeSformer, points: tuple[str, ...]) -> list[str]:
-    return [SHARED] if model.config.share_patch else list(dict.fromkeys(str(Point.parse(p).length) for p in points))
-
-
 def sum_gradients(model: nn.Module) -> nn.Module:
-    """The model in torch's `DistributedDataParallel`, which **sums** gradients over all ranks while they are computed.
+    """Returns a model whose backward pass sums gradients over all ranks.
 
-    Not every rank uses every parameter; one that no rank has used in a step keeps no gradient. Alone, the model itself.
+    A parameter that no rank uses in a step gets no gradient, so that the optimizer skips it. All ranks must call it at
+    the same point.
+
+    Args:
+        model: The model of this rank, on its device.
+
+    Returns:
+        `model` inside torch's `DistributedDataParallel`; on a single rank, `model` itself.
     """
     if not dist.is_initialized():
         return model
@@ -102,20 +41,118 @@ def sum_gradients(model: nn.Module) -> nn.Module:
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=True,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        find_unused_parameters=True,  # a rank uses the parameters of its own lengths only
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        broadcast_buffers=False,  # else rank 0 would overwrite BatchNorm statistics of lengths that it does not train
     )
-    wrapped.register_comm_hook(None, _sum)
+    wrapped.register_comm_hook(None, _sum_bucket)
     return wrapped
 
 
-def _sum(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - DDP refuses annotations in text
-    # DDP's own hook divides by the number of ranks, with the precision of a float32.
+def _sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - DDP refuses annotations in text
+    # DDP's default hook divides by the number of ranks. The loss is already divided by the global batch, and the
+    # division rounds to float32, also for float64 gradients.
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 
 
 def no_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """While entered, backward passes add to this rank's gradients alone; the next one outside sums them all."""
+    """Returns a context in which backward passes add to the gradients of this rank only.
+
+    The first backward pass outside the context sums the accumulated gradients over all ranks.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+class HostSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the clips of all ranks of a group, for CPUs. torch's `nn.SyncBatchNorm` needs a GPU."""
+
+    def __init__(self, source: nn.BatchNorm2d, process_group: dist.ProcessGroup) -> None:
+        """Takes over the settings, parameters and buffers of a BatchNorm, so that its optimizer still moves them.
+
+        Args:
+            source: The module to replace.
+            process_group: The ranks whose clips are normalised together.
+        """
+        super().__init__(source.num_features, source.eps, source.momentum, device="meta")
+        self.process_group = process_group
+        self.weight, self.bias = source.weight, source.bias  # the same objects, not copies
+        self.running_mean, self.running_var = source.running_mean, source.running_var
+        self.num_batches_tracked = source.num_batches_tracked
+        self.train(source.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class's name
+        """Normalises `(B, C, H, W)`: in training by the clips of all ranks of the group, else by the running mean."""
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None  # noqa: PT018
+        size = torch.tensor(float(input.numel() // input.shape[1]), dtype=input.dtype)  # values per channel, here
+        # `all_reduce` of torch.distributed.nn, unlike dist.all_reduce, passes gradients to all ranks.
+        count = all_reduce(size, group=self.process_group)
+        mean = all_reduce(input.sum((0, 2, 3)), group=self.process_group) / count  # (C,)
+        squares = (input - mean[:, None, None]).square().sum((0, 2, 3))  # (C,)
+        # A second pass, after the mean: the mean of squares minus the squared mean loses digits.
+        variance = all_reduce(squares, group=self.process_group) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            assert self.momentum is not None, "the BatchNorms of a stem have a momentum"
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased, as torch has it
+        # Not `F.batch_norm`: it treats the mean and variance as constants, without gradients.
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (input - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan) -> None:
+    """Replaces the BatchNorms of this rank's lengths: statistics are then those of the clips of the whole group.
+
+    Names in `state_dict`, parameters and buffers stay the same. All ranks must call it at the same point.
+
+    Args:
+        model: The model of this rank; changed in place if it has stems and the plan has several ranks.
+        plan: The groups of all ranks.
+
+    Raises:
+        ConfigError: Several groups would train one stem that all lengths share.
+    """
+    if model.config.embed != "stem" or plan.ranks == 1:
+        return
+    if model.config.share_patch and len(plan.groups) > 1:
+        raise ConfigError("parallel.groups: a stem that all lengths share (model.share_patch) needs one group for all")
+    # torch requires that every rank creates every group, in the same order, also groups without this rank.
+    process_groups = [dist.new_group(list(group.ranks)) for group in plan.groups]
+    number = plan.groups.index(plan.group(rank()))
+    if len(plan.groups[number].ranks) == 1:
+        return  # torch's own BatchNorm is faster
+    on_host = next(model.parameters()).device.type == "cpu"
+    for key in _stem_keys(model, plan.groups[number].points):
+        stem, process_group = model.patch_embed.proj[key], process_groups[number]
+        if not on_host:
+            model.patch_embed.proj[key] = nn.SyncBatchNorm.convert_sync_batchnorm(stem, process_group)
+            continue
+        for name, module in list(stem.named_children()):  # a list, since the loop changes the children
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(stem, name, HostSyncBatchNorm(module, process_group))
+
+
+def has_foreign_statistics(model: TimeSformer, plan: GroupPlan) -> bool:
+    """Returns whether this rank may hold old BatchNorm statistics, namely of lengths that other groups train."""
+    return model.config.embed == "stem" and len(plan.groups) > 1
+
+
+def share_statistics(model: nn.Module, plan: GroupPlan) -> None:
+    """Copies the BatchNorm statistics of each length from the first rank of its group to all ranks.
+
+    All ranks must call it at the same point. Models other than `TimeSformer` and models without stems stay unchanged.
+    """
+    if not isinstance(model, TimeSformer) or not has_foreign_statistics(model, plan):
+        return
+    for group in plan.groups:
+        for key in _stem_keys(model, group.points):
+            for buffer in model.patch_embed.proj[key].buffers():
+                dist.broadcast(buffer, group.ranks.start)
+
+
+def _stem_keys(model: TimeSformer, points: tuple[str, ...]) -> list[str]:
+    """Returns the names of the stems that some points use; each name once, since points of one length share a stem."""
+    return [SHARED] if model.config.share_patch else list(dict.fromkeys(str(Point.parse(p).length) for p in points))

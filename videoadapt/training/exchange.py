@@ -1,12 +1,12 @@
-"""Shared decoding: over all ranks each clip of a step is decoded once, and travels to the ranks that train it.
+"""What ranks send each other in a training step: decoded clips (`ClipExchange`), teacher logits (`TeacherLogits`).
 
-Every group trains the whole step, so that k groups that decode for themselves decode each clip k times.
+Gradients and BatchNorm statistics are summed over ranks in `ddp.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -23,73 +23,95 @@ from videoadapt.training.groups import GroupPlan, split_evenly
 
 
 class ClipExchange:
-    """Sends the clips that a rank decodes, those at the positions `read` of a step, to the ranks that train them.
+    """Sends each clip from the one rank that decodes it to all ranks that train it (`parallel.decode: shared`).
 
-    Every rank must make one, and go through its steps with it. A clip is a row of bytes: its frames, its label map if
-    the config has maps, and a 1; or the cause of its failure and a 0. Labels and paths stand in the manifest that all
-    ranks have. Rows travel from host to host by gloo, also where ranks have GPUs: workers deliver on the host, and on a
-    GPU clips and gradients would have to be sent in the same order by all ranks, which the backward passes of different
-    lengths do not keep.
+    Every group trains all clips of a step. Without the exchange, k groups decode each clip k times.
+
+    A clip travels as one row of bytes: its frames, its label map if the config has label maps, and a 1. A clip that
+    cannot be read travels as the error message and a 0. Labels and paths are not sent, since each rank has the
+    manifest.
+
+    Attributes:
+        read: Positions, in a step of all ranks, of the clips that this rank decodes.
     """
 
     def __init__(self, manifest: Manifest, config: Config, plan: GroupPlan, *, pin: bool = False) -> None:
+        """Creates a process group for the clips. All ranks must call it at the same point.
+
+        Args:
+            manifest: The videos.
+            config: Gives the batch size and the size of a clip.
+            plan: The groups of all ranks.
+            pin: Whether received clips lie in pinned memory, from where copies to a GPU are faster.
+        """
         model, train = config.model, config.train
         self._manifest, self._pin = manifest, pin
-        self._shape = (3, model.num_frames, model.size, model.size)
-        maps = config.data.token_labels is not None
-        self._parts = [math.prod(self._shape), MAP_BYTES if maps else 0, 1]  # bytes of a row: frames, map, 1 or 0
-        self._row_bytes = sum(self._parts)
-        reads = split_evenly(train.batch, plan.ranks)
-        trains = [_trained(plan, r, config) for r in range(plan.ranks)]
-        self.read, self._train = reads[rank()], trains[rank()]  # positions in a step
+        self._shape = (3, model.num_frames, model.size, model.size)  # (C, T, S, S)
+        has_maps = config.data.token_labels is not None
+        self._field_bytes = [math.prod(self._shape), MAP_BYTES if has_maps else 0, 1]  # frames, label map, 1 or 0
+        self._row_bytes = sum(self._field_bytes)
+        reads = split_evenly(train.batch, plan.ranks)  # by rank
+        trains = [_trained_positions(plan, r, config) for r in range(plan.ranks)]  # by rank
+        self.read, self._train = reads[rank()], trains[rank()]
+        # For each receiving rank, the positions that this rank sends to it; for each sending rank, how many it sends.
         self._sent = [[position for position in positions if position in self.read] for positions in trains]
         self._received = [sum(position in positions for position in self._train) for positions in reads]
-        self._group = dist.new_group(backend="gloo")  # apart from the gradients, beside which clips travel
+        # gloo also where ranks have GPUs: workers deliver clips in host memory, and NCCL needs the same order of
+        # operations on all ranks, which clips and gradients of different lengths do not have. A group of its own, since
+        # clips travel while gradients are summed.
+        self._group = dist.new_group(backend="gloo")
 
     def exchanged(self, clips: Iterator[Clip | Failure], steps: Iterable[np.ndarray]) -> Iterator[Clip | Failure]:
-        """This rank's clips of every step, in order, for those that it has read.
+        """Yields the clips that this rank trains, in order of position, step after step.
 
-        `steps` are the manifest rows of each step, (clips of the step,). The clips of a step travel while the one
-        before it is trained, and so are read before.
+        The clips of a step travel while the step before it is trained.
+
+        Args:
+            clips: The clips that this rank decodes, in order of position, step after step.
+            steps: For each step, the manifest rows of its clips, (train.batch,) int64.
         """
-        sent = ((rows, *self._send(islice(clips, len(self.read)))) for rows in steps)
-        for arriving, _ in pairwise(chain(sent, [None])):
-            assert arriving is not None, "only the last one of a pair is None"
-            rows, received, work = arriving
+        started = ((rows, *self._send(islice(clips, len(self.read)))) for rows in steps)
+        # Pairs of neighbours: the transfer of the next step starts before the clips of this step are yielded.
+        for transfer, _ in pairwise(chain(started, [None])):
+            assert transfer is not None, "None is only the last element, which is never first in a pair"
+            rows, received, work = transfer
             work.wait()
-            yield from map(self._item, received, rows[self._train].tolist())
+            yield from map(self._unpack, received, rows[self._train].tolist())
 
     def _send(self, clips: Iterable[Clip | Failure]) -> tuple[Tensor, dist.Work]:
-        items = dict(zip(self.read, clips, strict=True))
+        """Starts the transfer of one step. Returns the (clips, bytes) tensor that it fills, and its handle."""
+        by_position = dict(zip(self.read, clips, strict=True))
         sent = torch.empty((sum(map(len, self._sent)), self._row_bytes), dtype=torch.uint8)
         for row, position in zip(sent, chain.from_iterable(self._sent), strict=True):
-            _write(row, items[position])
+            _pack(row, by_position[position])
         received = torch.empty((len(self._train), self._row_bytes), dtype=torch.uint8, pin_memory=self._pin)
-        # Ranks read consecutive positions, so that rows in the order of their senders are in the order of the step.
+        # Ranks read consecutive positions, so rows in the order of their senders are in the order of positions.
         work = dist.all_to_all_single(
             received, sent, self._received, list(map(len, self._sent)), group=self._group, async_op=True
         )
         return received, work
 
-    def _item(self, row: Tensor, video: int) -> Clip | Failure:
+    def _unpack(self, row: Tensor, video: int) -> Clip | Failure:
         known = self._manifest.row(video)
         if not row[-1]:
+            # The cut at the end of the row may split a UTF-8 character, which `ignore` drops.
             return Failure(video, known.path, bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore"))
-        frames, label_map, _ = row.split(self._parts)
+        frames, label_map, _ = row.split(self._field_bytes)
         tokens = LabelMap.from_bytes(label_map.numpy().tobytes()) if len(label_map) else None
-        return Clip(frames.view(self._shape), known.label, video, tokens)
+        return Clip(frames.view(self._shape), known.label, video, tokens)  # (C * T * S * S,) to (C, T, S, S)
 
 
-def _trained(plan: GroupPlan, rank: int, config: Config) -> list[int]:
-    """The positions, in a step, of the clips that a rank trains, part by part."""
-    parts, clips = config.train.accumulate, config.train.batch // config.train.accumulate
-    share = plan.group(rank).positions(rank, clips, pairs=config.data.mixes)
-    return [part * clips + position for part in range(parts) for position in share]
+def _trained_positions(plan: GroupPlan, rank: int, config: Config) -> list[int]:
+    """Returns the positions, in a step, of the clips that a rank trains, one micro-batch after the other."""
+    clips = config.train.batch // config.train.accumulate  # of a micro-batch
+    positions = plan.group(rank).positions(rank, clips, pairs=config.data.mixes)
+    starts = range(0, clips * config.train.accumulate, clips)
+    return [start + position for start in starts for position in positions]
 
 
-def _write(row: Tensor, item: Clip | Failure) -> None:
+def _pack(row: Tensor, item: Clip | Failure) -> None:
     if isinstance(item, Clip):
-        frames = item.frames.flatten()
+        frames = item.frames.flatten()  # (C, T, S, S) to (C * T * S * S,)
         row[: len(frames)] = frames
         if item.tokens is not None:
             row[len(frames) : -1] = _as_tensor(item.tokens.to_bytes())
@@ -101,34 +123,75 @@ def _write(row: Tensor, item: Clip | Failure) -> None:
 
 
 def _as_tensor(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)  # a bytearray, since torch warns of read-only memory
 
 
-class TeacherExchange:
-    """Sends the teacher's logits on the clips of a step's part from its group to the ranks of all others.
+class TeacherLogits:
+    """Sends the logits of the costliest point from the group that trains it to the ranks of all other groups.
 
-    Between `start` and `logits` the transfer goes on beside whatever the rank computes.
+    For each micro-batch, a rank of the first group calls `send`; every other rank calls `start`, computes a forward
+    pass while the logits travel, and calls `receive`.
     """
 
-    def __init__(self, plan: GroupPlan, classes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._teachers, self._classes, self.dtype, self._device = plan.groups[0], classes, dtype, device
-        self._group = dist.new_group()  # apart from the gradients, whose order differs from rank to rank
-        self._running: list[tuple[range, Tensor, dist.Work]] = []
+    def __init__(self, config: Config, plan: GroupPlan, dtype: torch.dtype, device: torch.device) -> None:
+        """Creates a process group for the logits. All ranks must call it at the same point.
 
-    def start(self, shares: Sequence[range], own: Tensor | None = None) -> None:
-        """Every rank calls it once for each part; `shares` are the teachers' positions in it.
-
-        A teacher gives its `own` logits (clips of its share, classes), NaN for a clip that it could not read.
+        Args:
+            config: Gives the number of classes and the size of a micro-batch.
+            plan: The groups of all ranks; the first group has the teacher.
+            dtype: Type of the logits on all ranks.
+            device: Where this rank has its model.
         """
-        self._running = []
-        for number, share in zip(self._teachers.ranks, shares, strict=True):
-            values = torch.empty(len(share), self._classes, dtype=self.dtype, device=self._device)
-            if own is not None and number == rank():
-                values.copy_(own)
-            self._running.append((share, values, dist.broadcast(values, number, self._group, async_op=True)))
+        self.classes, self.dtype, self.device = config.model.num_classes, dtype, device
+        teachers = plan.groups[0]
+        clips, pairs = config.train.batch // config.train.accumulate, config.data.mixes
+        # By rank of the teacher's group: the positions, in a micro-batch, whose logits it sends.
+        self._positions = {number: teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks}
+        # A group of its own: the order of gradients differs from rank to rank, and collectives of one group must not
+        # change their order.
+        self._group = dist.new_group()
+        self._transfers: list[tuple[Tensor, dist.Work]] = []
 
-    def logits(self) -> Tensor:
-        """The teacher's logits on all clips of the part, (clips, classes), once they are there."""
-        for _, _, work in self._running:
+    def start(self) -> None:
+        """Starts to receive the logits of a micro-batch. A rank of another group calls it before its forward pass."""
+        self._broadcast(None)
+
+    def send(self, logits: Tensor, places: Tensor) -> None:
+        """Sends this rank's logits of a micro-batch. A rank of the teacher's group calls it.
+
+        Args:
+            logits: (B, classes); rows after the first `len(places)` belong to no clip and are not sent.
+            places: The positions of the clips in the micro-batch, (B,) int64 on the host. Positions of this rank that
+                are missing, since the clip cannot be read, are sent as NaN.
+        """
+        positions = self._positions[rank()]
+        local = logits.new_full((len(positions), logits.shape[1]), float("nan"))
+        local[places - positions.start] = logits[: len(places)]
+        self._broadcast(local)
+
+    def receive(self, places: Tensor, clips: int) -> Tensor:
+        """Waits for the logits of a micro-batch. A rank of another group calls it after `start`.
+
+        Args:
+            places: The positions of this rank's clips in the micro-batch, (B,) int64 on the host.
+            clips: The number of rows to return; at least B.
+
+        Returns:
+            The teacher's logits on this rank's clips, (clips, classes). A row is NaN if the teacher could not read
+            the clip, and if it belongs to no clip.
+        """
+        for _, work in self._transfers:
             work.wait()
-        return torch.cat([values for _, values, _ in self._running])
+        micro_batch = torch.cat([values for values, _ in self._transfers])  # (clips of the micro-batch, classes)
+        found = micro_batch.new_full((clips, micro_batch.shape[1]), float("nan"))
+        found[: len(places)] = micro_batch[places.to(micro_batch.device)]
+        return found
+
+    def _broadcast(self, local: Tensor | None) -> None:
+        """Starts one broadcast from each rank of the teacher's group; `local` are the logits of this rank, if any."""
+        self._transfers = []
+        for sender, positions in self._positions.items():
+            values = torch.empty(len(positions), self.classes, dtype=self.dtype, device=self.device)
+            if local is not None and sender == rank():
+                values.copy_(local)
+            self._transfers.append((values, dist.broadcast(values, sender, self._group, async_op=True)))

@@ -1,45 +1,85 @@
-"""Training curves as JSON lines and for TensorBoard."""
+"""What a training run reports: one line per step (`Metrics`) and one summary at the end (`TrainSummary`)."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from videoadapt.runtime.files import replacing
 
 
 class Metrics:
-    """Training curves: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard.
-
-    Lines of steps after `step` (a run that was interrupted after its last checkpoint) are dropped when it is opened.
-    """
+    """Writes the values of each step as a JSON line to `metrics.jsonl`, and to TensorBoard."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        """Opens the files of a run.
+
+        Args:
+            folder: The run folder; created if needed.
+            step: The step at which training starts. Later lines are removed: they come from a run that was killed
+                after its last checkpoint, and their steps are trained again.
+        """
+        from torch.utils.tensorboard import SummaryWriter  # here, since the import takes a second
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step), encoding="utf-8")
+            kept = (f"{line}\n" for line in lines if _step_of(line) <= step)
+            temporary.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Scalars of one step."""
+        """Writes the values of one step, by name."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.flush()  # so that people can follow, and a kill loses nothing
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes out what is pending."""
+        """Writes pending values and closes the files."""
         self._file.close()
         self._writer.close()
 
 
-def _step(line: str) -> float:
+def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line torn by a crash
+
+
+@dataclass(frozen=True)
+class PointMetrics:
+    """Means over the last epoch, on the training clips; None for a point that was not drawn in it."""
+
+    loss: float | None
+    top1: float | None  # fraction of correct clips, 0 to 1
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """A finished run; the content of `train.json`."""
+
+    steps: int
+    epochs: int
+    clips: int  # readable training clips of an epoch
+    skipped: int  # clips that could not be read, over all epochs
+    manifest: str  # hash
+    checkpoint: str | None  # path of the newest checkpoint
+    seconds: float  # since the start or the last resume
+    clips_per_s: float  # over all ranks
+    wait_fraction: float  # of the time, waiting for data, 0 to 1
+    peak_memory_bytes: int
+    points: dict[str, PointMetrics]
+
+    @classmethod
+    def read(cls, path: Path) -> TrainSummary:
+        """Returns the summary that was written to a file."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "wait_share" in values:  # the name of the key in older runs
+            values["wait_fraction"] = values.pop("wait_share")
+        points = {point: PointMetrics(**metrics) for point, metrics in values.pop("points").items()}
+        return cls(points=points, **values)

@@ -1,4 +1,4 @@
-"""A look at every rank's node before the first step: what would fail, or starve, hours later is said now."""
+"""Checks of every rank's node before the first step: faults that would otherwise appear after hours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure, TrainClips
 from videoadapt.data.index.manifest import Manifest
@@ -20,152 +19,162 @@ from videoadapt.errors import RunError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import print_table, say
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
-from videoadapt.runtime.ranks import all_gather, rank, world_size
-from videoadapt.training.groups import make_plan, split_evenly
+from videoadapt.runtime.ranks import all_gather, rank
+from videoadapt.training.groups import GroupPlan, split_evenly
 
-_PROBED_CLIPS = 4
+_TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one rank finds on its node.
+    """What one rank finds on its node."""
 
-    `step_clips` are the clips that it decodes for each step, `clips_per_s` is what one worker decodes, and `unread`
-    names a video and a cause.
-    """
-
-    node: str
-    gpu: str
-    cpus: int
-    workers: int
-    free_bytes: int
-    step_clips: int
-    clips_per_s: float
-    unread: str
-    manifest: str
+    node: str  # host name
+    gpu: str  # "none" on a CPU
+    cpus: int  # that this rank may use
+    workers: int  # that decode for this rank
+    free_bytes: int  # on the disk of the run folder
+    step_clips: int  # that this rank decodes for each step
+    clips_per_s: float  # decoded by one process
+    error: str  # a video and why it cannot be read, if no video can be read; else empty
+    manifest: str  # hash
 
     @property
     def decoding_s(self) -> float:
-        """What decoding the clips of a step takes with all workers at it, as far as each has a CPU."""
-        readers = max(1, min(self.workers, self.cpus))
+        """Seconds for decoding the clips of a step, with as many workers as have a CPU."""
+        readers = max(1, min(self.workers, self.cpus))  # without workers, the rank itself reads
         return self.step_clips / (self.clips_per_s * readers) if self.clips_per_s else math.inf
 
 
-def preflight(config: Config, manifest: Manifest) -> None:
-    """Shows what every rank finds, in one table on stderr. Every rank calls it.
+def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
+    """Prints a table of all ranks' nodes to stderr, with warnings. All ranks call it.
 
-    Raises `RunError` where nodes differ in the manifest, cannot read the videos, or lack room for the checkpoints.
+    Args:
+        config: The config of the run.
+        manifest: The videos, as this rank sees them.
+        plan: The groups of all ranks.
+
+    Raises:
+        RunError: Ranks see different manifests, a rank can read no video, or the disk has no room for the checkpoints.
     """
-    found = all_gather(_look(config, manifest))
+    reports = all_gather(report_of_this_node(config, manifest, plan))
     if rank() == 0:
-        columns = (
-            "rank",
-            "node",
-            "GPU",
-            "CPUs",
-            "workers",
-            "free GB",
-            "clips/s a worker",
-            "decoding s/step",
-            "manifest",
-        )
-        rows = [
-            (
-                number,
-                one.node,
-                one.gpu,
-                one.cpus,
-                one.workers,
-                f"{one.free_bytes / 1e9:.1f}",
-                f"{one.clips_per_s:.1f}",
-                f"{one.decoding_s:.2f}",
-                one.manifest,
-            )
-            for number, one in enumerate(found)
-        ]
-        print_table("Preflight", columns, rows, to_stderr=True)
-        for warning in warnings(found):
+        _print_reports(reports)
+        for warning in warnings(reports):
             say(warning)
-    if wrong := faults(found, checkpoints_bytes(config)):
-        raise RunError("preflight: " + "; ".join(wrong))
+    found = faults(reports, checkpoints_bytes(config))
+    if found:  # on every rank, so that all stop
+        raise RunError("preflight: " + "; ".join(found))
     if rank() == 0:
-        slowest_s = max(one.decoding_s for one in found)
+        slowest_s = max(report.decoding_s for report in reports)
         say(
-            f"decoding the clips of a step takes {slowest_s:.2f} s on the slowest rank; where computing it takes less, "
-            "training waits for videos"
+            f"decoding the clips of a step takes {slowest_s:.2f} s on the slowest rank; if computing the step takes "
+            "less, training waits for videos"
         )
 
 
-def _look(config: Config, manifest: Manifest) -> NodeReport:
+def _print_reports(reports: Sequence[NodeReport]) -> None:
+    columns = "rank,node,GPU,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest".split(",")
+    rows = [
+        (
+            number,
+            report.node,
+            report.gpu,
+            report.cpus,
+            report.workers,
+            f"{report.free_bytes / 1e9:.1f}",
+            f"{report.clips_per_s:.1f}",
+            f"{report.decoding_s:.2f}",
+            report.manifest,
+        )
+        for number, report in enumerate(reports)
+    ]
+    print_table("Preflight", columns, rows, to_stderr=True)
+
+
+def report_of_this_node(config: Config, manifest: Manifest, plan: GroupPlan) -> NodeReport:
+    """Returns the report of this rank. Decodes a few training videos for it."""
     device = pick_device(config.run.device)
-    clips_per_s, unread = _decode(config, manifest)
+    clips_per_s, error = _try_decoding(config, manifest)
     return NodeReport(
         node=socket.gethostname(),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         cpus=available_cpus(),
         workers=worker_count(config.data.workers),
         free_bytes=shutil.disk_usage(config.run.dir).free,
-        step_clips=_step_clips(config),
+        step_clips=clips_decoded_per_step(config, plan, rank()),
         clips_per_s=clips_per_s,
-        unread=unread,
+        error=error,
         manifest=manifest.hash,
     )
 
 
-def _step_clips(config: Config) -> int:
-    """The clips that this rank decodes for each step: its share of all, or of those that its group trains."""
-    macs = {point: float(count) for point, count in point_macs(config.model).items()}
-    plan = make_plan(config, world_size(), macs)
+def clips_decoded_per_step(config: Config, plan: GroupPlan, rank: int) -> int:
+    """Returns the number of clips that a rank decodes for each step.
+
+    With shared decoding all ranks split the global batch; otherwise the ranks of each group do.
+    """
     if config.parallel.decode == "shared":
-        return len(split_evenly(config.train.batch, plan.ranks)[rank()])
-    return len(plan.group(rank()).positions(rank(), config.train.batch, pairs=config.data.mixes))
+        return len(split_evenly(config.train.batch, plan.ranks)[rank])
+    return len(plan.group(rank).positions(rank, config.train.batch, pairs=config.data.mixes))
 
 
-def _decode(config: Config, manifest: Manifest) -> tuple[float, str]:
-    """Clips per second of this process on a few training videos, and what it could not read if it could read none."""
+def _try_decoding(config: Config, manifest: Manifest) -> tuple[float, str]:
+    """Decodes a few training videos. Returns clips per second, and an error if none of them can be read."""
     rows = np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
-    probed = rows[np.linspace(0, len(rows) - 1, min(_PROBED_CLIPS, len(rows))).astype(int)]
+    # Spread over the list: neighbours often lie in the same folder of the same disk.
+    tried = rows[np.linspace(0, len(rows) - 1, min(_TRIED_CLIPS, len(rows))).astype(int)]
     clips = TrainClips(manifest, config)
-    for row in probed[:1]:  # the first one loads libraries, which made four small clips look three times as slow
+    for row in tried[:1]:  # not timed: the first one loads libraries, which took twice as long as four small clips
         clips[0, int(row)]
     start = time.perf_counter()
-    read = [clips[0, int(row)] for row in probed]
-    failures = [clip for clip in read if isinstance(clip, Failure)]
-    good = len(read) - len(failures)
-    unread = f"{failures[0].path}: {failures[0].cause}" if failures and not good else ""
-    return good / (time.perf_counter() - start), unread
+    items = [clips[0, int(row)] for row in tried]
+    failures = [item for item in items if isinstance(item, Failure)]
+    read = len(items) - len(failures)
+    error = f"{failures[0].path}: {failures[0].cause}" if failures and not read else ""
+    return read / (time.perf_counter() - start), error
 
 
 def checkpoints_bytes(config: Config) -> int:
-    """What the checkpoints of stage 1 take, with the one that is written before an old one is removed."""
-    with torch.device("meta"):
+    """Returns the disk space that the checkpoints of stage 1 need, in bytes."""
+    with torch.device("meta"):  # shapes without memory
         model_bytes = sum(tensor.nbytes for tensor in TimeSformer(config.model).state_dict().values())
+    # The model, two moments of AdamW or one of SGD, and the moving average.
     copies = 1 + (2 if config.train.optimizer == "adamw" else 1) + (config.train.ema is not None)
-    return model_bytes * copies * (config.train.keep_checkpoints + 1)
+    return model_bytes * copies * (config.train.keep_checkpoints + 1)  # a new one is written before one is removed
 
 
-def faults(found: Sequence[NodeReport], needed_bytes: int) -> list[str]:
-    """What keeps the ranks from training, a sentence each."""
-    wrong = []
-    if len({one.manifest for one in found}) > 1:
-        listed = ", ".join(f"{one.manifest} on {one.node} (rank {number})" for number, one in enumerate(found))
-        wrong.append(f"the nodes see different manifests: {listed}; run.dir and the lists must be the same everywhere")
-    wrong += [f"rank {n} on {one.node} can read no video ({one.unread})" for n, one in enumerate(found) if one.unread]
-    free = min(one.free_bytes for one in found)
-    if free < needed_bytes:
-        wrong.append(
-            f"run.dir has {free / 1e9:.1f} GB free, the checkpoints need {needed_bytes / 1e9:.1f} GB "
-            "(fewer with train.keep_checkpoints)"
+def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
+    """Returns what keeps the ranks from training, a sentence each.
+
+    Args:
+        reports: By rank.
+        needed_bytes: Disk space of the checkpoints.
+    """
+    found = []
+    if len({report.manifest for report in reports}) > 1:
+        listed = ", ".join(f"{one.manifest} on {one.node} (rank {number})" for number, one in enumerate(reports))
+        found.append(
+            f"the nodes see different manifests: {listed}; run.dir and the lists of videos must be the same everywhere"
         )
-    return wrong
+    for number, report in enumerate(reports):
+        if report.error:
+            found.append(f"rank {number} on {report.node} can read no video ({report.error})")
+    free = min(report.free_bytes for report in reports)
+    if free < needed_bytes:
+        found.append(
+            f"run.dir has {free / 1e9:.1f} GB free, the checkpoints need {needed_bytes / 1e9:.1f} GB; free some, or "
+            "lower train.keep_checkpoints"
+        )
+    return found
 
 
-def warnings(found: Sequence[NodeReport]) -> list[str]:
-    """What will slow the run down, a sentence each."""
-    short = [number for number, one in enumerate(found) if one.workers > one.cpus]
+def warnings(reports: Sequence[NodeReport]) -> list[str]:
+    """Returns what will slow the run down, a sentence each; `reports` are ordered by rank."""
+    short = [number for number, report in enumerate(reports) if report.workers > report.cpus]
     if not short:
         return []
-    first = found[short[0]]
+    first = reports[short[0]]
     return [
         f"rank {', '.join(map(str, short))}: {first.workers} workers share {first.cpus} CPUs; ask for more CPUs per "
         "task (slurm.cpus_per_task), or lower data.workers"
