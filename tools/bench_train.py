@@ -141,16 +141,11 @@ def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
     impossible = {case.name: cause for case in ours if (cause := _why_impossible(case))}
     possible = [case for case in ours if case.name not in impossible]
     half = max(1, settings.batch // 2)
-    sizes = (half, 2 * half)  # of the single passes
-    whole = max(possible, key=lambda case: len(case.config.model.points)).config  # has every point that is predicted
-    peer, steps = Case(PEER, ours[0].config, 1), settings.steps
-    jobs = {
-        case.name: _Job(our_step, case.config, (steps,), case.ranks) for case in possible if case.ranks <= available
-    }
-    jobs |= {peer.name: _Job(peer_step, peer.config, (steps,)), _PRODUCT: _Job(matrix_product, whole)}
-    jobs[_PASSES] = _Job(passes, whole, (sizes, steps))
-    if available > 1:
-        jobs[_REDUCE] = _Job(all_reduce, whole, ranks=2)
+    sizes = (half, 2 * half)  # batch sizes of the single passes
+    peer = Case(PEER, ours[0].config, 1)
+    jobs = _jobs([case for case in possible if case.ranks <= available], peer, sizes, settings.steps)
+    if available > 1:  # gives the bytes per second for the predictions
+        jobs[_REDUCE] = _Job(all_reduce, jobs[_PASSES].config, ranks=2)
     turns, failed = _measure(jobs, settings.rounds)
     for required in (ours[0].name, _PASSES, _PRODUCT):
         if required in failed:
@@ -179,6 +174,16 @@ def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
     }
     write_json(settings.dir / "train.json", result)
     return result
+
+
+def _jobs(ours: Sequence[Case], peer: Case, sizes: tuple[int, int], steps: int) -> dict[str, _Job]:
+    jobs = {case.name: _Job(our_step, case.config, (steps,), case.ranks) for case in ours}
+    whole = max(ours, key=lambda case: len(case.config.model.points)).config  # has every point that is predicted
+    return jobs | {
+        peer.name: _Job(peer_step, peer.config, (steps,)),
+        _PRODUCT: _Job(matrix_product, whole),
+        _PASSES: _Job(passes, whole, (sizes, steps)),
+    }
 
 
 def _why_impossible(case: Case) -> str | None:

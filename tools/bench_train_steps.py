@@ -7,6 +7,7 @@ warm-up that is not measured: caches are cold, and memory was released, because 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -132,30 +133,11 @@ def peer_step(config: Config, steps: int) -> Turn:
     Raises:
         UserError: transformers is not installed, or the config's model has no temporal attention.
     """
-    try:
-        from transformers import TimesformerConfig, TimesformerForVideoClassification
-    except ImportError as error:
-        raise UserError(f"transformers is not installed ({error}); pip install transformers") from None
-    model = config.model
-    if not model.temporal:
-        raise UserError(
-            "Hugging Face's TimeSformer always has temporal attention; this config has model.temporal=false"
-        )
-    base, device = memory_after_imports(), pick_device(config.run.device)
+    model, device = config.model, pick_device(config.run.device)
     side = Point.parse(model.points[0]).length * model.patch  # pixels
-    peer = TimesformerForVideoClassification(
-        TimesformerConfig(
-            image_size=side,
-            patch_size=model.patch,
-            num_frames=model.num_frames,
-            hidden_size=model.width,
-            num_hidden_layers=model.depth,
-            num_attention_heads=model.heads,
-            intermediate_size=int(model.width * model.mlp_ratio),
-            num_labels=model.num_classes,
-        )
-    ).to(device)
-    peer.train()
+    build = _peer_builder(config, side)
+    base = memory_after_imports()  # transformers is imported by now
+    peer = build().to(device).train()
     optimizer = make_optimizer(peer.named_parameters(), config.train)
     forward: nn.Module = torch.compile(peer) if config.train.compile else peer  # type: ignore[assignment]
     shape = (config.train.batch, 3, model.num_frames, side, side)  # B C T H W
@@ -180,6 +162,30 @@ def peer_step(config: Config, steps: int) -> Turn:
         return StepTime(seconds, seconds, 0.0, _peak_bytes(device, base))
 
     return turn
+
+
+def _peer_builder(config: Config, side: int) -> Callable[[], nn.Module]:
+    """Imports transformers and returns a function that builds the model for frames of `side` pixels."""
+    try:
+        from transformers import TimesformerConfig, TimesformerForVideoClassification
+    except ImportError as error:
+        raise UserError(f"transformers is not installed ({error}); pip install transformers") from None
+    model = config.model
+    if not model.temporal:
+        raise UserError(
+            "Hugging Face's TimeSformer always has temporal attention; this config has model.temporal=false"
+        )
+    settings = TimesformerConfig(
+        image_size=side,
+        patch_size=model.patch,
+        num_frames=model.num_frames,
+        hidden_size=model.width,
+        num_hidden_layers=model.depth,
+        num_attention_heads=model.heads,
+        intermediate_size=int(model.width * model.mlp_ratio),
+        num_labels=model.num_classes,
+    )
+    return lambda: TimesformerForVideoClassification(settings)
 
 
 def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:

@@ -1,4 +1,4 @@
-"""How fast training and inference are, measured and predicted. No room below needs it.
+"""Measures and predicts how fast training and inference are. No room below needs it.
 
 May use every room below it, from `report` down.
 Read first: `plan.py`.

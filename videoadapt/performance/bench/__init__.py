@@ -1,1 +1,1 @@
-"""`videoadapt bench`: parts of videoadapt beside what people would use instead. Read first: `points.py`."""
+"""`videoadapt bench`: measures our loaders beside other libraries, and a model's points. Read first: `points.py`."""

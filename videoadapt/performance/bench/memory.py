@@ -36,6 +36,8 @@ def memory(pid: int) -> Memory:
         psutil.Error: The process has ended, or belongs to another user.
     """
     info = psutil.Process(pid).memory_full_info()
+    if info.rss == 0:  # psutil reads the RSS last; the process has ended since it read the rest
+        raise psutil.NoSuchProcess(pid)
     return Memory(rss=info.rss // _KIB, pss=info.pss // _KIB, uss=info.uss // _KIB)
 
 
@@ -69,9 +71,9 @@ def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Me
     batches = train_batches(work.manifest, config)
     next(batches)  # starts the workers
     pids = [process.pid or 0 for process in multiprocessing.active_children()]
-    samples: list[Memory] = []
+    samples = _sample(pids)  # at least one, also if all clips are read before the thread runs
     done = threading.Event()
-    sampler = threading.Thread(target=_sample, args=(pids, samples, done))
+    sampler = threading.Thread(target=_sample_until, args=(done, pids, samples))
     sampler.start()
     try:
         for _ in batches:
@@ -82,8 +84,14 @@ def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Me
     return peak(samples) if samples else None
 
 
-def _sample(pids: Sequence[int], samples: list[Memory], done: threading.Event) -> None:
+def _sample_until(done: threading.Event, pids: Sequence[int], samples: list[Memory]) -> None:
     while not done.wait(_EVERY_S):
-        for pid in pids:
-            with suppress(psutil.Error):  # a worker may end between two samples
-                samples.append(memory(pid))
+        samples += _sample(pids)
+
+
+def _sample(pids: Sequence[int]) -> list[Memory]:
+    samples = []
+    for pid in pids:
+        with suppress(psutil.Error):  # a worker may have ended
+            samples.append(memory(pid))
+    return samples
