@@ -37,7 +37,7 @@ from videoadapt.performance.timing import fitted
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.machine import pick_device
-from videoadapt.training.draws import point_shares
+from videoadapt.training.draws import point_probabilities
 from videoadapt.training.groups import GroupPlan, make_plan
 
 PEER = "Hugging Face's TimeSformer"
@@ -223,7 +223,7 @@ def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
 
 
 def _row(case: Case, predicted_s: float | None) -> Row:
-    macs, fractions = point_macs(case.config.model), point_shares(case.config)
+    macs, fractions = point_macs(case.config.model), point_probabilities(case.config)
     return Row(
         name=case.name,
         kind=case.kind,

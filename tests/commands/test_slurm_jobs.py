@@ -184,7 +184,7 @@ def test_a_job_near_its_time_limit_is_requeued_and_ends_as_if_never_stopped(
         os.kill(task(job, 1), signal.SIGUSR2)
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
     assert "saved and requeued (restart 1)" in slurm.log(config, job)
-    assert "going on from" in slurm.log(config, job)
+    assert "continuing from" in slurm.log(config, job)
     assert_as_never_stopped(config, never_stopped)
 
 

@@ -1,44 +1,46 @@
-"""Who trains what: one group of ranks for each token length (ReViT, section 3.4), as arithmetic alone.
+"""Which rank trains which points on which clips (ReViT, section 3.4). Pure arithmetic, without processes.
 
-Every group sees the whole global batch, split evenly over its ranks. One rank that owns all points is a plan too.
+Each group of ranks trains some token lengths on the whole global batch, split evenly over its ranks. A single rank that
+trains all points is a plan with one group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError
-from videoadapt.training.draws import point_shares
+from videoadapt.training.draws import point_probabilities
 
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that train some points, costliest point first."""
+    """Ranks that train the same points."""
 
-    points: tuple[str, ...]
-    ranks: range
+    points: tuple[str, ...]  # costliest first
+    ranks: range  # consecutive
 
     def positions(self, rank: int, clips: int, *, pairs: bool = False) -> range:
-        """The positions, of so many clips, that a rank of the group trains; see `split_evenly`."""
+        """Returns the positions, in 0 to `clips` - 1, of the clips that a rank trains; see `split_evenly`."""
         return split_evenly(clips, len(self.ranks), pairs=pairs)[rank - self.ranks.start]
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Groups of consecutive ranks. The first group has the costliest point, which teaches all others."""
+    """The groups of all ranks, in the order of their ranks. The first group has the costliest point, the teacher."""
 
     groups: tuple[Group, ...]
 
     @property
     def ranks(self) -> int:
-        """How many ranks the plan needs."""
+        """The number of ranks."""
         return self.groups[-1].ranks.stop
 
     def group(self, rank: int) -> Group:
-        """The group that a rank belongs to."""
+        """Returns the group of a rank."""
         return next(group for group in self.groups if rank in group.ranks)
 
     def __str__(self) -> str:
@@ -46,27 +48,39 @@ class GroupPlan:
 
 
 def split_evenly(clips: int, ranks: int, *, pairs: bool = False) -> list[range]:
-    """The positions 0 to `clips` - 1 in consecutive shares that differ by one clip at most.
+    """Splits the positions 0 to `clips` - 1 into one consecutive range per rank.
 
-    With `pairs`, by two: the clips at 2i and 2i + 1, which are mixed with each other, stay together.
+    Args:
+        clips: Number of positions.
+        ranks: Number of ranges.
+        pairs: Whether the positions 2i and 2i + 1 stay together, since their clips are mixed with each other.
+
+    Returns:
+        The ranges. Their lengths differ by at most 1, with `pairs` by at most 2; a range may be empty.
     """
     size = 2 if pairs else 1
-    units = -(-clips // size)
+    units = -(-clips // size)  # rounded up: the last pair may have one clip
     edges = [min(size * (units * rank // ranks), clips) for rank in range(ranks + 1)]
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPlan:
-    """The plan of `parallel.groups` for so many ranks; `costs` of the points balance `auto`.
+    """Returns the plan of `parallel.groups`.
 
-    Raises `ConfigError` where the groups need another number of ranks, or a rank would have no clip.
+    Args:
+        config: The config.
+        ranks: Number of ranks of the job.
+        costs: Cost of each point in any unit, such as MACs; used by `parallel.groups: auto` only.
+
+    Raises:
+        ConfigError: The groups need another number of ranks, or a rank would have no clip.
     """
     groups, points = config.parallel.groups, config.model.points
     if groups is None:
         plan = GroupPlan((Group(points, range(ranks)),))
     elif groups == "auto":
-        shares = point_shares(config)
-        plan = _balanced(points, ranks, {point: shares[point] * costs[point] for point in points})
+        probabilities = point_probabilities(config)
+        plan = _balanced(points, ranks, {point: probabilities[point] * costs[point] for point in points})
     else:
         plan = consecutive_groups([(points_of(key, points), count) for key, count in groups.items()], points)
         if plan.ranks != ranks:
@@ -74,25 +88,40 @@ def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPl
                 f"parallel.groups: {groups} needs {plan.ranks} ranks, but this job has {ranks}; start {plan.ranks}, or "
                 "set parallel.groups=auto"
             )
-    largest, part = max(len(group.ranks) for group in plan.groups), config.train.batch // config.train.accumulate
-    units = part // 2 if config.data.mixes else part
-    if largest > units:
-        raise ConfigError(
-            f"train.batch: {config.train.batch} clips in {config.train.accumulate} parts leave nothing for some of the "
-            f"{largest} ranks of a group{' (mixup and cutmix need two clips each)' if config.data.mixes else ''}; "
-            "raise train.batch, or lower train.accumulate"
-        )
+    _require_clips_for_all(plan, config)
     return plan
 
 
+def _require_clips_for_all(plan: GroupPlan, config: Config) -> None:
+    """Raises ConfigError if a rank would have no clip in a micro-batch."""
+    largest = max(len(group.ranks) for group in plan.groups)
+    clips = config.train.batch // config.train.accumulate  # of a micro-batch
+    units = clips // 2 if config.data.mixes else clips  # pairs are not split
+    if largest > units:
+        raise ConfigError(
+            f"train.batch: {config.train.batch} clips in {config.train.accumulate} micro-batches leave nothing for "
+            f"some of the {largest} ranks of a group"
+            f"{' (mixup and cutmix need two clips each)' if config.data.mixes else ''}; "
+            "raise train.batch, or lower train.accumulate"
+        )
+
+
 def points_of(key: str, points: Sequence[str]) -> tuple[str, ...]:
-    """The points of the lengths that a key of `parallel.groups` names: `14`, or several as `10+7`."""
+    """Returns the points, in the order of `points`, that a key of `parallel.groups` means.
+
+    A key names one length (`14`) or several (`10+7`); all keeps of a length belong to it.
+    """
     lengths = {int(length) for length in key.split("+")}
     return tuple(point for point in points if Point.parse(point).length in lengths)
 
 
 def consecutive_groups(sized: Iterable[tuple[tuple[str, ...], int]], points: Sequence[str]) -> GroupPlan:
-    """The plan of groups of points with their numbers of ranks, the teacher's group first; `points` are all of them."""
+    """Returns a plan whose groups have consecutive ranks, the teacher's group first.
+
+    Args:
+        sized: The points and the number of ranks of each group, in any order.
+        points: All points, costliest first.
+    """
     ordered = sorted(sized, key=lambda group: points.index(group[0][0]))
     groups, first = [], 0
     for members, count in ordered:
@@ -102,14 +131,14 @@ def consecutive_groups(sized: Iterable[tuple[tuple[str, ...], int]], points: Seq
 
 
 def _balanced(points: Sequence[str], ranks: int, costs: Mapping[str, float]) -> GroupPlan:
-    """A group for each length, ranks given where the slowest group is; with too few ranks, cheap lengths share.
+    """Returns a plan with one group per length, or fewer if there are fewer ranks.
 
-    All keeps of a length are in its group: the length at keep 1 teaches them.
+    All keeps of a length are in one group, since the length with all tokens teaches them.
     """
     lengths = list(dict.fromkeys(Point.parse(point).length for point in points))
     sets = [tuple(point for point in points if Point.parse(point).length == length) for length in lengths]
     load = {group: sum(costs[point] for point in group) for group in sets}
-    while len(sets) > ranks:
+    while len(sets) > ranks:  # merge the two cheapest
         *sets, second, last = sorted(sets, key=lambda group: -load[group])
         merged = tuple(point for point in points if point in second + last)
         load[merged] = load[second] + load[last]
@@ -118,7 +147,14 @@ def _balanced(points: Sequence[str], ranks: int, costs: Mapping[str, float]) -> 
 
 
 def even_counts(loads: Sequence[float], ranks: int) -> list[int]:
-    """Ranks for groups with such loads, one at least: each further one goes to the group that is slowest by then."""
+    """Returns how many ranks each group gets, at least one.
+
+    Every further rank goes to the group that has the highest load per rank at that moment.
+
+    Args:
+        loads: The cost of each group.
+        ranks: All ranks; at least as many as groups.
+    """
     counts = [1] * len(loads)
     for _ in range(ranks - len(loads)):
         counts[max(range(len(loads)), key=lambda group: loads[group] / counts[group])] += 1

@@ -1,4 +1,4 @@
-"""The training objectives, one value per clip; sums and weights over clips and points are the loop's business."""
+"""The training objectives: one loss value per clip. `step.py` weights and sums them over clips and points."""
 
 from __future__ import annotations
 
@@ -18,21 +18,38 @@ from videoadapt.model.timesformer import Heads
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of `(B, classes)` logits with soft targets `(B, classes)`: `(B,)`, in float32."""
+    """Returns the cross-entropy with soft targets, over the last dimension, in float32.
+
+    Args:
+        logits: (..., classes).
+        targets: (..., classes), each row a distribution.
+
+    Returns:
+        The loss, (...).
+    """
     return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
 def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> Tensor:
-    """`tau^2 KL(teacher / tau || student / tau)`, or with `hard` cross-entropy with the teacher's top class: `(B,)`.
+    """Returns `tau^2 KL(softmax(teacher / tau) || softmax(logits / tau))` (ReViT, equation 4), in float32.
 
-    ReViT, equation 4, with the arguments in the order of public code. The teacher's `(B, classes)` get no gradient.
+    The paper writes the arguments in the other order. Public code of distillation has them in this order.
+
+    Args:
+        logits: Of the student, (B, classes).
+        teacher: Logits of the teacher, (B, classes); receives no gradient.
+        tau: Temperature; the factor tau^2 keeps the size of the gradient.
+        hard: If set, returns the cross-entropy with the teacher's top class instead.
+
+    Returns:
+        The loss of each clip, (B,).
     """
     logits, teacher = logits.float(), teacher.detach().float()
     if hard:
         return F.cross_entropy(logits, teacher.argmax(-1), reduction="none")
     student = F.log_softmax(logits / tau, dim=-1)
-    wanted = F.log_softmax(teacher / tau, dim=-1)
-    return tau**2 * F.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
+    expected = F.log_softmax(teacher / tau, dim=-1)
+    return tau**2 * F.kl_div(student, expected, reduction="none", log_target=True).sum(-1)
 
 
 def point_loss(
@@ -44,13 +61,25 @@ def point_loss(
     dropped: bool = False,
     dense: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each clip at one point, `(B,)`: the teacher learns the truth, a student `(1 - lam)` of it.
+    """Returns the loss of each clip at one point.
 
-    With a distillation token the class head learns the truth and the distillation head the teacher (ReViT, Fig. 3).
-    A point that has `dropped` tokens learns, with the answer of all heads, to say what the same length says with all
-    of them (SuperViT); with `loss.dropped: ce`, the truth. Given `dense` targets `(B, T * N, classes)`, the head on
-    patches learns them (LV-ViT, equation 4): the mean over patches is added `dense_weight` times, whoever teaches the
-    class.
+    - The teacher: cross-entropy with the labels.
+    - A student with all tokens: `(1 - lam)` times this plus `lam` times the distillation. With a distillation token,
+      the class head learns the labels and the distillation head learns from the teacher (ReViT, Figure 3).
+    - A student with dropped tokens: the divergence of its inference logits from those of the same length with all
+      tokens, at temperature 1; with `loss.dropped: ce`, cross-entropy with the labels (SuperViT).
+    - With a head on patches, `dense_weight` times the mean cross-entropy over patches is added (LV-ViT, equation 4).
+
+    Args:
+        heads: The outputs of the model at the point.
+        targets: Labels, (B, classes) soft.
+        teacher: Logits of the teacher, (B, classes); None for the teacher itself.
+        config: The `loss` section.
+        dropped: Whether the point drops tokens.
+        dense: Labels of patches, (B, T * N, classes) soft.
+
+    Returns:
+        The loss, (B,) float32.
     """
     if dropped:
         loss = _dropped_loss(heads.logits(), targets, teacher, config)
@@ -59,59 +88,64 @@ def point_loss(
     if dense is None:
         return loss
     assert heads.dense is not None, "only a model with a head on patches has targets for it"
-    return loss + config.dense_weight * cross_entropy(heads.dense, dense).mean(1)
+    return loss + config.dense_weight * cross_entropy(heads.dense, dense).mean(1)  # (B, T * N) to (B,)
 
 
 def _class_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
-    truth = cross_entropy(heads.cls, targets)
+    loss = cross_entropy(heads.cls, targets)
     if teacher is None:
-        return truth
-    learner = heads.logits() if heads.dist is None else heads.dist
-    learned = distillation(learner, teacher, tau=config.tau, hard=config.hard)
-    return (1 - config.lam) * truth + config.lam * learned
+        return loss
+    student = heads.logits() if heads.dist is None else heads.dist
+    distilled = distillation(student, teacher, tau=config.tau, hard=config.hard)
+    return (1 - config.lam) * loss + config.lam * distilled
 
 
-def _dropped_loss(answer: Tensor, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
+def _dropped_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
     if config.dropped == "ce":
-        return cross_entropy(answer, targets)
-    assert teacher is not None, "configs without one are refused"
-    return distillation(answer, teacher, tau=1.0, hard=False)
+        return cross_entropy(logits, targets)
+    assert teacher is not None, "a config refuses points whose length with all tokens is missing"
+    return distillation(logits, teacher, tau=1.0, hard=False)
 
 
 class Targets(NamedTuple):
-    """Of the class head `(B, classes)`, and of the head on patches `(B, T * N, classes)` where the model has one.
+    """What the heads learn at one point. If `swap` is set, the targets are those of the clips after the swap."""
 
-    They are those of clips that are mixed by `swap`, see `TimeSformer.forward`.
-    """
-
-    cls: Tensor
-    dense: Tensor | None
-    swap: tuple[Tensor, Tensor] | None
+    cls: Tensor  # of the class head, (B, classes)
+    dense: Tensor | None  # of the head on patches, (B, T * N, classes), if the model has one and no token is dropped
+    swap: tuple[Tensor, Tensor] | None  # tokens to mix between clips; an argument of `TimeSformer.forward`
 
 
 def make_targets(point: Point, truth: Tensor, batch: Batch, config: Config, *, seed: int) -> Targets:
-    """The targets at a point, of a batch whose labels are `truth`, `(B, classes)`.
+    """Returns the targets of a batch at one point.
 
-    Without label maps each patch is to be taken for what its clip is; with them, `loss.map_share` of the class head's
-    target is the map's as well. A point that drops patches has no targets for those that are left. Which tokens are
-    mixed depends on `seed`, the length and the clips' positions in the step alone.
+    Without label maps, each patch has the label of its clip. With label maps, patches have their own labels, and the
+    map gives `loss.map_share` of the class target. With `data.mix_token`, tokens of pairs of clips are swapped. The
+    swap depends on `seed`, the length and the positions of the clips only, so that it is the same in every layout.
+
+    Args:
+        point: The point.
+        truth: Labels, (B, classes) soft.
+        batch: Gives the positions and the label maps of the clips.
+        config: The config.
+        seed: Seed of the step.
     """
-    cls, dense = _unmixed(point.length, truth, batch, config)
+    cls, dense = _unswapped_targets(point.length, truth, batch, config)
     swap = None
     if config.data.mix_token:
         partners, taken = token_swap(
             batch.positions, point.length, size=config.model.size, alpha=config.data.mix_token, seed=seed
-        )
+        )  # (B,), (B, N) bool: which tokens come from the partner
         swap = partners, taken = partners.to(truth.device), taken.to(truth.device)
+        # The class target is mixed by the fraction of swapped tokens.
         cls = torch.lerp(cls, cls[partners], taken.float().mean(1, keepdim=True))
-        dense = torch.where(taken[..., None], dense[partners], dense)
+        dense = torch.where(taken[..., None], dense[partners], dense)  # (B, N, classes)
     if config.model.dense_head is None or point.keep < 1.0:
         return Targets(cls, None, swap)
-    return Targets(cls, dense.repeat(1, config.model.num_frames, 1), swap)
+    return Targets(cls, dense.repeat(1, config.model.num_frames, 1), swap)  # (B, N, ...) to (B, T * N, ...)
 
 
-def _unmixed(length: int, truth: Tensor, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """Targets of the clips `(B, classes)` and of the patches of a frame `(B, N, classes)`."""
+def _unswapped_targets(length: int, truth: Tensor, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """Returns the targets of the clips, (B, classes), and of the patches of one frame, (B, N, classes)."""
     if batch.tokens is None:
         return truth, truth[:, None].expand(-1, length**2, -1)
     found = token_targets(batch.tokens, length, config.model.num_classes)

@@ -1,4 +1,4 @@
-"""Optimizer and schedule: torch's and timm's, with TimeSformer's and DeiT's choice of what does not decay."""
+"""Optimizers of torch and schedules of timm. Weight decay as in TimeSformer and DeiT: matrices and kernels only."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ from torch import nn
 
 from videoadapt.config.sections import TrainConfig
 
+# Prefixes of the names of parameters with several dimensions that are not matrices: tokens, position embeddings
+# and the scales of residual branches.
 NO_DECAY = ("cls_token", "dist_token", "pos_embed", "time_embed", "scale")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay moves a parameter: matrices and kernels do, norms, biases, tokens and positions do not."""
+    """Returns whether weight decay applies: to matrices and kernels, not to norms, biases, tokens and positions."""
+    # One dimension: biases and the affine of norms.
     return parameter.ndim > 1 and not any(part.startswith(NO_DECAY) for part in name.split("."))
 
 
 def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over named parameters, in two groups: with and without weight decay."""
-    named = list(named)
+    """Returns AdamW or SGD with two parameter groups: with weight decay, and without.
+
+    Args:
+        named: The parameters with their names, as `module.named_parameters()` gives them.
+        config: Gives the optimizer, its rate, betas or momentum, and the decay.
+    """
+    named = list(named)  # iterated twice
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
@@ -34,14 +42,26 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> CosineLRScheduler | MultiStepLRScheduler:
-    """The learning rate as a function of the step alone: `schedule.step_update(step)`, nothing to save."""
+    """Returns the schedule of the learning rate; `schedule.step_update(step)` sets the rate of a step.
+
+    The rate depends on the step only, so that checkpoints need no state of the schedule. It rises linearly over
+    `warmup_epochs` and then follows a cosine, or falls by `gamma` at each milestone.
+
+    Args:
+        optimizer: Its rates are set.
+        config: Gives the schedule; epochs may be fractions.
+        steps_per_epoch: Optimizer steps of an epoch.
+    """
     warmup = round(config.warmup_epochs * steps_per_epoch)
-    start = config.lr / (warmup + 1)
+    first_rate = config.lr / (warmup + 1)  # not 0: the first step would be wasted
     if config.schedule == "step":
-        # timm applies a milestone one step early (its issue 2745)
+        # + 1: timm applies a milestone one step early (its issue 2745).
         milestones = [math.ceil(m * steps_per_epoch) + 1 for m in sorted(config.milestones)]
+        # warmup_prefix=False: milestones count from the first step, not from the end of the warm-up.
         return MultiStepLRScheduler(
-            optimizer, milestones, config.gamma, warmup, start, warmup_prefix=False, t_in_epochs=False
+            optimizer, milestones, config.gamma, warmup, first_rate, warmup_prefix=False, t_in_epochs=False
         )
     total = config.epochs * steps_per_epoch
-    return CosineLRScheduler(optimizer, total, config.min_lr, warmup_t=warmup, warmup_lr_init=start, t_in_epochs=False)
+    return CosineLRScheduler(
+        optimizer, total, config.min_lr, warmup_t=warmup, warmup_lr_init=first_rate, t_in_epochs=False
+    )

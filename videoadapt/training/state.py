@@ -1,4 +1,4 @@
-"""What training changes from step to step: the state that checkpoints hold, and the tallies that people watch."""
+"""What changes from step to step: the state that checkpoints hold, and the sums behind each step's metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from videoadapt.runtime.machine import pick_device
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.throughput import ThroughputMeter
 
-# what may differ between a run and its continuation without changing what it computes
+# By section, the keys that may differ between a run and its continuation, since they do not change what it computes.
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "run": ("dir", "device", "checkpoint"),
     "model": (),
@@ -30,58 +30,66 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "train": ("init", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
     "data": ("root", "train", "val", "classes", "reader", "workers", "timeout_s"),
 }
+_LISTED_ROWS = 8  # of clips with a bad loss; a whole batch would fill the screen
 
 
 @dataclass
 class Tally:
-    """Losses and hits of one point's clips in one step."""
+    """The losses and correct predictions of one point in one step, one tensor per micro-batch."""
 
     loss: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     videos: list[Tensor] = field(default_factory=list)
 
     def add(self, loss: Tensor, right: Tensor, videos: Tensor) -> None:
-        """Takes in a part of the batch, each `(B,)`; `videos` are manifest rows."""
+        """Adds a micro-batch.
+
+        Args:
+            loss: The loss of each clip, (B,).
+            right: Whether the prediction is correct, (B,) bool.
+            videos: Manifest rows, (B,) int64 on the host.
+        """
+        # Tensors are collected and not read: reading would make the host wait for the GPU in every micro-batch.
         self.loss.append(loss)
         self.right.append(right.float())
         self.videos.append(videos)
 
     def sums(self) -> Tensor:
-        """The sum of the losses, of the hits, and the number of clips: (3,) float64 on the host."""
-        if not self.loss:
+        """Returns the sum of the losses, the number of correct clips, and the number of clips: (3,) float64, CPU."""
+        if not self.loss:  # this rank does not train the point
             return torch.zeros(3, dtype=torch.float64)
-        loss, right = torch.cat(self.loss).double(), torch.cat(self.right).double()
+        loss, right = torch.cat(self.loss).double(), torch.cat(self.right).double()  # (clips of the step,)
         return torch.stack([loss.sum(), right.sum(), torch.tensor(float(len(loss)), device=loss.device)]).cpu()
 
     def require_finite(self, point: str, step: int) -> None:
-        """Raises `RunError`, naming the clips, where a loss is NaN or infinite."""
+        """Raises RunError, with the manifest rows of the clips, if a loss is NaN or infinite."""
         if not self.loss:
             return
         bad = ~torch.isfinite(torch.cat(self.loss)).cpu()
         if bad.any():
             rows = torch.cat(self.videos)[bad].tolist()
             raise RunError(
-                f"step {step}, point {point}: the loss is not finite on the clips of manifest rows {rows[:8]}; "
-                "nothing was changed by this step. Lower train.lr, or set train.clip_grad"
+                f"step {step}, point {point}: the loss is not finite on the clips of manifest rows "
+                f"{rows[:_LISTED_ROWS]}; nothing was changed by this step. Lower train.lr, or set train.clip_grad"
             )
 
 
 @dataclass
 class State:
-    """All that a step changes, and that a checkpoint holds."""
+    """Everything that a step changes and a checkpoint holds."""
 
     config: Config
     manifest: Manifest
     device: torch.device
     model: TimeSformer
     optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3 | None
-    step: int = 0
-    skipped: int = 0
+    ema: ModelEmaV3 | None  # moving average of the weights, with `train.ema`
+    step: int = 0  # steps done
+    skipped: int = 0  # clips that could not be read, over all ranks
 
     @classmethod
     def start(cls, config: Config, manifest: Manifest) -> State:
-        """A model freshly initialised from `run.seed`, on its device."""
+        """Returns the state before the first step, with a model initialised from `run.seed`, on its device."""
         device = pick_device(config.run.device)
         torch.manual_seed(config.run.seed)
         model = TimeSformer(config.model, manifest.classes).to(device)
@@ -90,12 +98,12 @@ class State:
         return state
 
     def reset_ema(self) -> None:
-        """Starts the moving average anew, from the model as it is."""
+        """Restarts the moving average from the current weights, if the config has one."""
         if self.config.train.ema is not None:
             self.ema = ModelEmaV3(self.model, decay=self.config.train.ema)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the rest of a checkpoint."""
+        """Returns the content of a checkpoint: tensors by name, and the rest, which becomes JSON."""
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         tensors |= optimizer_tensors(self.model, self.optimizer)
         if self.ema is not None:
@@ -107,11 +115,16 @@ class State:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes on exactly where a checkpoint was made. Raises `CheckpointError` for another architecture or run."""
+        """Continues exactly where a checkpoint was written.
+
+        Raises:
+            CheckpointError: The checkpoint belongs to another manifest, model or recipe; the message names the keys.
+        """
         if checkpoint.meta["manifest"] != self.manifest.hash:
             raise CheckpointError(
                 f"{checkpoint.path}: was trained on manifest {checkpoint.meta['manifest']}, but the lists or files now "
-                f"give {self.manifest.hash}, so that it could not go on with the same clips. Use another run.dir"
+                f"give manifest {self.manifest.hash}; training could not continue with the same clips. Use another "
+                "run.dir"
             )
         for name, free in RESUME_FREELY.items():
             require_same(checkpoint.path, getattr(self.config, name), checkpoint.meta[name], name, free=free)
@@ -120,20 +133,20 @@ class State:
         if self.ema is not None:
             load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
         self.step, self.skipped = checkpoint.meta["step"], checkpoint.meta["skipped"]
-        say(f"going on from {checkpoint.path} at step {self.step}")
+        say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def list_skipped(self, failures: Iterable[Failure]) -> None:
-        """Writes down the videos that failed in a step; nothing takes their places."""
+        """Appends the clips that could not be read in a step to `skipped.jsonl`."""
         for failure in failures:
             with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, "path": failure.path, "cause": failure.cause}) + "\n")
 
-    def note(self, values: dict[str, float], clock: ThroughputMeter) -> str:
-        """What the progress display says of a step."""
-        points = [point for point in self.config.model.points if f"top1/{point}" in values]  # the step's
+    def note(self, values: dict[str, float], meter: ThroughputMeter) -> str:
+        """Returns the text that the progress bar shows after a step; `values` are those of `train_step`."""
+        points = [point for point in self.config.model.points if f"top1/{point}" in values]  # drawn in this step
         top1 = "/".join(f"{values[f'top1/{p}']:.2f}" for p in points)
         drawn = f" at {'/'.join(points)}" if self.config.train.draw == "sampled" else ""
-        rates = clock.rates()
+        rates = meter.rates()
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_fraction']:.0%} waiting for data, "

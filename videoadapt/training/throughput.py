@@ -1,4 +1,4 @@
-"""Clips per second of training, and the time it spends waiting for data."""
+"""How fast training is, and how much of the time it waits for data."""
 
 from __future__ import annotations
 
@@ -13,71 +13,92 @@ from videoadapt.data.clips.loader import Batch
 from videoadapt.runtime.console import say
 from videoadapt.runtime.machine import CpuLimit, cpu_limit
 
+_LEAST_S = 1e-9  # avoids a division by zero where no time has passed
+
 
 @dataclass(frozen=True)
 class Throughput:
-    """So many clips in so many seconds, part of which were spent waiting for them."""
+    """The work of a period of time."""
 
     clips: int
     seconds: float
-    waited_s: float
+    waited_s: float  # of these seconds, waiting for data
 
     def __sub__(self, earlier: Throughput) -> Throughput:
         return Throughput(self.clips - earlier.clips, self.seconds - earlier.seconds, self.waited_s - earlier.waited_s)
 
     @property
     def clips_per_s(self) -> float:
-        """What the run does."""
-        return self.clips / max(self.seconds, 1e-9)
+        """Clips per second, waiting included."""
+        return self.clips / max(self.seconds, _LEAST_S)
 
     @property
     def wait_fraction(self) -> float:
-        """The part of the time in which the device had nothing to do."""
-        return self.waited_s / max(self.seconds, 1e-9)
+        """Fraction of the time spent waiting for data, 0 to 1."""
+        return self.waited_s / max(self.seconds, _LEAST_S)
 
-    def starvation(self, workers: int, limit: CpuLimit, *, on_gpu: bool) -> str:
-        """What a run that waits is told: by how much, and what would mend it."""
-        busy_s = max(self.seconds - self.waited_s, 1e-9)
+    def starvation_warning(self, workers: int, limit: CpuLimit, *, on_gpu: bool) -> str:
+        """Returns a warning that loading is slower than training, with advice.
+
+        Args:
+            workers: Worker processes of this rank; 0 if the main process reads.
+            limit: The CPUs of this rank.
+            on_gpu: Whether training runs on a GPU, so that workers have the CPUs to themselves.
+        """
+        busy_s = max(self.seconds - self.waited_s, _LEAST_S)
         readers = f"{workers} workers deliver" if workers else "reading in the main process delivers"
         cpus = f"{limit.cpus} CPUs ({limit.source})"
-        # Workers read all the time; without them, the main process reads only while it waits.
+        # CPU seconds of reading, per second of training. Workers read all the time; the main process reads while it
+        # "waits".
         wanted = math.ceil((workers * self.seconds if workers else self.waited_s) / busy_s)
         if not on_gpu:
             advice = f"Training and reading share {cpus}: more workers would slow the steps. Ask for more CPUs, or"
         elif wanted <= limit.cpus:
-            advice = f"About {wanted} workers would do, and the job has {cpus}: set data.workers={wanted}, or"
+            advice = f"About {wanted} workers would suffice, and the job has {cpus}: set data.workers={wanted}, or"
         else:
             advice = (
-                f"About {wanted} workers would do, but the job has {cpus}: ask for more CPUs per task "
+                f"About {wanted} workers would suffice, but the job has {cpus}: ask for more CPUs per task "
                 "(data.workers=auto uses them all), or"
             )
         return (
-            f"loading starves training: steps could take {self.clips / busy_s:.1f} clips/s, {readers} "
+            f"loading starves training: steps could process {self.clips / busy_s:.1f} clips/s, {readers} "
             f"{self.clips_per_s:.1f}; {self.wait_fraction:.0%} of the time is spent waiting. "
             f"{advice} resize the videos (tools/resize_videos.py)"
         )
 
 
 class ThroughputMeter:
-    """Clips per second and the share of time spent waiting for data; warns where reading does not keep up.
+    """Measures the throughput of training, and warns if loading does not keep up.
 
-    It looks at stretches of at least 20 steps and 30 s, the first of which is warm-up, and warns of more than a tenth
-    of the time; again only if that share has grown by a quarter of the time.
+    The meter looks at one window of steps after the other. It warns if the wait fraction of a window is above 0.1, and
+    again only if it has grown by 0.25 since the last warning.
+
+    Attributes:
+        start: When the meter was created, by `time.monotonic`.
     """
 
-    STRETCH_STEPS, STRETCH_S = 20, 30.0
+    WINDOW_STEPS, WINDOW_S = 20, 30.0  # a window ends when it has both; shorter ones vary with single slow files
+    WARN_FRACTION, WARN_AGAIN = 0.1, 0.25
 
     def __init__(self, workers: int, device: torch.device, ranks: int = 1) -> None:
+        """Starts the clock.
+
+        Args:
+            workers: Worker processes of this rank.
+            device: The device of the model.
+            ranks: Ranks that split the global batch with this one, itself included.
+        """
         self.start = time.monotonic()
-        self._ranks = ranks  # that share the clips with this one
+        self._ranks = ranks
         self._workers, self._on_gpu = workers, device.type == "cuda"
         self._clips, self._waited_s = 0, 0.0
-        self._before = Throughput(0, 0.0, 0.0)  # this stretch
-        self._steps, self._warm = 0, False
-        self._tolerated_share = 0.1
+        self._window_start = Throughput(0, 0.0, 0.0)
+        self._window_steps = 0
+        self._warm = False  # becomes True after the first window, in which workers start and caches fill
+        self._tolerated_fraction = self.WARN_FRACTION
 
     def timed(self, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """The same steps; the time until each is there counts as waiting."""
+        """Yields the same steps. The time until a step arrives counts as waiting."""
         while True:
             before = time.monotonic()
             step = next(steps, None)
@@ -86,23 +107,24 @@ class ThroughputMeter:
             self._waited_s += time.monotonic() - before
             self._clips += sum(len(batch.labels) for batch in step)
             yield step
-            self._look()
+            self._end_step()
 
-    def pace(self) -> Throughput:
-        """Since the start."""
+    def since_start(self) -> Throughput:
+        """Returns the throughput of this rank since the start."""
         return Throughput(self._clips, time.monotonic() - self.start, self._waited_s)
 
     def rates(self) -> dict[str, float]:
-        """`clips_per_s` and `wait_fraction` since the start."""
-        pace = self.pace()
-        return {"clips_per_s": pace.clips_per_s * self._ranks, "wait_fraction": pace.wait_fraction}
+        """Returns `clips_per_s` of all ranks and `wait_fraction` of this rank, since the start."""
+        throughput = self.since_start()
+        return {"clips_per_s": throughput.clips_per_s * self._ranks, "wait_fraction": throughput.wait_fraction}
 
-    def _look(self) -> None:
-        self._steps += 1
-        stretch = self.pace() - self._before
-        if self._steps < self.STRETCH_STEPS or stretch.seconds < self.STRETCH_S:
+    def _end_step(self) -> None:
+        """Ends the window if it is long enough, and warns."""
+        self._window_steps += 1
+        window = self.since_start() - self._window_start
+        if self._window_steps < self.WINDOW_STEPS or window.seconds < self.WINDOW_S:
             return
-        if self._warm and stretch.wait_fraction > self._tolerated_share:
-            say(stretch.starvation(self._workers, cpu_limit(), on_gpu=self._on_gpu))
-            self._tolerated_share = stretch.wait_fraction + 0.25
-        self._before, self._steps, self._warm = self.pace(), 0, True
+        if self._warm and window.wait_fraction > self._tolerated_fraction:
+            say(window.starvation_warning(self._workers, cpu_limit(), on_gpu=self._on_gpu))
+            self._tolerated_fraction = window.wait_fraction + self.WARN_AGAIN
+        self._window_start, self._window_steps, self._warm = self.since_start(), 0, True
