@@ -55,7 +55,7 @@ def read_items(
         tracked,
         batch_size=None,  # item by item: see `loader.py`
         sampler=keys,
-        collate_fn=_unchanged,  # the default turns numbers and arrays into tensors
+        collate_fn=_unchanged,  # the default would turn arrays into tensors, which hold open files
         num_workers=workers,
         prefetch_factor=min(max(_MIN_PREFETCH, per_worker), _MAX_PREFETCH),
         timeout=min(_POLL_S, timeout_s),

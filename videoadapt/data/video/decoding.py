@@ -184,7 +184,7 @@ def frames_by_time(
         if decoded.frame is not None and number is not None:
             missing.discard(number)
             yield number, decoded.frame
-    # Only now: damage found later in the file may belong to a frame that was already returned.
+    # Only now, because a frame may refer to a damaged frame that is displayed after it.
     for number, packet in packet_of.items():
         if damaged_pts and timeline.affected(packet, damaged_pts):
             raise VideoError(f"{source.path}: frame {number} is damaged")

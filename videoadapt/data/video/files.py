@@ -67,6 +67,7 @@ def reason(error: BaseException) -> str:
     Messages of decord contain a C++ stack trace; messages of PyAV repeat the path, but `strerror` does not.
     """
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    # an error without a message, such as EOFError(), is named by its class
     return lines[0][:_MAX_REASON_CHARACTERS] if lines else type(error).__name__
 
 

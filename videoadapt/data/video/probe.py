@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from videoadapt.data.video.files import exists, file_size, hash_file, reason
 from videoadapt.data.video.images import (
@@ -184,12 +184,47 @@ def _probe_file(path: Path) -> VideoInfo:
         return _probe_stream(path, container, stream, size)
 
 
+class _Scan(NamedTuple):
+    """What reading all packets of a stream shows."""
+
+    first_frame: VideoFrame
+    times: list[int | None]  # of all packets
+    shown: list[int | None]  # times of the packets that an edit list does not hide
+    closed: bool  # no frame after a keyframe needs a frame before it
+
+
 def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, size: int) -> VideoInfo:
     _refuse_torn(path, container, stream, size)
+    first, times, shown, closed = _scan(path, container, stream)
+    # In some files all packets have the same time: decord then seeks to wrong frames, and the average rate is wrong.
+    times_valid = len(set(times) - {None}) == len(times)
+    fps = _frame_rate(path, stream, times_valid)
+    complete = len(shown) == len(times) == (stream.frames or len(times))  # 0: the container states no number
+    # decord converts interlaced frames to RGB as progressive ones, which shifts colours by a line.
+    plain = closed and first.rotation == 0 and not first.interlaced_frame and len(container.streams.video) == 1
+    decord_exact = times_valid and complete and plain and _suits_decord(container.format.name, stream)
+    height, width = upright((first.height, first.width), first.rotation)
+    return VideoInfo(
+        frames=len(shown),
+        fps=fps,
+        width=width,
+        height=height,
+        duration_s=_duration_s(shown, fps, stream),
+        codec=stream.codec_context.name,
+        container=container.format.name,
+        rotation=first.rotation % 360,
+        reader="decord" if decord_exact else "pyav",
+        bytes=size,
+        content="",
+    )
+
+
+def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
+    """Reads all packets, and decodes only until the first frame."""
     codec = stream.codec_context
     first, closed = None, True
-    times: list[int | None] = []  # of all packets
-    shown: list[int | None] = []  # of the packets that an edit list does not hide
+    times: list[int | None] = []
+    shown: list[int | None] = []
     for packet in container.demux(stream):
         if first is None:
             first = _first_frame(codec, packet, alone=not times)
@@ -201,27 +236,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
                 shown.append(packet.pts)
     if first is None or not shown:
         raise VideoError(f"{path}: none of its frames can be decoded")
-    # In some files all packets have the same time: decord then seeks to wrong frames, and the average rate is wrong.
-    times_valid = len(set(times) - {None}) == len(times)
-    fps = _frame_rate(path, stream, times_valid)
-    complete = len(shown) == len(times) == (stream.frames or len(times))
-    # decord converts interlaced frames to RGB as progressive ones, which shifts colours by a line.
-    plain = closed and first.rotation == 0 and not first.interlaced_frame and len(container.streams.video) == 1
-    decord_exact = times_valid and complete and plain and _suits_decord(container.format.name, stream)
-    height, width = upright((first.height, first.width), first.rotation)
-    return VideoInfo(
-        frames=len(shown),
-        fps=fps,
-        width=width,
-        height=height,
-        duration_s=_duration_s(shown, fps, stream),
-        codec=codec.name,
-        container=container.format.name,
-        rotation=first.rotation % 360,
-        reader="decord" if decord_exact else "pyav",
-        bytes=size,
-        content="",
-    )
+    return _Scan(first, times, shown, closed)
 
 
 def _refuse_torn(path: Path, container: InputContainer, stream: VideoStream, size: int) -> None:

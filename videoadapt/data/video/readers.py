@@ -78,7 +78,7 @@ def open_video(
     if info is None:
         info = probe(path, content=False)
     else:
-        check_unchanged(path, info)
+        check_unchanged(path, info)  # a stored result may be older than the file
     if info.reader == "image":
         return ImageReader(path, info)
     if reader == "decord":
@@ -128,7 +128,7 @@ class DecordReader:
         except (self._error, RuntimeError, AssertionError) as error:
             raise VideoError(f"{path}: decord cannot open it: {reason(error)}") from None
         self.num_frames = len(self._video)
-        if self.num_frames != info.frames:
+        if self.num_frames != info.frames:  # a frame number would then mean different frames in the two readers
             raise VideoError(
                 f"{path}: decord finds {self.num_frames} frames in it, PyAV {info.frames}; use reader auto or pyav"
             )
@@ -139,7 +139,7 @@ class DecordReader:
     def frames(self, indices: Indices) -> np.ndarray:
         """See `VideoReader.frames`."""
         wanted = _checked(self.path, indices, self.num_frames)
-        out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
+        out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)  # (T, H, W, C)
         try:
             for start in range(0, len(wanted), _DECORD_BATCH):
                 batch = slice(start, start + _DECORD_BATCH)
@@ -180,7 +180,7 @@ class PyAVReader:
                 )
             *fast, safe = (frames_by_time(source, timeline, set(wanted.tolist()), mode) for mode in self._modes)
             for frames in fast:
-                with suppress(VideoError):
+                with suppress(VideoError):  # a fast mode also fails on valid files with unusual keyframes
                     return self._to_rgb(wanted, frames)
             return self._to_rgb(wanted, safe)
 

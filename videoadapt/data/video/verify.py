@@ -42,6 +42,7 @@ def verify(path: str | Path) -> VideoInfo:
 def _damaged_frames(path: Path) -> list[bool]:
     """Whether each frame is damaged, in display order."""
     with open_source(path) as source:
+        # None at the end: the last frames leave the decoder only when it is flushed
         return [decoded.damaged for decoded in decode(source.codec, chain(source.packets, [None]))]
 
 
