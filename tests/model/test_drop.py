@@ -1,9 +1,10 @@
-"""Token dropping: which tokens stay, that they are really gone, and that nothing else changes."""
+"""Token dropping: how many tokens stay, which ones, and that nothing else changes."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import ConfigError
 from videoadapt.model.block import Block
 from videoadapt.model.drop import class_attention, gather_tokens, select_positions
-from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.timesformer import TimeSformer, compiled
 
 TINY: dict[str, Any] = {"width": 24, "depth": 4, "heads": 3, "patch": 4, "size": 32, "num_frames": 3, "num_classes": 5}
 IMAGE: dict[str, Any] = {"temporal": False, "num_frames": 1}
@@ -28,7 +29,7 @@ GRID = ("8", "8@0.7", "8@0.5", "5", "5@0.5")
 
 
 def make(**changes: Any) -> Any:
-    """A model in which every parameter does something."""
+    """A model in which every parameter has an effect."""
     torch.manual_seed(0)
     model = TimeSformer(ModelConfig(**(TINY | {"points": GRID, "drop_blocks": (2, 3)} | changes)))
     with torch.no_grad():
@@ -43,8 +44,8 @@ def clips(model: TimeSformer, batch: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def seen(model: Any, clip: Tensor, point: str) -> list[tuple[torch.Size, torch.Size]]:
-    """The shapes of prefix and patches behind each block."""
+def shapes_behind_blocks(model: Any, clip: Tensor, point: str) -> list[tuple[torch.Size, torch.Size]]:
+    """The shapes of prefix and patches that leave each block."""
     shapes: list[Any] = []
     hooks = [
         b.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(x.shape for x in out))) for b in model.blocks
@@ -55,11 +56,11 @@ def seen(model: Any, clip: Tensor, point: str) -> list[tuple[torch.Size, torch.S
     return shapes
 
 
-# How many stay.
+# How many tokens stay.
 
 
 @given(st.integers(1, 28), st.sampled_from(["0.5", "0.7", "0.55", "0.07", "0.3", "1.0"]))
-def test_the_numbers_of_tokens_are_those_of_the_paper(length: int, keep: str) -> None:
+def test_the_number_of_tokens_follows_the_paper(length: int, keep: str) -> None:
     expected = n = length**2
     for block, found in enumerate(Point(length, float(keep)).patches(12, (4, 7, 10)), start=1):
         if block in (4, 7, 10):
@@ -67,30 +68,30 @@ def test_the_numbers_of_tokens_are_those_of_the_paper(length: int, keep: str) ->
         assert found == expected
 
 
-def test_rounding_of_floats_adds_no_token() -> None:
+def test_float_rounding_adds_no_token() -> None:
     assert math.ceil(0.14 * (7**2 + 1)) == 8  # 0.14 of 50 is 7
     assert Point.parse("7@0.14").patches(1, (1,)) == (7,)
 
 
 @given(st.integers(1, 20), st.integers(1, 12), st.sets(st.integers(1, 12)))
-def test_keep_1_keeps_all_and_no_keep_drops_the_last(length: int, depth: int, blocks: set[int]) -> None:
+def test_keep_1_keeps_all_and_every_keep_leaves_one(length: int, depth: int, blocks: set[int]) -> None:
     assert set(Point(length).patches(depth, blocks)) == {length**2}
     assert min(Point(length, 0.01).patches(depth, blocks)) >= 1
 
 
 @torch.no_grad()
-def test_dropped_tokens_are_gone_for_all_blocks_that_follow() -> None:
+def test_later_blocks_do_not_see_dropped_tokens() -> None:
     model = make()
-    shapes = seen(model, clips(model), "8@0.5")
+    shapes = shapes_behind_blocks(model, clips(model), "8@0.5")
     assert [patches for _, patches in shapes] == [(2, 3, n, 24) for n in (64, 33, 17, 17)]
     assert [prefix for prefix, _ in shapes] == [(2, 1, 24)] * 4
 
 
-# Which stay.
+# Which tokens stay.
 
 
 @given(st.data())
-def test_the_strongest_by_their_mean_over_frames_stay_in_order(data: st.DataObject) -> None:
+def test_the_highest_mean_scores_over_frames_stay_in_order(data: st.DataObject) -> None:
     shape = [data.draw(st.integers(1, 4)) for _ in range(2)] + [data.draw(st.integers(1, 9))]
     kept = data.draw(st.integers(1, shape[2]))
     scores = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=math.prod(shape), max_size=math.prod(shape))))
@@ -99,7 +100,7 @@ def test_the_strongest_by_their_mean_over_frames_stay_in_order(data: st.DataObje
     for row, found in zip(scores, positions, strict=True):
         means = row.mean(0).tolist()
         expected = sorted(range(shape[2]), key=lambda n: (-means[n], n))[:kept]
-        assert found.tolist() == sorted(expected)  # ties go to the first, and the order stays
+        assert found.tolist() == sorted(expected)  # of equal scores the first wins, and the order stays
 
 
 def test_tokens_come_from_the_same_positions_of_all_frames() -> None:
@@ -118,18 +119,18 @@ def test_class_attention_is_the_first_row_of_the_attention() -> None:
 
 
 @torch.no_grad()
-def test_kept_positions_are_the_same_in_all_frames_and_in_their_order() -> None:
-    """Blocks without weights pass tokens on unchanged, so that each tells where it came from."""
+def test_all_frames_keep_the_same_positions_in_order() -> None:
+    """The block has no weights, so tokens leave it unchanged and can be found among its inputs."""
     model = make(share_norm=True)
     block = model.blocks[1]
     for name, parameter in block.named_parameters():
-        if any(part in name for part in ("attn.proj", "temporal_fc", "mlp.fc2")):
+        if any(layer in name for layer in ("attn.proj", "temporal_fc", "mlp.fc2")):
             parameter.zero_()
     patches = torch.randn(2, 3, 64, 24)
     prefix, found = block(torch.randn(2, 1, 24), patches, 8, 33)
     for clip in range(2):
-        places = [[int((patches[clip, t] == token).all(-1).nonzero()) for token in found[clip, t]] for t in range(3)]
-        assert places[0] == places[1] == places[2] == sorted(places[0])
+        positions = [[int((patches[clip, t] == token).all(-1).nonzero()) for token in found[clip, t]] for t in range(3)]
+        assert positions[0] == positions[1] == positions[2] == sorted(positions[0])
 
 
 # What does not change.
@@ -137,7 +138,7 @@ def test_kept_positions_are_the_same_in_all_frames_and_in_their_order() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, IMAGE, {"distill_token": True}, {"embed": "kernel"}], ids=str)
-def test_keep_1_is_no_dropping_bit_for_bit(changes: dict[str, Any]) -> None:
+def test_keep_1_equals_no_dropping_bit_for_bit(changes: dict[str, Any]) -> None:
     dropping, plain = make(**changes), make(**changes, drop_blocks=(1,))
     plain.load_state_dict(dropping.state_dict())
     clip = clips(dropping)
@@ -150,11 +151,11 @@ def test_keep_1_is_no_dropping_bit_for_bit(changes: dict[str, Any]) -> None:
 def test_a_block_that_keeps_all_computes_no_class_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
 
-    def spy(q: Tensor, k: Tensor) -> Tensor:
+    def counted(q: Tensor, k: Tensor) -> Tensor:
         called.append(q.shape[2])
         return class_attention(q, k)
 
-    monkeypatch.setattr("videoadapt.model.block.class_attention", spy)
+    monkeypatch.setattr("videoadapt.model.block.class_attention", counted)
     model = make()
     model(clips(model), "8")
     assert called == []
@@ -166,7 +167,7 @@ def test_keeps_add_no_parameters() -> None:
     assert make().state_dict().keys() == make(points=("8", "5")).state_dict().keys()
 
 
-# One frame is SuperViT: an image model written from the paper.
+# An image model is SuperViT, written here from the paper.
 
 
 def linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def image_logits(weights: dict[str, Tensor], images: Tensor, config: ModelConfig, point: Point) -> Tensor:
-    """A ViT that drops tokens, positions in descending order of score as in the public code; plain attention."""
+    """A ViT that drops tokens, with plain attention. Kept tokens are sorted by score, as in SuperViT's public code."""
     width, heads, length = config.width, config.heads, str(point.length)
 
     def norm(name: str, x: Tensor) -> Tensor:
@@ -212,8 +213,8 @@ def test_one_frame_clips_agree_with_the_image_model(point: str) -> None:
 
 
 @torch.no_grad()
-def test_the_order_of_tokens_means_nothing_to_the_blocks() -> None:
-    """So it is of no consequence that ours stay in order, and SuperViT's public code sorts them by score."""
+def test_blocks_do_not_depend_on_the_order_of_tokens() -> None:
+    """Ours keeps positions in order, SuperViT's public code sorts them by score: the logits are the same."""
     block: Block = make().blocks[3]
     prefix, patches, order = torch.randn(2, 1, 24), torch.randn(2, 3, 20, 24), torch.randperm(20)
     expected = block(prefix, patches, 8, 20)
@@ -222,24 +223,24 @@ def test_the_order_of_tokens_means_nothing_to_the_blocks() -> None:
     torch.testing.assert_close(found[1], expected[1][:, :, order])
 
 
-# In every mode of running.
+# With other features of the model.
 
 
-def test_the_keeps_of_a_length_have_the_tokens_of_the_length() -> None:
-    """So that they differ by dropping alone: a distillation token for the lengths that students have."""
+def test_all_keeps_of_a_length_have_the_same_prefix() -> None:
+    """They differ by dropping alone: a distillation token where the length is a student's."""
     assert make(distill_token=True).distilled == {"5", "5@0.5"}
 
 
 @torch.no_grad()
-def test_the_distillation_token_survives_beside_the_class_token() -> None:
+def test_the_distillation_token_is_never_dropped() -> None:
     model = make(distill_token=True)
-    assert [prefix for prefix, _ in seen(model, clips(model), "5@0.5")] == [(2, 2, 24)] * 4
+    assert [prefix for prefix, _ in shapes_behind_blocks(model, clips(model), "5@0.5")] == [(2, 2, 24)] * 4
     heads = model(clips(model), "5@0.5", heads=True)
     assert heads.cls.shape == heads.dist.shape == (2, 5)
 
 
 @torch.no_grad()
-def test_clips_of_a_batch_do_not_know_of_each_other() -> None:
+def test_clips_of_a_batch_do_not_affect_each_other() -> None:
     model = make()
     batch = clips(model, 3)
     alone = torch.cat([model(clip[None], "8@0.5") for clip in batch])
@@ -262,7 +263,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_keeps_nearly_the_same_tokens() -> None:
+def test_bfloat16_gives_nearly_the_same_logits() -> None:
     model = make()
     expected = model(clips(model), "8@0.7")
     found = model.bfloat16()(clips(model).bfloat16(), "8@0.7")
@@ -271,22 +272,25 @@ def test_bfloat16_keeps_nearly_the_same_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_each_point_compiles_to_one_graph_with_its_own_shapes() -> None:
+def test_each_of_many_points_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More points than the 8 graphs that torch allows by default; beyond its limit, `fullgraph` is an error."""
     torch._dynamo.reset()
-    model = make(depth=2, drop_blocks=(1, 2))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    points = tuple(f"{length}{keep}" for length in (8, 7, 6) for keep in ("", "@0.7", "@0.5"))
+    model = make(**IMAGE, depth=1, drop_blocks=(1,), points=points)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    forward = compiled(model)
     with torch.no_grad():
-        for point in GRID + GRID:
-            torch.testing.assert_close(compiled(clips(model), point), model(clips(model), point), atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == len(GRID)
+        for point in points + points:
+            torch.testing.assert_close(forward(clips(model), point), model(clips(model), point), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == len(points) > 8
 
 
-# What is refused.
+# Refused configs.
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"drop_blocks": (2, 5)},
@@ -298,8 +302,8 @@ def test_each_point_compiles_to_one_graph_with_its_own_shapes() -> None:
         ({"points": ("8", "8@0")}, r"model\.points: point '8@0': expected .*0 < KEEP <= 1"),
     ],
 )
-def test_points_that_cannot_drop_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_keeps_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         make_config({"model": TINY | {"points": GRID, "drop_blocks": (2, 3)} | changes, "assign": {"frames": 1}})
 
 

@@ -1,4 +1,4 @@
-"""The model: what a length has for itself, what lengths share, and that a point is an argument, never state."""
+"""The model: parameters per length and shared ones, tokens, attention, heads, and the point as an argument."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.model.block import attend
 from videoadapt.model.embed import resize_frames
-from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.timesformer import TimeSformer, compiled
 
 TINY: dict[str, Any] = {"width": 32, "depth": 3, "heads": 4, "patch": 4, "size": 56, "num_frames": 3, "num_classes": 5}
 POINTS = ("14", "10", "7")
 
 
-def fresh(**changes: Any) -> Any:  # Any, so that tests may reach into modules that torch does not type
+def fresh(**changes: Any) -> Any:  # Any: tests use attributes of modules that torch does not type
     torch.manual_seed(0)
     return TimeSformer(ModelConfig(**(TINY | changes)))
 
 
 def make(**changes: Any) -> Any:
-    """A model with no tensor at zero or one, in which attention over time does something."""
+    """A model without tensors at zero or one, so that every parameter has an effect, temporal attention included."""
     model = fresh(**changes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,19 +44,19 @@ def clips(model: TimeSformer, batch: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def own(model: TimeSformer, length: int) -> set[str]:
-    """Names of the parameters that only this length has: its number stands elsewhere than for a block."""
+def parameters_of(model: TimeSformer, length: int) -> set[str]:
+    """The names of the parameters that only this length has. No block has the number of a length."""
     return {name for name, _ in model.named_parameters() if str(length) in name.split(".")}
 
 
-# Per length, and in common.
+# Parameters of one length, and of all.
 
 
-def test_only_the_drawn_length_gets_gradients() -> None:
+def test_other_lengths_get_no_gradients() -> None:
     model = make()
     model(clips(model), "10").square().sum().backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert moved == set(dict(model.named_parameters())) - own(model, 14) - own(model, 7)
+    assert moved == set(dict(model.named_parameters())) - parameters_of(model, 14) - parameters_of(model, 7)
     assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name in moved)
 
 
@@ -65,14 +65,14 @@ def test_only_the_drawn_length_gets_gradients() -> None:
 def test_a_length_does_not_depend_on_the_parameters_of_others(changes: dict[str, Any]) -> None:
     model = make(**changes)
     before = model(clips(model), "10")
-    for name in own(model, 14) | own(model, 7):
+    for name in parameters_of(model, 14) | parameters_of(model, 7):
         model.get_parameter(name).fill_(torch.nan)
     assert torch.equal(model(clips(model), "10"), before)
     assert model(clips(model), "14").isnan().all()
 
 
-def test_what_a_length_has_for_itself() -> None:
-    kinds = {name.replace(".7", "").replace("blocks.2", "blocks.*") for name in own(make(), 7)}
+def test_the_parameters_of_one_length() -> None:
+    kinds = {name.replace(".7", "").replace("blocks.2", "blocks.*") for name in parameters_of(make(), 7)}
     assert {kind for kind in kinds if "blocks.0" not in kind and "blocks.1" not in kind} == {
         *(f"blocks.*.{norm}.{kind}" for norm in ("temporal_norm", "norm1", "norm2") for kind in ("weight", "bias")),
         *("norm.weight", "norm.bias", "patch_embed.proj.weight", "patch_embed.proj.bias"),
@@ -81,20 +81,20 @@ def test_what_a_length_has_for_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("switch", "parts"),
+    ("switch", "modules"),
     [
         ("share_norm", ("norm", "temporal_norm", "norm1", "norm2")),
         ("share_patch", ("patch_embed",)),
         ("share_pos", ("pos_embed",)),
     ],
 )
-def test_sharing_leaves_one_parameter_where_there_were_three(switch: str, parts: tuple[str, ...]) -> None:
+def test_sharing_replaces_the_parameters_of_three_lengths_by_one(switch: str, modules: tuple[str, ...]) -> None:
     apart, shared = make(), make(**{switch: True})
-    split = {name for name in own(apart, 14) if set(name.split(".")) & set(parts)}
-    gone = {name.replace("14", length) for name in split for length in POINTS}
-    come = {name.replace("14", "shared") for name in split}
+    split = {name for name in parameters_of(apart, 14) if set(name.split(".")) & set(modules)}
+    removed = {name.replace("14", length) for name in split for length in POINTS}
+    added = {name.replace("14", "shared") for name in split}
     assert split
-    assert set(shared.state_dict()) == set(apart.state_dict()) - gone | come
+    assert set(shared.state_dict()) == set(apart.state_dict()) - removed | added
     assert all(shared(clips(shared), point).isfinite().all() for point in POINTS)
 
 
@@ -154,7 +154,7 @@ def test_stem_convolves_then_cuts_the_same_patches() -> None:
     assert [c.stride for c in convolutions] == [(2, 2), (1, 1), (1, 1), (2, 2)]
     assert [c.bias is None for c in convolutions] == [True, True, True, False]
     near, far = clip.clone(), clip.clone()
-    far[..., 28:, :] += 1.0  # out of sight of the uppermost patches
+    far[..., 28:, :] += 1.0  # below the receptive field of the uppermost patches
     near[..., :4, :4] += 1.0
     before = model.patch_embed(clip, 14)
     assert torch.equal(model.patch_embed(far, 14)[:, :, :14], before[:, :, :14])
@@ -184,7 +184,7 @@ def test_attention_is_softmax_attention(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_only_the_time_embedding_tells_the_order_of_frames() -> None:
+def test_only_the_time_embedding_depends_on_the_order_of_frames() -> None:
     model = make()
     clip = clips(model)
     backwards = clip.flip(2)
@@ -203,7 +203,7 @@ def test_temporal_attention_stays_at_its_position() -> None:
     assert changed.any(-1).any(1).nonzero()[:, 1].tolist() == [5]
 
 
-def test_temporal_fc_is_zero_in_all_blocks_but_the_first() -> None:
+def test_temporal_fc_starts_at_zero_in_all_blocks_but_the_first() -> None:
     weights = [block.temporal_fc.weight for block in fresh().blocks]
     assert weights[0].any() and not any(weight.any() for weight in weights[1:])
 
@@ -229,7 +229,7 @@ def test_only_students_have_a_distillation_token() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("token", [False, True])
-def test_a_head_on_patches_adds_the_best_of_them_for_each_class(token: bool) -> None:
+def test_the_dense_head_adds_the_maximum_over_patches_of_each_class(token: bool) -> None:
     model = make(dense_head=0.25, distill_token=token)
     clip = clips(model)
     heads = model(clip, "7", heads=True)
@@ -243,8 +243,8 @@ def test_a_head_on_patches_adds_the_best_of_them_for_each_class(token: bool) -> 
 
 
 @torch.no_grad()
-def test_the_residual_scale_weighs_every_branch() -> None:
-    """As if the last linear map of each branch were so much smaller."""
+def test_the_residual_scale_multiplies_every_branch() -> None:
+    """It has the effect of a smaller last linear map in each branch."""
     model, plain = make(residual_scale=0.5), make()
     plain.load_state_dict(model.state_dict())
     for name, parameter in plain.named_parameters():
@@ -255,7 +255,7 @@ def test_the_residual_scale_weighs_every_branch() -> None:
 
 
 @torch.no_grad()
-def test_without_biases_queries_keys_and_values_are_those_with_zero_ones() -> None:
+def test_no_qkv_bias_equals_a_zero_qkv_bias() -> None:
     model, biased = make(qkv_bias=False), make()
     missing = set(biased.state_dict()) - set(model.state_dict())
     assert missing == {name for name in biased.state_dict() if name.endswith("qkv.bias")}
@@ -264,8 +264,7 @@ def test_without_biases_queries_keys_and_values_are_those_with_zero_ones() -> No
 
 
 @torch.no_grad()
-def test_corners_may_be_aligned() -> None:
-    """Then the corners of the small frame are those of the large one."""
+def test_align_corners_maps_corner_pixels_onto_corner_pixels() -> None:
     frames = torch.randn(2, 3, 56, 56)
     small = resize_frames(frames, 28, align_corners=True)
     torch.testing.assert_close(small[..., ::27, ::27], frames[..., ::55, ::55])
@@ -275,12 +274,12 @@ def test_corners_may_be_aligned() -> None:
     assert same == {"14": True, "10": False, "7": False}
 
 
-# Tokens of a partner.
+# Token mixing (swap).
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("embed", ["resize", "stem"])
-def test_swapped_tokens_are_those_of_the_partner(embed: str) -> None:
+def test_swapped_tokens_come_from_the_partner(embed: str) -> None:
     model = make(embed=embed)
     batch, partners = clips(model, batch=3), torch.tensor([1, 0, 2])
     none, every = torch.zeros(3, 49, dtype=torch.bool), torch.ones(3, 49, dtype=torch.bool)
@@ -290,27 +289,21 @@ def test_swapped_tokens_are_those_of_the_partner(embed: str) -> None:
 
 
 @torch.no_grad()
-def test_swapping_tokens_of_plain_patches_is_cutting_and_pasting_pixels() -> None:
+def test_swapping_tokens_equals_pasting_pixels_for_plain_patches() -> None:
     model = make()
     batch, partners = clips(model, batch=2), torch.tensor([1, 0])
-    taken = torch.zeros(2, 14, 14, dtype=torch.bool)
-    taken[:, 3:9, 5:14] = True
+    mask = torch.zeros(2, 14, 14, dtype=torch.bool)
+    mask[:, 3:9, 5:14] = True
     pasted = batch.clone()
     pasted[..., 12:36, 20:56] = batch.flip(0)[..., 12:36, 20:56]
-    torch.testing.assert_close(model(batch, "14", swap=(partners, taken.flatten(1))), model(pasted, "14"))
+    torch.testing.assert_close(model(batch, "14", swap=(partners, mask.flatten(1))), model(pasted, "14"))
 
 
 # The point is an argument.
 
 
 @torch.no_grad()
-def test_points_may_be_points() -> None:
-    model = make()
-    assert torch.equal(model(clips(model), Point(7)), model(clips(model), "7"))
-
-
-@torch.no_grad()
-def test_clips_of_a_batch_do_not_know_of_each_other() -> None:
+def test_clips_of_a_batch_do_not_affect_each_other() -> None:
     model = make()
     batch = clips(model, batch=3)
     for point in POINTS:
@@ -335,14 +328,13 @@ def test_threads_may_run_different_points_of_one_model() -> None:
 
 
 @pytest.mark.parametrize("written", ["7@1.0", "7@1", " 7", Point(7)])
-def test_a_point_may_be_written_in_other_ways(written: str | Point) -> None:
-    model = make().eval()
-    frames = clips(model)
-    assert torch.equal(model(frames, written), model(frames, "7"))
+def test_a_point_may_be_written_in_several_ways(written: str | Point) -> None:
+    model = make()
+    assert torch.equal(model(clips(model), written), model(clips(model), "7"))
 
 
 @pytest.mark.parametrize("point", ["28", "14@0.7", "x"])
-def test_unknown_points_are_refused_with_the_known_ones(point: str) -> None:
+def test_an_unknown_point_is_refused_with_the_known_ones(point: str) -> None:
     model = make()
     with pytest.raises(UserError, match=f"point {point}: this model has the points 14, 10, 7"):
         model(clips(model), point)
@@ -391,16 +383,42 @@ def test_activation_checkpointing_changes_no_gradient(drop_path: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph_per_point(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "points"), [("aot_eager", POINTS), ("inductor", ("7",))]
+)  # inductor: 1 min a graph
+def test_compiles_to_one_graph_per_point(backend: str, points: tuple[str, ...]) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler on CPUs")
     torch._dynamo.reset()
     model = make(depth=1)
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    forward = torch.compile(model, backend=counter, fullgraph=True)
     clip = clips(model)
     with torch.no_grad():
-        for point in POINTS + POINTS:
-            torch.testing.assert_close(compiled(clip, point), model(clip, point), atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == len(POINTS)
+        for point in points + points:
+            torch.testing.assert_close(forward(clip, point), model(clip, point), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == len(points)
+
+
+def test_the_recompile_limit_is_an_argument_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch._dynamo.config.cache_size_limit  # type: ignore[attr-defined]
+    limits: list[int | None] = []
+
+    def compile_new(model: nn.Module, *, recompile_limit: int | None = None) -> nn.Module:
+        limits.append(recompile_limit)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_new)
+    compiled(make())
+    assert limits == [2 * len(POINTS) + 8]
+    assert torch._dynamo.config.cache_size_limit == before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 2 * len(POINTS) + 8), (100, 100)])
+def test_older_torch_gets_a_higher_limit_for_the_process(
+    monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    with torch._dynamo.config.patch(cache_size_limit=before):
+        compiled(make())
+        assert torch._dynamo.config.cache_size_limit == after  # type: ignore[attr-defined]
