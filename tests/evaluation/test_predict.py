@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from videoadapt.routing.router import decide
 from videoadapt.training.state import State
 
 POINTS = ("4", "3", "2")
-CLASSES, CLIPS, CROPS = 2, 24, 2
+CLASSES, CLIPS, CROPS = 2, 16, 2
 NAN = np.nan
 
 
@@ -136,7 +135,7 @@ class SecondOpinion(Policy):
     def visits(self, point: str) -> tuple[str, ...]:
         return ("2",) if point == "2" else ("2", point)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         return {"doubt": self.doubt}
 
 

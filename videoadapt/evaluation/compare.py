@@ -1,8 +1,9 @@
-"""Two evaluated runs on the same videos: paired differences, and whether they can be chance."""
+"""Compares two evaluated runs on the same videos: paired differences, and whether chance can explain them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,63 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
 
 
-def compare(a: str, b: str) -> dict[str, Any]:
-    """Top-1 of two evaluated runs on the videos that both list, policy by policy.
+@dataclass(frozen=True)
+class ComparedPolicies:
+    """One policy of each run on the same videos. Pairs are (a, b). The names are keys of the result."""
 
-    Each is a run folder, or `FOLDER:POLICY` for one policy. Policies of the same name are compared; where each side
-    names one, those. Videos that failed count as each run counted them: if one left them out, they are left out of
-    both. Raises `UserError` if a run was not evaluated, or if the runs have nothing in common.
+    policies: tuple[str, str]
+    videos: int
+    top1: tuple[float, float]
+    difference: tuple[float, float, float]  # top-1 of a minus b, and the ends of its 95 % interval
+    right_in_one_only: tuple[int, int]
+    p_value: float  # of `mcnemar`
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of two runs. Pairs are (a, b). The names are keys of the result."""
+
+    runs: tuple[str, str]
+    manifests: tuple[str, str]  # hashes
+    files: tuple[str, str]  # digests of the files that were read
+    listed: tuple[int, int]  # videos
+    common: int  # videos that both runs list
+    failed_count_as: str
+    policies: list[ComparedPolicies]
+
+
+def compare(a: str, b: str) -> dict[str, Any]:
+    """Compares the top-1 of two evaluated runs on the videos that both list, policy by policy.
+
+    Policies of the same name are compared; if each side names one policy, those two. A failed video counts as in the
+    runs: if one run left it out, it is left out of both.
+
+    Args:
+        a: A run folder, or `FOLDER:POLICY` for one policy.
+        b: The same.
+
+    Returns:
+        The fields of `Comparison`, with lists for tuples.
+
+    Raises:
+        UserError: A run was not evaluated, the runs have no video or policy in common, or their classes differ.
     """
-    sides = [_evaluated(text) for text in (a, b)]
+    sides = _evaluated(a), _evaluated(b)
     pairs = _pairs(sides, (a, b))
     common = sorted(set(sides[0].videos) & set(sides[1].videos))
     if not common:
-        raise UserError(f"{a} and {b}: not one video in common, so there is nothing to compare")
-    rows = [_compared(sides, pair, common) for pair in pairs]
-    return {
-        "runs": [a, b],
-        "manifests": [side.summary["manifest"] for side in sides],
-        "files": [side.summary["files"] for side in sides],
-        "listed": [len(side.videos) for side in sides],
-        "common": len(common),
-        "failed_count_as": _counting(sides),
-        "policies": rows,
-    }
+        raise UserError(f"{a} and {b}: no video in common, so there is nothing to compare")
+    result = Comparison(
+        runs=(a, b),
+        manifests=(sides[0].summary["manifest"], sides[1].summary["manifest"]),
+        files=(sides[0].summary["files"], sides[1].summary["files"]),
+        listed=(len(sides[0].videos), len(sides[1].videos)),
+        common=len(common),
+        failed_count_as=_counting(sides),
+        policies=[_compared(sides, pair, common) for pair in pairs],
+    )
+    as_json: dict[str, Any] = json.loads(json.dumps(asdict(result)))
+    return as_json
 
 
 class _Evaluated:
@@ -45,21 +81,25 @@ class _Evaluated:
             self.summary = json.loads((folder / "evaluate" / "evaluate.json").read_text(encoding="utf-8"))
             self.table = pd.read_parquet(folder / "evaluate" / "videos.parquet").set_index(["policy", "video"])
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename or folder}: not there; run `videoadapt evaluate` first") from None
+            raise UserError(f"{error.filename or folder}: does not exist; run `videoadapt evaluate` first") from None
         known = list(self.summary["policies"])
         unknown = [policy for policy in policies if policy not in known]
         if unknown:
             raise UserError(f"{folder}: has no policy {unknown[0]}; it has {', '.join(known)}")
         self.policies = policies or known
-        self.videos = self.table.loc[known[0]].index
+        self.videos = self.table.loc[known[0]].index  # every policy has a row for every listed video
+
+
+_Sides = tuple[_Evaluated, _Evaluated]
 
 
 def _evaluated(text: str) -> _Evaluated:
+    # A folder may have a colon in its name, and a policy has one: only a text that is no folder is split.
     folder, colon, policy = (text, "", "") if Path(text).is_dir() else text.partition(":")
     return _Evaluated(Path(folder), [policy] if colon else [])
 
 
-def _pairs(sides: list[_Evaluated], names: tuple[str, str]) -> list[tuple[str, str]]:
+def _pairs(sides: _Sides, names: tuple[str, str]) -> list[tuple[str, str]]:
     ours, theirs = (side.policies for side in sides)
     if len(ours) == len(theirs) == 1:
         return [(ours[0], theirs[0])]
@@ -72,31 +112,32 @@ def _pairs(sides: list[_Evaluated], names: tuple[str, str]) -> list[tuple[str, s
     return pairs
 
 
-def _counting(sides: list[_Evaluated]) -> str:
+def _counting(sides: _Sides) -> str:
     return "wrong" if all(side.summary["failed_count_as"] == "wrong" for side in sides) else "exclude"
 
 
-def _compared(sides: list[_Evaluated], pair: tuple[str, str], common: list[str]) -> dict[str, Any]:
+def _compared(sides: _Sides, pair: tuple[str, str], common: list[str]) -> ComparedPolicies:
     a, b = (side.table.loc[policy].loc[common] for side, policy in zip(sides, pair, strict=True))
     differ = a["truth"] != b["truth"]
     if differ.any():
         video = differ.idxmax()
+        ours, theirs = a.loc[video, "truth"], b.loc[video, "truth"]
         raise UserError(
-            f"{video}: its class is {a.loc[video, 'truth']} in one run and {b.loc[video, 'truth']} in the other; "
-            "these runs have other classes, or number them otherwise"
+            f"{video}: its class is number {ours} in one run and {theirs} in the other; "
+            "the runs must have the same classes in the same order"
         )
     if _counting(sides) == "exclude":
         readable = ~(a["failed"] | b["failed"])
         a, b = a[readable], b[readable]
         if not len(a):
-            raise UserError("of the videos that both runs list, not one was read by both; nothing can be compared")
+            raise UserError("no video was read by both runs, so there is nothing to compare")
     right_a, right_b = a["right"].to_numpy(), b["right"].to_numpy()
     a_only, b_only = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return {
-        "policies": list(pair),
-        "videos": len(right_a),
-        "top1": [float(np.mean(right_a)), float(np.mean(right_b))],
-        "difference": list(paired_difference(right_a, right_b)),
-        "right_in_one_only": [a_only, b_only],
-        "p_value": mcnemar(a_only, b_only),
-    }
+    return ComparedPolicies(
+        policies=pair,
+        videos=len(right_a),
+        top1=(float(np.mean(right_a)), float(np.mean(right_b))),
+        difference=paired_difference(right_a, right_b),
+        right_in_one_only=(a_only, b_only),
+        p_value=mcnemar(a_only, b_only),
+    )

@@ -1,10 +1,11 @@
-"""Evaluation of all policies on the val split: accuracy, cost and measured speed, with the population stated."""
+"""Evaluates all policies on the val split: accuracy, cost and measured speed, with the population stated."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import RunError, UserError
-from videoadapt.evaluation.outcomes import Outcome, Population, outcomes_of, policy_rows, write_tables
+from videoadapt.evaluation.outcomes import Outcome, PolicyRow, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.model.checkpoint import Guard, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import assigner_macs
@@ -39,12 +40,66 @@ from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ran
 HARDEST = 5  # classes shown; all are in classes.csv
 
 
+@dataclass(frozen=True)
+class ClassRow:
+    """The figures of the first policy on one class."""
+
+    name: str
+    videos: int
+    top1: float
+    taken_for: str  # the most frequent wrong answer; empty if there is none
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """The contents of `evaluate.json`; the names are its keys."""
+
+    split: str
+    manifest: str  # hash of the manifest
+    files: str  # digest of the files that were read
+    model: str  # digest of the weights
+    listed: int  # videos of the split
+    scored: int  # videos that could be read
+    failed: list[dict[str, str]]  # path and cause of the others
+    failed_count_as: str  # `wrong` or `exclude`
+    temporal_views: int
+    spatial_crops: int
+    views_per_video: int
+    macs_per_view: dict[str, int]  # by point
+    assigner_macs: int | None  # of one clip; None without an assigner
+    policies: dict[str, PolicyRow]
+    hardest_classes: list[ClassRow]
+    peak_memory_bytes: int | None
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the summary with its rows as dicts."""
+        return vars(self) | {
+            "policies": {name: row.to_json() for name, row in self.policies.items()},
+            "hardest_classes": [
+                {"class": row.name, "videos": row.videos, "top1": row.top1, "taken_for": row.taken_for}
+                for row in self.hardest_classes
+            ],
+        }
+
+
 def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
-    Every listed video counts (`evaluate.failed`: as wrong, or left out). Writes `evaluate/` tables per view, clip and
-    video (Parquet) and per class (CSV), and `evaluate/evaluate.json`, which is returned. The ranks of a job share the
+    Writes tables per view, clip and video (Parquet) and per class (CSV), and `evaluate.json`, into `evaluate/` of the
+    run folder. Every listed video counts; a failed one counts as `evaluate.failed` says. The ranks of a job share the
     videos; their number changes no result. A shard (`parallel.shard`) only scores its videos.
+
+    Args:
+        config: The run's config.
+        policies: Further policies to evaluate.
+
+    Returns:
+        The contents of `evaluate.json`, or `{"shard": ...}` for a shard.
+
+    Raises:
+        UserError: No video can be read, a policy does not fit the model, or two policies have the same name.
+        CheckpointError: There is no model, or the run's assigner does not fit it.
+        RunError: A video could be read while it was scored, and cannot be read for the speed measurement.
     """
     start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
@@ -61,7 +116,8 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
             every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
             summary = _summary(model, manifest, scores, every, guard, config=config)
             with guard():
-                write_json(path, summary | {"seconds": round(time.monotonic() - start, 1)})
+                write_json(path, summary.to_json() | {"seconds": round(time.monotonic() - start, 1)})
+        # Every rank returns what was written: JSON, with lists for tuples.
         written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
     return written
 
@@ -96,40 +152,41 @@ def _summary(
     guard: Guard,
     *,
     config: Config,
-) -> dict[str, Any]:
+) -> EvaluationSummary:
     points = model.config.points
     population = _population(manifest, scores)
     outcomes = outcomes_of(scores, policies, config)
     speeds = _speeds(model, manifest, scores, outcomes, config)
     with guard():
-        # A summary stands beside the tables that it was made with, or there is none.
+        # Removed first: if writing the tables fails, no summary of an earlier evaluation stands beside the new ones.
         (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
         classes = write_tables(config, scores, population, outcomes)
-    return {
-        "split": "val",
-        "manifest": manifest.hash,
-        "files": files_digest(manifest, sorted(set(scores.rows.tolist()))),
-        "model": scores.model,
-        "listed": len(population.videos),
-        "scored": len(population.scored),
-        "failed": population.failed,
-        "failed_count_as": config.evaluate.failed,
-        "temporal_views": config.evaluate.temporal_views,
-        "spatial_crops": config.evaluate.spatial_crops,
-        "views_per_video": config.evaluate.temporal_views * config.evaluate.spatial_crops,
-        "macs_per_view": point_macs(config.model),
-        "assigner_macs": assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
-        "policies": policy_rows(outcomes, population, speeds, config),
-        "hardest_classes": _hardest(classes),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    evaluated = config.evaluate
+    return EvaluationSummary(
+        split="val",
+        manifest=manifest.hash,
+        files=files_digest(manifest, sorted(set(scores.rows.tolist()))),
+        model=scores.model,
+        listed=len(population.videos),
+        scored=len(population.scored),
+        failed=population.failed,
+        failed_count_as=evaluated.failed,
+        temporal_views=evaluated.temporal_views,
+        spatial_crops=evaluated.spatial_crops,
+        views_per_video=evaluated.temporal_views * evaluated.spatial_crops,
+        macs_per_view=point_macs(config.model),
+        assigner_macs=assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
+        policies=policy_rows(outcomes, population, speeds, config),
+        hardest_classes=_hardest(classes),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
-def _hardest(classes: pd.DataFrame) -> list[dict[str, Any]]:
-    """The classes that the first policy is worst at, of those with two videos or more."""
+def _hardest(classes: pd.DataFrame) -> list[ClassRow]:
+    """The worst classes of the first policy, among those with two videos or more."""
     first = classes[(classes["policy"] == classes["policy"].iloc[0]) & (classes["videos"] > 1)]
-    shown: list[dict[str, Any]] = first.head(HARDEST)[["class", "videos", "top1", "taken_for"]].to_dict("records")
-    return shown
+    shown = first.head(HARDEST)[["class", "videos", "top1", "taken_for"]]
+    return [ClassRow(*row) for row in shown.itertuples(index=False, name=None)]
 
 
 def _require_usable(
@@ -150,7 +207,7 @@ def _require_usable(
 
 
 def _population(manifest: Manifest, scores: Scores) -> Population:
-    """All listed videos of the val split; those that failed at indexing or decoding stay in it, by name and cause."""
+    """All listed videos of the val split. Videos that failed in indexing or decoding stay in it, with their cause."""
     listed = manifest.table[manifest.table["split"] == "val"]
     causes = {row: cause for row, cause in zip(listed.index, listed["cause"], strict=True) if cause}
     causes |= {failure.video: failure.cause for failure in scores.failures}
@@ -177,9 +234,10 @@ def _policies(
 def _speeds(
     model: TimeSformer, manifest: Manifest, scores: Scores, outcomes: list[Outcome], config: Config
 ) -> dict[str, float]:
-    """Clips per second of each policy on the same random clips, decoded beforehand: assigner, routing and model.
+    """Clips per second of each policy on the same random clips: assigner, routing and model, without decoding.
 
-    Policies take turns, and the median of `evaluate.speed_repeats` rounds counts, after one round to warm up.
+    Policies take turns, so that a slow moment of the machine meets all of them. The median of
+    `evaluate.speed_repeats` rounds counts, after one round to warm up.
     """
     count = min(config.evaluate.speed_clips, len(scores.rows))
     if not count:
@@ -202,11 +260,11 @@ def _speeds(
                 )
                 seconds[outcome.policy.name].append(time.perf_counter() - start)
                 bar.step(1, outcome.policy.name)
-    return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}
+    return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}  # the first one warms up
 
 
 def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views and thumbnails of some of the scored clips, `(clips, crops, ...)` and `(clips, ...)`."""
+    """Views `(clips, crops, C, T, S, S)` and thumbnails `(clips, C, A, s, s)` of some of the scored clips."""
     dataset = EvalVideos(
         manifest,
         config,
@@ -218,7 +276,8 @@ def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) 
     missing = [row for row in rows if row not in videos]
     if missing:
         raise RunError(
-            f"evaluate: {manifest.row(missing[0]).path} was read before and cannot be read now; run it again"
+            f"evaluate: {manifest.row(missing[0]).path} was readable when it was scored, and cannot be read now; run "
+            "`evaluate` again"
         )
     wanted = [(videos[row], clip) for row, clip in zip(scores.rows[drawn], scores.clips[drawn], strict=True)]
     return torch.stack([v.views[c] for v, c in wanted]), torch.stack([v.thumbnails[c] for v, c in wanted])

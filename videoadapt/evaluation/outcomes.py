@@ -1,12 +1,12 @@
-"""From what policies did to what is reported of them: accuracies with intervals, costs, and tables."""
+"""The report on each policy: accuracies with intervals, costs, and tables per view, clip, video and class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
@@ -20,15 +20,22 @@ from videoadapt.routing.router import clip_macs, decide
 from videoadapt.routing.scores import Scored, Scores
 from videoadapt.runtime.files import replacing, write_csv, write_parquet
 
-TOP = 5
+TOP = 5  # classes kept for each video, and the k of top-k accuracy
+Names = npt.NDArray[np.object_]  # the video of each clip, `(clips,)`
+Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its interval
 
 
 @dataclass(frozen=True)
 class Population:
-    """The videos that count: how each is named, its truth, the class names, and which videos have scores.
+    """The videos that an evaluation counts.
 
-    `scored` are positions among the `videos`, ascending; the others failed and count as wrong, or are left out by
-    policy.
+    Attributes:
+        videos: Name of each listed video.
+        truth: Class number of each listed video, `(videos,)`.
+        classes: Names of all classes.
+        scored: Positions in `videos` of those that have scores, ascending. The others failed: they count as wrong, or
+            are left out, as `evaluate.failed` says.
+        failed: Path and cause of each video that failed.
     """
 
     videos: list[str]
@@ -40,85 +47,189 @@ class Population:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one policy did: the point of each clip, and the best classes of each scored video.
+    """The decisions of one policy on the scored clips, and the best classes of each scored video.
 
-    `best` and `p_best` are `(scored videos, k)`, best first, k = 5 or the number of classes; the probabilities are
-    means over all views of a video.
+    Attributes:
+        policy: The policy.
+        choice: Number of the point where each clip ends, `(clips,)`.
+        best: The best classes of each video, best first, `(scored videos, k)`; k is 5, or the number of classes.
+        p_best: Their probabilities, means over all views of a video.
+        macs: MACs of each clip, `(clips,)`: all crops at all points that ran, and the assigner.
+        assigner_macs: MACs of the assigner for one clip, 0 without one.
     """
 
     policy: Policy
-    choice: Choice  # (clips,)
+    choice: Choice
     best: Choice
     p_best: Floats
-    macs: Floats  # (clips,), of all crops at all points that ran, and of the assigner
-    assigner_macs: int  # of one clip, 0 without an assigner
+    macs: Floats
+    assigner_macs: int
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracies of one policy between 0 and 1, and their 95 % intervals. The names are keys of `evaluate.json`."""
+
+    top1: float  # failed videos count as `evaluate.failed` says
+    top1_low: float
+    top1_high: float
+    top1_failed_wrong: float  # failed videos count as wrong
+    top1_readable: float  # failed videos are left out
+    mean_class: float
+    mean_class_low: float
+    mean_class_high: float
+    top5: float | None  # None for 5 classes or fewer
+    top5_low: float | None
+    top5_high: float | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Mean MACs of one policy. The names are keys of `evaluate.json`."""
+
+    macs_per_view: float
+    macs_per_view_without_assigner: float
+    macs_per_clip: float
+    macs_per_video: float
+    macs_per_video_without_assigner: float
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """The figures of one policy.
+
+    Attributes:
+        accuracies: Accuracies on the videos that count.
+        difference_to_costliest: Top-1 minus that of the fixed costliest point.
+        costs: Mean costs.
+        macs_saved: 1 minus the mean cost of a clip over that at the fixed costliest point.
+        mix: Fraction of the clips that end at each point.
+        clips_per_s: Measured speed, None if it was not measured.
+        record: Further fields that the policy records.
+        pareto: No other policy is cheaper and as accurate, or more accurate and no costlier.
+        difference_to_random: Top-1 minus that of random routing with the same mix, None where there is no such policy.
+    """
+
+    accuracies: Accuracies
+    difference_to_costliest: Interval
+    costs: Costs
+    macs_saved: float
+    mix: dict[str, float]
+    clips_per_s: float | None
+    record: Mapping[str, object]
+    pareto: bool = False
+    difference_to_random: Interval | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the row of `evaluate.json`: accuracies, costs and recorded fields stand beside the others."""
+        row = {
+            **asdict(self.accuracies),
+            "difference_to_costliest": self.difference_to_costliest,
+            **asdict(self.costs),
+            "macs_saved": self.macs_saved,
+            "mix": self.mix,
+            "clips_per_s": self.clips_per_s,
+            **self.record,
+            "pareto": self.pareto,
+        }
+        if self.difference_to_random is not None:
+            row["difference_to_random"] = self.difference_to_random
+        return row
 
 
 def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> list[Outcome]:
-    """What each policy does with the scored clips."""
-    points = config.model.points
-    evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right)
+    """Applies each policy to the scored clips.
+
+    Args:
+        scores: The scores of all clips at all points.
+        policies: The policies, in the order of the result.
+        config: The run's config.
+    """
+    evidence = Evidence(len(scores.rows), config.model.points, scores.assigned, scores.right)
 
     def stored(rows: Choice, number: int) -> Mapping[Measure, Floats]:
         return {measure: values[rows, number] for measure, values in scores.confidence.items()}
 
     choices = [decide(policy, evidence, stored) for policy in policies]
-    best: list[list[tuple[Choice, Floats]]] = [[] for _ in policies]
-    first = 0
-    for part in scores.shards():
-        probabilities = part.probabilities()
-        here = slice(first, first + len(part.rows))
-        for found, choice in zip(best, choices, strict=True):
-            found.append(_best(probabilities[np.arange(len(part.rows)), choice[here]], part.rows))
-        first = here.stop
+    best = _best_of_videos(scores, choices)
     outcomes = []
-    for policy, choice, found in zip(policies, choices, best, strict=True):
-        classes, probable = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    for policy, choice, (classes, probabilities) in zip(policies, choices, best, strict=True):
         macs, assigner = clip_macs(policy, choice, config.model, crops=config.evaluate.spatial_crops)
-        outcomes.append(Outcome(policy, choice, classes, probable, macs.astype(np.float64), assigner))
+        outcomes.append(Outcome(policy, choice, classes, probabilities, macs.astype(np.float64), assigner))
     return outcomes
 
 
+def _best_of_videos(scores: Scores, choices: list[Choice]) -> list[tuple[Choice, Floats]]:
+    """For each policy's choices, the best classes of each video and their probabilities, `(videos, k)`."""
+    found: list[list[tuple[Choice, Floats]]] = [[] for _ in choices]
+    first = 0  # of the shard's clips among all clips
+    for shard in scores.shards():  # read once for all policies; a shard holds whole videos
+        probabilities = shard.probabilities()  # (clips, points, classes)
+        clips = np.arange(len(shard.rows))
+        for parts, choice in zip(found, choices, strict=True):
+            parts.append(_best(probabilities[clips, choice[first + clips]], shard.rows))
+        first += len(clips)
+    return [
+        (np.concatenate(classes), np.concatenate(p)) for classes, p in (zip(*parts, strict=True) for parts in found)
+    ]
+
+
 def _best(probabilities: Floats, rows: Choice) -> tuple[Choice, Floats]:
-    """The best classes of each video, from the probabilities of its clips, `(clips, classes)`."""
+    """The best classes of each video and their probabilities, from those of its clips, `(clips, classes)`."""
     _, video, counts = np.unique(rows, return_inverse=True, return_counts=True)
     sums = np.zeros((len(counts), probabilities.shape[1]))
-    np.add.at(sums, video, probabilities)
-    means = sums / counts[:, None]
+    np.add.at(sums, video, probabilities)  # unlike `sums[video] +=`, adds every clip of a video
+    means = sums / counts[:, None]  # (videos, classes)
+    # A stable sort gives equal probabilities the order of the classes, on every machine.
     best = np.argsort(-means, axis=1, kind="stable")[:, :TOP]
     return best, np.take_along_axis(means, best, axis=1)
 
 
 def policy_rows(
-    outcomes: list[Outcome], population: Population, speeds: dict[str, float], config: Config
-) -> dict[str, dict[str, Any]]:
-    """The figures of each policy, by name; the first outcome is the fixed costliest point."""
+    outcomes: list[Outcome], population: Population, speeds: Mapping[str, float], config: Config
+) -> dict[str, PolicyRow]:
+    """Computes the figures of each policy.
+
+    Args:
+        outcomes: The outcomes of all policies. The first is that of the fixed costliest point.
+        population: The listed videos.
+        speeds: Measured clips per second, by policy name.
+        config: The run's config.
+
+    Returns:
+        The rows by policy name.
+    """
     counted = np.arange(len(population.videos)) if config.evaluate.failed == "wrong" else population.scored
-    rows = {}
-    for outcome in outcomes:
-        row: dict[str, Any] = dict(_accuracies(outcome, population, counted))
-        row["difference_to_costliest"] = _difference(outcome, outcomes[0], population, counted)
-        row |= _costs(outcome, population, config)
-        row["macs_saved"] = float(1 - outcome.macs.mean() / outcomes[0].macs.mean())
-        row["mix"] = dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True))
-        row["clips_per_s"] = speeds.get(outcome.policy.name)
-        row |= outcome.policy.record()
-        rows[outcome.policy.name] = row
-    # A policy that reads the truth cannot be used on new clips, so it takes no place on the front.
-    known = {o.policy.name: rows[o.policy.name] for o in outcomes if "truth" not in o.policy.needs}
-    front = pareto_front([row["macs_per_video"] for row in known.values()], [row["top1"] for row in known.values()])
-    for name, row in rows.items():
-        row["pareto"] = bool(front[list(known).index(name)]) if name in known else False
     by_name = {outcome.policy.name: outcome for outcome in outcomes}
+    rows = {
+        name: PolicyRow(
+            accuracies=_accuracies(outcome, population, counted),
+            difference_to_costliest=_difference(outcome, outcomes[0], population, counted),
+            costs=_costs(outcome, population, config),
+            macs_saved=float(1 - outcome.macs.mean() / outcomes[0].macs.mean()),
+            mix=dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True)),
+            clips_per_s=speeds.get(name),
+            record=outcome.policy.record(),
+        )
+        for name, outcome in by_name.items()
+    }
+    # A policy that reads the truth cannot be used on new clips, so it takes no place on the front.
+    known = [name for name, outcome in by_name.items() if "truth" not in outcome.policy.needs]
+    front = pareto_front(
+        [rows[name].costs.macs_per_video for name in known], [rows[name].accuracies.top1 for name in known]
+    )
+    for name, on_front in zip(known, front, strict=True):
+        rows[name] = replace(rows[name], pareto=on_front)
     for outcome in outcomes:
-        if outcome.policy.imitates is not None:
-            imitated = by_name[outcome.policy.imitates]
-            rows[imitated.policy.name]["difference_to_random"] = _difference(imitated, outcome, population, counted)
+        imitated = outcome.policy.imitates
+        if imitated is not None:
+            difference = _difference(by_name[imitated], outcome, population, counted)
+            rows[imitated] = replace(rows[imitated], difference_to_random=difference)
     return rows
 
 
 def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
-    """Which policies no other one beats: none is cheaper and as accurate, or more accurate and no costlier."""
+    """Returns which policies are on the front: none is cheaper and as accurate, or more accurate and no costlier."""
     pairs = list(zip(costs, accuracies, strict=True))
     return [
         not any((c <= cost and a > accuracy) or (c < cost and a >= accuracy) for c, a in pairs)
@@ -126,54 +237,51 @@ def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[bo
     ]
 
 
-def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> dict[str, float | None]:
-    """`top1` follows `evaluate.failed`; both ways of counting stand beside it. No top-5 of so few classes."""
+def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> Accuracies:
     all_right = _video_right(outcome, population, 1)
     right, truth = all_right[counted], population.truth[counted]
     low, high = wilson(int(right.sum()), len(right))
     class_low, class_high = mean_class_interval(right, truth)
-    accuracies: dict[str, float | None] = {
-        "top1": float(right.mean()),
-        "top1_low": low,
-        "top1_high": high,
-        "top1_failed_wrong": float(all_right.mean()),
-        "top1_readable": float(all_right[population.scored].mean()),
-        "mean_class": float(class_means(right, truth).mean()),
-        "mean_class_low": class_low,
-        "mean_class_high": class_high,
-        **dict.fromkeys(("top5", "top5_low", "top5_high")),
-    }
-    if len(population.classes) > TOP:
-        top5 = _video_right(outcome, population, TOP)[counted]
-        low5, high5 = wilson(int(top5.sum()), len(top5))
-        accuracies |= {"top5": float(top5.mean()), "top5_low": low5, "top5_high": high5}
-    return accuracies
-
-
-def _costs(outcome: Outcome, population: Population, config: Config) -> dict[str, float]:
-    model, crops, videos = (
-        outcome.macs - outcome.assigner_macs,
-        config.evaluate.spatial_crops,
-        max(len(population.scored), 1),
+    top5 = low5 = high5 = None
+    if len(population.classes) > TOP:  # with 5 classes or fewer, every answer is among the best 5
+        right5 = _video_right(outcome, population, TOP)[counted]
+        top5, (low5, high5) = float(right5.mean()), wilson(int(right5.sum()), len(right5))
+    return Accuracies(
+        top1=float(right.mean()),
+        top1_low=low,
+        top1_high=high,
+        top1_failed_wrong=float(all_right.mean()),
+        top1_readable=float(all_right[population.scored].mean()),
+        mean_class=float(class_means(right, truth).mean()),
+        mean_class_low=class_low,
+        mean_class_high=class_high,
+        top5=top5,
+        top5_low=low5,
+        top5_high=high5,
     )
-    return {
-        "macs_per_view": float(outcome.macs.mean() / crops),
-        "macs_per_view_without_assigner": float(model.mean() / crops),
-        "macs_per_clip": float(outcome.macs.mean()),
-        "macs_per_video": float(outcome.macs.sum() / videos),
-        "macs_per_video_without_assigner": float(model.sum() / videos),
-    }
 
 
-def _difference(a: Outcome, b: Outcome, population: Population, counted: Choice) -> list[float]:
+def _costs(outcome: Outcome, population: Population, config: Config) -> Costs:
+    model = outcome.macs - outcome.assigner_macs  # of each clip
+    crops, videos = config.evaluate.spatial_crops, max(len(population.scored), 1)
+    return Costs(
+        macs_per_view=float(outcome.macs.mean() / crops),
+        macs_per_view_without_assigner=float(model.mean() / crops),
+        macs_per_clip=float(outcome.macs.mean()),
+        macs_per_video=float(outcome.macs.sum() / videos),
+        macs_per_video_without_assigner=float(model.sum() / videos),
+    )
+
+
+def _difference(a: Outcome, b: Outcome, population: Population, counted: Choice) -> Interval:
     """Top-1 of a minus b on the same videos, with its interval."""
     if a is b:
-        return [0.0, 0.0, 0.0]
-    return list(paired_difference(_video_right(a, population, 1)[counted], _video_right(b, population, 1)[counted]))
+        return 0.0, 0.0, 0.0
+    return paired_difference(_video_right(a, population, 1)[counted], _video_right(b, population, 1)[counted])
 
 
 def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:
-    """Whether the truth is among the `top` classes, for all listed videos; a failed one is wrong."""
+    """Whether the truth is among the `top` best classes of each listed video; False for a failed one."""
     right = np.zeros(len(population.videos), dtype=bool)
     truth = population.truth[population.scored]
     right[population.scored] = (outcome.best[:, :top] == truth[:, None]).any(1)
@@ -181,16 +289,23 @@ def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:
 
 
 def write_tables(config: Config, scores: Scores, population: Population, outcomes: list[Outcome]) -> pd.DataFrame:
-    """`views.parquet` per view and point; `clips.parquet`, `videos.parquet` and `classes.csv` per policy.
+    """Writes `views.parquet` (per view and point), and `clips.parquet`, `videos.parquet`, `classes.csv` (per policy).
 
-    Returns the table of classes.
+    Args:
+        config: The run's config; the tables go to `evaluate/` in its folder.
+        scores: The scores of all clips.
+        population: The listed videos.
+        outcomes: The outcomes of all policies.
+
+    Returns:
+        The table of classes, as `class_table` makes it.
     """
     folder, points = config.run.dir / "evaluate", config.model.points
     scored = zip(dict.fromkeys(scores.rows.tolist()), population.scored, strict=True)
     names = {row: population.videos[position] for row, position in scored}
     with replacing(folder / "views.parquet") as temporary, parquet.ParquetWriter(temporary, _VIEWS) as writer:
-        for part in scores.shards():
-            writer.write_table(pa.Table.from_pandas(_view_table(part, names, points), _VIEWS, preserve_index=False))
+        for shard in scores.shards():  # the table of views is as long as the logits, so it is written in pieces
+            writer.write_table(pa.Table.from_pandas(_view_table(shard, names, points), _VIEWS, preserve_index=False))
     videos = np.array([names[row] for row in scores.rows], dtype=object)
     write_parquet(folder / "clips.parquet", pd.concat(_clip_table(o, scores, videos, points) for o in outcomes))
     table = pd.concat(_video_table(outcome, population, videos) for outcome in outcomes)
@@ -211,25 +326,25 @@ _VIEWS = pa.schema(
 )
 
 
-def _view_table(part: Scored, names: dict[int, str], points: tuple[str, ...]) -> pd.DataFrame:
-    clips, crops = part.logits.shape[:2]
-    probabilities = softmax(part.logits)  # (clips, crops, points, classes)
-    p_true = np.take_along_axis(probabilities, part.truth[:, None, None, None], axis=3)
-    size = crops * len(points)
+def _view_table(shard: Scored, names: dict[int, str], points: tuple[str, ...]) -> pd.DataFrame:
+    clips, crops = shard.logits.shape[:2]
+    probabilities = softmax(shard.logits)  # (clips, crops, points, classes)
+    p_true = np.take_along_axis(probabilities, shard.truth[:, None, None, None], axis=3)  # (clips, crops, points, 1)
+    size = crops * len(points)  # rows of a clip: its crops, and for each crop all points
     return pd.DataFrame(
         {
-            "video": np.repeat(np.array([names[row] for row in part.rows], dtype=object), size),
-            "clip": np.repeat(part.clips, size),
+            "video": np.repeat(np.array([names[row] for row in shard.rows], dtype=object), size),
+            "clip": np.repeat(shard.clips, size),
             "crop": np.tile(np.repeat(np.arange(crops), len(points)), clips),
             "point": np.tile(np.array(points, dtype=object), clips * crops),
-            "truth": np.repeat(part.truth, size),
+            "truth": np.repeat(shard.truth, size),
             "prediction": probabilities.argmax(-1).ravel(),
             "p_true": p_true.ravel(),
         }
     )
 
 
-def _clip_table(outcome: Outcome, scores: Scores, videos: Any, points: tuple[str, ...]) -> pd.DataFrame:
+def _clip_table(outcome: Outcome, scores: Scores, videos: Names, points: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "policy": outcome.policy.name,
@@ -243,14 +358,14 @@ def _clip_table(outcome: Outcome, scores: Scores, videos: Any, points: tuple[str
     )
 
 
-def _video_table(outcome: Outcome, population: Population, videos: Any) -> pd.DataFrame:
-    """All listed videos; one that failed has prediction -1, cost 0 and empty lists of best classes."""
+def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.DataFrame:
+    """One row for each listed video. One that failed has prediction -1, cost 0 and empty lists of best classes."""
     prediction = np.full(len(population.videos), -1)
     prediction[population.scored] = outcome.best[:, 0]
     best: list[list[int]] = [[] for _ in population.videos]
     p_best: list[list[float]] = [[] for _ in population.videos]
-    for position, classes, shares in zip(population.scored, outcome.best, outcome.p_best, strict=True):
-        best[position], p_best[position] = classes.tolist(), shares.tolist()
+    for position, classes, probabilities in zip(population.scored, outcome.best, outcome.p_best, strict=True):
+        best[position], p_best[position] = classes.tolist(), probabilities.tolist()
     macs = pd.Series(outcome.macs).groupby(videos).sum().reindex(population.videos, fill_value=0.0)
     return pd.DataFrame(
         {
@@ -268,15 +383,21 @@ def _video_table(outcome: Outcome, population: Population, videos: Any) -> pd.Da
 
 
 def class_table(videos: pd.DataFrame, classes: Sequence[str], failed: str) -> pd.DataFrame:
-    """Per policy and class: videos, top-1 with its Wilson interval, and the class most often taken for it.
+    """Returns, per policy and class: videos, top-1 with its Wilson interval, and the most frequent wrong answer.
 
-    `videos` is the table of `videos.parquet`; failed videos count as `evaluate.failed` says. Worst classes first.
+    Args:
+        videos: The table of `videos.parquet`.
+        classes: Names of all classes.
+        failed: `evaluate.failed`: how failed videos count.
+
+    Returns:
+        The table, the worst classes of each policy first.
     """
     counted = videos if failed == "wrong" else videos[~videos["failed"]]
     rows = []
     for (policy, label), group in counted.groupby(["policy", "truth"], sort=False):
         low, high = wilson(int(group["right"].sum()), len(group))
-        wrong = group.loc[~group["right"] & ~group["failed"], "prediction"].mode()
+        wrong = group.loc[~group["right"] & ~group["failed"], "prediction"].mode()  # a failed video has no answer
         rows.append(
             {
                 "policy": policy,

@@ -1,4 +1,4 @@
-"""Predictions for video files: classes with probabilities, the point that each clip got, and its cost."""
+"""Predicts video files: classes with probabilities, the point where each clip ends, and the cost."""
 
 from __future__ import annotations
 
@@ -25,13 +25,30 @@ TOP = 5  # classes of a prediction
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one video: the best classes, best first, and at which points that was seen."""
+    """The prediction for one video.
+
+    Attributes:
+        path: The file.
+        classes: Names of the best classes, best first.
+        probabilities: Their probabilities, means over all views of the video.
+        points: The point where each clip ends.
+        macs: MACs of all views at all points that they ran, and of the assigner.
+    """
 
     path: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
-    points: tuple[str, ...]  # of each clip
-    macs: int  # all views, the assigner included
+    points: tuple[str, ...]
+    macs: int
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The contents of `predictions.json`; the names are its keys."""
+
+    policy: str
+    predictions: list[Prediction]
+    failed: list[dict[str, str]]  # path and cause
 
 
 def predict(
@@ -43,23 +60,36 @@ def predict(
     data: DataConfig | None = None,
     top: int = TOP,
 ) -> list[Prediction]:
-    """Classes of videos of any length, one prediction per path, in order.
+    """Predicts the classes of videos of any length.
 
-    `policy` is `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), a policy such as
-    `Assigned.load("runs/demo")`, or none for the costliest point. Every clip gets its point, shared by its crops;
-    probabilities are the mean over all views. `evaluate` and `data` say how views are cut, read and resized, as those
-    sections of a config do; none: their defaults. Raises `VideoError` for a file that cannot be read.
+    Every clip gets its point from the policy, through the same `decide` as in an evaluation. The crops of a clip share
+    its point.
+
+    Args:
+        model: The model, in eval mode.
+        paths: Video files.
+        policy: `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), or a policy such as
+            `Assigned.load("runs/demo")`. None: the costliest point.
+        evaluate: How views are cut, as the `evaluate` section of a config. None: its defaults.
+        data: How videos are read and resized, as the `data` section of a config. None: its defaults.
+        top: Number of classes of a prediction.
+
+    Returns:
+        One prediction per path, in order.
+
+    Raises:
+        VideoError: A file cannot be read.
+        UserError: The policy needs the truth, or does not fit the model.
     """
-    points = model.config.points
-    chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy or Fixed(points[0])
+    chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy
+    chosen = chosen or Fixed(model.config.points[0])
     chosen.check(model)
-    assign = chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1)
     config = Config(
         model=model.config,
-        assign=assign,
+        assign=chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1),
         evaluate=evaluate or EvaluateConfig(),
         data=data or DataConfig(),
-        loss=LossConfig(dropped="ce"),  # of no consequence here, and allowed for all points
+        loss=LossConfig(dropped="ce"),  # not used here; other losses are not allowed for every set of points
     )
     return [_predict_one(model, path, chosen, config, top) for path in paths]
 
@@ -74,39 +104,53 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
         thumbnails=policy.assigner is not None,
     )
     routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails)
-    probabilities = softmax(routed.logits).mean((0, 1))
+    probabilities = softmax(routed.logits).mean((0, 1))  # (clips, crops, classes) to (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
-    points = tuple(config.model.points[i] for i in routed.choice)
-    clips, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
+    clip_costs, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
     return Prediction(
-        str(path), tuple(names[i] for i in best), tuple(float(probabilities[i]) for i in best), points, int(clips.sum())
+        path=str(path),
+        classes=tuple(names[i] for i in best),
+        probabilities=tuple(float(probabilities[i]) for i in best),
+        points=tuple(config.model.points[i] for i in routed.choice),
+        macs=int(clip_costs.sum()),
     )
 
 
 def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> dict[str, Any]:
-    """The verb: predictions of the files that can be read, and the causes for those that cannot.
+    """Predicts files with the model of a run; the verb `predict`.
 
-    Writes `predict/predictions.json` in the run folder. Policy none is the assigner's where the run has one.
+    Writes `predict/predictions.json` in the run folder.
+
+    Args:
+        config: The run's config.
+        paths: Video files. A file that cannot be read, or whose probabilities are NaN, is listed with its cause.
+        policy: The text of a policy. None: `assigned` if the run has an assigner, else the costliest point.
+
+    Returns:
+        The contents of `predictions.json`.
+
+    Raises:
+        UserError: No path is given, or the policy is unknown or does not fit the model.
     """
     if not paths:
-        raise UserError("predict: no video named; expected `videoadapt predict CONFIG VIDEO ...`")
+        raise UserError("predict: no video given; expected `videoadapt predict CONFIG VIDEO ...`")
     model = inference_model(config)
     assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
-    text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
+    text = policy or (assigned.name if assigned else f"fixed:{model.config.points[0]}")
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
-    config = config.model_copy(update={"assign": chosen.assigner.config}) if chosen.assigner is not None else config
-    done, failed = [], []
+    if chosen.assigner is not None:  # thumbnails are cut as the assigner has seen them when it was fitted
+        config = config.model_copy(update={"assign": chosen.assigner.config})
+    result = Predictions(text, [], [])
     for path in paths:
         try:
             prediction = _predict_one(model, path, chosen, config, TOP)
         except VideoError as error:
-            failed.append({"path": path, "cause": str(error)})
+            result.failed.append({"path": path, "cause": str(error)})
             continue
         if math.isnan(prediction.probabilities[0]):  # JSON has no NaN, and there is no class to show
-            failed.append({"path": path, "cause": f"{path}: the model's probabilities are NaN"})
+            result.failed.append({"path": path, "cause": f"{path}: the model's probabilities are NaN"})
         else:
-            done.append(prediction)
-    result = {"policy": text, "predictions": [asdict(p) for p in done], "failed": failed}
-    write_json(config.run.dir / "predict" / "predictions.json", result)
-    return result
+            result.predictions.append(prediction)
+    write_json(config.run.dir / "predict" / "predictions.json", asdict(result))
+    return asdict(result)

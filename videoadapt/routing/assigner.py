@@ -6,7 +6,7 @@ One decision per clip, shared by its crops (ReViT, section 3.3, has one per imag
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -69,8 +69,14 @@ class Assigner(nn.Module):
         return self(thumbnails).float().softmax(-1)
 
 
+@lru_cache(maxsize=16)  # the pass takes 0.2 s, and every prediction asks for it
 def assigner_macs(config: AssignConfig, points: int) -> int:
-    """MACs of one decision, counted by torch on a forward pass without data."""
+    """Returns the MACs of one decision (one clip), counted by torch on a forward pass without data.
+
+    Args:
+        config: The size of the assigner.
+        points: Number of points that it chooses from.
+    """
     with torch.device("meta"):
         assigner = Assigner(config, points).eval()
         thumbnails = torch.zeros(1, 3, config.frames, config.size, config.size, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -118,7 +118,7 @@ class Policy(ABC):
                 f"{len(model.config.points)}: {', '.join(model.config.points)}"
             )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Mapping[str, object]:
         """Returns further fields for the policy's row in `evaluate.json`, by key."""
         return {}
 
@@ -298,7 +298,7 @@ class Cascade(Policy):
         """Raises `UserError` if the model does not have one of the points."""
         _numbers(self, self.points, model.config.points)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Mapping[str, object]:
         """Returns the thresholds, which may be fitted and then do not stand in the name."""
         return {"thresholds": self.thresholds}
 
