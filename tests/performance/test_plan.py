@@ -16,7 +16,7 @@ from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.index.manifest import index
 from videoadapt.errors import RunError, UserError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.performance.memory import parameter_count, saved_bytes, training_memory
+from videoadapt.performance.memory import Memory, parameter_count, saved_bytes, training_memory
 from videoadapt.performance.plan import analytic_passes, plan, print_plan
 from videoadapt.performance.timing import Round, Stopwatch
 from videoadapt.training.groups import make_plan
@@ -52,20 +52,30 @@ def test_saved_bytes_are_those_of_a_real_pass(tmp_path: Path, point: str) -> Non
         assert found == pytest.approx(really_saved_bytes(config, point, clips), rel=0.01)
 
 
-def test_memory_follows_the_optimizer_the_length_and_the_clips(tmp_path: Path) -> None:
-    config = tiny(tmp_path, train={"ema": None})
-    memory = training_memory(config, CPU)
-    assert memory.state == 16 * parameter_count(config)  # weights, gradients, AdamW's two
+def memory_of(folder: Path, points: tuple[str, ...] = ("8",), /, **sections: dict) -> Memory:
+    sections["model"] = {"points": list(points), **sections.get("model", {})}
+    return training_memory(tiny(folder, **sections), CPU)
+
+
+def test_memory_grows_with_length_and_clips(tmp_path: Path) -> None:
+    memory = memory_of(tmp_path, ("8", "4"))
     assert memory.bytes(["8"], 2) > memory.bytes(["4"], 2) > memory.state
     assert memory.bytes(["8", "4"], 2) == memory.bytes(["8"], 2)
     more = memory.bytes(["8"], 4) - memory.bytes(["8"], 3)
     assert memory.bytes(["8"], 3) - memory.bytes(["8"], 2) == more == memory.saved["8"][1]
-    checkpointed = training_memory(tiny(tmp_path, train={"activation_checkpointing": True}, model={"depth": 6}), CPU)
-    assert checkpointed.saved["8"][1] < training_memory(tiny(tmp_path, model={"depth": 6}), CPU).saved["8"][1] / 2
-    sgd = training_memory(tiny(tmp_path, train={"optimizer": "sgd", "momentum": 0.0, "ema": 0.9}), CPU)
-    assert sgd.state == 12 * parameter_count(config)
-    bf16 = training_memory(tiny(tmp_path, run={"precision": "bf16"}), CPU)
-    assert bf16.saved["8"][1] < memory.saved["8"][1]
+
+
+def test_memory_depends_on_optimizer_checkpointing_and_precision(tmp_path: Path) -> None:
+    parameters = parameter_count(tiny(tmp_path, model={"points": ["8"]}))
+    adamw = memory_of(tmp_path, train={"ema": None})
+    assert adamw.state == 16 * parameters  # weights, gradients, and two values of AdamW, 4 bytes each
+    sgd = memory_of(tmp_path, train={"optimizer": "sgd", "momentum": 0.0, "ema": 0.9})
+    assert sgd.state == 12 * parameters  # weights, gradients, moving average
+    bf16 = memory_of(tmp_path, run={"precision": "bf16"})
+    assert bf16.saved["8"][1] < adamw.saved["8"][1]
+    deep = {"depth": 6}
+    checkpointed = memory_of(tmp_path, train={"activation_checkpointing": True}, model=deep)
+    assert checkpointed.saved["8"][1] < memory_of(tmp_path, model=deep).saved["8"][1] / 2
 
 
 def test_a_plan_from_analytic_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +123,7 @@ def test_a_checkpointed_backward_pass_repeats_the_forward_pass(tmp_path: Path) -
 
 def test_the_clips_of_an_epoch_come_from_the_manifest(tmp_path: Path) -> None:
     runs.make_data(tmp_path / "data")
-    config = tiny(tmp_path, plan=MACS_PER_S)
+    config = tiny(tmp_path, plan=MACS_PER_S, model={"points": ["8"]})  # one point: memory is predicted for each
     assert plan(config, 1).clips_an_epoch is None
     train_videos = int((index(config)["split"] == "train").sum())
     assert plan(config, 1).clips_an_epoch == train_videos
@@ -166,5 +176,5 @@ def test_the_command_rejects_bad_input(tmp_path: Path, words: list[str], message
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="torch sees no GPU"):
+    with pytest.raises(UserError, match="torch finds no GPU"):
         plan(tiny(tmp_path, run={"device": "cuda"}), 2)
