@@ -50,6 +50,7 @@ def main() -> None:
     try:
         config = released_config(given.weights, given.config, given.overrides)
         with ranks(config):
+            # Rank 0 writes the checkpoint; the other ranks then find it and check their weights against it.
             rank0_then_all(lambda: convert(given.weights, config))
             summary = evaluate(config)
             if rank() == 0:
@@ -66,7 +67,7 @@ def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
         path: The config of the architecture. A video model gets TimeSformer's protocol and its costliest point alone.
         overrides: Texts `section.key=value`; they replace all of these defaults.
     """
-    model = load_config(path, overrides).model
+    model = load_config(path, overrides).model  # whether it is a video model decides about the defaults
     defaults = [f"run.dir=runs/released/{weights.stem}"]
     if model.num_frames > 1:
         defaults += [f"model.points=['{max(map(Point.parse, model.points))}']", *VIDEO_PROTOCOL]
@@ -127,6 +128,7 @@ def convert(weights: Path, config: Config) -> None:
         if digest != weights_digest(model):
             raise UserError(f"{path}: holds other weights, which are not overwritten; set run.dir to another folder")
         return
+    # What `evaluate` reads of a checkpoint that training has written.
     meta = config.model_dump(mode="json") | {"classes": list(classes), "digest": weights_digest(model), "step": 0}
     save_checkpoint(path, "train", {f"model/{name}": t for name, t in model.state_dict().items()}, meta)
 
@@ -137,6 +139,7 @@ def _require_classes(path: Path, classes: tuple[str, ...]) -> None:
     Without names on both sides there is nothing to compare.
     """
     theirs = {int(number): name for number, name in _read_json(path).get("id2label", {}).items()}
+    # Kinetics lists without a file of names have numbers; converted models without names have LABEL_0, LABEL_1, ...
     if all(name.isdigit() for name in classes) or all(name.startswith("LABEL_") for name in theirs.values()):
         return
     for number, name in sorted(theirs.items()):

@@ -61,7 +61,8 @@ def submission(run: Path, policy: str | None, top: int) -> pd.DataFrame:
     chosen = policy or ("assigned" if "assigned" in policies else policies[0])
     if chosen not in policies:
         raise UserError(f"--policy {chosen}: this evaluation has {', '.join(policies)}")
-    videos = videos[videos["policy"] == chosen]
+    videos = videos[videos["policy"] == chosen]  # one row per video, in the order of the manifest
+    # A video that could not be read has none, so the largest number is the number that the evaluation kept.
     most = int(videos["best"].map(len).max())
     if not 1 <= top <= most:
         raise UserError(f"--top {top}: expected 1 to {most}, the number of classes that the evaluation kept")

@@ -120,6 +120,7 @@ class Cluster:
         for name in ("state", "log", "dev", *(f"spool/{node}" for node in names)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._write_conf(nodes)
+        # -D: in the foreground, so that the process id is known; -c: without the jobs of an earlier cluster.
         controller = {"slurmctld": self._spawn("slurmctld", "slurmctld", "-D", "-c", "-i", "-f", str(self.conf))}
         self._pids.write_text(json.dumps(controller | {node: self._start_node(node) for node in names}))
         try:
@@ -151,7 +152,7 @@ class Cluster:
     def stop(self) -> None:
         """Cancels all jobs and stops the daemons."""
         daemons = self.daemons()
-        if alive(daemons.get("slurmctld", 0)):
+        if alive(daemons.get("slurmctld", 0)):  # jobs outlive their daemons, so they are cancelled first
             self.run("scancel", "--full", f"--user={getpass.getuser()}")
             _wait_until(lambda: not self.run("squeue", "--noheader").strip(), STOP_S, "jobs to end", strict=False)
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -188,13 +189,14 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C in the terminal does not reach the daemons
             ).pid
 
     def _idle(self, nodes: int) -> bool:
         if dead := [name for name, pid in self.daemons().items() if not alive(pid)]:
             raise ClusterError(f"{', '.join(dead)} exited during the start; see {self.folder / 'log'}")
         try:
+            # One line "3 idle": as long as nodes differ in state, sinfo prints a line for each state.
             return self.run("sinfo", "--noheader", "--format=%D %t").split() == [str(nodes), "idle"]
         except ClusterError:  # the controller does not answer yet
             return False

@@ -100,6 +100,7 @@ def plan(config: Config, gpus: int) -> PlanSummary:
             f"--gpus: {gpus} ranks, but a micro-batch has only {work.clips_per_micro_batch} clips (train.batch / "
             "train.accumulate); take fewer ranks, or raise train.batch"
         )
+    # Stable: the layout without groups comes first among equals.
     forecasts = sorted((forecast(layout, work, network) for layout in plans), key=lambda f: f.step_s)
     best = recommended(forecasts)
     clips_an_epoch = config.plan.clips or _manifest_clips(config)
@@ -186,6 +187,7 @@ def _manifest_clips(config: Config) -> int | None:
 
 
 def _groups_of_config(config: Config, gpus: int, work: StepWork) -> str | None:
+    # These times balance `auto` here. Training balances it by MACs, which can give other groups.
     costs = {point: passes.seconds(1) for point, passes in work.passes.items()}
     try:
         return groups_setting(make_plan(config, gpus, costs))
@@ -206,6 +208,7 @@ def _layout_row(each: Forecast, work: StepWork, memory: Memory, config: Config, 
     bytes_per_rank = []
     for group in each.plan.groups:
         split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
+        # The rank with the most clips of the group.
         bytes_per_rank.append(memory.bytes(group.points, max(map(len, split))))
     return LayoutRow(
         groups=groups_setting(each.plan),

@@ -145,6 +145,7 @@ def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
     folder.mkdir(parents=True, exist_ok=True)
     videos = folder / "videos.txt"
     videos.write_text("".join(f"{path.absolute()} 0\n" for path in paths), encoding="utf-8")
+    # Only reading is configured: the model never runs, and without flips a loader's work does not depend on chance.
     config = make_config(
         {
             "run": {"dir": folder, "seed": settings.seed},
@@ -163,7 +164,7 @@ def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
 
 
 def _with_keys(manifest: Manifest, config: Config, clips: int | None) -> Work:
-    """The work on the readable files of a manifest, which each give a clip in turn."""
+    """The work on the readable files of a manifest. Each file gives one clip before any gives a second."""
     readable = np.flatnonzero(manifest["status"] == "ok").tolist()
     if not readable:
         first = manifest.row(0)
@@ -210,10 +211,12 @@ def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> KindTable:
         def run(task: Callable[[str, Work], T], name: str) -> T | None:
             return attempt(name, lambda: _result(processes[name], task, name, work))
 
+        # All processes stay alive during all rounds: a new one would have to import and warm up again.
         imported = {name: run(start, name) for name in LOADERS}
         turns = [{name: run(measure, name) for name in LOADERS} for _ in range(rounds)]
         readers = [] if OURS_AUTO in left_out else _result(processes[OURS_AUTO], readers_of_auto, work)
     clips = len(work.keys) * rounds
+    # After the turns, so that the workers do not disturb them.
     workers = {name: attempt(name, partial(worker_memory, work, reader, clips)) for name, reader in OURS.items()}
     rows = {}
     for name in LOADERS:
@@ -278,6 +281,7 @@ def peers(auto_reads_with: Sequence[str]) -> dict[str, str]:
     The loader `auto` has no peer if it reads some of the files with another library than others.
     """
     same = {OURS_PYAV: PEER_PYAV}
+    # With several libraries the speed of `auto` is a mixture, which no peer can match.
     if len(auto_reads_with) == 1 and auto_reads_with[0] in _PEERS:
         same[OURS_AUTO] = _PEERS[auto_reads_with[0]]
     return same
@@ -286,6 +290,7 @@ def peers(auto_reads_with: Sequence[str]) -> dict[str, str]:
 def with_ratios(rows: Mapping[str, LoaderRow], peers: Mapping[str, str]) -> dict[str, LoaderRow]:
     """Returns the rows with the speed relative to the loader's peer, and to the faster loader of pytorchvideo."""
     speeds = {name: row.clips_per_cpu_s for name, row in rows.items()}
+    # None if pytorchvideo is not installed, or was left out.
     best = max((speeds[peer] for peer in _PEERS.values() if peer in speeds), default=None)
     with_both = {}
     for name, row in rows.items():

@@ -69,7 +69,7 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
     """
     settings = parse_settings(Settings, "bench points", words)
     device = pick_device(config.run.device)
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.run.seed)  # random weights: the time of a pass does not depend on them
     model = TimeSformer(config.model).to(device, precision_dtype(config.run.precision)).eval()
     rows: list[PointRow] = []
     total = len(settings.batches) * (1 + settings.rounds)
@@ -124,6 +124,7 @@ def speeds(rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], batch
     rows = []
     for point, cost in macs.items():
         promised = macs[costliest] / cost
+        # Ratios are taken within a round and not between medians: noise that slows a round down cancels out.
         seconds = median_interval([by_point[point] for by_point in rounds])
         speed = median_interval([by_point[costliest] / by_point[point] for by_point in rounds])
         rows.append(
