@@ -146,7 +146,7 @@ def test_launch_runs_all_stages_to_a_finished_evaluation(slurm: Slurm) -> None:
     assert done.returncode == 0, done.stderr
     jobs = json.loads(done.stdout)["jobs"]
     assert [job["stage"] for job in jobs] == ["train", "label", "label", "assign", "evaluate", "evaluate"]
-    assert slurm.wait(jobs[-1]["id"]) == "COMPLETED"
+    assert slurm.wait(jobs[-1]["id"], 480) == "COMPLETED"  # seven jobs, one after the other
     assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12
     assert Path(jobs[0]["log"]).exists()
     for job, submission in zip(jobs_of(load_config(slurm.file(config))), jobs, strict=True):
