@@ -1,4 +1,4 @@
-"""Weights of others: parity with independent implementations, the account of every tensor, and refusals."""
+"""Pretrained weights: parity with independent implementations, the report on every tensor, and refusals."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 4, "patch": 4, "size":
 IMAGE: dict[str, Any] = {"num_frames": 1, "temporal": False, "points": ["14"]}
 
 
-def make(**changes: Any) -> Any:  # so that tests may reach into modules that torch does not type
+def make(**changes: Any) -> Any:  # Any: tests use attributes of modules that torch does not type
     return TimeSformer(ModelConfig(**(TINY | changes))).eval()
 
 
 def randomised(module: M, std: float = 0.05) -> M:
-    """The module with every tensor moved off its initialisation, so that one in the wrong place is seen."""
+    """The module with noise on every tensor: a tensor in the wrong place then changes the logits."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -92,9 +92,10 @@ TINY_HF: dict[str, Any] = {
 
 @torch.no_grad()
 def test_timesformer_b_equals_hugging_faces() -> None:
+    """At full width and frame size. All blocks are alike, so two are enough."""
     torch.manual_seed(0)
-    theirs = hugging_face(num_frames=8, image_size=224, patch_size=16, num_labels=400)
-    ours = TimeSformer(ModelConfig(points=("14",))).eval()
+    theirs = hugging_face(num_hidden_layers=2, num_frames=8, image_size=224, patch_size=16, num_labels=400)
+    ours = TimeSformer(ModelConfig(points=("14",), depth=2)).eval()
     report = load_weights(ours, theirs.state_dict())
     assert report.counts == {"loaded": len(ours.state_dict())}
     clip = clip_of(ours)
@@ -116,7 +117,7 @@ def test_hugging_face_folder(tmp_path: Path, safe: bool) -> None:
 
 @torch.no_grad()
 def test_nearest_is_how_timesformer_resamples() -> None:
-    """Theirs takes positions and times of the nearest neighbour when a clip has another size than it was made for."""
+    """For a clip of another size, TimeSformer takes positions and times of the nearest neighbour."""
     theirs, ours = hugging_face(**TINY_HF), make(points=["14"], num_frames=6)
     small = hugging_face(**(TINY_HF | {"image_size": 28, "num_frames": 2}))
     load_weights(ours, small.state_dict(), nearest=True)
@@ -129,8 +130,8 @@ def test_nearest_is_how_timesformer_resamples() -> None:
 
 @torch.no_grad()
 def test_deit_equals_timms() -> None:
-    theirs: Any = randomised(timm.create_model("deit_small_patch16_224", pretrained=False))
-    ours = TimeSformer(ModelConfig(width=384, heads=6, num_classes=1000, **IMAGE)).eval()
+    theirs: Any = randomised(timm.create_model("deit_small_patch16_224", pretrained=False, depth=3))
+    ours = TimeSformer(ModelConfig(width=384, heads=6, depth=3, num_classes=1000, **IMAGE)).eval()
     load_weights(ours, theirs.state_dict())
     clip = clip_of(ours, batch=2)
     assert_near(ours(clip, "14"), theirs(clip[:, :, 0]))
@@ -161,7 +162,7 @@ def test_distilled_deit_equals_timms_for_students_and_plain_deit_for_the_costlie
     assert_near(ours(clip, "16"), plain(clip[:, :, 0]))
 
 
-def test_distillation_token_and_head_are_unused_without_a_place() -> None:
+def test_distillation_token_and_head_are_unused_in_a_model_without_them() -> None:
     theirs = timm.create_model("deit_tiny_distilled_patch16_224", pretrained=False, depth=1)
     ours = TimeSformer(ModelConfig(width=192, heads=3, depth=1, num_classes=1000, **IMAGE))
     rows = {row.source: row for row in load_weights(ours, theirs.state_dict()).rows if row.status == "unused"}
@@ -184,7 +185,7 @@ def test_dinov2_equals_timms() -> None:
 
 
 @torch.no_grad()
-def test_class_token_without_position_is_loaded_as_deit_3() -> None:
+def test_a_class_token_without_position_is_loaded_as_in_deit_3() -> None:
     theirs, ours = tiny_vit(no_embed_class=True), make(**IMAGE)
     load_weights(ours, theirs.state_dict())
     clip = clip_of(ours, batch=2)
@@ -279,7 +280,7 @@ def test_temporal_weights_start_as_copies_of_the_spatial_ones() -> None:
     assert before["blocks.0.temporal_fc.weight"].any() and not before["blocks.1.temporal_fc.weight"].any()
 
 
-def test_video_weights_in_an_image_model_leave_time_out() -> None:
+def test_an_image_model_leaves_temporal_weights_unused() -> None:
     rows = load_weights(make(**IMAGE), released_names(randomised(make(points=["14"])))).rows
     unused = {row.source: row.detail for row in rows if row.status == "unused"}
     assert set(unused.values()) == {"the model has no temporal attention"}
@@ -291,7 +292,7 @@ def test_video_weights_in_an_image_model_leave_time_out() -> None:
 # From one length, patch size or clip length to others.
 
 
-def test_each_length_starts_from_the_one_that_the_source_has() -> None:
+def test_each_length_starts_from_the_length_of_the_source() -> None:
     theirs, ours = tiny_vit(), make()
     found = statuses(ours, theirs.state_dict())
     table = theirs.pos_embed.detach()
@@ -308,8 +309,8 @@ def test_each_length_starts_from_the_one_that_the_source_has() -> None:
     assert found["cls_token"] == found["blocks.1.attn.qkv.weight"] == "loaded"
 
 
-def test_larger_kernels_see_in_a_larger_image_what_the_kernel_saw() -> None:
-    """FlexiViT, section 3.4: the token of an upsampled patch is the token of the patch."""
+def test_a_resized_kernel_gives_a_resized_patch_the_same_token() -> None:
+    """FlexiViT, section 3.4."""
     theirs, ours = tiny_vit(), make(embed="kernel", **(IMAGE | {"points": ["14", "7"]}))
     found = statuses(ours, theirs.state_dict())
     assert found["patch_embed.proj.7.weight"] == "resampled"
@@ -345,7 +346,7 @@ def test_shared_parameters_are_filled() -> None:
     assert torch.equal(ours.blocks[1].norm2.bias["shared"], theirs.blocks[1].norm2.bias)
 
 
-def test_stem_leaves_patch_weights_unused() -> None:
+def test_a_stem_leaves_patch_weights_unused() -> None:
     rows = load_weights(make(embed="stem"), tiny_vit().state_dict()).rows
     unused = {row.source: row.detail for row in rows if row.status == "unused"}
     assert unused == dict.fromkeys(
@@ -361,20 +362,20 @@ def test_head_of_another_class_count_stays_new() -> None:
     ours = make(num_classes=7)
     before = snapshot(ours.head)
     rows = load_weights(ours, tiny_vit().state_dict()).rows
-    told = {(row.name or row.source, row.status): row.detail for row in rows if "head" in row.name + row.source}
+    details = {(row.name or row.source, row.status): row.detail for row in rows if "head" in row.name + row.source}
     reason = "the file has 5 classes, the model 7"
-    assert told == {(f"head.{kind}", fate): reason for kind in ("weight", "bias") for fate in ("new", "unused")}
+    assert details == {(f"head.{kind}", status): reason for kind in ("weight", "bias") for status in ("new", "unused")}
     assert all(torch.equal(before[name], tensor) for name, tensor in ours.head.state_dict().items())
 
 
-def test_half_precision_becomes_the_models() -> None:
+def test_half_precision_is_converted_to_the_models_dtype() -> None:
     theirs, ours = tiny_vit(), make()
     load_weights(ours, {name: tensor.half() for name, tensor in theirs.state_dict().items()})
     assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.float32}
     assert torch.equal(ours.blocks[0].mlp.fc1.weight, theirs.blocks[0].mlp.fc1.weight.half().float())
 
 
-def test_what_serves_pretraining_only_is_unused() -> None:
+def test_a_tensor_for_pretraining_is_unused() -> None:
     rows = load_weights(make(), tiny_vit().state_dict() | {"mask_token": torch.zeros(1, 32)}).rows
     assert [(row.source, row.detail) for row in rows if row.status == "unused"] == [
         ("mask_token", "serves pretraining only")
@@ -382,23 +383,23 @@ def test_what_serves_pretraining_only_is_unused() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_no_matter(prefix: str) -> None:
+def test_prefixes_of_wrappers_are_ignored(prefix: str) -> None:
     theirs = tiny_vit()
     ours = make()
     load_weights(ours, {prefix + name: tensor for name, tensor in theirs.state_dict().items()})
     assert torch.equal(ours.head.weight, theirs.head.weight)
 
 
-def test_report_accounts_for_every_tensor_once() -> None:
+def test_the_report_lists_every_tensor_once() -> None:
     theirs, ours = tiny_vit(), make(num_classes=7)
     report = load_weights(ours, theirs.state_dict() | {"mask_token": torch.zeros(1, 32)})
     assert [row.name for row in report.rows if row.name] == list(ours.state_dict())
     assert sum(report.counts.values()) == len(report.rows)
-    told = {row.source.partition("[")[0] for row in report.rows} - {""}
-    assert told == set(theirs.state_dict()) | {"mask_token"}
+    sources = {row.source.partition("[")[0] for row in report.rows} - {""}
+    assert sources == set(theirs.state_dict()) | {"mask_token"}
 
 
-# Our own.
+# Weights of our own.
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,7 @@ def test_own_weights_come_back_to_the_bit(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_own_checkpoint_gives_its_averaged_weights_if_it_has_them(tmp_path: Path, averaged: bool) -> None:
+def test_averaged_weights_of_our_checkpoints_are_preferred(tmp_path: Path, averaged: bool) -> None:
     last, mean = randomised(make(), std=0.1), randomised(make(), std=0.2)
     tensors = {f"model/{name}": tensor for name, tensor in last.state_dict().items()}
     tensors |= {f"optimizer/{name}/momentum": torch.zeros_like(p) for name, p in last.named_parameters()}
@@ -426,7 +427,7 @@ def test_own_checkpoint_gives_its_averaged_weights_if_it_has_them(tmp_path: Path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in target.state_dict().items())
 
 
-def test_new_lengths_start_from_the_longest_one() -> None:
+def test_new_lengths_start_from_the_longest() -> None:
     source, target = randomised(make(points=["14", "7"])), make(points=["14", "10", "7"])
     found = statuses(target, source.state_dict())
     assert found["norm.bias.7"] == "loaded" and found["norm.bias.10"] == "copied to each length"
@@ -445,7 +446,7 @@ def test_lengths_that_the_model_lacks_are_unused() -> None:
 # By name.
 
 
-def test_timm_name_takes_timms_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timm_name_loads_timms_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = tiny_vit()
     create = Mock(return_value=theirs)
     monkeypatch.setattr(timm, "create_model", create)
@@ -457,7 +458,7 @@ def test_timm_name_takes_timms_pretrained_weights(monkeypatch: pytest.MonkeyPatc
         load_weights(make(heads=8), "deit_small_patch16_224")
 
 
-def test_timm_name_without_internet_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_timm_name_without_internet_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -468,8 +469,8 @@ def test_timm_name_without_internet_says_what_to_do(monkeypatch: pytest.MonkeyPa
 # Refusals.
 
 
-def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if part not in name}
+def without(state: dict[str, Tensor], text: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if text not in name}
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -490,7 +491,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("source", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_sources_leave_the_model_alone(source: Any, message: str) -> None:
+def test_refused_sources_leave_the_model_unchanged(source: Any, message: str) -> None:
     model = make()
     before = snapshot(model)
     with pytest.raises(CheckpointError, match=message):
@@ -528,7 +529,7 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str, damage: Any) -> 
 
 
 class Trap:
-    """Unpickling it leaves a trace."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
