@@ -19,9 +19,9 @@ from videoadapt.data.synthetic import (
     ORIENTATIONS,
     PAIRS,
     SIDE,
+    draw_video,
     generate,
     plan_videos,
-    render,
     write_video,
 )
 from videoadapt.data.video.readers import open_video
@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @functools.cache  # drawing takes most of the time of these tests
 def video(seed: int, pair: tuple[int, int], level: int = 0) -> np.ndarray:
-    return render(np.random.default_rng(seed), LEVELS[level], pair)
+    return draw_video(np.random.default_rng(seed), LEVELS[level], pair)
 
 
 # Content of a video
@@ -110,7 +110,7 @@ def test_frames_are_uint8_of_the_stated_size_and_depend_on_the_seed() -> None:
     made = video(0, (0, 1))
     assert made.shape == (FRAMES, SIDE, SIDE, 3)
     assert made.dtype == np.uint8
-    assert np.array_equal(made, render(np.random.default_rng(0), LEVELS[0], (0, 1)))  # not cached
+    assert np.array_equal(made, draw_video(np.random.default_rng(0), LEVELS[0], (0, 1)))  # not cached
     assert not np.array_equal(made, video(1, (0, 1)))
 
 
@@ -173,7 +173,7 @@ def test_readers_return_the_frames_that_were_drawn(data: Path, reader: Any) -> N
     plan = plan_videos("train", SIZES["train"], 5)
     levels = {level.name: level for level in LEVELS}
     for row in plan.itertuples():
-        drawn = render(np.random.default_rng(int(row.seed)), levels[row.level], PAIRS[row.label])
+        drawn = draw_video(np.random.default_rng(int(row.seed)), levels[row.level], PAIRS[row.label])
         opened = open_video(data / row.path, reader=reader)
         assert opened.num_frames == FRAMES
         read = opened.frames(np.arange(FRAMES))

@@ -55,7 +55,7 @@ LEVELS = (
 )
 
 
-def render(rng: np.random.Generator, level: Level, pair: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def draw_video(rng: np.random.Generator, level: Level, pair: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Draws one video.
 
     Args:
@@ -210,7 +210,7 @@ def _run_jobs(jobs: list[_Job], workers: int) -> Iterator[int]:
 def _write_videos(jobs: list[_Job]) -> int:
     levels = {level.name: level for level in LEVELS}
     for job in jobs:
-        frames = render(np.random.default_rng(job.seed), levels[job.level], job.pair)
+        frames = draw_video(np.random.default_rng(job.seed), levels[job.level], job.pair)
         write_video(job.path, frames, qp=job.qp)
     return len(jobs)
 

@@ -13,7 +13,15 @@ from typing import NamedTuple
 from videoadapt.config.load import Config
 from videoadapt.data.index.class_names import class_number, kinetics400, read_classes, require_usual_order
 from videoadapt.data.index.find_files import best_first, files_by_stem, video_id
-from videoadapt.data.index.formats import SPLIT_NAMES, Entry, Source, Split, is_list, read_list, read_named
+from videoadapt.data.index.formats import (
+    SPLIT_NAMES,
+    AnnotationEntry,
+    AnnotationSource,
+    Split,
+    is_list,
+    read_list,
+    read_named,
+)
 from videoadapt.data.index.text import normalised, read_text
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.runtime.seeds import seed_of
@@ -121,7 +129,7 @@ def _annotations(config: Config) -> dict[Split, Path]:
 
 
 def _class_names(
-    config: Config, paths: Mapping[Split, Path], named: Mapping[Split, Source]
+    config: Config, paths: Mapping[Split, Path], named: Mapping[Split, AnnotationSource]
 ) -> tuple[tuple[str, ...], str]:
     """Returns the class names and their origin: `data.classes`, else tables and folders. Lists alone give no names."""
     if config.data.classes is not None:
@@ -139,7 +147,9 @@ def _class_names(
     return names, origin
 
 
-def _names_of_sources(paths: Mapping[Split, Path], named: Mapping[Split, Source]) -> tuple[tuple[str, ...], str]:
+def _names_of_sources(
+    paths: Mapping[Split, Path], named: Mapping[Split, AnnotationSource]
+) -> tuple[tuple[str, ...], str]:
     found = [source.classes for source in named.values() if source.classes]  # train first
     known = set(map(normalised, found[0])) if found else set()
     # Classes of val alone would get a number that the model is never trained for.
@@ -150,7 +160,7 @@ def _names_of_sources(paths: Mapping[Split, Path], named: Mapping[Split, Source]
 
 
 def _look_up(
-    sources: Mapping[Split, Source], numbers: Mapping[str, int], origin: str
+    sources: Mapping[Split, AnnotationSource], numbers: Mapping[str, int], origin: str
 ) -> tuple[list[ListedVideo], list[str]]:
     """Finds file, id and class number of each entry. Also returns a message for each file that is not used."""
     # Splits often share a root, which may hold 300,000 files: each root is searched once.
@@ -166,7 +176,9 @@ def _look_up(
     return listed, ignored_files
 
 
-def _candidate_files(entry: Entry, source: Source, split: Split, files: Mapping[str, list[str]]) -> list[str]:
+def _candidate_files(
+    entry: AnnotationEntry, source: AnnotationSource, split: Split, files: Mapping[str, list[str]]
+) -> list[str]:
     """Returns the files that may be this video, the most likely first, or the expected path if there is none."""
     found = files.get(os.path.splitext(entry.name)[0], []) if source.search_by_name else []
     if len(found) > 1:

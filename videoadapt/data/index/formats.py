@@ -37,7 +37,7 @@ _SEPARATOR = re.compile(r"[ \t,;]+")
 _FOLDER_AND_FRAMES = re.compile(r"(?P<folder>.*[^ \t,;])[ \t,;]+(?P<frames>\d+)")
 
 
-class Entry(NamedTuple):
+class AnnotationEntry(NamedTuple):
     """One video of a source."""
 
     name: str  # path of the video as the source has it; in a table, the name of its file
@@ -47,10 +47,10 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class AnnotationSource:
     """Content of one annotation file or folder, before video files and class numbers are looked up."""
 
-    entries: list[Entry]
+    entries: list[AnnotationEntry]
     root: Path  # absolute; relative names start here
     classes: frozenset[str] = frozenset()  # class names in the source; empty for a list
     search_by_name: bool = False  # True: the file may be anywhere below root and have any suffix of a video
@@ -72,7 +72,7 @@ def is_list(path: Path, split: Split) -> bool:
     return len(set(_COLUMNS) & set(header(read_text(path, f"data.{split}.annotations")))) <= 1
 
 
-def read_named(path: Path, split: Split, root: Path) -> Source:
+def read_named(path: Path, split: Split, root: Path) -> AnnotationSource:
     """Reads a source that has class names: a table or a folder.
 
     Args:
@@ -123,7 +123,7 @@ def _json_clips(content: dict[str, Any], path: Path) -> Iterator[_KineticsClip]:
             ) from None
 
 
-def _kinetics(clips: Iterator[_KineticsClip], split: Split, path: Path, root: Path) -> Source:
+def _kinetics(clips: Iterator[_KineticsClip], split: Split, path: Path, root: Path) -> AnnotationSource:
     every = list(clips)
     rows = [clip for clip in every if clip.split.lower() in SPLIT_NAMES[split]]
     note = ""
@@ -132,7 +132,7 @@ def _kinetics(clips: Iterator[_KineticsClip], split: Split, path: Path, root: Pa
         rows = every
         note = f"data.{split}.annotations: all rows of {path} are of split {rows[0].split!r}; they are used as {split}"
     entries = [_kinetics_entry(clip) for clip in rows]
-    return Source(entries, root, frozenset(entry.label for entry in entries), search_by_name=True, note=note)
+    return AnnotationSource(entries, root, frozenset(entry.label for entry in entries), search_by_name=True, note=note)
 
 
 def _require_usable_split(clips: Iterable[_KineticsClip], split: Split, path: Path) -> None:
@@ -148,16 +148,17 @@ def _require_usable_split(clips: Iterable[_KineticsClip], split: Split, path: Pa
         )
 
 
-def _kinetics_entry(clip: _KineticsClip) -> Entry:
+def _kinetics_entry(clip: _KineticsClip) -> AnnotationEntry:
     for column, value in (("label", clip.label), ("youtube_id", clip.youtube_id)):
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{clip.location}: {column}: expected a name, got {value!r}")
-    start_s, end_s = _seconds(clip.start, "time_start", clip.location), _seconds(clip.end, "time_end", clip.location)
+    start_s = _whole_seconds(clip.start, "time_start", clip.location)
+    end_s = _whole_seconds(clip.end, "time_end", clip.location)
     # The file name that all download tools for Kinetics use.
-    return Entry(f"{clip.youtube_id}_{start_s:06d}_{end_s:06d}.mp4", clip.label, clip.location)
+    return AnnotationEntry(f"{clip.youtube_id}_{start_s:06d}_{end_s:06d}.mp4", clip.label, clip.location)
 
 
-def _seconds(value: Any, column: str, location: str) -> int:
+def _whole_seconds(value: Any, column: str, location: str) -> int:
     try:
         seconds = float(value)
     except (TypeError, ValueError):
@@ -167,7 +168,7 @@ def _seconds(value: Any, column: str, location: str) -> int:
     return int(seconds)
 
 
-def _something_something(content: list[Any], path: Path, root: Path) -> Source:
+def _something_something(content: list[Any], path: Path, root: Path) -> AnnotationSource:
     entries, classes = [], set()
     for number, video in enumerate(content, start=1):
         location = f"{path}: entry {number}"
@@ -182,11 +183,11 @@ def _something_something(content: list[Any], path: Path, root: Path) -> Source:
             label, location = str(video["label"]), f"{location}, which has no template"
         else:
             raise ConfigError(f"{location}: {video['id']} has neither template nor label; a test split cannot be used")
-        entries.append(Entry(f"{video['id']}.webm", label, location))
-    return Source(entries, root, frozenset(classes), search_by_name=True)
+        entries.append(AnnotationEntry(f"{video['id']}.webm", label, location))
+    return AnnotationSource(entries, root, frozenset(classes), search_by_name=True)
 
 
-def _class_folders(folder: Path) -> Source:
+def _class_folders(folder: Path) -> AnnotationSource:
     try:
         class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
@@ -197,10 +198,11 @@ def _class_folders(folder: Path) -> Source:
             relative = os.path.relpath(parent, folder).replace(os.sep, "/")
             names = _with_suffix(files, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
             if parent != str(class_folder) and names and not _with_suffix(names, VIDEO_SUFFIXES):
-                entries.append(Entry(relative, class_folder.name, str(class_folder)))  # the images are its frames
+                videos = [relative]  # one video, with the images as its frames
             else:
-                entries += [Entry(f"{relative}/{name}", class_folder.name, str(class_folder)) for name in names]
-    return Source(entries, Path(os.path.abspath(folder)), frozenset(path.name for path in class_folders))
+                videos = [f"{relative}/{name}" for name in names]
+            entries += [AnnotationEntry(name, class_folder.name, str(class_folder)) for name in videos]
+    return AnnotationSource(entries, Path(os.path.abspath(folder)), frozenset(path.name for path in class_folders))
 
 
 def _with_suffix(files: Iterable[str], suffixes: frozenset[str]) -> list[str]:
@@ -213,7 +215,7 @@ def _refuse_folder(error: OSError) -> NoReturn:
     ) from None
 
 
-def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> Source:
+def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> AnnotationSource:
     """Reads a list with one `path label` or `folder total_frames label` a line. Lines that start with # are skipped.
 
     Args:
@@ -233,8 +235,8 @@ def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> So
             location = f"{path}:{number}"
             name, label = _split_label(text, known, location)
             folder, frames = _split_frame_count(name, root, location)
-            entries.append(Entry(folder, label, location, frames))
-    return Source(entries, root)
+            entries.append(AnnotationEntry(folder, label, location, frames))
+    return AnnotationSource(entries, root)
 
 
 def _split_label(text: str, known: Container[str], location: str) -> tuple[str, str]:

@@ -183,7 +183,7 @@ def index(config: Config) -> Manifest:
     """
     manifest, counts = _build(config)
     _keep_previous(manifest, config)
-    _save(manifest, counts, config)
+    _write(manifest, counts, config)
     return manifest
 
 
@@ -207,7 +207,7 @@ def load_or_index(config: Config) -> Manifest:
         say(f"{path} {outdated}; indexing again")
     manifest, counts = _build(config)
     require_readable(manifest, config)  # before anything is written: the disk may just not be mounted
-    _save(manifest, counts, config)
+    _write(manifest, counts, config)
     return manifest
 
 
@@ -271,7 +271,7 @@ def _build(config: Config) -> tuple[Manifest, IndexSummary]:
     return manifest, summary(manifest.table, manifest.hash, listing)
 
 
-def _save(manifest: Manifest, counts: IndexSummary, config: Config) -> None:
+def _write(manifest: Manifest, counts: IndexSummary, config: Config) -> None:
     manifest.save(_manifest_path(config))
     write_json(index_path(config), asdict(counts))
 
@@ -314,11 +314,11 @@ def _require_utf8(listed: Sequence[ListedVideo]) -> None:
 
 
 def _table(listed: Sequence[ListedVideo], results: Mapping[str, ProbeResult]) -> pa.Table:
-    columns = zip(*(_row(video, results[video.path]) for video in listed), strict=True)
+    columns = zip(*(_row_of(video, results[video.path]) for video in listed), strict=True)
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
 
 
-def _row(video: ListedVideo, result: ProbeResult) -> Row:
+def _row_of(video: ListedVideo, result: ProbeResult) -> Row:
     if result is None:
         info, status, cause = _NO_INFO, "missing", "no such file when it was indexed; run `videoadapt index` again"
     elif isinstance(result, str):
