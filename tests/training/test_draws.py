@@ -1,4 +1,4 @@
-"""Draws of points: SuperViT's four, with equal chances, the same on every rank."""
+"""Draws of points: the four of SuperViT, equally likely, the same on every rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_all_draws_all() -> None:
 
 
 @given(grids, st.sets(st.integers(4, 9), max_size=2))
-def test_a_sample_is_two_lengths_each_whole_and_at_one_lower_keep(
+def test_a_sample_has_two_lengths_each_with_all_tokens_and_at_one_lower_keep(
     keeps: list[tuple[int, float]], alone: set[int]
 ) -> None:
     lengths = {length for length, _ in keeps} | alone
@@ -43,18 +43,18 @@ def test_a_sample_is_two_lengths_each_whole_and_at_one_lower_keep(
             assert sum(point.length == length for point in parsed) == 1 + bool(lower)
 
 
-def test_the_chances_are_those_of_the_paper() -> None:
-    shares = point_probabilities(config("sampled"))
-    assert shares == pytest.approx(
+def test_the_probabilities_are_those_of_the_paper() -> None:
+    probabilities = point_probabilities(config("sampled"))
+    assert probabilities == pytest.approx(
         {"14": 1, "14@0.7": 1 / 2, "14@0.5": 1 / 2, "12": 1 / 2, "12@0.7": 1 / 4, "12@0.5": 1 / 4}
         | {"10": 1 / 2, "10@0.7": 1 / 2}
     )
     counts = Counter(point for step in range(600) for point in drawn_points(config("sampled"), step))
-    for point, share in shares.items():
-        assert counts[point] / 600 == pytest.approx(share, abs=0.05)
+    for point, probability in probabilities.items():
+        assert counts[point] / 600 == pytest.approx(probability, abs=0.05)
 
 
-def test_a_draw_depends_on_seed_and_step_alone() -> None:
+def test_a_draw_depends_on_the_seed_and_the_step_only() -> None:
     first = [drawn_points(config("sampled"), step) for step in range(50)]
     assert first == [drawn_points(config("sampled"), step) for step in range(50)]
     assert first != [drawn_points(config("sampled", seed=1), step) for step in range(50)]
@@ -62,11 +62,11 @@ def test_a_draw_depends_on_seed_and_step_alone() -> None:
     assert all(list(draw) == sorted(draw, key=order.index) for draw in first)  # costliest first
 
 
-def test_one_length_or_no_keeps_are_drawn_too() -> None:
+def test_draws_of_one_length_and_of_points_without_keeps() -> None:
     assert possible_draws(("14", "14@0.7", "14@0.5"), "sampled") == {("14", "14@0.7"): 0.5, ("14", "14@0.5"): 0.5}
     assert possible_draws(("14", "10", "7"), "sampled") == {("14", "10"): 0.5, ("14", "7"): 0.5}
     assert possible_draws(("14",), "sampled") == {("14",): 1.0}
 
 
-def test_who_teaches_whom() -> None:
+def test_teachers() -> None:
     assert [teacher_of(point, "14") for point in ("14", "14@0.7", "12", "12@0.5")] == [None, "14", "14", "12"]

@@ -1,11 +1,15 @@
-"""Shared decoding: each clip of a step is decoded once over all ranks, and nothing else changes."""
+"""Shared decoding: each clip of a step is decoded once over all ranks, and training has the same result."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +17,43 @@ import pytest
 import torch
 
 import small_runs as runs
+import videoadapt.training.train as training
+from forked_ranks import ForkedRanks
 from rank_jobs import Ranks
-from videoadapt.config.load import Config, dump_config
-from videoadapt.data.clips.loader import steps_per_epoch
+from videoadapt.config.load import Config, dump_config, load_config
+from videoadapt.data.clips.datasets import Clip, Failure, TrainClips
+from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.clips.token_labels import SHAPE, label_map_file
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.checkpoint import train_checkpoints
+from videoadapt.runtime.ranks import rank, ranks, world_size
+from videoadapt.training.exchange import ClipExchange
+from videoadapt.training.groups import make_plan
+from videoadapt.training.state import State
+from videoadapt.training.step import RankRole
 
 LAYOUTS = {"2, 1": {"8": 2, "6+4": 1}, "1, 1, 1": {"8": 1, "6": 1, "4": 1}}
 RANKS = 3
 EPOCHS = 3
 
 
-def prepared(folder: Path, groups: dict[str, int], **sections: dict[str, Any]) -> tuple[Config, Manifest]:
-    """A config, in `folder` too, and its manifest; one of its videos has gone since."""
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkedRanks]:
+    started = ForkedRanks(Path(__file__))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_data(tmp_path_factory.mktemp("videos") / "data")
+
+
+def prepared(videos: Path, folder: Path, groups: dict[str, int], **sections: dict[str, Any]) -> tuple[Config, Manifest]:
+    """Returns a config, also written into `folder`, and its manifest; one video is deleted after indexing."""
+    shutil.copytree(videos, folder / "data")
     config = runs.config(
-        runs.make_data(folder / "data"),
+        folder / "data",
         folder / "run",
         train={"batch": 12, "accumulate": 2, "epochs": EPOCHS, "save_steps": 1, "keep_checkpoints": 9},
         parallel={"groups": groups},
@@ -41,9 +66,10 @@ def prepared(folder: Path, groups: dict[str, int], **sections: dict[str, Any]) -
     return config, manifest
 
 
-def labelled(folder: Path, groups: dict[str, int]) -> tuple[Config, Manifest]:
-    """The same with images and their label maps, of which one is missing and one is torn."""
+def labelled(videos: Path, folder: Path, groups: dict[str, int]) -> tuple[Config, Manifest]:
+    """Returns the same with one-frame clips and label maps, one of which is missing and one of which is torn."""
     config, manifest = prepared(
+        videos,
         folder,
         groups,
         model={"num_frames": 1, "temporal": False, "time_init_std": 0.0, "dense_head": 0.25},
@@ -60,45 +86,45 @@ def labelled(folder: Path, groups: dict[str, int]) -> tuple[Config, Manifest]:
     return config, manifest
 
 
-LOADING = """
-import pickle
-from functools import partial
-from videoadapt.config.load import load_config
-from videoadapt.data.clips.datasets import TrainClips
-from videoadapt.data.clips.loader import train_batches
-from videoadapt.data.index.manifest import load_or_index
-from videoadapt.training.exchange import ClipExchange
-from videoadapt.training.groups import make_plan
+def load_in_both_forms(folder: str) -> None:
+    """Rank r writes FOLDER/rankR.pickle: for each form of decoding, its steps and the keys that it decoded."""
+    config = load_config(Path(folder) / "config.yaml")
+    decoded: list[tuple[int, int]] = []
+    read = TrainClips.__getitem__
 
-config, decoded = load_config(folder / "config.yaml"), []
-read = TrainClips.__getitem__
-TrainClips.__getitem__ = lambda self, key: decoded.append(key) or read(self, key)
-with ranks(config):
-    manifest, plan = load_or_index(config), make_plan(config, world_size(), {})
-    share = partial(plan.group(rank()).positions, rank(), pairs=True)
-    held = {}
-    for form in ("own", "shared"):
-        exchange = ClipExchange(manifest, config, plan) if form == "shared" else None
-        steps = list(train_batches(manifest, config, 1, positions=share, exchange=exchange))
-        held[form] = steps, decoded.copy()
-        decoded.clear()
-    (folder / f"rank{rank()}.pickle").write_bytes(pickle.dumps(held))
-"""
+    def noted(self: TrainClips, key: tuple[int, int]) -> Clip | Failure:
+        decoded.append(key)
+        return read(self, key)
+
+    TrainClips.__getitem__ = noted  # type: ignore[method-assign] # only in this process, which ends
+    with ranks(config):
+        manifest, plan = load_or_index(config), make_plan(config, world_size(), {})
+        positions = partial(plan.group(rank()).positions, rank(), pairs=True)
+        found = {}
+        for form in ("own", "shared"):
+            exchange = ClipExchange(manifest, config, plan) if form == "shared" else None
+            steps = list(train_batches(manifest, config, 1, positions=positions, exchange=exchange))
+            found[form] = steps, decoded.copy()
+            decoded.clear()
+        (Path(folder) / f"rank{rank()}.pickle").write_bytes(pickle.dumps(found))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prepare", [prepared, labelled])
 def test_ranks_get_the_same_clips_and_each_is_decoded_once(
-    tmp_path: Path, layout: str, prepare: Callable[[Path, dict[str, int]], tuple[Config, Manifest]]
+    forked: ForkedRanks,
+    videos: Path,
+    tmp_path: Path,
+    layout: str,
+    prepare: Callable[[Path, Path, dict[str, int]], tuple[Config, Manifest]],
 ) -> None:
-    """From the second step to the end, in parts, with a video that cannot be read."""
-    config, manifest = prepare(tmp_path, LAYOUTS[layout])
-    ended = Ranks(LOADING, tmp_path, RANKS).ended()
-    assert [code for code, _ in ended.values()] == [0] * RANKS, ended
-    held = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in range(RANKS)]
+    """From the second step to the end, in micro-batches, with a video that cannot be read."""
+    config, manifest = prepare(videos, tmp_path, LAYOUTS[layout])
+    forked.run(load_in_both_forms, RANKS, tmp_path)
+    found = [pickle.loads((tmp_path / f"rank{number}.pickle").read_bytes()) for number in range(RANKS)]
     failures = []
-    for rank in held:
-        own, shared = ([batch for step in rank[form][0] for batch in step] for form in ("own", "shared"))
+    for by_form in found:
+        own, shared = ([batch for step in by_form[form][0] for batch in step] for form in ("own", "shared"))
         assert len(own) == len(shared) == 2 * (EPOCHS * steps_per_epoch(manifest, config) - 1)
         for one, other in zip(own, shared, strict=True):
             assert torch.equal(one.clips, other.clips)
@@ -111,48 +137,45 @@ def test_ranks_get_the_same_clips_and_each_is_decoded_once(
     causes = ["not found; it was moved"] + ([": No such file", ": torn"] if config.data.token_labels else [])
     assert len({failure.video for failure in failures}) == len(causes)
     assert all(any(cause in failure.cause for failure in failures) for cause in causes)
-    decoded = {form: Counter(key for rank in held for key in rank[form][1]) for form in ("own", "shared")}
+    decoded = {form: Counter(key for by_form in found for key in by_form[form][1]) for form in ("own", "shared")}
     assert set(decoded["own"].values()) == {len(LAYOUTS[layout])}
     assert decoded["shared"] == Counter(decoded["own"].keys())
-    counts = [len(rank["shared"][1]) for rank in held]
+    counts = [len(by_form["shared"][1]) for by_form in found]
     assert max(counts) == min(counts)  # 12 clips a step over 3 ranks
 
 
-TRAINING = """
-import os, signal
-import videoadapt.training.train as training
-from videoadapt.config.load import load_config
+def train_in_both_forms(folder: str) -> None:
+    """Trains FOLDER/own, then FOLDER/shared, which is stopped by a signal to rank 1 after two steps and continued."""
+    step, path = training.train_step, Path(folder)
 
-step = training.train_step
+    def step_with_signal(state: State, role: RankRole, batches: list[Batch]) -> dict[str, float]:
+        sent = path / "sent"
+        if state.config.parallel.decode == "shared" and state.step == 2 and rank() == 1 and not sent.exists():
+            sent.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, role, batches)
 
-def stopped_once(state, role, batches):
-    asked = folder / "asked"
-    if state.config.parallel.decode == "shared" and state.step == 2 and rank() == 1 and not asked.exists():
-        asked.touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(state, role, batches)
-
-training.train_step = stopped_once
-for form in ("own", "shared"):
-    config = load_config(folder / "config.yaml", [f"run.dir={folder / form}", f"parallel.decode={form}"])
-    try:
-        training.train(config)
-    except KeyboardInterrupt:
-        (folder / f"stopped{os.environ['SLURM_PROCID']}").touch()
-        training.train(config)
-"""
+    training.train_step = step_with_signal  # type: ignore[assignment] # only in this process, which ends
+    for form in ("own", "shared"):
+        config = load_config(path / "config.yaml", [f"run.dir={path / form}", f"parallel.decode={form}"])
+        try:
+            training.train(config)
+        except KeyboardInterrupt:
+            (path / f"stopped{os.environ['SLURM_PROCID']}").touch()
+            training.train(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_with_shared_decoding_that_was_stopped_equals_one_without_to_the_bit(tmp_path: Path, layout: str) -> None:
-    config, manifest = prepared(tmp_path, LAYOUTS[layout], data={"mixup": 0.4, "workers": 1})
-    for form in ("own", "shared"):  # as long as all videos were there
+def test_a_stopped_run_with_shared_decoding_equals_one_without_to_the_bit(
+    forked: ForkedRanks, videos: Path, tmp_path: Path, layout: str
+) -> None:
+    config, manifest = prepared(videos, tmp_path, LAYOUTS[layout], data={"mixup": 0.4, "workers": 1})
+    for form in ("own", "shared"):  # the manifest, which was made when all videos were there
         (tmp_path / form).mkdir()
         for file in config.run.dir.iterdir():
             (tmp_path / form / file.name).write_bytes(file.read_bytes())
-    ended = Ranks(TRAINING, tmp_path, RANKS).ended(timeout_s=280)
-    assert [code for code, _ in ended.values()] == [0] * RANKS, ended
+    forked.run(train_in_both_forms, RANKS, tmp_path)
     assert len(list(tmp_path.glob("stopped*"))) == RANKS
     own, shared = (train_checkpoints(tmp_path / form).latest() for form in ("own", "shared"))
     assert own is not None and shared is not None  # noqa: PT018
@@ -173,7 +196,7 @@ read, count = TrainClips.__getitem__, 0
 
 def failing(self, key):
     global count
-    count += get_worker_info() is not None  # not those of the preflight
+    count += get_worker_info() is not None  # the preflight reads in the main process
     if count == 10 and os.environ["SLURM_PROCID"] == "1":
         os.kill({victim}, signal.SIGKILL)
     return read(self, key)
@@ -190,15 +213,17 @@ training.train(load_config(folder / "config.yaml", ["parallel.decode=shared"]))
         ("os.getppid()", "RunError: rank 1 of 3 died or hangs; a collective operation of the other ranks failed"),
     ],
 )
-def test_a_rank_whose_reading_fails_ends_all_with_one_message(tmp_path: Path, victim: str, message: str) -> None:
-    prepared(tmp_path, LAYOUTS["1, 1, 1"], data={"mixup": 0.4, "workers": 1})
+def test_a_rank_whose_reading_fails_ends_all_with_one_message(
+    videos: Path, tmp_path: Path, victim: str, message: str
+) -> None:
+    prepared(videos, tmp_path, LAYOUTS["1, 1, 1"], data={"mixup": 0.4, "workers": 1})
     job = Ranks(FAILING.format(victim=victim), tmp_path, RANKS)
     ended = job.ended()
     assert time.monotonic() - job.since < 90
-    if victim == "os.getppid()":  # of a rank that was killed, a worker that is left alone may print
+    if victim == "os.getppid()":  # the orphaned worker of a killed rank may print
         ended[1] = ended[1][0], ""
     tracebacks = [errors for _, errors in ended.values() if "Traceback" in errors]
     assert len(tracebacks) == 1, "\n".join(tracebacks)
-    [told] = tracebacks
-    assert message in told, told
+    [printed] = tracebacks
+    assert message in printed, printed
     assert all(code != 0 for code, _ in ended.values())

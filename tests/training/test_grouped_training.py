@@ -1,20 +1,24 @@
-"""Training on several ranks equals training on one: the same gradients, the same parameters on every rank."""
+"""Training on several ranks equals training on one rank: the same gradients, the same parameters on every rank."""
 
 from __future__ import annotations
 
-import sys
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grouped_steps
 import pytest
 import torch
 
 import small_runs as runs
+from forked_ranks import ForkedRanks
 from processes import finished, torchrun
 from videoadapt.config.load import Config, dump_config
-from videoadapt.model.checkpoint import train_checkpoints
+from videoadapt.data.index.manifest import load_or_index
+from videoadapt.model.checkpoint import Checkpoint, train_checkpoints
+from videoadapt.training.train import train
 
-PROGRAM = Path(__file__).with_name("grouped_steps.py")
 LAYOUTS = {
     "two ranks, no groups": (2, None),
     "1, 1": (2, {"8": 1, "6+4": 1}),
@@ -26,7 +30,14 @@ LAYOUTS = {
 }
 TOLERANCE = {"torch.float64": 1e-10, "torch.float32": 1e-5}
 ONE_STEP = [(1, dtype) for dtype in TOLERANCE]
-FIVE_STEPS = (5, "torch.float64")
+SEVERAL_STEPS = (3, "torch.float64")
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkedRanks]:
+    started = ForkedRanks(Path(grouped_steps.__file__))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +45,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_data(tmp_path_factory.mktemp("grouped") / "data")
 
 
+@pytest.fixture(scope="module")
+def indexed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the manifest of the data."""
+    config = runs.config(data, tmp_path_factory.mktemp("indexed") / "run")
+    load_or_index(config)
+    return config.run.dir
+
+
 def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Config:
-    """Every way in which points and clips could influence one another; drop path off, for it may differ."""
+    """Everything by which points and clips influence one another; no drop path, which depends on the plan."""
     defaults: dict[str, dict] = {
         "model": {"drop_path": 0.0, "distill_token": True},
         "data": {"mixup": 0.4, "cutmix": 1.0},
@@ -45,23 +64,31 @@ def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Confi
     return runs.config(data, folder / "run", **{name: v | sections.get(name, {}) for name, v in defaults.items()})
 
 
-def run(*line: object) -> None:
-    done = finished([str(word) for word in line])
-    assert done.returncode == 0, done.stderr[:6000]
+class Trainer:
+    """Trains on forked ranks, in folders below one folder."""
 
+    def __init__(self, forked: ForkedRanks, data: Path, indexed: Path, folder: Path) -> None:
+        self._forked, self._data, self._indexed, self._folder = forked, data, indexed, folder
 
-def trained(data: Path, folder: Path, ranks: int, groups: object, /, **sections: dict) -> list[dict[Any, Any]]:
-    """What each rank holds, by number of steps and precision."""
-    folder.mkdir(parents=True)
-    config = tiny(data, folder, groups, **sections)
-    (folder / "config.yaml").write_text(dump_config(config))
-    run(sys.executable, PROGRAM, ranks, folder / "config.yaml", folder)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+    def __call__(self, ranks: int, groups: object, /, **sections: dict) -> list[dict[Any, Any]]:
+        """Returns the results of each rank, by number of steps and precision."""
+        folder = self._folder / f"{len(list(self._folder.iterdir()))}"
+        folder.mkdir()
+        config = tiny(self._data, folder, groups, **sections)
+        shutil.copytree(self._indexed, config.run.dir)  # each run would index the videos again
+        (folder / "config.yaml").write_text(dump_config(config))
+        self._forked.run(grouped_steps.save_trainings, ranks, folder)
+        return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
-def sequential(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    return trained(data, tmp_path_factory.mktemp("sequential") / "alone", 1, None)[0]
+def trained(forked: ForkedRanks, data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(forked, data, indexed, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def sequential(trained: Trainer) -> dict[Any, Any]:
+    return trained(1, None)[0]
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -70,11 +97,9 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_steps_on_several_ranks_equal_those_of_one(
-    data: Path, tmp_path: Path, sequential: dict[Any, Any], layout: str
-) -> None:
-    """With mixing, accumulation, a distillation token, and a clip that nobody can read."""
-    held = trained(data, tmp_path / "grouped", *LAYOUTS[layout])
+def test_steps_on_several_ranks_equal_those_of_one(trained: Trainer, sequential: dict[Any, Any], layout: str) -> None:
+    """With mixing, accumulation, a distillation token, and a clip that no rank can read."""
+    held = trained(*LAYOUTS[layout])
     for key in ONE_STEP:
         expected = sequential[key]
         for found in (rank[key] for rank in held):
@@ -83,10 +108,10 @@ def test_steps_on_several_ranks_equal_those_of_one(
                 assert difference(found["gradients"][name], gradient) < TOLERANCE[key[1]], name
             assert found["values"] == pytest.approx(expected["values"], rel=1e-5)
             assert found["skipped"] == expected["skipped"] == 1
-    first, *others = (rank[FIVE_STEPS]["parameters"] for rank in held)
+    first, *others = (rank[SEVERAL_STEPS]["parameters"] for rank in held)
     for name, parameter in first.items():
         assert all(torch.equal(other[name], parameter) for other in others), name  # the same bits on all ranks
-        assert difference(parameter, sequential[FIVE_STEPS]["parameters"][name]) < 1e-9, name
+        assert difference(parameter, sequential[SEVERAL_STEPS]["parameters"][name]) < 1e-9, name
 
 
 # Small: convolutions in float64 are slow.
@@ -102,8 +127,14 @@ LVVIT: dict[str, dict] = {
 def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) -> None:
     config = tiny(data, tmp_path, None)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    words = [tmp_path / "config.yaml", f"run.dir={tmp_path}/of${{RANK}}"]
-    done = finished(torchrun(2, "-m", "videoadapt", "train", *words))
+    program = tmp_path / "impatient.py"  # the command, which waits 1 s instead of 45 s for a file of another rank
+    program.write_text(
+        "import videoadapt.runtime.ranks as ranks\n"
+        "from videoadapt.commands.cli import main\n"
+        "ranks._FILE_VISIBLE_S = 1.0\n"
+        "main()\n"
+    )
+    done = finished(torchrun(2, program, "train", tmp_path / "config.yaml", f"run.dir={tmp_path}/of${{RANK}}"))
     assert done.returncode != 0
     assert "another rank wrote it, and rank 1 on" in done.stderr
     assert not list(tmp_path.glob("of*/checkpoints"))
@@ -111,15 +142,15 @@ def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, LVVIT], ids=["plain", "LV-ViT"])
-def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path: Path, kind: dict[str, dict]) -> None:
-    """Lengths and keeps, four of six points a step: a group without work adds zeros, and what is not drawn stays."""
+def test_groups_of_which_some_are_not_drawn_equal_one_rank(trained: Trainer, kind: dict[str, dict]) -> None:
+    """Lengths and keeps, four of six points a step: a group without work adds zeros; undrawn parameters stay."""
     grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
     changes: dict[str, dict] = {"model": grid, "train": {"draw": "sampled"}}
     drawn: dict[str, dict] = {**kind, **{name: kind.get(name, {}) | keys for name, keys in changes.items()}}
-    [alone] = trained(data, tmp_path / "alone", 1, None, **drawn)
-    held = trained(data, tmp_path / "grouped", 4, {"8": 2, "6": 1, "4": 1}, **drawn)
+    [alone] = trained(1, None, **drawn)
+    held = trained(4, {"8": 2, "6": 1, "4": 1}, **drawn)
     for key, expected in alone.items():
-        tolerance = 1e-9 if key == FIVE_STEPS else TOLERANCE[key[1]]
+        tolerance = 1e-9 if key == SEVERAL_STEPS else TOLERANCE[key[1]]
         for found in (rank[key] for rank in held):
             for name, gradient in expected["gradients"].items():
                 assert (found["gradients"][name] is None) == (gradient is None), name
@@ -135,13 +166,11 @@ def test_groups_of_which_some_are_not_drawn_equal_one_rank(data: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", [STEM, LVVIT], ids=["stem", "LV-ViT"])
-def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(
-    data: Path, tmp_path: Path, stem: dict[str, dict]
-) -> None:
-    """Gradients through the statistics too, and statistics that every rank knows when they are saved."""
-    [alone] = trained(data, tmp_path / "alone", 1, None, **stem)
-    for held in trained(data, tmp_path / "grouped", 3, {"8": 2, "6+4": 1}, **stem):
-        for key in (ONE_STEP[0], FIVE_STEPS):
+def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(trained: Trainer, stem: dict[str, dict]) -> None:
+    """Gradients pass through the statistics too, and every rank knows the statistics when they are saved."""
+    [alone] = trained(1, None, **stem)
+    for held in trained(3, {"8": 2, "6+4": 1}, **stem):
+        for key in (ONE_STEP[0], SEVERAL_STEPS):
             expected, found = alone[key], held[key]
             assert any("running_var" in name for name in expected["buffers"])
             for name, buffer in expected["buffers"].items():
@@ -150,31 +179,47 @@ def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(
                 assert difference(found["gradients"][name], gradient) < 1e-8, name
 
 
+REAL: dict[str, dict] = {
+    "data": {"workers": 1},
+    "train": {"epochs": 2, "save_steps": 2, "keep_checkpoints": 9},
+}
+
+
+def newest(config: Config) -> Checkpoint:
+    checkpoint = train_checkpoints(config.run.dir).latest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The end of a real training from files, on one rank, that was never interrupted."""
+    config = tiny(data, tmp_path_factory.mktemp("whole"), None, **REAL)
+    shutil.copytree(indexed, config.run.dir)
+    train(config)
+    return newest(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [((1, None), (3, {"8": 1, "6": 1, "4": 1})), ((2, None), (1, None))])
-def test_a_run_goes_on_with_another_plan(
-    data: Path, tmp_path: Path, first: tuple[int, Any], second: tuple[int, Any]
+def test_a_run_continues_with_another_plan(
+    data: Path, tmp_path: Path, whole: Checkpoint, first: tuple[int, Any], second: tuple[int, Any]
 ) -> None:
-    """Real training from files; all after the first checkpoint is lost, and trained again on other ranks."""
-    settings = {"data": {"workers": 1}, "train": {"epochs": 2, "save_steps": 2, "keep_checkpoints": 9}}
-    whole = tiny(data, tmp_path / "whole", None, **settings)
-    split = tiny(data, tmp_path / "split", None, **settings)
-    for config in (whole, split):
-        config.run.dir.mkdir(parents=True)
-        (config.run.dir / "own.yaml").write_text(dump_config(config))
-    verb = ["-m", "videoadapt", "train"]
-    run(*torchrun(1, *verb, whole.run.dir / "own.yaml"))
+    """All but the first checkpoint is lost, and its steps are trained again on other ranks."""
     for number, (ranks, groups) in enumerate((first, second)):
-        config = split.model_copy(update={"parallel": split.parallel.model_copy(update={"groups": groups})})
-        (config.run.dir / "own.yaml").write_text(dump_config(config))
-        run(*torchrun(ranks, *verb, config.run.dir / "own.yaml"))
+        config = tiny(data, tmp_path, groups, **REAL)
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        if ranks == 1:
+            train(config)
+        else:
+            done = finished(torchrun(ranks, "-m", "videoadapt", "train", tmp_path / "config.yaml"))
+            assert done.returncode == 0, done.stderr[:6000]
         if number == 0:
             for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
-                path.unlink()  # all but the first: the rest is trained again, on the other ranks
+                path.unlink()
             (config.run.dir / "checkpoints" / "last").unlink()
             (config.run.dir / "train.json").unlink()
-    ends = [train_checkpoints(config.run.dir).latest() for config in (whole, split)]
-    assert ends[0] is not None and ends[1] is not None  # noqa: PT018
-    assert ends[0].meta["step"] == ends[1].meta["step"] > 2
-    for name, tensor in ends[0].tensors_under("model").items():
-        torch.testing.assert_close(ends[1].tensors_under("model")[name], tensor, rtol=1e-4, atol=1e-5)
+    end = newest(config)
+    assert end.meta["step"] == whole.meta["step"] > 2
+    for name, tensor in whole.tensors_under("model").items():
+        torch.testing.assert_close(end.tensors_under("model")[name], tensor, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Plans of who trains what: every clip at every point exactly once, whatever the layout."""
+"""Plans: every clip is trained at every point exactly once in every layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config(groups: object = None, batch: int = 64, accumulate: int = 1, **data: 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[dict[str, int], int]:
-    """The lengths in any groups, with any numbers of ranks, and their sum."""
+    """Draws groups of lengths with any number of ranks, and the total of ranks."""
     group_of = [draw(st.integers(0, 2)) for _ in POINTS]
     sets = ["+".join(p for p, g in zip(POINTS, group_of, strict=True) if g == number) for number in set(group_of)]
     groups = {key: draw(st.integers(1, 5)) for key in sets}
@@ -43,18 +43,18 @@ def test_every_clip_is_trained_at_every_point_once(
     for rank in range(ranks):
         group = plan.group(rank)
         assert rank in group.ranks
-        share = group.positions(rank, 2 * units, pairs=mixes)
-        assert len(share) > 0
-        assert not mixes or share.start % 2 == share.stop % 2 == 0  # pairs stay together
-        trained.update((point, clip) for point in group.points for clip in share)
+        positions = group.positions(rank, 2 * units, pairs=mixes)
+        assert len(positions) > 0
+        assert not mixes or positions.start % 2 == positions.stop % 2 == 0  # pairs stay together
+        trained.update((point, clip) for point in group.points for clip in positions)
     assert trained == Counter({(point, clip): 1 for point in POINTS for clip in range(2 * units)})
 
 
 @given(st.integers(0, 200), st.integers(1, 17), st.booleans())
-def test_shares_follow_one_another_and_are_as_even_as_can_be(clips: int, ranks: int, pairs: bool) -> None:
-    shares = split_evenly(clips, ranks, pairs=pairs)
-    assert [position for share in shares for position in share] == list(range(clips))
-    sizes = [len(share) for share in shares]
+def test_ranges_are_consecutive_and_as_even_as_possible(clips: int, ranks: int, pairs: bool) -> None:
+    ranges = split_evenly(clips, ranks, pairs=pairs)
+    assert [position for each in ranges for position in each] == list(range(clips))
+    sizes = [len(each) for each in ranges]
     assert max(sizes) - min(sizes) <= (2 if pairs else 1)
 
 
@@ -78,7 +78,7 @@ def test_auto_gives_ranks_to_the_slowest_group(ranks: int, expected: dict[tuple[
     assert {group.points: len(group.ranks) for group in plan.groups} == expected
 
 
-def test_groups_come_in_the_order_of_their_costs_whatever_the_order_in_the_config() -> None:
+def test_groups_are_ordered_by_cost_for_every_order_in_the_config() -> None:
     plan = make_plan(config({"7": 1, "14": 2, "10": 1}), 4, COSTS)
     assert [(group.points, list(group.ranks)) for group in plan.groups] == [
         (("14",), [0, 1]),
@@ -92,8 +92,8 @@ def test_groups_come_in_the_order_of_their_costs_whatever_the_order_in_the_confi
 GRID = {"14": 4.6, "12": 3.3, "14@0.7": 3.0, "14@0.5": 2.3, "12@0.5": 1.7}
 
 
-def test_keeps_are_trained_where_their_length_is() -> None:
-    """Whatever they cost: 14@0.5 is cheaper than 12, which teaches nothing in the group of 14."""
+def test_keeps_are_in_the_group_of_their_length() -> None:
+    """Costs do not matter: 14@0.5 is cheaper than 12, but in the group of 14."""
     grid = {"model": {"points": list(GRID)}}
     expected = [("14", "14@0.7", "14@0.5"), ("12", "12@0.5")]
     for groups in ("auto", {"12": 1, "14": 1}):
@@ -103,15 +103,15 @@ def test_keeps_are_trained_where_their_length_is() -> None:
         make_config(grid | {"parallel": {"groups": {"14": 1, "14@0.5": 1, "12": 1}}})
 
 
-def test_auto_balances_what_is_drawn() -> None:
-    """Drawn, 14 is trained in each step, and each of the other three lengths in a third of them."""
+def test_auto_balances_the_expected_cost_of_draws() -> None:
+    """With `sampled`, every step trains 14, and a third of the steps train each of the other lengths."""
     costs = {"14": 4.0, "12": 3.0, "10": 2.0, "8": 1.0}
     for draw, ranks in (("all", [2, 2, 1, 1]), ("sampled", [3, 1, 1, 1])):
         made = make_config({"model": {"points": list(costs)}, "parallel": {"groups": "auto"}, "train": {"draw": draw}})
         assert [len(group.ranks) for group in make_plan(made, 6, costs).groups] == ranks
 
 
-def test_groups_that_cannot_be_are_refused() -> None:
+def test_impossible_groups_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.groups: .*each length of model.points \(14, 10, 7\) once"):
         config({"14": 1, "10": 1})
     with pytest.raises(ConfigError, match="once"):

@@ -1,4 +1,4 @@
-"""The objectives: values and gradients against formulas written down independently, one value per clip."""
+"""The objectives: values and gradients against independent formulas; one value per clip."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradient(loss: Tensor, at: Tensor) -> Tensor:
     return torch.autograd.grad(loss.sum(), at)[0]
 
 
-def test_cross_entropy_of_whole_labels_is_torchs() -> None:
+def test_cross_entropy_of_hard_labels_equals_that_of_torch() -> None:
     x, labels = logits(0), torch.tensor([0, 6, 3, 3, 1])
     found = cross_entropy(x, F.one_hot(labels, 7).float())
     assert torch.allclose(found, F.cross_entropy(x, labels, reduction="none"))
@@ -42,7 +42,7 @@ def test_cross_entropy_of_soft_labels_and_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
-def test_nothing_is_left_to_learn_from_an_equal_teacher(tau: float) -> None:
+def test_distillation_from_an_equal_teacher_is_zero(tau: float) -> None:
     x = logits(0).requires_grad_()
     loss = distillation(x, x.detach() + 5.0, tau=tau, hard=False)  # a shift of all logits means nothing
     assert torch.allclose(loss, torch.zeros(5), atol=1e-5)
@@ -50,7 +50,7 @@ def test_nothing_is_left_to_learn_from_an_equal_teacher(tau: float) -> None:
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
-def test_distillation_and_its_gradient_are_the_formulas(tau: float) -> None:
+def test_distillation_and_its_gradient_equal_the_formulas(tau: float) -> None:
     x, teacher = logits(0).double().requires_grad_(), logits(1).double()
     p, q = (teacher / tau).softmax(-1), (x.detach() / tau).softmax(-1)
     loss = distillation(x, teacher, tau=tau, hard=False)
@@ -64,7 +64,7 @@ def test_the_divergence_is_from_the_teacher_to_the_student() -> None:
     assert distillation(sure, unsure, tau=1.0, hard=False).item() > 4
 
 
-def test_hard_distillation_learns_the_teachers_top_class_alone() -> None:
+def test_hard_distillation_depends_on_the_top_class_of_the_teacher_only() -> None:
     x, teacher = logits(0), logits(1)
     found = distillation(x, teacher, tau=1.0, hard=True)
     assert torch.allclose(found, F.cross_entropy(x, teacher.argmax(-1), reduction="none"))
@@ -81,14 +81,14 @@ def test_the_teacher_gets_no_gradient(hard: bool, token: bool) -> None:
     assert teacher.grad is None
 
 
-def test_the_teacher_itself_learns_the_truth_alone() -> None:
+def test_the_teacher_learns_from_the_labels_only() -> None:
     x, targets = logits(0), soft_targets()
     for lam in (0.0, 0.9):
         assert torch.equal(point_loss(Heads(x, None), targets, None, LossConfig(lam=lam)), cross_entropy(x, targets))
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
-def test_lam_mixes_truth_and_teacher(lam: float) -> None:
+def test_lam_mixes_labels_and_teacher(lam: float) -> None:
     x, teacher, targets = logits(0), logits(1), soft_targets()
     found = point_loss(Heads(x, None), targets, teacher, LossConfig(lam=lam, tau=2.0))
     learned = distillation(x, teacher, tau=2.0, hard=False)
@@ -105,7 +105,7 @@ def test_with_a_distillation_token_each_head_learns_from_its_own_teacher() -> No
 
 
 @pytest.mark.parametrize("token", [False, True])
-def test_with_dropped_tokens_the_answer_is_learnt_from_the_same_length_at_tau_1(token: bool) -> None:
+def test_a_point_with_dropped_tokens_learns_from_its_length_at_tau_1(token: bool) -> None:
     x, teacher, targets = logits(0), logits(1), soft_targets()
     heads = Heads(x, logits(2) if token else None)
     found = point_loss(heads, targets, teacher, LossConfig(lam=0.3, tau=2.0), dropped=True)
@@ -117,7 +117,7 @@ def test_with_dropped_tokens_the_answer_is_learnt_from_the_same_length_at_tau_1(
 
 @pytest.mark.parametrize("lam", [0.0, 0.9])
 @pytest.mark.parametrize("taught", [False, True])
-def test_a_head_on_patches_adds_its_own_loss_whoever_teaches_the_class(lam: float, taught: bool) -> None:
+def test_a_head_on_patches_adds_its_own_loss_with_and_without_a_teacher(lam: float, taught: bool) -> None:
     cls, patches = logits(0), torch.stack([logits(i) for i in (3, 4, 5)], 1)  # (5 clips, 3 patches, classes)
     wanted = torch.stack([logits(i).softmax(-1) for i in (6, 7, 8)], 1)
     teacher = logits(1) if taught else None
@@ -127,14 +127,14 @@ def test_a_head_on_patches_adds_its_own_loss_whoever_teaches_the_class(lam: floa
     on_patches = torch.stack([cross_entropy(patches[:, i], wanted[:, i]) for i in range(3)]).mean(0)
     expected = cross_entropy(cls, soft_targets())
     if teacher is not None:
-        answer = cls + 0.25 * patches.max(1).values  # a student answers with both heads, and so did its teacher
+        answer = cls + 0.25 * patches.max(1).values  # inference logits, as those of the teacher
         expected = (1 - lam) * expected + lam * distillation(answer, teacher, tau=1.0, hard=False)
     torch.testing.assert_close(found, expected + 0.3 * on_patches)
     torch.testing.assert_close(point_loss(heads, soft_targets(), teacher, config), expected)
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig(hard=True), LossConfig(lam=0.5, tau=3.0)])
-def test_each_clip_has_its_own_value_that_no_other_clip_changes(config: LossConfig) -> None:
+def test_the_loss_of_a_clip_does_not_depend_on_other_clips(config: LossConfig) -> None:
     x, teacher, targets = logits(0), logits(1), soft_targets()
     together = point_loss(Heads(x, None), targets, teacher, config)
     alone = [

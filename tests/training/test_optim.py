@@ -1,4 +1,4 @@
-"""What decays, what does not move, and the learning rate at known steps."""
+"""Which parameters decay, which do not move, and the learning rate at known steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rates(config: TrainConfig, per_epoch: int, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("embed", ["resize", "kernel", "stem"])
-def test_matrices_and_kernels_decay_and_nothing_else(embed: str) -> None:
+def test_only_matrices_and_kernels_decay(embed: str) -> None:
     model = tiny(embed=embed, distill_token=True, layer_scale=0.1)
     decayed = {name for name, parameter in model.named_parameters() if decays(name, parameter)}
     matrices = {
@@ -57,7 +57,7 @@ def test_every_parameter_is_in_one_group(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_weight_decay_moves_only_what_decays(optimizer: Any) -> None:
+def test_weight_decay_moves_only_matrices_and_kernels(optimizer: Any) -> None:
     model = tiny()
     config = TrainConfig(optimizer=optimizer, weight_decay=0.5, lr=0.1)
     made = make_optimizer(model.named_parameters(), config)
@@ -95,7 +95,7 @@ def test_a_length_that_was_not_drawn_does_not_move(optimizer: Any) -> None:
         assert all(torch.equal(torch.as_tensor(made.state[parameter][k]), v) for k, v in states[name].items())
 
 
-def test_the_optimizer_takes_its_settings() -> None:
+def test_the_optimizer_has_the_settings_of_the_config() -> None:
     named = [("w", torch.nn.Parameter(torch.zeros(2, 2)))]
     adamw = make_optimizer(named, TrainConfig(optimizer="adamw", lr=0.01, betas=(0.8, 0.95)))
     assert isinstance(adamw, torch.optim.AdamW)
@@ -118,7 +118,7 @@ def test_the_order_of_milestones_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_warm_up_rises_evenly_from_above_zero_to_the_full_rate(schedule: Any) -> None:
+def test_the_warm_up_rises_linearly_to_the_full_rate(schedule: Any) -> None:
     config = TrainConfig(schedule=schedule, lr=1.0, milestones=(3,), epochs=4, warmup_epochs=1)
     found = rates(config, per_epoch=4, steps=16)
     assert found[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
@@ -127,12 +127,12 @@ def test_warm_up_rises_evenly_from_above_zero_to_the_full_rate(schedule: Any) ->
     assert max(found) == found[4]
 
 
-def test_warm_up_does_not_shift_the_milestones() -> None:
+def test_the_warm_up_does_not_shift_the_milestones() -> None:
     config = TrainConfig(schedule="step", lr=1.0, milestones=(3,), epochs=4, warmup_epochs=1)
     assert rates(config, per_epoch=4, steps=16)[11:13] == pytest.approx([1.0, 0.1])
 
 
-def test_cosine_goes_from_the_rate_to_the_least_rate() -> None:
+def test_a_cosine_falls_from_lr_to_min_lr() -> None:
     config = TrainConfig(schedule="cosine", lr=1.0, min_lr=0.1, epochs=5)
     found = rates(config, per_epoch=10, steps=51)
     expected = [0.1 + 0.9 * (1 + math.cos(math.pi * t / 50)) / 2 for t in range(50)]

@@ -66,14 +66,14 @@ def train(config: Config) -> dict[str, Any]:
         plan = make_plan(config, world_size(), point_macs(config.model))  # before indexing: it may refuse the config
         manifest = rank0_then_all(lambda: load_or_index(config))
         collectives.set_timeout(config.parallel.step_s)  # indexing may take hours; a step that does, hangs
-        preflight(config, manifest, plan)
+        preflight(config, manifest, plan)  # before the model: its faults are cheap to find
         per_epoch = steps_per_epoch(manifest, config)
         checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
         state = start_or_resume(config, manifest, checkpoints)
         # A run that was killed between its last checkpoint and its summary still writes the summary.
         finished = state.step == per_epoch * config.train.epochs and broadcast_result(summary_file.exists)
         if not finished:
-            role = RankRole.from_plan(config, state.model, plan)
+            role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
             meter = run_epochs(state, role, checkpoints, per_epoch)
             if rank() == 0:
                 with checkpoints.guard():
@@ -107,10 +107,10 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
     writer = closing(Metrics(config.run.dir, state.step)) if rank() == 0 else nullcontext()
     with writer as metrics, StopRequest() as stop, bar:
         for micro_batches in steps:
-            schedule.step_update(state.step)
+            schedule.step_update(state.step)  # from the step alone, so that a resumed run has the same rates
             values = train_step(state, role, micro_batches)
             state.step += 1
-            if metrics is not None:
+            if metrics is not None:  # rank 0; its values are sums over all ranks
                 metrics.write(state.step, values | meter.rates())
             bar.step(config.train.batch, state.note(values, meter))
             stopping = any_requested(stop)  # an all-reduce: every rank stops if any rank received a signal
@@ -158,10 +158,10 @@ def _announce(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
 
 def _read_steps(state: State, role: RankRole) -> Iterator[list[Batch]]:
     """Returns an iterator of this rank's micro-batches of each step, from `state.step` on."""
-    config, device, exchange = state.config, state.device, None
+    config, device, exchange = state.config, state.device, None  # without an exchange, each group decodes for itself
     if config.parallel.decode == "shared" and len(role.plan.groups) > 1:  # one group alone decodes no clip twice
         exchange = ClipExchange(state.manifest, config, role.plan, pin=device.type == "cuda")
-    positions = partial(role.positions, pairs=config.data.mixes)
+    positions = partial(role.positions, pairs=config.data.mixes)  # mixed clips stay on one rank
     return train_batches(state.manifest, config, state.step, device=device, positions=positions, exchange=exchange)
 
 
@@ -185,6 +185,7 @@ def _save_if_reading_fails(
 
 def _save(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
     """Writes a checkpoint on rank 0. All ranks call it at the same step."""
+    # Also of the moving average, which has buffers of its own.
     for module in filter(None, (state.model, state.ema and state.ema.module)):
         share_statistics(module, role.plan)
     if rank() == 0:
@@ -194,6 +195,7 @@ def _save(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
 def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: ThroughputMeter) -> TrainSummary:
     """Returns the summary of a finished run; losses and accuracies are means over the steps of the last epoch."""
     config = state.config
+    # One line per step. A point has NaN in steps that do not draw it, and `mean` leaves NaN out.
     means = pd.read_json(config.run.dir / "metrics.jsonl", lines=True).tail(per_epoch).mean()
     newest = checkpoints.latest()
     rates = meter.rates()
