@@ -211,13 +211,13 @@ def test_damage_that_verification_finds_is_not_hidden_by_earlier_scores(tmp_path
     assert "damaged" in found["failed"][0]["cause"]
 
 
-def test_a_torn_part_is_scored_again(numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_incomplete_shard_is_scored_again(numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
     whole, before = evaluate(config), logits(config)
     part = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))[0]
     part.write_bytes(part.read_bytes()[:1000])
     assert timeless(evaluate(config)) == timeless(whole)
-    assert "torn" in capsys.readouterr().err
+    assert "incomplete" in capsys.readouterr().err
     assert np.array_equal(logits(config), before)
 
 

@@ -1,6 +1,6 @@
-"""The token-length assigner: a shrunken EfficientNet-B0 that predicts a clip's label from a few small frames.
+"""The token-length assigner: a small EfficientNet-B0 that predicts a clip's label from a few small frames.
 
-One decision per clip, shared by its crops (ReViT, section 3.3, has one per image).
+It decides once per clip, and the crops of the clip share the decision (ReViT, section 3.3, decides once per image).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from videoadapt.config.sections import AssignConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, Guard, find_checkpoint, load_tensors
 
-# EfficientNet-B0 by stages, in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze-excitation
+# The stages of EfficientNet-B0 in timm's notation: type, repeats, kernel, stride, expansion, channels, squeeze ratio.
 B0_STAGES = (
     "ds_r1_k3_s1_e1_c16_se0.25",
     "ir_r2_k3_s2_e6_c24_se0.25",
@@ -33,13 +33,18 @@ STEM_CHANNELS = 32
 
 
 class Assigner(nn.Module):
-    """Frames one by one through a small EfficientNet, features averaged and compared over time, one linear head.
+    """A small EfficientNet on each frame, then one linear head on the frames' mean and standard deviation.
 
-    The head sees the mean and the standard deviation over the frames, so that motion counts.
+    The standard deviation shows motion, which the mean hides.
+
+    Args:
+        config: Number and size of the frames, and width and depth of the network.
+        points: Number of points to choose from.
     """
 
     def __init__(self, config: AssignConfig, points: int) -> None:
         super().__init__()
+        # timm takes a second to import, and most commands need no assigner
         from timm.models._efficientnet_builder import decode_arch_def, round_channels
         from timm.models.efficientnet import EfficientNet
 
@@ -56,16 +61,21 @@ class Assigner(nn.Module):
         self.head = nn.Linear(2 * self.net.num_features, points)
 
     def forward(self, thumbnails: Tensor) -> Tensor:
-        """Logits `(B, points)` of uint8 thumbnails `(B, C, A, s, s)`, A frames of one clip each."""
+        """Returns logits, `(B, points)`.
+
+        Args:
+            thumbnails: uint8 `(B, C, A, s, s)`: A frames of each clip.
+        """
         frames = rearrange(thumbnails, "b c a h w -> (b a) c h w")
-        x = self.net(frames.to(self.head.weight.dtype) / 127.5 - 1.0)  # (B A, features)
+        x = self.net(frames.to(self.head.weight.dtype) / 127.5 - 1.0)  # 0..255 to -1..1; (B A, features)
         x = rearrange(x, "(b a) f -> b a f", b=thumbnails.shape[0])
-        spread = (x.var(1, correction=0) + 1e-6).sqrt()  # still frames: no spread, and a finite gradient
+        # Equal frames have variance 0, where the square root has an infinite gradient.
+        spread = (x.var(1, correction=0) + 1e-6).sqrt()  # (B, features)
         return self.head(torch.cat([x.mean(1), spread], dim=-1))
 
     @torch.inference_mode()
     def probabilities(self, thumbnails: Tensor) -> Tensor:
-        """Probability of each point to be the clip's label: float32 `(B, points)`."""
+        """Returns the probability of each point to be the clip's label, float32 `(B, points)`; see `forward`."""
         return self(thumbnails).float().softmax(-1)
 
 
@@ -82,26 +92,41 @@ def assigner_macs(config: AssignConfig, points: int) -> int:
         thumbnails = torch.zeros(1, 3, config.frames, config.size, config.size, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         assigner(thumbnails)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # torch counts multiplications and additions apart
 
 
 def expected_cost(logits: Tensor, wrong: Tensor, costs: Tensor, *, mu: float) -> Tensor:
-    """`sum_p q_p (cost_p / cost_max + mu wrong_p)` of each clip, `(B,)`: what routing by `q` costs on the table.
+    """Computes `sum_p q_p (cost_p / cost_max + mu wrong_p)`: the expected cost if a clip's point is drawn from q.
 
-    `wrong` is a float `(B, points)`, 1 where the model is wrong on the clip; `costs` are `(points,)` in any unit.
+    Args:
+        logits: The assigner's, `(B, points)`; q is their softmax.
+        wrong: Float `(B, points)`, 1 where the model is wrong on the clip, else 0.
+        costs: Cost of each point, `(points,)`, in any unit.
+        mu: Price of a wrong answer, in units of the costliest point's cost.
+
+    Returns:
+        The expected cost of each clip, `(B,)`.
     """
     return (logits.float().softmax(-1) * (costs / costs.max() + mu * wrong)).sum(-1)
 
 
 def assigner_loss(logits: Tensor, labels: Tensor, wrong: Tensor, costs: Tensor, config: AssignConfig) -> Tensor:
-    """Mean loss of a batch: cross-entropy with the labels `(B,)` (ReViT), or the expected cost under the table."""
+    """Returns the mean loss of a batch: cross-entropy with the labels (ReViT), or `expected_cost`.
+
+    Args:
+        logits: The assigner's, `(B, points)`.
+        labels: Number of each clip's label, `(B,)`.
+        wrong: As in `expected_cost`.
+        costs: As in `expected_cost`.
+        config: Chooses the loss, and holds `mu`.
+    """
     if config.loss == "ce":
         return F.cross_entropy(logits.float(), labels)
     return expected_cost(logits, wrong, costs, mu=config.mu).mean()
 
 
 def assigner_checkpoints(run: Path, guard: Guard = nullcontext) -> Checkpoints:
-    """Where stage 2 of a run keeps its checkpoints."""
+    """Returns the checkpoints of stage 2 in a run folder, written inside `guard`."""
     return Checkpoints(run / "assigner", "assigner", guard=guard)
 
 

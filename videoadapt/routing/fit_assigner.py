@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,18 @@ from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.optim import make_optimizer, make_schedule
 
+SAVE_EVERY = 500  # thumbnails; after an interruption at most so many are read again
+
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Clips with their labels `(n,)` and outcomes `(n, points)`; `rows` says which of the thumbnails are theirs.
+    """Clips with labels and outcomes.
 
-    `thumbnails`, `(all, C, A, s, s)` uint8, stay on the disk until a batch of them is needed.
+    Attributes:
+        thumbnails: uint8 `(all, C, A, s, s)`. They stay on the disk until a batch of them is needed.
+        rows: Rows of the clips in `thumbnails`, `(n,)`.
+        labels: Number of each clip's label, `(n,)`.
+        right: Whether the model is right, `(n, points)`.
     """
 
     thumbnails: npt.NDArray[np.uint8]
@@ -55,23 +61,50 @@ class LabelledClips:
     right: Bools
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
-        """Some of the clips."""
+        """Returns some of the clips."""
         return LabelledClips(self.thumbnails, self.rows[rows], self.labels[rows], self.right[rows])
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Thumbnails `(B, C, A, s, s)` of some of the clips."""
+        """Returns the thumbnails of some of the clips, uint8 `(B, C, A, s, s)`."""
         return torch.from_numpy(self.thumbnails[self.rows[rows]])
 
     def digest(self) -> str:
-        """Changes with the labels and outcomes."""
+        """Returns 12 hex digits that change with the labels and outcomes."""
         return hashlib.sha256(self.labels.tobytes() + self.right.tobytes()).hexdigest()[:12]
 
 
-def assign(config: Config) -> dict[str, Any]:
-    """Fits the assigner on the run's label table, going on from its newest checkpoint; returns the summary.
+@dataclass(frozen=True)
+class AssignSummary:
+    """The contents of `assign.json`; the names are its keys. Fractions are of the clips that chose the threshold."""
 
-    A share `assign.select` of the clips is kept apart: on it the threshold is chosen that saves most while losing at
-    most `assign.tolerance` of the costliest point's accuracy. One process does it.
+    clips_fitted: int
+    clips_selecting: int  # clips that chose the threshold
+    threshold: float
+    label_accuracy: float  # the most probable label is the label
+    accuracy: float  # of the model at the assigned points
+    accuracy_costliest: float  # of the model at the costliest point
+    macs_saved: float  # against the costliest point, the assigner's cost included
+    mix: dict[str, float]  # fraction of the clips at each point
+    assigner_macs: int  # of one clip
+    assigner_fraction: float  # of a view at the costliest point
+    seconds: float
+
+
+def assign(config: Config) -> dict[str, Any]:
+    """Fits the assigner on the run's label table, and resumes from its newest checkpoint.
+
+    A fraction `assign.select` of the clips is set aside. On them the threshold is chosen that saves most while it loses
+    at most `assign.tolerance` of the costliest point's accuracy. One rank does all work.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The contents of `assign.json`: the fields of `AssignSummary`.
+
+    Raises:
+        UserError: There is no label table, it does not fit the config, or it has too few clips.
+        CheckpointError: An earlier assigner of this run was fitted with other settings.
     """
     with ranks(config), sole_writer(config, "assign") as guard:
         return broadcast_result(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
@@ -83,84 +116,86 @@ def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
     if len(points) == 1:
         raise UserError("assign: the model has one point only, so there is nothing to choose; see model.points")
     clips = _labelled_clips(config)
+    # A fixed order by the seed alone: an interrupted fit sets the same clips aside.
     order = np.random.default_rng(config.run.seed).permutation(len(clips.labels))
     kept = max(1, round(len(order) * config.assign.select))
     select, fit = clips.take(np.sort(order[:kept])), clips.take(np.sort(order[kept:]))
     if not len(fit.labels):
         raise UserError(f"assign: {len(order)} labelled clips are too few to fit and to choose a threshold")
     assigner, step = _fit(fit, config, checkpoints)
-    costs = np.array([point_macs(config.model)[p] for p in points], dtype=np.float64)
-    parts = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
-    probabilities = np.concatenate([assign_probabilities(assigner, select.batch(part)) for part in parts])
+    costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)  # (points,), costliest first
+    batches = np.array_split(np.arange(kept), -(-kept // config.assign.batch))  # rounded up
+    probabilities = np.concatenate([assign_probabilities(assigner, select.batch(batch)) for batch in batches])
     threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
-    meta = _meta(config, fit) | {"threshold": threshold}
-    checkpoints.save(step + 1, _tensors(assigner, None), meta)
+    checkpoints.save(step + 1, _tensors(assigner, None), _meta(config, fit) | {"threshold": threshold})
     choice = cheapest_sufficient(probabilities, threshold)
     macs = assigner_macs(config.assign, len(points))
-    summary = {
-        "clips_fitted": len(fit.labels),
-        "clips_selecting": len(select.labels),
-        "threshold": threshold,
-        "label_accuracy": float((probabilities.argmax(-1) == select.labels).mean()),
-        "accuracy": float(select.right[np.arange(kept), choice].mean()),
-        "accuracy_costliest": float(select.right[:, 0].mean()),
-        "macs_saved": float(1 - (costs[choice].mean() + macs) / costs[0]),
-        "mix": {p: float((choice == i).mean()) for i, p in enumerate(points)},
-        "assigner_macs": macs,
-        "assigner_fraction": macs / costs[0],
-        "seconds": round(time.monotonic() - start, 1),
-    }
+    summary = AssignSummary(
+        clips_fitted=len(fit.labels),
+        clips_selecting=len(select.labels),
+        threshold=threshold,
+        label_accuracy=float((probabilities.argmax(-1) == select.labels).mean()),
+        accuracy=float(select.right[np.arange(kept), choice].mean()),
+        accuracy_costliest=float(select.right[:, 0].mean()),
+        macs_saved=float(1 - (costs[choice].mean() + macs) / costs[0]),
+        mix={point: float((choice == i).mean()) for i, point in enumerate(points)},
+        assigner_macs=macs,
+        assigner_fraction=macs / costs[0],
+        seconds=round(time.monotonic() - start, 1),
+    )
     with checkpoints.guard():
-        write_json(config.run.dir / "assigner" / "assign.json", summary)
-    return summary
+        write_json(config.run.dir / "assigner" / "assign.json", asdict(summary))
+    return asdict(summary)
 
 
 def _labelled_clips(config: Config) -> LabelledClips:
     path = config.run.dir / "labels" / "outcomes.parquet"
     if not path.exists():
         raise UserError(f"{path}: no label table; run `videoadapt label` with this config first")
-    made = _labelled_by(config)["source"]
-    if made != config.label.source:
+    made_from = _label_summary(config)["source"]
+    if made_from != config.label.source:
         raise UserError(
-            f"{path}: holds labels of source {made}, but label.source is {config.label.source}; run `label`"
+            f"{path}: the labels are of source {made_from}, but label.source is {config.label.source}; run `label`"
         )
     clips, right = right_matrix(pd.read_parquet(path), config.model.points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     manifest = load_or_index(config)
-    labelled = manifest.table["split"].isin(LABEL_SPLITS[config.label.source])  # val may hold the same names
+    labelled = manifest.table["split"].isin(LABEL_SPLITS[config.label.source])  # val may have the same names
     row_of = {video: row for row, video in manifest.table["video"][labelled].items()}
     unknown = [video for video in clips["video"] if video not in row_of]
     if unknown:
         raise UserError(f"{path}: {unknown[0]} (and {len(unknown) - 1} more) is not in the manifest; run `label` again")
-    used = labels >= 0
+    used = labels >= 0  # -1: a clip without a label
     rows = np.array([row_of[video] for video in clips["video"]])[used]
     thumbnails, found = _thumbnails(manifest, rows, config)
     return LabelledClips(thumbnails, np.flatnonzero(found), labels[used][found], right[used][found])
 
 
-def _labelled_by(config: Config) -> dict[str, Any]:
+def _label_summary(config: Config) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((config.run.dir / "labels" / "label.json").read_text(encoding="utf-8"))
     return summary
 
 
-def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[Any, Bools]:
-    """Every clip's thumbnails in one file, read once, and which clips could be read.
+def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[npt.NDArray[np.uint8], Bools]:
+    """The clips' thumbnails, uint8 `(n, C, A, s, s)`, in a file that is mapped into memory, and which could be read.
 
-    Goes on where it stopped, and tries again what could not be read then.
+    Resumes where an earlier call stopped. Clips that could not be read then are tried again.
     """
     dataset = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1, views=False)
     shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
+    # Whatever changes a thumbnail is in the file's name.
     key = [manifest.hash, rows.tolist(), shape, config.data.reader, config.model.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = config.run.dir / "assigner" / f"thumbnails-{digest}.npy"
     progress = path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done: dict[str, Any] = {"count": 0, "failed": []}
+    count, failed = 0, []  # clips that were tried, the first of `rows`, and those of them that could not be read
     if path.exists() and progress.exists():
-        done = json.loads(progress.read_text(encoding="utf-8"))
-    array = np.lib.format.open_memmap(path, "r+" if done["count"] else "w+", np.uint8, shape)
+        earlier = json.loads(progress.read_text(encoding="utf-8"))
+        count, failed = earlier["count"], earlier["failed"]
+    array = np.lib.format.open_memmap(path, "r+" if count else "w+", np.uint8, shape)
     found = np.ones(len(rows), dtype=bool)
-    found[done["failed"]] = found[done["count"] :] = False
+    found[failed] = found[count:] = False
     numbers = np.flatnonzero(~found)
     videos = stream(dataset, rows[numbers].tolist())
     with Bar("thumbnails", total=len(rows), unit="clips", start=len(rows) - len(numbers)) as bar:
@@ -168,20 +203,20 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
             if isinstance(video, VideoViews):
                 array[number], found[number] = video.thumbnails[0].numpy(), True
             else:
-                say(f"left out: {video.path}: {video.cause}")
+                say(f"left out of the fit: {video.path}: {video.cause}")
             bar.step()
             if (number + 1) % SAVE_EVERY == 0 or number == numbers[-1]:
-                array.flush()
-                count = max(done["count"], number + 1)
+                array.flush()  # before the progress that says so
+                count = max(count, number + 1)
                 write_json(progress, {"count": count, "failed": np.flatnonzero(~found[:count]).tolist()})
     return array, found
 
 
-SAVE_EVERY = 500  # thumbnails
-
-
 def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tuple[Assigner, int]:
-    """Trains the assigner; each epoch's order and flips depend on (seed, epoch) alone. Returns it and its last step."""
+    """Trains the assigner. Returns it and the number of epochs, its last step.
+
+    The order and the flips of an epoch depend on the seed and the epoch alone, so that resuming changes nothing.
+    """
     settings = config.assign
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
@@ -192,7 +227,7 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
         weight_decay=settings.weight_decay,
         schedule="cosine",
         epochs=settings.epochs,
-        warmup_epochs=min(1.0, settings.epochs / 10),
+        warmup_epochs=min(1.0, settings.epochs / 10),  # a short fit is not all warm-up
     )
     optimizer = make_optimizer(assigner.named_parameters(), recipe)
     per_epoch = max(1, len(clips.labels) // settings.batch)
@@ -206,9 +241,9 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
             assigner.train()
             for number, rows in enumerate(_batches(len(clips.labels), settings.batch, (config.run.seed, epoch))):
                 schedule.step_update(epoch * per_epoch + number)
-                thumbnails = _flip(clips.batch(rows), (config.run.seed, epoch, number)).to(device)
-                wrong = torch.from_numpy(~clips.right[rows]).float().to(device)
-                labels = torch.from_numpy(clips.labels[rows]).to(device)
+                thumbnails = _flip(clips.batch(rows), (config.run.seed, epoch, number)).to(device)  # (B, C, A, s, s)
+                wrong = torch.from_numpy(~clips.right[rows]).float().to(device)  # (B, points)
+                labels = torch.from_numpy(clips.labels[rows]).to(device)  # (B,)
                 loss = assigner_loss(assigner(thumbnails), labels, wrong, costs, settings)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -223,11 +258,13 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
 
 
 def _batches(count: int, batch: int, seed: tuple[int, ...]) -> list[npt.NDArray[np.int64]]:
+    """Row numbers in random order, in whole batches; if there is none, in one smaller batch."""
     order = np.random.default_rng(seed).permutation(count)
     return [order[i : i + batch] for i in range(0, max(count - batch, 0) + 1, batch)]
 
 
 def _flip(thumbnails: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Flips each clip with probability 1/2, all its frames alike."""
     flips = torch.from_numpy(np.random.default_rng(seed).random(len(thumbnails)) < 0.5)  # noqa: PLR2004
     return torch.where(flips[:, None, None, None, None], thumbnails.flip(-1), thumbnails)
 
@@ -240,13 +277,13 @@ def _tensors(assigner: Assigner, optimizer: torch.optim.Optimizer | None) -> dic
 
 
 def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
-    """What an assigner was fitted with and on; the threshold comes at the end."""
+    """Settings, points and digests of the labels and of the model; the threshold follows when the fit is complete."""
     return {
         "assign": config.assign.model_dump(mode="json"),
         "label": config.label.model_dump(mode="json"),
         "points": list(config.model.points),
         "labels": clips.digest(),
-        "model": _labelled_by(config)["model"],
+        "model": _label_summary(config)["model"],
         "threshold": None,
     }
 
@@ -254,16 +291,16 @@ def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
 def _resume(
     checkpoints: Checkpoints, assigner: Assigner, optimizer: torch.optim.Optimizer, config: Config, labels: str
 ) -> int:
-    """Goes on from the newest checkpoint; returns the number of epochs that are done.
+    """Restores the newest checkpoint. Returns the number of complete epochs.
 
-    An assigner of other labels (the model was trained on, the clips changed) is moved aside, not overwritten.
+    An assigner of other labels (the model was trained again, or the clips changed) is moved to another folder.
     """
     found = checkpoints.latest()
     if found is None:
         return 0
     if found.meta["labels"] != labels:
         aside = checkpoints.folder.with_name(f"assigner-{found.meta['labels']}")
-        say(f"the labels have changed: the earlier assigner is kept in {aside}, a new one is fitted")
+        say(f"the labels have changed: the earlier assigner is moved to {aside}, and a new one is fitted")
         aside.mkdir(exist_ok=True)
         for path in [*checkpoints.folder.glob("step-*"), checkpoints.folder / "last"]:
             path.replace(aside / path.name)

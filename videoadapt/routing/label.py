@@ -1,8 +1,9 @@
-"""Stage 2, first half: what the model gets right at which point, clip by clip, and the token-length labels."""
+"""Stage 2, first half: runs every point on every clip, and derives the token-length labels."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,45 @@ from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
 
 
-def label(config: Config) -> dict[str, Any]:
-    """Runs every point on every clip of the label source's splits and derives the labels.
+@dataclass(frozen=True)
+class PointLabels:
+    """The figures of one point. The names are keys of `label.json`."""
 
-    Writes `labels/outcomes.parquet` (one row per clip and point) and `labels/labels.parquet`; returns the summary. The
-    ranks of a job share the clips; their number changes no label. A shard (`parallel.shard`) only scores its clips.
+    right: float  # fraction of the clips on which the point is right
+    labelled: int  # clips whose label is the point
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """The contents of `label.json`; the names are its keys."""
+
+    source: str
+    none_right: str  # rule for clips on which no point is right
+    manifest: str  # hash
+    model: str  # digest of the weights
+    clips: int
+    failed: list[dict[str, str]]  # path and cause
+    points: dict[str, PointLabels]
+    none_right_clips: int  # clips on which no point is right
+    left_out: int  # clips without a label
+
+
+def label(config: Config) -> dict[str, Any]:
+    """Runs every point on every clip of the label source's splits, and derives the labels.
+
+    Writes `outcomes.parquet` (one row per clip and point), `labels.parquet` (one row per clip) and `label.json` into
+    `labels/` of the run folder. The ranks of a job share the clips; their number changes no label. A shard
+    (`parallel.shard`) only scores its clips.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The contents of `label.json`, or `{"shard": ...}` for a shard.
+
+    Raises:
+        UserError: No video of the source can be read.
+        CheckpointError: There is no trained model.
     """
     path = config.run.dir / "labels" / "label.json"
     with ranks(config), sole_writer(config, "label") as guard:
@@ -35,7 +70,7 @@ def label(config: Config) -> dict[str, Any]:
             with guard():
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
-                write_json(path, summary)
+                write_json(path, asdict(summary))  # last: it stands for complete tables
         written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
     return written
 
@@ -53,28 +88,28 @@ def _score(manifest: Manifest, config: Config) -> Scores | None:
     return scores
 
 
-def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[str, pd.DataFrame], LabelSummary]:
     """The tables by name, and the summary."""
     points, names = config.model.points, manifest["video"]
-    table = pd.concat(
-        outcome_table(names[part.rows].tolist(), part.clips, part.truth, part.probabilities(), points)
-        for part in scores.shards()
+    table = pd.concat(  # one shard at a time, so that the logits of all clips are never in memory together
+        outcome_table(names[shard.rows].tolist(), shard.clips, shard.truth, shard.probabilities(), points)
+        for shard in scores.shards()
     )
     clips, right = right_matrix(table, points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     clips["label"] = labels
-    summary = {
-        "source": config.label.source,
-        "none_right": config.label.none_right,
-        "manifest": manifest.hash,
-        "model": scores.model,
-        "clips": len(labels),
-        "failed": [{"path": f.path, "cause": f.cause} for f in scores.failures],
-        "points": {
-            point: {"right": float(right[:, i].mean()), "labelled": int((labels == i).sum())}
+    summary = LabelSummary(
+        source=config.label.source,
+        none_right=config.label.none_right,
+        manifest=manifest.hash,
+        model=scores.model,
+        clips=len(labels),
+        failed=[{"path": str(failure.path), "cause": failure.cause} for failure in scores.failures],
+        points={
+            point: PointLabels(right=float(right[:, i].mean()), labelled=int((labels == i).sum()))
             for i, point in enumerate(points)
         },
-        "none_right_clips": int((~right.any(axis=1)).sum()),
-        "left_out": int((labels < 0).sum()),
-    }
+        none_right_clips=int((~right.any(axis=1)).sum()),
+        left_out=int((labels < 0).sum()),
+    )
     return {"outcomes": table, "labels": clips}, summary

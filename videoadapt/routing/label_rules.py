@@ -1,7 +1,7 @@
-"""Token-length labels: the cheapest point at which the model is right on a clip, derived from a table of outcomes.
+"""Label rules: a clip's token-length label is the cheapest point at which the model is right.
 
-The table has one row per clip and point; labels are derived from it, so that a rule can change without running the
-model again. Points are numbered as in `model.points`: 0 is the costliest, the last the cheapest.
+Labels are derived from a table of outcomes with one row per clip and point, so that a rule can change without running
+the model again. Points are numbered as in `model.points`: 0 is the costliest, the last is the cheapest.
 """
 
 from __future__ import annotations
@@ -21,27 +21,33 @@ Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 Choice = npt.NDArray[np.int64]
 
-# the splits whose clips each source of labels uses
+# The splits whose clips each source of labels uses.
 LABEL_SPLITS = {"train": ("train",), "holdout": ("holdout",), "teacher": ("train", "holdout")}
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities over the last axis, in float64."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    """Returns probabilities over the last axis, in float64 and in the shape of `logits`."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))  # no overflow: the largest is exp(0)
     return shifted / shifted.sum(-1, keepdims=True)
 
 
 def confidence(probabilities: Floats, measure: Measure) -> Floats:
-    """How sure an answer is, 0 to 1, from the probabilities of 2 or more classes, `(..., classes)` to `(...)`.
+    """Computes how sure the model is, between 0 and 1; NaN probabilities give NaN.
 
-    The best class's probability; its margin over the second; or 1 - entropy / log(classes).
+    Args:
+        probabilities: `(..., classes)`, of 2 or more classes.
+        measure: `probability`: of the best class. `margin`: by which it exceeds that of the second. `entropy`:
+            1 - entropy / log(classes).
+
+    Returns:
+        The confidence, `(...)`.
     """
     if measure == "probability":
         return probabilities.max(-1)
     if measure == "margin":
-        return np.diff(np.partition(probabilities, -2)[..., -2:])[..., 0]
-    surprise = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
-    return 1 + (probabilities * surprise).sum(-1) / np.log(probabilities.shape[-1])
+        return np.diff(np.partition(probabilities, -2)[..., -2:])[..., 0]  # the best minus the second
+    logs = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))  # 0 log 0 counts as 0
+    return 1 + (probabilities * logs).sum(-1) / np.log(probabilities.shape[-1])
 
 
 def confidences(probabilities: Floats) -> dict[Measure, Floats]:
@@ -52,16 +58,25 @@ def confidences(probabilities: Floats) -> dict[Measure, Floats]:
 def outcome_table(
     videos: Sequence[str], clips: npt.NDArray[np.int64], truth: Choice, probabilities: Floats, points: Sequence[str]
 ) -> pd.DataFrame:
-    """One row per clip and point, from probabilities `(clips, points, classes)` that are means over a clip's crops.
+    """Makes the table of outcomes, one row per clip and point.
 
-    `p_true` is the probability of the truth, `margin` how far it lies above the best other class (below: negative).
-    `confidence_*` are the measures of `confidence`, which do not know the truth.
+    Args:
+        videos: Video of each clip.
+        clips: Number of each clip within its video, `(clips,)`.
+        truth: Class number of each clip, `(clips,)`.
+        probabilities: Means over the crops of each clip, `(clips, points, classes)`.
+        points: The points of the model.
+
+    Returns:
+        The table. `p_true` is the probability of the true class; `margin` is `p_true` minus that of the best other
+        class, negative where the model is wrong. `confidence_*` are the measures of `confidence`, which do not read
+        the truth.
     """
     count = len(truth)
     prediction = probabilities.argmax(-1)  # (clips, points)
-    p_true = np.take_along_axis(probabilities, truth[:, None, None], axis=2)[..., 0]
+    p_true = np.take_along_axis(probabilities, truth[:, None, None], axis=2)[..., 0]  # (clips, points)
     others = probabilities.copy()
-    np.put_along_axis(others, truth[:, None, None], -np.inf, axis=2)
+    np.put_along_axis(others, truth[:, None, None], -np.inf, axis=2)  # so that max finds the best wrong class
     return pd.DataFrame(
         {
             "video": np.repeat(np.asarray(videos, dtype=object), len(points)),
@@ -78,9 +93,19 @@ def outcome_table(
 
 
 def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "train") -> tuple[pd.DataFrame, Bools]:
-    """The clips of a table (`video, clip`) and whether the model is right on each at each point, `(clips, points)`.
+    """Reads where the model is right from a table of outcomes.
 
-    With source `teacher`, right means that a point agrees with the costliest one; the truth is not used.
+    Args:
+        table: The table, in any order; it may have further points.
+        points: The points of the model.
+        source: The label source. With `teacher`, a point is right where it agrees with the costliest point; the truth
+            is not read.
+
+    Returns:
+        The clips as a table of `video, clip`, and whether the model is right on each at each point, `(clips, points)`.
+
+    Raises:
+        UserError: The table has no outcomes for a point.
     """
     predictions = table.pivot(index=["video", "clip"], columns="point", values="prediction")
     missing = set(points) - set(predictions.columns)
@@ -92,7 +117,11 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
 
 
 def confidence_matrix(table: pd.DataFrame, points: Sequence[str], measure: Measure) -> Floats:
-    """How sure the model is of each clip of a table at some points, `(clips, points)`."""
+    """Returns the confidences in a table of outcomes at some points, `(clips, points)`.
+
+    Raises:
+        UserError: The table has no confidences at a point, or none at all because an older version made it.
+    """
     column = f"confidence_{measure}"
     missing = set(points) - set(table["point"]) if column in table else set(points)
     if missing:
@@ -102,36 +131,56 @@ def confidence_matrix(table: pd.DataFrame, points: Sequence[str], measure: Measu
 
 
 def choose_labels(right: Bools, none_right: Literal["longest", "cheapest", "exclude"]) -> Choice:
-    """The label of each clip, `(clips, points)` to `(clips,)`: its cheapest right point; -1 for a clip left out."""
+    """Returns the label of each clip: the number of its cheapest right point (ReViT, section 3.3).
+
+    Args:
+        right: Whether the model is right, `(clips, points)`.
+        none_right: The label of a clip on which no point is right: the `longest` (costliest) point, the `cheapest`,
+            or -1 (`exclude`).
+
+    Returns:
+        The labels, `(clips,)`.
+    """
     labels = last_true(right)
     fallback = {"longest": 0, "cheapest": right.shape[1] - 1, "exclude": -1}[none_right]
     return np.where(right.any(axis=1), labels, fallback)
 
 
 def last_true(flags: Bools) -> Choice:
-    """The last true column of each row: the cheapest point that qualifies; the last column where none does."""
-    return flags.shape[1] - 1 - np.argmax(flags[:, ::-1], axis=1)
+    """Returns the last true column of each row, the cheapest point that qualifies; the last column if none does."""
+    return flags.shape[1] - 1 - np.argmax(flags[:, ::-1], axis=1)  # argmax finds the first true; of none, 0
 
 
 def cheapest_sufficient(probabilities: Floats, threshold: float) -> Choice:
-    """The cheapest point that suffices with probability `threshold`, from label probabilities `(clips, points)`.
+    """Returns the cheapest point of each clip that suffices with probability `threshold`, `(clips,)`.
 
-    A point suffices where the label is that point or a cheaper one, so the probabilities add up from the cheapest.
+    A point suffices if the label is that point or a cheaper one, so the probabilities add up from the cheapest.
+
+    Args:
+        probabilities: Probability of each point to be the label, `(clips, points)`. With a sum of NaN, no point but
+            the costliest suffices.
+        threshold: Between 0 and 1; above 1, every clip gets the costliest point.
     """
-    suffices = np.cumsum(probabilities[:, ::-1], axis=1)[:, ::-1]
-    suffices[:, 0] = np.inf  # the costliest always does
+    suffices = np.cumsum(probabilities[:, ::-1], axis=1)[:, ::-1]  # (clips, points): of this point or a cheaper one
+    suffices[:, 0] = np.inf  # the costliest point always suffices, whatever rounding or NaN says
     return last_true(suffices >= threshold)
 
 
 def choose_threshold(probabilities: Floats, right: Bools, costs: Floats, *, tolerance: float) -> float:
-    """The threshold of least mean cost that loses at most `tolerance` of the accuracy of the costliest point.
+    """Finds the threshold of least mean cost that loses at most `tolerance` accuracy against the costliest point.
 
-    Where none is so careful, it is 2: no probability reaches it, so that every clip gets the costliest point.
+    Args:
+        probabilities: The assigner's, `(clips, points)`, on clips that it was not fitted on.
+        right: Whether the model is right, `(clips, points)`.
+        costs: Cost of each point, `(points,)`, in any unit.
+        tolerance: Accuracy that may be lost, between 0 and 1.
 
-    `probabilities` and `right` are `(clips, points)` of clips that the assigner was not fitted on.
+    Returns:
+        The threshold. 2 if every threshold loses more: no probability reaches 2, so that every clip gets the costliest
+        point.
     """
     best, least = 2.0, np.inf
-    allowed = right[:, 0].mean() - tolerance - 1e-12
+    allowed = right[:, 0].mean() - tolerance - 1e-12  # the small number forgives rounding of the mean
     for threshold in np.linspace(0.5, 0.995, 100):
         choice = cheapest_sufficient(probabilities, float(threshold))
         accuracy, cost = right[np.arange(len(choice)), choice].mean(), costs[choice].mean()

@@ -1,8 +1,8 @@
-"""The logits of every point on every view of a split: each video decoded once, in parts that survive an interruption.
+"""Scores: the logits of every point on every view of a split. Each video is decoded once.
 
-Parts are files of few videos, shared out over the ranks; what is in one depends neither on the rank that wrote it nor
-on the batch size. Labels, policies and reports are all derived from these parts, one after the other: the memory that
-a split needs does not grow with its logits.
+Scores are kept in shards: files of `VIDEOS_PER_SHARD` videos, shared among the ranks. The contents of a shard depend
+neither on the rank that writes it nor on the batch size. Labels, policies and reports are derived from one shard after
+the other, so that memory does not grow with the number of logits.
 """
 
 from __future__ import annotations
@@ -37,21 +37,23 @@ from videoadapt.runtime.machine import pick_device, precision_dtype
 from videoadapt.runtime.ranks import any_requested, rank, wait_for_file, world_size
 from videoadapt.runtime.signals import StopRequest
 
-VIDEOS_PER_SHARD = 32
-VERSION = 1  # raised when the same videos and weights give other scores: other frames, crops or arithmetic
-# of a manifest: what decides which pixels are read
-_FILE_COLUMNS = ["content", "frames", "fps", "rotation", "reader", "damage"]
-_TORN = (OSError, ValueError, KeyError, EOFError, BadZipFile)  # what numpy raises for a file that is not whole
-_APPEARS_S = 90.0  # that a file of another node may take to be seen through a network file system
+VIDEOS_PER_SHARD = 32  # few, so that an interrupted job loses little; many, so that a split has few files
+VERSION = 1  # raise it when the same videos and weights give other scores: other frames, crops or arithmetic
+_FILE_COLUMNS = ["content", "frames", "fps", "rotation", "reader", "damage"]  # manifest columns that decide the pixels
+_TORN = (OSError, ValueError, KeyError, EOFError, BadZipFile)  # numpy raises one of these for an incomplete file
 Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of n clips of whole videos: logits `(n, crops, points, classes)` float32, and whose they are.
+    """The scores of one shard: n clips of whole videos.
 
-    `rows` are the clips' manifest rows, `clips` their numbers within the video, all `(n,)`.
+    Attributes:
+        rows: Manifest row of each clip's video, `(n,)`.
+        clips: Number of each clip within its video, `(n,)`.
+        truth: Class number of each clip's video, `(n,)`.
+        logits: Float32 `(n, crops, points, classes)`.
     """
 
     rows: Ints
@@ -60,18 +62,25 @@ class Scored:
     logits: Floats
 
     def probabilities(self) -> Floats:
-        """The mean over a clip's crops, `(n, points, classes)`."""
+        """Returns the mean over the crops of each clip, `(n, points, classes)`."""
         return clip_probabilities(self.logits)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the n clips of a split, in the order of the manifest's rows; the logits stay on the disk.
+    """Scores of the n clips of a split, in the order of the manifest's rows. The logits stay on the disk.
 
-    `right` says whether the model is right on each clip at each point, by the mean over its crops, `(n, points)`, and
-    `confidence`, by measure, how sure it is.
-    `assigned` are the assigner's probabilities `(n, points)`, absent without one. `failures` are the videos that could
-    not be read. `model` is a digest of the weights that made the scores.
+    Attributes:
+        rows: Manifest row of each clip's video, `(n,)`.
+        clips: Number of each clip within its video, `(n,)`.
+        starts_s: Start of each clip in seconds, `(n,)`.
+        truth: Class number of each clip's video, `(n,)`.
+        right: Whether the model is right on each clip at each point, by the mean over crops, `(n, points)`.
+        confidence: The model's confidence at each point, by measure, `(n, points)`.
+        assigned: The assigner's probabilities, `(n, points)`; None without an assigner.
+        failures: The videos that could not be read.
+        model: `weights_digest` of the model.
+        files: The files of the shards, in order.
     """
 
     rows: Ints
@@ -86,19 +95,21 @@ class Scores:
     files: Sequence[Path]
 
     def shards(self) -> Iterator[Scored]:
-        """The scores with their logits, part by part, in order."""
+        """Yields the scores with their logits, one shard after the other, in order."""
         for file in self.files:
-            part = _read(file)
-            if "rows" in part:
-                yield _scored(part)
+            arrays = _read(file)
+            if "rows" in arrays:  # a shard whose videos all failed has no scores
+                yield _scored(arrays)
 
 
 def inference_model(config: Config) -> TimeSformer:
-    """The trained model of a run, on its device and with its weights in the run's precision.
+    """Loads the trained model of a run, on the run's device and with weights in the run's precision.
 
-    Weights are converted beforehand: autocast would convert them again at every call.
+    Raises:
+        CheckpointError: There is no model, or it does not fit `config.model`.
     """
     model = load_model(config.run.checkpoint or config.run.dir, config.model)
+    # Weights are converted here, once: autocast would convert them again in every forward pass.
     return model.to(pick_device(config.run.device), precision_dtype(config.run.precision))
 
 
@@ -112,11 +123,25 @@ def score(
     temporal_views: int,
     assigner: Assigner | None = None,
 ) -> Scores | None:
-    """Scores of the videos in some rows (ascending) of a manifest, all views and points.
+    """Runs all points on all views of some videos, and resumes where an earlier call stopped.
 
-    Goes on where an earlier call stopped, and tries again what could not be read then. Every rank calls it, does its
-    share, and returns the whole; of a shard (`parallel.shard`), all do the shard's part, and nothing is returned.
-    Ctrl-C and a job's signals end it after a part: `Stopped` on every rank.
+    Every rank calls it and scores its fraction of the shards. Videos that failed earlier are tried again. Ctrl-C and a
+    job's signals end it after a shard, on every rank.
+
+    Args:
+        model: The model.
+        manifest: The manifest.
+        rows: Manifest rows of the videos, ascending.
+        config: The run's config.
+        name: `label` or `evaluate`; begins the folder's name.
+        temporal_views: Clips of a video.
+        assigner: Scored on the clips' thumbnails as well.
+
+    Returns:
+        All scores, on every rank. None if this job only scores one part of the split (`parallel.shard`).
+
+    Raises:
+        Stopped: A signal asked for a stop.
     """
     dataset = EvalVideos(
         manifest,
@@ -126,6 +151,7 @@ def score(
         thumbnails=assigner is not None,
     )
     weights = weights_digest(model)
+    # Whatever changes a score is in the folder's name, so that other scores are never resumed or mixed in.
     settings = [
         VERSION,
         model.config.model_dump(mode="json"),
@@ -140,56 +166,74 @@ def score(
     chunks = [list(rows[i : i + VIDEOS_PER_SHARD]) for i in range(0, len(rows), VIDEOS_PER_SHARD)]
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
     number, count = config.parallel.shard_of
-    share = slice(number * world_size() + rank(), None, count * world_size())
-    mine = [(file, _unread(file, chunk)) for file, chunk in list(zip(files, chunks, strict=True))[share]]
-    wanted = list(itertools.chain.from_iterable(unread for _, unread in mine))
-    videos = stream(dataset, wanted)
-    total = sum(map(len, chunks[share]))
-    with StopRequest() as stop, Bar(name, total=total, unit="videos", start=total - len(wanted)) as bar:
-        for file, unread in mine:
-            if not unread or stop.requested:
-                continue
-            found = [_earlier(file)]
-            failures: list[Failure] = []
-            for videos_read in _batches(itertools.islice(videos, len(unread)), config.evaluate.batch):
-                whole = [video for video in videos_read if isinstance(video, VideoViews)]
-                failures += [video for video in videos_read if isinstance(video, Failure)]
-                found.append(_scores_of(whole, model, assigner, config.evaluate.batch) if whole else {})
-                bar.step(len(videos_read))
-            _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
-    if any_requested(stop):
-        stop.stop()
+    mine = slice(number * world_size() + rank(), None, count * world_size())  # every (jobs x ranks)-th shard
+    stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
+    if any_requested(stopped):  # ranks stop together, or those that go on would wait for shards that never come
+        stopped.stop()
     return None if config.parallel.shard else _load(files, weights)
 
 
-def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:
-    """12 hex digits of the files behind some rows: of their bytes, and of how they are read.
+def _score_shards(
+    dataset: EvalVideos,
+    model: TimeSformer,
+    assigner: Assigner | None,
+    shards: Sequence[tuple[Path, list[int]]],
+    config: Config,
+    *,
+    name: str,
+) -> StopRequest:
+    """Writes shards, given as (file, manifest rows), until all are complete or a stop is requested."""
+    unread = [_unread(file, chunk) for file, chunk in shards]
+    wanted = list(itertools.chain.from_iterable(unread))
+    videos = stream(dataset, wanted)  # one stream for all shards, so that the workers never run out of work
+    total = sum(len(chunk) for _, chunk in shards)
+    with StopRequest() as stop, Bar(name, total=total, unit="videos", start=total - len(wanted)) as bar:
+        for (file, _), rows in zip(shards, unread, strict=True):
+            if not rows or stop.requested:
+                continue
+            found = [_earlier(file)]
+            failures: list[Failure] = []
+            for batch in _batches(itertools.islice(videos, len(rows)), config.evaluate.batch):
+                whole = [video for video in batch if isinstance(video, VideoViews)]
+                failures += [video for video in batch if isinstance(video, Failure)]
+                found.append(_scores_of(whole, model, assigner, config.evaluate.batch) if whole else {})
+                bar.step(len(batch))
+            _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
+    return stop
 
-    Other copies of the same videos have the same `Manifest.hash`, but not this.
+
+def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:
+    """Returns 12 hex digits of the contents of some videos' files, and of how they are read.
+
+    Other files of the same videos, such as resized copies, have the same `Manifest.hash`, but another digest here.
+
+    Args:
+        manifest: The manifest.
+        rows: Manifest rows of the videos.
     """
     table = manifest.table.loc[list(rows), _FILE_COLUMNS]
     return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()[:12]
 
 
 def _unread(file: Path, chunk: list[int]) -> list[int]:
-    """The rows of a part that are still to be read: all of them, or those that failed."""
+    """The rows of a shard that are still to be read: all, or those that failed earlier."""
     if not file.exists():
         return chunk
     try:
         return [failure.video for failure in _failures(_read(file))]
     except _TORN as error:
-        say(f"{file}: torn ({reason(error)}); its videos are scored again")
+        say(f"{file}: incomplete ({reason(error)}); its videos are scored again")
         file.unlink(missing_ok=True)
         return chunk
 
 
 def _batches(videos: Iterable[VideoViews | Failure], views: int) -> Iterator[list[VideoViews | Failure]]:
-    """The same videos in lists of so many views, or a few more: a list is all that is in memory at once."""
+    """The same videos in lists that hold `views` views, or a few more. One list is in memory at a time."""
     batch: list[VideoViews | Failure] = []
     count = 0
     for video in videos:
         batch.append(video)
-        count += video.views.shape[0] * video.views.shape[1] if isinstance(video, VideoViews) else 0
+        count += video.views.shape[0] * video.views.shape[1] if isinstance(video, VideoViews) else 0  # clips * crops
         if count >= views:
             yield batch
             batch, count = [], 0
@@ -199,7 +243,7 @@ def _batches(videos: Iterable[VideoViews | Failure], views: int) -> Iterator[lis
 
 def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner | None, batch: int) -> Arrays:
     views = torch.cat([video.views for video in videos])  # (clips, crops, C, T, S, S)
-    flat = views.flatten(0, 1)
+    flat = views.flatten(0, 1)  # (clips * crops, C, T, S, S)
     logits = torch.stack([view_logits(model, flat, p, batch=batch) for p in model.config.points], dim=1)
     counts = [len(video.starts_s) for video in videos]
     arrays: Arrays = {
@@ -207,7 +251,7 @@ def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner 
         "clips": np.concatenate([np.arange(count) for count in counts]),
         "starts_s": np.concatenate([video.starts_s for video in videos]).astype(np.float64),
         "truth": np.repeat([video.label for video in videos], counts),
-        "logits": logits.unflatten(0, views.shape[:2]).numpy(),
+        "logits": logits.unflatten(0, views.shape[:2]).numpy(),  # (clips, crops, points, classes)
     }
     if assigner is not None:
         arrays["assigned"] = assign_probabilities(assigner, torch.cat([video.thumbnails for video in videos]))
@@ -215,19 +259,19 @@ def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner 
 
 
 def _earlier(file: Path) -> Arrays:
-    """The scores that a part holds already."""
-    part = _read(file) if file.exists() else {}
-    part.pop("failures", None)
-    return part
+    """The scores that a shard has already."""
+    arrays = _read(file) if file.exists() else {}
+    arrays.pop("failures", None)  # these videos are tried again
+    return arrays
 
 
 def _joined(found: Sequence[Arrays]) -> Arrays:
-    """All scores of a part, in the order of the rows, whenever they were read."""
+    """All scores of a shard in the order of the manifest's rows, whatever the order in which they were read."""
     full = [arrays for arrays in found if arrays]
     if not full:
         return {}
     joined = {key: np.concatenate([arrays[key] for arrays in full]) for key in full[0]}
-    order = np.lexsort([joined["clips"], joined["rows"]])
+    order = np.lexsort([joined["clips"], joined["rows"]])  # by row, then by clip
     return {key: values[order] for key, values in joined.items()}
 
 
@@ -241,30 +285,31 @@ def _read(file: Path) -> Arrays:
         return dict(arrays)
 
 
-def _failures(part: Arrays) -> list[Failure]:
-    return [Failure(*fields) for fields in json.loads(str(part["failures"]))]
+def _failures(arrays: Arrays) -> list[Failure]:
+    return [Failure(*fields) for fields in json.loads(str(arrays["failures"]))]
 
 
-def _scored(part: Arrays) -> Scored:
-    return Scored(part["rows"], part["clips"], part["truth"], part["logits"])
+def _scored(arrays: Arrays) -> Scored:
+    return Scored(arrays["rows"], arrays["clips"], arrays["truth"], arrays["logits"])
 
 
 def _load(files: Sequence[Path], weights: str) -> Scores:
-    small: dict[str, list[npt.NDArray[Any]]] = {}
+    """The scores of all shards without their logits."""
+    kept: dict[str, list[npt.NDArray[Any]]] = {}
     failures: list[Failure] = []
     for file in files:
-        part = _read(wait_for_file(file))
-        failures += _failures(part)
-        if "rows" in part:
-            probabilities = _scored(part).probabilities()
-            part["right"] = probabilities.argmax(-1) == part["truth"][:, None]
+        arrays = _read(wait_for_file(file))  # a network file system may show another rank's file late
+        failures += _failures(arrays)
+        if "rows" in arrays:
+            probabilities = _scored(arrays).probabilities()
+            arrays["right"] = probabilities.argmax(-1) == arrays["truth"][:, None]
             for measure, values in confidences(probabilities).items():
-                part[measure] = values
-            for key in part.keys() - {"logits", "failures"}:
-                small.setdefault(key, []).append(part[key])
+                arrays[measure] = values
+            for key in arrays.keys() - {"logits", "failures"}:
+                kept.setdefault(key, []).append(arrays[key])
 
     def joined(key: str) -> Any:
-        return np.concatenate(small[key]) if key in small else np.empty(0, np.int64)
+        return np.concatenate(kept[key]) if key in kept else np.empty(0, np.int64)
 
     return Scores(
         rows=joined("rows"),
@@ -273,7 +318,7 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         truth=joined("truth"),
         right=joined("right"),
         confidence={measure: joined(measure) for measure in MEASURES},
-        assigned=joined("assigned") if "assigned" in small else None,
+        assigned=joined("assigned") if "assigned" in kept else None,
         failures=failures,
         model=weights,
         files=files,
