@@ -196,12 +196,12 @@ def test_a_file_may_hold_more_lengths_than_the_model() -> None:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deit_s", {"points": ["14", "10", "7"]}, r"lengths 14, 12, 10, 8, the model has 14, 10, 7; .* model.points"),
     ("deit_s", {"depth": 16}, "width 96 and 12 blocks, the model 96 and 16"),
-    ("deit_s", {"qkv_bias": False}, "biases of qkv, the model has not; set model.qkv_bias=true"),
+    ("deit_s", {"qkv_bias": False}, "biases for queries, keys and values, the model does not; set model.qkv_bias=true"),
     ("deit_s", {"embed": "stem"}, "patch embedding is resize, the model's stem; set model.embed=resize"),
     ("deit_s", {"embed": "kernel"}, "patch embedding is resize, the model's kernel"),
     ("lvvit_s", {"embed": "resize"}, "patch embedding is stem, the model's resize; set model.embed=stem"),
-    ("deit_s", {"dense_head": 0.25}, "the file has no aux_head, the model has; set model.dense_head=null"),
-    ("lvvit_s", {"dense_head": None}, "an aux_head, the model has not; set model.dense_head=0.25"),
+    ("deit_s", {"dense_head": 0.25}, "the file has no aux_head, the model does; set model.dense_head=null"),
+    ("lvvit_s", {"dense_head": None}, "an aux_head, the model does not; set model.dense_head=0.25"),
     ("lvvit_s", {"mlp_ratio": 4.0}, r"fills only .* blocks.0.mlp.fc1.weight"),
 ]
 

@@ -130,7 +130,7 @@ def test_a_run_gets_both_figures_of_full_size(tmp_path: Path) -> None:
     for path, inches in ((clips, (11, 4.5)), (accuracy, (8.5, 4.8))):
         with Image.open(path) as image, Image.open(tmp_path / path.name) as expected:
             assert image.size == tuple(int(DPI * side) for side in inches)
-            assert np.array_equal(np.asarray(image), np.asarray(expected))  # the tables came through the files unchanged
+            assert np.array_equal(np.asarray(image), np.asarray(expected))  # the same tables
 
 
 def test_a_run_without_an_evaluation_gets_no_figures(tmp_path: Path) -> None:

@@ -166,8 +166,8 @@ def compiled(model: TimeSformer) -> nn.Module:
     By default torch compiles a function for 8 different calls and runs all further ones uncompiled. Here each point is
     a different call, and so is each other batch size.
 
-    Side effect: where `torch.compile` has no argument `recompile_limit` (older than 2.12), the limit is one for the
-    whole process. It is then raised, and stays raised, because torch reads it while the compiled model runs.
+    Side effect: in older versions of torch, whose `torch.compile` has no argument `recompile_limit`, the limit is one
+    for the whole process. It is raised, and stays raised, because torch reads it while the compiled model runs.
     """
     limit = 2 * len(model.points) + 8  # two batch sizes per point (the last batch may be smaller), and torch's own 8
     if "recompile_limit" in inspect.signature(torch.compile).parameters:

@@ -26,7 +26,7 @@ from videoadapt.model.weights.sources import Weights, read_weights
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
 TO_EACH_LENGTH = "copied to each length"
-LEAST_FILLED = 0.99  # of the attention and MLP weights: biases may be missing; more means another architecture
+LEAST_FILLED = 0.99  # of the attention and MLP weights: only biases may be missing
 CORE = re.compile(r"blocks\.\d+\.(\w*attn|mlp)\.")  # attention and MLP weights, which all lengths share
 
 
@@ -34,7 +34,7 @@ class Row(NamedTuple):
     """What became of one tensor."""
 
     name: str  # in our model; empty if `unused`
-    status: str  # one of the constants above
+    status: str  # `loaded` and so on, see `LoadReport`
     source: str  # its name in the source; empty if `new`
     detail: str  # the reason or the change of size, for the reader; may be empty
 
@@ -110,7 +110,7 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
             f"Hugging Face's or videoadapt's), got {_sample(weights.tensors)}"
         )
     _check_architecture(model, layout, weights)
-    filled, rows = _plan(model, layout, nearest=nearest)
+    filled, rows = _match_tensors(model, layout, nearest=nearest)
     report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _fraction_filled(model, filled))
     if report.filled < LEAST_FILLED:
         raise CheckpointError(
@@ -139,13 +139,15 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
     if weights.heads not in (None, config.heads):
         raise CheckpointError(f"{label}: made for {weights.heads} attention heads, the model has {config.heads}")
     if layout.layer_scale and config.layer_scale is None:
-        raise CheckpointError(f"{label}: the file has LayerScale, the model has not; set model.layer_scale=1e-5")
+        raise CheckpointError(f"{label}: the file has LayerScale, the model does not; set model.layer_scale=1e-5")
     if config.layer_scale is not None and not layout.layer_scale:
-        raise CheckpointError(f"{label}: the file has no LayerScale, the model has; set model.layer_scale=null")
+        raise CheckpointError(f"{label}: the file has no LayerScale, the model does; set model.layer_scale=null")
     if layout.qkv_bias and not config.qkv_bias:
-        raise CheckpointError(f"{label}: the file has biases of qkv, the model has not; set model.qkv_bias=true")
+        raise CheckpointError(
+            f"{label}: the file has biases for queries, keys and values, the model does not; set model.qkv_bias=true"
+        )
     if layout.dense_head and config.dense_head is None:
-        raise CheckpointError(f"{label}: the file has an aux_head, the model has not; set model.dense_head=0.25")
+        raise CheckpointError(f"{label}: the file has an aux_head, the model does not; set model.dense_head=0.25")
     if layout.kind == SUPERVIT:
         _check_supervit(config, layout, label)
 
@@ -163,14 +165,14 @@ def _check_supervit(config: ModelConfig, layout: Layout, label: str) -> None:
             f"{label}: the file's patch embedding is {embed}, the model's {config.embed}; set model.embed={embed}"
         )
     if config.dense_head is not None and not layout.dense_head:
-        raise CheckpointError(f"{label}: the file has no aux_head, the model has; set model.dense_head=null")
+        raise CheckpointError(f"{label}: the file has no aux_head, the model does; set model.dense_head=null")
 
 
 def _listed(lengths: Iterable[int]) -> str:
     return ", ".join(map(str, lengths)) or "none"
 
 
-def _plan(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
+def _match_tensors(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
     """The new values of the model's tensors by name, and the rows of the report."""
     filled: dict[str, Tensor] = {}
     rows: list[Row] = []
