@@ -26,7 +26,7 @@ import typer
 from videoadapt.config.load import Config, make_config
 from videoadapt.data.clips.loader import train_batches
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.performance.bench.memory import Memory, memory, peak
+from videoadapt.performance.bench.memory import ProcessMemory, peak, process_memory
 from videoadapt.runtime.console import Bar, print_table
 
 FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the generated videos
@@ -41,12 +41,12 @@ class Trend:
     process: str
     first_uss: int  # after the warm-up
     last_uss: int
-    peak: Memory
+    peak: ProcessMemory
     slope: float  # of the USS, per 1,000 clips
     slope_error: float  # standard error
 
 
-def trend(process: str, clips: list[int], samples: list[Memory]) -> Trend:
+def trend(process: str, clips: list[int], samples: list[ProcessMemory]) -> Trend:
     """Fits a line to the USS of a process by least squares.
 
     Args:
@@ -62,7 +62,7 @@ def trend(process: str, clips: list[int], samples: list[Memory]) -> Trend:
 
 def watch(manifest: Manifest, config: Config, clips: int, every: int) -> list[Trend]:
     """Draws `clips` clips and samples the main process and each worker after every `every` clips."""
-    samples: dict[str, list[Memory]] = {}
+    samples: dict[str, list[ProcessMemory]] = {}
     drawn, drawn_at_samples = 0, list[int]()
     with Bar(f"reader {config.data.reader}", total=clips, unit="clips") as bar:
         for micro_batches in train_batches(manifest, config):
@@ -74,7 +74,7 @@ def watch(manifest: Manifest, config: Config, clips: int, every: int) -> list[Tr
                 workers = sorted(process.pid or 0 for process in multiprocessing.active_children())
                 names = {os.getpid(): "main", **{pid: f"worker {i}" for i, pid in enumerate(workers)}}
                 for pid, name in names.items():
-                    samples.setdefault(name, []).append(memory(pid))
+                    samples.setdefault(name, []).append(process_memory(pid))
             if drawn >= clips:
                 break
     return [trend(name, drawn_at_samples, of_process) for name, of_process in samples.items()]

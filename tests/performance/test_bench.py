@@ -47,7 +47,7 @@ from videoadapt.performance.bench.loaders import (
     readers_of_auto,
     unfit_files,
 )
-from videoadapt.performance.bench.memory import Memory, memory, peak, worker_memory
+from videoadapt.performance.bench.memory import ProcessMemory, peak, process_memory, worker_memory
 
 SIDE = 64  # pixels
 FRAMES, STRIDE = 4, 8
@@ -169,12 +169,12 @@ def test_ratios() -> None:
 def test_memory_of_a_worker(work: Work) -> None:
     found = worker_memory(work, "pyav", clips=4)
     assert found is not None
-    own = memory(os.getpid())
+    own = process_memory(os.getpid())
     # A forked worker shares its parent's libraries. It has less for itself than the parent maps in all.
     assert 5_000 < found.uss < found.pss < found.rss < 2 * own.rss + 100_000  # KiB
-    assert peak([Memory(3, 2, 1), Memory(1, 4, 0)]) == Memory(3, 4, 1)
+    assert peak([ProcessMemory(3, 2, 1), ProcessMemory(1, 4, 0)]) == ProcessMemory(3, 4, 1)
     with pytest.raises(psutil.NoSuchProcess):
-        memory(2**22 + 1)  # above the largest process id
+        process_memory(2**22 + 1)  # above the largest process id
 
 
 def test_output_of_libraries_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:

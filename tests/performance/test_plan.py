@@ -16,7 +16,7 @@ from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.index.manifest import index
 from videoadapt.errors import RunError, UserError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.performance.memory import Memory, parameter_count, saved_bytes, training_memory
+from videoadapt.performance.memory import TrainingMemory, parameter_count, saved_bytes, training_memory
 from videoadapt.performance.plan import analytic_passes, plan, print_plan
 from videoadapt.performance.timing import Round, Stopwatch
 from videoadapt.training.groups import make_plan
@@ -52,7 +52,7 @@ def test_saved_bytes_are_those_of_a_real_pass(tmp_path: Path, point: str) -> Non
         assert found == pytest.approx(really_saved_bytes(config, point, clips), rel=0.01)
 
 
-def memory_of(folder: Path, points: tuple[str, ...] = ("8",), /, **sections: dict) -> Memory:
+def memory_of(folder: Path, points: tuple[str, ...] = ("8",), /, **sections: dict) -> TrainingMemory:
     sections["model"] = {"points": list(points), **sections.get("model", {})}
     return training_memory(tiny(folder, **sections), CPU)
 

@@ -22,7 +22,7 @@ def parameter_count(config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class Memory:
+class TrainingMemory:
     """Bytes of training on one rank, without the workspaces of kernels and the buffers of the network.
 
     Attributes:
@@ -41,7 +41,7 @@ class Memory:
         return self.state + max(fixed + per_clip * clips for fixed, per_clip in (self.saved[p] for p in points))
 
 
-def training_memory(config: Config, device: torch.device) -> Memory:
+def training_memory(config: Config, device: torch.device) -> TrainingMemory:
     """Predicts the memory of training. `train.compile` takes less, because fused kernels keep fewer activations."""
     train = config.train
     # Weights and gradients; AdamW keeps two values per weight, SGD one with momentum; the EMA is another copy.
@@ -50,7 +50,7 @@ def training_memory(config: Config, device: torch.device) -> Memory:
     for point in config.model.points:
         one, two = (_saved(config, point, clips, device) for clips in (1, 2))
         saved[point] = (2 * one - two, two - one)  # the line through both: intercept and slope
-    return Memory(_FLOAT_BYTES * copies * parameter_count(config), saved)
+    return TrainingMemory(_FLOAT_BYTES * copies * parameter_count(config), saved)
 
 
 def _saved(config: Config, point: str, clips: int, device: torch.device) -> int:

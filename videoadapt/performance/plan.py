@@ -27,7 +27,7 @@ from videoadapt.performance.forecast import (
     groups_setting,
     layouts,
 )
-from videoadapt.performance.memory import Memory, parameter_count, training_memory
+from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
 from videoadapt.performance.timing import Stopwatch, fitted
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
@@ -204,7 +204,7 @@ def _pass_row(passes: Passes) -> dict[str, float]:
     }
 
 
-def _layout_row(each: Forecast, work: StepWork, memory: Memory, config: Config, clips: int | None) -> LayoutRow:
+def _layout_row(each: Forecast, work: StepWork, memory: TrainingMemory, config: Config, clips: int | None) -> LayoutRow:
     bytes_per_rank = []
     for group in each.plan.groups:
         split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)

@@ -45,7 +45,7 @@ from videoadapt.performance.bench.loaders import (
     unfit_files,
 )
 from videoadapt.performance.bench.machine import machine, print_machine, versions
-from videoadapt.performance.bench.memory import Memory, worker_memory
+from videoadapt.performance.bench.memory import ProcessMemory, worker_memory
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
 
@@ -263,7 +263,7 @@ def _isolate() -> None:
     os.close(nothing)
 
 
-def _row(imported_bytes: int, turns: Sequence[Turn], worker: Memory | None) -> LoaderRow:
+def _row(imported_bytes: int, turns: Sequence[Turn], worker: ProcessMemory | None) -> LoaderRow:
     speeds = [turn.clips_per_cpu_s for turn in turns]
     return LoaderRow(
         clips_per_cpu_s=statistics.median(speeds),

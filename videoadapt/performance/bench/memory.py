@@ -21,7 +21,7 @@ _KIB = 1 << 10
 
 
 @dataclass(frozen=True)
-class Memory:
+class ProcessMemory:
     """Memory of one process, in KiB."""
 
     rss: int  # resident set: all pages, shared pages in full
@@ -29,7 +29,7 @@ class Memory:
     uss: int  # unique set: pages of this process alone
 
 
-def memory(pid: int) -> Memory:
+def process_memory(pid: int) -> ProcessMemory:
     """Returns the current memory of a process. Linux only: other systems have no PSS.
 
     Raises:
@@ -38,15 +38,15 @@ def memory(pid: int) -> Memory:
     info = psutil.Process(pid).memory_full_info()
     if info.rss == 0:  # psutil reads the RSS last; the process has ended since it read the rest
         raise psutil.NoSuchProcess(pid)
-    return Memory(rss=info.rss // _KIB, pss=info.pss // _KIB, uss=info.uss // _KIB)
+    return ProcessMemory(rss=info.rss // _KIB, pss=info.pss // _KIB, uss=info.uss // _KIB)
 
 
-def peak(samples: Iterable[Memory]) -> Memory:
+def peak(samples: Iterable[ProcessMemory]) -> ProcessMemory:
     """Returns the maximum of each field over the samples."""
-    return Memory(*(max(values) for values in zip(*((s.rss, s.pss, s.uss) for s in samples), strict=True)))
+    return ProcessMemory(*(max(values) for values in zip(*((s.rss, s.pss, s.uss) for s in samples), strict=True)))
 
 
-def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Memory | None:
+def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> ProcessMemory | None:
     """Measures the peak memory of the training loader's workers.
 
     Args:
@@ -84,14 +84,14 @@ def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Me
     return peak(samples) if samples else None
 
 
-def _sample_until(done: threading.Event, pids: Sequence[int], samples: list[Memory]) -> None:
+def _sample_until(done: threading.Event, pids: Sequence[int], samples: list[ProcessMemory]) -> None:
     while not done.wait(_EVERY_S):
         samples += _sample(pids)
 
 
-def _sample(pids: Sequence[int]) -> list[Memory]:
+def _sample(pids: Sequence[int]) -> list[ProcessMemory]:
     samples = []
     for pid in pids:
         with suppress(psutil.Error):  # a worker may have ended
-            samples.append(memory(pid))
+            samples.append(process_memory(pid))
     return samples
