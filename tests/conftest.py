@@ -1,4 +1,4 @@
-"""What tests of all modules use: the real footage, and `need` for parts that are not on every machine."""
+"""Fixtures and settings of all tests: threads, hypothesis, the real footage, a SLURM cluster, and `need`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported, and inherited by the ranks and workers that tests start: one thread each, no downloads.
+# Set before torch is imported. Ranks and workers inherit them: one thread each, no downloads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are slow where cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are slow on shared cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
@@ -20,7 +20,7 @@ from hypothesis import settings  # noqa: E402
 
 import slurm_cluster  # noqa: E402
 
-# The models of the tests are too small for more; and where several processes share the tests, each has a core.
+# The models of the tests are too small for more threads. With pytest-xdist, each process has one core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -30,9 +30,14 @@ settings.load_profile("ci" if IN_CI else "local")
 
 
 def need(part: str | bool, reason: str) -> Any:
-    """Skip the test, or the module that calls this at its head, if `part` is missing; in CI, where it must be, fail.
+    """Skips the test (or the module, if called at its head) when a part of the machine is missing. Fails in CI.
 
-    `part` is the name of a module, which is returned, or a condition.
+    Args:
+        part: The name of a module, or a condition.
+        reason: The message.
+
+    Returns:
+        The module, or the condition.
     """
     if not isinstance(part, str):
         found: Any = part
@@ -42,7 +47,7 @@ def need(part: str | bool, reason: str) -> Any:
         except ImportError as error:
             found, reason = None, f"{reason} ({error})"
     if not found and IN_CI:
-        pytest.fail(f"must be there in CI: {reason}", pytrace=False)
+        pytest.fail(f"required in CI: {reason}", pytrace=False)
     if not found:
         pytest.skip(reason, allow_module_level=True)
     return found
@@ -50,7 +55,7 @@ def need(part: str | bool, reason: str) -> Any:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real footage, which not every machine has."""
+    """The folder of real footage. Not every machine has it."""
     folder = Path(os.environ.get("VIDEOADAPT_SHARED") or Path(__file__).parents[2] / "shared")
     if not folder.is_dir():
         pytest.skip(f"no real footage: {folder} is not a folder; VIDEOADAPT_SHARED names another")
@@ -69,7 +74,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run. SLURM's long tests go first: of two processes, one has them for itself."""
+    """Skips tests that this machine cannot run. The SLURM tests, the longest, run first in a process of their own."""
     items.sort(key=lambda item: "slurm" not in item.keywords)
     if not torch.cuda.is_available():
         for item in items:

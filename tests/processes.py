@@ -1,4 +1,4 @@
-"""Programs as processes of their own, alone or on several ranks, none of which outlives its test."""
+"""Starts programs as processes, alone or on several ranks. No process outlives its test."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-TORCHRUN_ENDS_S = 60.0  # it gives its ranks 30 s before it kills them
+TORCHRUN_ENDS_S = 60.0  # torchrun gives its ranks 30 s before it kills them
 
 
 def torchrun(ranks: int, *words: object) -> list[str]:
-    """The command that starts `python WORDS` on so many ranks of this machine."""
+    """Returns the command that starts `python WORDS` on several ranks of this machine."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher, *map(str, words)]
 
 
 def finished(line: Sequence[str], timeout_s: float = 240.0, **options: object) -> subprocess.CompletedProcess[str]:
-    """What a command printed and returned. Ranks that hang are ended by their torchrun, which a kill would orphan."""
+    """Runs a command to its end. After a timeout it terminates torchrun, which ends its ranks; a kill orphans them."""
     with subprocess.Popen(  # type: ignore[call-overload]
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     ) as process:

@@ -1,4 +1,4 @@
-"""A room of the package imports only rooms below it, and no module is imported in a circle."""
+"""A room of the package imports only rooms below it, and imports have no circles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "videoadapt"
-ROOMS = (  # from the ground up
+ROOMS = (  # from the lowest to the highest
     "config",
     "runtime",
     "model",
@@ -22,12 +22,12 @@ ROOMS = (  # from the ground up
     "performance",
     "commands",
 )
-FOUNDATION = {"errors"}  # every room may use it; it uses nothing
-ENTRIES = {"__init__", "__main__"}  # the lazy public API and `python -m videoadapt` may use every room
+FOUNDATION = {"errors"}  # all rooms may import it; it imports no room
+ENTRIES = {"__init__", "__main__"}  # the lazy public API and `python -m videoadapt` may import all rooms
 
 
 def module_name(path: Path) -> str:
-    """`videoadapt.model.weights` for its `__init__.py`, `videoadapt.model.block` for `block.py`."""
+    """Returns `videoadapt.model.block` for `model/block.py`, `videoadapt.model.weights` for its `__init__.py`."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -36,7 +36,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
-    """The modules of the package that `source` imports, at its head or inside functions."""
+    """Yields the modules of the package that `source` imports, at its head or inside functions."""
     above = module.split(".") if is_package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[s
             continue
         for name in names:
             while name.startswith("videoadapt.") and name not in MODULES:
-                name = name.rpartition(".")[0]  # noqa: PLW2901 - an attribute of a module stands for the module
+                name = name.rpartition(".")[0]  # noqa: PLW2901 - a name inside a module stands for the module
             if name.split(".")[0] == "videoadapt":
                 yield name
 
@@ -60,25 +60,25 @@ def imports_of(module: str) -> set[str]:
 
 
 def room(module: str) -> str:
-    """The entry of the package that a module belongs to; the package itself for `videoadapt`."""
+    """Returns the room (or the file at the top) of a module; `__init__` for the package itself."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def fault(importer: str, imported: str) -> str | None:
-    """Why one module must not import another; None if it may."""
+def violation(importer: str, imported: str) -> str | None:
+    """Returns why one module must not import another, or None if it may."""
     above, below = room(importer), room(imported)
     if above in ENTRIES or above == below or below in FOUNDATION:
         return None
     if above not in ROOMS or below not in ROOMS:
         return f"{importer} imports {imported}: only rooms import, and only from rooms and videoadapt.errors"
     if ROOMS.index(below) > ROOMS.index(above):
-        return f"{importer} imports {imported}, of a room above"
+        return f"{importer} imports {imported} of a higher room"
     return None
 
 
 def test_a_room_imports_only_rooms_below_it() -> None:
-    faults = [fault(module, imported) for module in MODULES for imported in sorted(imports_of(module))]
-    assert not list(filter(None, faults))
+    violations = [violation(module, imported) for module in MODULES for imported in sorted(imports_of(module))]
+    assert not list(filter(None, violations))
 
 
 def test_no_module_is_imported_in_a_circle() -> None:
@@ -93,7 +93,7 @@ def test_the_package_has_ten_rooms_and_each_introduces_itself() -> None:
         docstring = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))
         assert docstring is not None, f"{name}/__init__.py has no docstring"
         named = docstring.partition("Read first:")[2].split()
-        assert named, f"{name}/__init__.py does not say which file to read first"
+        assert named, f"{name}/__init__.py does not name the file to read first"
         assert (PACKAGE / name / named[0].strip("`,.;").removesuffix(".py")).with_suffix(".py").is_file(), named[0]
 
 
@@ -113,12 +113,12 @@ def test_the_package_has_ten_rooms_and_each_introduces_itself() -> None:
         ("commands.cli", "import torch", True),
     ],
 )
-def test_the_rules_catch_what_they_should(importer: str, source: str, allowed: bool) -> None:
+def test_the_rules_find_imports_that_are_not_allowed(importer: str, source: str, allowed: bool) -> None:
     module = f"videoadapt.{importer}"
-    faults = [fault(module, name) for name in imports(source, module)]
-    assert not any(faults) == allowed
+    violations = [violation(module, name) for name in imports(source, module)]
+    assert not any(violations) == allowed
 
 
-def test_a_circle_would_be_found() -> None:
+def test_a_circle_is_found() -> None:
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()

@@ -1,6 +1,6 @@
-"""videoadapt: one TimeSformer at several token lengths, and each clip at the fewest tokens that suffice.
+"""videoadapt: one TimeSformer at several token lengths; each clip gets the fewest tokens that suffice.
 
-The names below are the public API; everything else may change.
+The names below are the public API. All other names may change.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME` has the same names
     from videoadapt.config.load import Config as Config
     from videoadapt.config.load import load_config as load_config
     from videoadapt.config.points import Point as Point
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOME = {  # the module of each public name
     "Config": "config.load",
     "load_config": "config.load",
     "CheckpointError": "errors",
@@ -54,15 +54,15 @@ _HOME = {
     "Prediction": "evaluation.predict",
     "predict": "evaluation.predict",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605 - names that `__getattr__` finds
+__all__ = sorted(_HOME)  # noqa: PLE0605 - not all are names of this module yet
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are used, so that `import videoadapt` costs next to nothing."""
+    """Imports a public name at its first use, so that `import videoadapt` does not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'videoadapt' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"videoadapt.{_HOME[name]}"), name)
-    globals()[name] = value
+    globals()[name] = value  # Python then finds the name without calling this function again
     return value
 
 
