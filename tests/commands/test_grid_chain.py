@@ -1,4 +1,4 @@
-"""Every stage of a small run over lengths x keeps, with cascades: points by cost, and what each policy pays."""
+"""All stages of a small run over lengths x keeps, with cascades: the order of points, and the cost of each policy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import small_runs as runs
 import videoadapt as va
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run. Tests leave it as it is, or work on a copy."""
     folder = tmp_path_factory.mktemp("grid")
     config = runs.config(
         runs.make_data(folder / "data"),
@@ -54,7 +56,7 @@ def summary(run: Config) -> dict[str, Any]:
     return found
 
 
-def test_labels_are_the_cheapest_right_points_by_cost_not_by_length(run: Config) -> None:
+def test_a_label_is_the_right_point_of_the_least_cost_whatever_its_length(run: Config) -> None:
     macs = point_macs(run.model)
     assert list(macs) == ["8", "7", "8@0.3", "7@0.5", "4", "4@0.5"]
     outcomes = pd.read_parquet(run.run.dir / "labels" / "outcomes.parquet")
@@ -65,40 +67,42 @@ def test_labels_are_the_cheapest_right_points_by_cost_not_by_length(run: Config)
     assert (last_true(right)[right.any(1)] == labels[right.any(1)]).all()
 
 
-def test_a_cascade_pays_for_every_point_that_it_ran(run: Config) -> None:
+def test_the_cost_of_a_cascade_is_the_sum_over_the_points_that_it_ran(run: Config) -> None:
     macs, rows = point_macs(run.model), summary(run)["policies"]
     names = [name for name in rows if name.startswith("cascade:")]
     assert names[0] == "cascade:4@0.5,8@0.3:0.3"
     assert names[2] == "cascade:4@0.5,8:1"
     clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet")
     for name in names:
-        chain = name.split(":")[1].split(",")
+        points = name.split(":")[1].split(",")
         here = clips[clips["policy"] == name]
-        paid = np.cumsum([macs[point] for point in chain])
-        assert (here["macs"] == 2 * here["point"].map(dict(zip(chain, paid, strict=True)))).all()
+        cost = np.cumsum([macs[point] for point in points])
+        assert (here["macs"] == 2 * here["point"].map(dict(zip(points, cost, strict=True)))).all()
     whole = rows[names[2]]
     assert whole["mix"]["8"] == 1
     assert whole["top1"] == rows["fixed:8"]["top1"]
-    assert all(rows[name]["clips_per_s"] > 0 for name in names)
+    assert all(0.1 < rows[name]["clips_per_s"] < 1e5 for name in names)
 
 
 def test_the_front_is_marked_and_the_oracle_is_not_on_it(run: Config) -> None:
     rows = summary(run)["policies"]
-    assert rows["fixed:4@0.5"]["pareto"]  # the cheapest of all
+    assert rows["fixed:4@0.5"]["pareto"]  # the cheapest policy
     assert not rows["oracle"]["pareto"]
     best = max(row["top1"] for name, row in rows.items() if name != "oracle")
     assert any(row["pareto"] and row["top1"] == best for row in rows.values())
 
 
-def test_flops_report_every_policy(run: Config) -> None:
+def test_flops_reports_every_policy(run: Config) -> None:
     found = flops(run)
     drawn = draw_costs(run.run.dir, found)
     assert [row["policy"] for row in found["policies"]] == list(summary(run)["policies"])
     assert found["clips"]["policy"] == "assigned"
     assert [path.name for path in drawn] == ["clips.png", "accuracy_cost.png"]
+    for path in drawn:
+        Image.open(path).verify()  # raises for a torn file
 
 
-def test_predictions_of_a_cascade_are_those_of_the_evaluation(run: Config) -> None:
+def test_predictions_of_a_cascade_equal_those_of_the_evaluation(run: Config) -> None:
     val = load_or_index(run).split("val")
     videos = pd.read_parquet(run.run.dir / "evaluate" / "videos.parquet").set_index(["policy", "video"])
     model = va.load_model(run.run.dir)
@@ -112,7 +116,7 @@ def test_predictions_of_a_cascade_are_those_of_the_evaluation(run: Config) -> No
         predict(model, [], "cascade:8")
 
 
-def test_a_cost_is_not_fitted_on_the_labels_of_other_weights(run: Config, tmp_path: Path) -> None:
+def test_a_cascade_is_not_fitted_to_labels_of_other_weights(run: Config, tmp_path: Path) -> None:
     config = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path / "run"})})
     shutil.copytree(run.run.dir, config.run.dir)
     path = config.run.dir / "labels" / "label.json"

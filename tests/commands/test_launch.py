@@ -1,4 +1,4 @@
-"""What is submitted for which stage, the sbatch files that say the same, and the chain on this machine."""
+"""The jobs of each stage, the sbatch files that ask for the same, and all stages on this machine."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def config_of(stage: str = "all", shards: int = 1, **slurm: object) -> Config:
 
 
 def options_of(script: str) -> dict[str, str]:
-    """The `#SBATCH` lines of a script."""
+    """Returns the options in the `#SBATCH` lines of a script."""
     pairs = (line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line[:7] == "#SBATCH")
     return {option: value for option, _, value in pairs}
 
 
-def test_the_chain_is_the_four_stages() -> None:
+def test_all_is_the_four_stages() -> None:
     config = config_of(nodes=2, tasks_per_node=8)
     assert jobs_of(config) == [
         Job("train", 2, 8),
@@ -45,7 +45,7 @@ def test_the_chain_is_the_four_stages() -> None:
     assert jobs_of(config_of("evaluate")) == [Job("evaluate", 1, 1)]
 
 
-def test_shards_are_an_array_and_a_job_that_puts_them_together() -> None:
+def test_shards_are_an_array_and_a_job_that_merges_them() -> None:
     jobs = jobs_of(config_of(shards=4, nodes=2, tasks_per_node=8))
     assert [(job.stage, job.ranks, job.shards) for job in jobs] == [
         ("train", 16, 1), ("label", 1, 4), ("label", 1, 1), ("assign", 1, 1), ("evaluate", 1, 4), ("evaluate", 1, 1)
@@ -56,7 +56,7 @@ def test_shards_are_an_array_and_a_job_that_puts_them_together() -> None:
     assert (parallel["ranks"], parallel["shard"]) == (16, None)
 
 
-def test_all_that_a_cluster_may_want_is_asked_for() -> None:
+def test_every_option_of_a_cluster_is_passed_on() -> None:
     wanted: dict[str, Any] = {
         "partition": "gpu",
         "account": "vision",
@@ -75,7 +75,7 @@ def test_all_that_a_cluster_may_want_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_files_ask_for_what_launch_asks_for(stage: str) -> None:
+def test_the_sbatch_files_have_the_options_of_launch(stage: str) -> None:
     (job,) = jobs_of(config_of(stage))
     script = (FILES / f"{stage}.sbatch").read_text()
     assert options_of(script) == sbatch_options(job, config_of(stage))
@@ -87,18 +87,18 @@ def test_the_files_ask_for_what_launch_asks_for(stage: str) -> None:
     assert ("$shard" in command) == (stage in {"label", "evaluate"})
 
 
-def test_the_chain_file_runs_the_stages_in_launch_s_order() -> None:
+def test_the_chain_file_has_the_stages_in_the_order_of_launch() -> None:
     script = (FILES / "chain.sbatch").read_text()
     loop = re.search(r"for stage in (.*); do", script)
     assert loop
     assert loop[1].split() == [job.stage for job in jobs_of(config_of())]
 
 
-def test_every_file_is_known_here() -> None:
+def test_there_are_no_other_sbatch_files() -> None:
     assert {path.stem for path in FILES.iterdir()} == {*STAGES, "chain"}
 
 
-def test_the_sbatch_line_is_one_that_a_shell_reads() -> None:
+def test_the_sbatch_line_survives_a_shell() -> None:
     config = config_of("train", comment="two words", exclude="node[1,2]")
     line = sbatch_line(jobs_of(config)[0], config, ["my config.yaml", "train.lr=0.1"], "17")
     words = shlex.split(line)
@@ -107,7 +107,7 @@ def test_the_sbatch_line_is_one_that_a_shell_reads() -> None:
     assert {"--comment=two words", "--exclude=node[1,2]", "--dependency=afterok:17", "--requeue"} < set(words)
 
 
-def test_the_sbatch_line_takes_back_the_gpu_of_the_file() -> None:
+def test_the_sbatch_line_overrides_the_gpu_of_the_file() -> None:
     for gpus in (0, 1):
         config = config_of("train", gpus_per_task=gpus)
         options = shlex.split(sbatch_line(jobs_of(config)[0], config, [], None))
@@ -115,7 +115,7 @@ def test_the_sbatch_line_takes_back_the_gpu_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("stop", [RunError("assign cannot be submitted: no"), KeyboardInterrupt()])
-def test_a_chain_that_is_refused_half_way_is_cancelled_and_named(
+def test_the_jobs_before_a_refused_one_are_cancelled_and_named(
     stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def submitted(job: Job, *_: object) -> list[Any]:
@@ -126,14 +126,14 @@ def test_a_chain_that_is_refused_half_way_is_cancelled_and_named(
     cancelled: list[str] = []
     monkeypatch.setattr(module, "submit", submitted)
     monkeypatch.setattr(module, "cancel", cancelled.extend)
-    with pytest.raises(type(stop)) as told:
+    with pytest.raises(type(stop)) as raised:
         launch(config_of(), [])
-    assert told.value is stop
+    assert raised.value is stop
     assert cancelled == ["71", "72"]
     assert "cancelled, because the chain cannot be completed: train 71, label 72" in capsys.readouterr().err
 
 
-def test_jobs_that_cannot_be_cancelled_are_named_too(
+def test_jobs_that_cannot_be_cancelled_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def submitted(job: Job, *_: object) -> list[Any]:
@@ -152,7 +152,7 @@ def test_jobs_that_cannot_be_cancelled_are_named_too(
 
 
 @pytest.mark.parametrize("called", ["in another folder", "in a job of the user's", "as a job"])
-def test_the_chain_file_finds_the_others_and_stays_in_its_folder(called: str, tmp_path: Path) -> None:
+def test_the_chain_file_finds_the_other_files_and_keeps_the_working_directory(called: str, tmp_path: Path) -> None:
     sbatch, elsewhere, spool = tmp_path / "bin" / "sbatch", tmp_path / "elsewhere", tmp_path / "spool"
     for folder in (sbatch.parent, elsewhere, spool):
         folder.mkdir()
@@ -173,19 +173,20 @@ def test_the_chain_file_finds_the_others_and_stays_in_its_folder(called: str, tm
     assert asked[1:] == [f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:]]
 
 
-def test_a_local_launch_has_one_node(tmp_path: Path) -> None:
+def test_a_local_launch_refuses_several_nodes(tmp_path: Path) -> None:
     nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local"}, "slurm": {"nodes": 2}}
     with pytest.raises(ConfigError, match=r"slurm\.nodes is 2; with launch\.cluster=local it must be 1"):
         launch(make_config(nested), [])
 
 
 @pytest.mark.slow
-def test_the_chain_on_this_machine(tmp_path: Path) -> None:
+def test_all_stages_on_this_machine(tmp_path: Path) -> None:
     data = runs.make_data(tmp_path / "data")
     config = runs.config(
         data,
         tmp_path / "run",
-        launch={"cluster": "local", "shards": 2},
+        train={"epochs": 1},
+        launch={"cluster": "local", "shards": 2},  # no arrays here: shards has no effect
         slurm={"tasks_per_node": 2, "gpus_per_task": 0},
     )
     result = launch(config, [])
@@ -198,8 +199,8 @@ def test_the_chain_on_this_machine(tmp_path: Path) -> None:
 
 def test_a_stage_that_fails_here_names_its_log(tmp_path: Path) -> None:
     nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local", "stage": "assign"}}
-    with pytest.raises(RunError, match=r"assign failed; see (.*_log\.err)") as told:
+    with pytest.raises(RunError, match=r"assign failed; see (.*_log\.err)") as raised:
         launch(make_config(nested), [])
-    log = re.search(r"see (.*_log\.err)", str(told.value))
+    log = re.search(r"see (.*_log\.err)", str(raised.value))
     assert log
     assert "run `videoadapt label` with this config first" in Path(log[1]).read_text()

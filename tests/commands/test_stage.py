@@ -1,4 +1,4 @@
-"""A stage as a job: what follows a signal, and how often a job may come back."""
+"""A stage as a job: what follows a signal, and how often a job restarts."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ CONFIG = make_config({"slurm": {"max_restarts": 3}})
 
 @pytest.fixture
 def in_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A SLURM job on its second restart, that SLURM ends when it waits for it; what it does is written down."""
-    done: list[str] = []
+    """A SLURM job on its second restart. SLURM ends it as soon as it waits. Returns the list of its actions."""
+    actions: list[str] = []
     before = {number: signal.getsignal(number) for number in JOB_SIGNALS}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    monkeypatch.setattr(jobs, "requeue", lambda job: done.append(f"requeue {job}"))
+    monkeypatch.setattr(jobs, "requeue", lambda job: actions.append(f"requeue {job}"))
 
     def sleep(_: float) -> None:
-        done.append("waits")
+        actions.append("waits")
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(jobs.time, "sleep", sleep)
-    yield done
+    yield actions
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def stage_that(monkeypatch: pytest.MonkeyPatch, *received: signal.Signals) -> None:
-    """A stage that gets these signals, saves, and stops."""
+    """Replaces the stage by one that receives these signals, saves, and stops."""
 
     def run(_: Config) -> dict[str, object]:
         with StopRequest() as stop:
@@ -55,7 +55,7 @@ def stage_that(monkeypatch: pytest.MonkeyPatch, *received: signal.Signals) -> No
     monkeypatch.setattr(jobs, "_function", lambda _: run)
 
 
-def test_a_stage_that_ends_gives_its_summary(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+def test_a_stage_returns_its_summary(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch)
     assert run_stage("train", CONFIG) == {"done": True}
     assert in_job == []
@@ -66,14 +66,12 @@ def test_a_warned_job_is_requeued_by_rank_0(
     monkeypatch: pytest.MonkeyPatch, in_job: list[str], warning: signal.Signals
 ) -> None:
     stage_that(monkeypatch, warning)
-    with pytest.raises(SystemExit):  # not a return, which submitit would record as a result
+    with pytest.raises(SystemExit):  # submitit would record a return as a result
         run_stage("train", CONFIG)
     assert in_job == ["requeue 7", "waits"]
 
 
-def test_other_ranks_wait_for_the_end_that_the_requeue_brings(
-    monkeypatch: pytest.MonkeyPatch, in_job: list[str]
-) -> None:
+def test_other_ranks_wait_for_their_end(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
     stage_that(monkeypatch, signal.SIGUSR2)
@@ -90,8 +88,8 @@ def test_a_preempted_job_waits_for_its_end(monkeypatch: pytest.MonkeyPatch, in_j
     assert ended.value.code == 143
 
 
-def test_a_rank_without_a_signal_of_its_own_waits_too(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
-    """It stopped because another one got a warning; to end first would be to fail the job."""
+def test_a_rank_that_received_no_signal_also_waits(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+    """It stops because another rank was warned. If it ended first, the job would fail."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
 
@@ -104,26 +102,26 @@ def test_a_rank_without_a_signal_of_its_own_waits_too(monkeypatch: pytest.Monkey
     assert in_job == ["waits"]
 
 
-def test_a_warning_after_the_end_kills_nobody(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+def test_a_warning_after_the_end_of_the_stage_is_ignored(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch)
     run_stage("train", CONFIG)
     os.kill(os.getpid(), signal.SIGUSR2)
     assert in_job == []
 
 
-def test_restarts_are_capped_at_the_signal_and_at_the_start(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+def test_restarts_are_limited_at_signal_and_start(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch, signal.SIGUSR2)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     with pytest.raises(RunError, match=r"job 7 was restarted 3 times, and slurm\.max_restarts is 3"):
         run_stage("train", CONFIG)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")  # SLURM itself requeues after a node has failed
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")  # SLURM requeues after a node has failed
     monkeypatch.setattr(jobs, "_function", None)
     with pytest.raises(RunError, match="job 7 was restarted 4 times"):
         run_stage("train", CONFIG)
     assert in_job == []
 
 
-def test_ctrl_c_in_a_job_is_ctrl_c(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+def test_ctrl_c_in_a_job_interrupts(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run_stage("train", CONFIG)
@@ -138,7 +136,7 @@ def test_outside_a_job_a_signal_interrupts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def handled(pid: int) -> bool:
-    """Whether a process has a handler for SIGUSR2."""
+    """Returns whether a process has a handler for SIGUSR2."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     mask = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
     return bool(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1)
@@ -151,7 +149,7 @@ def wait_until(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of signals")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc of Linux")
 @pytest.mark.parametrize("stage", ["train", "label"])
 def test_a_signal_before_torch_is_imported_requeues_after_the_first_save(tmp_path: Path, stage: str) -> None:
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"save_steps": 0})
@@ -160,7 +158,7 @@ def test_a_signal_before_torch_is_imported_requeues_after_the_first_save(tmp_pat
         assert runs.command("train", tmp_path / "config.yaml").returncode == 0
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    # SLURM ends all processes of the job, also the one that asked for it.
+    # SLURM ends all processes of the job, including `scontrol` itself.
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked; kill $$ $PPID\n')
     scontrol.chmod(0o755)
     process = subprocess.Popen(
