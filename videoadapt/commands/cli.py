@@ -43,7 +43,7 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")  # section.key=value
 _SETTING = re.compile(r"[a-z_]+=.*")  # key=value, of a benchmark
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=False,  # it would offer to edit the user's shell files
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # programming errors show Python's own traceback
     help="Train one TimeSformer at several token lengths; give each clip the fewest tokens that suffice. "
@@ -99,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         # Importing torch takes seconds, in which a signal of the job would kill it. So the handlers come first.
         with StopRequest(JOB_SIGNALS if slurm_job(os.environ) else ()):
-            code = app(args=arguments, prog_name="videoadapt", standalone_mode=False) or 0
+            code = app(args=arguments, prog_name="videoadapt", standalone_mode=False) or 0  # errors are raised
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code
             raise KeyboardInterrupt
         sys.exit(code)
-    except USAGE_ERROR as error:
+    except USAGE_ERROR as error:  # prints the usage of the verb with the error
         error.show()
         sys.exit(INPUT_WRONG)
     except UserError as error:
@@ -161,6 +161,7 @@ def index(
 
     loaded = _load(_required(config), overrides)
     manifest = run(loaded)
+    # `index` returns the manifest, and writes its summary.
     _show(_read_json(index_path(loaded)), as_json, print_index)
     require_readable(manifest, loaded)  # after the table, which names the unreadable files
 
@@ -172,7 +173,7 @@ def _check(manifest: Path, config: Config | None, as_json: bool) -> None:
 
     result = check(manifest, config or Config())
     _show(result, as_json, print_check)
-    if result.changes:
+    if result.changes:  # exit code 1, so that a script can check a data set before a long run
         changes = ", ".join(f"{count} {change}" for change, count in result.changes.items())
         raise RunError(f"{manifest}: its files have changed: {changes}; run `videoadapt index` to make it anew")
 
@@ -218,7 +219,7 @@ def evaluate(
     """Measure accuracy, cost and speed of all policies on the val split."""
     from videoadapt.commands.tables import print_compare, print_evaluate
 
-    if against is not None:
+    if against is not None:  # no config, no model: only the tables of two evaluations
         from videoadapt.evaluation.compare import compare
 
         _show(compare(*against), as_json, print_compare)
@@ -244,7 +245,7 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
     loaded = _load(config, overrides)
     result = run(loaded)
-    drawn = draw_costs(loaded.run.dir, result)
+    drawn = draw_costs(loaded.run.dir, result)  # empty before an evaluation
     _show(result, as_json, print_flops)
     if drawn and not as_json:
         say("figures: " + ", ".join(map(str, drawn)))
@@ -281,6 +282,7 @@ def predict(
     from videoadapt.commands.tables import print_predictions
     from videoadapt.evaluation.predict import predict_files
 
+    # Both follow CONFIG in any order, which the command line cannot express otherwise.
     overrides, paths = _split(videos, _OVERRIDE)
     result = predict_files(_load(config, overrides), paths, policy)
     _show(result, as_json, print_predictions)
@@ -304,7 +306,7 @@ def bench_points(config: ConfigFile, words: SettingsAndOverrides = None, as_json
     from videoadapt.performance.bench.points import bench_points as run
     from videoadapt.performance.bench.points import print_bench_points
 
-    settings, overrides = _split(words or [], _SETTING)
+    settings, overrides = _split(words or [], _SETTING)  # an override has a dot in its key, a setting has none
     _show(run(_load(config, overrides), settings), as_json, print_bench_points)
 
 

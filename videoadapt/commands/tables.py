@@ -31,9 +31,10 @@ def print_index(summary: Summary) -> None:
     rows = [
         (
             name,
+            # "ok" is shown as readable: it counts the damaged videos too, because most of their frames can be decoded.
             *(split[key] for key in ("listed", "ok", "missing", "broken", "damaged", "classes")),
             f"{split['hours']:.2f}",
-            " / ".join(f"{seconds:.1f}" for seconds in split["seconds"]) or "-",
+            " / ".join(f"{seconds:.1f}" for seconds in split["seconds"]) or "-",  # none is readable
         )
         for name, split in summary["splits"].items()
     ]
@@ -62,6 +63,7 @@ def _say_examples(name: str, examples: Mapping[str, Any]) -> None:
         return
     say(f"{name}: {examples['count']}")
     for item in examples["first"][:_EXAMPLES_SHOWN]:
+        # An item is a path or a message, or a group of equal files, which goes on one line.
         say("  " + (item if isinstance(item, str) else "  =  ".join(item[:_EXAMPLES_SHOWN])))
 
 
@@ -92,6 +94,7 @@ def _say_more(count: int, where: str) -> None:
 def print_train(summary: Summary) -> None:
     """Prints loss and top-1 of the last epoch for each point."""
     rows = [
+        # Sampled training (`train.draw`) can leave a point out of a whole epoch; it has no loss then.
         (point, f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else (point, "not drawn", "-")
         for point, v in summary["points"].items()
     ]
@@ -113,7 +116,7 @@ def print_label(summary: Summary) -> None:
     title = f"Labels of {total} clips, source {summary['source']}"
     print_table(title, ("point", "right %", "labelled", "labelled %"), rows)
     say(f"no point is right on {summary['none_right_clips']} clips (rule: {summary['none_right']})")
-    for failure in summary["failed"]:
+    for failure in summary["failed"]:  # all of them: each is a clip less for the assigner
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
 
 
@@ -142,7 +145,7 @@ def print_evaluate(summary: Summary) -> None:
     columns = (
         "policy",
         "top-1 % (95 %)",
-        *((other_column,) if other_column else ()),
+        *((other_column,) if other_column else ()),  # as in `_policy_cells`
         "to costliest",
         "top-5 %",
         "mean class %",
@@ -176,21 +179,23 @@ def print_evaluate(summary: Summary) -> None:
 
 def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -> tuple[str, ...]:
     """Returns the cells of a policy's row; `other_key` names the second top-1, if there is one."""
+    # The interval is paired, over the same videos: it is narrower than the two intervals of top-1 suggest.
     difference, low, high = (100 * v for v in policy["difference_to_costliest"])
     top1, mean_class = (
         f"{percent(policy[key])} ({percent(policy[f'{key}_low'])} to {percent(policy[f'{key}_high'])})"
         for key in ("top1", "mean_class")
     )
     return (
-        f"{name} *" if policy["pareto"] else name,
+        f"{name} *" if policy["pareto"] else name,  # a column of its own would be too wide
         top1,
         *((percent(policy[other_key]),) if other_key else ()),
         f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
-        "-" if policy["top5"] is None else percent(policy["top5"]),
+        "-" if policy["top5"] is None else percent(policy["top5"]),  # none for five classes or fewer
         mean_class,
         macs(policy["macs_per_view"]),
         macs(policy["macs_per_video"]),
         percent(policy["macs_saved"]),
+        # None: `evaluate.speed_clips` is 0, so the speed was not measured.
         "-" if policy["clips_per_s"] is None else f"{policy['clips_per_s']:.1f}",
     )
 
@@ -212,6 +217,7 @@ def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
     say(
         f"assigned, without its assigner ({macs(assigner_macs)} MACs per clip): {view} MACs per view, {video} per video"
     )
+    # The comparison that shows whether the assigner's choice matters, or only its mix of points.
     difference, low, high = (100 * value for value in policy["difference_to_random"])
     say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
 
@@ -235,6 +241,7 @@ def print_compare(summary: Summary) -> None:
     print_table(f"A = {a}, B = {b}, on the {summary['common']} videos of both", columns, rows)
     failed = f"failed videos: {summary['failed_count_as']}"
     if summary["manifests"][0] == summary["manifests"][1]:
+        # Equal manifests list the same videos. Their files can still differ, for example after a new encoding.
         files = "the same files" if summary["files"][0] == summary["files"][1] else "but OTHER FILES of these videos"
         say(f"the same manifest, {summary['manifests'][0]}, {files}; {failed}")
     else:
@@ -251,7 +258,7 @@ def print_flops(summary: Summary) -> None:
     rows = [
         (
             point["point"],
-            *map(macs, point["parts"].values()),
+            *map(macs, point["parts"].values()),  # embedding, temporal, spatial, MLP, head
             macs(point["macs_per_view"]),
             macs(point["macs_per_video"]),
         )
@@ -260,16 +267,22 @@ def print_flops(summary: Summary) -> None:
     columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
     title = f"MACs (multiply-adds; the FLOPs of the papers), {summary['views_per_video']} views per video"
     print_table(title, columns, rows)
-    if summary["assigner_macs"] is not None:
-        fraction = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]
+    if summary["assigner_macs"] is not None:  # None: with a single point there is nothing to assign
+        fraction = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]  # the first point is the costliest
         say(
             f"assigner: {macs(summary['assigner_macs'])} MACs per clip, "
             f"{100 * fraction:.2f} % of a view at the costliest point"
         )
-    if "clips" in summary:
+    if "clips" in summary:  # the run has been evaluated
         _print_clips(summary["clips"])
         rows = [
-            (p["policy"], macs(p["macs_per_clip"]), macs(p["macs_per_video"]), percent(p["top1"]), "*" * p["pareto"])
+            (
+                p["policy"],
+                macs(p["macs_per_clip"]),
+                macs(p["macs_per_video"]),
+                percent(p["top1"]),
+                "*" * p["pareto"],
+            )  # bool
             for p in sorted(summary["policies"], key=lambda p: -p["macs_per_clip"])
         ]
         print_table("Policies, costliest first", ("policy", "MACs/clip", "MACs/video", "top-1 %", "Pareto front"), rows)
@@ -284,9 +297,11 @@ def _print_clips(report: Mapping[str, Any]) -> None:
     title = f"Measured costs, policy {report['policy']} (MACs, all crops)"
     print_table(title, ("per", "mean", "median", "95th %"), rows)
     points = list(report["mix"])
+    # No counts in this row: the first table has the mean cost of all clips.
     overall = ("all", "", "", *map(percent, report["mix"].values()))
     classes = sorted(report["classes"], key=lambda row: -row["macs_per_clip"])
     title = "Mix of points, % of clips"
+    # Kinetics has 400 classes: the ends of the list are the interesting ones, and classes.csv has the rest.
     if len(classes) > _CLASSES_SHOWN:
         classes = [*classes[: _CLASSES_SHOWN // 2], *classes[-_CLASSES_SHOWN // 2 :]]
         title += " (the costliest and cheapest classes)"
@@ -302,14 +317,14 @@ def print_predictions(result: Summary) -> None:
     """Prints one row per video: its most probable classes, the points of its clips, and its cost."""
     rows = [
         (
-            Path(p["path"]).name,
+            Path(p["path"]).name,  # a whole path would leave no room for the classes
             ", ".join(f"{name} {value:.2f}" for name, value in zip(p["classes"], p["probabilities"], strict=True)),
-            " ".join(p["points"]),
+            " ".join(p["points"]),  # one per clip of the video
             macs(p["macs"]),
         )
         for p in result["predictions"]
     ]
-    if rows:
+    if rows:  # none if every file failed, which the error then says
         print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
 
 
@@ -319,16 +334,17 @@ def print_launch(result: LaunchResult) -> None:
     print_table("Jobs", ("stage", "id", "ranks", "shards", "log"), rows)
     for job in result.jobs:
         if job.sbatch:
-            print(job.sbatch)
+            print(job.sbatch)  # not wrapped, so that it can be copied
 
 
 def print_demo(result: DemoResult) -> None:
     """Prints costs, policies, accuracy by level of difficulty, and the time of each stage."""
-    print_flops(result.costs)
+    print_flops(result.costs)  # what a point costs, before what it achieves
     print_evaluate(result.evaluation)
     summary = result.summary
     policies = list(summary.policies)
     rows = [
+        # The table holds floats; `videos` is a count.
         (level, int(row["videos"]), f"{row['mean_length']:.2f}", *(percent(row[policy]) for policy in policies))
         for level, row in summary.levels.items()
     ]
