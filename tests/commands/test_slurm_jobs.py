@@ -201,7 +201,7 @@ def test_a_job_that_is_interrupted_while_it_indexes_continues_there(slurm: Slurm
     for copy in range(VIDEOS):  # links: one file of a few kB
         os.link(video, many / f"{copy}.mp4")
     (many / "val.csv").write_text("".join(f"{many}/{copy}.mp4 0\n" for copy in range(VIDEOS)))
-    data = {"val": {"annotations": str(many / "val.csv")}, "workers": 1}
+    data = {"val": {"annotations": str(many / "val.csv")}}
     config = slurm.config(f"indexing_{number}", data=data, train={"epochs": 1})
     job, cache = slurm.sbatch("train", config, "--nodes=2"), config.run.dir / "probed.jsonl"
     wait_until(lambda: cache.exists() and cache.read_text().count("\n") > 100, 60, lambda: "the first hundred videos")
