@@ -154,10 +154,8 @@ def print_evaluate(summary: Summary) -> None:
         "saved %",
         "clips/s",
     )
-    title = (
-        f"{summary['listed']} videos listed, {summary['scored']} read; {summary['temporal_views']} clips x "
-        f"{summary['spatial_crops']} crops per video"
-    )
+    clips, crops = _count(summary["temporal_views"], "clip"), _count(summary["spatial_crops"], "crop")
+    title = f"{summary['listed']} videos listed, {summary['scored']} read; {clips} x {crops} per video"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
     say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")
@@ -198,6 +196,10 @@ def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -
         # None: `evaluate.speed_clips` is 0, so the speed was not measured.
         "-" if policy["clips_per_s"] is None else f"{policy['clips_per_s']:.1f}",
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _say_hardest_classes(summary: Summary) -> None:
@@ -265,7 +267,7 @@ def print_flops(summary: Summary) -> None:
         for point in summary["points"]
     ]
     columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
-    title = f"MACs (multiply-adds; the FLOPs of the papers), {summary['views_per_video']} views per video"
+    title = f"MACs (multiply-adds; the FLOPs of the papers), {_count(summary['views_per_video'], 'view')} per video"
     print_table(title, columns, rows)
     if summary["assigner_macs"] is not None:  # None: with a single point there is nothing to assign
         fraction = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]  # the first point is the costliest
