@@ -53,9 +53,9 @@ class _TimedLogits(TeacherLogits):
 
     waited_s = 0.0
 
-    def receive(self, places: Tensor, clips: int) -> Tensor:
+    def receive(self, positions: Tensor, clips: int) -> Tensor:
         begin = time.perf_counter()
-        values = super().receive(places, clips)
+        values = super().receive(positions, clips)
         self.waited_s += time.perf_counter() - begin
         return values
 
@@ -66,11 +66,11 @@ class _SilentLogits(TeacherLogits):
     def start(self) -> None:
         pass
 
-    def send(self, logits: Tensor, places: Tensor) -> None:
+    def send(self, logits: Tensor, positions: Tensor) -> None:
         pass
 
-    def receive(self, places: Tensor, clips: int) -> Tensor:
-        del places
+    def receive(self, positions: Tensor, clips: int) -> Tensor:
+        del positions
         return torch.zeros(clips, self.classes, dtype=self.dtype, device=self.device)
 
 

@@ -127,7 +127,7 @@ LVVIT: dict[str, dict] = {
 def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) -> None:
     config = tiny(data, tmp_path, None)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    program = tmp_path / "impatient.py"  # the command, which waits 1 s instead of 45 s for a file of another rank
+    program = tmp_path / "impatient.py"  # the command, with 1 s instead of 45 s for a file of another rank
     program.write_text(
         "import videoadapt.runtime.ranks as ranks\n"
         "from videoadapt.commands.cli import main\n"
@@ -136,7 +136,7 @@ def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) 
     )
     done = finished(torchrun(2, program, "train", tmp_path / "config.yaml", f"run.dir={tmp_path}/of${{RANK}}"))
     assert done.returncode != 0
-    assert "another rank wrote it, and rank 1 on" in done.stderr
+    assert "another rank wrote this file, but rank 1 on" in done.stderr
     assert not list(tmp_path.glob("of*/checkpoints"))
 
 

@@ -156,24 +156,24 @@ class TeacherLogits:
         """Starts to receive the logits of a micro-batch. A rank of another group calls it before its forward pass."""
         self._broadcast(None)
 
-    def send(self, logits: Tensor, places: Tensor) -> None:
+    def send(self, logits: Tensor, positions: Tensor) -> None:
         """Sends this rank's logits of a micro-batch. A rank of the teacher's group calls it.
 
         Args:
-            logits: (B, classes); rows after the first `len(places)` belong to no clip and are not sent.
-            places: The positions of the clips in the micro-batch, (B,) int64 on the host. Positions of this rank that
-                are missing, since the clip cannot be read, are sent as NaN.
+            logits: (B, classes); rows after the first `len(positions)` belong to no clip and are not sent.
+            positions: Of the clips in the micro-batch, (B,) int64 on the host. A clip of this rank that cannot be read
+                has no position here; its row is sent as NaN.
         """
-        positions = self._positions[rank()]
-        local = logits.new_full((len(positions), logits.shape[1]), float("nan"))
-        local[places - positions.start] = logits[: len(places)]
+        all_positions = self._positions[rank()]
+        local = logits.new_full((len(all_positions), logits.shape[1]), float("nan"))
+        local[positions - all_positions.start] = logits[: len(positions)]
         self._broadcast(local)
 
-    def receive(self, places: Tensor, clips: int) -> Tensor:
+    def receive(self, positions: Tensor, clips: int) -> Tensor:
         """Waits for the logits of a micro-batch. A rank of another group calls it after `start`.
 
         Args:
-            places: The positions of this rank's clips in the micro-batch, (B,) int64 on the host.
+            positions: Of this rank's clips in the micro-batch, (B,) int64 on the host.
             clips: The number of rows to return; at least B.
 
         Returns:
@@ -184,7 +184,7 @@ class TeacherLogits:
             work.wait()
         micro_batch = torch.cat([values for values, _ in self._transfers])  # (clips of the micro-batch, classes)
         found = micro_batch.new_full((clips, micro_batch.shape[1]), float("nan"))
-        found[: len(places)] = micro_batch[places.to(micro_batch.device)]
+        found[: len(positions)] = micro_batch[positions.to(micro_batch.device)]
         return found
 
     def _broadcast(self, local: Tensor | None) -> None:

@@ -126,7 +126,7 @@ class _Inputs(NamedTuple):
     clips: Tensor  # (B, C, T, S, S) normalised
     labels: Tensor  # (B, classes) soft labels
     weights: Tensor  # (B,) 1, or 0 for a clip whose loss does not count
-    places: Tensor  # (clips that were read,) int64, their positions in the micro-batch of all ranks; on the host
+    positions: Tensor  # (clips that were read,) int64, their positions in the micro-batch of all ranks; on the host
 
 
 def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tallies: dict[str, Tally]) -> None:
@@ -151,7 +151,7 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
             heads = _forward_at(point, inputs, targets, role, state)
             own = heads.logits().detach()  # (B, classes)
             if point == points[0]:
-                received = teacher_logits(role, own, inputs.places)
+                received = teacher_logits(role, own, inputs.positions)
                 if received is not None:
                     # A clip that the teacher could not read is NaN there; it must not teach, nor learn from the labels.
                     weights = weights * received.isfinite().all(-1)
@@ -168,13 +168,13 @@ def points_here(group: Group, drawn: Collection[str]) -> tuple[str, ...]:
     return tuple(point for point in group.points if point in drawn)
 
 
-def teacher_logits(role: RankRole, own: Tensor, places: Tensor) -> Tensor | None:
+def teacher_logits(role: RankRole, own: Tensor, positions: Tensor) -> Tensor | None:
     """Sends or receives the logits of the costliest point, once per micro-batch.
 
     Args:
         role: The role of this rank.
         own: This rank's logits at its first point, (B, classes); sent if it is the costliest point.
-        places: The positions of this rank's clips in the micro-batch.
+        positions: Of this rank's clips in the micro-batch.
 
     Returns:
         The teacher's logits on this rank's clips, (B, classes), NaN where the teacher could not read a clip. None if
@@ -183,9 +183,9 @@ def teacher_logits(role: RankRole, own: Tensor, places: Tensor) -> Tensor | None
     if role.teacher_logits is None:
         return None
     if role.teaches:
-        role.teacher_logits.send(own, places)
+        role.teacher_logits.send(own, positions)
         return None
-    return role.teacher_logits.receive(places, len(own))
+    return role.teacher_logits.receive(positions, len(own))
 
 
 def loss_at(point: str, heads: Heads, targets: Targets, logits: dict[str, Tensor], config: Config) -> Tensor:
@@ -221,11 +221,11 @@ def _prepare(batch: Batch, number: int, state: State) -> _Inputs:
     config, device, dtype = state.config, state.device, state.model.head.weight.dtype
     model, data = config.model, config.data
     first = number * (config.train.batch // config.train.accumulate)  # position of the micro-batch in the step
-    places = torch.tensor(batch.positions, dtype=torch.int64) - first
+    positions = torch.tensor(batch.positions, dtype=torch.int64) - first
     if not len(batch.labels):
         # The backward pass of an empty clip adds zeros, so that the other ranks get this rank's part of each sum.
         clips = torch.zeros((1, 3, model.num_frames, model.size, model.size), dtype=dtype, device=device)
-        return _Inputs(clips, torch.zeros((1, model.num_classes), device=device), clips.new_zeros(1), places)
+        return _Inputs(clips, torch.zeros((1, model.num_classes), device=device), clips.new_zeros(1), positions)
     clips, labels = mix(
         normalise(batch.clips, model.mean, model.std, dtype),
         batch.labels,
@@ -236,7 +236,7 @@ def _prepare(batch: Batch, number: int, state: State) -> _Inputs:
         smoothing=config.loss.label_smoothing,
         seed=seed_of("mix", config.run.seed, state.step),
     )
-    return _Inputs(clips, labels, torch.ones(len(batch.labels), device=device), places)
+    return _Inputs(clips, labels, torch.ones(len(batch.labels), device=device), positions)
 
 
 def _sums_over_ranks(state: State, tallies: dict[str, Tally], failures: int) -> dict[str, float]:
