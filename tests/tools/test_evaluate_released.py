@@ -67,7 +67,7 @@ def evaluated(released: tuple[Path, Any], tmp_path_factory: pytest.TempPathFacto
     done = tool("evaluate_released", released[0], config, *settings)
     assert done.returncode == 0, done.stderr
     assert "has image_mean [0.5, 0.5, 0.5]; the evaluation uses model.mean [0.45, 0.45, 0.45]" in done.stderr
-    assert "fixed:8" in done.stdout and "1 clips x 3 crops" in done.stdout
+    assert "fixed:8" in done.stdout and "1 clip x 3 crops" in done.stdout
     return folder / "run", config
 
 
@@ -148,7 +148,7 @@ def test_an_image_model_has_the_points_and_crops_of_its_config(tmp_path: Path) -
     torch.save(TimeSformer(config.model).state_dict(), tmp_path / "weights.pth")
     done = tool("evaluate_released", tmp_path / "weights.pth", tmp_path / "images.yaml", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    assert "1 clips x 1 crops" in done.stdout
+    assert "1 clip x 1 crop" in done.stdout
     assert all(f"fixed:{point} " in done.stdout for point in config.model.points)
 
 
