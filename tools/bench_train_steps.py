@@ -84,7 +84,7 @@ def our_step(config: Config, steps: int) -> Turn:
         given = (config, role.plan, role.teacher_logits.dtype, state.device)
         timed, silent_role = _TimedLogits(*given), replace(role, teacher_logits=_SilentLogits(*given))
         role = replace(role, teacher_logits=timed)
-    batches = _batches(config, role, state.device)
+    batches = random_batches(config, role, state.device)
 
     def seconds_a_step(role: RankRole) -> float:
         wait_for_all()
@@ -109,7 +109,7 @@ def our_step(config: Config, steps: int) -> Turn:
     return turn
 
 
-def _batches(config: Config, role: RankRole, device: torch.device) -> list[Batch]:
+def random_batches(config: Config, role: RankRole, device: torch.device) -> list[Batch]:
     """This rank's clips of every micro-batch of a step; the global batch is the same in every layout."""
     model, clips = config.model, config.train.batch // config.train.accumulate
     generator = torch.Generator().manual_seed(config.run.seed)

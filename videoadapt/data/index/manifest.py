@@ -31,7 +31,7 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing, write_json
 from videoadapt.runtime.machine import worker_count
 
-_SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the same order
+SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the same order
     [
         *((name, pa.string()) for name in ("path", "video", "source")),
         *((name, pa.int64()) for name in ("label", "frames")),
@@ -93,7 +93,7 @@ class Manifest:
 
     def __init__(self, table: pa.Table | pd.DataFrame, classes: Sequence[str], fingerprint: str = "") -> None:
         if isinstance(table, pd.DataFrame):
-            table = pa.Table.from_pandas(table, schema=_SCHEMA, preserve_index=False)
+            table = pa.Table.from_pandas(table, schema=SCHEMA, preserve_index=False)
         # Arrow's buffers have no reference counts, so forked loader workers share them. Python objects would be copied
         # page by page, because reading them changes their counts.
         self._arrow = table.combine_chunks().replace_schema_metadata()
@@ -162,7 +162,7 @@ class Manifest:
         except (KeyError, ValueError):
             raise UserError(f"{path}: not a manifest of videoadapt; make one with `videoadapt index`") from None
         # The stored hash detects a table that another program filtered or edited.
-        if not table.schema.equals(_SCHEMA) or expected != (manifest := cls(table, classes, fingerprint)).hash:
+        if not table.schema.equals(SCHEMA) or expected != (manifest := cls(table, classes, fingerprint)).hash:
             raise UserError(f"{path}: its columns or rows were changed; make it again with `videoadapt index`")
         return manifest
 
@@ -315,7 +315,7 @@ def _require_utf8(listed: Sequence[ListedVideo]) -> None:
 
 def _table(listed: Sequence[ListedVideo], results: Mapping[str, ProbeResult]) -> pa.Table:
     columns = zip(*(_row_of(video, results[video.path]) for video in listed), strict=True)
-    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+    return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
 def _row_of(video: ListedVideo, result: ProbeResult) -> Row:
