@@ -69,14 +69,14 @@ class TimeSformer(nn.Module):
         self.class_names = class_names
         self.activation_checkpointing = False  # the training loop sets it; it saves memory and changes no value
         self.points = {p: Point.parse(p) for p in config.points}
-        # For each point: how many patch tokens per frame leave each block.
+        # For each point, how many patch tokens per frame leave each block: (196, 196, ...).
         self.patches = {p: point.patches(config.depth, config.drop_blocks) for p, point in self.points.items()}
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = PositionEmbed(config)
         if config.temporal:
             self.time_embed = nn.Parameter(torch.zeros(config.num_frames, config.width))
-        # Later blocks are dropped more often. On the CPU even under `torch.device("meta")`: the rates are read here.
+        # Drop path rates grow with depth. On the CPU even under `torch.device("meta")`, since they are read here.
         drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in drops)
         self.norm = LengthNorm(config.width, config.lengths, eps=config.norm_eps, shared=config.share_norm)
@@ -113,7 +113,7 @@ class TimeSformer(nn.Module):
             UserError: The model does not have the point, or the clips have another shape.
         """
         key = str(point)
-        if key not in self.points:  # torch.compile need not trace the parsing of a point that is written as ours
+        if key not in self.points:  # parsed only if it is written in another way: torch.compile traces this code
             key = canonical(key)
         self._check(clips, key)
         length = self.points[key].length

@@ -70,9 +70,7 @@ def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[st
     for point in points:
         right.bar(shown["class"].astype(str), shown[point], bottom=bottom, color=colours[point], label=point)
         bottom += shown[point]
-    right.set(
-        xlabel="class, costliest first", ylabel="fraction of clips", ylim=(0, 1), title="mix of points per class"
-    )
+    right.set(xlabel="class, costliest first", ylabel="fraction of clips", ylim=(0, 1), title="mix of points per class")
     right.tick_params(axis="x", labelsize=7, rotation=90)
     right.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
