@@ -1,4 +1,4 @@
-"""The ranks of a program as processes of this machine, started as srun would start them, without a SLURM."""
+"""Starts the ranks of a program as processes of this machine, with the environment of srun but without SLURM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-JOIN_S = 60.0  # enough on a busy machine
+JOIN_S = 60.0  # ranks import torch first, which is slow on a busy machine
 HEAD = """
 import os, sys, time
 from pathlib import Path
@@ -23,13 +23,13 @@ config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": 
 
 
 def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
-    """The variables that srun gives to a task."""
+    """Returns the environment variables that srun sets for a task."""
     numbers = {"STEP_NUM_TASKS": world, "NTASKS": world, "PROCID": rank, "LOCALID": rank, "STEP_ID": 0}
     return {"SLURM_JOB_ID": job, **{f"SLURM_{name}": str(number) for name, number in numbers.items()}}
 
 
 class Ranks:
-    """A program's ranks; it is text that follows `HEAD`."""
+    """The ranks of a program. The program is source code that follows `HEAD`."""
 
     def __init__(
         self, program: str, folder: Path, world: int, *, started: list[int] | None = None, join_s: float = JOIN_S
@@ -46,10 +46,10 @@ class Ranks:
         }
 
     def ended(self, timeout_s: float = 100.0) -> dict[int, tuple[int, str]]:
-        """Exit code and standard error by rank, when all have ended."""
+        """Waits until all ranks have ended; returns exit code and standard error by rank."""
         try:
-            told = {rank: process.communicate(timeout=timeout_s)[1] for rank, process in self.processes.items()}
-            return {rank: (process.returncode, told[rank]) for rank, process in self.processes.items()}
+            errors = {rank: process.communicate(timeout=timeout_s)[1] for rank, process in self.processes.items()}
+            return {rank: (process.returncode, errors[rank]) for rank, process in self.processes.items()}
         finally:
             for process in self.processes.values():
                 process.kill()

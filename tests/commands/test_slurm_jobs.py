@@ -294,7 +294,7 @@ def test_processes_of_an_earlier_start_cannot_write_any_more(slurm: Slurm) -> No
     assert f"the owner is now job {job}, restart 1, process" in errors
     assert f"this process (job {job}, restart 0, process {old} on" in errors
     before = steps(config)
-    wait_until(lambda: steps(config) > before, 30, lambda: "the new start to go on")
+    wait_until(lambda: steps(config) > before, 30, lambda: "the new start to continue")
     slurm.cluster.run("scancel", job)
     slurm.cluster.revive_node("127.0.0.3")
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from videoadapt.errors import RunError, UserError
-from videoadapt.runtime.console import say
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
@@ -248,6 +247,8 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     drawn = draw_costs(loaded.run.dir, result)  # empty before an evaluation
     _show(result, as_json, print_flops)
     if drawn and not as_json:
+        from videoadapt.runtime.console import say
+
         say("figures: " + ", ".join(map(str, drawn)))
 
 
