@@ -1,14 +1,16 @@
-"""Starts the ranks of a program as processes of this machine, with the environment of srun but without SLURM."""
+"""Runs the ranks of a test program as processes of this machine, with the environment that srun would give them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-JOIN_S = 60.0  # ranks import torch first, which is slow on a busy machine
+JOIN_S = 60.0  # enough for a rendezvous on a busy machine
 HEAD = """
 import os, sys, time
 from pathlib import Path
@@ -21,35 +23,98 @@ folder = Path(sys.argv[1])
 config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": float(sys.argv[2])}})
 """
 
+# Ranks are forked from a server process that has imported the large libraries once, because that takes seconds for each
+# new interpreter. Our own modules are not in the list: `runtime.console` reads the rank when it is imported.
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(["torch.distributed", "torchvision", "timm", "pandas", "pydantic", "rich.progress"])
+
 
 def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
-    """Returns the environment variables that srun sets for a task."""
+    """Returns the environment variables that srun gives to a task."""
     numbers = {"STEP_NUM_TASKS": world, "NTASKS": world, "PROCID": rank, "LOCALID": rank, "STEP_ID": 0}
     return {"SLURM_JOB_ID": job, **{f"SLURM_{name}": str(number) for name, number in numbers.items()}}
 
 
+def _run_rank(program: str, arguments: list[str], environment: dict[str, str], stderr: Path) -> None:
+    os.environ.clear()  # the server's environment is that of the first job
+    os.environ.update(environment)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["program", *arguments]
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    try:
+        exec(compile(program, "program", "exec"), namespace)
+    finally:
+        _save_coverage()
+
+
+def _save_coverage() -> None:
+    """A forked process ends without the exit handlers of the interpreter, one of which would save the coverage."""
+    try:
+        from coverage import Coverage
+    except ImportError:
+        return
+    if current := Coverage.current():
+        current.stop()
+        current.save()
+
+
 class Ranks:
-    """The ranks of a program. The program is source code that follows `HEAD`."""
+    """The running ranks of a job.
+
+    Args:
+        program: Python code that follows `HEAD`.
+        folder: The run folder.
+        world: The number of ranks of the job.
+        started: The ranks to start; None = all.
+        join_s: `parallel.join_s`.
+    """
 
     def __init__(
         self, program: str, folder: Path, world: int, *, started: list[int] | None = None, join_s: float = JOIN_S
     ) -> None:
         self.since = time.monotonic()
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        self._logs = {rank: logs / f"{time.monotonic_ns()}-{rank}" for rank in range(world)}
         self.processes = {
-            rank: subprocess.Popen(
-                [sys.executable, "-c", HEAD + program, str(folder), str(join_s)],
-                env=os.environ | as_step(rank, world),
-                stderr=subprocess.PIPE,
-                text=True,
+            rank: _FORK_SERVER.Process(
+                target=_run_rank,
+                args=(
+                    HEAD + program,
+                    [str(folder), str(join_s)],
+                    os.environ | as_step(rank, world),
+                    self._logs[rank],
+                ),
             )
             for rank in (range(world) if started is None else started)
         }
+        for process in self.processes.values():
+            process.start()
 
-    def ended(self, timeout_s: float = 100.0) -> dict[int, tuple[int, str]]:
-        """Waits until all ranks have ended; returns exit code and standard error by rank."""
+    def ended(self, timeout_s: float = 240.0, only: Iterable[int] | None = None) -> dict[int, tuple[int, str]]:
+        """Waits until the ranks have ended; kills all ranks.
+
+        Args:
+            timeout_s: How long they may take.
+            only: The ranks to wait for; None = all.
+
+        Returns:
+            Exit code and standard error of each of these ranks.
+
+        Raises:
+            TimeoutError: A rank has not ended in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        results = {}
         try:
-            errors = {rank: process.communicate(timeout=timeout_s)[1] for rank, process in self.processes.items()}
-            return {rank: (process.returncode, errors[rank]) for rank, process in self.processes.items()}
+            for rank in self.processes if only is None else only:
+                self.processes[rank].join(max(0.0, deadline - time.monotonic()))
+                code = self.processes[rank].exitcode
+                if code is None:
+                    raise TimeoutError(f"rank {rank} has not ended within {timeout_s:g} s")
+                results[rank] = code, self._logs[rank].read_text(errors="replace")
         finally:
             for process in self.processes.values():
                 process.kill()
+                process.join()
+        return results

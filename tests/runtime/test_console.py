@@ -1,163 +1,17 @@
-"""Files written whole or not at all, curves without the steps that were lost, and what goes to which stream."""
+"""Messages and progress go to stderr, tables to stdout; formats of numbers."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import stat
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
-import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from videoadapt.runtime.console import Bar, duration, print_table, say
-from videoadapt.runtime.files import replacing, write_csv, write_json, write_parquet
-from videoadapt.training.metrics import Metrics
-
-
-def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.txt"
-    with replacing(path) as temporary:
-        temporary.write_text("first")
-        assert not path.exists()
-    with replacing(path) as temporary:
-        assert temporary.parent == path.parent  # else the renaming would not be atomic
-        temporary.write_text("second")
-        assert path.read_text() == "first"
-    assert path.read_text() == "second"
-    assert os.listdir(path.parent) == ["a.txt"]
-
-
-def test_a_replaced_file_can_be_read_by_others(tmp_path: Path) -> None:
-    with replacing(tmp_path / "a") as temporary:
-        temporary.write_text("x")
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(error), replacing(path) as temporary:
-        temporary.write_text("half of the new")
-        raise error
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    with replacing(path) as one, replacing(path) as other:
-        assert one != other
-        one.write_text("one")
-        other.write_text("other")
-    assert path.read_text() == "one"  # the last to finish
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_a_temporary_file_is_hidden_from_patterns(tmp_path: Path) -> None:
-    with replacing(tmp_path / "step-1.safetensors") as temporary:
-        assert list(tmp_path.glob("step-*")) == []
-        assert temporary.exists()
-
-
-def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    script = f"""
-        import os, signal
-        from pathlib import Path
-        from videoadapt.runtime.files import replacing
-        with replacing(Path({str(path)!r})) as temporary:
-            temporary.write_text("half of the new")
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    found = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=60)
-    assert found.returncode == -signal.SIGKILL
-    assert path.read_text() == "old"
-
-
-def test_json_is_written_whole_and_without_nan(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": [1, None, 0.1], "b": "ü"})
-    assert json.loads(path.read_text()) == {"a": [1, None, 0.1], "b": "ü"}
-    before = path.read_text()
-    for value in ({"a": float("nan")}, {"a": object()}):
-        with pytest.raises((ValueError, TypeError)):
-            write_json(path, value)
-    assert path.read_text() == before
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_tables_are_written_whole(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"video": ["a", "b"], "macs": [1, 2]})
-    write_parquet(tmp_path / "a.parquet", frame)
-    write_csv(tmp_path / "a.csv", frame)
-    assert pd.read_parquet(tmp_path / "a.parquet").equals(frame)
-    assert pd.read_csv(tmp_path / "a.csv").equals(frame)
-    assert sorted(os.listdir(tmp_path)) == ["a.csv", "a.parquet"]
-
-
-# Training curves.
-
-
-def record(folder: Path, start: int, stop: int, run: int = 0) -> None:
-    metrics = Metrics(folder, start)
-    for step in range(start + 1, stop + 1):
-        metrics.write(step, {"loss": step / 10, "run": run})
-    metrics.close()
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_curves_are_one_object_a_line(tmp_path: Path) -> None:
-    record(tmp_path, 0, 3)
-    assert lines(tmp_path) == [{"step": s, "loss": s / 10, "run": 0} for s in (1, 2, 3)]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
-
-
-def test_steps_after_the_checkpoint_are_dropped_and_written_again(tmp_path: Path) -> None:
-    record(tmp_path, 0, 7, run=1)
-    record(tmp_path, 4, 6, run=2)
-    assert [(line["step"], line["run"]) for line in lines(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
-
-
-def test_a_run_from_the_beginning_drops_all(tmp_path: Path) -> None:
-    record(tmp_path, 0, 3)
-    Metrics(tmp_path, 0).close()
-    assert lines(tmp_path) == []
-
-
-def test_a_run_that_was_complete_loses_nothing(tmp_path: Path) -> None:
-    record(tmp_path, 0, 3)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    Metrics(tmp_path, 3).close()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"loss": 1}', "[2]", "2", "", "\0\0\0", '{"step": null}'])
-def test_a_line_torn_by_a_crash_is_dropped(tmp_path: Path, torn: str) -> None:
-    record(tmp_path, 0, 2)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(torn)
-    record(tmp_path, 2, 3)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-
-
-def test_a_step_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, 0)
-    metrics.write(1, {"loss": 0.5})
-    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
-    metrics.close()
-
-
-# Streams.
+from videoadapt.runtime import console
+from videoadapt.runtime.console import Bar, duration, macs, percent, print_table, say
 
 
 def test_messages_and_progress_go_to_stderr_and_tables_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
@@ -173,9 +27,34 @@ def test_messages_and_progress_go_to_stderr_and_tables_to_stdout(capfd: pytest.C
     out, err = capfd.readouterr()
     assert err == ""
     assert all(word in out for word in ("Costs", "point", "196 G", "48.1 G"))
+    print_table("Checks", ("a rank", "value"), [(0, 1)], to_stderr=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "a rank" in err
 
 
-def test_a_table_prints_its_cells_as_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_prints_messages() -> None:
+    program = "from videoadapt.runtime.console import say; say('a message')"
+    for rank in "01":
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"WORLD_SIZE": "2", "RANK": rank},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert done.stderr == ("a message\n" if rank == "0" else "")
+
+
+def test_columns_of_numbers_are_aligned_to_the_right(capfd: pytest.CaptureFixture[str]) -> None:
+    print_table("T", ("name", "MACs", "top-1 %"), [("a", "196 G", 75.3), ("long name", "48.1 G", "-")])
+    first, second = capfd.readouterr().out.splitlines()[4:6]
+    cells = [[cell[1:-1] for cell in line.strip("│").split("│")] for line in (first, second)]
+    assert cells == [["a        ", " 196 G", "   75.3"], ["long name", "48.1 G", "      -"]]
+
+
+def test_a_table_does_not_interpret_markup_in_cells(capfd: pytest.CaptureFixture[str]) -> None:
     print_table("T", ("name", "n"), [("[red]x[/red]", 1)])
     print_table("nothing", ("empty",), [])
     out = capfd.readouterr().out
@@ -183,7 +62,7 @@ def test_a_table_prints_its_cells_as_they_are(capfd: pytest.CaptureFixture[str])
     assert "nothing" in out
 
 
-def test_progress_in_a_log_file_counts_from_where_it_started(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_a_resumed_run_starts_from_its_old_count(capfd: pytest.CaptureFixture[str]) -> None:
     with Bar("label", total=10, unit="videos", start=6, every_s=0.0) as bar:
         bar.step(2)
         bar.step(2)
@@ -192,7 +71,23 @@ def test_progress_in_a_log_file_counts_from_where_it_started(capfd: pytest.Captu
     assert err[-1].startswith("label: 10/10 videos in")
 
 
-def test_a_bar_tells_how_far_it_came_when_the_work_fails(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_remaining_time_follows_from_the_speed_of_this_run(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with Bar("label", total=10, unit="videos", start=6, every_s=30.0) as bar:
+        now = 120.0
+        bar.step(1)  # too early for a line
+        now = 140.0
+        bar.step(1, "note")  # 20 s for each of 2 videos, 2 remain
+    assert capfd.readouterr().err.splitlines() == [
+        "label: 8/10 videos note 0:40 left",
+        "label: 8/10 videos in 0:40 note",
+    ]
+
+
+def test_a_bar_prints_its_count_after_an_exception(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="x"), Bar("index", total=10, unit="videos") as bar:
         bar.step(4)
         raise ValueError("x")
@@ -202,5 +97,39 @@ def test_a_bar_tells_how_far_it_came_when_the_work_fails(capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (59.7, "1:00"), (3599.6, "1:00:00"), (90061, "25:01:01")]
 )
-def test_durations_read_as_clocks(seconds: float, text: str) -> None:
+def test_durations_are_printed_as_minutes_and_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (64_500, "64.5 k"),
+        (1.29951e8, "130 M"),
+        (98.64e9, "98.6 G"),
+        (195.83e9, "196 G"),
+        (999.4e9, "999 G"),
+        (999.7e9, "1 T"),
+        (999_999, "1 M"),
+        (1.7027e12, "1.7 T"),
+        (7.1396e12, "7.14 T"),
+        (1.2345e15, "1234 T"),
+    ],
+)
+def test_macs_have_three_digits_and_a_unit(value: float, text: str) -> None:
+    assert macs(value) == text
+
+
+@given(st.floats(1, 1e15))
+def test_printed_macs_have_no_exponent_and_the_right_value(value: float) -> None:
+    number, _, unit = macs(value).partition(" ")
+    assert "e" not in number
+    printed = float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit]
+    assert abs(printed - value) <= max(0.5, 0.0051 * value)  # whole numbers below 1 k, three digits above
+
+
+def test_fractions_are_printed_in_per_cent() -> None:
+    assert [percent(v) for v in (0.0, 0.7534, 1.0)] == ["0.0", "75.3", "100.0"]

@@ -137,9 +137,7 @@ def test_a_restarted_job_takes_over_and_its_earlier_start_can_save_no_more(
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         with Lease.acquire(tmp_path, "train") as new:
             late = train_checkpoints(tmp_path, guard=new.lock)
-            with pytest.raises(
-                RunError, match=r"now job 5, restart 1, .* \(job 5, restart 0, .*\) was superseded"
-            ):
+            with pytest.raises(RunError, match=r"now job 5, restart 1, .* \(job 5, restart 0, .*\) was superseded"):
                 early.save(2, {"w": torch.ones(1)}, {})
             late.save(3, {"w": torch.full((1,), 3.0)}, {})
             assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [
