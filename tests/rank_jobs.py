@@ -38,6 +38,8 @@ def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
 def _run_rank(program: str, arguments: list[str], environment: dict[str, str], stderr: Path) -> None:
     os.environ.clear()  # the server's environment is that of the first job
     os.environ.update(environment)
+    # Processes of this context would start theirs from the server, too, without what the program patches.
+    multiprocessing.set_start_method("fork", force=True)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.argv = ["program", *arguments]
     namespace: dict[str, Any] = {"__name__": "__main__"}

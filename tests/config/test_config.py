@@ -1,4 +1,4 @@
-"""Points and configs: what is read, what is refused and by which name, and the costs of the published models."""
+"""Points and configs: parsing, inheritance, overrides, errors that name the field, and the published costs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def refusal(values: dict[str, Any]) -> str:
+def error_of(values: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as error:
         make_config(values)
     assert "\n" not in str(error.value)
@@ -61,7 +61,7 @@ def test_points_are_read_from_numbers_and_text(given_as: str | int, point: Point
 
 
 @pytest.mark.parametrize("text", ["", "0", "-7", "014", "14@", "14@0", "14@1.1", "14@-1", "14.0", "big", "14@x", True])
-def test_what_is_no_point_is_refused_with_an_example(text: Any) -> None:
+def test_a_text_of_another_form_is_an_error_with_an_example(text: Any) -> None:
     with pytest.raises(ConfigError, match=r"expected LENGTH or LENGTH@KEEP.*14@0\.7"):
         Point.parse(text)
 
@@ -83,7 +83,7 @@ def test_a_single_point_needs_no_list() -> None:
     assert make_config({"model": {"points": "7"}}).model.points == ("7",)
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_a_single_point_needs_no_list() -> None:
         ({"epochs": 3}, "epochs", "train.epochs"),
     ],
 )
-def test_an_unknown_key_names_the_nearest_known_one(values: dict[str, Any], unknown: str, meant: str) -> None:
-    assert f"unknown key {unknown}; did you mean {meant}" in refusal(values)
+def test_an_unknown_key_is_an_error_that_suggests_another(values: dict[str, Any], unknown: str, meant: str) -> None:
+    assert f"unknown key {unknown}; did you mean {meant}" in error_of(values)
 
 
-def test_known_keys_can_be_set_and_are_all_there() -> None:
+def test_known_keys_are_all_keys_of_a_config() -> None:
     def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
         found = set()
         for key, value in values.items():
@@ -136,8 +136,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "values"), CONTRADICTIONS)
-def test_contradictions_are_refused_by_the_name_of_the_field(field: str, values: dict[str, Any]) -> None:
-    assert refusal(values).startswith(field)
+def test_a_contradiction_is_an_error_that_names_the_field(field: str, values: dict[str, Any]) -> None:
+    assert error_of(values).startswith(field)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_contradictions_are_refused_by_the_name_of_the_field(field: str, values:
         {"model": {"embed": "stem", "patch": 16}},
     ],
 )
-def test_what_only_borders_on_a_contradiction_is_taken(values: dict[str, Any]) -> None:
+def test_values_at_the_limit_of_a_contradiction_are_valid(values: dict[str, Any]) -> None:
     make_config(values)
 
 
@@ -186,9 +186,9 @@ VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), VALUES)
-def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: Any) -> None:
+def test_a_value_out_of_range_is_an_error_with_field_and_value(field: str, value: Any) -> None:
     section, key = field.split(".")
-    message = refusal({section: {key: value}})
+    message = error_of({section: {key: value}})
     assert message.startswith(field)
     assert "got " in message
 
@@ -196,7 +196,7 @@ def test_a_value_out_of_range_is_refused_by_field_and_value(field: str, value: A
 @pytest.mark.parametrize(
     "text", ["{8:1,6:1,4:1}", "{14:4, 10: 2, 7: 1}", "{10+7:1, 14: 1}", "atuo", "{14: 0, 10: 1, 7: 1}", "3", "[14]"]
 )
-def test_groups_of_another_form_are_refused_in_one_sentence_with_an_example(text: str, tmp_path: Path) -> None:
+def test_groups_of_another_form_are_one_error_with_an_example(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path / "a.yaml", ""), [f"parallel.groups={text}"])
     assert str(error.value).startswith("parallel.groups: expected auto, or how many ranks each length has")
@@ -204,22 +204,22 @@ def test_groups_of_another_form_are_refused_in_one_sentence_with_an_example(text
     assert str(error.value).count("parallel.groups") == 1
 
 
-def test_groups_are_taken_with_spaces_and_numbers_from_variables() -> None:
+def test_groups_may_have_spaces_in_keys_and_numbers_as_text() -> None:
     groups = make_config({"parallel": {"groups": {14: 2, "10 + 7": "1"}}}).parallel.groups
     assert groups == {"14": 2, "10+7": 1}
 
 
-def test_several_mistakes_are_told_at_once() -> None:
-    message = refusal({"model": {"depth": 0}, "train": {"lr": -1, "epoch": 3}})
+def test_one_message_has_all_errors() -> None:
+    message = error_of({"model": {"depth": 0}, "train": {"lr": -1, "epoch": 3}})
     assert all(part in message for part in ("model.depth", "train.lr", "train.epoch;"))
 
 
 @pytest.mark.parametrize("values", [{"model": None}, {"model": [1]}, {"train": 3}])
-def test_a_section_that_is_none_is_refused_by_name(values: dict[str, Any]) -> None:
-    assert refusal(values).startswith(next(iter(values)))
+def test_a_section_of_another_type_is_an_error_that_names_it(values: dict[str, Any]) -> None:
+    assert error_of(values).startswith(next(iter(values)))
 
 
-def test_a_config_does_not_change() -> None:
+def test_a_config_is_immutable() -> None:
     config = make_config({})
     with pytest.raises(ValueError, match="frozen"):
         config.train.epochs = 3  # type: ignore[misc]
@@ -228,7 +228,7 @@ def test_a_config_does_not_change() -> None:
 # Files, overrides, inheritance, variables.
 
 
-def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+def test_overrides_are_yaml_and_replace_the_values_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "train: {epochs: 5, lr: 0.1}\n")
     lines = ["train.epochs=7", "model.points=[14, 7]", "run.dir=runs/x=y", "model.fps=null", "train.min_lr=1e-4"]
     config = load_config(path, [*lines, "data.val.annotations=v.csv", "train.epochs=8"])
@@ -239,18 +239,18 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "epochs=3", "=3", "train.=3", "", "train"])
-def test_an_override_of_another_form_is_refused_with_an_example(tmp_path: Path, override: str) -> None:
+def test_an_override_of_another_form_is_an_error_with_an_example(tmp_path: Path, override: str) -> None:
     path = write(tmp_path / "a.yaml", "")
     with pytest.raises(ConfigError, match=r"section\.key=value, such as train\.epochs=5"):
         load_config(path, [override])
 
 
-def test_an_override_of_an_unknown_key_is_refused(tmp_path: Path) -> None:
+def test_an_override_of_an_unknown_key_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.epoch; did you mean train\.epochs\?.*a\.yaml"):
         load_config(write(tmp_path / "a.yaml", ""), ["train.epoch=3"])
 
 
-def test_overrides_do_not_reach_other_keys_of_their_section(tmp_path: Path) -> None:
+def test_an_override_leaves_other_keys_of_its_section_unchanged(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "data: {train: {annotations: a}, val: {annotations: b}, flip: 0.0}\n")
     config = load_config(path, ["data.train.annotations=c"])
     assert (config.data.train.annotations, config.data.val.annotations) == (Path("c"), Path("b"))
@@ -265,24 +265,24 @@ def test_a_config_starts_from_its_base_and_the_base_from_its_own(tmp_path: Path)
     assert (config.train.epochs, config.train.lr, config.train.batch, config.model.depth) == (3, 0.2, 8, 3)
 
 
-def test_lists_of_the_base_are_replaced_not_joined(tmp_path: Path) -> None:
+def test_a_list_replaces_the_list_of_the_base(tmp_path: Path) -> None:
     write(tmp_path / "b.yaml", "model: {points: [14, 10, 7]}\n")
     assert load_config(write(tmp_path / "a.yaml", "base: b.yaml\nmodel: {points: [14]}\n")).model.points == ("14",)
 
 
-def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+def test_bases_in_a_circle_are_an_error(tmp_path: Path) -> None:
     write(tmp_path / "b.yaml", "base: a.yaml\n")
     with pytest.raises(ConfigError, match="circle"):
         load_config(write(tmp_path / "a.yaml", "base: b.yaml\n"))
 
 
 @pytest.mark.parametrize("base", ["3", "[b.yaml]", "{a: b}"])
-def test_a_base_that_is_no_name_is_refused(tmp_path: Path, base: str) -> None:
+def test_a_base_that_is_not_a_name_is_an_error(tmp_path: Path, base: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.yaml: base: expected the name"):
         load_config(write(tmp_path / "a.yaml", f"base: {base}\n"))
 
 
-def test_a_missing_file_or_base_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_or_base_is_an_error_that_names_it(tmp_path: Path) -> None:
     for path in (tmp_path / "gone.yaml", write(tmp_path / "a.yaml", "base: gone.yaml\n"), tmp_path):
         with pytest.raises(ConfigError, match=r"cannot read this config: (No such file|Is a directory)") as error:
             load_config(path)
@@ -290,26 +290,26 @@ def test_a_missing_file_or_base_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["model: {depth: 3", "a:\n\t- b", "model: !!python/object:os.system {}", "a: b: c"])
-def test_invalid_yaml_is_told_in_one_line_with_its_file(tmp_path: Path, text: str) -> None:
+def test_invalid_yaml_is_an_error_of_one_line_with_the_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.yaml: not valid YAML") as error:
         load_config(write(tmp_path / "a.yaml", text))
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"model: \xff\xfe")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(path)
 
 
-def test_a_file_without_sections_is_refused_and_an_empty_one_is_all_defaults(tmp_path: Path) -> None:
+def test_a_list_is_an_error_and_an_empty_file_has_all_defaults(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected sections such as"):
         load_config(write(tmp_path / "list.yaml", "- a\n- b\n"))
     assert load_config(write(tmp_path / "empty.yaml", "# nothing\n")) == Config()
 
 
-def test_variables_stand_for_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_replaced_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VA_ROOT", "/videos")
     monkeypatch.delenv("VA_NONE", raising=False)
     text = (
@@ -320,7 +320,7 @@ def test_variables_stand_for_the_environment(tmp_path: Path, monkeypatch: pytest
     assert config.run.dir == Path("/videos/run")
 
 
-def test_a_variable_that_is_not_set_names_the_field_and_the_way_out(
+def test_a_variable_that_is_not_set_is_an_error_with_the_field_and_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VA_NONE", raising=False)
@@ -336,9 +336,7 @@ def test_variables_in_overrides_are_replaced_too(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_says_what_it_expects_survives_a_round_trip_and_makes_a_model(
-    path: Path, tmp_path: Path
-) -> None:
+def test_every_config_has_a_head_comment_loads_dumps_and_builds_a_model(path: Path, tmp_path: Path) -> None:
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any("videoadapt" in line for line in head)
     assert any("esult" in line for line in head)
@@ -401,7 +399,7 @@ def test_flops_agree_with_the_costs_of_the_variants(change: str, length_10: floa
     assert round(found["14"] / 1e9, 1) == 195.8
 
 
-def test_images_cost_what_supervit_prints_for_all_tokens() -> None:
+def test_image_models_cost_what_supervit_prints_at_keep_1() -> None:
     from videoadapt.config.cost import point_macs
 
     config = load_config(B_K400.with_name("deit_s_in1k.yaml"), ["model.points=[14,12,10,8]"])
@@ -431,8 +429,6 @@ def test_config_errors_are_user_errors() -> None:
         (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different cascades"),
     ],
 )
-def test_contradictions_of_points_heads_and_cascades_are_refused_before_any_work(
-    words: list[str], message: str
-) -> None:
+def test_contradictions_of_points_heads_and_cascades_are_errors(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(next(path for path in CONFIGS if path.name == "timesformer_b_k400.yaml"), words)

@@ -66,23 +66,23 @@ def counted(config: ModelConfig, point: str, batch: int = 1) -> int:
     ],
     ids=str,
 )
-def test_costs_are_what_torch_counts(changes: dict[str, Any]) -> None:
+def test_costs_equal_what_torch_counts(changes: dict[str, Any]) -> None:
     config = tiny(**changes)
     assert point_macs(config) == {point: counted(config, point) for point in config.points}
 
 
-def test_costs_are_per_view_whatever_the_batch() -> None:
+def test_costs_per_view_do_not_depend_on_the_batch() -> None:
     config = tiny()
     assert counted(config, "5", batch=4) == 4 * point_cost(config, "5").total
 
 
-def test_a_point_may_be_given_as_text_or_point() -> None:
+def test_a_point_is_given_as_text_or_as_a_point() -> None:
     config = tiny(distill_token=True)
     for point in config.points:
         assert point_cost(config, point) == point_cost(config, Point.parse(point))
 
 
-def test_the_parts_add_up_and_only_those_that_exist_cost_something() -> None:
+def test_components_add_up_to_the_total_and_a_missing_component_costs_nothing() -> None:
     cost = point_cost(tiny(**IMAGE), "8")
     assert cost.temporal_attention == 0
     assert sum(asdict(cost).values()) == cost.total
@@ -103,7 +103,7 @@ def test_points_are_listed_costliest_first(points: set[tuple[int, float]], token
 @pytest.mark.parametrize(
     "config", [AssignConfig(frames=2, size=48, stages=4), AssignConfig(frames=1, size=32, stages=3)]
 )
-def test_the_assigners_cost_is_what_torch_counts(config: AssignConfig) -> None:
+def test_the_cost_of_the_assigner_equals_what_torch_counts(config: AssignConfig) -> None:
     assigner = Assigner(config, 3).eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         assigner(torch.zeros(1, 3, config.frames, config.size, config.size, dtype=torch.uint8))
@@ -111,7 +111,7 @@ def test_the_assigners_cost_is_what_torch_counts(config: AssignConfig) -> None:
     assert assigner_macs(config, 3) > 1000
 
 
-def test_counting_the_assigner_leaves_torchs_default_device_and_random_state_alone() -> None:
+def test_counting_the_assigner_changes_neither_default_device_nor_random_state() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     assigner_macs(AssignConfig(frames=1, size=32, stages=2), 3)
@@ -128,7 +128,7 @@ LVVIT_S = {14: (3.4, 4.3, 6.6), 12: (2.5, 3.2, 4.7), 10: (1.7, 2.2, 3.3), 8: (1.
     ("name", "printed", "tolerance"),
     [("deit_s", DEIT_S, {"abs": 0.005}), ("lvvit_s", LVVIT_S, {"rel": 0.03})],  # the printed digit; 3 %
 )
-def test_the_grids_of_supervit_cost_what_its_table_says(
+def test_the_points_of_supervit_cost_what_its_table_1_prints(
     tmp_path: Path, name: str, printed: dict[int, tuple[float, ...]], tolerance: dict[str, Any]
 ) -> None:
     """By the command, and by what torch counts on a real forward pass."""

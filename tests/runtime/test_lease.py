@@ -1,4 +1,4 @@
-"""One writer in a run folder: who is refused, who takes over, and who can write no more."""
+"""Leases: one writer in a run folder, which owners are replaced, and which processes cannot write any more."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_owner(folder: Path, owner: Owner) -> None:
 
 
 def another_process() -> Owner:
-    """One that runs: the parent of this one."""
+    """A process that is running: the parent of this one."""
     pid = os.getppid()
     return replace(Owner.this_process(), pid=pid, born=module._start_time(pid))
 
@@ -38,24 +38,24 @@ def another_process() -> Owner:
 ELSEWHERE = Owner(host="node7", machine="another", pid=1, born="1", job=None, restarts=0)
 
 
-def test_a_lease_is_given_back(tmp_path: Path) -> None:
+def test_a_lease_is_released(tmp_path: Path) -> None:
     for _ in range(2):
         with Lease.acquire(tmp_path, "train") as lease, lease.lock():
             assert json.loads((tmp_path / "train.owner").read_text())["pid"] == os.getpid()
         assert (tmp_path / "train.owner").read_text() == ""
 
 
-def test_a_second_run_is_refused_at_once_with_the_owner(tmp_path: Path) -> None:
+def test_a_second_run_is_an_immediate_error_that_names_the_owner(tmp_path: Path) -> None:
     write_owner(tmp_path, another_process())
     started = time.monotonic()
     with pytest.raises(RunError, match=rf"in use by process {os.getppid()} on .*; wait until it ends, cancel it"):
         Lease.acquire(tmp_path, "train").__enter__()
     assert time.monotonic() - started < 5
-    with Lease.acquire(tmp_path, "label"):  # another stage
+    with Lease.acquire(tmp_path, "label"):  # of another stage
         pass
 
 
-def test_a_process_that_was_killed_owns_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
@@ -70,7 +70,7 @@ with Lease.acquire(Path({str(tmp_path)!r}), "train"):
         pass
 
 
-def test_a_number_of_a_process_that_was_used_again_is_not_its_owner(tmp_path: Path) -> None:
+def test_another_process_with_the_id_of_the_owner_is_not_the_owner(tmp_path: Path) -> None:
     write_owner(tmp_path, replace(another_process(), born="1"))
     with Lease.acquire(tmp_path, "train"):
         pass
@@ -86,7 +86,7 @@ def test_a_number_of_a_process_that_was_used_again_is_not_its_owner(tmp_path: Pa
         ({}, None),
     ],
 )
-def test_a_job_elsewhere_is_asked_for(
+def test_slurm_is_asked_about_a_job_on_another_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: dict[str, str] | None, refusal: str | None
 ) -> None:
     write_owner(tmp_path, replace(ELSEWHERE, job="5"))
@@ -99,13 +99,13 @@ def test_a_job_elsewhere_is_asked_for(
             pass
 
 
-def test_a_process_elsewhere_without_a_job_may_still_run(tmp_path: Path) -> None:
+def test_a_process_on_another_machine_without_a_job_is_not_replaced(tmp_path: Path) -> None:
     write_owner(tmp_path, ELSEWHERE)
     with pytest.raises(RunError, match="If it has certainly ended, delete"):
         Lease.acquire(tmp_path, "train").__enter__()
 
 
-def test_label_and_evaluate_write_nothing_once_superseded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_superseded_label_and_evaluate_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1})
     train(config)
     for stage, function in (("label", label), ("evaluate", evaluate)):
@@ -121,13 +121,13 @@ def test_label_and_evaluate_write_nothing_once_superseded(tmp_path: Path, monkey
         assert not list(config.run.dir.glob(f"{'labels' if stage == 'label' else stage}/*"))
 
 
-def test_a_torn_file_names_nobody(tmp_path: Path) -> None:
+def test_an_owner_file_cut_off_by_a_crash_has_no_owner(tmp_path: Path) -> None:
     (tmp_path / "train.owner").write_text('{"host": "no')
     with Lease.acquire(tmp_path, "train"):
         pass
 
 
-def test_a_restarted_job_takes_over_and_its_earlier_start_can_save_no_more(
+def test_a_restarted_job_replaces_its_earlier_start_which_cannot_write_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
@@ -149,7 +149,7 @@ def test_a_restarted_job_takes_over_and_its_earlier_start_can_save_no_more(
                 Lease.acquire(tmp_path, "train").__enter__()
 
 
-def test_nobody_takes_over_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_is_not_replaced_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOCK_TIMEOUT_S", 0.2)
     with Lease.acquire(tmp_path, "train") as lease, lease.lock():
         with pytest.raises(RunError, match=r"train\.owner: another process has locked this file for 0\.2 s"):

@@ -1,4 +1,4 @@
-"""How many CPUs a run takes itself to have: the least of what limits it, shared by the ranks of a node."""
+"""The number of CPUs: the smallest limit, divided by the ranks of a node."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ V1 = "5:memory:/slurm/job_7\n4:cpu,cpuacct:/slurm/job_7\n1:name=systemd:/\n0::/\
         (V1, {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 3),  # inside a container
     ],
 )
-def test_a_quota_of_the_cgroup_or_of_one_above_it_counts(
+def test_the_smallest_quota_of_the_cgroup_and_its_parents_is_used(
     tmp_path: Path, groups: str, files: dict[str, str], cpus: int
 ) -> None:
     assert Machine(tmp_path, groups, files).limit() == CpuLimit(cpus, "cgroup quota")
@@ -60,22 +60,22 @@ def test_a_quota_of_the_cgroup_or_of_one_above_it_counts(
         ("", {}),
     ],
 )
-def test_without_a_quota_the_affinity_counts(tmp_path: Path, groups: str, files: dict[str, str]) -> None:
+def test_without_a_quota_the_affinity_is_used(tmp_path: Path, groups: str, files: dict[str, str]) -> None:
     assert Machine(tmp_path, groups, files).limit() == CpuLimit(16, "CPU affinity")
 
 
-def test_a_system_without_cgroups_has_its_affinity(tmp_path: Path) -> None:
+def test_a_system_without_cgroups_uses_the_affinity(tmp_path: Path) -> None:
     assert cpu_limit({}, tmp_path, tmp_path / "none") == CpuLimit(16, "CPU affinity")
 
 
-def test_the_least_limit_counts_and_is_named(tmp_path: Path) -> None:
+def test_the_smallest_limit_is_used_and_named(tmp_path: Path) -> None:
     machine = Machine(tmp_path, V2, {"cpu.max": "800000 100000\n"})
     assert machine.limit(SLURM_CPUS_PER_TASK="4") == CpuLimit(4, "SLURM_CPUS_PER_TASK")
     assert machine.limit(SLURM_CPUS_PER_TASK="32") == CpuLimit(8, "cgroup quota")
     assert machine.limit(SLURM_CPUS_PER_TASK="") == CpuLimit(8, "cgroup quota")
 
 
-def test_ranks_of_torchrun_share_and_tasks_of_slurm_do_not(tmp_path: Path) -> None:
+def test_ranks_of_torchrun_share_the_cpus_and_tasks_of_slurm_do_not(tmp_path: Path) -> None:
     machine = Machine(tmp_path, V2, {})
     torchrun = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4"}
     assert machine.limit(**torchrun) == CpuLimit(4, "CPU affinity 16, shared by 4 ranks")
@@ -85,7 +85,7 @@ def test_ranks_of_torchrun_share_and_tasks_of_slurm_do_not(tmp_path: Path) -> No
     assert machine.limit(LOCAL_WORLD_SIZE="4", SLURM_CPUS_PER_TASK="8") == CpuLimit(8, "SLURM_CPUS_PER_TASK")
 
 
-def test_auto_workers_are_the_cpus_and_a_number_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_one_worker_for_each_cpu_and_a_number_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     assert worker_count("auto") == 1
     assert worker_count(7) == 7

@@ -1,4 +1,4 @@
-"""Ranks: one process alone needs no launcher, several meet or say who is missing, and one failure is told once."""
+"""Ranks: a single process, the rendezvous, collectives, and one error message for a job with a failed rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from processes import finished, torchrun
 from rank_jobs import HEAD, JOIN_S, Ranks, as_step
@@ -13,6 +14,7 @@ from videoadapt.config.load import Config, make_config
 from videoadapt.errors import RunError
 from videoadapt.runtime.ranks import (
     all_gather,
+    all_reduce_sum,
     any_requested,
     broadcast_result,
     gpu_conflict,
@@ -30,17 +32,22 @@ def config_of(folder: Path, **parallel: int | float) -> Config:
     return make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": parallel})
 
 
-def test_one_process_alone_is_rank_0_of_1(tmp_path: Path) -> None:
-    with ranks(config_of(tmp_path)):
+def test_a_single_process_is_rank_0_of_1(tmp_path: Path) -> None:
+    with ranks(config_of(tmp_path)) as collectives:
+        collectives.set_timeout(1.0)
         assert (rank(), world_size()) == (0, 1)
         wait_for_all()
         assert rank0_then_all(lambda: "done") == "done"
         assert broadcast_result(lambda: "done") == "done"
         assert all_gather("mine") == ["mine"]
+        assert all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
         assert not any_requested(StopRequest())
 
 
 ACTION = """
+import torch
+from videoadapt.runtime.ranks import all_reduce_sum
+
 file = folder / "made.txt"
 
 def action():
@@ -54,12 +61,13 @@ for rendezvous in range(2):
         assert rank0_then_all(action) == "made"
         assert broadcast_result(lambda: [rank()]) == [0]
         assert all_gather(rank() * 10) == [number * 10 for number in range(world_size())]
+        assert all_reduce_sum(torch.tensor([rank() + 1.0])).item() == sum(range(world_size() + 1))
         assert not any_requested(StopRequest())
         (folder / f"rank{rank()}of{world_size()}").touch()
 """
 
 
-def test_ranks_of_torchrun_act_together(tmp_path: Path) -> None:
+def test_collectives_of_ranks_that_torchrun_started(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(HEAD + ACTION)
     done = finished(torchrun(2, program, tmp_path, JOIN_S))
@@ -67,13 +75,13 @@ def test_ranks_of_torchrun_act_together(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of2", "rank1of2"]
 
 
-def test_ranks_of_srun_meet_by_a_file_in_the_run_folder(tmp_path: Path) -> None:
+def test_collectives_of_ranks_that_srun_started(tmp_path: Path) -> None:
     ended = Ranks(ACTION, tmp_path, 3).ended()
     assert [code for code, _ in ended.values()] == [0, 0, 0], ended
     assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of3", "rank1of3", "rank2of3"]
 
 
-def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_variable_of_the_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -85,17 +93,17 @@ def test_ranks_that_cannot_meet_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize(("started", "missing"), [([0, 2], "1"), ([1], "0")])
-def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path, started: list[int], missing: str) -> None:
+def test_a_missing_rank_is_an_error_after_join_s(tmp_path: Path, started: list[int], missing: str) -> None:
     job = Ranks("with ranks(config): pass", tmp_path, 3, started=started, join_s=10.0)
     ended = job.ended()
     assert time.monotonic() - job.since < 60
-    told = "".join(errors for _, errors in ended.values())
-    assert told.count("Traceback") == 1
-    assert f"of 3 ranks joined within 10 s (parallel.join_s); missing: rank {missing}. Check" in told
+    output = "".join(errors for _, errors in ended.values())
+    assert output.count("Traceback") == 1
+    assert f"of 3 ranks joined within 10 s (parallel.join_s); missing: rank {missing}. Check" in output
     assert all(code != 0 for code, _ in ended.values())
 
 
-def test_the_world_must_be_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_number_of_ranks_must_be_parallel_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"expected 3 ranks, but this process is one of 1 \(no launcher started it\)"):
         ranks(config_of(tmp_path, ranks=3)).__enter__()
     for name, value in as_step(0, 2).items():
@@ -104,14 +112,14 @@ def test_the_world_must_be_the_one_asked_for(monkeypatch: pytest.MonkeyPatch, tm
         ranks(config_of(tmp_path, ranks=3)).__enter__()
 
 
-def test_several_tasks_without_srun_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_tasks_without_srun_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(RunError, match=r"job 7 has 4 tasks, but this process was not started by srun"):
         ranks(config_of(tmp_path)).__enter__()
 
 
-def test_a_promised_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_assigned_gpu_that_torch_does_not_find_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
@@ -123,7 +131,7 @@ def test_a_promised_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.
         pass
 
 
-def test_each_rank_takes_its_own_gpu() -> None:
+def test_the_gpu_index_follows_from_the_local_rank() -> None:
     assert [gpu_index(local, 4) for local in range(5)] == [0, 1, 2, 3, None]
     assert [gpu_index(local, 1) for local in range(3)] == [0, 0, 0]  # bound by SLURM to one each
 
@@ -137,14 +145,14 @@ def test_each_rank_takes_its_own_gpu() -> None:
         ([("a", "x"), ("b", "x"), ("a", "x")], "ranks 0 and 2 would share one GPU of a"),
     ],
 )
-def test_gpus_that_do_not_match_the_ranks(gpus: list[tuple[str, str | None]], fault: str) -> None:
+def test_a_missing_or_shared_gpu_is_a_conflict(gpus: list[tuple[str, str | None]], fault: str) -> None:
     assert gpu_conflict(gpus).startswith(fault)
     assert bool(gpu_conflict(gpus)) == bool(fault)
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_rank_that_waits_for_one_that_failed_is_not_taken_for_dead(tmp_path: Path, launcher: str) -> None:
-    # torchrun ends the others of a rank that died, before they can say anything.
+def test_only_the_dead_rank_is_named_if_others_wait_for_a_failed_rank(tmp_path: Path, launcher: str) -> None:
+    # If a rank dies, torchrun ends the other ranks before they can report it; so it hangs instead.
     end, timeout_s = ("os._exit(9)", 60.0) if launcher == "srun" else ("time.sleep(60)", 3.0)
     program = f"""
 import torch
@@ -159,15 +167,15 @@ with ranks(config, {timeout_s}):
     if launcher == "srun":
         ended = Ranks(program, tmp_path, 3).ended()
         assert all(code != 0 for code, _ in ended.values())
-        told = "".join(errors for _, errors in ended.values())
+        output = "".join(errors for _, errors in ended.values())
     else:
         (tmp_path / "program.py").write_text(HEAD + program)
-        told = finished(torchrun(3, tmp_path / "program.py", tmp_path, JOIN_S)).stderr
-    assert "RunError: rank 1 of 3 died or hangs" in told
-    assert told.count("RunError:") == 1
+        output = finished(torchrun(3, tmp_path / "program.py", tmp_path, JOIN_S)).stderr
+    assert "RunError: rank 1 of 3 died or hangs" in output
+    assert output.count("RunError:") == 1
 
 
-def test_the_first_failure_is_told_and_no_other(tmp_path: Path) -> None:
+def test_only_the_first_failing_rank_reports_its_error(tmp_path: Path) -> None:
     program = """
 with ranks(config):
     wait_for_all()
@@ -183,8 +191,8 @@ with ranks(config):
     assert all(code != 0 for code, _ in ended.values())
 
 
-def test_a_signal_to_one_rank_is_known_to_all(tmp_path: Path) -> None:
-    """And of several signals the one that asks for another start counts."""
+def test_all_ranks_get_the_signal_of_highest_priority(tmp_path: Path) -> None:
+    """SIGUSR2 requests a requeue and overrides SIGTERM."""
     program = """
 import os, signal
 
@@ -200,7 +208,7 @@ with ranks(config), StopRequest() as stop:
     assert {path.name for path in tmp_path.glob("?SIG*")} == {"0SIGUSR2", "1SIGUSR2", "2SIGUSR2"}
 
 
-def test_a_signal_that_comes_while_ranks_wait_for_each_other_is_known_the_next_time(tmp_path: Path) -> None:
+def test_a_signal_during_the_all_reduce_is_returned_by_the_next_call(tmp_path: Path) -> None:
     program = """
 import os, subprocess
 
@@ -218,8 +226,8 @@ with ranks(config), StopRequest() as stop:
     assert {path.name for path in tmp_path.glob("?False*")} == {"0FalseTrueSIGUSR2", "1FalseTrueSIGUSR2"}
 
 
-def test_what_killed_ranks_of_the_same_name_left_counts_for_nothing(tmp_path: Path) -> None:
-    """Numbers of jobs are used again: by a new cluster, and by the processes of a machine."""
+def test_keys_of_a_killed_job_with_the_same_name_are_ignored(tmp_path: Path) -> None:
+    """Ids of jobs are used again: by a new cluster, and by processes of one machine."""
     killed = Ranks("with ranks(config):\n    wait_for_all()\n    os.kill(os.getpid(), 9)", tmp_path, 2)
     assert [code for code, _ in killed.ended().values()] == [-9, -9]
     assert list((tmp_path / "ranks").iterdir())
@@ -227,7 +235,7 @@ def test_what_killed_ranks_of_the_same_name_left_counts_for_nothing(tmp_path: Pa
     assert [code for code, _ in ended.values()] == [0, 0], ended
 
 
-def test_one_that_is_interrupted_interrupts_the_others(tmp_path: Path) -> None:
+def test_an_interrupt_on_one_rank_interrupts_all(tmp_path: Path) -> None:
     program = """
 def stop():
     raise KeyboardInterrupt
@@ -246,7 +254,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"])
-def test_a_rank_that_died_or_hangs_is_named(tmp_path: Path, end: str) -> None:
+def test_a_rank_that_died_or_hangs_is_named_after_the_timeout(tmp_path: Path, end: str) -> None:
     program = f"""
 import os, signal
 with ranks(config) as collectives:
@@ -259,6 +267,6 @@ with ranks(config) as collectives:
 """
     job = Ranks(program, tmp_path, 3)
     ended = job.ended(timeout_s=45, only=[0, 2])
-    told = "".join(errors for _, errors in ended.values())
-    assert "rank 1 of 3 died or hangs; a collective operation of the other ranks failed" in told
-    assert told.count("RunError:") == 1
+    output = "".join(errors for _, errors in ended.values())
+    assert "rank 1 of 3 died or hangs; a collective operation of the other ranks failed" in output
+    assert output.count("RunError:") == 1

@@ -1,4 +1,4 @@
-"""Signals only set a flag; an inner request knows what an outer one has received, and hands on what it receives."""
+"""Stop requests record signals, pass them between nested requests, and restore the handlers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *JOB_SIGNALS])
-def test_a_signal_sets_a_flag_and_handlers_are_put_back(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested
@@ -31,7 +31,7 @@ def test_a_second_ctrl_c_interrupts() -> None:
         send(signal.SIGINT)
 
 
-def test_what_came_before_the_loop_stops_the_loop() -> None:
+def test_an_inner_request_takes_over_an_earlier_signal() -> None:
     with StopRequest(JOB_SIGNALS) as early:
         send(signal.SIGUSR2)
         with StopRequest() as stop:
@@ -39,7 +39,7 @@ def test_what_came_before_the_loop_stops_the_loop() -> None:
         assert early.received == signal.SIGUSR2
 
 
-def test_what_came_in_the_loop_is_known_outside() -> None:
+def test_an_outer_request_gets_the_signal_of_the_inner_one() -> None:
     with StopRequest(JOB_SIGNALS) as early:
         with StopRequest() as stop:
             send(signal.SIGTERM)
@@ -47,14 +47,14 @@ def test_what_came_in_the_loop_is_known_outside() -> None:
 
 
 @pytest.mark.parametrize("order", [(signal.SIGUSR2, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR2)])
-def test_a_warning_asks_for_another_start_whatever_else_comes(order: tuple[signal.Signals, ...]) -> None:
+def test_a_warning_is_not_replaced_by_sigterm(order: tuple[signal.Signals, ...]) -> None:
     with StopRequest() as stop:
         for number in order:
             send(number)
         assert stop.received == signal.SIGUSR2
 
 
-def test_outside_a_job_no_signal_is_held_back() -> None:
+def test_a_request_without_signals_changes_no_handler() -> None:
     before = [signal.getsignal(number) for number in JOB_SIGNALS]
     with StopRequest(()):
         assert [signal.getsignal(number) for number in JOB_SIGNALS] == before

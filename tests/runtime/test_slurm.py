@@ -1,4 +1,4 @@
-"""What launchers tell a process: ranks, jobs and restarts, from the variables of torchrun, srun and submitit."""
+"""Ranks, jobs and restarts from the variables of torchrun, srun and submitit; answers of SLURM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOCAL = {
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "expected"),
     [
         ({}, RankEnv("none", 0, 1, 0)),
         (TORCHRUN, RankEnv("torchrun", 5, 8, 1)),
@@ -43,26 +43,26 @@ LOCAL = {
         ({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "6", "SLURM_PROCID": "0"}, RankEnv("none", 0, 1, 0)),  # without srun
     ],
 )
-def test_the_place_of_a_process(environment: dict[str, str], place: RankEnv) -> None:
-    assert rank_env(environment) == place
+def test_the_rank_is_read_from_the_environment(environment: dict[str, str], expected: RankEnv) -> None:
+    assert rank_env(environment) == expected
 
 
-def test_every_start_of_a_job_meets_under_another_name() -> None:
+def test_each_start_of_a_job_has_another_rendezvous_name() -> None:
     starts = [{**STEP, "SLURM_RESTART_COUNT": count} for count in "012"]
     starts += [{**STEP, "SLURM_STEP_ID": "4"}, {**STEP, "SLURM_JOB_ID": "72"}]
     del starts[0]["SLURM_RESTART_COUNT"]  # SLURM sets it after the first requeue
     assert len({rank_env(start).rendezvous for start in starts}) == len(starts)
 
 
-def test_a_job_knows_its_restarts() -> None:
+def test_a_job_has_id_restarts_and_tasks() -> None:
     assert slurm_job({}) is None
     assert slurm_job(STEP) == SlurmJob("71", 2, 6)
     assert slurm_job({"SLURM_JOB_ID": "71"}) == SlurmJob("71", 0, 0)
     assert slurm_job(STEP | {"SUBMITIT_EXECUTOR": "slurm"}) == SlurmJob("71", 2, 6)
 
 
-def test_a_local_process_inside_a_job_does_not_count_as_that_job() -> None:
-    """Else it would give back a job of which it is no task."""
+def test_a_local_process_inside_a_job_has_no_job() -> None:
+    """Otherwise it would requeue a job although it is not a task of it."""
     assert slurm_job(STEP | LOCAL) is None
 
 
@@ -75,7 +75,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, *, output: str = "", error: Exceptio
     monkeypatch.setattr(cluster.subprocess, "run", run)
 
 
-def test_states_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_states_are_those_of_squeue_or_none_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, output="7|RUNNING|node[1-2]\n8_0|PENDING|\n")
     assert job_states(["7", "8"]) == {"7": "RUNNING|node[1-2]", "8_0": "PENDING|"}
     answer(monkeypatch, error=subprocess.CalledProcessError(1, "squeue", stderr="error: Invalid job id specified"))
@@ -86,13 +86,13 @@ def test_states_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_states(["7"]) is None
 
 
-def test_a_refused_requeue_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_requeue_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, error=subprocess.CalledProcessError(1, "scontrol", stderr="Requeue is disabled for job 7"))
     with pytest.raises(RunError, match=r"job 7 cannot be requeued \(Requeue is disabled for job 7\); submit it again"):
         requeue("7")
 
 
-def test_a_refused_cancellation_says_how_to_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_cancellation_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, error=subprocess.CalledProcessError(1, "scancel", stderr="Unable to contact the controller"))
     with pytest.raises(RunError, match=r"cannot be cancelled \(Unable to contact the controller\); run scancel 7 8"):
         cancel(["7", "8"])

@@ -1,4 +1,4 @@
-"""The summary of a run: what is written is read again, also from runs made before a key was renamed."""
+"""The summary of a run, with old names of its keys, and the metrics of each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from videoadapt.training.metrics import PointMetrics, TrainSummary
+from videoadapt.training.metrics import Metrics, PointMetrics, TrainSummary
 
 SUMMARY = TrainSummary(
     steps=10,
@@ -31,3 +31,58 @@ def test_a_summary_is_read_as_it_was_written(tmp_path: Path, key: str) -> None:
     values[key] = values.pop("wait_fraction")
     (tmp_path / "train.json").write_text(json.dumps(values))
     assert TrainSummary.read(tmp_path / "train.json") == SUMMARY
+
+
+# Training curves.
+
+
+def record(folder: Path, start: int, stop: int, run: int = 0) -> None:
+    metrics = Metrics(folder, start)
+    for step in range(start + 1, stop + 1):
+        metrics.write(step, {"loss": step / 10, "run": run})
+    metrics.close()
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_is_one_json_object_in_a_line(tmp_path: Path) -> None:
+    record(tmp_path, 0, 3)
+    assert lines(tmp_path) == [{"step": s, "loss": s / 10, "run": 0} for s in (1, 2, 3)]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_steps_after_the_checkpoint_are_replaced_on_resume(tmp_path: Path) -> None:
+    record(tmp_path, 0, 7, run=1)
+    record(tmp_path, 4, 6, run=2)
+    assert [(line["step"], line["run"]) for line in lines(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+
+
+def test_a_run_from_step_0_removes_all_lines(tmp_path: Path) -> None:
+    record(tmp_path, 0, 3)
+    Metrics(tmp_path, 0).close()
+    assert lines(tmp_path) == []
+
+
+def test_opening_at_the_last_step_changes_no_byte(tmp_path: Path) -> None:
+    record(tmp_path, 0, 3)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    Metrics(tmp_path, 3).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"loss": 1}', "[2]", "2", "", "\0\0\0", '{"step": null}'])
+def test_a_line_cut_off_by_a_crash_is_removed(tmp_path: Path, torn: str) -> None:
+    record(tmp_path, 0, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    record(tmp_path, 2, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_step_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, {"loss": 0.5})
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+    metrics.close()
