@@ -1,5 +1,6 @@
-# make demo | test | lint | clean. The first run makes an environment in .venv; nothing is installed outside it, save
-# Debian's own venv package where it is missing and make runs as root. Another interpreter: make demo PYTHON=python3.12
+# make demo | test | lint | clean. The first run creates an environment in .venv. Nothing is installed outside of it, with
+# one exception: Debian's venv package, if it is missing and make runs as root.
+# To use another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +31,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find videoadapt tests tools slurm -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp is newer than the metadata it was installed from. The tests' environment serves the demo too.
+# The stamp files record the last installation, so a change of the metadata installs again. The environment of the tests
+# also has all that the demo needs, so installing it updates both stamps.
 $(VENV)/.installed: $(METADATA) | $(BIN)/pip
 	@echo "Installing into $(VENV): torch and its CUDA libraries are about 5 GB, so this takes minutes."
 	$(PIP_INSTALL) -e .
@@ -41,7 +43,8 @@ $(VENV)/.installed-test: $(METADATA) | $(BIN)/pip
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $(VENV)/.installed $@
 
-# Debian and Ubuntu ship Python without what venv needs: pip is the last thing that it makes.
+# pip is the target, because venv creates it last: without it the environment is incomplete. Debian and Ubuntu ship Python
+# without the package that venv needs, so a missing package is installed here (as root) or named in an error.
 PYTHON_XY = $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
 
 $(BIN)/pip:
