@@ -401,7 +401,7 @@ def test_compiles_to_one_graph_per_point(backend: str, points: tuple[str, ...]) 
 
 
 def test_the_recompile_limit_is_an_argument_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch._dynamo.config.cache_size_limit  # type: ignore[attr-defined]
+    before = torch._dynamo.config.cache_size_limit
     limits: list[int | None] = []
 
     def compile_new(model: nn.Module, *, recompile_limit: int | None = None) -> nn.Module:
@@ -411,7 +411,7 @@ def test_the_recompile_limit_is_an_argument_where_torch_has_one(monkeypatch: pyt
     monkeypatch.setattr(torch, "compile", compile_new)
     compiled(make())
     assert limits == [2 * len(POINTS) + 8]
-    assert torch._dynamo.config.cache_size_limit == before  # type: ignore[attr-defined]
+    assert torch._dynamo.config.cache_size_limit == before
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 2 * len(POINTS) + 8), (100, 100)])
@@ -421,4 +421,4 @@ def test_older_torch_gets_a_higher_limit_for_the_process(
     monkeypatch.setattr(torch, "compile", lambda model: model)
     with torch._dynamo.config.patch(cache_size_limit=before):
         compiled(make())
-        assert torch._dynamo.config.cache_size_limit == after  # type: ignore[attr-defined]
+        assert torch._dynamo.config.cache_size_limit == after
