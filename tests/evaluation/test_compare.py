@@ -1,4 +1,4 @@
-"""Comparing two evaluated runs: paired, on the videos of both, with counts that anyone can check."""
+"""Two evaluated runs are compared pair by pair on the videos of both, with counts that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRUTH = 3
 
 
 def evaluated(folder: Path, right: dict[str, bool | None], **summary: object) -> str:
-    """What an evaluation leaves behind: per video whether the policy `fixed:14` is right; none: it failed."""
+    """The files of an evaluation. `right` says whether the policy `fixed:14` is right on a video; None: it failed."""
     rows = [
         ("fixed:14", video, TRUTH, -1 if ok is None else TRUTH if ok else 0, bool(ok), ok is None)
         for video, ok in right.items()
@@ -63,7 +63,7 @@ def test_a_run_against_itself_does_not_differ(tmp_path: Path, right: tuple[dict,
     assert row["right_in_one_only"] == [0, 0]
 
 
-def test_the_order_of_videos_is_of_no_consequence(tmp_path: Path, right: tuple[dict, dict]) -> None:
+def test_the_order_of_videos_changes_nothing(tmp_path: Path, right: tuple[dict, dict]) -> None:
     items = list(right[1].items())
     random.Random(0).shuffle(items)
     shuffled = dict(items)
@@ -73,14 +73,14 @@ def test_the_order_of_videos_is_of_no_consequence(tmp_path: Path, right: tuple[d
     assert plain["policies"] == mixed["policies"]
 
 
-def test_other_populations_are_compared_on_what_both_list(tmp_path: Path, right: tuple[dict, dict]) -> None:
+def test_runs_on_other_videos_are_compared_on_those_that_both_list(tmp_path: Path, right: tuple[dict, dict]) -> None:
     fewer = {video: ok for video, ok in right[1].items() if video != "v0"}
     result = compare(evaluated(tmp_path / "a", right[0]), evaluated(tmp_path / "b", fewer, manifest="def"))
     assert (result["common"], result["listed"], result["manifests"]) == (99, [100, 99], ["abc", "def"])
     assert result["policies"][0]["right_in_one_only"] == [A_ONLY - 1, B_ONLY]
 
 
-def test_failed_videos_count_as_the_runs_counted_them(tmp_path: Path, right: tuple[dict, dict]) -> None:
+def test_failed_videos_count_as_in_the_runs(tmp_path: Path, right: tuple[dict, dict]) -> None:
     failed = right[0] | {"v0": None}
     b = evaluated(tmp_path / "b", right[1])
     [wrong] = compare(evaluated(tmp_path / "a", failed), b)["policies"]
@@ -89,7 +89,7 @@ def test_failed_videos_count_as_the_runs_counted_them(tmp_path: Path, right: tup
     assert (without["videos"], without["right_in_one_only"]) == (99, [A_ONLY - 1, B_ONLY])
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, right: tuple[dict, dict]) -> None:
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, right: tuple[dict, dict]) -> None:
     a = evaluated(tmp_path / "a", right[0])
     with pytest.raises(UserError, match="run `videoadapt evaluate` first"):
         compare(a, str(tmp_path / "nothing"))

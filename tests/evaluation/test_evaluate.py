@@ -1,4 +1,4 @@
-"""Evaluation that can be trusted: its numbers depend on the videos and the model, on nothing else."""
+"""The numbers of an evaluation depend on the videos and the model alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POINTS = 3
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generated set with 70 validation videos, one of them broken: three parts of scores."""
+    """The generated set with 70 validation videos, one of them broken: three shards of scores."""
     folder = runs.make_data(tmp_path_factory.mktemp("evaluate") / "data")
     made = (folder / "val.csv").read_text().splitlines()
     for number in range(69):
@@ -47,15 +47,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def untrained(data: Path, run: Path, **sections: dict) -> Config:
-    """A config whose run holds a model as it was initialised."""
+    """A config whose run has a model with its initial weights."""
     config = runs.config(data, run, data={"holdout": 0.0}, label={"source": "train"}, **sections)
     state = State.start(config, load_or_index(config))
     train_checkpoints(run).save(0, *state.saved())
     return config
 
 
-def line(config: Config, *overrides: str, ranks: int = 1) -> list[str]:
-    """The command `videoadapt evaluate` on so many ranks."""
+def command(config: Config, *overrides: str, ranks: int = 1) -> list[str]:
+    """The command `videoadapt evaluate` on `ranks` ranks."""
     path = config.run.dir / "own.yaml"
     path.write_text(dump_config(config))
     verb = ["-m", "videoadapt", "evaluate", path, *overrides, "--json"]
@@ -63,8 +63,8 @@ def line(config: Config, *overrides: str, ranks: int = 1) -> list[str]:
 
 
 def logits(config: Config) -> np.ndarray:
-    parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
-    return np.concatenate([np.load(part)["logits"] for part in parts])
+    shards = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
+    return np.concatenate([np.load(shard)["logits"] for shard in shards])
 
 
 def table(config: Config, name: str) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def table(config: Config, name: str) -> pd.DataFrame:
 
 
 def timeless(summary: dict) -> dict:
-    """A summary without what was measured of the machine."""
+    """A summary without times and memory, which differ from run to run."""
     kept = {key: value for key, value in summary.items() if key not in {"seconds", "peak_memory_bytes"}}
     policies = {name: row | {"clips_per_s": None} for name, row in kept["policies"].items()}
     return kept | {"policies": policies}
@@ -90,16 +90,15 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config,
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (2, ["evaluate.batch=5", "data.workers=1"]),
-        (2, ["evaluate.batch=64", "data.workers=0"]),
-        (1, ["evaluate.batch=1", "data.workers=2"]),
+        (2, ["evaluate.batch=64", "data.workers=1"]),  # a batch is larger than what a rank has left of a shard
+        (1, ["evaluate.batch=5", "data.workers=2"]),  # a batch ends inside a video's views
     ],
 )
 def test_ranks_batches_and_workers_change_no_number(
     data: Path, tmp_path: Path, alone: tuple[Config, dict], ranks: int, settings: list[str]
 ) -> None:
     config = untrained(data, tmp_path, evaluate=VIEWS)
-    done = finished(line(config, *settings, ranks=ranks))
+    done = finished(command(config, *settings, ranks=ranks))
     assert done.returncode == 0, done.stderr
     expected, summary = alone
     np.testing.assert_allclose(logits(config), logits(expected), atol=1e-5)
@@ -109,7 +108,7 @@ def test_ranks_batches_and_workers_change_no_number(
     assert timeless(json.loads(done.stdout)) == timeless(summary)  # printed once, by the first rank
 
 
-def test_every_listed_video_counts_and_both_accuracies_are_there(alone: tuple[Config, dict]) -> None:
+def test_every_listed_video_counts_and_both_accuracies_are_reported(alone: tuple[Config, dict]) -> None:
     config, summary = alone
     assert (summary["listed"], summary["scored"], len(summary["failed"])) == (70, 69, 1)
     assert (summary["temporal_views"], summary["spatial_crops"]) == (2, 3)
@@ -147,20 +146,20 @@ def test_the_class_table_follows_from_the_videos(alone: tuple[Config, dict]) -> 
         assert ((here["top1_low"] <= here["top1"] + 1e-9) & (here["top1"] <= here["top1_high"] + 1e-9)).all()
 
 
-def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(numbered_videos: Path, tmp_path: Path) -> None:
+def test_only_videos_that_could_not_be_read_are_tried_again(numbered_videos: Path, tmp_path: Path) -> None:
     data = numbered_videos
     config = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0})
     away, back = data / "away", data / "v35.mp4"
     back.rename(away)
     cause = "not found; it was moved or deleted after it was indexed; run `videoadapt index`"
     assert evaluate(config)["failed"] == [{"path": str(back), "cause": cause}]
-    parts = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
-    assert len(parts) == 2 and VIDEOS_PER_SHARD == 32  # noqa: PLR2004
-    before = [part.stat().st_mtime_ns for part in parts]
+    shards = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
+    assert len(shards) == 2 and VIDEOS_PER_SHARD == 32  # noqa: PLR2004
+    before = [shard.stat().st_mtime_ns for shard in shards]
     away.rename(back)
     again = evaluate(config)
     assert (again["failed"], again["scored"]) == ([], 40)
-    after = [part.stat().st_mtime_ns for part in parts]
+    after = [shard.stat().st_mtime_ns for shard in shards]
     assert after[0] == before[0] and after[1] != before[1]
     fresh = untrained(data, tmp_path / "fresh", evaluate={"speed_clips": 0})
     assert timeless(evaluate(fresh)) == timeless(again)
@@ -169,7 +168,7 @@ def test_what_could_not_be_read_is_tried_again_and_nothing_else_is(numbered_vide
 
 @pytest.fixture
 def numbered_videos(tmp_path: Path) -> Path:
-    """Forty validation videos of their own, in a folder that a test may change."""
+    """Forty validation videos in a folder that the test may change."""
     data = tmp_path / "data"
     rows = [(str(write_video(data / f"v{i}.mp4", numbered(8, 64, 96, start=8 * i)).name), i % 3) for i in range(40)]
     write_list(data / "train.csv", rows[:10])
@@ -179,7 +178,7 @@ def numbered_videos(tmp_path: Path) -> Path:
 
 
 def test_other_files_under_the_same_names_are_scored_again(numbered_videos: Path, tmp_path: Path) -> None:
-    """Such as resized copies: the population is the same, the pixels are not."""
+    """Resized copies, for example: the population is the same, the pixels are not."""
     config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
     first, before = evaluate(config), logits(config)
     for i in range(39):
@@ -189,7 +188,7 @@ def test_other_files_under_the_same_names_are_scored_again(numbered_videos: Path
     assert first["manifest"] == second["manifest"]
     assert first["files"] != second["files"]
     newest = max(config.run.dir.glob("scores/evaluate-*"), key=lambda folder: folder.stat().st_mtime_ns)
-    after = np.concatenate([np.load(part)["logits"] for part in sorted(newest.glob("part-*.npz"))])
+    after = np.concatenate([np.load(shard)["logits"] for shard in sorted(newest.glob("part-*.npz"))])
     np.testing.assert_allclose(after[:39], before[1:], atol=1e-5)
     assert np.abs(after[:39] - before[:39]).max() > 1e-4
 
@@ -211,11 +210,13 @@ def test_damage_that_verification_finds_is_not_hidden_by_earlier_scores(tmp_path
     assert "damaged" in found["failed"][0]["cause"]
 
 
-def test_an_incomplete_shard_is_scored_again(numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_incomplete_shard_is_scored_again(
+    numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
     whole, before = evaluate(config), logits(config)
-    part = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))[0]
-    part.write_bytes(part.read_bytes()[:1000])
+    shard = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))[0]
+    shard.write_bytes(shard.read_bytes()[:1000])
     assert timeless(evaluate(config)) == timeless(whole)
     assert "incomplete" in capsys.readouterr().err
     assert np.array_equal(logits(config), before)
@@ -238,10 +239,9 @@ def test_a_summary_never_stands_beside_tables_of_another_evaluation(
 
 
 def memory_mib(process: int) -> float:
-    """What a process and its workers hold, without the files that they map.
+    """Memory of a process and its workers, without the files that they map.
 
-    Not what each holds for itself (USS, PSS): that jumps once, when they first write into the many pages that they had
-    in common since the fork.
+    USS and PSS would jump once: when a worker first writes into pages that it shares with its parent since the fork.
     """
     workers = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     rows = [row for pid in (process, *workers) for row in Path(f"/proc/{pid}/status").read_text().splitlines()]
@@ -250,7 +250,7 @@ def memory_mib(process: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc of Linux")
 def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: Path) -> None:
     data, count = tmp_path / "data", 20_000
     sources = [write_video(data / f"source{i}.mp4", numbered(6, 32, 48, start=6 * i)) for i in range(20)]
@@ -263,16 +263,16 @@ def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: P
     config = untrained(data, tmp_path / "run", model=model, evaluate={"speed_clips": 0, "batch": 64})
 
     process = subprocess.Popen(
-        line(config, "data.workers=2"),
+        command(config, "data.workers=2"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    parts = config.run.dir / "scores"
+    shards = config.run.dir / "scores"
     used: dict[int, float] = {}
     stop_at = random.Random(time.time_ns()).randrange(5_000, 15_000)
-    while (done := len(list(parts.glob("*/part-*.npz"))) * VIDEOS_PER_SHARD) < stop_at:
+    while (done := len(list(shards.glob("*/part-*.npz"))) * VIDEOS_PER_SHARD) < stop_at:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         if done:
             used[done] = memory_mib(process.pid)
@@ -283,11 +283,11 @@ def test_20000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: P
         (0, stop_at // 3), (2 * stop_at // 3, stop_at)))  # fmt: skip
     assert late < early + 30, f"memory grew from {early:.0f} to {late:.0f} MiB by {stop_at} videos: {used}"  # noqa: PLR2004
 
-    kept = len(list(parts.glob("*/part-*.npz")))
-    resumed = finished(line(config, "data.workers=2"), 900)
+    kept = len(list(shards.glob("*/part-*.npz")))
+    resumed = finished(command(config, "data.workers=2"), 900)
     assert f"{count}/{count} videos" in resumed.stderr
-    for part in sorted(parts.glob("*/part-*.npz"))[: kept // 2]:
-        part.unlink()  # half of what the killed process wrote, done again by the resumed code
-    whole = finished(line(config, "data.workers=1", "evaluate.batch=50"), 900)
+    for shard in sorted(shards.glob("*/part-*.npz"))[: kept // 2]:
+        shard.unlink()  # half of what the killed process wrote, scored again by the resumed code
+    whole = finished(command(config, "data.workers=1", "evaluate.batch=50"), 900)
     assert timeless(json.loads(resumed.stdout)) == timeless(json.loads(whole.stdout))
     assert json.loads(whole.stdout)["scored"] == count

@@ -1,4 +1,4 @@
-"""Intervals: known values, coverage by simulation, and symmetry."""
+"""Intervals have published values, cover the truth in simulations, and are symmetric."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_wilson_solves_its_equation(counts: tuple[int, int]) -> None:
 
 
 @given(st.integers(0, 400).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
-def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
+def test_wilson_contains_the_fraction_and_is_symmetric(counts: tuple[int, int]) -> None:
     right, total = counts
     low, high = wilson(right, total)
     assert 0 <= low < high <= 1
@@ -42,7 +42,7 @@ def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
     assert wilson(total - right, total) == pytest.approx((1 - high, 1 - low))
 
 
-def test_of_no_videos_nothing_is_known() -> None:
+def test_the_interval_of_no_videos_is_0_to_1() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
 
 
@@ -68,7 +68,7 @@ def test_the_paired_interval_covers_the_true_difference() -> None:
     "counts", [[200, 100, 60, 40], [50] * 400, [2] * 400, [5] * 12, [1] * 60], ids=lambda c: f"{len(c)} classes"
 )
 def test_the_mean_class_interval_covers_the_true_mean(counts: list[int]) -> None:
-    """Also with few videos a class, and some classes at 0 or 100 %."""
+    """Classes of few videos and classes at 0 or 100 % included."""
     rng = np.random.default_rng(2)
     truth = np.repeat(np.arange(len(counts)), counts)
     chance = rng.uniform(0.3, 0.95, len(counts))

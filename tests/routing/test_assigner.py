@@ -1,4 +1,4 @@
-"""The assigner: one decision per clip, and the two objectives that it can be fitted with."""
+"""The assigner decides once per clip, and can be fitted to two objectives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def thumbnails(clips: int, **changes: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, {"frames": 1}, {"stages": 1}, {"stages": 7}, {"channel_multiplier": 0.5}])
-def test_one_distribution_over_the_points_for_each_clip(changes: dict[str, Any]) -> None:
+def test_each_clip_gets_one_distribution_over_the_points(changes: dict[str, Any]) -> None:
     found = small(4, **changes).probabilities(thumbnails(5, **changes))
     assert found.shape == (5, 4)
     assert found.dtype == torch.float32
@@ -83,9 +83,7 @@ def test_the_expected_cost_is_that_of_drawing_points_by_the_probabilities() -> N
 
 
 @pytest.mark.parametrize(("mu", "best"), [(2.0, [2, 1, 0, 2]), (0.0, [2, 2, 2, 2])])
-def test_the_expected_cost_is_least_at_the_cheapest_right_point_if_errors_cost_enough(
-    mu: float, best: list[int]
-) -> None:
+def test_the_cheapest_right_point_has_the_least_expected_cost_if_errors_cost_enough(mu: float, best: list[int]) -> None:
     wrong = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1, 1]]).float()
     costs = torch.tensor([195.8, 98.6, 48.1])
     sure = [expected_cost(torch.eye(3)[p].mul(50).expand(4, 3), wrong, costs, mu=mu) for p in range(3)]

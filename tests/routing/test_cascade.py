@@ -1,4 +1,4 @@
-"""Early exit: who goes on, what it costs, and thresholds fitted to a mean cost; against clip by clip."""
+"""Cascades clip by clip: which clips go on, what they cost, and thresholds fitted to a mean cost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sure = hnp.arrays(
 
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=6))
-def test_confidences_are_between_0_and_1_and_know_one_answer_from_many(logits: list[float]) -> None:
+def test_confidences_are_between_0_and_1_and_follow_their_definitions(logits: list[float]) -> None:
     p = softmax(np.array(logits))
     best, second = sorted(p, reverse=True)[:2]
     assert confidence(p, "probability") == best
@@ -92,7 +92,7 @@ def test_a_fitted_threshold_counts_clips_of_nan_as_going_on() -> None:
 
 
 @given(sure, st.floats(1.0, 8.0))
-def test_a_fitted_threshold_is_the_highest_that_is_paid_for(confidences: np.ndarray, mean_cost: float) -> None:
+def test_a_fitted_threshold_is_the_highest_within_the_mean_cost(confidences: np.ndarray, mean_cost: float) -> None:
     numbers = [GRID.index(point) for point in CASCADE]
     along, costs = confidences[:, numbers], COSTS[numbers]
 
@@ -112,7 +112,7 @@ def test_a_fitted_threshold_is_the_highest_that_is_paid_for(confidences: np.ndar
     assert all(cost(value) > mean_cost - 1e-9 for value in higher)
 
 
-def test_a_mean_cost_below_the_first_point_cannot_be() -> None:
+def test_a_mean_cost_below_that_of_the_first_point_is_refused() -> None:
     with pytest.raises(UserError, match=r"first point alone costs 0\.5, which is more than 0\.4"):
         fit_threshold(np.zeros((3, 2)), np.array([0.5, 1.0]), 0.4)
 
@@ -128,7 +128,7 @@ def test_cascades_by_name() -> None:
 @pytest.mark.parametrize(
     "text", ["", "14:0.5", "8@0.5,14", "8@0.5,14:", "8@0.5,14:high", "8@0.5,10:0.5", "14,14:0.5", "8@0.5,14:0.5:luck"]
 )
-def test_what_is_no_cascade_is_refused_with_the_points(text: str) -> None:
+def test_a_wrong_cascade_is_refused_and_the_error_lists_the_points(text: str) -> None:
     with pytest.raises(UserError, match=r"expected (POINT,POINT.*14, 12, 14@0\.7, 8@0\.5|LENGTH or LENGTH@KEEP)"):
         parse_cascade(text, MODEL, None)
 
@@ -162,7 +162,7 @@ def test_a_cascade_is_fitted_on_the_label_table_of_a_run(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_clips_that_go_on_are_batched_anew_and_all_answers_are_those_of_their_point(measure: Measure) -> None:
+def test_clips_that_go_on_fill_new_batches_and_each_answer_is_that_of_its_last_point(measure: Measure) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
         width=16, depth=2, heads=2, patch=4, size=16, num_frames=1, temporal=False, num_classes=4,
@@ -198,7 +198,7 @@ def test_a_cascade_ends_early_where_all_clips_are_sure() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_the_pareto_front_is_what_nothing_beats(policies: list[tuple[int, int]]) -> None:
+def test_the_pareto_front_holds_the_policies_that_no_other_beats(policies: list[tuple[int, int]]) -> None:
     front = pareto_front([c for c, _ in policies], [a for _, a in policies])
     assert any(front)
     for (cost, accuracy), on in zip(policies, front, strict=True):

@@ -1,4 +1,4 @@
-"""Labels and policies against brute force, clip by clip."""
+"""Labels and policies equal a brute-force computation, clip by clip."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ three = st.integers(1, 40).flatmap(lambda clips: hnp.arrays(np.bool_, (clips, 3)
 
 @st.composite
 def distributions(draw: st.DrawFn, clips: int) -> np.ndarray:
-    """Probabilities of three labels, sure ones among them, as a softmax gives them."""
+    """Probabilities of three labels from a softmax, some of them 0 or 1."""
     logits = draw(
         hnp.arrays(np.float32, (clips, 3), elements=st.sampled_from([-200.0, -3.0, -1.0, 0.0, 0.5, 2.0, 200.0]))
     )
@@ -128,7 +128,7 @@ def test_a_perfect_assigner_gets_a_threshold_that_saves() -> None:
     assert cheapest_sufficient(probabilities, threshold).tolist() == labels.tolist() == [2, 1, 0, 2]
 
 
-def test_an_assigner_that_is_surely_wrong_is_not_followed() -> None:
+def test_an_assigner_that_is_always_wrong_gets_a_threshold_that_ignores_it() -> None:
     right = np.array([[True, False, False]] * 4)
     threshold = choose_threshold(np.array([[0.0, 0.0, 1.0]] * 4), right, COSTS, tolerance=0.1)
     assert cheapest_sufficient(np.array([[0.0, 0.0, 1.0]] * 4), threshold).tolist() == [0] * 4
@@ -148,7 +148,7 @@ def outcomes(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
 
 
 @given(outcomes())
-def test_the_table_says_what_each_point_sees_in_each_clip(
+def test_the_table_has_the_outcome_of_each_clip_at_each_point(
     made: tuple[pd.DataFrame, np.ndarray, np.ndarray],
 ) -> None:
     table, truth, probabilities = made
@@ -167,7 +167,7 @@ def test_the_table_says_what_each_point_sees_in_each_clip(
 
 
 @given(outcomes(), st.randoms())
-def test_outcomes_come_back_from_the_table_whatever_its_order(
+def test_outcomes_are_read_from_a_table_in_any_order(
     made: tuple[pd.DataFrame, np.ndarray, np.ndarray], random: Any
 ) -> None:
     table, truth, probabilities = made
@@ -192,7 +192,7 @@ def test_labels_from_the_teacher_need_no_truth() -> None:
     assert np.array_equal(a, b)
 
 
-def test_a_table_of_fewer_points_is_refused_by_the_missing_ones() -> None:
+def test_a_table_without_some_points_is_refused_and_the_error_names_them() -> None:
     probabilities = np.full((2, 1, 3), 1 / 3)
     table = outcome_table(["a", "b"], np.array([0, 0]), np.array([0, 1]), probabilities, ["14"])
     with pytest.raises(UserError, match="no outcomes for the points 10, 7"):
@@ -238,7 +238,7 @@ def test_random_with_any_mix_is_within_one_clip_of_it(shares: list[float], clips
     assert (abs(np.bincount(drawn, minlength=3) - wanted) <= 1 + 1e-9).all()
 
 
-def test_random_does_not_look_and_repeats_with_its_seed() -> None:
+def test_random_reads_no_evidence_and_repeats_with_its_seed() -> None:
     mix = (0.2, 0.3, 0.5)
     first, again, other = (Random(mix, seed).choose(Evidence(100, POINTS)) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
@@ -263,7 +263,7 @@ def test_no_policy_is_more_often_right_than_the_oracle(right: np.ndarray, data: 
     assert right[clips, oracle].sum() >= right[clips, choice].sum()
 
 
-def test_the_oracle_says_where_it_exists() -> None:
+def test_the_oracle_needs_the_truth() -> None:
     with pytest.raises(UserError, match="videoadapt evaluate"):
         decide(Oracle(), Evidence(3, POINTS), lambda _rows, _number: {})
 
@@ -278,7 +278,7 @@ def test_the_assigned_policy_follows_the_assigner_at_its_threshold(data: st.Data
 ASSIGNER = Assigner(AssignConfig(frames=1, size=32, channel_multiplier=0.25, stages=1), 3)
 
 
-def test_mix_of_is_the_share_of_each_point() -> None:
+def test_mix_of_is_the_fraction_of_clips_at_each_point() -> None:
     assert mix_of(np.array([0, 0, 2, 0]), 3) == (0.75, 0.0, 0.25)
     assert mix_of(np.array([], dtype=np.int64), 3) == (0.0, 0.0, 0.0)
 
@@ -291,14 +291,14 @@ def test_policies_by_name() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "fixed", "fixed:8", "fixed:", "oracle", "random", "assigned:14", "Assigned"])
-def test_an_unknown_policy_lists_those_that_can_be_used(text: str) -> None:
+def test_the_error_of_an_unknown_policy_lists_the_known_ones(text: str) -> None:
     with pytest.raises(
         UserError, match=r"expected one of fixed:14, fixed:10, fixed:7, cascade:POINTS:THRESHOLDS, assigned$"
     ):
         parse_policy(text, Assigned(ASSIGNER, POINTS), MODEL)
 
 
-def test_assigned_without_an_assigner_says_how_to_get_one() -> None:
+def test_the_error_of_assigned_without_an_assigner_names_the_verb() -> None:
     with pytest.raises(UserError, match="videoadapt assign CONFIG"):
         parse_policy("assigned", None, MODEL)
 

@@ -1,4 +1,4 @@
-"""Routing: every clip gets what it would get alone at its point, in the order in which it came."""
+"""Routing gives every clip the result that it has alone at its point, in the order of the clips."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def expected(choice: Choice) -> np.ndarray:
     return alone()[np.arange(CLIPS), :, choice]
 
 
-def test_points_and_clips_differ_so_that_a_mistake_shows() -> None:
+def test_results_differ_between_points_and_clips_so_that_a_mistake_shows() -> None:
     flat = alone().reshape(-1, 5)
     gaps = [abs(a - b).max() for i, a in enumerate(flat) for b in flat[:i]]
     assert min(gaps) > 1e-3
@@ -117,7 +117,7 @@ def test_every_policy_is_routed_by_what_it_chooses(batch: int) -> None:
         assert np.allclose(routed.logits, expected(choice), atol=1e-5), policy.name
 
 
-def test_the_order_of_the_clips_decides_nothing_but_the_order_of_the_results() -> None:
+def test_the_order_of_the_clips_changes_the_order_of_the_results_alone() -> None:
     order = np.random.default_rng(1).permutation(CLIPS)
     policy = Assigned(assigner(), CONFIG.points, 0.6)
     straight = route(model(), views(), policy, batch=4, thumbnails=thumbnails())

@@ -124,6 +124,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
 
 def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
     frame = manifest.table
+    # Videos that failed in indexing are not read again; `_population` counts them.
     rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
     if not len(rows):
         raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
@@ -226,6 +227,7 @@ def _policies(
 ) -> list[Policy]:
     policies: list[Policy] = [Fixed(point) for point in points]
     if assigned is not None:
+        # Random routing with the same mix shows what the assigner's choices are worth beyond their cost.
         choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
         policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed, imitates=assigned.name)]
     return [*policies, *further, Oracle()]

@@ -103,9 +103,11 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
         spatial_crops=crops,
         thumbnails=policy.assigner is not None,
     )
+    # `views` are (clips, crops, C, T, S, S), `thumbnails` are (clips, C, A, s, s).
     routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails)
     probabilities = softmax(routed.logits).mean((0, 1))  # (clips, crops, classes) to (classes,)
-    best = (-probabilities).argsort(kind="stable")[:top]
+    best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
+    # A model that was built in Python may have no class names.
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
     clip_costs, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
     return Prediction(

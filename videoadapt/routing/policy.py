@@ -208,12 +208,14 @@ class Assigned(OnePointPolicy):
         assigned = cls._of(found)
         assigned.check(model)
         if config is not None:
+            # Thumbnails are cut by the run's config, and the assigner must see those that it was fitted on.
             require_same(run / "assigner", config, found.meta["assign"], "assign", free=FITTING)
         assigned.assigner.to(model.head.weight.device)
         return assigned
 
     @classmethod
     def _of(cls, checkpoint: Checkpoint) -> Assigned:
+        # `model` is the digest that `label` wrote; without it there is no check of weights.
         return cls(*restore_assigner(checkpoint), weights=checkpoint.meta.get("model"))
 
     def choose(self, evidence: Evidence) -> Choice:
@@ -282,7 +284,7 @@ class Cascade(Policy):
         """Returns the first point, then the point after the last one for clips whose confidence is too low."""
         numbers = _numbers(self, self.points, evidence.points)
         following = np.full(evidence.clips, NO_POINT)
-        following[last == NO_POINT] = numbers[0]
+        following[last == NO_POINT] = numbers[0]  # the last point of the cascade is in no pair below: clips end there
         for number, after, threshold in zip(numbers, numbers[1:], self.thresholds, strict=False):
             rows = np.flatnonzero(last == number)
             # `>=` is False for NaN. `<` would be False as well, and would end the clip without a usable answer.
@@ -321,6 +323,7 @@ class Random(OnePointPolicy):
 
     def choose(self, evidence: Evidence) -> Choice:
         """Returns a shuffled list with the fractions of the mix, rounded so that they add up to all clips."""
+        # Rounding the sums, not the fractions: the counts then add up to all clips.
         edges = np.rint(np.cumsum(self.mix) / np.sum(self.mix) * evidence.clips).astype(np.int64)
         counts = np.diff(edges, prepend=0)
         return np.random.default_rng(self.seed).permutation(np.repeat(np.arange(len(self.mix)), counts))
@@ -351,7 +354,7 @@ def _numbers(policy: Policy, wanted: Sequence[str], points: Sequence[str]) -> li
 
 def mix_of(choice: Choice, points: int) -> tuple[float, ...]:
     """Returns the fraction of the clips at each point, from the number of each clip's point, `(clips,)`."""
-    return tuple(np.bincount(choice, minlength=points) / max(len(choice), 1))
+    return tuple(np.bincount(choice, minlength=points) / max(len(choice), 1))  # of no clips, zeros
 
 
 def parse_policy(
@@ -410,10 +413,10 @@ def _fitted_threshold(
         raise UserError(
             f"cascade: cost={fraction:g} is fitted on a label table, but {path} does not exist; run `label` first"
         )
-    if weights is not None:
+    if weights is not None:  # confidences of another model would give another cost
         require_labels_of_model(weights, run)
     macs = point_macs(model)
-    costs = np.array([macs[point] / macs[model.points[0]] for point in spec.points])
+    costs = np.array([macs[point] / macs[model.points[0]] for point in spec.points])  # fractions of the costliest
     return fit_threshold(confidence_matrix(pd.read_parquet(path), spec.points, spec.measure), costs, fraction)
 
 

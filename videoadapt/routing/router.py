@@ -46,20 +46,21 @@ def decide(policy: Policy, evidence: Evidence, run: RunPoint) -> Choice:
     """
     _require_evidence(policy, evidence)
     shape = (evidence.clips, len(evidence.points))
+    # NaN where a clip has not run a point: a policy cannot read answers that it has not paid for.
     seen = {measure: np.full(shape, np.nan) for measure in MEASURES} if "confidence" in policy.needs else {}
     ran = np.zeros(shape, dtype=bool)
     last = np.full(evidence.clips, NO_POINT)
-    left = np.arange(evidence.clips)
+    left = np.arange(evidence.clips)  # rows of the clips that have not ended
     while len(left):
         following = policy.next(replace(evidence, confidence=seen).take(left), last[left])
         if ((following == NO_POINT) & (last[left] == NO_POINT)).any():
             raise ValueError(f"policy {policy.name}: ends a clip before its first point")
         goes_on = following != NO_POINT
         left, following = left[goes_on], following[goes_on]
-        if ran[left, following].any():  # would never end
+        if ran[left, following].any():  # else a wrong policy would run for ever
             raise ValueError(f"policy {policy.name}: runs a point twice on a clip")
         for number in np.unique(following).tolist():
-            rows = left[following == number]
+            rows = left[following == number]  # all clips of a point at once, so that their batches are full
             found = run(rows, number)
             for measure, values in seen.items():
                 values[rows, number] = found[measure]
@@ -79,7 +80,7 @@ def _require_evidence(policy: Policy, evidence: Evidence) -> None:
 def _require_visits(policy: Policy, points: tuple[str, ...], ended: Choice, ran: Bools) -> None:
     """Costs are sums over `visits`, so `visits` must name exactly the points that ran."""
     for number in np.unique(ended).tolist():
-        visited = np.isin(points, policy.visits(points[number]))
+        visited = np.isin(points, policy.visits(points[number]))  # (points,)
         if (ran[ended == number] != visited).any():
             raise ValueError(f"policy {policy.name}: `visits` does not name the points that its clips ran")
 
@@ -99,6 +100,7 @@ def clip_macs(policy: Policy, ended: Choice, model: ModelConfig, *, crops: int) 
     """
     macs, points = point_macs(model), model.points
     ends, kind = np.unique(ended, return_inverse=True)
+    # Each kind of end has one cost, so the sum over visits is made once for each and not once for each clip.
     paid = [crops * sum(macs[point] for point in policy.visits(points[end])) for end in ends.tolist()]
     assigner = assigner_macs(policy.assigner.config, len(points)) if policy.assigner is not None else 0
     return np.array(paid, dtype=np.int64)[kind] + assigner, assigner
