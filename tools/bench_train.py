@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -146,6 +147,7 @@ def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
     jobs = _jobs([case for case in possible if case.ranks <= available], peer, sizes, settings.steps)
     if available > 1:  # gives the bytes per second for the predictions
         jobs[_REDUCE] = _Job(all_reduce, jobs[_PASSES].config, ranks=2)
+    multiprocessing.set_forkserver_preload(["bench_train_steps"])  # imports torch once instead of once per rank
     turns, failed = _measure(jobs, settings.rounds)
     for required in (ours[0].name, _PASSES, _PRODUCT):
         if required in failed:
