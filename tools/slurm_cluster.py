@@ -103,9 +103,9 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return kept | {"PATH": path, "SLURM_CONF": str(self.conf)}
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, timeout_s: float = 60.0) -> str:
         """Runs one of SLURM's tools and returns its standard output."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout_s)
         if done.returncode:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout

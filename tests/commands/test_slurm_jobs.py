@@ -374,6 +374,8 @@ def test_a_local_launch_inside_a_job_starts_its_own_ranks(slurm: Slurm) -> None:
         launch={"cluster": "local", "stage": "train"},
         slurm={"tasks_per_node": 2, "gpus_per_task": 0},
     )
-    slurm.cluster.run("srun", "--ntasks=1", "--cpus-per-task=2", "videoadapt", "launch", str(slurm.file(config)))
+    # srun waits for the launch, which waits for its ranks.
+    line = ("srun", "--ntasks=1", "--cpus-per-task=2", "videoadapt", "launch", str(slurm.file(config)))
+    slurm.cluster.run(*line, timeout_s=240)
     assert (config.run.dir / "train.json").exists()
     assert json.loads((config.run.dir / "train.owner").read_text() or "null") is None
