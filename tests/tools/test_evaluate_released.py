@@ -30,7 +30,7 @@ CONVERTED = {"image_mean": [0.5] * 3, "image_std": [0.225] * 3}  # in converted 
 
 def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(TOOLS / f"{name}.py"), *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=400)
 
 
 @pytest.fixture(scope="module")
