@@ -74,6 +74,10 @@ class Ranks:
     def __init__(
         self, program: str, folder: Path, world: int, *, started: list[int] | None = None, join_s: float = JOIN_S
     ) -> None:
+        # The first process waits until the server has finished its imports, which is no part of the job's time.
+        server_ready = _FORK_SERVER.Process(target=int)
+        server_ready.start()
+        server_ready.join()
         self.since = time.monotonic()
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
