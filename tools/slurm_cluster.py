@@ -105,7 +105,9 @@ class Cluster:
 
     def run(self, *command: str, timeout_s: float = 60.0) -> str:
         """Runs one of SLURM's tools and returns its standard output."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout_s)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
         if done.returncode:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
