@@ -46,10 +46,10 @@ def test_the_interval_of_no_videos_is_0_to_1() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize(("share", "total"), [(0.1, 60), (0.5, 100), (0.77, 400), (0.95, 200)])
-def test_wilson_covers_the_truth_19_times_in_20(share: float, total: int) -> None:
-    draws = np.random.default_rng(0).binomial(total, share, 4000)
-    covered = [low <= share <= high for low, high in (wilson(int(right), total) for right in draws)]
+@pytest.mark.parametrize(("fraction", "total"), [(0.1, 60), (0.5, 100), (0.77, 400), (0.95, 200)])
+def test_wilson_covers_the_truth_19_times_in_20(fraction: float, total: int) -> None:
+    draws = np.random.default_rng(0).binomial(total, fraction, 4000)
+    covered = [low <= fraction <= high for low, high in (wilson(int(right), total) for right in draws)]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
 

@@ -230,11 +230,11 @@ def test_random_has_exactly_the_mix_of_the_policy_that_it_imitates(choice: np.nd
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.integers(0, 500))
-def test_random_with_any_mix_is_within_one_clip_of_it(shares: list[float], clips: int) -> None:
-    assume(sum(shares) > 0.01)
-    drawn = Random(tuple(shares)).choose(Evidence(clips, POINTS))
+def test_random_with_any_mix_is_within_one_clip_of_it(fractions: list[float], clips: int) -> None:
+    assume(sum(fractions) > 0.01)
+    drawn = Random(tuple(fractions)).choose(Evidence(clips, POINTS))
     assert len(drawn) == clips
-    wanted = np.array(shares) / sum(shares) * clips
+    wanted = np.array(fractions) / sum(fractions) * clips
     assert (abs(np.bincount(drawn, minlength=3) - wanted) <= 1 + 1e-9).all()
 
 
