@@ -74,8 +74,8 @@ setup(
         "videoadapt.data.index": ["kinetics400.txt"],
         "videoadapt.configs": ["*.yaml", "ablations/*.yaml"],
     },
-    # `pip install -e .` puts the checkout itself on the path. With setuptools' default, an import finder that comes last,
-    # `import videoadapt` from the parent folder of a clone would find the clone's folder as a namespace package first.
+    # `pip install -e .` puts the checkout itself on the import path. setuptools' default is an import finder that comes
+    # last: from the parent folder of a clone, `import videoadapt` would find the clone's folder, a namespace package.
     options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["videoadapt = videoadapt.commands.cli:main"]},
 )

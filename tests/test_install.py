@@ -26,8 +26,8 @@ def test_import_from_the_parent_folder_of_a_clone_named_videoadapt(tmp_path: Pat
     site = next(target.glob("lib/python*/site-packages"))
     (site / "requirements.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     python = target / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
-    install = [*pip, "--no-deps", "--no-build-isolation", "--editable", clone]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
+    install: list[str | Path] = [*pip, "--no-deps", "--no-build-isolation", "--editable", clone]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(install, check=True, env=environment)
     for folder in (tmp_path, clone, site):
