@@ -51,7 +51,7 @@ class TurnTime:
     """One turn of one form on one rank."""
 
     seconds: float
-    cpu_s: float  # of all threads, with those of gloo
+    cpu_s: float  # of all threads, gloo's threads included
     packed_s: float = 0.0
     waited_s: float = 0.0  # for the clips of other ranks, which may still be reading
     bytes_sent: int = 0  # to other ranks
@@ -64,7 +64,7 @@ class TimedExchange(ClipExchange):
     bytes_sent = 0
 
     def _send(self, clips: Iterable[Clip | Failure]) -> tuple[Tensor, Any]:
-        items = list(clips)  # reads the clips, whose time is not that of packing
+        items = list(clips)  # reads the clips before the clock of packing starts
         begin = time.perf_counter()
         received, work = super()._send(items)
         self.packed_s += time.perf_counter() - begin
@@ -119,7 +119,7 @@ def both_forms(config: Config, steps: int, trains: bool) -> Turn:
 
 
 def transfer(config: Config) -> Turn:
-    """Prepares the exchange of clips that are already read; a turn packs and sends those of a step."""
+    """Prepares the exchange of clips that are already read; a turn packs and sends the clips of a step."""
     manifest = load_or_index(config)
     exchange = ClipExchange(manifest, config, make_plan(config, world_size(), point_macs(config.model)))
     model = config.model
@@ -175,7 +175,7 @@ def row_of(name: str, turns: Sequence[Sequence[dict[str, TurnTime]]], clips: int
 
     Args:
         name: The first cell.
-        turns: For each round and rank, the times by form.
+        turns: The times by form, for each round and rank.
         clips: Clips of a turn.
     """
     # The slowest rank decides how long a turn takes; CPU time is added up.

@@ -66,19 +66,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For example `groups {14, 7}, 2 ranks`."""
+        """The name in tables, such as `groups {14, 7}, 2 ranks`."""
         points = "{" + ", ".join(self.config.model.points) + "}"
         return f"{self.kind} {points}" + (f", {self.ranks} ranks" if self.ranks > 1 else "")
 
     @property
     def plan(self) -> GroupPlan:
-        """Which rank trains what. Raises `ConfigError` if a rank has no clip."""
+        """The groups of all ranks. Raises `ConfigError` if a rank has no clip."""
         return make_plan(self.config, self.ranks, point_macs(self.config.model))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What takes turns: `prepare(config, *args)` on some ranks."""
+    """A measurement that alternates with others: `prepare(config, *args)` on some ranks."""
 
     prepare: Prepare
     config: Config
@@ -197,7 +197,7 @@ def _why_impossible(case: Case) -> str | None:
 
 
 def _measure(jobs: Mapping[str, _Job], rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """For each job the results of its turns, by rank; and for each job that failed the cause."""
+    """Runs the jobs in turn. Returns the results of each job's turns, by rank, and the cause of each failed job."""
     turns: dict[str, list[Any]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
     with ExitStack() as stack, Bar("bench_train", total=len(jobs) * (1 + rounds), unit="turns") as bar:

@@ -65,7 +65,7 @@ def with_times(rows: Sequence[Row], turns: Mapping[str, Sequence[Sequence[StepTi
 
     Args:
         rows: Rows without times; the first is the costliest length alone.
-        turns: By name of the case, the times of each round by rank. A case that was not measured is missing.
+        turns: The times of each round by rank, by name of the case. A case that was not measured is missing.
         peak: MACs per second of a large matrix product.
     """
     alone = [_slowest_s(turn) for turn in turns[rows[0].name]]
@@ -124,7 +124,7 @@ def by_lengths(rows: Sequence[Row]) -> list[LengthsRow]:
 
 
 def _sum(values: Iterable[Any]) -> Any:
-    """The sum, or None if a value is None."""
+    """Returns the sum, or None if a value is None."""
     known = list(values)
     return None if None in known else sum(known)
 

@@ -86,7 +86,7 @@ def _note_normalisation(path: Path, config: Config) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The values of a JSON file; empty if there is none."""
+    """Returns the values of a JSON file; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -128,7 +128,7 @@ def convert(weights: Path, config: Config) -> None:
         if digest != weights_digest(model):
             raise UserError(f"{path}: holds other weights, which are not overwritten; set run.dir to another folder")
         return
-    # What `evaluate` reads of a checkpoint that training has written.
+    # The entries that `evaluate` reads from a checkpoint of training.
     meta = config.model_dump(mode="json") | {"classes": list(classes), "digest": weights_digest(model), "step": 0}
     save_checkpoint(path, "train", {f"model/{name}": t for name, t in model.state_dict().items()}, meta)
 
@@ -152,7 +152,7 @@ def _require_classes(path: Path, classes: tuple[str, ...]) -> None:
 
 
 def _comparable(name: str) -> str:
-    """A class name without the differences between copies of Kinetics."""
+    """Returns a class name without the differences between copies of Kinetics."""
     return name.replace("_", " ").strip('"').casefold()
 
 

@@ -107,7 +107,7 @@ class Machine:
 
 
 def parity(machine: Machine, result: Result) -> None:
-    """Logits and gradients on this device beside float64 on the CPU, at every point."""
+    """Compares logits and gradients on this device with float64 on the CPU, at every point."""
     model = machine.config().model
     exact = TimeSformer(model).double()
     torch.manual_seed(1)
@@ -136,7 +136,7 @@ def parity(machine: Machine, result: Result) -> None:
 
 
 def _gradient_error(exact: nn.Module, ours: nn.Module) -> float:
-    """Norm of the difference of all gradients over the norm of the exact ones."""
+    """Returns the norm of the difference of all gradients, divided by the norm of the exact gradients."""
     pairs = [(a.grad, b.grad) for a, b in zip(exact.parameters(), ours.parameters(), strict=True)]
     known = [(a, b.cpu().double()) for a, b in pairs if a is not None and b is not None]
     error = sum(float((a - b).square().sum()) for a, b in known)
@@ -159,7 +159,7 @@ class RandomClips(torch.utils.data.Dataset[Clip]):
 
 
 def resume(machine: Machine, result: Result) -> None:
-    """`train` with workers, pinned memory and streams: does an interrupted run end with the same bits?"""
+    """Checks that an interrupted `train`, with workers, pinned memory and streams, ends with the same bits."""
     rows = [{"video": str(i), "label": i % 5, "split": "train", "status": "ok"} for i in range(12)]
     manifest = Manifest(pa.Table.from_pylist(rows, schema=SCHEMA), tuple("abcde"))
     # This process ends after the check, so the replaced names are not restored.
@@ -213,7 +213,7 @@ def _flat(model: nn.Module) -> Tensor:
 
 
 def _rank_main(rank: int, world: int, backend: str, folder: str, machine: Machine) -> None:
-    """One rank of the part `ranks`; it writes its result into the folder."""
+    """Runs one rank of the part `ranks`, and writes its result into the folder."""
     run, train = {"precision": "fp32"}, {"batch": 8, "lr": 0.01}
     before, alone, _ = _three_steps(machine.config(run=run, train=train), 1)
     dist.init_process_group(backend, init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
@@ -231,7 +231,7 @@ def _rank_main(rank: int, world: int, backend: str, folder: str, machine: Machin
 
 
 def ranks(machine: Machine, result: Result) -> None:
-    """Grouped steps beside one process: one rank on NCCL, and two on gloo, because NCCL refuses two on one GPU."""
+    """Compares grouped steps with one process: 1 rank on NCCL, 2 on gloo, as NCCL refuses 2 ranks on one GPU."""
     for world, backend in ((1, "cpu:gloo,cuda:nccl" if machine.on_gpu else "gloo"), (2, "gloo")):
         with tempfile.TemporaryDirectory() as folder:
             name = f"{world} of {backend}"
@@ -303,7 +303,7 @@ def _pass_s(
 
 
 def _contestants(model: ModelConfig, result: Result) -> Iterator[tuple[str, nn.Module, Forward]]:
-    """Ours, and Hugging Face's TimeSformer with its own attention and with a fused one."""
+    """Returns our model, and Hugging Face's TimeSformer with its default attention and with fused attention."""
     ours = TimeSformer(model)
     yield "ours", ours, ours
     try:

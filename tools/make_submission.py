@@ -71,7 +71,7 @@ def submission(run: Path, policy: str | None, top: int) -> pd.DataFrame:
 
 
 def _cells(row: dict, names: tuple[str, ...], top: int) -> dict[str, object]:
-    """The cells of a video by column."""
+    """Returns the cells of a video by column."""
     cells: dict[str, object] = {"video": row["video"]}
     _, youtube = video_id(row["video"])
     if youtube:

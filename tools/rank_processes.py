@@ -70,7 +70,7 @@ class RankProcesses:
         return [result for _, result in answers]
 
     def _answer(self, connection: Connection) -> tuple[bool, Any]:
-        """Whether the rank failed, and its result or the cause."""
+        """Receives whether the rank failed, and its result or the cause."""
         try:
             if not connection.poll(_TIMEOUT_S):
                 return True, f"no answer after {_TIMEOUT_S:.0f} s"

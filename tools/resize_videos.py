@@ -7,7 +7,7 @@ same frames; uneven timestamps are lost. A source that is not an mp4 changes its
 suffix, such as `path label` lists, must name the copies with .mp4; official CSVs stay valid. A video with a smaller
 short side keeps its size and is encoded again, so that all files in DST are alike.
 
-The same command resumes where it was stopped, and repeats what has changed: each copy records its source and encoder
+The same command resumes where it was stopped, and repeats changed copies: each copy records its source and encoder
 settings in its metadata. A file in DST without this record is never overwritten. A copy gets its final name only after
 a check that it has all frames of its source. Damaged videos get no copy and are listed in DST/failed.csv. Two processes
 must not write the same copy at the same time.
@@ -177,7 +177,7 @@ def resize(name: str, *, root: Path, target: Path, encoding: Encoding) -> Outcom
 
 
 def part_of(result: Path) -> Path:
-    """Returns the path of an unfinished copy; the same in each call, so that what a kill leaves is overwritten."""
+    """Returns the path of an unfinished copy; the same in each call, so that a copy left by a kill is overwritten."""
     return result.with_name(f".{result.name}.part")
 
 
@@ -289,7 +289,7 @@ def require_encoder(encoding: Encoding) -> None:
 
 
 def _rejection(encoding: Encoding) -> str:
-    """Why an encoder does not start; empty if it starts."""
+    """Returns the reason why an encoder does not start; empty if it starts."""
     context = cast("VideoCodecContext", av.CodecContext.create(encoding.codec, "w"))
     try:
         set_up(context, context, (64, 64), encoding)
@@ -350,7 +350,7 @@ def reading_speeds(pairs: Sequence[tuple[Path, Path]]) -> tuple[float, float] | 
 
 
 def _clip_cpu_s(path: Path) -> float:
-    """CPU seconds to read a clip of TimeSformer (8 frames, stride 32) from the middle of a video."""
+    """Measures the CPU seconds to read a clip of TimeSformer (8 frames, stride 32) from the middle of a video."""
     info = probe(path)
     start_s = max(0, info.frames - 8 * 32) / 2 / info.fps
     indices = frame_indices(

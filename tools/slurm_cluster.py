@@ -97,7 +97,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment variables with which SLURM's tools find this cluster."""
+        """Returns the environment variables with which SLURM's tools find this cluster."""
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         # Variables of an enclosing job would change the options of ours.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
@@ -204,7 +204,7 @@ class Cluster:
             return False
 
     def _step_processes(self, node: str) -> list[int]:
-        """The processes of the node's jobs.
+        """Returns the processes of the node's jobs.
 
         The step daemons come first: killed after their tasks, they would report the end of the tasks to the controller.
         """

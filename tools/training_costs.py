@@ -2,7 +2,7 @@
 
     python tools/training_costs.py configs/*_k400.yaml configs/*_in1k.yaml --utilisation 0.4 0.06
 
-The steps are those of `videoadapt plan` on one GPU, the mean over the draws of `train.draw`. A backward pass has twice
+The steps come from `videoadapt plan` on one GPU, the mean over the draws of `train.draw`. A backward pass has twice
 the MACs of a forward pass, three times with activation checkpointing. Reading and communication are not included.
 """
 
@@ -21,7 +21,7 @@ from videoadapt.performance.plan import analytic_passes, gpu_hours, work_of
 from videoadapt.training.groups import Group, GroupPlan
 
 A100_MACS_PER_S = 156e12  # peak in bf16: 312 TFLOP/s, two per MAC
-UTILISATIONS = (0.4, 0.06)  # an assumption for well-fed GPUs, and what follows from the training days in SuperViT
+UTILISATIONS = (0.4, 0.06)  # an assumption for well-fed GPUs, and the value from the training days in SuperViT
 TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by number of classes: Kinetics-400 (MMAction2's copy), ImageNet-1k
 COLUMNS = (
     "config",
@@ -62,7 +62,7 @@ def row(path: Path, peak_macs_per_s: float, utilisations: Sequence[float]) -> tu
     clips = config.plan.clips or TRAIN_CLIPS.get(config.model.num_classes)
     if clips is None:
         raise UserError(
-            f"{path}: set plan.clips, the clips of an epoch; only those of Kinetics-400 and ImageNet-1k are known"
+            f"{path}: set plan.clips, the clips of an epoch; they are only known for Kinetics-400 and ImageNet-1k"
         )
     points = point_macs(config.model)
     step = one_gpu(config)

@@ -251,7 +251,7 @@ class Other(va.Assigned):
 def test_further_policies_are_checked_before_any_clip_is_scored(copy: Config) -> None:
     with pytest.raises(UserError, match="policy fixed:7: the model has no point 7"):
         evaluate(copy, [va.Fixed("7")])
-    with pytest.raises(UserError, match="its assigner is not the one of this run"):
+    with pytest.raises(UserError, match="its assigner is not of this run"):
         evaluate(copy, [Other(Assigner(copy.assign, 3).eval(), POINTS)])
     with pytest.raises(UserError, match="two policies are named fixed:3"):
         evaluate(copy, [va.Fixed("3")])

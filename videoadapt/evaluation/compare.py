@@ -94,7 +94,7 @@ _Sides = tuple[_Evaluated, _Evaluated]
 
 
 def _evaluated(text: str) -> _Evaluated:
-    # A folder may have a colon in its name, and a policy has one: only a text that is no folder is split.
+    # Folders and policies may both have a colon in their names, so only a text that is no folder is split.
     folder, colon, policy = (text, "", "") if Path(text).is_dir() else text.partition(":")
     return _Evaluated(Path(folder), [policy] if colon else [])
 
@@ -118,7 +118,7 @@ def _counting(sides: _Sides) -> str:
 
 def _compared(sides: _Sides, pair: tuple[str, str], common: list[str]) -> ComparedPolicies:
     a, b = (side.table.loc[policy].loc[common] for side, policy in zip(sides, pair, strict=True))
-    differ = a["truth"] != b["truth"]
+    differ = a["truth"] != b["truth"]  # (videos,); equal names may have other numbers in another list of classes
     if differ.any():
         video = differ.idxmax()
         ours, theirs = a.loc[video, "truth"], b.loc[video, "truth"]
@@ -127,7 +127,7 @@ def _compared(sides: _Sides, pair: tuple[str, str], common: list[str]) -> Compar
             "the runs must have the same classes in the same order"
         )
     if _counting(sides) == "exclude":
-        readable = ~(a["failed"] | b["failed"])
+        readable = ~(a["failed"] | b["failed"])  # the test is paired: both runs need an answer
         a, b = a[readable], b[readable]
         if not len(a):
             raise UserError("no video was read by both runs, so there is nothing to compare")

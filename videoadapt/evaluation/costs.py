@@ -105,7 +105,8 @@ def flops(config: Config) -> dict[str, Any]:
 def clip_report(config: Config, policies: Mapping[str, Mapping[str, object]]) -> ClipReport:
     """Writes the clip-level report: `clips.csv`, `videos.csv` and `classes.csv` under `report/`.
 
-    The report is about the assigned policy, else about the first cascade, else about the costliest point.
+    The report is about the assigned policy; without one, about the first cascade; without both, about the costliest
+    point.
 
     Args:
         config: The config of an evaluated run.
@@ -141,7 +142,7 @@ def class_mix(clips: pd.DataFrame, points: tuple[str, ...], names: tuple[str, ..
         names: Names of all classes.
     """
     rows = []
-    for label, group in clips.groupby("truth"):
+    for label, group in clips.groupby("truth"):  # classes without clips get no row
         mix = {point: float((group["point"] == point).mean()) for point in points}
         row = {"class": names[label], "clips": len(group), "macs_per_clip": float(group["macs"].mean())}
         rows.append(row | mix)

@@ -117,7 +117,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
             summary = _summary(model, manifest, scores, every, guard, config=config)
             with guard():
                 write_json(path, summary.to_json() | {"seconds": round(time.monotonic() - start, 1)})
-        # Every rank returns what was written: JSON, with lists for tuples.
+        # Every rank returns the written JSON, which has lists for tuples.
         written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
     return written
 
@@ -184,7 +184,7 @@ def _summary(
 
 
 def _hardest(classes: pd.DataFrame) -> list[ClassRow]:
-    """The worst classes of the first policy, among those with two videos or more."""
+    """Returns the worst classes of the first policy. Classes with a single video are left out."""
     first = classes[(classes["policy"] == classes["policy"].iloc[0]) & (classes["videos"] > 1)]
     shown = first.head(HARDEST)[["class", "videos", "top1", "taken_for"]]
     return [ClassRow(*row) for row in shown.itertuples(index=False, name=None)]
@@ -200,19 +200,19 @@ def _require_usable(
     for policy in further:
         policy.check(model)
         if policy.name in names:
-            raise UserError(f"evaluate: two policies are named {policy.name}; give each a name of its own")
+            raise UserError(f"evaluate: two policies are named {policy.name}; give each policy a different name")
         names.append(policy.name)
         # Scores hold the probabilities of one assigner.
         if policy.assigner is not None and weights_digest(policy.assigner) != digest:
-            raise UserError(f"policy {policy.name}: its assigner is not the one of this run; load it from this run")
+            raise UserError(f"policy {policy.name}: its assigner is not of this run; load it from this run")
 
 
 def _population(manifest: Manifest, scores: Scores) -> Population:
-    """All listed videos of the val split. Videos that failed in indexing or decoding stay in it, with their cause."""
+    """Returns all listed videos of the val split; videos that failed in indexing or decoding have a cause."""
     listed = manifest.table[manifest.table["split"] == "val"]
     causes = {row: cause for row, cause in zip(listed.index, listed["cause"], strict=True) if cause}
     causes |= {failure.video: failure.cause for failure in scores.failures}
-    position = {row: i for i, row in enumerate(listed.index)}
+    position = {row: i for i, row in enumerate(listed.index)}  # manifest row to position among the listed videos
     return Population(
         videos=listed["video"].tolist(),
         truth=listed["label"].to_numpy(np.int64),
@@ -227,7 +227,7 @@ def _policies(
 ) -> list[Policy]:
     policies: list[Policy] = [Fixed(point) for point in points]
     if assigned is not None:
-        # Random routing with the same mix shows what the assigner's choices are worth beyond their cost.
+        # Random routing with the same mix runs the same points, so the difference in accuracy is due to the choices.
         choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
         policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed, imitates=assigned.name)]
     return [*policies, *further, Oracle()]
@@ -236,9 +236,9 @@ def _policies(
 def _speeds(
     model: TimeSformer, manifest: Manifest, scores: Scores, outcomes: list[Outcome], config: Config
 ) -> dict[str, float]:
-    """Clips per second of each policy on the same random clips: assigner, routing and model, without decoding.
+    """Measures each policy's clips per second on the same random clips: assigner, routing and model, without decoding.
 
-    Policies take turns, so that a slow moment of the machine meets all of them. The median of
+    Policies run in turn, so that a slow moment of the machine affects all of them. The median of
     `evaluate.speed_repeats` rounds counts, after one round to warm up.
     """
     count = min(config.evaluate.speed_clips, len(scores.rows))
@@ -262,18 +262,18 @@ def _speeds(
                 )
                 seconds[outcome.policy.name].append(time.perf_counter() - start)
                 bar.step(1, outcome.policy.name)
-    return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}  # the first one warms up
+    return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}  # the first pass warms up
 
 
 def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views `(clips, crops, C, T, S, S)` and thumbnails `(clips, C, A, s, s)` of some of the scored clips."""
+    """Decodes some of the scored clips: views `(clips, crops, C, T, S, S)` and thumbnails `(clips, C, A, s, s)`."""
     dataset = EvalVideos(
         manifest,
         config,
         temporal_views=config.evaluate.temporal_views,
         spatial_crops=config.evaluate.spatial_crops,
     )
-    rows = list(dict.fromkeys(scores.rows[drawn].tolist()))
+    rows = list(dict.fromkeys(scores.rows[drawn].tolist()))  # each video once, in order
     videos = {video.video: video for video in stream(dataset, rows) if isinstance(video, VideoViews)}
     missing = [row for row in rows if row not in videos]
     if missing:

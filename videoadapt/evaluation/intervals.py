@@ -32,7 +32,7 @@ def class_means(right: Bools, truth: Choice) -> Floats:
         truth: The class number of each video, `(videos,)`.
     """
     counts = np.bincount(truth)
-    hits = np.bincount(truth, weights=right)
+    hits = np.bincount(truth, weights=right)  # (classes,): right videos of each class
     return hits[counts > 0] / counts[counts > 0]
 
 
@@ -47,7 +47,7 @@ def mean_class_interval(right: Bools, truth: Choice) -> tuple[float, float]:
         truth: The class number of each video, `(videos,)`.
     """
     counts = np.bincount(truth)
-    counts = counts[counts > 0]
+    counts = counts[counts > 0]  # (classes that occur,), as `class_means` returns
     means = class_means(right, truth)
     smoothed = (means * counts + 1) / (counts + 2)
     half = _normal_half(float((smoothed * (1 - smoothed) / counts).sum()) / len(counts) ** 2)
@@ -59,10 +59,10 @@ def _normal_half(variance: float) -> float:
 
 
 def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, float]:
-    """Returns the accuracy of a minus that of b on the same videos, and its bootstrap interval over videos.
+    """Returns the accuracy of a minus the accuracy of b on the same videos, with a bootstrap interval over videos.
 
-    Half a video is added to each kind of outcome: two policies that agree on every video of a sample may differ on
-    another one, so the interval is never a point.
+    Half a video is added to each kind of outcome, so that the interval is never a point: two policies that agree on
+    every video of a sample may differ on other videos.
 
     Args:
         a: Whether policy a is right on each video, `(videos,)`.
@@ -84,7 +84,7 @@ def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, 
 def mcnemar(a_only: int, b_only: int) -> float:
     """Returns the exact two-sided p-value of McNemar's test that a and b are right equally often.
 
-    Where both are equally good, a video that only one of them gets right is a's with probability 1/2.
+    If both are equally good, then a is right with probability 1/2 on a video that only one of them gets right.
 
     Args:
         a_only: Number of videos that only a gets right.

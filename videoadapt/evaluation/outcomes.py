@@ -33,8 +33,8 @@ class Population:
         videos: Name of each listed video.
         truth: Class number of each listed video, `(videos,)`.
         classes: Names of all classes.
-        scored: Positions in `videos` of those that have scores, ascending. The others failed: they count as wrong, or
-            are left out, as `evaluate.failed` says.
+        scored: Positions of the videos with scores, ascending. The other videos failed: they count as wrong, or are
+            left out, by `evaluate.failed`.
         failed: Path and cause of each video that failed.
     """
 
@@ -100,14 +100,14 @@ class PolicyRow:
 
     Attributes:
         accuracies: Accuracies on the videos that count.
-        difference_to_costliest: Top-1 minus that of the fixed costliest point.
+        difference_to_costliest: Top-1 minus the top-1 of the fixed costliest point.
         costs: Mean costs.
         macs_saved: 1 minus the mean cost of a clip over that at the fixed costliest point.
         mix: Fraction of the clips that end at each point.
         clips_per_s: Measured speed, None if it was not measured.
         record: Further fields that the policy records.
         pareto: No other policy is cheaper and as accurate, or more accurate and no costlier.
-        difference_to_random: Top-1 minus that of random routing with the same mix, None where there is no such policy.
+        difference_to_random: Top-1 minus the top-1 of random routing with the same mix; None without that policy.
     """
 
     accuracies: Accuracies
@@ -150,6 +150,7 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
     def stored(rows: Choice, number: int) -> Mapping[Measure, Floats]:
         return {measure: values[rows, number] for measure, values in scores.confidence.items()}
 
+    # The same `decide` as on the model, so that an evaluation and a prediction route clips alike.
     choices = [decide(policy, evidence, stored) for policy in policies]
     best = _best_of_videos(scores, choices)
     outcomes = []
@@ -160,9 +161,9 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
 
 
 def _best_of_videos(scores: Scores, choices: list[Choice]) -> list[tuple[Choice, Floats]]:
-    """For each policy's choices, the best classes of each video and their probabilities, `(videos, k)`."""
+    """Returns, by policy, the best classes of each video and their probabilities, both `(videos, k)`."""
     found: list[list[tuple[Choice, Floats]]] = [[] for _ in choices]
-    first = 0  # of the shard's clips among all clips
+    first = 0  # position of the shard's first clip among all clips
     for shard in scores.shards():  # read once for all policies; a shard holds whole videos
         probabilities = shard.probabilities()  # (clips, points, classes)
         clips = np.arange(len(shard.rows))
@@ -175,7 +176,7 @@ def _best_of_videos(scores: Scores, choices: list[Choice]) -> list[tuple[Choice,
 
 
 def _best(probabilities: Floats, rows: Choice) -> tuple[Choice, Floats]:
-    """The best classes of each video and their probabilities, from those of its clips, `(clips, classes)`."""
+    """Returns the best classes of each video and their probabilities, from clip probabilities `(clips, classes)`."""
     _, video, counts = np.unique(rows, return_inverse=True, return_counts=True)
     sums = np.zeros((len(counts), probabilities.shape[1]))
     np.add.at(sums, video, probabilities)  # unlike `sums[video] +=`, adds every clip of a video
@@ -191,7 +192,7 @@ def policy_rows(
     """Computes the figures of each policy.
 
     Args:
-        outcomes: The outcomes of all policies. The first is that of the fixed costliest point.
+        outcomes: The outcomes of all policies. The first outcome belongs to the fixed costliest point.
         population: The listed videos.
         speeds: Measured clips per second, by policy name.
         config: The run's config.
@@ -262,7 +263,7 @@ def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> Ac
 
 
 def _costs(outcome: Outcome, population: Population, config: Config) -> Costs:
-    model = outcome.macs - outcome.assigner_macs  # of each clip
+    model = outcome.macs - outcome.assigner_macs  # (clips,): without the assigner
     crops, videos = config.evaluate.spatial_crops, max(len(population.scored), 1)
     return Costs(
         macs_per_view=float(outcome.macs.mean() / crops),
@@ -274,17 +275,17 @@ def _costs(outcome: Outcome, population: Population, config: Config) -> Costs:
 
 
 def _difference(a: Outcome, b: Outcome, population: Population, counted: Choice) -> Interval:
-    """Top-1 of a minus b on the same videos, with its interval."""
-    if a is b:
+    """Returns the top-1 of a minus the top-1 of b on the same videos, with an interval."""
+    if a is b:  # no chance is involved, but the smoothed interval would have a width
         return 0.0, 0.0, 0.0
     return paired_difference(_video_right(a, population, 1)[counted], _video_right(b, population, 1)[counted])
 
 
 def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:
-    """Whether the truth is among the `top` best classes of each listed video; False for a failed one."""
+    """Returns, by listed video, whether the truth is among the `top` best classes; False for a failed video."""
     right = np.zeros(len(population.videos), dtype=bool)
     truth = population.truth[population.scored]
-    right[population.scored] = (outcome.best[:, :top] == truth[:, None]).any(1)
+    right[population.scored] = (outcome.best[:, :top] == truth[:, None]).any(1)  # (scored videos,)
     return right
 
 
@@ -359,8 +360,8 @@ def _clip_table(outcome: Outcome, scores: Scores, videos: Names, points: tuple[s
 
 
 def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.DataFrame:
-    """One row for each listed video. One that failed has prediction -1, cost 0 and empty lists of best classes."""
-    prediction = np.full(len(population.videos), -1)
+    """Returns one row per listed video. A failed video has prediction -1, cost 0 and empty lists of best classes."""
+    prediction = np.full(len(population.videos), -1)  # -1: no class has this number
     prediction[population.scored] = outcome.best[:, 0]
     best: list[list[int]] = [[] for _ in population.videos]
     p_best: list[list[float]] = [[] for _ in population.videos]

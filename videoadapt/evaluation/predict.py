@@ -127,7 +127,7 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
     Args:
         config: The run's config.
         paths: Video files. A file that cannot be read, or whose probabilities are NaN, is listed with its cause.
-        policy: The text of a policy. None: `assigned` if the run has an assigner, else the costliest point.
+        policy: The text of a policy. None: `assigned` if the run has an assigner, and otherwise the costliest point.
 
     Returns:
         The contents of `predictions.json`.
@@ -141,7 +141,7 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
     assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
     text = policy or (assigned.name if assigned else f"fixed:{model.config.points[0]}")
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
-    if chosen.assigner is not None:  # thumbnails are cut as the assigner has seen them when it was fitted
+    if chosen.assigner is not None:  # thumbnails are cut as in the assigner's fit
         config = config.model_copy(update={"assign": chosen.assigner.config})
     result = Predictions(text, [], [])
     for path in paths:

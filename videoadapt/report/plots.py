@@ -1,4 +1,4 @@
-"""Figures of an evaluated run: what clips cost, and accuracy against cost."""
+"""Figures of an evaluated run: the cost of clips, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
 
     Args:
         run: The run folder, with the files of `evaluate` and of `evaluation.costs.flops`.
-        summary: What `flops` returned for this run.
+        summary: The result of `flops` for this run.
 
     Returns:
         The PNG files written, none where the run has no evaluation at the points of `summary`.

@@ -56,7 +56,7 @@ class Assigner(nn.Module):
             stem_size=STEM_CHANNELS,
             round_chs_fn=rounded,
             act_layer=nn.SiLU,
-            num_classes=0,
+            num_classes=0,  # no head: the network returns features
         )
         self.head = nn.Linear(2 * self.net.num_features, points)
 
@@ -66,12 +66,12 @@ class Assigner(nn.Module):
         Args:
             thumbnails: uint8 `(B, C, A, s, s)`: A frames of each clip.
         """
-        frames = rearrange(thumbnails, "b c a h w -> (b a) c h w")
+        frames = rearrange(thumbnails, "b c a h w -> (b a) c h w")  # the network sees each frame alone
         x = self.net(frames.to(self.head.weight.dtype) / 127.5 - 1.0)  # 0..255 to -1..1; (B A, features)
-        x = rearrange(x, "(b a) f -> b a f", b=thumbnails.shape[0])
+        x = rearrange(x, "(b a) f -> b a f", b=thumbnails.shape[0])  # (B, A, features)
         # Equal frames have variance 0, where the square root has an infinite gradient.
         spread = (x.var(1, correction=0) + 1e-6).sqrt()  # (B, features)
-        return self.head(torch.cat([x.mean(1), spread], dim=-1))
+        return self.head(torch.cat([x.mean(1), spread], dim=-1))  # (B, 2 features) to (B, points)
 
     @torch.inference_mode()
     def probabilities(self, thumbnails: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def assigner_macs(config: AssignConfig, points: int) -> int:
         config: The size of the assigner.
         points: Number of points that it chooses from.
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         assigner = Assigner(config, points).eval()
         thumbnails = torch.zeros(1, 3, config.frames, config.size, config.size, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
@@ -99,14 +99,15 @@ def expected_cost(logits: Tensor, wrong: Tensor, costs: Tensor, *, mu: float) ->
     """Computes `sum_p q_p (cost_p / cost_max + mu wrong_p)`: the expected cost if a clip's point is drawn from q.
 
     Args:
-        logits: The assigner's, `(B, points)`; q is their softmax.
-        wrong: Float `(B, points)`, 1 where the model is wrong on the clip, else 0.
+        logits: The logits of the assigner, `(B, points)`; q is their softmax.
+        wrong: Float `(B, points)`, 1 where the model is wrong on the clip, 0 where it is right.
         costs: Cost of each point, `(points,)`, in any unit.
         mu: Price of a wrong answer, in units of the costliest point's cost.
 
     Returns:
         The expected cost of each clip, `(B,)`.
     """
+    # (points,) + (B, points): the costs broadcast over the clips
     return (logits.float().softmax(-1) * (costs / costs.max() + mu * wrong)).sum(-1)
 
 
@@ -114,7 +115,7 @@ def assigner_loss(logits: Tensor, labels: Tensor, wrong: Tensor, costs: Tensor, 
     """Returns the mean loss of a batch: cross-entropy with the labels (ReViT), or `expected_cost`.
 
     Args:
-        logits: The assigner's, `(B, points)`.
+        logits: The logits of the assigner, `(B, points)`.
         labels: Number of each clip's label, `(B,)`.
         wrong: As in `expected_cost`.
         costs: As in `expected_cost`.
@@ -145,6 +146,7 @@ def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]
 def restore_assigner(checkpoint: Checkpoint) -> tuple[Assigner, tuple[str, ...], float]:
     """Builds the assigner of a checkpoint; returns and raises as `load_assigner`."""
     if checkpoint.meta["threshold"] is None:
+        # `assign` writes the threshold last, after all epochs.
         raise CheckpointError(
             f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
         )

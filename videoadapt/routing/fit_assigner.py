@@ -124,7 +124,8 @@ def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
         raise UserError(f"assign: {len(order)} labelled clips are too few to fit and to choose a threshold")
     assigner, step = _fit(fit, config, checkpoints)
     costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)  # (points,), costliest first
-    batches = np.array_split(np.arange(kept), -(-kept // config.assign.batch))  # rounded up
+    # Rounded up. The thumbnails of all clips may not fit into memory together.
+    batches = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
     probabilities = np.concatenate([assign_probabilities(assigner, select.batch(batch)) for batch in batches])
     threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
     checkpoints.save(step + 1, _tensors(assigner, None), _meta(config, fit) | {"threshold": threshold})
@@ -136,7 +137,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
         threshold=threshold,
         label_accuracy=float((probabilities.argmax(-1) == select.labels).mean()),
         accuracy=float(select.right[np.arange(kept), choice].mean()),
-        accuracy_costliest=float(select.right[:, 0].mean()),
+        accuracy_costliest=float(select.right[:, 0].mean()),  # column 0 is the costliest point
         macs_saved=float(1 - (costs[choice].mean() + macs) / costs[0]),
         mix={point: float((choice == i).mean()) for i, point in enumerate(points)},
         assigner_macs=macs,
@@ -177,9 +178,10 @@ def _label_summary(config: Config) -> dict[str, Any]:
 
 
 def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[npt.NDArray[np.uint8], Bools]:
-    """The clips' thumbnails, uint8 `(n, C, A, s, s)`, in a file that is mapped into memory, and which could be read.
+    """Reads the clips' thumbnails into a file that is mapped into memory.
 
-    Resumes where an earlier call stopped. Clips that could not be read then are tried again.
+    Resumes where an earlier call stopped, and tries its unreadable clips again. Returns the thumbnails, uint8
+    `(n, C, A, s, s)`, and whether each clip could be read, `(n,)`.
     """
     dataset = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1, views=False)
     shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
@@ -189,7 +191,7 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
     path = config.run.dir / "assigner" / f"thumbnails-{digest}.npy"
     progress = path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    count, failed = 0, []  # clips that were tried, the first of `rows`, and those of them that could not be read
+    count, failed = 0, []  # an earlier call tried the first `count` clips; the clips `failed` could not be read
     if path.exists() and progress.exists():
         earlier = json.loads(progress.read_text(encoding="utf-8"))
         count, failed = earlier["count"], earlier["failed"]
@@ -206,7 +208,7 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
                 say(f"left out of the fit: {video.path}: {video.cause}")
             bar.step()
             if (number + 1) % SAVE_EVERY == 0 or number == numbers[-1]:
-                array.flush()  # before the progress that says so
+                array.flush()  # before the progress file, which must not count thumbnails that a crash loses
                 count = max(count, number + 1)
                 write_json(progress, {"count": count, "failed": np.flatnonzero(~found[:count]).tolist()})
     return array, found
@@ -230,7 +232,7 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
         warmup_epochs=min(1.0, settings.epochs / 10),  # a short fit is not all warm-up
     )
     optimizer = make_optimizer(assigner.named_parameters(), recipe)
-    per_epoch = max(1, len(clips.labels) // settings.batch)
+    per_epoch = max(1, len(clips.labels) // settings.batch)  # as many as `_batches` makes
     schedule = make_schedule(optimizer, recipe, per_epoch)
     epoch = _resume(checkpoints, assigner, optimizer, config, clips.digest())
     macs = point_macs(config.model)
@@ -258,14 +260,15 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
 
 
 def _batches(count: int, batch: int, seed: tuple[int, ...]) -> list[npt.NDArray[np.int64]]:
-    """Row numbers in random order, in whole batches; if there is none, in one smaller batch."""
+    """Returns row numbers in random order, in whole batches; if there is no whole batch, in one smaller batch."""
     order = np.random.default_rng(seed).permutation(count)
     return [order[i : i + batch] for i in range(0, max(count - batch, 0) + 1, batch)]
 
 
 def _flip(thumbnails: Tensor, seed: tuple[int, ...]) -> Tensor:
-    """Flips each clip with probability 1/2, all its frames alike."""
+    """Flips each clip with probability 1/2, and all frames of a clip alike."""
     flips = torch.from_numpy(np.random.default_rng(seed).random(len(thumbnails)) < 0.5)  # noqa: PLR2004
+    # (B,) to (B, 1, 1, 1, 1), which broadcasts over channels, frames and pixels
     return torch.where(flips[:, None, None, None, None], thumbnails.flip(-1), thumbnails)
 
 
@@ -277,7 +280,7 @@ def _tensors(assigner: Assigner, optimizer: torch.optim.Optimizer | None) -> dic
 
 
 def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
-    """Settings, points and digests of the labels and of the model; the threshold follows when the fit is complete."""
+    """Returns settings, points, and digests of labels and model. The threshold is added when the fit is complete."""
     return {
         "assign": config.assign.model_dump(mode="json"),
         "label": config.label.model_dump(mode="json"),
@@ -293,7 +296,8 @@ def _resume(
 ) -> int:
     """Restores the newest checkpoint. Returns the number of complete epochs.
 
-    An assigner of other labels (the model was trained again, or the clips changed) is moved to another folder.
+    If the labels have changed (the model was trained again, or the clips changed), the earlier assigner is moved to
+    another folder.
     """
     found = checkpoints.latest()
     if found is None:
@@ -305,6 +309,7 @@ def _resume(
         for path in [*checkpoints.folder.glob("step-*"), checkpoints.folder / "last"]:
             path.replace(aside / path.name)
         return 0
+    # These two only choose the threshold, which is computed again after every fit.
     require_same(found.path, config.assign, found.meta["assign"], "assign", free=("select", "tolerance"))
     require_same(found.path, config.label, found.meta["label"], "label")
     load_tensors(assigner, found.tensors_under("model"), found.path)

@@ -77,6 +77,7 @@ def label(config: Config) -> dict[str, Any]:
 
 def _score(manifest: Manifest, config: Config) -> Scores | None:
     splits = LABEL_SPLITS[config.label.source]
+    # Videos that failed in indexing are not read again.
     usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
@@ -89,7 +90,7 @@ def _score(manifest: Manifest, config: Config) -> Scores | None:
 
 
 def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[str, pd.DataFrame], LabelSummary]:
-    """The tables by name, and the summary."""
+    """Returns the tables by name, and the summary."""
     points, names = config.model.points, manifest["video"]
     table = pd.concat(  # one shard at a time, so that the logits of all clips are never in memory together
         outcome_table(names[shard.rows].tolist(), shard.clips, shard.truth, shard.probabilities(), points)
@@ -109,7 +110,7 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
             point: PointLabels(right=float(right[:, i].mean()), labelled=int((labels == i).sum()))
             for i, point in enumerate(points)
         },
-        none_right_clips=int((~right.any(axis=1)).sum()),
-        left_out=int((labels < 0).sum()),
+        none_right_clips=int((~right.any(axis=1)).sum()),  # `right` is (clips, points)
+        left_out=int((labels < 0).sum()),  # -1: a clip without a label
     )
     return {"outcomes": table, "labels": clips}, summary

@@ -36,8 +36,8 @@ def confidence(probabilities: Floats, measure: Measure) -> Floats:
 
     Args:
         probabilities: `(..., classes)`, of 2 or more classes.
-        measure: `probability`: of the best class. `margin`: by which it exceeds that of the second. `entropy`:
-            1 - entropy / log(classes).
+        measure: `probability`: the probability of the best class. `margin`: the difference between the best and the
+            second probability. `entropy`: 1 - entropy / log(classes).
 
     Returns:
         The confidence, `(...)`.
@@ -68,9 +68,9 @@ def outcome_table(
         points: The points of the model.
 
     Returns:
-        The table. `p_true` is the probability of the true class; `margin` is `p_true` minus that of the best other
-        class, negative where the model is wrong. `confidence_*` are the measures of `confidence`, which do not read
-        the truth.
+        The table. `p_true` is the probability of the true class. `margin` is `p_true` minus the highest probability of
+        another class, negative where the model is wrong. `confidence_*` are the measures of `confidence`,
+        which do not read the truth.
     """
     count = len(truth)
     prediction = probabilities.argmax(-1)  # (clips, points)
@@ -111,7 +111,9 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
     missing = set(points) - set(predictions.columns)
     if missing:
         raise UserError(f"label table: has no outcomes for the points {', '.join(sorted(missing))}; run `label` again")
+    # With `teacher`, the costliest point is the truth.
     wanted = predictions[points[0]] if source == "teacher" else table.groupby(["video", "clip"])["truth"].first()
+    # (clips, points) == (clips, 1); the two tables may list the clips in different orders
     right = predictions[list(points)].to_numpy() == wanted.loc[predictions.index].to_numpy()[:, None]
     return predictions.index.to_frame(index=False), right
 
@@ -131,7 +133,7 @@ def confidence_matrix(table: pd.DataFrame, points: Sequence[str], measure: Measu
 
 
 def choose_labels(right: Bools, none_right: Literal["longest", "cheapest", "exclude"]) -> Choice:
-    """Returns the label of each clip: the number of its cheapest right point (ReViT, section 3.3).
+    """Returns each clip's label: the cheapest point at which the model is right, as its number (ReViT, section 3.3).
 
     Args:
         right: Whether the model is right, `(clips, points)`.
@@ -148,7 +150,7 @@ def choose_labels(right: Bools, none_right: Literal["longest", "cheapest", "excl
 
 def last_true(flags: Bools) -> Choice:
     """Returns the last true column of each row, the cheapest point that qualifies; the last column if none does."""
-    return flags.shape[1] - 1 - np.argmax(flags[:, ::-1], axis=1)  # argmax finds the first true; of none, 0
+    return flags.shape[1] - 1 - np.argmax(flags[:, ::-1], axis=1)  # argmax finds the first true, or 0 if there is none
 
 
 def cheapest_sufficient(probabilities: Floats, threshold: float) -> Choice:
@@ -170,7 +172,7 @@ def choose_threshold(probabilities: Floats, right: Bools, costs: Floats, *, tole
     """Finds the threshold of least mean cost that loses at most `tolerance` accuracy against the costliest point.
 
     Args:
-        probabilities: The assigner's, `(clips, points)`, on clips that it was not fitted on.
+        probabilities: The assigner's probabilities, `(clips, points)`, on clips that it was not fitted on.
         right: Whether the model is right, `(clips, points)`.
         costs: Cost of each point, `(points,)`, in any unit.
         tolerance: Accuracy that may be lost, between 0 and 1.
@@ -181,10 +183,10 @@ def choose_threshold(probabilities: Floats, right: Bools, costs: Floats, *, tole
     """
     best, least = 2.0, np.inf
     allowed = right[:, 0].mean() - tolerance - 1e-12  # the small number forgives rounding of the mean
-    for threshold in np.linspace(0.5, 0.995, 100):
+    for threshold in np.linspace(0.5, 0.995, 100):  # in steps of 0.005
         choice = cheapest_sufficient(probabilities, float(threshold))
         accuracy, cost = right[np.arange(len(choice)), choice].mean(), costs[choice].mean()
-        if accuracy >= allowed and cost < least:
+        if accuracy >= allowed and cost < least:  # `<`: of equal costs, the lowest threshold counts
             best, least = float(threshold), cost
     return best
 
@@ -217,4 +219,5 @@ def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float
         raise UserError(
             f"cascade: its first point alone costs {cost(candidates[0]):.3g}, which is more than {mean_cost:g}"
         )
+    # The cost rises with the threshold, so the last candidate that is cheap enough is the answer.
     return float(candidates[bisect_right(candidates, mean_cost, key=cost) - 1])

@@ -38,13 +38,13 @@ from videoadapt.runtime.console import say
 
 NO_POINT = -1  # in place of a point's number: the clip has run no point yet, or it stops here
 Need = Literal["assigner", "confidence", "truth", "population"]
-# fields of `assign` that only matter while an assigner is fitted, so that they may differ when it runs
+# Fields of `assign` that only fitting uses. A loaded assigner may have been fitted with other values.
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a policy may know about `clips` clips. Every array is `(clips, points)`, or None if it is not known.
+    """The facts about `clips` clips that a policy may read. Every array is `(clips, points)`; None if it is not known.
 
     Attributes:
         clips: Number of clips.
@@ -95,7 +95,7 @@ class Policy(ABC):
         """Chooses the point that each clip runs next, or ends the clip.
 
         Args:
-            evidence: What is known of the clips, with the answers at the points that they have run.
+            evidence: The known facts about the clips, with the answers at the points that they have run.
             last: Number of the point that each clip ran last, `(clips,)`; `NO_POINT` before the first.
 
         Returns:
@@ -132,7 +132,7 @@ class OnePointPolicy(Policy):
 
     def next(self, evidence: Evidence, last: Choice) -> Choice:
         """Returns the chosen points, then `NO_POINT`."""
-        if (last == NO_POINT).all():  # all clips run their only point in the same round
+        if (last == NO_POINT).all():  # the first round: all clips run their only point in the same round
             return self.choose(evidence)
         return np.full(evidence.clips, NO_POINT)
 
@@ -208,7 +208,7 @@ class Assigned(OnePointPolicy):
         assigned = cls._of(found)
         assigned.check(model)
         if config is not None:
-            # Thumbnails are cut by the run's config, and the assigner must see those that it was fitted on.
+            # Thumbnails are cut by the run's config, and the assigner must see thumbnails as in its fit.
             require_same(run / "assigner", config, found.meta["assign"], "assign", free=FITTING)
         assigned.assigner.to(model.head.weight.device)
         return assigned
@@ -221,7 +221,7 @@ class Assigned(OnePointPolicy):
     def choose(self, evidence: Evidence) -> Choice:
         """Returns the point of each clip by the assigner's probabilities."""
         self._check_points(evidence.points)
-        assert evidence.assigned is not None, "`decide` checks that the evidence that `needs` names is there"
+        assert evidence.assigned is not None, "`decide` checks that the evidence in `needs` is present"
         return cheapest_sufficient(evidence.assigned, self.threshold)
 
     def check(self, model: TimeSformer) -> None:
@@ -235,7 +235,7 @@ class Assigned(OnePointPolicy):
         if self.weights is not None and self.weights != weights_digest(model):
             say(
                 "policy assigned: its assigner was fitted to the labels of other weights, or of another run.precision; "
-                "run `label` and `assign` again, or its choices are not made for this model"
+                "run `label` and `assign` again to fit the assigner to this model"
             )
 
     def _check_points(self, points: tuple[str, ...]) -> None:
@@ -276,7 +276,7 @@ class Cascade(Policy):
 
     @property
     def name(self) -> str:
-        """`cascade:` and the text that it was parsed from, or else its points, exact thresholds and measure."""
+        """`cascade:` and the parsed text; without a text, the points, exact thresholds and measure."""
         written = f"{','.join(self.points)}:{','.join(map(str, self.thresholds))}:{self.measure}"
         return f"cascade:{self.text or written}"
 
@@ -301,7 +301,7 @@ class Cascade(Policy):
         _numbers(self, self.points, model.config.points)
 
     def record(self) -> Mapping[str, object]:
-        """Returns the thresholds, which may be fitted and then do not stand in the name."""
+        """Returns the thresholds. The name does not contain fitted thresholds."""
         return {"thresholds": self.thresholds}
 
 
@@ -322,10 +322,10 @@ class Random(OnePointPolicy):
     needs = frozenset({"population"})  # the mix is exact over all clips that are drawn together
 
     def choose(self, evidence: Evidence) -> Choice:
-        """Returns a shuffled list with the fractions of the mix, rounded so that they add up to all clips."""
+        """Returns the points in random order; the counts follow the mix, rounded to sum to the number of clips."""
         # Rounding the sums, not the fractions: the counts then add up to all clips.
         edges = np.rint(np.cumsum(self.mix) / np.sum(self.mix) * evidence.clips).astype(np.int64)
-        counts = np.diff(edges, prepend=0)
+        counts = np.diff(edges, prepend=0)  # (points,)
         return np.random.default_rng(self.seed).permutation(np.repeat(np.arange(len(self.mix)), counts))
 
 
@@ -338,12 +338,12 @@ class Oracle(OnePointPolicy):
 
     def choose(self, evidence: Evidence) -> Choice:
         """Returns the point of each clip by the truth."""
-        assert evidence.right is not None, "`decide` checks that the evidence that `needs` names is there"
+        assert evidence.right is not None, "`decide` checks that the evidence in `needs` is present"
         return last_true(evidence.right)
 
 
 def _numbers(policy: Policy, wanted: Sequence[str], points: Sequence[str]) -> list[int]:
-    """The numbers of a policy's points among those of the model."""
+    """Returns the numbers of a policy's points, by their order in the model."""
     missing = [point for point in wanted if point not in points]
     if missing:
         raise UserError(
@@ -354,7 +354,7 @@ def _numbers(policy: Policy, wanted: Sequence[str], points: Sequence[str]) -> li
 
 def mix_of(choice: Choice, points: int) -> tuple[float, ...]:
     """Returns the fraction of the clips at each point, from the number of each clip's point, `(clips,)`."""
-    return tuple(np.bincount(choice, minlength=points) / max(len(choice), 1))  # of no clips, zeros
+    return tuple(np.bincount(choice, minlength=points) / max(len(choice), 1))  # zeros if there are no clips
 
 
 def parse_policy(
@@ -364,7 +364,7 @@ def parse_policy(
 
     Args:
         text: The policy as a user writes it.
-        assigned: What `assigned` stands for; None if there is no assigner.
+        assigned: The policy that the text `assigned` means; None if there is no assigner.
         model: The model's config.
         run: As in `parse_cascade`.
         weights: As in `parse_cascade`.
@@ -388,10 +388,10 @@ def parse_cascade(text: str, model: ModelConfig, run: Path | None, weights: nn.M
     """Parses a cascade, and fits its threshold where the text gives a mean cost instead.
 
     Args:
-        text: What `parse_cascade_spec` reads.
+        text: The cascade, in the format of `parse_cascade_spec`.
         model: The model's config.
-        run: The run folder whose label table a threshold is fitted on; None if there is none. A clip of the table then
-            costs the wanted fraction of the costliest point on average.
+        run: The run folder whose label table a threshold is fitted on; None if there is none. The fitted threshold
+            makes the mean cost the wanted fraction of the costliest point's cost.
         weights: The model. A label table of other weights is refused. None: the table is not checked.
 
     Raises:
@@ -421,7 +421,7 @@ def _fitted_threshold(
 
 
 def require_labels_of_model(model: nn.Module, run: Path) -> None:
-    """Checks that the label table of a run was made by these weights; a run without one passes.
+    """Checks that the label table of a run was made by these weights. Does nothing if the run has no label table.
 
     Raises:
         UserError: The table was made by other weights.
@@ -429,6 +429,5 @@ def require_labels_of_model(model: nn.Module, run: Path) -> None:
     path = run / "labels" / "label.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["model"] != weights_digest(model):
         raise UserError(
-            f"{path.parent}: made by other weights, or with another run.precision, so that no cost can be fitted on "
-            "it; run `label` again"
+            f"{path.parent}: this label table belongs to other weights or another run.precision; run `label` again"
         )

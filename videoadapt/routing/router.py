@@ -32,8 +32,8 @@ def decide(policy: Policy, evidence: Evidence, run: RunPoint) -> Choice:
 
     Args:
         policy: The rule.
-        evidence: What is known before the model runs. `confidence` is ignored: the policy sees the confidence of a
-            clip only at the points that the clip has run.
+        evidence: The known facts before the model runs. `confidence` is ignored: the policy sees the confidence
+            of a clip only at the points that the clip has run.
         run: Runs clips at a point. It is called once for each point of a round, costliest first.
 
     Returns:
@@ -50,22 +50,22 @@ def decide(policy: Policy, evidence: Evidence, run: RunPoint) -> Choice:
     seen = {measure: np.full(shape, np.nan) for measure in MEASURES} if "confidence" in policy.needs else {}
     ran = np.zeros(shape, dtype=bool)
     last = np.full(evidence.clips, NO_POINT)
-    left = np.arange(evidence.clips)  # rows of the clips that have not ended
-    while len(left):
-        following = policy.next(replace(evidence, confidence=seen).take(left), last[left])
-        if ((following == NO_POINT) & (last[left] == NO_POINT)).any():
+    active = np.arange(evidence.clips)  # rows of the clips that have not ended
+    while len(active):
+        following = policy.next(replace(evidence, confidence=seen).take(active), last[active])  # (active clips,)
+        if ((following == NO_POINT) & (last[active] == NO_POINT)).any():
             raise ValueError(f"policy {policy.name}: ends a clip before its first point")
         goes_on = following != NO_POINT
-        left, following = left[goes_on], following[goes_on]
-        if ran[left, following].any():  # else a wrong policy would run for ever
+        active, following = active[goes_on], following[goes_on]
+        if ran[active, following].any():  # without this check a wrong policy would run for ever
             raise ValueError(f"policy {policy.name}: runs a point twice on a clip")
         for number in np.unique(following).tolist():
-            rows = left[following == number]  # all clips of a point at once, so that their batches are full
-            found = run(rows, number)
+            rows = active[following == number]  # all clips of a point at once, so that their batches are full
+            confidences_here = run(rows, number)
             for measure, values in seen.items():
-                values[rows, number] = found[measure]
-        ran[left, following] = True
-        last[left] = following
+                values[rows, number] = confidences_here[measure]
+        ran[active, following] = True
+        last[active] = following
     _require_visits(policy, evidence.points, last, ran)
     return last
 
@@ -78,7 +78,7 @@ def _require_evidence(policy: Policy, evidence: Evidence) -> None:
 
 
 def _require_visits(policy: Policy, points: tuple[str, ...], ended: Choice, ran: Bools) -> None:
-    """Costs are sums over `visits`, so `visits` must name exactly the points that ran."""
+    """Checks that `visits` names exactly the points that ran, since costs are sums over `visits`."""
     for number in np.unique(ended).tolist():
         visited = np.isin(points, policy.visits(points[number]))  # (points,)
         if (ran[ended == number] != visited).any():
@@ -86,7 +86,7 @@ def _require_visits(policy: Policy, points: tuple[str, ...], ended: Choice, ran:
 
 
 def clip_macs(policy: Policy, ended: Choice, model: ModelConfig, *, crops: int) -> tuple[npt.NDArray[np.int64], int]:
-    """Returns the MACs of clips by the points where they end. All costs of policies come from here.
+    """Returns the MACs of each clip, given the point where it ends. All costs of policies come from here.
 
     Args:
         policy: The policy that decided.
@@ -99,11 +99,11 @@ def clip_macs(policy: Policy, ended: Choice, model: ModelConfig, *, crops: int) 
         the assigner alone, 0 for a policy without one.
     """
     macs, points = point_macs(model), model.points
-    ends, kind = np.unique(ended, return_inverse=True)
-    # Each kind of end has one cost, so the sum over visits is made once for each and not once for each clip.
-    paid = [crops * sum(macs[point] for point in policy.visits(points[end])) for end in ends.tolist()]
+    ends, inverse = np.unique(ended, return_inverse=True)  # (different ends,), (clips,)
+    # The cost depends on the end only, so it is computed once for each end and not once for each clip.
+    macs_by_end = [crops * sum(macs[point] for point in policy.visits(points[end])) for end in ends.tolist()]
     assigner = assigner_macs(policy.assigner.config, len(points)) if policy.assigner is not None else 0
-    return np.array(paid, dtype=np.int64)[kind] + assigner, assigner
+    return np.array(macs_by_end, dtype=np.int64)[inverse] + assigner, assigner
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def route(
         model: The model, in eval mode.
         views: uint8 `(clips, crops, C, T, S, S)`.
         policy: The rule.
-        batch: Views of a forward pass. The results are those of running each clip alone.
+        batch: Views of a forward pass. The results are the same as if each clip ran alone.
         thumbnails: uint8 `(clips, C, A, s, s)`, for a policy with an assigner.
         right: `(clips, points)`, for a policy that needs the truth.
 
@@ -150,9 +150,9 @@ def route(
 
     def run(rows: Choice, number: int) -> Mapping[Measure, Floats]:
         flat = views[torch.from_numpy(rows)].flatten(0, 1)  # (rows * crops, C, T, S, S)
-        found = view_logits(model, flat, model.config.points[number], batch=batch)
-        # A later point of a clip overwrites the answer of an earlier one: what stays is that of its last point.
-        logits[rows] = found.unflatten(0, (len(rows), crops)).numpy()  # (rows, crops, classes)
+        view_scores = view_logits(model, flat, model.config.points[number], batch=batch)
+        # A later point of a clip overwrites the logits of an earlier one, so the logits of its last point remain.
+        logits[rows] = view_scores.unflatten(0, (len(rows), crops)).numpy()  # (rows, crops, classes)
         return confidences(clip_probabilities(logits[rows])) if "confidence" in policy.needs else {}
 
     choice = decide(policy, Evidence(clips, model.config.points, assigned, right), run)

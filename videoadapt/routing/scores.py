@@ -38,7 +38,7 @@ from videoadapt.runtime.ranks import any_requested, rank, wait_for_file, world_s
 from videoadapt.runtime.signals import StopRequest
 
 VIDEOS_PER_SHARD = 32  # few, so that an interrupted job loses little; many, so that a split has few files
-VERSION = 1  # raise it when the same videos and weights give other scores: other frames, crops or arithmetic
+VERSION = 1  # raise it when other frames, crops or arithmetic give other scores
 _FILE_COLUMNS = ["content", "frames", "fps", "rotation", "reader", "damage"]  # manifest columns that decide the pixels
 _TORN = (OSError, ValueError, KeyError, EOFError, BadZipFile)  # numpy raises one of these for an incomplete file
 Ints = npt.NDArray[np.int64]
@@ -168,7 +168,7 @@ def score(
     number, count = config.parallel.shard_of
     mine = slice(number * world_size() + rank(), None, count * world_size())  # every (jobs x ranks)-th shard
     stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
-    if any_requested(stopped):  # ranks stop together, or those that go on would wait for shards that never come
+    if any_requested(stopped):  # all ranks stop together: one that goes on would wait for shards that never come
         stopped.stop()
     return None if config.parallel.shard else _load(files, weights)
 
@@ -216,7 +216,7 @@ def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:
 
 
 def _unread(file: Path, chunk: list[int]) -> list[int]:
-    """The rows of a shard that are still to be read: all, or those that failed earlier."""
+    """Returns the rows of a shard that must still be read: all rows, or the rows that failed earlier."""
     if not file.exists():
         return chunk
     try:
@@ -228,7 +228,7 @@ def _unread(file: Path, chunk: list[int]) -> list[int]:
 
 
 def _batches(videos: Iterable[VideoViews | Failure], views: int) -> Iterator[list[VideoViews | Failure]]:
-    """The same videos in lists that hold `views` views, or a few more. One list is in memory at a time."""
+    """Yields the videos in lists that hold `views` views, or a few more. One list is in memory at a time."""
     batch: list[VideoViews | Failure] = []
     count = 0
     for video in videos:
@@ -244,8 +244,10 @@ def _batches(videos: Iterable[VideoViews | Failure], views: int) -> Iterator[lis
 def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner | None, batch: int) -> Arrays:
     views = torch.cat([video.views for video in videos])  # (clips, crops, C, T, S, S)
     flat = views.flatten(0, 1)  # (clips * crops, C, T, S, S)
-    logits = torch.stack([view_logits(model, flat, p, batch=batch) for p in model.config.points], dim=1)
-    counts = [len(video.starts_s) for video in videos]
+    logits = torch.stack(
+        [view_logits(model, flat, p, batch=batch) for p in model.config.points], dim=1
+    )  # (clips * crops, points, classes)
+    counts = [len(video.starts_s) for video in videos]  # clips of each video
     arrays: Arrays = {
         "rows": np.repeat([video.video for video in videos], counts),
         "clips": np.concatenate([np.arange(count) for count in counts]),
@@ -259,14 +261,14 @@ def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner 
 
 
 def _earlier(file: Path) -> Arrays:
-    """The scores that a shard has already."""
+    """Returns the scores that a shard has already."""
     arrays = _read(file) if file.exists() else {}
     arrays.pop("failures", None)  # these videos are tried again
     return arrays
 
 
 def _joined(found: Sequence[Arrays]) -> Arrays:
-    """All scores of a shard in the order of the manifest's rows, whatever the order in which they were read."""
+    """Returns all scores of a shard in the order of the manifest's rows. The order of reading does not matter."""
     full = [arrays for arrays in found if arrays]
     if not full:
         return {}
@@ -276,6 +278,7 @@ def _joined(found: Sequence[Arrays]) -> Arrays:
 
 
 def _write(file: Path, arrays: Arrays) -> None:
+    # Opened here, since `savez` would add `.npz` to the name of the temporary file.
     with replacing(file) as temporary, temporary.open("wb") as opened:
         np.savez(opened, **arrays)  # type: ignore[arg-type]
 
@@ -294,7 +297,7 @@ def _scored(arrays: Arrays) -> Scored:
 
 
 def _load(files: Sequence[Path], weights: str) -> Scores:
-    """The scores of all shards without their logits."""
+    """Returns the scores of all shards without their logits."""
     kept: dict[str, list[npt.NDArray[Any]]] = {}
     failures: list[Failure] = []
     for file in files:
@@ -302,9 +305,10 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         failures += _failures(arrays)
         if "rows" in arrays:
             probabilities = _scored(arrays).probabilities()
-            arrays["right"] = probabilities.argmax(-1) == arrays["truth"][:, None]
+            arrays["right"] = probabilities.argmax(-1) == arrays["truth"][:, None]  # (clips, points)
             for measure, values in confidences(probabilities).items():
                 arrays[measure] = values
+            # Without the logits, which may not fit into memory together.
             for key in arrays.keys() - {"logits", "failures"}:
                 kept.setdefault(key, []).append(arrays[key])
 
