@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError
 
-Measure = Literal["probability", "margin", "entropy"]  # of the model's confidence in its top class
+Measure = Literal["probability", "margin", "entropy"]  # how to measure the confidence in the top class
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 _NUMBER = r"\d*\.?\d+"
@@ -24,7 +24,7 @@ _THRESHOLDS = re.compile(rf"cost=(?P<cost>{_NUMBER})|(?P<list>{_NUMBER}(?:,{_NUM
 class CascadeSpec:
     """The fields of a cascade's text."""
 
-    points: tuple[str, ...]  # in the order in which they run, two or more
+    points: tuple[str, ...]  # two or more, in the order in which they run
     thresholds: tuple[float, ...]  # one for each point but the last; empty if `cost` is given
     cost: float | None  # mean cost to fit a threshold to, as a fraction of the costliest point's cost
     measure: Measure
@@ -58,5 +58,5 @@ def parse_cascade_spec(text: str, known: Sequence[str]) -> CascadeSpec:
     if thresholds and len(thresholds) not in (1, len(points) - 1):
         raise ConfigError(f"cascade {text!r}: expected 1 threshold or {len(points) - 1}, got {len(thresholds)}")
     if len(thresholds) == 1:
-        thresholds *= len(points) - 1  # one number serves every point but the last
+        thresholds *= len(points) - 1  # one number applies to every point but the last
     return CascadeSpec(points, tuple(thresholds), float(match["cost"]) if match["cost"] else None, measure)

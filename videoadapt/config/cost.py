@@ -94,17 +94,17 @@ def point_macs(config: _Architecture) -> dict[str, int]:
 
 
 def _attention_macs(width: int, tokens: int) -> int:
-    """Query, key, value and output layers (4 D^2 per token), and the two matrix products (N^2 D each)."""
+    """Counts query, key, value and output layers (4 D^2 per token), and the two matrix products (N^2 D each)."""
     return tokens * 4 * width**2 + 2 * tokens**2 * width
 
 
 def _temporal_macs(width: int, frames: int, patches: int) -> int:
-    """Attention over the frames at each patch position, then the linear layer `temporal_fc` (D^2 per token)."""
+    """Counts attention over the frames at each patch position, and the layer `temporal_fc` (D^2 per token)."""
     return patches * (_attention_macs(width, frames) + frames * width**2)
 
 
 def _embedding_macs(config: _Architecture, length: int) -> int:
-    """The convolutions that make the patch tokens of one frame."""
+    """Counts the convolutions that make the patch tokens of one frame."""
     kernel = config.kernel(length)
     if config.embed != "stem":
         return length**2 * _RGB * kernel**2 * config.width

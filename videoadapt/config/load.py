@@ -137,7 +137,7 @@ def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
 
 
 def _check_teachers(model: ModelConfig, loss: LossConfig, train: TrainConfig) -> None:
-    """Some settings need each length at keep 1, because that point is the teacher of the lower keeps."""
+    """Checks settings that need each length at keep 1, the teacher of the lower keeps."""
     for point in map(Point.parse, model.points):
         if str(point.length) in model.points:
             continue
@@ -153,7 +153,7 @@ def _check_teachers(model: ModelConfig, loss: LossConfig, train: TrainConfig) ->
 
 
 def _check_distillation(model: ModelConfig, loss: LossConfig) -> None:
-    """The head of the distillation token is part of the logits at inference, so some loss must train it."""
+    """Checks that a loss trains the head of the distillation token, which is part of the logits at inference."""
     if not model.distill_token or len(model.points) == 1:
         return
     if loss.lam == 0.0:
@@ -182,7 +182,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: The YAML file.
-        overrides: Texts `section.key=value` with the value in YAML syntax; they win over the file, the last one first.
+        overrides: Texts `section.key=value` with the value in YAML syntax. They replace values of the file. Later texts
+            replace earlier ones.
 
     Raises:
         ConfigError: A file cannot be read, or fields are wrong. The message names the file and all wrong fields.
@@ -197,7 +198,7 @@ def make_config(values: Values, origin: str = "config") -> Config:
     """Checks nested dicts and returns them as a `Config`.
 
     Args:
-        values: Sections, each a dict of keys and values; what is missing has its default.
+        values: Sections, each a dict of keys and values. A missing key gets its default.
         origin: Where the values come from, for the error message.
 
     Raises:
@@ -207,7 +208,7 @@ def make_config(values: Values, origin: str = "config") -> Config:
 
 
 def parse_settings(kind: type[S], command: str, words: Sequence[str]) -> S:
-    """Parses the settings of a benchmark, which are no part of a config.
+    """Parses the settings of a benchmark. They are not part of a config.
 
     Args:
         kind: A section with the settings.
@@ -254,7 +255,7 @@ def _validate(kind: type[S], values: Values, suffix: str = "") -> S:
 
 
 def _error_message(kind: type[Section], error: Any) -> str:
-    """One error of pydantic as one clause of a sentence, without pydantic's error codes and links."""
+    """Returns one error of pydantic as one clause of a sentence, without pydantic's error codes and links."""
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         candidates = [*kind.model_fields, *known_keys(kind)]
@@ -267,7 +268,7 @@ def _error_message(kind: type[Section], error: Any) -> str:
 
 
 def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:
-    """Reads a file and the files that it starts from; `children` are the files that start from this one."""
+    """Reads a file and its `base:` files. `children` are the files whose `base:` led to this one."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: starts from itself; its `base:` entries form a circle")
     values = _read_yaml(path)
@@ -285,7 +286,7 @@ def _read_yaml(path: Path) -> Values:
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # PyYAML's message has several lines; an error of the command line has one.
+        # PyYAML's message has several lines, but an error on the command line has one.
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {type(values).__name__}")
@@ -293,7 +294,7 @@ def _read_yaml(path: Path) -> Values:
 
 
 def _merge(base: Values, values: Values) -> Values:
-    """Sections are merged key by key; every other value, lists included, is replaced."""
+    """Merges sections key by key. Every other value, lists included, is replaced."""
     merged = dict(base)
     for key, value in values.items():
         old = merged.get(key)

@@ -42,7 +42,7 @@ class Point:
         return str(self.length) if self.keep == 1.0 else f"{self.length}@{self.keep:g}"
 
     def patches(self, depth: int, drop_blocks: Collection[int]) -> tuple[int, ...]:
-        """Returns the number of patch tokens of a frame after the dropping of each block.
+        """Returns the number of patch tokens of a frame after each block.
 
         Of the n tokens that enter a dropping block, `min(n, ceil(keep * (n + 1)))` are kept (SuperViT).
 
@@ -58,7 +58,7 @@ class Point:
         count, counts = self.length**2, []
         for block in range(1, depth + 1):
             if block in drop_blocks:
-                count = min(count, math.ceil(keep * (count + 1)))  # + 1: with the class token
+                count = min(count, math.ceil(keep * (count + 1)))  # + 1: the class token counts, too
             counts.append(count)
         return tuple(counts)
 

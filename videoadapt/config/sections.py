@@ -29,7 +29,7 @@ _RAND_AUGMENT = r"^rand(-(m\d+|n\d+|(p|mstd)\d+(\.\d+)?))*-inc1$"
 
 
 def _as_list(value: Any) -> Any:
-    """One point, or one cascade, needs no brackets: `model.points=14`."""
+    """Wraps one point or one cascade in a list, so that it needs no brackets: `model.points=14`."""
     return [value] if isinstance(value, (int, str)) else value
 
 
@@ -38,7 +38,7 @@ def _check_groups_type(value: Any, validate: ValidatorFunctionWrapHandler) -> An
     groups = {str(key).replace(" ", ""): count for key, count in value.items()} if isinstance(value, dict) else value
     try:
         return validate(groups)
-    except ValidationError:  # pydantic has one error for each type of the union, which says nothing to a user
+    except ValidationError:  # pydantic has one error for each type of the union, which does not help a user
         raise ConfigError(
             "parallel.groups: expected auto, or how many ranks each length has, 1 or more, such as {14: 4, 10+7: 1}, "
             f"with a space after each colon, got {value!r}"
@@ -58,7 +58,7 @@ class RunConfig(Section):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint: Path | None = None  # that label, evaluate and predict load; none = the newest one of the run
+    checkpoint: Path | None = None  # checkpoint for label, evaluate and predict; null = the newest of the run
 
 
 class SplitConfig(Section):
@@ -70,25 +70,26 @@ class SplitConfig(Section):
 class DataConfig(Section):
     """The videos, and how they are read and augmented."""
 
-    root: Path | None = None  # folder for relative paths in a list; none = the folder of the list
+    root: Path | None = None  # folder for relative paths in a list; null = the folder of the list
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
     classes: Path | None = None  # class names in label order: a file (lines, CSV or JSON), or `kinetics400`
     holdout: Fraction = 0.0  # fraction of the train split kept out of stage 1, for `label.source: holdout`
     reader: Literal["auto", "decord", "pyav"] = "auto"
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has
-    timeout_s: Positive = 300.0  # for a worker to read one clip
-    # Training crops. short_side: resize the short side to a random size in [LOW, HIGH], then crop model.size; none =
-    # model.size. crop_area, instead: crop a random fraction of the frame's area in [LOW, HIGH], then resize.
+    timeout_s: Positive = 300.0  # longest time in which a worker reads one clip
+    # Training crops. short_side: resize the short side to a random size in [LOW, HIGH], then crop model.size; null =
+    # model.size. crop_area: crop a random fraction of the frame's area in [LOW, HIGH], then resize; it needs
+    # short_side null.
     short_side: tuple[int, int] | None = None
     crop_area: tuple[Positive, Positive] | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of the resizing before a crop
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # how frames are resized before a crop
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # probability of a horizontal flip
     rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # as in timm: rand-m9-mstd0.5-inc1
     color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # strength for brightness, contrast and saturation
     erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
     mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
-    cutmix: Annotated[float, Field(ge=0.0)] = 0.0  # alpha, too
+    cutmix: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
     mix_token: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of cutmix with patch tokens instead of pixels (LV-ViT)
     token_labels: Path | None = None  # folder of LV-ViT's label maps, with CLASS/NAME.pt for each training image
 
@@ -106,7 +107,7 @@ class IndexConfig(Section):
 
 
 class ModelConfig(Section):
-    """The architecture and its input: all that is needed to build the model and to give it the frames of a file."""
+    """The architecture and its input: all settings to build the model and to sample its frames from a file."""
 
     width: Count = 768
     depth: Count = 12
@@ -116,8 +117,8 @@ class ModelConfig(Section):
     size: Count = 224  # side of the square crop in pixels
     num_frames: Count = 8
     stride_frames: Count = 32  # distance of two frames of a clip, counted at `fps`
-    fps: Positive | None = 30.0  # none = the stride counts the file's own frames
-    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)  # of RGB values in [0, 1], for normalisation
+    fps: Positive | None = 30.0  # null = the stride counts the frames of the file
+    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)  # mean of RGB values in [0, 1], for normalisation
     std: tuple[Positive, Positive, Positive] = (0.225, 0.225, 0.225)
     num_classes: Count = 400
     points: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("14", "10", "7")
@@ -130,13 +131,13 @@ class ModelConfig(Section):
     share_patch: bool = False
     share_pos: bool = False
     distill_token: bool = False  # a second class token for student points (ReViT, figure 3)
-    dense_head: Positive | None = None  # weight of the logits of LV-ViT's head on patches; none = no such head
+    dense_head: Positive | None = None  # weight of the logits of LV-ViT's head on patches; null = no head on patches
     qkv_bias: bool = True
-    layer_scale: float | None = None  # initial value; none = no LayerScale
+    layer_scale: float | None = None  # initial value; null = no LayerScale
     residual_scale: Positive = 1.0  # factor of attention and MLP outputs before they are added; LV-ViT: 0.5
     norm_eps: Positive = 1e-6
     drop_path: Fraction = 0.0  # probability in the last block, rising linearly from 0 in the first
-    init_std: Positive = 0.02  # of new linear layers and embeddings
+    init_std: Positive = 0.02  # standard deviation of new linear layers and embeddings
     time_init_std: Annotated[float, Field(ge=0.0)] = 0.0  # TimeSformer starts its time embedding at zero
 
     @model_validator(mode="before")
@@ -202,7 +203,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """The loss: ReViT's distillation between lengths (section 3.3), SuperViT's between the keeps of a length."""
+    """The loss: ReViT's distillation between lengths (section 3.3), and SuperViT's between keeps of one length."""
 
     lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of the distillation term in a student's loss
     tau: Positive = 1.0  # temperature of the softmax in the distillation term
@@ -214,7 +215,7 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """Stage 1: optimizer, schedule and checkpoints. The defaults are those of TimeSformer."""
+    """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's recipe."""
 
     init: str | None = None  # initial weights: a file, a folder, or the name of a timm model
     epochs: Count = 15
@@ -231,8 +232,8 @@ class TrainConfig(Section):
     gamma: Positive = 0.1  # factor of the learning rate at each milestone
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    clip_grad: Positive | None = None  # maximum norm of the gradient; none = no clipping
-    ema: Fraction | None = None  # decay of the moving average of the weights; none = no average
+    clip_grad: Positive | None = None  # maximum norm of the gradient; null = no clipping
+    ema: Fraction | None = None  # decay of the moving average of the weights; null = no average
     activation_checkpointing: bool = False
     compile: bool = False
     save_steps: Annotated[int, Field(ge=0)] = 0  # steps between two checkpoints; 0 = one each epoch
@@ -257,32 +258,34 @@ class PlanConfig(Section):
     """Assumptions of `videoadapt plan`."""
 
     bandwidth_gbps: Positive = 100.0  # gigabits per second from one rank to the next
-    macs_per_s: Positive | None = None  # of a rank in training; none = measured on this machine
-    clips: Count | None = None  # of an epoch; none = from the run's manifest
+    macs_per_s: Positive | None = None  # speed of a rank in training; null = measured on this machine
+    clips: Count | None = None  # clips in an epoch; null = number in the run's manifest
 
 
 class LabelConfig(Section):
     """Stage 2: the clips and the rule for the labels."""
 
-    source: Literal["train", "holdout", "teacher"] = "train"  # teacher: right = agrees with the costliest point
+    # teacher: a point is right if it agrees with the costliest point.
+    source: Literal["train", "holdout", "teacher"] = "train"
     none_right: Literal["longest", "cheapest", "exclude"] = "longest"  # label of a clip on which no point is right
 
 
 class AssignConfig(Section):
     """The assigner, a small EfficientNet-B0 on a few low-resolution frames, and its training."""
 
-    frames: Count = 4  # of a clip
+    frames: Count = 4  # frames of a clip
     size: Count = 112  # side of a frame in pixels
     channel_multiplier: Positive = 0.5  # 1 = the width of EfficientNet-B0
-    stages: Annotated[int, Field(ge=1, le=7)] = 7  # of the 7 stages of EfficientNet-B0, the first ones
+    stages: Annotated[int, Field(ge=1, le=7)] = 7  # number of stages of EfficientNet-B0 that are used, from the first
     epochs: Count = 30
     batch: Count = 64
     lr: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.02
     loss: Literal["ce", "expected_cost"] = "ce"
     mu: Annotated[float, Field(ge=0.0)] = 2.0  # cost of a wrong prediction, in units of the costliest point's cost
-    select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2  # fraction of the labelled clips, to choose the threshold on
-    tolerance: Fraction = 0.005  # accuracy on these clips that may be lost against the costliest point
+    # Fraction of the labelled clips on which the threshold is chosen.
+    select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    tolerance: Fraction = 0.005  # accuracy that may be lost on them, compared with the costliest point
 
 
 class EvaluateConfig(Section):
@@ -293,7 +296,7 @@ class EvaluateConfig(Section):
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of the crop / short side of the resized frame
     batch: Count = 16  # views of a forward pass
     failed: Literal["wrong", "exclude"] = "wrong"  # a video that cannot be read counts as wrong, or not at all
-    speed_clips: Annotated[int, Field(ge=0)] = 64  # for the measurement of speed; 0 = no measurement
+    speed_clips: Annotated[int, Field(ge=0)] = 64  # clips for the measurement of speed; 0 = no measurement
     speed_repeats: Count = 3
     # For example 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md).
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
@@ -302,15 +305,15 @@ class EvaluateConfig(Section):
 class ParallelConfig(Section):
     """The ranks of a stage, the groups of ranks that train a length, and the shards of an array of jobs."""
 
-    # Number of ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; none =
+    # Number of ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; null =
     # every rank trains every point.
     groups: Annotated[Literal["auto"] | dict[str, Count] | None, WrapValidator(_check_groups_type)] = None
     # With groups: shared = each clip is decoded by one rank, which sends it to the ranks that train it; own = each
     # group decodes every clip.
     decode: Literal["own", "shared"] = "shared"
-    ranks: Count | None = None  # required number; none = as many as the launcher has started
+    ranks: Count | None = None  # required number; null = as many as the launcher has started
     join_s: Positive = 50.0  # time in which all ranks must have started
-    step_s: Positive = 1800.0  # time that a rank waits for the others in a training step, with loading
+    step_s: Positive = 1800.0  # time that a rank waits for the others in a training step, loading included
     shard: str | None = None  # I/N: label and evaluate score only shard I of N of the videos
 
     @model_validator(mode="after")
@@ -323,7 +326,7 @@ class ParallelConfig(Section):
 
     @property
     def shard_of(self) -> tuple[int, int]:
-        """Number of this shard, from 0, and number of shards."""
+        """The number of this shard, from 0, and the number of shards."""
         number, _, count = (self.shard or "0/1").partition("/")
         return int(number), int(count)
 
@@ -339,7 +342,7 @@ class LaunchConfig(Section):
 class SlurmConfig(Section):
     """Resources of a SLURM job. `assign`, and each job of an array, has one task with its GPUs, CPUs and memory."""
 
-    partition: str | None = None  # none, here and below = the cluster's default
+    partition: str | None = None  # null, here and below = the cluster's default
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None  # required features of the nodes
@@ -350,7 +353,7 @@ class SlurmConfig(Section):
     tasks_per_node: Count = 1  # one for each GPU
     gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1  # 0 = no GPUs; a rank uses one at most
     cpus_per_task: Count = 8  # the data workers of a task share them
-    mem_gb: Count | None = None  # gigabytes of a node
+    mem_gb: Count | None = None  # memory of each node, in GB
     setup: tuple[str, ...] = ()  # shell lines before the command, to load modules or an environment
     signal_s: Count = 120  # seconds before the time limit at which the job gets the signal to save
     max_restarts: Annotated[int, Field(ge=0)] = 20  # a job that needs more fails

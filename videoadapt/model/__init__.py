@@ -5,7 +5,7 @@ Read first: `timesformer.py`, then `block.py`.
 
 Shape letters in the comments and docstrings of this package:
 
-    B  clips of a batch                 N  patch tokens per frame, L * L before any are dropped
+    B  clips of a batch                 N  patch tokens per frame, L * L before dropping
     C  colour channels, always 3        K  patch tokens per frame that are kept
     T  frames of a clip                 P  prefix tokens: the class token, and for students the distillation token
     F  frames of a batch, B * T         D  width of a token

@@ -44,7 +44,7 @@ class Attention(nn.Module):
     def with_class_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns `forward(x)` and the attention `(S, N)` of the first token to each token, see `class_attention`."""
         q, k, v = self._project(x)
-        # The fused kernel does not return its weights. One row of them is computed again, which is cheap.
+        # The fused kernel does not return its attention weights. Only one row is computed again, which is cheap.
         return self._attend(q, k, v), class_attention(q, k)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,11 +80,11 @@ class Block(nn.Module):
         if self.temporal:
             self.temporal_norm = norm()
             self.temporal_attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
-            # Starts at zero in all blocks but the first (`timesformer.initialise`): at the start of fine-tuning the
-            # block then computes what the pretrained image block computes.
+            # Zero at the start, in all blocks but the first (`timesformer.initialise`). Fine-tuning then starts from
+            # the output of the pretrained image block.
             self.temporal_fc = nn.Linear(width, width)
             self.temporal_scale = scale()
-        # Names without a prefix are timm's, so that weights of image models load by name.
+        # All names that do not begin with `temporal_` are names in timm's ViT, so that image weights load by name.
         self.norm1 = norm()
         self.attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
         self.scale1 = scale()
@@ -101,20 +101,20 @@ class Block(nn.Module):
             prefix: The class token, and for students the distillation token, `(B, P, D)`.
             patches: Patch tokens `(B, T, N, D)`.
             length: L, the length whose LayerNorms apply. N is below `L * L` once tokens were dropped.
-            kept: K, how many of the N positions stay. With `kept == N` nothing is dropped.
+            kept: K, the number of positions to keep. With `kept == N` nothing is dropped.
 
         Returns:
-            Prefix `(B, P, D)` and patches `(B, T, K, D)`. The K positions are those with the most attention from the
-            class token, averaged over heads and frames; they are the same in all frames and keep their order.
+            Prefix `(B, P, D)` and patches `(B, T, K, D)`. The K positions get the most attention from the class
+            token, averaged over heads and frames. They are the same in all frames and keep their order.
         """
         if self.temporal:
-            # The prefix takes no part: it belongs to no position and no frame.
+            # Without the prefix, because it has no position and no frame.
             patches = self._add(patches, self._attend_over_time(patches, length))
         prefix, patches = self._attend_within_frames(prefix, patches, length, kept)
-        return self._mix_channels(prefix, patches, length)
+        return self._mlp_branch(prefix, patches, length)
 
     def _attend_over_time(self, patches: Tensor, length: int) -> Tensor:
-        """The temporal branch: each position attends to itself in all frames (eq. 11)."""
+        """Computes the temporal branch: each position attends to the same position in all frames (eq. 11)."""
         positions = patches.shape[2]
         x = rearrange(self.temporal_norm(patches, length), "b t n d -> (b n) t d")  # (B N, T, D)
         x = self.temporal_fc(self.temporal_attn(x))
@@ -122,22 +122,22 @@ class Block(nn.Module):
         return self.drop_path(self.temporal_scale(x))
 
     def _attend_within_frames(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
-        """The spatial branch: each frame attends within itself and to its own copy of the prefix (eq. 6 to 8)."""
+        """Adds the spatial branch: the tokens of a frame and a copy of the prefix attend to each other (eq. 6 to 8)."""
         count, frames = prefix.shape[1], patches.shape[1]
         x = torch.cat([repeat(prefix, "b p d -> b t p d", t=frames), patches], dim=2)  # (B, T, P + N, D)
-        x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")  # (F, P + N, D)
+        x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")  # (F, P + N, D), F = B T
         drops = kept < patches.shape[2]
         x, scores = self.attn.with_class_attention(x) if drops else (self.attn(x), None)
         x = self.drop_path(self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames)))  # (B, T, P + N, D)
-        # One prefix per clip goes on: the results of its copies are averaged over the frames.
+        # The block returns one prefix per clip: the mean of its copies over the frames.
         prefix, patches = self._add(prefix, x[:, :, :count].mean(1)), self._add(patches, x[:, :, count:])
         if scores is not None:
-            scores = rearrange(scores[:, count:], "(b t) n -> b t n", t=frames)  # (B, T, N), of patches alone
+            scores = rearrange(scores[:, count:], "(b t) n -> b t n", t=frames)  # (B, T, N), patches only
             patches = gather_tokens(patches, select_positions(scores, kept))  # (B, T, K, D)
         return prefix, patches
 
-    def _mix_channels(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The MLP branch on every token (eq. 9), all in one call."""
+    def _mlp_branch(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Adds the MLP branch to all tokens, in one call (eq. 9)."""
         count = prefix.shape[1]
         x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T K, D)
         x = self._add(x, self.drop_path(self.scale2(self.mlp(self.norm2(x, length)))))

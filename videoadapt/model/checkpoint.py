@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, with everything that is not a tensor as JSON in the file's header.
+"""Checkpoints: one safetensors file each, with all other data as JSON in the header of the file.
 
 A file is written to a temporary name, synced to disk and renamed, so that a crash leaves no half-written checkpoint
 under the final name. Loading never unpickles. The names of the tensors on disk begin with a prefix: `model/`, `ema/`,
@@ -26,10 +26,10 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 
-KEY = "videoadapt"  # of our JSON in the safetensors header; other programs put their own keys there
-VERSION = 1  # of the format; a file of another version is refused
+KEY = "videoadapt"  # key of our JSON in the safetensors header; other programs use other keys
+VERSION = 1  # version of the format; a file of another version is refused
 Guard = Callable[[], AbstractContextManager[None]]  # see `Checkpoints.guard`
-NO_EFFECT_ONCE_TRAINED = ("drop_path", "init_std", "time_init_std")  # fields of ModelConfig: weights are there already
+NO_EFFECT_ONCE_TRAINED = ("drop_path", "init_std", "time_init_std")  # fields of ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, Tensor]  # by name: `model/head.bias`, `ema/head.bias`, `optimizer/head.bias/exp_avg`
-    meta: dict[str, Any]  # the JSON of the header, as it was saved, with `kind`, `version` and `step`
+    meta: dict[str, Any]  # the JSON of the header, with `kind`, `version` and `step`
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """Returns the tensors whose names begin with `prefix/`, named without it."""
@@ -46,16 +46,16 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Writes a checkpoint atomically: after an error, no partial file is left.
 
     Args:
         path: The file, replaced if it exists. Missing folders are created.
-        kind: Which stage it belongs to: `train` or `assigner`.
-        tensors: By name. They may be on any device, and views or parameters.
-        meta: Anything that JSON can hold.
+        kind: The stage of the checkpoint: `train` or `assigner`.
+        tensors: Tensors by name. They may be views or parameters, on any device.
+        meta: Values that JSON can represent.
 
     Raises:
-        RunError: The file cannot be written, for example because the disk is full. An earlier file is left as it was.
+        RunError: The file cannot be written, for example because the disk is full. An earlier file is unchanged.
     """
     header = {KEY: json.dumps({"kind": kind, "version": VERSION, **meta})}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}  # no transposed views
@@ -71,10 +71,10 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
 
     Args:
         path: The file.
-        kind: The stage that it must belong to: `train` or `assigner`.
+        kind: The expected stage: `train` or `assigner`.
 
     Raises:
-        CheckpointError: There is no such file, or it is torn, foreign, or of another stage.
+        CheckpointError: The file does not exist, is damaged, is not a checkpoint, or belongs to another stage.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -102,7 +102,7 @@ class Checkpoints:
 
     folder: Path
     kind: str  # `train` or `assigner`
-    keep: int = 2  # how many are kept: two, so that a torn newest one has one before it
+    keep: int = 2  # number of checkpoints to keep: two, so that one remains if the newest is damaged
     guard: Guard = nullcontext  # entered around every write; raises if this process no longer owns the run folder
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
@@ -110,14 +110,14 @@ class Checkpoints:
 
         Args:
             step: The number of optimizer steps that are done.
-            tensors: By name with prefix, see `save_checkpoint`.
-            meta: Anything that JSON can hold; `step` is added.
+            tensors: Tensors by name, with a prefix; see `save_checkpoint`.
+            meta: Values that JSON can represent; `step` is added.
 
         Returns:
             The file.
 
         Raises:
-            RunError: The disk refuses the checkpoint or `last`, or `guard` refuses the write.
+            RunError: The checkpoint or `last` cannot be written, or `guard` refuses the write.
         """
         with self.guard():
             return self._save(step, tensors, meta)
@@ -130,7 +130,7 @@ class Checkpoints:
                 temporary.write_text(path.name, encoding="utf-8")
         except OSError as error:
             raise RunError(f"{self.folder / 'last'}: cannot be written ({error}); {path} is complete") from error
-        # Only now: until `last` names the new one, an older one is what a resumed run would load.
+        # Only now: until `last` names the new checkpoint, a resumed run would load an older one.
         for old in self._newest_first()[self.keep :]:
             old.unlink()
         return path
@@ -138,10 +138,10 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that can be read, or None if the folder has none.
 
-        A torn checkpoint is skipped with a message, and the one before it is read.
+        A damaged checkpoint is skipped with a message, and the previous one is read.
 
         Raises:
-            CheckpointError: There are checkpoints, but none can be read. Starting again in silence would lose the run.
+            CheckpointError: There are checkpoints, but none can be read. A silent restart would lose the run.
         """
         files = self._newest_first()
         for path in files:
@@ -156,11 +156,11 @@ class Checkpoints:
         return None
 
     def _newest_first(self) -> list[Path]:
-        """The files up to the one that `last` names. A newer one was never announced complete."""
+        """Returns the checkpoint files, without files newer than the one that `last` names: they may be incomplete."""
         files = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
         last = self.folder / "last"
         named = last.read_text(encoding="utf-8", errors="replace").strip() if last.exists() else ""
-        announced = named.startswith("step-")  # otherwise `last` is torn or foreign, and every file counts
+        announced = named.startswith("step-")  # otherwise `last` is damaged, and every file is used
         return [path for path in files if not announced or path.name <= named]
 
 
@@ -172,16 +172,16 @@ def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> C
 def require_same(
     path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
 ) -> None:
-    """Checks that a section of the config is the one that a checkpoint was made with.
+    """Checks that a section of the config equals the section in a checkpoint.
 
-    A field that the checkpoint does not have is newer than the checkpoint. It counts as its default, which is what the
-    code did before the field existed.
+    A field that is missing in the checkpoint is newer than the checkpoint. It is compared by its default, because the
+    default does what the code did before the field existed.
 
     Args:
         path: The checkpoint's file, for the message.
         ours: The section of the present config.
-        theirs: The same section as the checkpoint holds it, as JSON values.
-        name: The section's name in the config, such as `model`.
+        theirs: The section in the checkpoint, as JSON values.
+        name: The name of the section in the config, such as `model`.
         free: Fields that may differ.
 
     Raises:
@@ -201,7 +201,7 @@ def require_same(
 
 
 def _equal(field: str, theirs: Any, ours: Any) -> bool:
-    if field == "points":  # in the order of their costs, which other fields decide
+    if field == "points":  # sorted by cost, which depends on other fields
         return sorted(theirs) == sorted(ours)
     return bool(theirs == ours)
 
@@ -232,7 +232,7 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
 
     Args:
         source: A checkpoint file or a run folder.
-        checkpoints_of: Gives the checkpoints of one stage of a run folder, such as `train_checkpoints`.
+        checkpoints_of: Returns the checkpoints of one stage of a run folder, such as `train_checkpoints`.
 
     Returns:
         The checkpoint.
@@ -242,7 +242,7 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
     """
     checkpoints = checkpoints_of(source)
     if not source.is_dir():
-        return load_checkpoint(source, checkpoints.kind)  # a file that the user names has no substitute
+        return load_checkpoint(source, checkpoints.kind)  # no other file is loaded if the user's file is damaged
     found = checkpoints.latest()
     if found is None:
         verb = "train" if checkpoints.kind == "train" else "assign"
@@ -254,12 +254,12 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     """Copies tensors into a module of the same structure.
 
     Args:
-        module: Filled in place; left as it was if the tensors do not fit.
-        tensors: One for each entry of the module's state dict, by the same name, and no others.
-        path: Where the tensors come from, for the message.
+        module: Filled in place; unchanged if the tensors do not fit.
+        tensors: One tensor for each entry of the module's state dict, by the same name, and no others.
+        path: The file of the tensors, for the message.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape, or has no place in the module; the message names it.
+        CheckpointError: A tensor is missing, has another shape, or is not in the module; the message names it.
     """
     expected = module.state_dict()
     wrong = [n for n in expected if n not in tensors or tensors[n].shape != expected[n].shape]
@@ -282,7 +282,7 @@ def weights_digest(module: nn.Module) -> str:
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns an optimizer's state as tensors named `optimizer/PARAMETER/KEY`, such as `optimizer/head.bias/exp_avg`.
 
-    Names and not torch's numbers: the state then belongs to its parameter whatever the order of parameter groups.
+    torch identifies parameters by numbers. Names do not depend on the order of parameter groups.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     return {

@@ -19,7 +19,7 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     # Detached: the scores only choose positions, and choosing has no gradient.
     q, k = q[:, :, :1].detach(), k.detach()  # (S, M, 1, D / M): one row of the attention matrix is enough
     rows = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (S, M, 1, N)
-    # In half precision many tokens get equal scores, and the choice among them would be arbitrary.
+    # In half precision many tokens would have equal scores, and the choice among them would be arbitrary.
     scores = rows.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return scores.mean(1)[:, 0]  # (S, N)
 
@@ -31,7 +31,7 @@ def select_positions(scores: Tensor, kept: int) -> Tensor:
 
     Args:
         scores: `(B, T, N)`.
-        kept: K, how many positions stay; at most N.
+        kept: K, the number of positions to keep; at most N.
 
     Returns:
         Positions `(B, K)`, int64, ascending. Of equal scores the first position wins.

@@ -1,4 +1,7 @@
-"""Frames to tokens at every length: patch embedding (`resize`, `kernel` or `stem`) and position embedding."""
+"""Turns frames into tokens at every length: patch embedding (`resize`, `kernel` or `stem`), position embedding.
+
+In shapes, F = B T is the number of frames in a batch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def resize_frames(frames: Tensor, side: int, *, align_corners: bool = False) -> 
     """Resizes frames `(F, C, H, W)` to `(F, C, side, side)` bilinearly, in their dtype.
 
     Args:
-        frames: Floating-point frames. They are returned as they are if their size is right already.
+        frames: Floating-point frames. They are returned unchanged if they have the size already.
         side: Height and width of the result, in pixels.
         align_corners: Map corner pixels onto corner pixels, without antialiasing, as SuperViT's code does. Otherwise
             the result is antialiased.
@@ -34,7 +37,7 @@ def resize_frames(frames: Tensor, side: int, *, align_corners: bool = False) -> 
 
 
 class Projection(nn.Module):
-    """Square patches to tokens by one linear map (TimeSformer, eq. 1).
+    """Maps square patches to tokens by one linear layer (TimeSformer, eq. 1).
 
     The weight has a convolution's shape `(D, C, kernel, kernel)`, so that pretrained weights fit. It is applied as a
     linear layer to flattened patches: patches do not overlap, so this equals the strided convolution.
@@ -50,7 +53,7 @@ class Projection(nn.Module):
 
         Args:
             frames: Normalised frames.
-            kernel: Side of a patch in pixels. If it is below the weight's own, the centre of the weight is used.
+            kernel: Side of a patch in pixels. If the weight is larger, its centre is used.
         """
         start = (self.weight.shape[-1] - kernel) // 2
         weight = self.weight[:, :, start : start + kernel, start : start + kernel]
@@ -59,7 +62,7 @@ class Projection(nn.Module):
 
 
 class Stem(nn.Module):
-    """Consecutive convolutions (LV-ViT's, and ReViT's for large patches): three at half size, then the patches.
+    """Consecutive convolutions (LV-ViT, and ReViT for large patches): three at half size, then one over patches.
 
     With `share_patch` one stem serves all lengths (SuperViT). BatchNorm then normalises a training pass by the
     statistics of that pass, and the moving averages for inference mix the passes of all lengths.
@@ -77,7 +80,7 @@ class Stem(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch // 2, stride=patch // 2)  # conv1 has halved the frame already
 
     def forward(self, frames: Tensor, kernel: int) -> Tensor:  # noqa: ARG002 - called like Projection
-        """Maps frames `(F, C, L * patch, L * patch)` to tokens `(F, N, D)`. `kernel` has no effect."""
+        """Maps frames `(F, C, L * patch, L * patch)` to tokens `(F, N, D)`. `kernel` is ignored."""
         x = F.relu(self.bn1(self.conv1(frames)))  # (F, channels, H / 2, W / 2)
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
@@ -85,7 +88,7 @@ class Stem(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Clips to patch tokens. Each length has its own weights unless `config.share_patch`.
+    """Maps clips to patch tokens. Each length has its own weights unless `config.share_patch`.
 
     `resize` and `stem` resize the frames to `L * patch` pixels; `kernel` cuts larger patches from the full frame, which
     is resized only where L does not divide it (220 pixels for length 10 of 224). With `share_patch`, `kernel` uses the
@@ -103,7 +106,7 @@ class PatchEmbed(nn.Module):
     def forward(self, clips: Tensor, length: int) -> Tensor:
         """Maps clips `(B, C, T, H, W)` to patch tokens `(B, T, N, D)` of a length L, with `N = L * L`."""
         kernel = self.kernels[length]
-        frames = rearrange(clips, "b c t h w -> (b t) c h w")  # (F, C, H, W): frames are embedded alone
+        frames = rearrange(clips, "b c t h w -> (b t) c h w")  # (F, C, H, W): each frame is embedded separately
         frames = resize_frames(frames, length * kernel, align_corners=self.align_corners)  # (F, C, L kernel, L kernel)
         tokens = self.proj[SHARED if self.shared else str(length)](frames, kernel)  # (F, N, D)
         return rearrange(tokens, "(b t) n d -> b t n d", b=clips.shape[0])  # (B, T, N, D)
@@ -112,7 +115,7 @@ class PatchEmbed(nn.Module):
 class PositionEmbed(nn.Module):
     """A grid of positions per length, with rows for the class token and, for students, the distillation token.
 
-    With `config.share_pos` all lengths use the upper left part of the longest one's grid, as ReViT's ablation does.
+    With `config.share_pos` all lengths use the upper left part of the longest length's grid, as in ReViT's ablation.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -122,7 +125,7 @@ class PositionEmbed(nn.Module):
         self.cls = nn.ParameterDict({key: nn.Parameter(torch.zeros(1, config.width)) for key in lengths})
         self.grid = nn.ParameterDict({k: nn.Parameter(torch.zeros(v * v, config.width)) for k, v in lengths.items()})
         self.dist = nn.ParameterDict()
-        if config.distill_token:  # only students have the token: the longest length is their teacher
+        if config.distill_token:  # only students have the token: the longest length is the teacher
             students = sorted(map(str, config.lengths[1:]))
             keys = [SHARED] if self.shared and students else students
             self.dist = nn.ParameterDict({key: nn.Parameter(torch.zeros(1, config.width)) for key in keys})

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHARED = "shared"  # the key of a parameter that serves all lengths, in place of the length's number
+SHARED = "shared"  # key of a parameter for all lengths; other keys are the numbers of lengths
 
 
 class LengthNorm(nn.Module):
     """Token-length-aware LayerNorm: LayerNorm over the last dimension with a weight and a bias `(D,)` per length.
 
-    The mean and the variance come from the tokens themselves, as in every LayerNorm. Only the affine is per length:
-    activations of different lengths have different statistics, and one affine for all costs accuracy (ReViT, Table 3).
+    The mean and the variance are computed from the tokens, as in every LayerNorm. Only the affine is per length:
+    activations of different lengths have different statistics, and a shared affine costs accuracy (ReViT, Table 3).
 
     Args:
         width: D, the size of the last dimension.

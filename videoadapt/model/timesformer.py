@@ -26,10 +26,10 @@ class Heads(NamedTuple):
     """Logits of each head of the model, kept apart because the training loss treats them differently.
 
     Attributes:
-        cls: Of the class token, `(B, classes)`.
-        dist: Of the distillation token, `(B, classes)`; None at points without that token.
-        dense: Of every patch token (LV-ViT's auxiliary head), `(B, T K, classes)`; None if the model has no such head.
-        dense_weight: How much `dense` counts in inference.
+        cls: Logits of the class token, `(B, classes)`.
+        dist: Logits of the distillation token, `(B, classes)`; None at points without that token.
+        dense: Logits of every patch token, `(B, T K, classes)`; None if the model has no auxiliary head (LV-ViT).
+        dense_weight: Factor of `dense` in inference.
     """
 
     cls: Tensor
@@ -55,7 +55,7 @@ class TimeSformer(nn.Module):
 
     Args:
         config: The model's section of the config.
-        class_names: The names of the classes in label order, for those who read predictions; may be empty.
+        class_names: The names of the classes in label order, to name predictions; may be empty.
 
     Example:
         >>> model = TimeSformer(ModelConfig(points=("14", "7")))
@@ -67,16 +67,17 @@ class TimeSformer(nn.Module):
         super().__init__()
         self.config = config
         self.class_names = class_names
-        self.activation_checkpointing = False  # the training loop sets it; it saves memory and changes no value
+        self.activation_checkpointing = False  # the training loop sets it; it saves memory and does not change results
         self.points = {p: Point.parse(p) for p in config.points}
-        # For each point, how many patch tokens per frame leave each block: (196, 196, ...).
+        # For each point, how many patch tokens per frame each block outputs: (196, 196, ...).
         self.patches = {p: point.patches(config.depth, config.drop_blocks) for p, point in self.points.items()}
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = PositionEmbed(config)
         if config.temporal:
             self.time_embed = nn.Parameter(torch.zeros(config.num_frames, config.width))
-        # Drop path rates grow with depth. On the CPU even under `torch.device("meta")`, since they are read here.
+        # Drop path rates grow with depth. `linspace` runs on the CPU even under `torch.device("meta")`, because
+        # `tolist` needs its values.
         drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in drops)
         self.norm = LengthNorm(config.width, config.lengths, eps=config.norm_eps, shared=config.share_norm)
@@ -113,7 +114,8 @@ class TimeSformer(nn.Module):
             UserError: The model does not have the point, or the clips have another shape.
         """
         key = str(point)
-        if key not in self.points:  # parsed only if it is written in another way: torch.compile traces this code
+        # Text in the form of `config.points` is not parsed, because torch.compile traces this code.
+        if key not in self.points:
             key = canonical(key)
         self._check(clips, key)
         length = self.points[key].length
@@ -132,9 +134,9 @@ class TimeSformer(nn.Module):
         return by_head if heads else by_head.logits()
 
     def _embed(self, clips: Tensor, key: str, length: int, swap: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Clips to prefix and patch tokens with their positions in space and time."""
+        """Returns prefix and patch tokens of the clips, with positions added."""
         patches = self.patch_embed(clips, length)  # (B, T, N, D)
-        if swap is not None:  # before positions are added: a patch takes the position of the place where it goes
+        if swap is not None:  # before positions are added: a swapped patch gets the position of its new place
             partners, from_partner = swap
             patches = torch.where(from_partner[:, None, :, None], patches[partners], patches)  # same mask in all frames
         prefix: Tensor = repeat(self.cls_token, "1 1 d -> b 1 d", b=clips.shape[0])  # (B, 1, D)
@@ -161,19 +163,19 @@ def build_model(config: Config) -> TimeSformer:
 
 
 def compiled(model: TimeSformer) -> nn.Module:
-    """Returns the model compiled by `torch.compile`, with room for a graph at each of its points.
+    """Returns the compiled model, with a recompile limit that allows one graph per point and batch size.
 
-    By default torch compiles a function for 8 different calls and runs all further ones uncompiled. Here each point is
-    a different call, and so is each other batch size.
+    By default torch compiles a function for 8 different calls and runs all further calls uncompiled. Each combination
+    of point and batch size is a different call.
 
-    Side effect: in older versions of torch, whose `torch.compile` has no argument `recompile_limit`, the limit is one
-    for the whole process. It is raised, and stays raised, because torch reads it while the compiled model runs.
+    Side effect: in older versions of torch, `torch.compile` has no argument `recompile_limit`, and one limit applies to
+    the whole process. It is raised and stays raised, because torch reads it while the compiled model runs.
     """
     limit = 2 * len(model.points) + 8  # two batch sizes per point (the last batch may be smaller), and torch's own 8
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return torch.compile(model, recompile_limit=limit)  # type: ignore[call-overload]
     limits: Any = torch._dynamo.config
-    limits.cache_size_limit = max(limits.cache_size_limit, limit)  # torch 2.7 named it recompile_limit and kept both
+    limits.cache_size_limit = max(limits.cache_size_limit, limit)  # torch 2.7 renamed it and kept both names
     return torch.compile(model)  # type: ignore[return-value]
 
 
@@ -194,7 +196,7 @@ def initialise(model: TimeSformer) -> None:
     if model.distilled:
         nn.init.trunc_normal_(model.dist_token, std=std)
     if model.config.temporal:
-        if model.config.time_init_std:  # zero, TimeSformer's own choice, draws no random numbers
+        if model.config.time_init_std:  # zero, as in TimeSformer, draws no random numbers
             nn.init.normal_(model.time_embed, std=model.config.time_init_std)
         for block in list(model.blocks)[1:]:
             nn.init.zeros_(block.get_parameter("temporal_fc.weight"))

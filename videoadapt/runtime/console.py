@@ -28,8 +28,8 @@ from videoadapt.runtime.slurm import rank_env
 _LOG_WIDTH = 160  # columns of a table in a file or a pipe; rich's default of 80 would wrap most cells
 _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
-# Only rank 0 prints, or each message would appear once for each rank. The environment is read at import, because a
-# process is one rank for its whole life.
+# Only rank 0 prints. Otherwise each message would appear once for each rank. The environment is read at import, because
+# a process is one rank for its whole life.
 console = Console(stderr=True, highlight=False, quiet=rank_env(os.environ).rank != 0)
 
 
@@ -46,10 +46,10 @@ class Bar:
     `every_s` seconds. A last line follows at the end, also after an exception.
 
     Args:
-        name: What is done.
+        name: The name of the work, at the start of the line.
         total: Number of items.
-        unit: What the items are.
-        start: Number of items that an earlier run has done; they do not count for the remaining time.
+        unit: The name of the items, such as `clips`.
+        start: Number of items that an earlier run has done. The estimate of the remaining time ignores them.
         every_s: Seconds between two lines of a log file.
     """
 
@@ -115,7 +115,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         title: The line above the table.
         columns: The headers.
         rows: One cell for each column, printed with `str`. A column is aligned to the right if all its cells are
-            numbers, or texts that begin like a number; else to the left.
+            numbers, or texts that begin like a number; otherwise to the left.
         to_stderr: Print to stderr instead of stdout, for tables that are not the result of a command.
     """
     table = Table(title=title, title_justify="left", header_style="bold", expand=False)
@@ -124,7 +124,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    # A console of its own, because `console` writes to stderr.
+    # A separate console, because `console` writes to stderr.
     width = None if console.is_terminal else _LOG_WIDTH
     Console(stderr=to_stderr, highlight=False, width=width).print(table, markup=False)
 

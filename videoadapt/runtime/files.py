@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write to, and renames it to `path` at the end.
+    """Yields a temporary path to write to, and renames it to `path` at the end.
 
-    After an exception, or if the process is killed, `path` is as it was. The parent folder is created if necessary.
+    After an exception, or if the process is killed, `path` is unchanged. The parent folder is created if necessary.
 
     Args:
         path: The file to create or replace.

@@ -21,7 +21,7 @@ from videoadapt.runtime.slurm import job_states, slurm_job
 
 _LOCK_TIMEOUT_S = 45.0  # the owner holds the lock while it writes a checkpoint
 _POLL_S = 0.05  # between two attempts to lock
-_ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # of SLURM: processes of the job may still exist
+_ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # SLURM states in which processes of the job may still exist
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Owner:
     """A process that writes into a run folder. The fields are keys of the JSON in the owner file."""
 
     host: str
-    machine: str  # within it, process ids are unique; see `_machine_id`
+    machine: str  # process ids are unique within it; see `_machine_id`
     pid: int
     born: str  # start time of the process; a process id is used again after the process has ended
     job: str | None  # id of the SLURM job
-    restarts: int  # of the SLURM job
+    restarts: int  # number of restarts of the SLURM job
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -72,8 +72,7 @@ class Lease:
     """The right of this process to write the files of a stage into a run folder.
 
     The file `STAGE.owner` in the folder names the owner. It is read and changed under a lock of the file system, which
-    the kernel releases when the process ends. What is written inside `lock()` is therefore written by the owner, or not
-    at all.
+    the kernel releases when the process ends. Therefore only the owner can write inside `lock()`.
 
     Args:
         folder: The run folder.
@@ -104,12 +103,12 @@ class Lease:
             yield lease
         finally:
             with lease._locked_file() as file:
-                if _read_owner(file) == lease.owner:  # else a later start of this job has replaced it
+                if _read_owner(file) == lease.owner:  # otherwise a later start of this job has replaced it
                     _write_owner(file, None)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """While entered, no other process can become the owner.
+        """Prevents other processes from becoming the owner, until the end of the `with` block.
 
         Raises:
             RunError: Another process has become the owner.
@@ -164,9 +163,9 @@ class Lease:
 
 @contextmanager
 def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """While entered, no other run of the stage writes into the run folder. Every rank must enter it.
+    """Prevents other runs of the stage from writing into the run folder. Every rank must enter it.
 
-    Does nothing with `parallel.shard`, because each shard writes files of its own.
+    Does nothing with `parallel.shard`, because each shard writes separate files.
 
     Args:
         config: `run.dir` is the folder.
@@ -203,7 +202,7 @@ def _parse_owner(text: str) -> Owner | None:
 
 
 def _write_owner(file: IO[str], owner: Owner | None) -> None:
-    # In place, because the lock belongs to this very file: a new file under its name would not be locked.
+    # In place, because the lock belongs to this file: a new file of the same name would not be locked.
     file.truncate(0)
     file.write(json.dumps(asdict(owner)) if owner else "")
     file.flush()
@@ -211,7 +210,7 @@ def _write_owner(file: IO[str], owner: Owner | None) -> None:
 
 
 def _machine_id() -> str:
-    """One boot of a machine, and one container (pid namespace) on it; empty if this is not Linux."""
+    """Returns an id of this boot of the machine and of the container (pid namespace); empty if this is not Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -220,9 +219,9 @@ def _machine_id() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """The start time of a process in clock ticks since boot; empty if it has ended.
+    """Returns the start time of a process in clock ticks since boot; empty if it has ended.
 
-    Not psutil's `create_time`: that is in seconds of the wall clock, which moves when the clock is set.
+    psutil's `create_time` does not fit: it is in seconds of the wall clock, and changes when the clock is set.
     """
     try:
         # The name of the program, in parentheses, may contain spaces and parentheses; the fields follow the last one.

@@ -50,11 +50,12 @@ def cpu_limit(
 ) -> CpuLimit:
     """Returns the smallest of the CPU affinity, the quota of the cgroup and `SLURM_CPUS_PER_TASK`; at least 1.
 
-    The ranks that torchrun starts on a node share these CPUs evenly. Tasks that SLURM starts have their own.
+    The ranks that torchrun starts on a node share these CPUs evenly. A task that SLURM starts does not
+    share its CPUs.
 
     Args:
         environment: The environment variables.
-        cgroups: Where the cgroup file system is mounted.
+        cgroups: The folder where the cgroup file system is mounted.
         own_cgroups: The file that names the cgroups of this process.
     """
     # os.cpu_count() counts the CPUs of the machine, which a job on a shared node may not use.
@@ -73,7 +74,7 @@ def cpu_limit(
 
 
 def _cgroup_cpus(cgroups: Path, own_cgroups: Path) -> float | None:
-    """The smallest quota of the process's cgroups (v1 or v2) and their parents, in CPUs. None without a quota."""
+    """Returns the smallest quota of the process's cgroups (v1, v2) and their parents, in CPUs; None without a quota."""
     try:
         lines = own_cgroups.read_text().splitlines()  # v2: `0::/group`; v1: `4:cpu,cpuacct:/group`
     except OSError:
@@ -90,13 +91,13 @@ def _cgroup_cpus(cgroups: Path, own_cgroups: Path) -> float | None:
 
 
 def _quota(folder: Path) -> float | None:
-    """The quota of one cgroup, in CPUs: microseconds of CPU time per period / microseconds of the period."""
+    """Returns the quota of one cgroup, in CPUs: microseconds of CPU time per period / microseconds of the period."""
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # cgroup v2, v1
         try:
             quota, period = " ".join((folder / file).read_text() for file in files).split()
         except OSError:
             continue
-        return None if quota in {"max", "-1"} else int(quota) / int(period)  # v2 and v1 write "no quota" so
+        return None if quota in {"max", "-1"} else int(quota) / int(period)  # "no quota" in v2 and v1
     return None
 
 

@@ -32,8 +32,8 @@ from videoadapt.runtime.slurm import RankEnv, rank_env, slurm_job
 T = TypeVar("T")
 
 PATIENCE_S = 12 * 3600.0  # indexing and scoring have no collective until their slowest rank has finished
-_POLL_S = 0.1  # between two reads of the store
-_FAILURE_REPORT_S = 5.0  # after the first failed collective: the other ranks notice the failure of theirs
+_POLL_S = 0.1  # time between two reads of the store
+_FAILURE_REPORT_S = 5.0  # after a rank's first failed collective, until the other ranks' collectives fail too
 _FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attribute cache has expired
 # In ascending priority, because the ranks exchange the index and take the maximum: SIGUSR1 and SIGUSR2 request a
 # requeue, so they override Ctrl-C and SIGTERM.
@@ -49,10 +49,10 @@ class Collectives:
 
     def __init__(self, env: RankEnv, store: dist.Store | None = None, backend: str = "gloo") -> None:
         self._env, self._store, self._backend = env, store, backend
-        self._groups = 0  # process groups created so far; each needs a key prefix of its own in the store
+        self._groups = 0  # process groups created so far; each needs a different key prefix in the store
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Changes how long a collective may last before it fails. All ranks must call it at the same point.
+        """Changes how long a collective may last before it fails. All ranks must call it together.
 
         torch has no public function for it, so the process group is destroyed and created again from the same store,
         without another rendezvous. Groups of `dist.new_group` and DistributedDataParallel do not survive this: create
@@ -87,8 +87,8 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
     The ranks find each other within `parallel.join_s` seconds, through a file in the run folder (torchrun: through its
     own store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another `ranks`.
 
-    If ranks fail, one of them raises the cause: the rank that failed first, or a rank that names the one that died or
-    hangs. All others raise `SystemExit`. If one rank is interrupted by a signal, all others raise `Stopped`.
+    One failing rank raises the cause. If a rank died or hangs, that error names it. All other ranks raise `SystemExit`.
+    If one rank is interrupted by a signal, all others raise `Stopped`.
 
     Args:
         config: The fields `run.dir`, `run.device`, `parallel.ranks` and `parallel.join_s` are used.
@@ -98,8 +98,8 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
         The process group, to change its timeout later.
 
     Raises:
-        RunError: A rank is missing, the number of ranks is not `parallel.ranks`, a rank has no GPU of its own, or a
-            rank died or hangs.
+        RunError: A rank is missing, the number of ranks is not `parallel.ranks`, two ranks would share a
+            GPU, or a rank died or hangs.
     """
     env = rank_env(os.environ)
     _require_world_size(env, config.parallel.ranks, os.environ)
@@ -174,7 +174,7 @@ def gpu_index(local_rank: int, count: int) -> int | None:
 
 
 def _open_store(env: RankEnv, config: Config) -> dist.Store:
-    """The key-value store that all processes of the job can reach; it may hold keys of an earlier job."""
+    """Opens the key-value store that all processes of the job can reach. It may hold keys of an earlier job."""
     number = next(_rendezvous_numbers)
     if env.launcher == "torchrun":
         try:
@@ -189,7 +189,7 @@ def _open_store(env: RankEnv, config: Config) -> dist.Store:
 
 @dataclass(frozen=True)
 class _Registration:
-    """What a rank writes about itself, as JSON, when it registers."""
+    """The registration of a rank, which is stored as JSON."""
 
     id: str  # random, new for each process
     host: str
@@ -203,11 +203,11 @@ def _rendezvous(store: dist.Store, env: RankEnv, gpu: str | None, join_s: float)
 
     1. Each rank writes its random id, its host and its GPU to `register/RANK`. An old value is overwritten.
     2. Rank 0 uses its own id as `rendezvous_id`. It reads all registrations until step 5, and for each new id writes
-       `rendezvous_id` to `answer/ID`. An answer to an old id has no reader.
+       `rendezvous_id` to `answer/ID`. Answers to old ids are never read.
     3. Each other rank waits for the answer to its id. All further keys have the key prefix `rendezvous_id`.
     4. Each rank writes `ack/RANK`.
     5. When all ranks have acknowledged, or after `join_s` seconds, rank 0 writes `error`: the missing ranks, or two
-       ranks with one GPU; empty if all is well.
+       ranks with one GPU; empty without an error.
     6. Each rank reads `error`.
 
     Returns:
@@ -238,7 +238,7 @@ def _rendezvous(store: dist.Store, env: RankEnv, gpu: str | None, join_s: float)
 
 
 def _collect_acks(store: dist.Store, joined: dist.Store, rendezvous_id: str, world: int, join_s: float) -> str:
-    """Steps 2 to 5 of rank 0. Returns the error, or an empty string."""
+    """Runs steps 2 to 5 on rank 0. Returns the error, or an empty string."""
     deadline = time.monotonic() + join_s
     joined.set("ack/0", "")
     answered: set[str] = set()
@@ -264,11 +264,11 @@ def _ranks_without(store: dist.Store, key: str, world: int) -> list[int]:
 def _missing_message(missing: Sequence[int], world: int, join_s: float) -> str:
     return (
         f"{world - len(missing)} of {world} ranks joined within {join_s:g} s (parallel.join_s); missing: rank "
-        f"{_join(missing)}. Check the output of the missing ranks, and that all nodes see the same run.dir"
+        f"{_comma_list(missing)}. Check the output of the missing ranks, and that all nodes see the same run.dir"
     )
 
 
-def _join(numbers: Sequence[int]) -> str:
+def _comma_list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -283,7 +283,7 @@ def gpu_conflict(gpus: Sequence[tuple[str, str | None]]) -> str:
     """
     without = [rank for rank, (_, gpu) in enumerate(gpus) if gpu is None]
     if 0 < len(without) < len(gpus):
-        return f"rank {_join(without)} found no GPU on {gpus[without[0]][0]}, but other ranks found one"
+        return f"rank {_comma_list(without)} found no GPU on {gpus[without[0]][0]}, but other ranks found one"
     for rank, (host, gpu) in enumerate(gpus):
         first = gpus.index((host, gpu))
         if gpu is not None and first < rank:
@@ -294,11 +294,11 @@ def gpu_conflict(gpus: Sequence[tuple[str, str | None]]) -> str:
 def _exception_to_raise(store: dist.Store, env: RankEnv, error: Exception) -> BaseException:
     """Decides which of the failing ranks reports the cause.
 
-    1. If a rank was interrupted by a signal (`stopped`), the error follows from that: `Stopped`.
+    1. If a rank was interrupted by a signal (`stopped`), the exception is `Stopped`.
     2. This rank writes `failed/RANK`: it failed, but it is alive.
     3. If a collective failed, this rank closes its connections, so that collectives of the other ranks fail too and
        they also write their key. The ranks without a key after `_FAILURE_REPORT_S` died or hang.
-    4. Of all failing ranks the first one that counts `reports` up raises the error. The others raise `SystemExit`.
+    4. The rank that first increments `reports` raises the error. The others raise `SystemExit`.
     """
     try:
         if store.check(["stopped"]):
@@ -310,17 +310,17 @@ def _exception_to_raise(store: dist.Store, env: RankEnv, error: Exception) -> Ba
             if dead:
                 first_line = str(error).splitlines()[0]
                 error = RunError(
-                    f"rank {_join(dead)} of {env.world} died or hangs; a collective operation of the other ranks "
+                    f"rank {_comma_list(dead)} of {env.world} died or hangs; a collective operation of the other ranks "
                     f"failed: {first_line}"
                 )
         is_first = store.add("reports", 1) == 1
-    except RuntimeError:  # the host of the store has ended, so the ranks cannot agree any more
+    except RuntimeError:  # the host of the store has ended, so the ranks can no longer agree
         return error
     return error if is_first else SystemExit(1)
 
 
 def _wait_for_failures(store: dist.Store, world: int) -> list[int]:
-    """The ranks that have not reported a failure in time."""
+    """Waits for all ranks to report a failure. Returns the ranks that have not reported one in time."""
     deadline = time.monotonic() + _FAILURE_REPORT_S
     while (silent := _ranks_without(store, "failed", world)) and time.monotonic() <= deadline:
         time.sleep(_POLL_S)
@@ -374,7 +374,7 @@ def any_requested(stop: StopRequest) -> bool:
     priority = torch.tensor(_STOP_SIGNALS.index(stop.received))
     dist.all_reduce(priority, dist.ReduceOp.MAX)
     agreed = _STOP_SIGNALS[int(priority)]
-    if agreed is not None:  # else a signal that arrived during the all-reduce would be overwritten
+    if agreed is not None:  # if not, a signal that arrived during the all-reduce would be overwritten
         stop.received = agreed
     return agreed is not None
 
@@ -410,7 +410,7 @@ def rank0_then_all(action: Callable[[], T]) -> T:
     """Calls `action` on rank 0, and then on the other ranks, which can read the files that rank 0 has written.
 
     Returns:
-        The result of this rank's own call.
+        The result of the call on this rank.
     """
     if rank() == 0:
         result = action()
@@ -432,7 +432,7 @@ def wait_for_file(path: Path, is_visible: Callable[[Path], bool] = Path.exists) 
 
     Args:
         path: The file.
-        is_visible: Tells whether the file is there, with the expected content.
+        is_visible: Returns whether the file exists with the expected content.
 
     Returns:
         `path`.

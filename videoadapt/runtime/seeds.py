@@ -15,7 +15,7 @@ def seed_of(*parts: int | str) -> int:
     """Returns a seed in [0, 2^63) that depends on `parts` only, not on the process, the machine or the version.
 
     Args:
-        parts: What the draw is for, such as a purpose, the run's seed, the epoch and the clip.
+        parts: The purpose of the draw, and the run's seed, epoch, clip and so on.
     """
     # Python's hash() is salted in each process. The separator keeps (1, 23) and (12, 3) apart.
     text = "\0".join(map(str, parts)).encode()
@@ -26,8 +26,8 @@ def seed_of(*parts: int | str) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of Python, NumPy and torch (CPU); restores their states at the end.
 
-    For libraries that draw from the global generators. The generators of GPUs are left alone, because drop path uses
-    them.
+    It is needed for libraries that draw from the global generators. It does not change the generators of GPUs, because
+    drop path uses them.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

@@ -29,13 +29,13 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Records stop signals, so that a loop can save and stop at the end of a step.
 
-    While entered, SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 set `received` and have no other effect. A second
-    Ctrl-C raises `KeyboardInterrupt`. Signal handlers belong to the whole process: they are replaced on entry and
-    restored on exit, and only the main thread may do that.
+    Inside the `with` block, SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 set `received` and have no other effect. A
+    second Ctrl-C raises `KeyboardInterrupt`. Signal handlers belong to the whole process: they are replaced on entry
+    and restored on exit, and only the main thread may do that.
 
     Requests can be nested. The entry point of a job enters a request for `JOB_SIGNALS` before torch is imported,
-    because a signal kills a process without a handler. The request of a loop inside takes over an earlier signal on
-    entry, and passes its own on at exit.
+    because a signal kills a process without a handler. On entry, the request of an inner loop copies the signal of
+    the outer request. On exit, it copies its signal back to the outer request.
 
     Args:
         signals: The signals to record.
@@ -51,7 +51,7 @@ class StopRequest:
         return self.received is not None
 
     def stop(self) -> NoReturn:
-        """Raises `Stopped`. To be called after everything is saved."""
+        """Raises `Stopped`. Call it after everything is saved."""
         assert self.received is not None, "no signal was received"
         raise Stopped(self.received)
 

@@ -1,4 +1,4 @@
-"""What a process knows about its job from its environment variables, and commands to SLURM."""
+"""Reads the job of this process from its environment variables, and sends commands to SLURM."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RankEnv:
     """The rank of this process, as its launcher has set it in the environment."""
 
     launcher: Literal["none", "torchrun", "slurm", "submitit"]
-    rank: int  # of all processes of the job
+    rank: int  # number of this process among all processes of the job
     world: int  # number of processes
-    local_rank: int  # of the processes on this node
+    local_rank: int  # number of this process among the processes on this node
     rendezvous: str = ""  # name of this start of the job, unique; empty for torchrun, which has its own store
 
 
@@ -61,8 +61,8 @@ class SlurmJob:
     """The SLURM job (or the element of a job array) that a process belongs to."""
 
     id: str
-    restarts: int  # how often the job was requeued
-    tasks: int  # requested by sbatch or salloc; a process that was started without srun is alone all the same
+    restarts: int  # number of times that the job was requeued
+    tasks: int  # requested by sbatch or salloc; a process that was started without srun is still alone
 
 
 def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:

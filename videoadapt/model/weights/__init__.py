@@ -1,4 +1,4 @@
-"""Pretrained weights of other projects: reading their files, translating their names, and filling a model.
+"""Pretrained weights of other projects: reads their files, translates their names, and fills a model.
 
 Read first: `load.py`; `sources.py` reads files, `layouts.py` translates names.
 """

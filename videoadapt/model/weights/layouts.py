@@ -16,7 +16,10 @@ from torch import Tensor
 
 from videoadapt.model.norm import SHARED
 
-TOKENS = {"cls_token": "pos_embed.cls", "dist_token": "pos_embed.dist"}  # in the order of their rows in a table
+TOKENS = {
+    "cls_token": "pos_embed.cls",
+    "dist_token": "pos_embed.dist",
+}  # in the order of their rows in a position table
 MOST_PREFIX_TOKENS = 5  # a class token and four registers (DINOv2)
 SUPERVIT = "SuperViT"
 NO_LENGTH = ""  # the key of a tensor that is not per length in its layout
@@ -26,14 +29,14 @@ _PREFIXES = re.compile(r"^((module|_orig_mod|model|timesformer)\.)+")  # DDP, co
 class Entry(NamedTuple):
     """A tensor of the source."""
 
-    name: str  # in the source
+    name: str  # its name in the source
     tensor: Tensor
 
 
 class Layout(NamedTuple):
-    """The tensors of a source by base name, and what they show of its architecture."""
+    """The tensors of a source by base name, and the architecture that they imply."""
 
-    kind: str  # whose names the source has
+    kind: str  # the project whose names the source uses
     tensors: dict[str, dict[str, Entry]]  # by base name, then by length key: `NO_LENGTH`, `"14"` or `"shared"`
 
     @property
@@ -68,7 +71,7 @@ class Layout(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths that have position grids of their own, longest first."""
+        """The lengths that have separate position grids, longest first."""
         keys = self.tensors.get("pos_embed.grid", {})
         return tuple(sorted((int(key) for key in keys if key.isdigit()), reverse=True))
 
@@ -103,7 +106,7 @@ _VIT_BLOCK = {"ls1": "scale1", "ls2": "scale2", "temporal_norm1": "temporal_norm
 def from_vit(name: str) -> str:
     """Returns the base name for a name of timm's ViT, DeiT, DINOv2, LV-ViT, SuperViT or facebookresearch/TimeSformer.
 
-    Only LayerScale and the temporal norm have other names than ours.
+    Only LayerScale and the temporal norm have names that differ from ours.
     """
     block = re.fullmatch(r"(blocks\.\d+)\.(\w+)\.(.+)", name)
     return f"{block[1]}.{_VIT_BLOCK.get(block[2], block[2])}.{block[3]}" if block else name
@@ -146,19 +149,19 @@ def split_positions(name: str, table: Tensor, tokens: Collection[str]) -> dict[s
     """Splits a table of positions into the grid of the patches and the rows of the prefix tokens.
 
     Args:
-        name: Of the table in the source.
+        name: The name of the table in the source.
         table: `(1, P + N, D)`, with the prefix first and N a square number.
-        tokens: The base names of the source; those in `TOKENS` get a row.
+        tokens: The base names of the source. Each name that is also in `TOKENS` gets a row.
 
     Returns:
-        By base name: `pos_embed.grid` `(N, D)`, and a row `(1, D)` for each token. The row is zero if the table has
-        none for it (DeiT III gives its class token no position). If the table has another shape, it comes back whole
-        as `pos_embed`, which fits nothing and so is reported as unused.
+        Tensors by base name: `pos_embed.grid` `(N, D)`, and a row `(1, D)` for each token. A token without a row in the
+        table gets zeros (the class token of DeiT III has no position). A table of another shape is returned whole as
+        `pos_embed`, a name that no model has, so it is reported as unused.
     """
     if table.ndim != 3 or len(table) != 1:  # noqa: PLR2004 - (1, P + N, D)
         return {"pos_embed": Entry(name, table)}
     rows = table[0]  # (P + N, D)
-    prefix = len(rows) - math.isqrt(len(rows)) ** 2  # P: what is left beside the largest square
+    prefix = len(rows) - math.isqrt(len(rows)) ** 2  # P: the rows beside the largest square
     if prefix > MOST_PREFIX_TOKENS:
         return {"pos_embed": Entry(name, table)}
     split = {"pos_embed.grid": Entry(f"{name}[{prefix}:]", rows[prefix:])}  # (N, D)
@@ -169,13 +172,13 @@ def split_positions(name: str, table: Tensor, tokens: Collection[str]) -> dict[s
 
 
 def recognise(state: Mapping[str, Tensor]) -> Layout | None:
-    """Finds out whose names a state dict has.
+    """Finds the project whose names a state dict uses.
 
     Args:
-        state: Tensors by the source's names, with or without the prefixes of wrappers such as `module.`.
+        state: Tensors by their names in the source, with or without prefixes of wrappers such as `module.`.
 
     Returns:
-        The layout with the tensors by base name, or None if the names are not those of a known ViT.
+        The layout with the tensors by base name, or None if no known ViT has these names.
     """
     names = {_PREFIXES.sub("", name): name for name in state}
     if any(name.startswith("pos_embed.grid.") for name in names):
@@ -189,7 +192,7 @@ def recognise(state: Mapping[str, Tensor]) -> Layout | None:
 
 
 def _by_length(names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, dict[str, Entry]]:
-    """Our own tensors by base name and length key."""
+    """Returns the tensors of one of our models by base name and length key."""
     tensors: dict[str, dict[str, Entry]] = {}
     for stripped, name in names.items():
         base, key = split_length(stripped)
@@ -200,9 +203,9 @@ def _by_length(names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[st
 def _translate(
     names: Mapping[str, str], state: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> dict[str, dict[str, Entry]]:
-    """Another project's tensors by base name, position tables split; only SuperViT's have lengths."""
+    """Returns another project's tensors by base name, with position tables split. Only SuperViT has length keys."""
     flat = {rename(stripped): Entry(name, state[name]) for stripped, name in names.items()}
-    # A stem's last convolution has the name of a plain patch embedding; ours are all below `patch_embed.proj`.
+    # A stem's last convolution has the name of a plain patch embedding. Our stem is below `patch_embed.proj`.
     if "patch_embed.conv1.weight" in flat:
         flat = {re.sub(r"^patch_embed\.", "patch_embed.proj.", base): entry for base, entry in flat.items()}
     tables = [flat.pop(base) for base in sorted(flat) if base.startswith("pos_embed_list.")]  # SuperViT: per length
@@ -226,7 +229,9 @@ def _checked(kind: str, tensors: dict[str, dict[str, Entry]]) -> Layout | None:
 
 
 def pick(entries: Mapping[str, Entry], key: str) -> tuple[str, Entry]:
-    """Picks the tensor that a length starts from: its own, else the shared one, else that of the longest length.
+    """Picks the tensor that a length starts from.
+
+    The order of preference is the tensor of the same length, the shared tensor, the tensor of the longest length.
 
     Args:
         entries: Tensors by length key, at least one.

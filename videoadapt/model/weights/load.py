@@ -1,6 +1,6 @@
-"""Fills a model with pretrained weights, of other projects or our own, and reports what became of every tensor.
+"""Fills a model with pretrained weights, and reports the status of every tensor.
 
-All new values are computed before the first is copied, so that a refused source leaves the model as it was.
+All new values are computed before the first is copied, so that a refused source does not change the model.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from videoadapt.model.weights.sources import Weights, read_weights
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
 TO_EACH_LENGTH = "copied to each length"
-LEAST_FILLED = 0.99  # of the attention and MLP weights: only biases may be missing
+LEAST_FILLED = 0.99  # smallest fraction of attention and MLP weights that must be filled: only biases may be missing
 CORE = re.compile(r"blocks\.\d+\.(\w*attn|mlp)\.")  # attention and MLP weights, which all lengths share
 
 
 class Row(NamedTuple):
-    """What became of one tensor."""
+    """The status of one tensor."""
 
-    name: str  # in our model; empty if `unused`
+    name: str  # its name in our model; empty if `unused`
     status: str  # `loaded` and so on, see `LoadReport`
     source: str  # its name in the source; empty if `new`
-    detail: str  # the reason or the change of size, for the reader; may be empty
+    detail: str  # the reason or the change of size; may be empty
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor of the model and of the source.
+    """The status of every tensor of the model and of the source.
 
     The status of a tensor is `loaded` (unchanged), `resampled` (to the model's grid, number of frames or patch size),
     `copied to each length`, `copied` (from spatial to temporal attention), `new` (the model's tensor keeps its
-    initialisation) or `unused` (the source's tensor has no place in the model).
+    initialisation) or `unused` (the source's tensor is not in the model).
     """
 
     source: str  # names the source and its layout
-    rows: tuple[Row, ...]  # the model's tensors in its order, then the unused ones of the source
+    rows: tuple[Row, ...]  # the model's tensors in the model's order, then the unused tensors of the source
     filled: float  # fraction of the elements of the model's attention and MLP weights that were filled
 
     @property
@@ -69,7 +69,7 @@ class LoadReport:
 
 
 def _abridge(names: Iterable[str]) -> str:
-    """Names without number of block, length, and weight or bias, each once: some hundred tensors in one line."""
+    """Shortens some hundred names to one line: without block number, length, weight or bias, and each only once."""
     short = (re.sub(r"\b(blocks|layer)\.\d+", r"\1.*", split_length(name)[0]) for name in names)
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias|gamma)$", "", name) for name in short))
 
@@ -77,26 +77,27 @@ def _abridge(names: Iterable[str]) -> str:
 def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False) -> LoadReport:
     """Fills a model with pretrained weights.
 
-    These names are known: timm's ViT, DeiT (distilled too) and DINOv2; LV-ViT; SuperViT on DeiT and LV-ViT;
-    facebookresearch's TimeSformer (`.pyth`); Hugging Face's TimeSformer (its folder too); and our own, checkpoints
-    included (their EMA, if they have one). SuperViT's weights are trained for its lengths, patch embedding and heads:
-    the model must have the same. Torch files are read with `weights_only=True` only.
+    The known sources are ViT, DeiT (also distilled) and DINOv2 in timm; LV-ViT; SuperViT on DeiT and LV-ViT;
+    facebookresearch's TimeSformer (`.pyth`); Hugging Face's TimeSformer (file or folder); and our models and
+    checkpoints (with their EMA, if they have one). SuperViT's weights are trained for certain lengths, patch embedding
+    and heads: the model must have the same. Torch files are read with `weights_only=True` only.
 
     Tensors of another size are resampled: position grids bicubically with antialiasing, time embeddings linearly, patch
-    kernels by pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of the
-    spatial one, with its norm and LayerScale. A head with another number of classes is left as it is.
+    kernels by pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of
+    spatial attention, with its norm and LayerScale. A head with another number of classes is not changed.
 
-    Some settings are not in the file, and the user must set them. The normalisation: the released TimeSformers were
-    trained with mean 0.45 and deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224,
-    0.225). `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml have those of SuperViT.
+    Some settings are not in the file, and the user must set them. One is the normalisation: the released TimeSformers
+    were trained with mean 0.45 and deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224,
+    0.225). Others are `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml set SuperViT's
+    values.
 
     Args:
         model: Filled in place.
         source: A file, a folder, a timm model's name, or a state dict.
-        nearest: Resample position grids and time embeddings by nearest neighbour, as TimeSformer's own code does.
+        nearest: Resample position grids and time embeddings by nearest neighbour, as in TimeSformer's code.
 
     Returns:
-        What became of every tensor of the model and of the source.
+        The status of every tensor of the model and of the source.
 
     Raises:
         CheckpointError: The source cannot be read or is of another architecture. The model is unchanged.
@@ -153,7 +154,7 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
 
 
 def _check_supervit(config: ModelConfig, layout: Layout, label: str) -> None:
-    """Refuses a model that needs values that SuperViT did not train: other lengths, patch embeddings or heads."""
+    """Refuses a model with lengths, patch embeddings or heads that SuperViT did not train."""
     if not set(config.lengths) <= set(layout.lengths):
         raise CheckpointError(
             f"{label}: the file has positions for the lengths {_listed(layout.lengths)}, the model has "
@@ -173,10 +174,10 @@ def _listed(lengths: Iterable[int]) -> str:
 
 
 def _match_tensors(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
-    """The new values of the model's tensors by name, and the rows of the report."""
+    """Returns the new values of the model's tensors by name, and the rows of the report."""
     filled: dict[str, Tensor] = {}
     rows: list[Row] = []
-    misfits: dict[str, str] = {}  # by base name: why the source's tensor does not fit
+    misfits: dict[str, str] = {}  # the reason why a source tensor does not fit, by base name
     lengths = len(model.config.lengths)
     for name, target in model.state_dict().items():
         base, key = split_length(name)
@@ -192,7 +193,7 @@ def _match_tensors(model: TimeSformer, layout: Layout, *, nearest: bool) -> tupl
             rows.append(Row(name, NEW, "", misfits[base]))
             continue
         filled[name] = tensor
-        each = lengths > 1 and key not in (NO_LENGTH, SHARED, from_key)  # one source tensor serves several lengths
+        each = lengths > 1 and key not in (NO_LENGTH, SHARED, from_key)  # one source tensor fills several lengths
         rows.append(_row(name, entry, tensor, copied=origin != base, each=each))
     return filled, rows + _unused(model, layout, {row.source for row in rows}, misfits)
 
@@ -211,9 +212,9 @@ def _size(name: str, tensor: Tensor) -> str:
 
 
 def spatial_origin(base: str) -> str:
-    """Returns the base name of the spatial tensor that a temporal one starts from, or the name itself for all others.
+    """Returns the base name of the spatial tensor that a temporal tensor is copied from. Other names are unchanged.
 
-    `blocks.0.temporal_attn.qkv.weight` starts from `blocks.0.attn.qkv.weight`. `temporal_fc` has no counterpart: it
+    `blocks.0.temporal_attn.qkv.weight` is copied from `blocks.0.attn.qkv.weight`. `temporal_fc` has no counterpart: it
     keeps its initialisation (zero in all blocks but the first).
     """
     for temporal, spatial in (("temporal_norm", "norm1"), ("temporal_attn", "attn"), ("temporal_scale", "scale1")):
@@ -222,7 +223,7 @@ def spatial_origin(base: str) -> str:
 
 
 def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False) -> Tensor | None:
-    """Brings a source tensor to the shape of ours.
+    """Resamples a source tensor to the shape of the model's tensor.
 
     Args:
         base: The base name, which decides how to resample.
@@ -231,7 +232,7 @@ def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False
         nearest: Resample grids and times by nearest neighbour.
 
     Returns:
-        The tensor itself if its shape is right already; the resampled tensor (float32) for position grids, time
+        The tensor itself if it has the shape already; the resampled tensor (float32) for position grids, time
         embeddings and patch kernels of the same width; otherwise None.
     """
     if tensor.shape == shape:
@@ -279,7 +280,7 @@ def _unused(model: TimeSformer, layout: Layout, used: set[str], misfits: dict[st
     ]
 
 
-_NO_PLACE = {  # a pattern of base names, and why the model has no place for them; the first match counts
+_NO_PLACE = {  # patterns of base names, and the reason why they are unused; the first match applies
     r"mask_token": "serves pretraining only",
     r"reg_token|register_tokens": "the model has no register tokens",
     r"dist_token|head_dist\..*|pos_embed\.dist": "the model has no distillation token",

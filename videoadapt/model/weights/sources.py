@@ -22,9 +22,9 @@ TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".tar")
 
 
 class Weights(NamedTuple):
-    """Weights as the source has them, without any translation."""
+    """The weights of a source, with untranslated names."""
 
-    tensors: dict[str, Tensor]  # by the source's own names
+    tensors: dict[str, Tensor]  # by the names in the source
     label: str  # names the source in messages
     heads: int | None = None  # number of attention heads, if the source states it: tensor shapes do not show it
 
@@ -34,10 +34,10 @@ def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
 
     Args:
         source: A state dict, a file (safetensors or torch), a folder with a Hugging Face model, or a timm model's name.
-            A file or folder of that name is preferred to timm.
+            A file or folder of that name takes precedence over timm.
 
     Raises:
-        CheckpointError: There is no such source, or it cannot be read, or it holds no tensors.
+        CheckpointError: The source does not exist, cannot be read, or has no tensors.
         UserError: timm cannot download the weights.
     """
     if isinstance(source, Mapping):
@@ -63,7 +63,7 @@ def _stated_heads(config: Path) -> int | None:
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # the file is optional: without it only the check of the number of heads is lost
+        return None  # the file is optional: without it, the number of heads is not checked
     heads = values.get("num_attention_heads") if isinstance(values, dict) else None
     return heads if isinstance(heads, int) else None
 
@@ -85,7 +85,7 @@ def _read_torch(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read this file: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
-        # torch has one exception type for damaged files and for refused objects; only its message tells them apart.
+        # torch has one exception type for damaged files and for refused objects; only the messages differ.
         if not re.search(r"GLOBAL |allowlisted|must be imported", str(error)):
             raise CheckpointError(f"{path}: torn, or not a torch file") from None
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -98,8 +98,8 @@ def _read_torch(path: Path) -> Any:
 
 
 def _tensors(content: Any, label: str) -> dict[str, Tensor]:
-    """The weights in the content of a file, without containers, optimizer state and other objects."""
-    for key in CONTAINERS:  # they may be nested, as `model_state` in `model`
+    """Returns the weights in the content of a file, without containers, optimizer state and other objects."""
+    for key in CONTAINERS:  # they may be nested: `model_state` in `model`
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
@@ -109,8 +109,8 @@ def _tensors(content: Any, label: str) -> dict[str, Tensor]:
 
 
 def _model_of_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model in a checkpoint of our own (averaged weights if it has them); other tensors as they are."""
-    prefixes = ("model/", "ema/")  # in this order: an averaged weight replaces the last one of the same name
+    """Returns the model in one of our checkpoints (averaged weights if it has them); other tensors unchanged."""
+    prefixes = ("model/", "ema/")  # in this order: an averaged weight replaces the weight of the same name
     if not any(name.startswith(prefixes) for name in tensors):
         return tensors
     return {name.removeprefix(p): tensor for p in prefixes for name, tensor in tensors.items() if name.startswith(p)}
