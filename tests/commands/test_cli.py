@@ -96,7 +96,7 @@ def test_an_interrupted_verb_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(flops, "flops", raising(KeyboardInterrupt()))  # type: ignore[arg-type]
     done = runs.command("flops", CONFIGS / "demo.yaml")
     assert done.returncode == 130
-    assert done.stderr == "interrupted; run the same command again to continue from what is saved\n"
+    assert done.stderr == "interrupted; run the same command again to continue from the saved state\n"
 
 
 def test_help_and_flops_do_not_import_submitit_and_help_does_not_import_torch() -> None:

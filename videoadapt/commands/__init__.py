@@ -1,4 +1,4 @@
-"""What users type and see: the command line, the demo, jobs on SLURM, and printed tables.
+"""The user's interface: the command line, the demo, jobs on SLURM, and printed tables.
 
 May use every room.
 Read first: `cli.py`.

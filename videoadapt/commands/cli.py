@@ -86,10 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one verb, then exits.
 
     Args:
-        arguments: The words after `videoadapt`. Default: those of this process (`sys.argv`).
+        arguments: The words after `videoadapt`. Default: the arguments of this process (`sys.argv`).
 
     Raises:
         SystemExit: Always. Code 0: success. 1: the run failed. 2: the input is wrong. 130: interrupted.
+            143: the job was requeued or preempted.
         Exception: Any programming error, unchanged.
     """
     # By default, OpenMP threads spin while they wait at a barrier. That makes training 6 times slower as soon as
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (RunError, OSError) as error:  # OSError: a full disk, a missing permission, a lost file system
         _fail(error, RUN_FAILED)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to continue from what is saved", file=sys.stderr)
+        print("interrupted; run the same command again to continue from the saved state", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
@@ -187,7 +188,7 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
 @app.command()
 def label(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Stage 2: find the cheapest right point of every clip."""
+    """Stage 2: find the cheapest point at which the model is right, for every clip."""
     from videoadapt.commands.tables import print_label
 
     _show(_run_stage("label", _load(config, overrides)), as_json, print_label)
@@ -274,7 +275,7 @@ def predict(
         str | None,
         typer.Option(
             help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS [default: assigned if the run has an assigner, "
-            "else fixed at the costliest point]"
+            "otherwise fixed at the costliest point]"
         ),
     ] = None,
     as_json: Json = False,

@@ -43,7 +43,7 @@ class DemoSummary:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo prints."""
+    """The values that the demo prints."""
 
     folder: Path  # of the run
     summary: DemoSummary

@@ -211,7 +211,7 @@ def _cancel_all(submitted: Sequence[Submission]) -> str:
 
 
 def _submitit_parameters(job: Job, config: Config, after: str | None) -> dict[str, Any]:
-    """Returns `sbatch_options` as the parameters of submitit, which sets some options by names of its own."""
+    """Returns `sbatch_options` as the parameters of submitit, which has its own names for some options."""
     options = sbatch_options(job, config) | _dependency(after)
     for option in ("job-name", "nodes", "ntasks-per-node", "time", "signal", "open-mode", "array"):
         options.pop(option, None)
@@ -252,7 +252,7 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
         except (FailedJobError, UncompletedJobError) as error:
             raise RunError(f"{job.stage} failed; see {handle.paths.stderr}") from error
         except KeyboardInterrupt:
-            handle.cancel()  # the job has a process group of its own, which Ctrl-C does not reach
+            handle.cancel()  # the job has its own process group, which Ctrl-C does not reach
             raise
         done.append(Submission(job.stage, handle.job_id, job.ranks, job.shards, str(handle.paths.stdout), ""))
     return done
@@ -293,5 +293,5 @@ class SqueueExecutor(SlurmExecutor):
 
     def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Any]:
         jobs = super()._internal_process_submissions(delayed_submissions)
-        # submitit makes the jobs of an array of its own class, whatever `job_class` is.
+        # submitit ignores `job_class` for the jobs of an array, and makes them as its own class.
         return [SqueueJob(self.folder, job.job_id, tasks=list(range(job.num_tasks))) for job in jobs]

@@ -139,7 +139,7 @@ def print_assign(summary: Summary) -> None:
 def print_evaluate(summary: Summary) -> None:
     """Prints one row per policy (accuracy with intervals, cost, speed), then failures and notes."""
     failed_count_as_wrong = summary["failed_count_as"] == "wrong"
-    # If videos failed, a second top-1 shows what the other way to count them gives.
+    # If videos failed, a second top-1 shows the result of counting them in the other way.
     other = ("readable only", "top1_readable") if failed_count_as_wrong else ("failed as wrong", "top1_failed_wrong")
     other_column, other_key = other if summary["failed"] else (None, None)
     columns = (
@@ -184,7 +184,7 @@ def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -
         for key in ("top1", "mean_class")
     )
     return (
-        f"{name} *" if policy["pareto"] else name,  # a column of its own would be too wide
+        f"{name} *" if policy["pareto"] else name,  # a separate column would be too wide
         top1,
         *((percent(policy[other_key]),) if other_key else ()),
         f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
@@ -256,7 +256,7 @@ def print_compare(summary: Summary) -> None:
 
 
 def print_flops(summary: Summary) -> None:
-    """Prints the MACs of every point by part; after an evaluation, also those of clips, classes and policies."""
+    """Prints the MACs of every point by part; after an evaluation, also the MACs of clips, classes and policies."""
     rows = [
         (
             point["point"],
@@ -319,14 +319,14 @@ def print_predictions(result: Summary) -> None:
     """Prints one row per video: its most probable classes, the points of its clips, and its cost."""
     rows = [
         (
-            Path(p["path"]).name,  # a whole path would leave no room for the classes
+            Path(p["path"]).name,  # a whole path would leave no space for the classes
             ", ".join(f"{name} {value:.2f}" for name, value in zip(p["classes"], p["probabilities"], strict=True)),
             " ".join(p["points"]),  # one per clip of the video
             macs(p["macs"]),
         )
         for p in result["predictions"]
     ]
-    if rows:  # none if every file failed, which the error then says
+    if rows:  # no rows if every file failed; the error then names the files
         print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
 
 
@@ -341,7 +341,7 @@ def print_launch(result: LaunchResult) -> None:
 
 def print_demo(result: DemoResult) -> None:
     """Prints costs, policies, accuracy by level of difficulty, and the time of each stage."""
-    print_flops(result.costs)  # what a point costs, before what it achieves
+    print_flops(result.costs)  # the cost of a point, before its accuracy
     print_evaluate(result.evaluation)
     summary = result.summary
     policies = list(summary.policies)

@@ -69,7 +69,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         failed_count_as=_counting(sides),
         policies=[_compared(sides, pair, common) for pair in pairs],
     )
-    as_json: dict[str, Any] = json.loads(json.dumps(asdict(result)))
+    as_json: dict[str, Any] = json.loads(json.dumps(asdict(result)))  # tuples become lists, as for every other verb
     return as_json
 
 
@@ -120,7 +120,7 @@ def _compared(sides: _Sides, pair: tuple[str, str], common: list[str]) -> Compar
     a, b = (side.table.loc[policy].loc[common] for side, policy in zip(sides, pair, strict=True))
     differ = a["truth"] != b["truth"]  # (videos,); equal names may have other numbers in another list of classes
     if differ.any():
-        video = differ.idxmax()
+        video = differ.idxmax()  # the first video that differs
         ours, theirs = a.loc[video, "truth"], b.loc[video, "truth"]
         raise UserError(
             f"{video}: its class is number {ours} in one run and {theirs} in the other; "

@@ -119,6 +119,7 @@ def clip_report(config: Config, policies: Mapping[str, Mapping[str, object]]) ->
     policy = next(iter([*adaptive, *policies]))
     clips = clips[clips["policy"] == policy].drop(columns="policy")
     videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
+    # The manifest has the classes' names; the tables have their numbers.
     names = Manifest.load(config.run.dir / "manifest.parquet").classes
     classes = class_mix(clips, config.model.points, names)
     for name, table in (("clips", clips), ("videos", videos), ("classes", classes)):

@@ -108,7 +108,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
         model = inference_model(config)
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
         cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
-        _require_usable(policies, cascades, model, assigned)
+        _require_usable(policies, cascades, model, assigned)  # before scoring, which may take hours
         scores = _score(model, manifest, assigned, config)
         if scores is None:
             return {"shard": config.parallel.shard}
@@ -193,7 +193,7 @@ def _hardest(classes: pd.DataFrame) -> list[ClassRow]:
 def _require_usable(
     further: Sequence[Policy], cascades: Sequence[Policy], model: TimeSformer, assigned: Assigned | None
 ) -> None:
-    """Refuses further policies that do not fit the run, before hours of scoring."""
+    """Raises an error if a further policy does not fit the run."""
     names = [*(Fixed(point).name for point in model.config.points), Assigned.name, Random.name, Oracle.name]
     names += [policy.name for policy in cascades]
     digest = weights_digest(assigned.assigner) if assigned is not None else None

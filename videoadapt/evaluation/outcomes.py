@@ -202,6 +202,7 @@ def policy_rows(
     """
     counted = np.arange(len(population.videos)) if config.evaluate.failed == "wrong" else population.scored
     by_name = {outcome.policy.name: outcome for outcome in outcomes}
+    # Two fields of a row need all rows, so they are replaced below: `pareto` and `difference_to_random`.
     rows = {
         name: PolicyRow(
             accuracies=_accuracies(outcome, population, counted),
@@ -367,6 +368,7 @@ def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.
     p_best: list[list[float]] = [[] for _ in population.videos]
     for position, classes, probabilities in zip(population.scored, outcome.best, outcome.p_best, strict=True):
         best[position], p_best[position] = classes.tolist(), probabilities.tolist()
+    # A video costs the sum over its clips.
     macs = pd.Series(outcome.macs).groupby(videos).sum().reindex(population.videos, fill_value=0.0)
     return pd.DataFrame(
         {

@@ -92,7 +92,7 @@ class Forecast:
     plan: GroupPlan
     step_s: float
     passes_s: float  # until the slowest rank has its gradients
-    communication_s: float  # what summing the gradients adds to the step
+    communication_s: float  # added to the step by summing the gradients
     utilisation: float  # fraction of the ranks' time that passes take, in (0, 1]
 
 
@@ -159,7 +159,7 @@ def _only_drawn(group: Group, draw: tuple[str, ...]) -> Group:
 
 
 def _clips_per_rank(group: Group, work: StepWork) -> list[int]:
-    """Clips of a micro-batch on each rank of the group."""
+    """Returns the number of clips of a micro-batch on each rank of the group."""
     split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
     return [len(positions) for positions in split]
 
@@ -169,7 +169,7 @@ def _micro_batch_s(group: Group, clips: int, work: StepWork) -> float:
 
 
 def _logits_arrive_at(plan: GroupPlan, teacher_clips: int, work: StepWork, network: Network) -> list[float]:
-    """Seconds after which the students have the teacher's logits of each micro-batch."""
+    """Returns, by micro-batch, the seconds after which the students have the teacher's logits."""
     teachers = plan.groups[0]
     # A single group has its teacher on every rank and sends no logits.
     sending_s = work.clips_per_micro_batch * work.logits_bytes / network.bytes_per_s if len(plan.groups) > 1 else 0.0
@@ -180,7 +180,7 @@ def _logits_arrive_at(plan: GroupPlan, teacher_clips: int, work: StepWork, netwo
 
 
 def _gradients_ready_at(group: Group, clips: int, work: StepWork, logits_at: Sequence[float] | None) -> float:
-    """Seconds after which a rank has its gradients; `logits_at` is None for teachers."""
+    """Returns the seconds after which a rank has its gradients; `logits_at` is None for teachers."""
     if not group.points:
         return 0.0
     forward_s = work.passes[group.points[0]].forward.seconds(clips)
@@ -217,7 +217,7 @@ def layouts(work: StepWork, ranks: int) -> list[GroupPlan]:
 
 
 def _expected_s(points: Sequence[str], work: StepWork) -> float:
-    """Seconds of one rank for all passes at some points, the mean over draws."""
+    """Returns the seconds of one rank for all passes at some points, the mean over draws."""
     return sum(
         probability * work.passes[point].seconds(work.clips_per_micro_batch)
         for draw, probability in work.draws.items()

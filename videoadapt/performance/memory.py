@@ -27,7 +27,7 @@ class TrainingMemory:
 
     Attributes:
         state: Weights, gradients, optimizer state and moving average (EMA).
-        saved: By point, the activations that are kept for the backward pass: fixed bytes, and bytes for each clip.
+        saved: The activations that are kept for the backward pass, by point: fixed bytes, and bytes for each clip.
     """
 
     state: int
@@ -70,7 +70,7 @@ def saved_bytes(config: Config, point: str, clips: int, device: torch.device, *,
         config: Gives the model and the precision.
         point: The point of the pass.
         clips: The batch size.
-        device: Decides which attention kernel runs, and so what it keeps.
+        device: Decides which attention kernel runs. Kernels keep different tensors.
         checkpointing: Whether activations are recomputed per block.
 
     Returns:

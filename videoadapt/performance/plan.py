@@ -153,7 +153,7 @@ def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) ->
 
 
 def _sizes(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
-    """Batch sizes to measure: the clips of a rank in a micro-batch without groups, and twice as many."""
+    """Returns the batch sizes to measure: the clips of a rank in a micro-batch without groups, and twice as many."""
     clips = max(1, config.train.batch // config.train.accumulate // ranks)
     if device.type == "cpu":
         clips = min(clips, max(1, _CPU_MACS // max(point_macs(config.model).values())))

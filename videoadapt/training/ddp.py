@@ -26,8 +26,8 @@ from videoadapt.training.groups import GroupPlan
 def sum_gradients(model: nn.Module) -> nn.Module:
     """Returns a model whose backward pass sums gradients over all ranks.
 
-    A parameter that no rank uses in a step gets no gradient, so that the optimizer skips it. All ranks must call it at
-    the same point.
+    A parameter that no rank uses in a step gets no gradient, so that the optimizer skips it. All ranks must call it
+    together.
 
     Args:
         model: The model of this rank, on its device.
@@ -41,9 +41,9 @@ def sum_gradients(model: nn.Module) -> nn.Module:
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=True,  # a rank uses the parameters of its own lengths only
+        find_unused_parameters=True,  # a rank only uses the parameters of the lengths that it trains
         gradient_as_bucket_view=True,  # no second copy of the gradients
-        broadcast_buffers=False,  # else rank 0 would overwrite BatchNorm statistics of lengths that it does not train
+        broadcast_buffers=False,  # True would overwrite BatchNorm statistics of lengths that rank 0 does not train
     )
     wrapped.register_comm_hook(None, _sum_bucket)
     return wrapped
@@ -82,7 +82,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         self.train(source.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class's name
-        """Normalises `(B, C, H, W)`: in training by the clips of all ranks of the group, else by the running mean."""
+        """Normalises `(B, C, H, W)`: in training by the clips of the group's ranks, otherwise by the running mean."""
         if not self.training:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None  # noqa: PT018
@@ -104,9 +104,9 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan) -> None:
-    """Replaces the BatchNorms of this rank's lengths: statistics are then those of the clips of the whole group.
+    """Replaces the BatchNorms of this rank's lengths, so that statistics cover the clips of the whole group.
 
-    Names in `state_dict`, parameters and buffers stay the same. All ranks must call it at the same point.
+    Names in `state_dict`, parameters and buffers stay the same. All ranks must call it together.
 
     Args:
         model: The model of this rank; changed in place if it has stems and the plan has several ranks.
@@ -143,7 +143,7 @@ def has_foreign_statistics(model: TimeSformer, plan: GroupPlan) -> bool:
 def share_statistics(model: nn.Module, plan: GroupPlan) -> None:
     """Copies the BatchNorm statistics of each length from the first rank of its group to all ranks.
 
-    All ranks must call it at the same point. Models other than `TimeSformer` and models without stems stay unchanged.
+    All ranks must call it together. Models other than `TimeSformer` and models without stems stay unchanged.
     """
     if not isinstance(model, TimeSformer) or not has_foreign_statistics(model, plan):
         return

@@ -1,4 +1,4 @@
-"""What ranks send each other in a training step: decoded clips (`ClipExchange`), teacher logits (`TeacherLogits`).
+"""Transfers between ranks in a training step: decoded clips (`ClipExchange`), teacher logits (`TeacherLogits`).
 
 Gradients and BatchNorm statistics are summed over ranks in `ddp.py`.
 """
@@ -36,7 +36,7 @@ class ClipExchange:
     """
 
     def __init__(self, manifest: Manifest, config: Config, plan: GroupPlan, *, pin: bool = False) -> None:
-        """Creates a process group for the clips. All ranks must call it at the same point.
+        """Creates a process group for the clips. All ranks must call it together.
 
         Args:
             manifest: The videos.
@@ -57,8 +57,8 @@ class ClipExchange:
         self._sent = [[position for position in positions if position in self.read] for positions in trains]
         self._received = [sum(position in positions for position in self._train) for positions in reads]
         # gloo also where ranks have GPUs: workers deliver clips in host memory, and NCCL needs the same order of
-        # operations on all ranks, which clips and gradients of different lengths do not have. A group of its own, since
-        # clips travel while gradients are summed.
+        # operations on all ranks, which clips and gradients of different lengths do not have. This group is separate,
+        # since clips travel while gradients are summed.
         self._group = dist.new_group(backend="gloo")
 
     def exchanged(self, clips: Iterator[Clip | Failure], steps: Iterable[np.ndarray]) -> Iterator[Clip | Failure]:
@@ -134,7 +134,7 @@ class TeacherLogits:
     """
 
     def __init__(self, config: Config, plan: GroupPlan, dtype: torch.dtype, device: torch.device) -> None:
-        """Creates a process group for the logits. All ranks must call it at the same point.
+        """Creates a process group for the logits. All ranks must call it together.
 
         Args:
             config: Gives the number of classes and the size of a micro-batch.
@@ -147,8 +147,8 @@ class TeacherLogits:
         clips, pairs = config.train.batch // config.train.accumulate, config.data.mixes
         # By rank of the teacher's group: the positions, in a micro-batch, whose logits it sends.
         self._positions = {number: teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks}
-        # A group of its own: the order of gradients differs from rank to rank, and collectives of one group must not
-        # change their order.
+        # A separate group: the order of gradients differs from rank to rank, but all ranks must call the collectives
+        # of one group in the same order.
         self._group = dist.new_group()
         self._transfers: list[tuple[Tensor, dist.Work]] = []
 
@@ -161,8 +161,8 @@ class TeacherLogits:
 
         Args:
             logits: (B, classes); rows after the first `len(positions)` belong to no clip and are not sent.
-            positions: Of the clips in the micro-batch, (B,) int64 on the host. A clip of this rank that cannot be read
-                has no position here; its row is sent as NaN.
+            positions: The positions of the clips in the micro-batch, (B,) int64 on the host. A clip of this rank
+                that cannot be read has no position here; its row is sent as NaN.
         """
         all_positions = self._positions[rank()]
         local = logits.new_full((len(all_positions), logits.shape[1]), float("nan"))
@@ -173,7 +173,7 @@ class TeacherLogits:
         """Waits for the logits of a micro-batch. A rank of another group calls it after `start`.
 
         Args:
-            positions: Of this rank's clips in the micro-batch, (B,) int64 on the host.
+            positions: The positions of this rank's clips in the micro-batch, (B,) int64 on the host.
             clips: The number of rows to return; at least B.
 
         Returns:

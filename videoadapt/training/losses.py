@@ -36,7 +36,7 @@ def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> 
     The paper writes the arguments in the other order. Public code of distillation has them in this order.
 
     Args:
-        logits: Of the student, (B, classes).
+        logits: Logits of the student, (B, classes).
         teacher: Logits of the teacher, (B, classes); receives no gradient.
         tau: Temperature; the factor tau^2 keeps the size of the gradient.
         hard: If set, returns the cross-entropy with the teacher's top class instead.
@@ -66,8 +66,8 @@ def point_loss(
     - The teacher: cross-entropy with the labels.
     - A student with all tokens: `(1 - lam)` times this plus `lam` times the distillation. With a distillation token,
       the class head learns the labels and the distillation head learns from the teacher (ReViT, Figure 3).
-    - A student with dropped tokens: the divergence of its inference logits from those of the same length with all
-      tokens, at temperature 1; with `loss.dropped: ce`, cross-entropy with the labels (SuperViT).
+    - A student with dropped tokens: the divergence of its inference logits from the logits of the same length with
+      all tokens, at temperature 1; with `loss.dropped: ce`, cross-entropy with the labels (SuperViT).
     - With a head on patches, `dense_weight` times the mean cross-entropy over patches is added (LV-ViT, equation 4).
 
     Args:
@@ -108,7 +108,7 @@ def _dropped_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, confi
 
 
 class Targets(NamedTuple):
-    """What the heads learn at one point. If `swap` is set, the targets are those of the clips after the swap."""
+    """The targets of the heads at one point. If `swap` is set, they belong to the clips after the swap."""
 
     cls: Tensor  # of the class head, (B, classes)
     dense: Tensor | None  # of the head on patches, (B, T * N, classes), if the model has one and no token is dropped

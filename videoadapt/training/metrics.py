@@ -1,4 +1,4 @@
-"""What a training run reports: one line per step (`Metrics`) and one summary at the end (`TrainSummary`)."""
+"""The reports of a training run: one line per step (`Metrics`) and one summary at the end (`TrainSummary`)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay ever
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one rank finds on its node."""
+    """The facts that one rank finds about its node."""
 
     node: str  # host name
     gpu: str  # "none" on a CPU
@@ -36,7 +36,7 @@ class NodeReport:
     free_bytes: int  # on the disk of the run folder
     step_clips: int  # that this rank decodes for each step
     clips_per_s: float  # decoded by one process
-    error: str  # a video and why it cannot be read, if no video can be read; else empty
+    error: str  # if no video can be read: one of them and the cause; otherwise empty
     manifest: str  # hash
 
     @property
@@ -55,7 +55,7 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
         plan: The groups of all ranks.
 
     Raises:
-        RunError: Ranks see different manifests, a rank can read no video, or the disk has no room for the checkpoints.
+        RunError: Ranks see different manifests, a rank can read no video, or the disk has no space for the checkpoints.
     """
     reports = all_gather(report_of_this_node(config, manifest, plan))
     if rank() == 0:
@@ -145,10 +145,10 @@ def checkpoints_bytes(config: Config) -> int:
 
 
 def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
-    """Returns what keeps the ranks from training, a sentence each.
+    """Returns the faults that stop the ranks from training, a sentence each.
 
     Args:
-        reports: By rank.
+        reports: The reports of all ranks, in the order of the ranks.
         needed_bytes: Disk space of the checkpoints.
     """
     found = []
@@ -170,7 +170,7 @@ def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
 
 
 def warnings(reports: Sequence[NodeReport]) -> list[str]:
-    """Returns what will slow the run down, a sentence each; `reports` are ordered by rank."""
+    """Returns the problems that will slow the run down, a sentence each; `reports` are ordered by rank."""
     short = [number for number, report in enumerate(reports) if report.workers > report.cpus]
     if not short:
         return []

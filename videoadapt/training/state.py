@@ -1,4 +1,4 @@
-"""What changes from step to step: the state that checkpoints hold, and the sums behind each step's metrics."""
+"""Values that change from step to step: the state that checkpoints hold, and the sums behind each step's metrics."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class State:
                 file.write(json.dumps({"step": self.step, "path": failure.path, "cause": failure.cause}) + "\n")
 
     def note(self, values: dict[str, float], meter: ThroughputMeter) -> str:
-        """Returns the text that the progress bar shows after a step; `values` are those of `train_step`."""
+        """Returns the text that the progress bar shows after a step; `values` come from `train_step`."""
         points = [point for point in self.config.model.points if f"top1/{point}" in values]  # drawn in this step
         top1 = "/".join(f"{values[f'top1/{p}']:.2f}" for p in points)
         drawn = f" at {'/'.join(points)}" if self.config.train.draw == "sampled" else ""

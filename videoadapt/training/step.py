@@ -35,7 +35,7 @@ from videoadapt.training.state import State, Tally
 
 @dataclass(frozen=True)
 class RankRole:
-    """What this rank does in every step.
+    """The part of this rank in every step.
 
     Attributes:
         plan: The groups of all ranks.
@@ -52,7 +52,7 @@ class RankRole:
 
     @classmethod
     def from_plan(cls, config: Config, model: TimeSformer, plan: GroupPlan) -> RankRole:
-        """Returns the role of this rank, and prepares the model for it. All ranks must call it at the same point.
+        """Returns the role of this rank, and prepares the model for it. All ranks must call it together.
 
         Args:
             config: Gives the sizes of the logits, and whether the model is compiled.
@@ -100,8 +100,9 @@ def train_step(state: State, role: RankRole, micro_batches: Sequence[Batch]) -> 
         RunError: A loss or the gradient is not finite. Nothing is changed.
     """
     config, model = state.config, state.model
-    # Drop path draws from torch's global stream. Seeding each step makes resuming exact without saving the stream. The
-    # seed depends on the rank, since ranks have different clips; so drop path depends on the plan. Nothing else does.
+    # Drop path uses torch's global random generator. A seed for each step makes resuming exact without saving the
+    # generator's state. The seed depends on the rank, since ranks have different clips, so drop path depends on the
+    # plan. Nothing else depends on the plan.
     torch.manual_seed(seed_of("step", config.run.seed, state.step, rank()))
     model.train()
     model.activation_checkpointing = config.train.activation_checkpointing
@@ -140,8 +141,8 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
         points, batch = (costliest,), batch.without_clips()
     inputs = _prepare(batch, number, state)
     if role.teacher_logits is not None and not role.teaches:
-        role.teacher_logits.start()  # before the first forward pass, beside which the logits travel
-    logits: dict[str, Tensor] = {}  # detached, by point: of the teachers of the points that follow
+        role.teacher_logits.start()  # the logits arrive during the forward pass
+    logits: dict[str, Tensor] = {}  # detached logits by point; later points use them as teachers
     weights = inputs.weights
     for point in points:  # costliest first, and each length before its keeps: a teacher comes before its students
         is_last = number == config.train.accumulate - 1 and point == points[-1]
@@ -153,7 +154,7 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
             if point == points[0]:
                 received = teacher_logits(role, own, inputs.positions)
                 if received is not None:
-                    # A clip that the teacher could not read is NaN there; it must not teach, nor learn from the labels.
+                    # The received logits are NaN for a clip that the teacher could not read. Its loss gets weight 0.
                     weights = weights * received.isfinite().all(-1)
                     logits[costliest] = received.nan_to_num()
             loss = loss_at(point, heads, targets, logits, config)  # (B,)
@@ -174,7 +175,7 @@ def teacher_logits(role: RankRole, own: Tensor, positions: Tensor) -> Tensor | N
     Args:
         role: The role of this rank.
         own: This rank's logits at its first point, (B, classes); sent if it is the costliest point.
-        positions: Of this rank's clips in the micro-batch.
+        positions: The positions of this rank's clips in the micro-batch.
 
     Returns:
         The teacher's logits on this rank's clips, (B, classes), NaN where the teacher could not read a clip. None if
@@ -195,7 +196,7 @@ def loss_at(point: str, heads: Heads, targets: Targets, logits: dict[str, Tensor
         point: The point.
         heads: The outputs of the model at the point.
         targets: The targets at the point.
-        logits: Detached logits (B, classes) of points that come before, by point; the teacher's are among them.
+        logits: Detached logits (B, classes) of the earlier points, by point; the teacher is among them.
         config: Gives the costliest point and the `loss` section.
     """
     teacher = logits.get(teacher_of(point, config.model.points[0]) or "")  # None for the costliest point

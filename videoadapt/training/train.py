@@ -46,8 +46,8 @@ from videoadapt.training.throughput import ThroughputMeter
 def train(config: Config) -> dict[str, Any]:
     """Trains the model of a config to the end, from the run's newest checkpoint if there is one.
 
-    The ranks of a job share the work as `parallel.groups` says; the result is the same up to rounding. All ranks call
-    this function.
+    The ranks of a job share the work by `parallel.groups`; the result is the same for every plan, up to rounding. All
+    ranks call this function.
 
     Args:
         config: The config; `run.dir` receives checkpoints, `metrics.jsonl`, `skipped.jsonl` and `train.json`.
@@ -65,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
     with ranks(config) as collectives, sole_writer(config, "train") as guard:
         plan = make_plan(config, world_size(), point_macs(config.model))  # before indexing: it may refuse the config
         manifest = rank0_then_all(lambda: load_or_index(config))
-        collectives.set_timeout(config.parallel.step_s)  # indexing may take hours; a step that does, hangs
+        collectives.set_timeout(config.parallel.step_s)  # indexing may take hours; a step that takes hours has hung
         preflight(config, manifest, plan)  # before the model: its faults are cheap to find
         per_epoch = steps_per_epoch(manifest, config)
         checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
@@ -82,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch: int) -> ThroughputMeter:
-    """The training loop: from `state.step` to the end of the last epoch.
+    """Runs the training loop from `state.step` to the end of the last epoch.
 
     Args:
         state: Changed in place, step by step.
@@ -134,12 +134,12 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
         state.restore(checkpoint)
     elif config.train.init:
         say(str(load_weights(state.model, config.train.init)))
-        state.reset_ema()  # else the moving average would start from the random weights
+        state.reset_ema()  # otherwise the moving average would start from the random weights
     return state
 
 
 def _newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
-    """Returns, on every rank, the checkpoint that rank 0 finds. On its own, a rank might see an older one."""
+    """Returns, on every rank, the checkpoint that rank 0 finds. A rank that looks by itself might see an older one."""
     found = checkpoints.latest() if rank() == 0 else None
     name = broadcast_result(lambda: None if found is None else found.path.name)
     if name is None or rank() == 0:
@@ -159,7 +159,9 @@ def _announce(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
 def _read_steps(state: State, role: RankRole) -> Iterator[list[Batch]]:
     """Returns an iterator of this rank's micro-batches of each step, from `state.step` on."""
     config, device, exchange = state.config, state.device, None  # without an exchange, each group decodes for itself
-    if config.parallel.decode == "shared" and len(role.plan.groups) > 1:  # one group alone decodes no clip twice
+    if (
+        config.parallel.decode == "shared" and len(role.plan.groups) > 1
+    ):  # with a single group, no clip is decoded twice
         exchange = ClipExchange(state.manifest, config, role.plan, pin=device.type == "cuda")
     positions = partial(role.positions, pairs=config.data.mixes)  # mixed clips stay on one rank
     return train_batches(state.manifest, config, state.step, device=device, positions=positions, exchange=exchange)
@@ -170,8 +172,8 @@ def _save_if_reading_fails(
 ) -> Iterator[list[Batch]]:
     """Yields the same steps. If the next step cannot be read, saves the steps trained so far and raises the error.
 
-    Saves only if this rank has the whole state: a collective is not possible here, since the other ranks may be in
-    another one.
+    Saves only if this rank has the whole state: a collective is not possible here, since the other ranks may be waiting
+    in a different collective.
     """
     start = state.step
     try:
@@ -185,7 +187,7 @@ def _save_if_reading_fails(
 
 def _save(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
     """Writes a checkpoint on rank 0. All ranks call it at the same step."""
-    # Also of the moving average, which has buffers of its own.
+    # Share the statistics of the moving average too: it has its own buffers.
     for module in filter(None, (state.model, state.ema and state.ema.module)):
         share_statistics(module, role.plan)
     if rank() == 0:

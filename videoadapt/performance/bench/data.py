@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 class Settings(Section):
-    """The settings of the benchmark. The default clip is that of TimeSformer-B."""
+    """The settings of the benchmark. The default clip has the size of TimeSformer-B's clips."""
 
     dir: Path = Path("runs/bench")
     rounds: Count = 5
@@ -140,7 +140,7 @@ def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dic
 
 
 def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
-    """The clips of a turn, spread evenly over the files, at random positions in them."""
+    """Returns the clips of a turn, spread evenly over the files, at random positions in the files."""
     folder = settings.dir / "lists" / kind.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     videos = folder / "videos.txt"
@@ -164,7 +164,7 @@ def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
 
 
 def _with_keys(manifest: Manifest, config: Config, clips: int | None) -> Work:
-    """The work on the readable files of a manifest. Each file gives one clip before any gives a second."""
+    """Returns the work on the readable files of a manifest. Each file gives one clip before any gives a second."""
     readable = np.flatnonzero(manifest["status"] == "ok").tolist()
     if not readable:
         first = manifest.row(0)
@@ -175,7 +175,7 @@ def _with_keys(manifest: Manifest, config: Config, clips: int | None) -> Work:
 
 
 def _without_unfit(work: Work, clips: int | None) -> Work:
-    """The same without the files that our readers fail at; its manifest marks them as broken."""
+    """Returns the work without the files that our readers cannot read; its manifest marks them as broken."""
     with _own_process() as process:
         # With fewer files the others give more clips, which can turn out to be unfit too: hence the loop.
         while unfit := _result(process, unfit_files, work):
@@ -196,7 +196,7 @@ def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> KindTable:
     left_out: dict[str, str] = {}
 
     def attempt(name: str, task: Callable[[], T]) -> T | None:
-        """The result of a task for a loader; None after its first error."""
+        """Runs a task for a loader and returns its result; returns None after the loader's first error."""
         bar.step(note=f"{kind}: {name}")
         if name not in left_out:
             try:
@@ -238,7 +238,7 @@ def _measure_kind(kind: str, work: Work, rounds: int, bar: Bar) -> KindTable:
 
 @contextmanager
 def _own_process() -> Iterator[ProcessPool]:
-    """A new process for one loader. It may crash, and is stopped at the end, also in the middle of a task."""
+    """Starts a process for one loader. It may crash, and is stopped at the end, also in the middle of a task."""
     pool = ProcessPool(1, initializer=_isolate, context=multiprocessing.get_context("spawn"))
     try:
         yield pool
@@ -304,7 +304,7 @@ def with_ratios(rows: Mapping[str, LoaderRow], peers: Mapping[str, str]) -> dict
 
 
 def print_bench_data(result: Mapping[str, Any]) -> None:
-    """Prints a content of `data.json`: a table for each kind of files, and what was left out."""
+    """Prints a content of `data.json`: a table for each kind of files, and the loaders and files left out."""
     settings = result["settings"]
     print_machine(result)
     print(
@@ -341,7 +341,7 @@ _COLUMNS = (
 
 def _cells(name: str, row: LoaderRow) -> tuple[str, ...]:
     times = (row.times_same_decoder, row.times_best_pytorchvideo)
-    # ffmpeg runs in a process of its own, whose memory is not measured.
+    # ffmpeg runs in a separate process, whose memory is not measured.
     process = (row.peak_bytes, row.peak_bytes - row.imported_bytes) if name != FFMPEG else (None, None)
     memory = (*process, row.worker_pss_bytes, row.worker_uss_bytes)
     return (

@@ -81,7 +81,7 @@ def render(rng: np.random.Generator, size: Size, frames: int) -> Iterator[npt.ND
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float32]:
-    """Coloured noise (height, width, 3) around 128. Amplitudes fall with the scale, as in photographs."""
+    """Returns coloured noise (height, width, 3) around 128. Amplitudes fall with the scale, as in photographs."""
     picture = np.full((height, width, 3), 128, np.float32)
     for scale, amplitude in ((64, 0.5), (16, 0.25), (4, 0.15), (1, 0.05)):
         noise = rng.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)

@@ -86,7 +86,7 @@ def measure(name: str, work: Work) -> Turn:
 
 
 def _cpu_s() -> float:
-    """CPU seconds of this process and of its finished children, which are ffmpeg's."""
+    """Returns the CPU seconds of this process and of its finished children, the ffmpeg processes."""
     # Not psutil, which counts in clock ticks of 10 ms.
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)

@@ -57,7 +57,7 @@ def memory_after_imports() -> int:
 def peak_bytes() -> int:
     """Returns the largest resident set of this process in bytes, since the last reset."""
     try:
-        # psutil has no peak on Linux, and the peak of getrusage includes that of the process which started this one.
+        # psutil has no peak on Linux, and the peak of getrusage includes the peak of the parent process.
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return peak_memory_bytes()

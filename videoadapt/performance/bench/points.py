@@ -96,7 +96,7 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _round(model: TimeSformer, batch: int, number: int) -> dict[str, float]:
-    """Seconds of a forward pass by point."""
+    """Measures the seconds of a forward pass by point."""
     config, weight = model.config, model.head.weight
     shape = (batch, 3, config.num_frames, config.size, config.size)  # B C T H W
     clips = torch.randn(shape, dtype=weight.dtype, device=weight.device)
