@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError
 
-Measure = Literal["probability", "margin", "entropy"]  # how to measure the confidence in the top class
+Measure = Literal["probability", "margin", "entropy"]  # measure of the confidence in the top class
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 _NUMBER = r"\d*\.?\d+"

@@ -109,6 +109,6 @@ def _embedding_macs(config: _Architecture, length: int) -> int:
     if config.embed != "stem":
         return length**2 * _RGB * kernel**2 * config.width
     # The stem: one 7 x 7 convolution with stride 2, two 3 x 3, then one over (kernel / 2) x (kernel / 2) patches.
-    pixels = (length * kernel // 2) ** 2  # at half the resolution
+    pixels = (length * kernel // 2) ** 2  # pixels at half the resolution
     stem = pixels * (_RGB * 7**2 * STEM_CHANNELS + 2 * 3**2 * STEM_CHANNELS**2)
     return stem + length**2 * (kernel // 2) ** 2 * STEM_CHANNELS * config.width

@@ -199,7 +199,7 @@ def make_config(values: Values, origin: str = "config") -> Config:
 
     Args:
         values: Sections, each a dict of keys and values. A missing key gets its default.
-        origin: Where the values come from, for the error message.
+        origin: The source of the values, for the error message.
 
     Raises:
         ConfigError: Fields are wrong. The message names all of them, in one line.

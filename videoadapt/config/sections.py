@@ -83,7 +83,7 @@ class DataConfig(Section):
     # short_side null.
     short_side: tuple[int, int] | None = None
     crop_area: tuple[Positive, Positive] | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # how frames are resized before a crop
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # method of resizing before a crop
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # probability of a horizontal flip
     rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # as in timm: rand-m9-mstd0.5-inc1
     color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # strength for brightness, contrast and saturation
@@ -103,7 +103,7 @@ class IndexConfig(Section):
     """How `index` probes the video files."""
 
     verify: Literal["quick", "full"] = "quick"  # full = decode every frame and record errors
-    timeout_s: Positive = 60.0  # for one file; a file that takes longer is recorded as broken
+    timeout_s: Positive = 60.0  # limit for one file; a slower file is recorded as broken
 
 
 class ModelConfig(Section):
@@ -124,7 +124,7 @@ class ModelConfig(Section):
     points: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("14", "10", "7")
     temporal: bool = True  # divided space-time attention; false = no attention between frames
     drop_blocks: tuple[Count, ...] = (4, 7, 10)  # numbers from 1; points with keep < 1 drop tokens in these blocks
-    embed: Literal["resize", "kernel", "stem"] = "resize"  # how a length's tokens are made (docs/points.md)
+    embed: Literal["resize", "kernel", "stem"] = "resize"  # method that makes tokens of each length (docs/points.md)
     align_corners: bool = False  # resize frames as SuperViT does: aligned corners, no antialiasing
     # One set of weights for all lengths instead of one for each: LayerNorm, patch embedding, position embedding.
     share_norm: bool = False

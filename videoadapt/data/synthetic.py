@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
 
 SIDE = 64  # height and width in pixels
-FRAMES = 8  # of each video
+FRAMES = 8  # frames of each video
 FPS = 8
 ORIENTATIONS = ("horizontal", "rising", "vertical", "falling")  # 0, 45, 90 and 135 degrees
 PAIRS = tuple(itertools.permutations(range(len(ORIENTATIONS)), 2))
@@ -43,7 +43,7 @@ class Level:
     """A level of difficulty."""
 
     name: str
-    fraction: float  # of the videos, in (0, 1)
+    fraction: float  # fraction of the videos with this level, in (0, 1)
     periods: tuple[float, float]  # smallest and largest distance of two stripes in pixels
     contrast: float  # relative to the easiest level
 
@@ -107,7 +107,7 @@ def write_video(path: Path, frames: npt.NDArray[np.uint8], *, qp: int) -> None:
         frames: (T, H, W, 3) uint8.
         qp: Constant quantiser of x264, 0 (lossless) to 51.
     """
-    import av  # not at the top, as pandas below
+    import av  # here for a fast start, like pandas below
 
     with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
@@ -116,7 +116,7 @@ def write_video(path: Path, frames: npt.NDArray[np.uint8], *, qp: int) -> None:
         stream.options = {"qp": str(qp), "preset": "ultrafast", "threads": "1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())  # the frames that the encoder still holds
+        container.mux(stream.encode())  # flushes the frames that the encoder still holds
 
 
 def plan_videos(split: str, count: int, seed: int) -> pd.DataFrame:
@@ -132,7 +132,7 @@ def plan_videos(split: str, count: int, seed: int) -> pd.DataFrame:
     Returns:
         A row per video with the columns `path` (relative), `label`, `level` (name) and `seed`.
     """
-    import pandas as pd  # not at the top: processes that only call `open_encoder` start faster without it
+    import pandas as pd  # here, because processes that only call `open_encoder` start faster without it
 
     stream = np.random.SeedSequence([seed, sum(map(ord, split))])
     rng = np.random.default_rng(stream)

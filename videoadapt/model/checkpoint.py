@@ -156,7 +156,7 @@ class Checkpoints:
         return None
 
     def _newest_first(self) -> list[Path]:
-        """Returns the checkpoint files, without files newer than the one that `last` names: they may be incomplete."""
+        """Returns the checkpoint files. A file newer than `last` names is left out, because it may be incomplete."""
         files = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
         last = self.folder / "last"
         named = last.read_text(encoding="utf-8", errors="replace").strip() if last.exists() else ""
@@ -174,8 +174,8 @@ def require_same(
 ) -> None:
     """Checks that a section of the config equals the section in a checkpoint.
 
-    A field that is missing in the checkpoint is newer than the checkpoint. It is compared by its default, because the
-    default does what the code did before the field existed.
+    A field that is missing in the checkpoint is newer than the checkpoint. It is compared by its default value, because
+    defaults keep the behaviour from before the field existed.
 
     Args:
         path: The checkpoint's file, for the message.

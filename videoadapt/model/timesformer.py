@@ -180,7 +180,7 @@ def compiled(model: TimeSformer) -> nn.Module:
 
 
 def initialise(model: TimeSformer) -> None:
-    """Initialises all parameters in place as TimeSformer does.
+    """Initialises all parameters in place, as in TimeSformer.
 
     Weights and tokens are drawn from a truncated normal distribution with deviation `config.init_std`; biases are zero.
     `temporal_fc` is zero in all blocks but the first, so that temporal attention starts without effect there.

@@ -84,8 +84,8 @@ class Collectives:
 def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives]:
     """Joins the ranks that torchrun, srun or submitit started; leaves them at the end.
 
-    The ranks find each other within `parallel.join_s` seconds, through a file in the run folder (torchrun: through its
-    own store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another `ranks`.
+    The ranks find each other within `parallel.join_s` seconds, through a file in the run folder (torchrun: through
+    torchrun's store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another `ranks`.
 
     One failing rank raises the cause. If a rank died or hangs, that error names it. All other ranks raise `SystemExit`.
     If one rank is interrupted by a signal, all others raise `Stopped`.
@@ -328,7 +328,7 @@ def _wait_for_failures(store: dist.Store, world: int) -> list[int]:
 
 
 def _close_connections(store_port: str) -> None:
-    """Closes all network connections of this process except those to torchrun's store.
+    """Closes all network connections of this process except its connections to torchrun's store.
 
     gloo cannot abort a collective (`ProcessGroup.abort` exists for NCCL only). A rank that waits for this one would
     wait until this process ends, and could not be told apart from a rank that died.

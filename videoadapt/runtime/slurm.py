@@ -20,7 +20,7 @@ class RankEnv:
     rank: int  # number of this process among all processes of the job
     world: int  # number of processes
     local_rank: int  # number of this process among the processes on this node
-    rendezvous: str = ""  # name of this start of the job, unique; empty for torchrun, which has its own store
+    rendezvous: str = ""  # name of this start of the job, unique; empty for torchrun, which has another store
 
 
 def rank_env(environment: Mapping[str, str]) -> RankEnv:

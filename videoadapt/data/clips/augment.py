@@ -1,7 +1,7 @@
 """Training augmentation: random crops on the CPU (uint8), mixup, cutmix and MixToken on the device.
 
-RandAugment, random erasing and random resized crops are timm's. Resizing is antialiased. It is skipped where the size
-already fits. Every random draw is keyed by a seed, so that it does not depend on the number of workers or ranks.
+timm provides RandAugment, random erasing and random resized crops. Resizing is antialiased. It is skipped if the
+size already fits. Every random draw has a seed, so that it does not depend on the number of workers or ranks.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from videoadapt.config.sections import DataConfig, ModelConfig
 from videoadapt.data.clips.views import to_cthw, to_tchw
 from videoadapt.runtime.seeds import seed_of, seeded
 
-# left, top, right, bottom of a crop, as fractions of the frame
+# Left, top, right and bottom of a crop, as fractions of the frame.
 Box = tuple[float, float, float, float]
 
-_ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random resized crop, as in timm and torchvision
+_ASPECT_RATIOS = (3 / 4, 4 / 3)  # aspect ratios of a random resized crop, as in timm and torchvision
 # timm's scale ends at 10. At 10, "posterize" keeps 0 bits: a black picture, and from Pillow 13 on an error.
 _MAX_MAGNITUDE = 9.99
 _TRANSLATE_FRACTION = 0.45  # RandAugment's longest shift, as a fraction of the image side, as in timm's ImageNet recipe
 
 
 class Crop(NamedTuple):
-    """Which part of the frame a training clip shows. `flipped`: mirrored left to right after the crop."""
+    """The part of the frame that a training clip shows. `flipped`: mirrored left to right after the crop."""
 
     box: Box
     flipped: bool
@@ -53,11 +53,11 @@ def augment(frames: np.ndarray, data: DataConfig, model: ModelConfig, *, seed: i
     Args:
         frames: (T, H, W, 3) uint8.
         data: Settings of the augmentation.
-        model: Gives the side of the crop, and the mean and standard deviation for erasing.
+        model: The side of the crop, and the mean and standard deviation for erasing.
         seed: The only source of randomness; global generators are neither read nor changed.
 
     Returns:
-        The clip (3, T, size, size) uint8, contiguous, and where the crop lies.
+        The clip (3, T, size, size) uint8, contiguous, and the position of the crop.
     """
     draw = random.Random(seed)
     images, box = _random_crop(to_tchw(frames), data, model.size, draw)
@@ -68,7 +68,7 @@ def augment(frames: np.ndarray, data: DataConfig, model: ModelConfig, *, seed: i
 
 
 def _random_crop(images: Tensor, data: DataConfig, size: int, draw: random.Random) -> tuple[Tensor, Box]:
-    """(T, C, H, W) -> a random square (T, C, size, size) and where it lies."""
+    """Cuts a random square: (T, C, H, W) -> (T, C, size, size). Also returns its position."""
     mode = InterpolationMode(data.interpolation)
     if data.crop_area is None:
         low, high = data.short_side or (size, size)
@@ -88,7 +88,7 @@ def _random_crop(images: Tensor, data: DataConfig, size: int, draw: random.Rando
 
 
 def _change_colours(images: Tensor, data: DataConfig, model: ModelConfig, seed: int) -> Tensor:
-    """RandAugment, colour jitter and random erasing, each where `data` enables it: (T, C, H, W) uint8 -> the same."""
+    """Applies RandAugment, colour jitter and random erasing if enabled: (T, C, H, W) uint8 -> the same shape."""
     if data.rand_augment is not None:
         images = _rand_augment(images, data.rand_augment, data, model, seed=seed)
     with seeded(seed):
@@ -100,7 +100,7 @@ def _change_colours(images: Tensor, data: DataConfig, model: ModelConfig, seed: 
 def _rand_augment(images: Tensor, policy_text: str, data: DataConfig, model: ModelConfig, *, seed: int) -> Tensor:
     settings = {
         "translate_const": int(model.size * _TRANSLATE_FRACTION),
-        "img_mean": tuple(round(255 * value) for value in model.mean),  # fills what a shift uncovers
+        "img_mean": tuple(round(255 * value) for value in model.mean),  # fills the area that a shift uncovers
         "interpolation": str_to_pil_interp(data.interpolation),
         "magnitude_max": _MAX_MAGNITUDE,
     }
@@ -113,7 +113,7 @@ def _rand_augment(images: Tensor, policy_text: str, data: DataConfig, model: Mod
 
 
 def _erase(images: Tensor, probability: float, model: ModelConfig) -> Tensor:
-    """Random erasing: a box of noise that has mean 0 and standard deviation 1 after `normalise`."""
+    """Fills a random box with noise that has mean 0 and standard deviation 1 after `normalise` (random erasing)."""
     noise = torch.full(images.shape[1:], math.nan)  # (C, H, W); timm writes noise into a box, NaN marks the rest
     RandomErasing(probability, mode="pixel", device="cpu")(noise)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
@@ -141,7 +141,7 @@ def mix(  # noqa: PLR0913 - settings, by name
     Args:
         clips: (B, C, T, H, W) floating point.
         labels: (B,) int64.
-        positions: For each of the B clips, its position in the step of all ranks.
+        positions: Position of each of the B clips in the step, counted over all ranks.
         num_classes: Width of the targets.
         mixup: Both parameters of mixup's beta distribution; 0 disables mixup.
         cutmix: The same for cutmix. If both are enabled, each pair draws one of them.
@@ -159,14 +159,14 @@ def mix(  # noqa: PLR0913 - settings, by name
     for a, b, pair in pairs:
         draw = random.Random(seed_of("mix", seed, pair))
         kind = draw.choice(sorted(alphas))
-        kept = draw.betavariate(alphas[kind], alphas[kind])  # fraction of each clip that stays its own
+        kept = draw.betavariate(alphas[kind], alphas[kind])  # fraction of each clip that stays
         if kind == "mixup":
             mixed[a], mixed[b] = torch.lerp(clips[b], clips[a], kept), torch.lerp(clips[a], clips[b], kept)
         else:
             rows, columns = _random_box(clips.shape[-2:], 1.0 - kept, draw)
             for clip, partner in ((a, b), (b, a)):
                 mixed[clip, ..., rows, columns] = clips[partner, ..., rows, columns]
-            # the border may have cut the box: count its pixels
+            # The border may have cut the box, so its pixels are counted.
             kept = 1.0 - _length(rows) * _length(columns) / (clips.shape[-2] * clips.shape[-1])
         mixed_targets[a] = torch.lerp(targets[b], targets[a], kept)
         mixed_targets[b] = torch.lerp(targets[a], targets[b], kept)
@@ -174,13 +174,13 @@ def mix(  # noqa: PLR0913 - settings, by name
 
 
 def token_swap(positions: Sequence[int], length: int, *, size: int, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws which patches each clip takes from its partner (MixToken: LV-ViT, section 3.3).
+    """Draws the patches that each clip takes from its partner (MixToken: LV-ViT, section 3.3).
 
     The clips at positions 2i and 2i + 1 of a step are partners. A box is drawn in pixels from `seed` and i alone, and
     rounded to the patches of `length`, so that all lengths swap nearly the same region.
 
     Args:
-        positions: For each of the B clips, its position in the step of all ranks.
+        positions: Position of each of the B clips in the step, counted over all ranks.
         length: Patches per side of a frame.
         size: Side of a frame, in pixels.
         alpha: Both parameters of the beta distribution of the box's area.
@@ -202,18 +202,18 @@ def token_swap(positions: Sequence[int], length: int, *, size: int, alpha: float
 
 
 def smooth(targets: Tensor, fraction: float) -> Tensor:
-    """Label smoothing: targets (..., classes) of which `fraction` is spread evenly over all classes."""
+    """Spreads `fraction` of each target evenly over all classes (label smoothing): (..., classes)."""
     return targets * (1.0 - fraction) + fraction / targets.shape[-1]
 
 
 def _pairs(positions: Sequence[int]) -> list[tuple[int, int, int]]:
-    """For each pair i whose two clips are in the batch: the batch indices of positions 2i and 2i + 1, and i."""
+    """Returns, for each pair i with both clips in the batch, the batch indices of positions 2i and 2i + 1, and i."""
     index_of = {position: index for index, position in enumerate(positions)}
     return [(index_of[p], index_of[p + 1], p // 2) for p in positions if p % 2 == 0 and p + 1 in index_of]
 
 
 def _random_box(size: Sequence[int], area: float, draw: random.Random) -> tuple[slice, slice]:
-    """Rows and columns of a box that covers the fraction `area` of an image (CutMix, eq. 2).
+    """Draws rows and columns of a box that covers the fraction `area` of an image (CutMix, eq. 2).
 
     The centre is uniform over the image, and the border cuts the box.
     """

@@ -1,6 +1,6 @@
-"""Datasets that give one item per video: a training clip, or all views of an evaluation.
+"""Datasets that return one item per video: a training clip, or all views of an evaluation.
 
-A video that cannot be read gives a `Failure`. It is never replaced by another video.
+A video that cannot be read becomes a `Failure`. It is never replaced by another video.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Failure(NamedTuple):
     Attributes:
         video: Its row in the manifest.
         path: Its path.
-        cause: Why it could not be read, without the path.
+        cause: The reason why it could not be read, without the path.
     """
 
     video: int
@@ -106,7 +106,7 @@ class TrainClips(Dataset[Any]):
         model, data = self.config.model, self.config.data
         reader = _open(row, self.config)
         identity = (self.config.run.seed, epoch, row.video)
-        # Two seeds, so that a change of the crop's draws does not move the clip's start.
+        # Two seeds, so that a change of the crop's draws does not change the clip's start.
         starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
         frames = reader.frames(_indices(starts_s[0], reader, model))  # (T, H, W, C)
         clip, crop = augment(frames, data, model, seed=seed_of("crop", *identity))
@@ -121,8 +121,8 @@ class EvalVideos(Dataset[Any]):
 
     Args:
         manifest: The videos.
-        config: Gives the sampling of frames and the sizes of views and thumbnails.
-        temporal_views: Number of clips per video: 1 is the clip in the centre, more are spread as TimeSformer does.
+        config: Settings for the sampling of frames and the sizes of views and thumbnails.
+        temporal_views: Number of clips per video: 1 is the clip in the centre, more are spread as in TimeSformer.
         spatial_crops: Number of crops per clip.
         views: Whether to make the views.
         thumbnails: Whether to make the thumbnails. Frames that no output needs are not decoded.
@@ -170,7 +170,7 @@ def read_views(  # noqa: PLR0913 - settings, by name
     views: bool = True,
     thumbnails: bool = True,
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Reads the views and thumbnails of an open video; the arguments are those of `EvalVideos`.
+    """Reads the views and thumbnails of an open video. See `EvalVideos` for the arguments.
 
     Returns:
         Views, thumbnails and the starts of the clips in seconds, with the shapes of `VideoViews`.
@@ -215,13 +215,13 @@ def _starts(
     clips: int,
     seed: int | None = None,
 ) -> list[float]:
-    """Starts of `clips` clips, in seconds; see `clip_starts`."""
+    """Returns the starts of `clips` clips, in seconds; see `clip_starts`."""
     duration_s, clip_s = reader.num_frames / reader.fps, clip_seconds(config.model, reader.fps)
     return clip_starts(kind, duration_s=duration_s, clip_s=clip_s, clips=clips, seed=seed)
 
 
 def _indices(start_s: float, reader: VideoReader, model: ModelConfig) -> np.ndarray:
-    """Frame numbers of the clip that starts at `start_s`, (T,) int64."""
+    """Returns the frame numbers of the clip that starts at `start_s`, (T,) int64."""
     return frame_indices(
         start_s,
         total_frames=reader.num_frames,

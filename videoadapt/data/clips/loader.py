@@ -37,7 +37,7 @@ class Batch:
         clips: (B, C, T, S, S) uint8, on the training device.
         labels: (B,) int64, on the training device.
         videos: (B,) int64, rows in the manifest, on the CPU.
-        positions: Position of each clip in the step of all ranks.
+        positions: Position of each clip in the step, counted over all ranks.
         failures: The videos that failed.
         tokens: Label maps, with `data.token_labels`, on the training device.
     """
@@ -67,7 +67,7 @@ class ClipSource(Protocol):
 
         Args:
             clips: The clips that this rank decodes, in order of position, step after step.
-            steps: For each step, the manifest rows of its clips, (train.batch,) int64.
+            steps: The manifest rows of the clips in each step, (train.batch,) int64.
         """
 
 
@@ -116,10 +116,10 @@ def train_batches(
 
     Args:
         manifest: The videos.
-        config: Gives the batch size, the epochs, the seed and the augmentation.
+        config: The batch size, the epochs, the seed and the augmentation are used.
         start: Number of the first step.
-        device: Where clips, labels and label maps go.
-        positions: Given the number of clips in a micro-batch, the positions that this rank trains. Default: all.
+        device: The device for clips, labels and label maps.
+        positions: Maps the number of clips in a micro-batch to the positions that this rank trains. Default: all.
         exchange: If given, this rank decodes `exchange.read` and receives the other clips. Every rank must have one.
 
     Yields:
@@ -131,7 +131,7 @@ def train_batches(
     """
     on_gpu = device.type == "cuda"
     micro_batch_clips = config.train.batch // config.train.accumulate
-    local = positions(micro_batch_clips)  # of this rank, inside each micro-batch
+    local = positions(micro_batch_clips)  # positions of this rank inside each micro-batch
     # Position, in the step, of this rank's first clip of each micro-batch.
     firsts = [micro_batch * micro_batch_clips + local.start for micro_batch in range(config.train.accumulate)]
     trained = [first + number for first in firsts for number in range(len(local))]
@@ -160,12 +160,12 @@ def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Fa
 
 
 def _train_rows(manifest: Manifest) -> np.ndarray:
-    """Manifest rows of the readable training videos."""
+    """Returns the manifest rows of the readable training videos."""
     return np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
 
 
 def _scheduled_steps(manifest: Manifest, config: Config, start: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The epoch and the manifest rows (train.batch,) of every step from `start` on."""
+    """Yields the epoch and the manifest rows (train.batch,) of every step from `start` on."""
     per_epoch = steps_per_epoch(manifest, config)
     for epoch in range(start // per_epoch, config.train.epochs):
         for rows in epoch_rows(manifest, config, epoch)[max(0, start - epoch * per_epoch) :]:
@@ -173,7 +173,7 @@ def _scheduled_steps(manifest: Manifest, config: Config, start: int) -> Iterator
 
 
 def _collate(items: Iterable[Clip | Failure], first: int, device: torch.device) -> Batch:
-    """A batch of clips with consecutive positions in the step, from `first` on."""
+    """Makes a batch of clips with consecutive positions in the step, from `first` on."""
     every = list(items)
     clips = [item for item in every if isinstance(item, Clip)]
     frames = [clip.frames.to(device, non_blocking=True) for clip in clips]
@@ -191,7 +191,7 @@ def _collate(items: Iterable[Clip | Failure], first: int, device: torch.device) 
 
 
 def _copy_one_step_ahead(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
-    """The same steps. Each is copied to the GPU on its own CUDA stream, during the computation of the step before."""
+    """Yields the steps unchanged. A second CUDA stream copies each step to the GPU during the step before it."""
     copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
 
     def fetch() -> tuple[list[Batch] | None, torch.cuda.Event]:
@@ -211,7 +211,7 @@ def _copy_one_step_ahead(steps: Iterator[list[Batch]], device: torch.device) -> 
 
 
 def _stop_if_most_fail(items: Iterable[Clip | Failure], window: int) -> Iterator[Clip | Failure]:
-    """The same items. Raises `RunError` once more than half of the latest `window` items are failures."""
+    """Yields the items unchanged. Raises `RunError` once more than half of the latest `window` items are failures."""
     failed: deque[bool] = deque(maxlen=window)
     for item in items:
         failed.append(isinstance(item, Failure))

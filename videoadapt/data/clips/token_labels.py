@@ -1,6 +1,6 @@
-"""Token labels (LV-ViT): for each cell of a training image, the classes that a teacher network sees there.
+"""Token labels (LV-ViT): for each cell of a training image, the classes that a teacher network predicts.
 
-In LV-ViT's public format each image has its own file `CLASS/NAME.pt`: a tensor (2, 5, 18, 18). The 18 x 18 cells cover
+In LV-ViT's public format each image has a file `CLASS/NAME.pt` with a tensor (2, 5, 18, 18). The 18 x 18 cells cover
 the whole image. Index 0 of the first axis holds the five best scores of each cell, index 1 their classes.
 """
 
@@ -66,12 +66,12 @@ def read_label_map(file: Path, crop: Crop, num_classes: int) -> LabelMap:
 
     Args:
         file: The map's file.
-        crop: Which part of the image the clip shows.
-        num_classes: Classes of the model.
+        crop: The part of the image that the clip shows.
+        num_classes: Number of classes of the model.
 
     Raises:
-        VideoError: The file is missing, torn or no label map; a score is not finite in float16; or a class is not an
-            integer in [0, num_classes - 1].
+        VideoError: The file is missing, damaged or not a label map; a score is not finite in float16; or a class is not
+            an integer in [0, num_classes - 1].
     """
     cells = _read_cells(file)
     scores, classes = cells  # each (5, 18, 18)
@@ -90,7 +90,7 @@ def read_label_map(file: Path, crop: Crop, num_classes: int) -> LabelMap:
 
 
 def _read_cells(file: Path) -> Tensor:
-    """(2, 5, 18, 18) float64, which holds every stored format without rounding."""
+    """Reads (2, 5, 18, 18) as float64, which represents every stored dtype without rounding."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         found = f"{tuple(content.shape)} of {content.dtype}" if isinstance(content, Tensor) else type(content).__name__
@@ -110,7 +110,7 @@ def _read_cells(file: Path) -> Tensor:
 def collate_label_maps(labels: Sequence[LabelMap], device: torch.device) -> TokenLabels:
     """Stacks B label maps, B at least 1, on a device."""
     maps = torch.from_numpy(np.stack([label.cells for label in labels])).to(device)  # (B, 2, 5, 18, 18)
-    # to float32 only on the device: half the bytes to copy
+    # Converted to float32 on the device, because float16 has half the bytes to copy.
     return TokenLabels(maps.float(), torch.tensor([label.box for label in labels], device=device))
 
 

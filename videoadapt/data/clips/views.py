@@ -28,7 +28,7 @@ def crops(
         frames: (T, H, W, 3) uint8.
         size: Side of a crop, in pixels.
         count: Number of crops; 0 gives an empty tensor.
-        short_side: The short side of the frames after resizing; None stands for `size`.
+        short_side: The short side of the frames after resizing; None means `size`.
         interpolation: A value of torchvision's `InterpolationMode`.
 
     Returns:
@@ -37,7 +37,7 @@ def crops(
     mode = InterpolationMode(interpolation)
     images = F.resize(to_tchw(frames), [short_side or size], interpolation=mode, antialias=True)
     height, width = images.shape[-2:]
-    # Where each crop lies on the long side: 0 = first pixel, 1 = last.
+    # Position of each crop on the long side: 0 = first pixel, 1 = last.
     fractions = [0.5] if count == 1 else np.linspace(0.0, 1.0, count).tolist()
     out = torch.empty((count, 3, len(frames), size, size), dtype=torch.uint8)
     for crop, fraction in zip(out, fractions, strict=True):
@@ -50,7 +50,7 @@ def crops(
 def thumbnail(frames: np.ndarray, *, frames_kept: int, size: int) -> Tensor:
     """Makes a small copy of a whole clip for the assigner.
 
-    Each frame is squashed to a square, not cropped, so that the sides of the picture are kept.
+    Each frame is squashed to a square, not cropped, so that no part of the picture is lost.
 
     Args:
         frames: (T, H, W, 3) uint8.
@@ -76,16 +76,16 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
     Returns:
         (B, C, T, H, W) on the device of `clips`.
     """
-    # mean and std are scaled by 255 instead of the pixels: one operation less on the large tensor
+    # Mean and std are scaled by 255 instead of the pixels: one operation less on the large tensor.
     shift, scale = (torch.tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
     return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
 
 
 def to_tchw(frames: np.ndarray) -> Tensor:
-    """Frames (T, H, W, C) as torchvision's transforms take them, (T, C, H, W). A view: the memory stays as it is."""
+    """Returns frames (T, H, W, C) as (T, C, H, W), the order of torchvision's transforms. No copy is made."""
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # (T, H, W, C) -> (T, C, H, W)
 
 
 def to_cthw(images: Tensor) -> Tensor:
-    """Images (T, C, H, W) as the model takes them, (C, T, H, W), contiguous."""
+    """Returns images (T, C, H, W) as (C, T, H, W), the order of the model, contiguous."""
     return images.transpose(0, 1).contiguous()  # (T, C, H, W) -> (C, T, H, W)

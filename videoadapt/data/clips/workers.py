@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _MIN_PREFETCH = 2  # items per worker: one waits while the next is decoded
 _MAX_PREFETCH = 64  # items per worker: each waiting item holds one open file
-_POLL_S = 2.0  # while the main process waits: how often DataLoader checks that its workers are alive
+_POLL_S = 2.0  # while the main process waits: time between two checks of DataLoader that its workers are alive
 _MAX_FILES_IN_MESSAGE = 4
 
 
@@ -72,14 +72,14 @@ def read_items(
 
 @contextmanager
 def _process_ready_for_workers() -> Iterator[None]:
-    """Holds all changes that reading with workers makes to the state of the main process.
+    """Makes all changes that reading with workers needs in the state of the main process.
 
     On entry, the soft limit of open files is raised to the hard limit, because each waiting clip holds an open file
     and shells often set 1,024. The limit stays raised: another loader may still be open when this one ends, and a lower
     limit would break it.
 
     On exit, the handler of SIGCHLD is restored. DataLoader installs one that raises in the main process, at any line,
-    when a worker dies: also in the middle of an optimizer step. It is not needed, because DataLoader also checks its
+    when a worker dies, even in the middle of an optimizer step. It is not needed, because DataLoader also checks its
     workers every `_POLL_S` seconds while `_next_item` waits.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -94,14 +94,14 @@ def _process_ready_for_workers() -> Iterator[None]:
 
 
 def _next_item(items: Iterator[Any], timeout_s: float, in_progress: Callable[[], str]) -> Any:
-    """The next item, or None at the end. DataLoader raises every `_POLL_S` seconds; this waits up to `timeout_s`."""
+    """Returns the next item, None at the end. DataLoader raises every `_POLL_S` s; this waits up to `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return next(items, None)
         except (ConnectionError, EOFError):
-            # The tensors of an item are fetched from the worker that made it. A worker that is dying refuses. The
-            # next poll reports its death.
+            # The main process fetches the tensors of an item from the worker that made it. A dying worker refuses,
+            # and the next poll reports its death.
             if time.monotonic() >= deadline:
                 raise
         except RuntimeError as error:  # DataLoader has one class for all failures; only the text differs
@@ -115,7 +115,7 @@ def _next_item(items: Iterator[Any], timeout_s: float, in_progress: Callable[[],
 
 
 def _explain(error: str, timeout_s: float, in_progress: str) -> str | None:
-    """What an error of DataLoader means and what to do; None for an unknown error."""
+    """Explains an error of DataLoader, with advice. Returns None for an unknown error."""
     if "exited unexpectedly" in error:
         return (
             f"{error}{in_progress}. The worker may have run out of memory or of space in /dev/shm; if it dies at the "
@@ -147,7 +147,7 @@ class _TrackedDataset(Dataset[Any]):
         info = get_worker_info()
         assert info is not None
         row = key[-1] if isinstance(key, tuple) else key  # TrainClips: (epoch, row); EvalVideos: row
-        # monotonic time is the same in all processes of a machine
+        # Monotonic time is the same in all processes of a machine.
         entry = (row, time.monotonic(), multiprocessing.current_process().pid)
         self._reading[info.id] = torch.tensor(entry, dtype=torch.float64)
         item = self.dataset[key]
@@ -157,7 +157,8 @@ class _TrackedDataset(Dataset[Any]):
     def in_progress(self, processes: Sequence[BaseProcess]) -> str:
         """Returns `; being read: FILE for 3.2 s, ...`, or an empty text.
 
-        Files of dead workers come first, then those with the longest time: the likeliest cause leads the list.
+        Files of dead workers come first, then files with the longest time, so that the list starts with the likeliest
+        cause.
         """
         exit_codes = {process.pid: process.exitcode for process in processes}
         now = time.monotonic()
@@ -173,7 +174,7 @@ class _TrackedDataset(Dataset[Any]):
 
 
 def _signal_name(exit_code: int) -> str:
-    # multiprocessing gives minus the signal's number for a killed process
+    # For a killed process, multiprocessing returns minus the number of the signal.
     return f" of {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
 
 

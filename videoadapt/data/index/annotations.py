@@ -32,13 +32,13 @@ _SEEDS = 1 << 63  # `seed_of` returns numbers in [0, 2^63)
 class ListedVideo(NamedTuple):
     """One video of the annotations. Its file may be missing."""
 
-    path: str  # absolute; the expected place if no file was found
-    video: str  # id: file name without suffix for a Kinetics clip, else the path as the annotations have it
-    source: str  # YouTube id of a Kinetics clip, else empty
+    path: str  # absolute; the expected path if no file was found
+    video: str  # id: for a Kinetics clip the file name without suffix, otherwise the path in the annotations
+    source: str  # YouTube id of a Kinetics clip, otherwise empty
     label: int
     split: Split
     location: str  # file and line, or folder, for error messages
-    frames: int | None = None  # number of frame images that a list states
+    frames: int | None = None  # number of frame images in the list, if given
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Listing:
     classes: tuple[str, ...]  # names in label order; the numbers as text if the classes have no names
     repeated: list[str]  # one message for each video that a split lists again with the same label
     ignored_files: list[str]  # one message for each file that is not used because another has the same name
-    notes: list[str]  # what the user should know about the annotations
+    notes: list[str]  # messages for the user about the annotations
 
 
 def list_videos(config: Config) -> Listing:
@@ -68,7 +68,7 @@ def list_videos(config: Config) -> Listing:
     named = {split: read_named(path, split, roots[split]) for split, path in paths.items() if not is_list(path, split)}
     names, origin = _class_names(config, paths, named)
     numbers = {normalised(name): number for number, name in enumerate(names)}
-    # Lists are read last: where a path ends and its label begins depends on the class names.
+    # Lists are read last, because class names decide where a path ends and its label begins.
     sources = {
         split: named.get(split) or read_list(path, split, roots[split], numbers) for split, path in paths.items()
     }
@@ -89,8 +89,8 @@ def list_videos(config: Config) -> Listing:
 def fingerprint(config: Config) -> str:
     """Returns 64 hex digits that change when `list_videos` would return other videos, labels, splits or classes.
 
-    Video files of tables and lists are not looked up, so their places do not matter. Only annotations that are folders
-    are searched.
+    Video files of tables and lists are not looked up, so their locations do not matter. Only annotations that are
+    folders are searched.
 
     Raises:
         ConfigError: Annotations cannot be read.
@@ -131,7 +131,7 @@ def _annotations(config: Config) -> dict[Split, Path]:
 def _class_names(
     config: Config, paths: Mapping[Split, Path], named: Mapping[Split, AnnotationSource]
 ) -> tuple[tuple[str, ...], str]:
-    """Returns the class names and their origin: `data.classes`, else tables and folders. Lists alone give no names."""
+    """Returns class names and their origin: `data.classes` if given, otherwise tables and folders. Lists have none."""
     if config.data.classes is not None:
         names, origin = read_classes(config.data.classes), str(config.data.classes)
     else:
@@ -152,7 +152,7 @@ def _names_of_sources(
 ) -> tuple[tuple[str, ...], str]:
     found = [source.classes for source in named.values() if source.classes]  # train first
     known = set(map(normalised, found[0])) if found else set()
-    # Classes of val alone would get a number that the model is never trained for.
+    # The model would never be trained for a class that only val has.
     new = sorted(name for classes in found[1:] for name in classes if normalised(name) not in known)
     if new:
         raise ConfigError(f"data.val.annotations: {paths['val']} has classes that are not in {paths['train']}: {new}")
@@ -207,14 +207,14 @@ def _require_valid_labels(
 
 
 def _require_usual_numbers(videos: Iterable[ListedVideo]) -> None:
-    """Raises `ConfigError` if a list's folders are named as the classes of Kinetics-400, with other numbers."""
+    """Raises `ConfigError` if folders have names of Kinetics-400 classes, but other class numbers."""
     usual = {normalised(name): number for number, name in enumerate(kinetics400())}
     first_wrong = None
     for video in videos:
         folder = PurePath(video.path).parent.name
         number = usual.get(normalised(folder))
         if number is None:
-            return  # one folder that is no class: this is another data set, with an order of its own
+            return  # one folder that is not a class: this is another data set, with another order
         if number != video.label and first_wrong is None:
             first_wrong = (
                 f"{video.location}: label {video.label}, but {folder} is class {number} in the order of Kinetics-400"
@@ -226,8 +226,8 @@ def _require_usual_numbers(videos: Iterable[ListedVideo]) -> None:
 
 
 def _drop_repeated(listed: Iterable[ListedVideo]) -> tuple[list[ListedVideo], list[str]]:
-    """Returns each video once in a split, and a message for each that is listed again with the same label."""
-    first: dict[tuple[Split, str], ListedVideo] = {}  # by id and by path: either of them identifies a video
+    """Returns each video once per split, and a message for each repetition with the same label."""
+    first: dict[tuple[Split, str], ListedVideo] = {}  # by id and by path, because each of them identifies a video
     videos, repeated = [], []
     for video in listed:
         other = first.get((video.split, video.video)) or first.get((video.split, video.path))

@@ -19,12 +19,12 @@ from videoadapt.runtime.machine import worker_count
 
 @dataclass(frozen=True)
 class Difference:
-    """A video whose file is not as the manifest has it."""
+    """A video whose file differs from the manifest."""
 
     path: str
     split: str
     change: str  # gone, broken now, changed, found now, readable now
-    cause: str  # why the file cannot be read, or empty
+    cause: str  # the reason why the file cannot be read, or empty
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check(path: Path, config: Config) -> CheckResult:
 
 
 def _probe_again(paths: set[str], config: Config) -> dict[str, ProbeResult]:
-    # Without a process for each missing file: thousands may be missing.
+    # Missing files are not sent to the worker processes, because thousands may be missing.
     results: dict[str, ProbeResult] = {path: None for path in paths if not exists(path)}
     todo = sorted(paths - results.keys())
     workers = worker_count(config.data.workers)
@@ -88,7 +88,7 @@ def _change(row: Row, now: ProbeResult) -> str:
         return "" if row.status == "missing" else "gone"
     if isinstance(now, str):
         return "" if row.status == "broken" else "broken now"
-    # Holds too for a folder whose images are sound but not as many as listed: it is `broken` with a content hash.
+    # Also true for a folder of undamaged images whose number differs from the list: it is `broken` with a hash.
     if (now.bytes, now.content) == (row.bytes, row.content):
         return ""
     return {"ok": "changed", "missing": "found now", "broken": "readable now"}[row.status]

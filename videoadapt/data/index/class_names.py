@@ -15,7 +15,7 @@ KINETICS_400 = "kinetics400"  # this value of data.classes selects the built-in 
 
 @cache
 def kinetics400() -> tuple[str, ...]:
-    """Returns the 400 class names of Kinetics-400, sorted: the label order of released models and label maps."""
+    """Returns the 400 class names of Kinetics-400, sorted. Released models and label maps use this order."""
     return tuple(Path(__file__).with_name("kinetics400.txt").read_text(encoding="utf-8").splitlines())
 
 
@@ -53,12 +53,12 @@ def _sort_by_number(numbered: Iterable[tuple[str, str]], path: Path) -> tuple[st
 
 
 def require_usual_order(names: Sequence[str], origin: str) -> None:
-    """Checks that the classes of Kinetics-400, if `names` are these, are in their usual order.
+    """Checks that `names` are in the usual order, if they are the classes of Kinetics-400.
 
     Released weights with a head, and results by class, are only valid in this order.
 
     Args:
-        names: Class names in label order. Names of another data set pass in any order.
+        names: Class names in label order. Names of another data set may have any order.
         origin: The file or folder that gave the names, for error messages.
 
     Raises:
@@ -78,15 +78,15 @@ def class_number(label: str, numbers: Mapping[str, int], *, origin: str, locatio
     """Returns the number of a label, which is a class name or a number. A class name takes precedence.
 
     Args:
-        label: The label as the annotations have it.
+        label: The label in the annotations.
         numbers: Number of each class, by normalised name. Empty if the classes have no names.
         origin: The file or folder that gave the class names, for error messages.
         location: File and line of the label, for error messages.
 
     Raises:
-        ConfigError: The label is neither. The message suggests the most similar class name.
+        ConfigError: The label is neither a name nor a number. The message suggests the most similar class name.
     """
-    number = numbers.get(normalised(label))  # first: a class may be called `7`
+    number = numbers.get(normalised(label))  # before numbers, because a class may be called `7`
     if number is not None:
         return number
     try:

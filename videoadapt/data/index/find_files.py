@@ -22,7 +22,7 @@ def video_id(name: str) -> tuple[str, str]:
     any other video is `name` itself, and its YouTube id is empty.
 
     Args:
-        name: Path of the video as the annotations have it.
+        name: Path of the video in the annotations.
     """
     kinetics = _KINETICS_NAME.fullmatch(name)
     return (kinetics[1], kinetics[2]) if kinetics else (name, "")
@@ -43,7 +43,7 @@ def walk(root: Path, onerror: Callable[[OSError], object] | None = None) -> Iter
         stat = os.stat(parent)
         # A link may point to a parent of itself: without this check the walk would never end.
         if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()  # os.walk visits what is left in this list
+            folders.clear()  # os.walk visits the folders in this list
             continue
         seen.add((stat.st_dev, stat.st_ino))
         folders.sort()  # in place: os.walk visits the folders in this order

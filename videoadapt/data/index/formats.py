@@ -5,7 +5,7 @@
 - Something-Something V2 (`_something_something`): a JSON list of `{"id", "template", "label"}`. The class is the
   template without brackets.
 - Lists of TimeSformer, SlowFast, VideoMAE and MMAction2 (`read_list`): `path label`, or `folder total_frames label` for
-  folders with that many frame images. Spaces, tabs, commas or semicolons separate the fields. Paths may contain them.
+  folders of frame images. Spaces, tabs, commas or semicolons separate the fields. Paths may contain them.
 - Folders (`_class_folders`): a folder with one folder per class, with videos at any depth. An image directly in the
   folder of a class is a video of one frame. A deeper folder with images and no videos is one video of these frames.
 """
@@ -40,10 +40,10 @@ _FOLDER_AND_FRAMES = re.compile(r"(?P<folder>.*[^ \t,;])[ \t,;]+(?P<frames>\d+)"
 class AnnotationEntry(NamedTuple):
     """One video of a source."""
 
-    name: str  # path of the video as the source has it; in a table, the name of its file
+    name: str  # path of the video in the source; in a table, the name of its file
     label: str  # class name, or number
     location: str  # file and line, or folder, for error messages
-    frames: int | None = None  # number of frame images that a list states
+    frames: int | None = None  # number of frame images in the list, if given
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AnnotationSource:
     root: Path  # absolute; relative names start here
     classes: frozenset[str] = frozenset()  # class names in the source; empty for a list
     search_by_name: bool = False  # True: the file may be anywhere below root and have any suffix of a video
-    note: str = ""  # something about the source that the user should know
+    note: str = ""  # a message for the user about the source
 
 
 def is_list(path: Path, split: Split) -> bool:
@@ -67,7 +67,7 @@ def is_list(path: Path, split: Split) -> bool:
     """
     if path.is_dir() or path.suffix.lower() == ".json":
         return False
-    # A table with several columns missing is still a table, and is refused by name of the missing column later. One
+    # A table without some columns is still a table, and a later error names the missing column. One
     # matching field is not enough: the first line of a list may be `label,...` by chance.
     return len(set(_COLUMNS) & set(header(read_text(path, f"data.{split}.annotations")))) <= 1
 
@@ -178,8 +178,8 @@ def _something_something(content: list[Any], path: Path, root: Path) -> Annotati
             label = str(video["template"]).replace("[", "").replace("]", "")
             classes.add(label)
         elif video.get("label"):
-            # `label` is a caption of this video, such as "holding potato". It is a class only by chance, so it is
-            # looked up in data.classes and adds no class of its own.
+            # `label` is a caption of this video, such as "holding potato". It is rarely a class, so it is
+            # looked up in data.classes and does not add a class.
             label, location = str(video["label"]), f"{location}, which has no template"
         else:
             raise ConfigError(f"{location}: {video['id']} has neither template nor label; a test split cannot be used")
@@ -220,15 +220,15 @@ def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> An
 
     Args:
         path: The list.
-        split: The split that the config uses it for, for error messages.
+        split: The split of the list in the config, for error messages.
         root: Folder where relative paths start.
-        known: Normalised class names. They tell where the path ends and a label of several words begins.
+        known: Normalised class names. They show where the path ends and a label of several words begins.
 
     Raises:
         ConfigError: A line cannot be used. The message names file and line.
     """
     entries = []
-    # Not splitlines: a path may contain characters such as U+2028, which splitlines takes for the end of a line.
+    # `splitlines` would also split at characters such as U+2028, which a path may contain.
     for number, line in enumerate(read_text(path, f"data.{split}.annotations").split("\n"), start=1):
         text = line.strip()
         if text and not text.startswith("#"):
@@ -240,11 +240,11 @@ def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> An
 
 
 def _split_label(text: str, known: Container[str], location: str) -> tuple[str, str]:
-    """Splits a line into path and label: at the first separator that a known class name follows, else at the last."""
+    """Splits a line into path and label: at the first separator before a known class name, otherwise at the last."""
     gaps = [gap for gap in _SEPARATOR.finditer(text) if gap.start() > 0]
     if not gaps:
         raise ConfigError(f"{location}: expected `path label`, got {text!r}")
-    # The first such gap gives the longest class name: `arm wrestling` rather than `wrestling`.
+    # The first match gives the longest class name: `arm wrestling` rather than `wrestling`.
     gap = next((gap for gap in gaps if normalised(text[gap.end() :]) in known), gaps[-1])
     return text[: gap.start()].strip('"'), text[gap.end() :].strip('"')
 

@@ -45,10 +45,10 @@ SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the
         *((name, pa.string()) for name in ("content", "damage", "split", "status", "cause")),
     ]
 )
-_KEY = b"videoadapt"  # of our metadata in the Parquet file
+_KEY = b"videoadapt"  # key of our metadata in the Parquet file
 _HASH_DIGITS = 12
 _info_values = attrgetter(*VideoInfo.__dataclass_fields__)
-_NO_INFO = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0, "")  # of a video that cannot be read
+_NO_INFO = VideoInfo(0, 0.0, 0, 0, 0.0, "", "", 0, "pyav", 0, "")  # values for a video that cannot be read
 
 
 class Row(NamedTuple):
@@ -123,7 +123,7 @@ class Manifest:
     @cached_property
     def hash(self) -> str:
         """12 hex digits that identify the population: the ids, labels, splits and statuses, in any order of rows."""
-        # Not of the paths: a data set on another disk, with the same videos, is the same population.
+        # Without paths: the same videos on another disk are the same population.
         columns = (self._arrow[name].cast(pa.string()) for name in ("video", "label", "split", "status"))
         lines = sorted(pc.binary_join_element_wise(*columns, "\t").to_pylist())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_HASH_DIGITS]
@@ -172,7 +172,7 @@ def index(config: Config) -> Manifest:
 
     Lists the videos of the config, probes each file, and writes `manifest.parquet` and `index.json` in `run.dir`. With
     `index.verify: full` every frame is decoded. `run.dir/probed.jsonl` caches the results, so an interrupted call, or
-    one after a change of the annotations, probes only what is new.
+    one after a change of the annotations, probes only new files.
 
     Files that cannot be read are rows of the manifest, not errors. If no video of a split is readable any more, for
     example because a disk is not mounted, the previous manifest is kept as `manifest.before.parquet`.
@@ -206,7 +206,7 @@ def load_or_index(config: Config) -> Manifest:
             return manifest
         say(f"{path} {outdated}; indexing again")
     manifest, counts = _build(config)
-    require_readable(manifest, config)  # before anything is written: the disk may just not be mounted
+    require_readable(manifest, config)  # before anything is written: the disk may not be mounted
     _write(manifest, counts, config)
     return manifest
 
@@ -229,7 +229,7 @@ def require_readable(manifest: Manifest, config: Config) -> None:
             )
         count = Counter(videos["status"])
         first = videos.row(0)
-        # The stored cause of a missing file advises `videoadapt index`, which has just failed.
+        # The stored cause of a missing file recommends `videoadapt index`, which has just failed.
         cause = "no such file" if first.status == "missing" else first.cause
         raise UserError(
             f"data.{split}: none of the {len(videos)} videos of {source} can be read: {count['missing']} missing, "
@@ -248,7 +248,7 @@ def _manifest_path(config: Config) -> Path:
 
 
 def _sources(config: Config) -> dict[Split, Path]:
-    """Returns the annotations of each split of the config. Videos of `holdout` come from those of `train`."""
+    """Returns the annotations of each split of the config. `holdout` has the annotations of `train`."""
     train, val = config.data.train.annotations, config.data.val.annotations
     given: dict[Split, Path | None] = {"train": train, "val": val, "holdout": train if config.data.holdout else None}
     return {split: path for split, path in given.items() if path is not None}
@@ -300,7 +300,7 @@ def _why_outdated(manifest: Manifest, config: Config) -> str:
 
 
 def _fingerprint(config: Config) -> str:
-    """Identifies everything that a manifest is made from, except the video files."""
+    """Returns text that identifies the inputs of a manifest, except the video files."""
     return f"{PROBE_VERSION}-{fingerprint(config)}"
 
 
@@ -323,7 +323,7 @@ def _row_of(video: ListedVideo, result: ProbeResult) -> Row:
         info, status, cause = _NO_INFO, "missing", "no such file when it was indexed; run `videoadapt index` again"
     elif isinstance(result, str):
         info, status, cause = _NO_INFO, "broken", result
-    elif video.frames not in (None, result.frames):  # an incomplete folder of frames has other moments than expected
+    elif video.frames not in (None, result.frames):  # frames of an incomplete folder would be at wrong times
         info, status = result, "broken"
         cause = f"the list states {video.frames} frames, the folder has {result.frames}"
     else:

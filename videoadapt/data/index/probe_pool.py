@@ -33,9 +33,9 @@ from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, StopRequest
 
 Result = TypeVar("Result")
 T = TypeVar("T")
-ProbeResult = VideoInfo | str | None  # content of a file, or why it cannot be read; None: the file does not exist
+ProbeResult = VideoInfo | str | None  # info of a file, or the reason of a failure; None: the file does not exist
 
-_TASKS_PER_WORKER = 8  # in flight: Kinetics has 240,000 files, too many for one queue
+_TASKS_PER_WORKER = 8  # tasks in the queue: Kinetics has 240,000 files, too many to queue at once
 # Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
 _PRELOADED = ["av", "videoadapt.data.index.probe_pool"]
 
@@ -82,7 +82,7 @@ def probe_files(
     ):
         for path, result in _until_stopped(stop, finished):
             results[path] = result
-            # Failures are not kept: the file may be repaired, or the network was at fault.
+            # Failures are not cached: the file may be repaired, or the network may have failed.
             if isinstance(result, VideoInfo):
                 # The line break comes first: an interrupted call may have left an unfinished line.
                 file.write("\n" + json.dumps({"by": writer, "stamp": stamps[path], "info": asdict(result)}))
@@ -128,7 +128,7 @@ def run_on_files(
     """
     if not paths:
         return
-    # Not `fork`: this process may have threads (of torch, pyarrow and the pool), and a lock that one of them holds
+    # Not `fork`: this process may have threads (of torch, pyarrow and the pool). If a thread holds a lock, the lock
     # stays locked for ever in a forked process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -181,7 +181,7 @@ def _result_of(task: Future[Result | str], timeout_s: float) -> Result | str:
     except ProcessExpired:
         return "the process that read it crashed"
     except BrokenProcessPool:
-        # Without the guard each worker would run the script again, and start workers of its own.
+        # Without the guard each worker would run the script again, and start more workers.
         raise RunError(
             "the processes that read videos cannot be started; a script that calls videoadapt must do so below "
             "`if __name__ == '__main__':`"
@@ -195,7 +195,7 @@ def _stamp(path: str) -> str:
         state = _folder_state(path) if S_ISDIR(stat.st_mode) else f"{stat.st_size} {stat.st_mtime_ns}"
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except (OSError, ValueError):  # not readable; the file may exist, and probing it gives the cause
+    except (OSError, ValueError):  # not readable; the file may exist, and `probe` reports the cause
         state = "unknown"
     return f"{state} {path}"
 
@@ -218,7 +218,7 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result:
 
 
 def _read_cache(cache: Path, writer: str, *, full: bool) -> dict[str, VideoInfo]:
-    """Returns cached results by stamp. Lines of other versions are skipped; with `full`, also those not verified."""
+    """Returns cached results by stamp. Skips lines of other versions and, with `full`, unverified results."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache.exists() else ():
         try:

@@ -12,7 +12,7 @@ from videoadapt.data.index.annotations import Listing
 from videoadapt.data.video.images import IMAGE_SUFFIXES
 
 _EXAMPLES = 10
-# The image that a cause starts with, as in `img_7.jpg: cannot be read`.
+# The name of an image at the start of a cause, as in `img_7.jpg: cannot be read`.
 _IMAGE_NAME = re.compile(rf"^[^:]*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))}): ", re.IGNORECASE)
 
 
@@ -26,7 +26,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Cause:
-    """Files that cannot be read for one reason."""
+    """Files that cannot be read for the same reason."""
 
     cause: str
     count: int
@@ -35,7 +35,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split. `damaged` videos are readable and counted in `ok`. `classes` and times are of readable videos."""
+    """One split. `damaged` videos are readable and counted in `ok`. `classes` and times count readable videos only."""
 
     listed: int
     ok: int
@@ -44,7 +44,7 @@ class SplitSummary:
     damaged: int
     classes: int
     hours: float
-    seconds: list[float]  # of the shortest, the median and the longest video; empty without a readable video
+    seconds: list[float]  # length of the shortest, median and longest video; empty without a readable video
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def read_json(path: Path, field: str) -> Any:
 
 
 def header(text: str) -> list[str]:
-    """Returns the fields of a text's first line in lower case: the column names, if the text is a CSV."""
+    """Returns the fields of a text's first line in lower case. In a CSV, they are the column names."""
     return [strip_quotes(name).lower() for name in text.partition("\n")[0].split(",")]
 
 
@@ -86,7 +86,7 @@ def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[st
 
 
 def normalised(name: str) -> str:
-    """Returns a class name in the form that is compared: `arm wrestling` and a folder `arm_wrestling` are equal."""
+    """Returns the form of a class name for comparisons: `arm wrestling` and a folder `arm_wrestling` are equal."""
     return strip_quotes(name).replace(" ", "_")
 
 

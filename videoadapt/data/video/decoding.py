@@ -1,4 +1,4 @@
-"""Decodes with PyAV only the packets that the requested frames need, and finds whether damage affects them.
+"""Decodes with PyAV only the packets that the requested frames need, and checks whether damage affects them.
 
 A decoder can start only at a keyframe. After it, a frame needs only the packets that it refers to. Packets are stored
 in decoding order, which differs from display order if there are B-frames.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-DecodeMode = Literal["skipping", "selective", "sequential"]  # from fast to safe: see `frames_by_time`
+DecodeMode = Literal["skipping", "selective", "sequential"]  # from fast to safe, see `frames_by_time`
 DECODE_MODES: tuple[DecodeMode, ...] = ("skipping", "selective", "sequential")
 
 _MAX_CACHED_BYTES = 64 << 20  # packets of larger files are not kept in memory, but read again for each pass
@@ -73,7 +73,7 @@ class Timeline:
     def decode_start(self, packet: int) -> int:
         """Returns the packet where decoding must start for the frame of `packet`: a keyframe, or 0.
 
-        It is the last keyframe whose display time is not after that of `packet`. A frame that is decoded after a
+        It is the last keyframe that is displayed at or before the time of `packet`. A frame that is decoded after a
         keyframe but displayed before it may refer to frames before the keyframe (open GOP).
         """
         before = self.keyframes[self.keyframes <= packet]
@@ -115,7 +115,7 @@ def open_source(path: Path) -> Iterator[Source]:
 
 
 class _PacketsOf:
-    """The packets of a file that is too large for memory. Each iteration reads the file again."""
+    """The packets of a large file. They are not kept in memory: each iteration reads the file again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,7 +126,7 @@ class _PacketsOf:
 
 
 def read_timeline(source: Source) -> Timeline | None:
-    """Reads the times of all packets; None if they do not show which frame is displayed when."""
+    """Reads the times of all packets. Returns None if they do not show when each frame is displayed."""
     times: list[int | None] = []
     keyframes, shown = [], []
     decoding_order = True  # display times equal decoding times
@@ -162,7 +162,7 @@ def frames_by_time(
         Frame number and frame, in display order.
 
     Raises:
-        VideoError: After the last frame, if a wanted frame is damaged or missing.
+        VideoError: A wanted frame is damaged or missing. Raised after the last frame.
     """
     packet_of = {number: int(timeline.shown[number]) for number in wanted}
     number_at: dict[int | None, int] = {int(timeline.pts[packet]): number for number, packet in packet_of.items()}
@@ -175,9 +175,8 @@ def frames_by_time(
         if decoded.damaged:
             damaged_pts.append(decoded.pts)
         elif latest_pts is not None and decoded.pts is not None and decoded.pts < latest_pts:
-            damaged_pts.append(
-                None
-            )  # frames come in display order, so a time that goes back is wrong: which, is unknown
+            # Frames come in display order, so one of the two times is wrong. It is unknown which one.
+            damaged_pts.append(None)
         else:
             latest_pts = decoded.pts
         number = number_at.get(decoded.pts)
@@ -203,7 +202,7 @@ def frames_by_count(source: Source, wanted: Collection[int]) -> Iterator[tuple[i
         Frame number and frame, in display order.
 
     Raises:
-        VideoError: At a wanted frame that is damaged, or that cannot be counted because an earlier frame is lost.
+        VideoError: A wanted frame is damaged, or cannot be counted because an earlier frame is lost.
     """
     damaged = False
     number, last = 0, max(wanted)
@@ -249,7 +248,7 @@ def decode(codec: VideoCodecContext, packets: Iterable[Packet[VideoStream] | Non
 def _packets_in(
     source: Source, ranges: Iterable[PacketRange], needed: Collection[int] | None
 ) -> Iterator[Packet[VideoStream] | None]:
-    """The packets of each range, then None; the decoder is reset between ranges.
+    """Yields the packets of each range, then None, and resets the decoder between ranges.
 
     With `needed`, the decoder skips all other packets that no frame refers to.
     """
@@ -275,7 +274,7 @@ def _packets_in(
 
 
 def _marks_unreferenced(codec: VideoCodecContext) -> bool:
-    """Whether the decoder can recognise frames that no other frame refers to."""
+    """Returns whether the decoder can recognise frames that no other frame refers to."""
     if codec.name == "hevc" and codec.extradata and _is_length_prefixed(codec):
         # With several temporal layers the mark is valid only inside a layer. Bits 3 to 5 of byte 21 of the HEVC
         # configuration record (ISO/IEC 14496-15) hold the number of layers.
@@ -284,7 +283,7 @@ def _marks_unreferenced(codec: VideoCodecContext) -> bool:
 
 
 def _is_length_prefixed(codec: VideoCodecContext) -> bool:
-    """Whether each unit of an H.264 or HEVC stream follows its length, as in mp4 and mkv.
+    """Returns whether each unit of an H.264 or HEVC stream follows its length, as in mp4 and mkv.
 
     The stream then has a configuration record, whose first byte is its version, 1.
     """

@@ -16,7 +16,7 @@ def file_size(path: Path) -> int:
     """Returns the size of a file in bytes.
 
     Raises:
-        VideoError: The file is missing, empty, or not a regular file. (Opening a pipe would block for ever.)
+        VideoError: The file is missing, empty, or not a regular file. (To open a pipe would block for ever.)
     """
     try:
         size = path.stat().st_size
@@ -67,7 +67,7 @@ def reason(error: BaseException) -> str:
     Messages of decord contain a C++ stack trace; messages of PyAV repeat the path, but `strerror` does not.
     """
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
-    # an error without a message, such as EOFError(), is named by its class
+    # An error without a message, such as EOFError(), is named by its class.
     return lines[0][:_MAX_REASON_CHARACTERS] if lines else type(error).__name__
 
 

@@ -1,6 +1,6 @@
-"""Chooses the frames of a clip. Pytorchvideo's samplers give the start, TimeSformer's rule the frames inside it.
+"""Chooses the frames of a clip: its start by pytorchvideo's samplers, the frames inside it by TimeSformer's rule.
 
-Only arithmetic: no video is opened here.
+The functions only compute numbers. They open no video.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def clip_starts(
     clips: int = 1,
     seed: int | None = None,
 ) -> list[float]:
-    """Chooses where clips start in a video.
+    """Chooses the starts of clips in a video.
 
     The latest start `delta` is `duration_s - clip_s`, or 0 if the video is shorter than a clip.
 
@@ -42,7 +42,7 @@ def clip_starts(
         The starts in seconds, at least 0.
 
     Raises:
-        ValueError: `random` without a seed.
+        ValueError: `kind` is `random`, and `seed` is None.
     """
     from pytorchvideo.data.clip_sampling import make_clip_sampler  # its import takes seconds
 
@@ -81,7 +81,7 @@ def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by nam
         file_fps: Frame rate of the file.
         num_frames: Frames in the clip.
         stride_frames: Distance between two frames of the clip, in frames at the rate `fps`.
-        fps: The rate that strides count in; None stands for `file_fps`.
+        fps: The frame rate of the strides; None means `file_fps`.
 
     Returns:
         (num_frames,) int64 in [0, total_frames - 1], in ascending order, repeats possible.

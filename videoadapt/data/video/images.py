@@ -44,7 +44,7 @@ def image_files(folder: Path) -> list[Path]:
     if not patterns:
         raise VideoError(f"{folder}: a folder without images, not a video")
     frames = [pattern for pattern in patterns if "#" in pattern and not _FLOW_PATTERN.fullmatch(pattern)]
-    if len(patterns) == 1:  # no choice to make: a single image without a number is a video of one frame
+    if len(patterns) == 1:  # unambiguous: a single image without a number is a video of one frame
         frames = list(patterns)
     if len(frames) != 1:
         raise VideoError(
@@ -74,7 +74,7 @@ def hash_images(folder: Path) -> str:
 
 @contextmanager
 def errors_named_after(folder: Path, image: Path) -> Iterator[None]:
-    """Rewrites a `VideoError` about an image: the message then starts with the folder, the path in the manifest."""
+    """Rewrites a `VideoError` about an image, so that the message starts with the folder, the path in the manifest."""
     try:
         yield
     except VideoError as error:

@@ -1,4 +1,4 @@
-"""Finds what a video file holds without decoding all of it: frames, size, rate, rotation, and the reader to trust.
+"""Reads the properties of a video file: frames, size, rate, rotation, and the exact reader. Decodes only one frame.
 
 Every error of a library becomes a `VideoError` of one line that starts with the path.
 """
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 ReaderName = Literal["decord", "pyav", "image"]
 
-PROBE_VERSION = 2  # raise it when `probe` or `verify` returns something else for the same file
+PROBE_VERSION = 2  # raise it when `probe` or `verify` returns another result for the same file
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".flv", ".avi", ".ts", ".mpg", ".mpeg", ".wmv", ".3gp", ".ogv"}
 )
 
-# Where decord 0.6 was measured to be exact. It returns wrong frames of MPEG-TS, and of avi with B-frames, and raises
-# no error.
+# Files for which decord 0.6 was measured to be exact. It returns wrong frames of MPEG-TS, and of avi with B-frames,
+# and raises no error.
 _DECORD_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"})
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
 _DECORD_MIN_WIDTH = 32
@@ -55,24 +55,24 @@ _MAX_FPS = 1000.0  # a higher rate comes from broken timestamps
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Result of `probe`. Width and height are those of the displayed frame, after the rotation."""
+    """Result of `probe`. Width and height describe the displayed frame, after the rotation."""
 
     frames: int
     fps: float
     width: int
     height: int
-    duration_s: float  # frames / fps; the span of the timestamps if that differs by more than a frame
+    duration_s: float  # frames / fps, or the span of the timestamps if it differs by more than a frame
     codec: str
     container: str
     rotation: int  # degrees anticlockwise
-    reader: ReaderName  # decord: decord is exact for this file, where it is installed
+    reader: ReaderName  # decord: decord, if installed, is exact for this file
     bytes: int
     content: str  # hash of the file's bytes, or of the names and bytes of a folder's frames; empty if not requested
-    damage: str | None = None  # what decoding all frames found; empty: no damage; None: not decoded
+    damage: str | None = None  # damage that decoding all frames found; empty: none; None: not decoded
 
 
 def probe(path: str | Path, *, content: bool = True) -> VideoInfo:
-    """Finds what a file holds, from its packets and its first frame, in a few ms.
+    """Reads the properties of a video from its packets and its first frame, in a few ms.
 
     Args:
         path: A video, an image, or a folder of images that form one video.
@@ -99,7 +99,7 @@ def check_unchanged(path: Path, info: VideoInfo) -> None:
     """Compares a file with its `VideoInfo`: the size of a file, the number of frames of a folder.
 
     Raises:
-        VideoError: The file is gone or has changed.
+        VideoError: The file does not exist any more, or has changed.
     """
     if not exists(path):
         raise VideoError(f"{path}: not found; it was moved or deleted after it was indexed; run `videoadapt index`")
@@ -185,10 +185,10 @@ def _probe_file(path: Path) -> VideoInfo:
 
 
 class _Scan(NamedTuple):
-    """What reading all packets of a stream shows."""
+    """The result of reading all packets of a stream."""
 
     first_frame: VideoFrame
-    times: list[int | None]  # of all packets
+    times: list[int | None]  # times of all packets
     shown: list[int | None]  # times of the packets that an edit list does not hide
     closed: bool  # no frame after a keyframe needs a frame before it
 
@@ -249,7 +249,7 @@ def _refuse_torn(path: Path, container: InputContainer, stream: VideoStream, siz
 
 
 def _first_frame(codec: VideoCodecContext, packet: Packet[VideoStream], alone: bool) -> VideoFrame | None:
-    """A frame that the decoder returns for a packet.
+    """Returns the first frame that the decoder outputs for a packet, or None.
 
     `alone` marks the first packet. If it is a keyframe, flushing the decoder returns its frame without waiting for the
     packets after it.
@@ -264,7 +264,7 @@ def _first_frame(codec: VideoCodecContext, packet: Packet[VideoStream], alone: b
 
 
 def _starts_closed_gop(codec: str, keyframe: Packet[VideoStream]) -> bool:
-    """Whether no frame after a keyframe needs a frame before it: in H.264 and HEVC, an IDR picture.
+    """Returns whether no frame after a keyframe needs a frame before it: in H.264 and HEVC, an IDR picture.
 
     Otherwise (open GOP, or intra refresh) decord seeks to wrong frames.
     """
@@ -280,7 +280,7 @@ def _starts_closed_gop(codec: str, keyframe: Packet[VideoStream]) -> bool:
 
 
 def _frame_rate(path: Path, stream: VideoStream, times_valid: bool) -> float:
-    """Frames per second: the average if the timestamps are valid, otherwise the rate that the stream declares."""
+    """Returns frames per second: the average if the timestamps are valid, otherwise the rate in the stream header."""
     rates = (stream.average_rate, stream.guessed_rate) if times_valid else (stream.guessed_rate, stream.base_rate)
     for rate in rates:
         if rate and 0 < rate < _MAX_FPS:
@@ -289,7 +289,7 @@ def _frame_rate(path: Path, stream: VideoStream, times_valid: bool) -> float:
 
 
 def _duration_s(shown_pts: Sequence[int | None], fps: float, stream: VideoStream) -> float:
-    """Frames / fps; the span of the timestamps if all are known and it differs by more than a frame."""
+    """Returns frames / fps, or the span of the timestamps if all are known and it differs by more than a frame."""
     by_rate_s = len(shown_pts) / fps
     times = [pts for pts in shown_pts if pts is not None]
     if stream.time_base is None or len(set(times)) < len(shown_pts):

@@ -34,7 +34,7 @@ _DECORD_BATCH = 8  # frames per call: decord holds a copy of all frames of a cal
 
 
 class VideoReader(Protocol):
-    """An open video. `width` and `height` are those of the frames that `frames` returns."""
+    """An open video. `width` and `height` are the size of the frames that `frames` returns."""
 
     path: Path
     num_frames: int
@@ -67,11 +67,11 @@ def open_video(
     Args:
         path: The file or folder.
         reader: `auto` takes the reader that `probe` trusts with the file.
-        info: Result of an earlier `probe` of the same file. It saves the time of another one.
+        info: Result of an earlier `probe` of the same file. It saves the time of another `probe`.
 
     Raises:
-        VideoError: The file cannot be read (missing, empty, torn, no video), or `reader` is `decord` and decord is not
-            exact for the file.
+        VideoError: The file cannot be read (missing, empty, damaged, not a video), or `reader` is `decord` and decord
+            is not exact for the file.
         UserError: `reader` is `decord`, and decord is not installed.
     """
     path = Path(path)
@@ -93,7 +93,7 @@ def open_video(
 
 @functools.cache
 def decord_module() -> ModuleType | None:
-    """Imports decord and silences its log. None where it is not installed: it has wheels for few platforms."""
+    """Imports decord and silences its log. Returns None if it is not installed: it has wheels for few platforms."""
     try:
         import decord
     except (ImportError, OSError, RuntimeError):
@@ -155,7 +155,7 @@ class PyAVReader:
     Args:
         path: The video.
         info: Result of `probe`.
-        modes: Tried in turn until one returns all frames. The error of the last one is raised.
+        modes: Tried in turn until one returns all frames. The error of the last mode is raised.
     """
 
     def __init__(self, path: Path, info: VideoInfo, modes: Sequence[DecodeMode] = DECODE_MODES) -> None:
@@ -185,7 +185,7 @@ class PyAVReader:
             return self._to_rgb(wanted, safe)
 
     def _to_rgb(self, wanted: np.ndarray, frames: Iterable[tuple[int, VideoFrame]]) -> np.ndarray:
-        """Numbered frames, in any order -> (T, H, W, 3) uint8 RGB in the order of `wanted`."""
+        """Converts numbered frames, in any order, to (T, H, W, 3) uint8 RGB in the order of `wanted`."""
         from av.video.reformatter import VideoReformatter
 
         reformatter = VideoReformatter()  # shared by all frames, because it caches its conversion tables
@@ -230,7 +230,7 @@ class ImageReader:
 
 
 def _checked(path: Path, indices: Indices, total: int) -> np.ndarray:
-    """The indices as (T,) int64. Raises `VideoError` if one is not a frame of the video."""
+    """Returns the indices as (T,) int64. Raises `VideoError` if one is not a frame of the video."""
     wanted = np.asarray(indices, dtype=np.int64)
     outside = wanted[(wanted < 0) | (wanted >= total)]
     if len(outside):

@@ -1,7 +1,8 @@
 """Decodes a whole file to find damage that its container does not show.
 
 Measured with flipped bits, this finds nearly all damage in H.264, MPEG-4 and AV1, but little in HEVC and VP9, whose
-decoders turn any bytes into a picture. For those, a changed `VideoInfo.content` shows that a file has changed.
+decoders turn any bytes into a picture. For these two codecs, a changed `VideoInfo.content` shows that a
+file has changed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def verify(path: str | Path) -> VideoInfo:
 
 
 def _damaged_frames(path: Path) -> list[bool]:
-    """Whether each frame is damaged, in display order."""
+    """Returns whether each frame is damaged, in display order."""
     with open_source(path) as source:
-        # None at the end: the last frames leave the decoder only when it is flushed
+        # None at the end flushes the decoder, which returns the last frames only then.
         return [decoded.damaged for decoded in decode(source.codec, chain(source.packets, [None]))]
 
 
@@ -59,7 +60,7 @@ def _damaged_images(folder: Path) -> list[bool]:
 
 
 def _describe(damaged: list[bool], frames: int) -> str:
-    """The damage of a video that should have `frames` frames; empty if there is none."""
+    """Describes the damage of a video that should have `frames` frames; empty if there is none."""
     # This text is stored in the manifest: after a change of its wording, raise PROBE_VERSION.
     found = []
     if any(damaged):

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from videoadapt.model.norm import SHARED
 
-TOKENS = {
-    "cls_token": "pos_embed.cls",
-    "dist_token": "pos_embed.dist",
-}  # in the order of their rows in a position table
+# In the order of their rows in a position table.
+TOKENS = {"cls_token": "pos_embed.cls", "dist_token": "pos_embed.dist"}
 MOST_PREFIX_TOKENS = 5  # a class token and four registers (DINOv2)
 SUPERVIT = "SuperViT"
 NO_LENGTH = ""  # the key of a tensor that is not per length in its layout
