@@ -45,7 +45,7 @@ def clips(model: TimeSformer, batch: int = 2) -> Tensor:
 
 
 def shapes_behind_blocks(model: Any, clip: Tensor, point: str) -> list[tuple[torch.Size, torch.Size]]:
-    """The shapes of prefix and patches that leave each block."""
+    """Returns the output shapes of prefix and patches of each block."""
     shapes: list[Any] = []
     hooks = [
         b.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(x.shape for x in out))) for b in model.blocks

@@ -85,7 +85,8 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
     """Joins the ranks that torchrun, srun or submitit started; leaves them at the end.
 
     The ranks find each other within `parallel.join_s` seconds, through a file in the run folder (torchrun: through
-    torchrun's store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another `ranks`.
+    torchrun's store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another
+    `ranks`.
 
     One failing rank raises the cause. If a rank died or hangs, that error names it. All other ranks raise `SystemExit`.
     If one rank is interrupted by a signal, all others raise `Stopped`.
