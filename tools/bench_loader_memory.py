@@ -29,7 +29,7 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.performance.bench.memory import ProcessMemory, peak, process_memory
 from videoadapt.runtime.console import Bar, print_table
 
-FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # of the generated videos
+FILES, COPIES, SECONDS, FPS = 32, 8, 10, 30  # size of the set of generated videos
 BATCH = 8  # clips
 WARM_UP = 0.2  # fraction of the clips, left out of the fit
 
@@ -42,7 +42,7 @@ class Trend:
     first_uss: int  # after the warm-up
     last_uss: int
     peak: ProcessMemory
-    slope: float  # of the USS, per 1,000 clips
+    slope: float  # growth of the USS per 1,000 clips
     slope_error: float  # standard error
 
 

@@ -39,7 +39,7 @@ from videoadapt.training.groups import make_plan
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
 
-COPIES = 8  # of each file: an epoch of 48 clips
+COPIES = 8  # copies of each file: an epoch of 48 clips
 LENGTHS = {2: (14, 7), 3: (14, 10, 7)}  # by number of ranks
 TINY = {"width": 48, "depth": 1, "heads": 2}
 SMALL = {"width": 384, "depth": 12, "heads": 6}
@@ -51,9 +51,9 @@ class TurnTime:
     """One turn of one form on one rank."""
 
     seconds: float
-    cpu_s: float  # of all threads, gloo's threads included
+    cpu_s: float  # CPU time of all threads, gloo's threads included
     packed_s: float = 0.0
-    waited_s: float = 0.0  # for the clips of other ranks, which may still be reading
+    waited_s: float = 0.0  # wait for the clips of other ranks, which may still be reading
     bytes_sent: int = 0  # to other ranks
 
 

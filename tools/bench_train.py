@@ -52,7 +52,7 @@ class Settings(Section):
     dir: Path = Path("runs/bench")
     rounds: Count = 5  # cases take turns in every round, so that noise on the machine meets all of them
     batch: Count = 4  # clips of a step, over all ranks
-    steps: Count = 1  # of a turn; their mean counts
+    steps: Count = 1  # steps of a turn; their mean counts
     lengths: tuple[Count, ...] | None = None  # in the order in which they are added; None: the longest, then ascending
 
 
@@ -90,7 +90,7 @@ def cases(config: Config, settings: Settings) -> list[Case]:
     """Returns our cases; the first is the costliest length alone, to which the others are compared.
 
     They are each length alone, the first k lengths by one rank and in groups on 2 to k ranks, and all lengths without
-    groups. A config with keeps also gives its whole grid by one rank, with all points in a step and with sampled ones.
+    groups. A config with keeps also gives its whole grid by one rank, with all points in a step and with sampled points.
 
     Raises:
         ConfigError: The lengths repeat, or do not fit the model.

@@ -27,17 +27,17 @@ class Row:
     points: list[str]
     ranks: int
     plan: str
-    macs: float  # of all forward passes of a step, the mean over draws
+    macs: float  # MACs of all forward passes of a step, the mean over draws
     clips: int
     parameters: int | None
     predicted_s: float | None
     flops_bound: float = 1.0  # MACs relative to the costliest length alone
-    step_s: float | None = None  # of the slowest rank, the median over rounds
+    step_s: float | None = None  # time of the slowest rank, the median over rounds
     rounds_s: list[float] | None = None
     times_alone: float | None = None  # time relative to the costliest length alone
     times_bound: float | None = None  # `times_alone` relative to `flops_bound`
     communication: float | None = None  # fraction of the step; noise can make it negative
-    waited_s: float | None = None  # for the teacher's logits, on the rank that waits longest
+    waited_s: float | None = None  # wait for the teacher's logits, on the rank that waits longest
     prediction_error: float | None = None  # predicted / measured - 1
     clips_per_s: float | None = None
     peak_fraction: float | None = None  # MACs per second of a rank relative to a large matrix product
@@ -50,7 +50,7 @@ class LengthsRow:
 
     points: list[str]
     sequential_s: float | None
-    grouped_s: float | None  # with one rank for each length
+    grouped_s: float | None  # time with one rank for each length
     grouped_is_predicted: bool
     separate_s: float | None
     parameters: int | None
@@ -104,7 +104,7 @@ def by_lengths(rows: Sequence[Row]) -> list[LengthsRow]:
     for one in (rows[0], *(row for row in rows if row.kind == "sequential")):
         k = len(one.points)
         groups = (row for row in rows if row.kind == "groups" and row.points == one.points and row.ranks == k)
-        group = next(groups, one)  # for k = 1, and where groups are impossible
+        group = next(groups, one)  # `one` for k = 1, and where groups are impossible
         separate = [alone[point] for point in one.points if point in alone]
         table.append(
             LengthsRow(

@@ -35,7 +35,7 @@ from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
 
-_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough to reach the peak of the device
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # side of the matrices: large enough to reach the peak of the device
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StepTime:
 
     seconds: float
     silent_s: float  # the same step without communication
-    waited_s: float  # for the teacher's logits
+    waited_s: float  # time spent waiting for the teacher's logits
     peak_bytes: int  # above the imports; on a GPU, what torch has allocated there
 
 
@@ -189,7 +189,7 @@ def _peer_builder(config: Config, side: int) -> Callable[[], nn.Module]:
 
 
 def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:
-    """Prepares what `videoadapt plan` measures; a turn returns `steps` rounds."""
+    """Prepares the measurement of `videoadapt plan`; a turn returns `steps` rounds."""
     stopwatch = Stopwatch(config, sizes)
 
     def turn() -> list[Round]:

@@ -48,7 +48,7 @@ from videoadapt.training.losses import cross_entropy
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
 
-Result = dict[str, Any]  # of one part; becomes JSON
+Result = dict[str, Any]  # the result of one part; becomes JSON
 
 SMALL: Result = {"width": 64, "depth": 2, "heads": 2, "patch": 8, "size": 32, "num_frames": 4, "num_classes": 5}
 SMALL |= {"stride_frames": 1, "fps": None, "points": ["4", "4@0.5", "2"], "drop_blocks": [1]}
@@ -112,7 +112,7 @@ def parity(machine: Machine, result: Result) -> None:
     exact = TimeSformer(model).double()
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in exact.parameters():  # at the initialisation most temporal attention has no effect
+        for parameter in exact.parameters():  # with initial weights, most temporal attention has no effect
             parameter.add_(0.05 * torch.randn_like(parameter))
     clips = torch.randn(4, 3, model.num_frames, model.size, model.size)
     right = True

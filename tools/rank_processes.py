@@ -26,7 +26,7 @@ Turn = Callable[[], Any]  # measures once and returns the result of this rank
 Prepare = Callable[..., Turn]  # pickled by name, so it must be a function of an importable module
 
 _DIED = "its process has died; if memory has run out, take a smaller batch or fewer lengths"
-_TIMEOUT_S = 1800.0  # of a turn; compiling a model for the first one takes minutes
+_TIMEOUT_S = 1800.0  # limit of a turn; compiling a model for the first turn takes minutes
 
 
 def slots(device: str) -> int:

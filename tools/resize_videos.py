@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-FAILED = "failed.csv"  # in DST
-FAILURES_SHOWN = 10  # on the terminal; the CSV has all
+FAILED = "failed.csv"  # a file in DST
+FAILURES_SHOWN = 10  # failures printed on the terminal; the CSV has all
 SAMPLE = 20  # files that are read before and after, to measure the gain
 _KEY = "comment"  # one of the few metadata keys that mp4 keeps
 _MARK = "videoadapt resize_videos "
@@ -251,7 +251,7 @@ def upright_frames(
         frame = decoded.frame
         if frame is None or decoded.damaged:
             raise VideoError(f"{source}: frame {number} is damaged")
-        height, width = upright(size, frame.rotation)  # of the frame as it is stored
+        height, width = upright(size, frame.rotation)  # the size of the stored frame
         reformat = partial(resizer.reformat, frame, width, height, interpolation="BICUBIC", threads=1)
         if frame.rotation % 360 == 0:
             yield reformat("yuv420p", dst_color_range="MPEG")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd")
 TOOLS = ("srun", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
-CPUS, GPUS, MEMORY_MB = 8, 8, 64_000  # that each node reports, whatever the machine has
+CPUS, GPUS, MEMORY_MB = 8, 8, 64_000  # the values that each node reports; the machine may have others
 START_S, STOP_S = 30.0, 15.0  # time limits
 
 CONF = """\

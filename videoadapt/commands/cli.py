@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # another process needs a core (docs/log.md). OpenMP reads the variable once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        # Importing torch takes seconds, in which a signal of the job would kill it. So the handlers come first.
+        # The handlers come first: a signal of the job would kill the process while it imports torch, for seconds.
         with StopRequest(JOB_SIGNALS if slurm_job(os.environ) else ()):
             code = app(args=arguments, prog_name="videoadapt", standalone_mode=False) or 0  # errors are raised
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code
@@ -345,7 +345,7 @@ def _show(result: Result, as_json: bool, print_result: Callable[[Result], None])
     """Prints a result, as JSON or as tables. Of several ranks, rank 0 prints for the job."""
     if rank_env(os.environ).rank != 0:
         return
-    # One shard of an array job has no table: its result only says which shard is done.
+    # One shard of an array job has no table: its result only names the shard.
     is_shard = isinstance(result, Mapping) and "shard" in result
     if as_json or is_shard:
         _print_json(result)

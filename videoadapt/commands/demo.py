@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 class DemoSummary:
     """The content of `summary.json`."""
 
-    seconds: float  # of the whole demo
+    seconds: float  # time of the whole demo
     stages: dict[str, float]  # seconds of each stage
     policies: dict[str, Summary]  # as in `evaluate.json`
     levels: dict[str, dict[str, float]]  # see `level_table`
@@ -45,7 +45,7 @@ class DemoSummary:
 class DemoResult:
     """The values that the demo prints."""
 
-    folder: Path  # of the run
+    folder: Path  # the run folder
     summary: DemoSummary
     costs: Summary  # the result of `flops`
     evaluation: Summary  # the result of `evaluate`

@@ -23,7 +23,7 @@ class ComparedPolicies:
     top1: tuple[float, float]
     difference: tuple[float, float, float]  # top-1 of a minus b, and the ends of its 95 % interval
     right_in_one_only: tuple[int, int]
-    p_value: float  # of `mcnemar`
+    p_value: float  # the result of `mcnemar`
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class PointRow:
     point: str
     macs_per_view: int
     macs_per_video: int
-    parts: dict[str, int]  # of a view, by part of the model
+    parts: dict[str, int]  # MACs of a view, by part of the model
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class EvaluationSummary:
     temporal_views: int
     spatial_crops: int
     views_per_video: int
-    macs_per_view: dict[str, int]  # by point
-    assigner_macs: int | None  # of one clip; None without an assigner
+    macs_per_view: dict[str, int]  # MACs of the model, by point
+    assigner_macs: int | None  # MACs for one clip; None without an assigner
     policies: dict[str, PolicyRow]
     hardest_classes: list[ClassRow]
     peak_memory_bytes: int | None
@@ -86,8 +86,8 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Writes tables per view, clip and video (Parquet) and per class (CSV), and `evaluate.json`, into `evaluate/` of the
-    run folder. Every listed video counts; a failed one counts as `evaluate.failed` says. The ranks of a job share the
-    videos; their number changes no result. A shard (`parallel.shard`) only scores its videos.
+    run folder. Every listed video counts; `evaluate.failed` decides how a failed one counts. The ranks of a job share
+    the videos; their number changes no result. A shard (`parallel.shard`) only scores its videos.
 
     Args:
         config: The run's config.
@@ -159,7 +159,7 @@ def _summary(
     outcomes = outcomes_of(scores, policies, config)
     speeds = _speeds(model, manifest, scores, outcomes, config)
     with guard():
-        # Removed first: if writing the tables fails, no summary of an earlier evaluation stands beside the new ones.
+        # The old summary is removed first: if writing the tables fails, it must not stand beside the new tables.
         (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
         classes = write_tables(config, scores, population, outcomes)
     evaluated = config.evaluate

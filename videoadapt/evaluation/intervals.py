@@ -11,8 +11,8 @@ from scipy import stats
 
 from videoadapt.routing.label_rules import Bools, Choice, Floats
 
-LEVEL = 0.95  # of every interval
-DRAWS = 10_000  # of the bootstrap: its 2.5 % quantile then rests on 250 draws
+LEVEL = 0.95  # the level of every interval
+DRAWS = 10_000  # bootstrap draws: the 2.5 % quantile then rests on 250 draws
 
 
 @lru_cache(maxsize=4096)  # scipy takes 2 ms, and classes of 50 videos have the same few counts again and again
@@ -66,7 +66,7 @@ def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, 
 
     Args:
         a: Whether policy a is right on each video, `(videos,)`.
-        b: The same of policy b.
+        b: Whether policy b is right on each video, `(videos,)`.
         seed: Seed of the bootstrap.
 
     Returns:

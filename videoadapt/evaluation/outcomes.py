@@ -70,7 +70,7 @@ class Outcome:
 class Accuracies:
     """Accuracies of one policy between 0 and 1, and their 95 % intervals. The names are keys of `evaluate.json`."""
 
-    top1: float  # failed videos count as `evaluate.failed` says
+    top1: float  # `evaluate.failed` decides how failed videos count
     top1_low: float
     top1_high: float
     top1_failed_wrong: float  # failed videos count as wrong

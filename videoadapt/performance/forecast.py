@@ -67,7 +67,7 @@ class StepWork:
     optimizer_s: float
     gradient_bytes: int  # all gradients of the model
     logits_bytes: int  # the teacher's logits on one clip
-    clips: int  # of the global batch
+    clips: int  # clips of the global batch
     micro_batches: int  # `train.accumulate`
     pairs: bool  # whether mixup or cutmix mixes clips in pairs, which then stay on one rank
 

@@ -35,11 +35,11 @@ from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import make_plan, split_evenly
 
-_ROUNDS = 5  # of measuring; the median of five ignores two disturbed rounds
+_ROUNDS = 5  # rounds of measuring; the median of five ignores two disturbed rounds
 _SHOWN = 12  # layouts in the printed table
 _MIN_GAIN = 0.02  # groups must be faster by this fraction: they need more communication, and forecasts have errors
 _FLOAT_BYTES = 4  # gradients and logits travel as float32
-_CPU_MACS = 25_000_000_000  # of a forward pass that takes about a second on a core, with its backward pass
+_CPU_MACS = 25_000_000_000  # MACs of a forward pass that takes about a second on a core, with its backward pass
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LayoutRow:
     communication_s: float
     clips_per_s: float
     utilisation: float  # fraction of the ranks' time that passes take
-    bytes_per_rank: int  # on the rank that needs most
+    bytes_per_rank: int  # memory of the rank that needs most
     gpu_hours: float | None  # for all epochs; None if the clips of an epoch are unknown
 
 
@@ -61,7 +61,7 @@ class PlanSummary:
 
     gpus: int
     device: str  # "analytic" if the times follow from MACs
-    clips: int  # of a step
+    clips: int  # clips of a step
     macs_per_s: float | None  # `plan.macs_per_s`
     measured_at_clips: list[int] | None  # the two batch sizes; None if nothing was measured
     passes: dict[str, dict[str, float]]  # by point: fixed and per-clip seconds of both passes
@@ -270,7 +270,7 @@ def print_plan(summary: PlanSummary) -> None:
     rows = [
         row
         for number, row in enumerate(summary.layouts)
-        # Also beyond the limit: no groups, and the groups of the config.
+        # The layout without groups and the config's groups are shown too, also beyond the limit.
         if number < _SHOWN or row.groups in {"null", summary.groups_of_the_config}
     ]
     title = f"{summary.gpus} ranks ({summary.device}), a step of {summary.clips} clips: predicted"

@@ -30,8 +30,8 @@ class PassTime:
 class Round:
     """One round of measurements; passes by point."""
 
-    few: Mapping[str, PassTime]  # over the smaller batch
-    many: Mapping[str, PassTime]  # over the larger batch
+    few: Mapping[str, PassTime]  # times with the smaller batch
+    many: Mapping[str, PassTime]  # times with the larger batch
     optimizer_s: float
 
 

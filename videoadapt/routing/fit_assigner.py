@@ -81,12 +81,12 @@ class AssignSummary:
     clips_selecting: int  # clips that chose the threshold
     threshold: float
     label_accuracy: float  # the most probable label is the label
-    accuracy: float  # of the model at the assigned points
-    accuracy_costliest: float  # of the model at the costliest point
+    accuracy: float  # the model's accuracy at the assigned points
+    accuracy_costliest: float  # the model's accuracy at the costliest point
     macs_saved: float  # against the costliest point, the assigner's cost included
     mix: dict[str, float]  # fraction of the clips at each point
-    assigner_macs: int  # of one clip
-    assigner_fraction: float  # of a view at the costliest point
+    assigner_macs: int  # MACs of the assigner for one clip
+    assigner_fraction: float  # `assigner_macs` over the MACs of a view at the costliest point
     seconds: float
 
 

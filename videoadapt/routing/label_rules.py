@@ -164,7 +164,7 @@ def cheapest_sufficient(probabilities: Floats, threshold: float) -> Choice:
         threshold: Between 0 and 1; above 1, every clip gets the costliest point.
     """
     suffices = np.cumsum(probabilities[:, ::-1], axis=1)[:, ::-1]  # (clips, points): of this point or a cheaper one
-    suffices[:, 0] = np.inf  # the costliest point always suffices, whatever rounding or NaN says
+    suffices[:, 0] = np.inf  # the costliest point always suffices, also with NaN or rounding
     return last_true(suffices >= threshold)
 
 

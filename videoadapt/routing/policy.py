@@ -36,7 +36,7 @@ from videoadapt.routing.label_rules import (
 )
 from videoadapt.runtime.console import say
 
-NO_POINT = -1  # in place of a point's number: the clip has run no point yet, or it stops here
+NO_POINT = -1  # stands for: the clip has run no point yet, or it stops here
 Need = Literal["assigner", "confidence", "truth", "population"]
 # Fields of `assign` that only fitting uses. A loaded assigner may have been fitted with other values.
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")

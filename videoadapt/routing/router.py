@@ -1,4 +1,4 @@
-"""Runs policies: decides which points each clip runs, in full batches, and what the clip costs.
+"""Runs policies: decides which points each clip runs, in full batches, and computes the cost of each clip.
 
 `decide` is the only place where a policy acts. `evaluate` feeds it stored answers, `predict` feeds it the model.
 """
@@ -42,7 +42,7 @@ def decide(policy: Policy, evidence: Evidence, run: RunPoint) -> Choice:
     Raises:
         UserError: The policy needs the truth, and `evidence` does not have it.
         ValueError: The policy breaks its own rules: it ends a clip before its first point, runs a point twice on a
-            clip, or runs other points than `visits` says.
+            clip, or runs other points than `visits` returns.
     """
     _require_evidence(policy, evidence)
     shape = (evidence.clips, len(evidence.points))

@@ -110,8 +110,8 @@ def _dropped_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, confi
 class Targets(NamedTuple):
     """The targets of the heads at one point. If `swap` is set, they belong to the clips after the swap."""
 
-    cls: Tensor  # of the class head, (B, classes)
-    dense: Tensor | None  # of the head on patches, (B, T * N, classes), if the model has one and no token is dropped
+    cls: Tensor  # targets of the class head, (B, classes)
+    dense: Tensor | None  # targets of the head on patches, (B, T * N, classes); None without the head or with dropping
     swap: tuple[Tensor, Tensor] | None  # tokens to mix between clips; an argument of `TimeSformer.forward`
 
 

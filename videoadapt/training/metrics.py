@@ -69,9 +69,9 @@ class TrainSummary:
     skipped: int  # clips that could not be read, over all epochs
     manifest: str  # hash
     checkpoint: str | None  # path of the newest checkpoint
-    seconds: float  # since the start or the last resume
-    clips_per_s: float  # over all ranks
-    wait_fraction: float  # of the time, waiting for data, 0 to 1
+    seconds: float  # time since the start or the last resume
+    clips_per_s: float  # sum over all ranks
+    wait_fraction: float  # fraction of the time spent waiting for data, 0 to 1
     peak_memory_bytes: int
     points: dict[str, PointMetrics]
 

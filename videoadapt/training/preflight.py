@@ -31,10 +31,10 @@ class NodeReport:
 
     node: str  # host name
     gpu: str  # "none" on a CPU
-    cpus: int  # that this rank may use
-    workers: int  # that decode for this rank
-    free_bytes: int  # on the disk of the run folder
-    step_clips: int  # that this rank decodes for each step
+    cpus: int  # CPUs that this rank may use
+    workers: int  # processes that decode for this rank
+    free_bytes: int  # free space on the disk of the run folder
+    step_clips: int  # clips that this rank decodes for each step
     clips_per_s: float  # decoded by one process
     error: str  # if no video can be read: one of them and the cause; otherwise empty
     manifest: str  # hash

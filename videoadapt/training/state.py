@@ -22,7 +22,7 @@ from videoadapt.runtime.machine import pick_device
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.throughput import ThroughputMeter
 
-# By section, the keys that may differ between a run and its continuation, since they do not change what it computes.
+# The keys that may differ between a run and its continuation, by section: they do not change the results.
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "run": ("dir", "device", "checkpoint"),
     "model": (),
@@ -30,7 +30,7 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "train": ("init", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
     "data": ("root", "train", "val", "classes", "reader", "workers", "timeout_s"),
 }
-_LISTED_ROWS = 8  # of clips with a bad loss; a whole batch would fill the screen
+_LISTED_ROWS = 8  # clips with a bad loss that a message names; a whole batch would fill the screen
 
 
 @dataclass

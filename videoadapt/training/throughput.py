@@ -22,7 +22,7 @@ class Throughput:
 
     clips: int
     seconds: float
-    waited_s: float  # of these seconds, waiting for data
+    waited_s: float  # the part of `seconds` spent waiting for data
 
     def __sub__(self, earlier: Throughput) -> Throughput:
         return Throughput(self.clips - earlier.clips, self.seconds - earlier.seconds, self.waited_s - earlier.waited_s)

@@ -159,9 +159,8 @@ def _announce(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
 def _read_steps(state: State, role: RankRole) -> Iterator[list[Batch]]:
     """Returns an iterator of this rank's micro-batches of each step, from `state.step` on."""
     config, device, exchange = state.config, state.device, None  # without an exchange, each group decodes for itself
-    if (
-        config.parallel.decode == "shared" and len(role.plan.groups) > 1
-    ):  # with a single group, no clip is decoded twice
+    # With a single group, no clip is decoded twice.
+    if config.parallel.decode == "shared" and len(role.plan.groups) > 1:
         exchange = ClipExchange(state.manifest, config, role.plan, pin=device.type == "cuda")
     positions = partial(role.positions, pairs=config.data.mixes)  # mixed clips stay on one rank
     return train_batches(state.manifest, config, state.step, device=device, positions=positions, exchange=exchange)

@@ -49,10 +49,10 @@ from videoadapt.performance.bench.memory import ProcessMemory, worker_memory
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
 
-_TIMEOUT_S = 600.0  # of a turn; a library that hangs must not stop the benchmark
+_TIMEOUT_S = 600.0  # limit of a turn; a library that hangs must not stop the benchmark
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")
 _PEERS = {"decord": PEER_DECORD, "pyav": PEER_PYAV}
-_CLIPS_MIN = 3  # in a turn: fewer are too short for the CPU clock
+_CLIPS_MIN = 3  # clips of a turn: fewer are too short for the CPU clock
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
@@ -64,11 +64,11 @@ class Settings(Section):
 
     dir: Path = Path("runs/bench")
     rounds: Count = 5
-    clips: Count | None = None  # in a turn; None: one of each file, but at least three
+    clips: Count | None = None  # clips of a turn; None: one of each file, but at least three
     num_frames: Count = 8
     stride_frames: Count = 32
     short_side: Count = 256
-    size: Annotated[int, Field(ge=16)] = 224  # of the crop
+    size: Annotated[int, Field(ge=16)] = 224  # side of the crop, in pixels
     seed: int = 0
 
     @model_validator(mode="after")
@@ -84,9 +84,9 @@ class LoaderRow:
 
     clips_per_cpu_s: float  # the median over rounds
     rounds: list[float]
-    peak_bytes: int  # of its process
-    imported_bytes: int  # of its process after the imports
-    worker_uss_bytes: int | None  # of the training loader's workers; None for the loaders of others
+    peak_bytes: int  # peak memory of the loader's process
+    imported_bytes: int  # memory of the process after the imports
+    worker_uss_bytes: int | None  # memory of the training loader's workers; None for the loaders of others
     worker_pss_bytes: int | None
     times_same_decoder: float | None = None  # speed relative to pytorchvideo with the same decoder
     times_best_pytorchvideo: float | None = None  # speed relative to pytorchvideo with its faster decoder
@@ -98,7 +98,7 @@ class KindTable:
 
     files: int
     files_read: int
-    clips: int  # in a turn
+    clips: int  # clips of a turn
     unread: dict[str, str]  # the cause by path
     auto_reads_with: list[str]  # the readers that `data.reader: auto` chose
     loaders: dict[str, LoaderRow]
@@ -113,7 +113,7 @@ def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dic
 
     Args:
         overrides: Settings as `key=value`.
-        videos: Paths of videos; generated ones if empty.
+        videos: Paths of videos; if empty, videos are generated.
 
     Returns:
         The content of `data.json`.
@@ -258,7 +258,7 @@ def _isolate() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):  # of the process, and not sys.stdout: C++ code does not use the latter
+    for descriptor in (1, 2):  # the process's descriptors: C++ code does not use sys.stdout
         os.dup2(nothing, descriptor)
     os.close(nothing)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FPS = 30
 FRAMES = 300  # 10 s, as a clip of Kinetics
 GOPS = (12, 250)  # frames between keyframes: usual in copies made for training, and the default of x264
-FILES = 3  # of each kind, with different contents
+FILES = 3  # files of each kind, with different contents
 
 _PATCHES = 8
 _NOISE = 3.0  # standard deviation in grey levels, as of a camera's sensor

@@ -234,7 +234,7 @@ OURS: dict[str, Literal["auto", "pyav"]] = {OURS_AUTO: "auto", OURS_PYAV: "pyav"
 PEER_DECORD, PEER_PYAV = "pytorchvideo, decord", "pytorchvideo, PyAV"
 FFMPEG = "ffmpeg, whole file"
 
-# By name, a function that imports the loader's library and returns the function that reads.
+# For each loader's name, a function that imports the loader's library and returns the function that reads.
 LOADERS: dict[str, Callable[[], Read]] = {
     **{name: partial(_ours, reader) for name, reader in OURS.items()},
     PEER_DECORD: partial(_pytorchvideo, "decord"),

@@ -28,7 +28,7 @@ def cpu_model() -> str:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of Python and of the installed ones of `packages`, by name."""
+    """Returns the versions of Python and of the packages in `packages` that are installed, by name."""
     found = {"python": platform.python_version()}
     for package in packages:
         with suppress(PackageNotFoundError):

@@ -46,9 +46,9 @@ class PointRow:
 
     point: str
     batch: int
-    macs: int  # of one clip
+    macs: int  # MACs of one clip
     clips_per_s: float
-    seconds: list[float]  # of a forward pass
+    seconds: list[float]  # times of a forward pass
     speed: list[float]  # relative to the costliest point in the same round
     promised: float  # MACs of the costliest point / MACs of this point
     kept: list[float]  # speed / promised; the target is `TARGET` or more
