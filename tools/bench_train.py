@@ -90,7 +90,7 @@ def cases(config: Config, settings: Settings) -> list[Case]:
     """Returns our cases; the first is the costliest length alone, to which the others are compared.
 
     They are each length alone, the first k lengths by one rank and in groups on 2 to k ranks, and all lengths without
-    groups. A config with keeps also gives its whole grid by one rank, with all and with sampled points.
+    groups. A config with keeps also gives its whole grid by one rank, with all points and with sampled points.
 
     Raises:
         ConfigError: The lengths repeat, or do not fit the model.

@@ -188,7 +188,7 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
 @app.command()
 def label(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Stage 2: find the cheapest point at which the model is right, for every clip."""
+    """Stage 2: find the cheapest correct point of each clip."""
     from videoadapt.commands.tables import print_label
 
     _show(_run_stage("label", _load(config, overrides)), as_json, print_label)
