@@ -109,8 +109,8 @@ class Machine:
 def parity(machine: Machine, result: Result) -> None:
     """Compares logits and gradients on this device with float64 on the CPU, at every point."""
     model = machine.config().model
-    exact = TimeSformer(model).double()
     torch.manual_seed(1)
+    exact = TimeSformer(model).double()
     with torch.no_grad():
         for parameter in exact.parameters():  # with initial weights, most temporal attention has no effect
             parameter.add_(0.05 * torch.randn_like(parameter))
