@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -37,6 +38,8 @@ def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
 
 def _run_rank(program: str, arguments: list[str], environment: dict[str, str], stderr: Path) -> None:
     os.environ.clear()  # the server's environment is that of the first job
+    # Probing of videos uses the same server, and blocks SIGUSR1 and SIGUSR2 while it starts it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.environ.update(environment)
     # Processes of this context would start theirs from the server, too, without what the program patches.
     multiprocessing.set_start_method("fork", force=True)
