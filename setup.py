@@ -29,7 +29,7 @@ REQUIREMENTS = [
     "safetensors>=0.4.3",
     "scipy>=1.11.2",
     "tensorboard>=2.16",
-    "typer>=0.12.4",
+    "typer>=0.20",  # older ones fail with click 8.2 and newer
 ]
 
 EXTRAS = {
@@ -44,6 +44,7 @@ EXTRAS = {
         "ruff>=0.6",
         "mypy>=1.11",
         "types-PyYAML>=6",
+        "setuptools>=77",  # a test installs the checkout without downloading its build requirements
     ],
 }
 
