@@ -11,12 +11,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _HANGS_AFTER_S = 280  # ranks print where they are and exit
+_REPORT_S = 8  # enough for the rank that reports an error to print it
 
 
 class ForkedRanks:
@@ -54,7 +56,11 @@ def _call(number: int, function: Callable[..., None], world: int, job: int, argu
     faulthandler.dump_traceback_later(_HANGS_AFTER_S, exit=True)
     os.environ |= as_step(number, world, str(job))
     torch.set_num_threads(1)
-    function(*arguments)
+    try:
+        function(*arguments)
+    except SystemExit:  # another rank reports the cause; the first process that ends makes torch kill the others
+        time.sleep(_REPORT_S)
+        raise
 
 
 def _serve(path: Path) -> None:
