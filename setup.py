@@ -29,7 +29,7 @@ REQUIREMENTS = [
     "safetensors>=0.4.3",
     "scipy>=1.11.2",
     "tensorboard>=2.16",
-    "typer>=0.20",  # older ones fail with click 8.2 and newer
+    "typer>=0.20",  # 0.12.4 fails with click 8.5; between the two, nothing was tried to the end
 ]
 
 EXTRAS = {
