@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ FRAMES, FPS, GOP = 40, 8, 20  # five seconds, two keyframes
 FLIPPED_FILES = 100
 TIMEOUT_S = 20
 CLIP = np.linspace(0, FRAMES - 1, 8).astype(int)  # as in training: 8 frames spread over the video
+
+InProcesses = Callable[[Callable[[Path], Any], Sequence[Path]], list[Any]]
 
 
 class Digests(NamedTuple):
@@ -72,10 +75,12 @@ def error_message(path: Path) -> str:
     return ""
 
 
-def in_processes(function: Callable[[Path], Any], paths: Sequence[Path]) -> list[Any]:
-    """Calls a function for each file in processes. Raises if one crashes or takes longer than TIMEOUT_S."""
-    with ProcessPool(max_workers=2) as pool:
-        return list(pool.map(function, paths, timeout=TIMEOUT_S).result())
+@pytest.fixture(scope="module")
+def in_processes() -> Iterator[InProcesses]:
+    """Returns a function that calls another one for each file. It raises if a process crashes or exceeds TIMEOUT_S."""
+    # Not fork: pebble forks in a thread, and a PyAV scaler that the main thread holds then waits for ever in the child.
+    with ProcessPool(max_workers=2, context=multiprocessing.get_context("forkserver")) as pool:
+        yield lambda function, paths: list(pool.map(function, paths, timeout=TIMEOUT_S).result())
 
 
 def textured(frames: int, height: int, width: int) -> np.ndarray:
@@ -101,7 +106,7 @@ def flipped(data: bytes, seed: int) -> bytes:
 
 
 def test_flipped_bits_are_detected(
-    intact: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    in_processes: InProcesses, intact: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     data, good = intact.read_bytes(), digest(plain(intact))
     paths = [tmp_path / f"{seed}.mp4" for seed in range(FLIPPED_FILES)]
@@ -136,7 +141,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_flipped_bits_in_any_format_give_frames_or_an_error(tmp_path: Path, name: str) -> None:
+def test_flipped_bits_in_any_format_give_frames_or_an_error(
+    in_processes: InProcesses, tmp_path: Path, name: str
+) -> None:
     data = write_video(tmp_path / name, 30, codec=FORMATS[name]).read_bytes()
     paths = [tmp_path / f"{seed}{name}" for seed in range(25)]
     for seed, path in enumerate(paths):
@@ -155,7 +162,7 @@ def shape_of_clip(path: Path) -> tuple[int, int] | None:
     return both[0].shape[0], both[0].shape[3]
 
 
-def test_a_hole_never_becomes_a_picture(intact: Path, tmp_path: Path) -> None:
+def test_a_hole_never_becomes_a_picture(in_processes: InProcesses, intact: Path, tmp_path: Path) -> None:
     data, good = intact.read_bytes(), digest(plain(intact))
     paths = []
     for seed in range(30):
@@ -170,7 +177,9 @@ def test_a_hole_never_becomes_a_picture(intact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "fast.mp4", "a.mkv", "a.ts", "a.avi"])
-def test_frames_before_the_cut_of_a_shortened_file_are_intact(tmp_path: Path, name: str) -> None:
+def test_frames_before_the_cut_of_a_shortened_file_are_intact(
+    in_processes: InProcesses, tmp_path: Path, name: str
+) -> None:
     muxer = {"movflags": "faststart"} if name == "fast.mp4" else None
     codec = "mpeg4" if name == "a.avi" else "libx264"
     path = write_video(tmp_path / name, 60, codec=codec, muxer=muxer)
@@ -224,7 +233,7 @@ def test_damage_reaches_the_frames_up_to_the_next_keyframe(tmp_path: Path, modes
             video.frames([0, number, 39])
 
 
-def test_files_that_are_not_videos_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_videos_are_refused(in_processes: InProcesses, tmp_path: Path) -> None:
     rng = random.Random(0)
     contents = {
         "text.mp4": b"no video\n" * 999,
