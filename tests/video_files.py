@@ -49,6 +49,7 @@ def write_video(
     times_ms: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Encodes a video.
 
@@ -64,6 +65,7 @@ def write_video(
         times_ms: Display time of each frame, for an uneven rate.
         options: Options of the encoder.
         muxer: Options of the container.
+        metadata: Texts of the container, such as a title.
 
     Returns:
         The path.
@@ -71,6 +73,7 @@ def write_video(
     images = numbered(frames) if isinstance(frames, int) else frames
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=muxer or {}) as container:
+        container.metadata.update(metadata or {})
         stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options or {}))
         stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], pixels
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, b_frames

@@ -93,6 +93,14 @@ def test_a_stream_copy_cut_starts_at_its_first_displayed_frame(tmp_path: Path) -
     assert numbers_of(video.frames(range(len(video)))) == list(range(5, 40))
 
 
+def test_metadata_need_not_be_utf_8(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", 6, metadata={"title": "ZZZZZZZZ"})
+    content = path.read_bytes()
+    assert content.count(b"ZZZZZZZZ") == 1
+    path.write_bytes(content.replace(b"ZZZZZZZZ", b"caf\xe9\xff\xfe:)"))  # Latin-1
+    assert numbers_of(open_video(path, "pyav").frames(range(6))) == list(range(6))
+
+
 def test_packets_without_times_are_read_in_order_at_the_declared_rate(tmp_path: Path) -> None:
     path = write_without_times(write_video(tmp_path / "a.mp4", 40, b_frames=0), tmp_path / "b.mp4")
     video = open_video(path)

@@ -5,12 +5,13 @@ Every error of a library becomes a `VideoError` of one line that starts with the
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from videoadapt.data.video.files import exists, file_size, hash_file, reason
 from videoadapt.data.video.images import (
@@ -50,6 +51,7 @@ _IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # types of N
 # FFmpeg also "plays" text, still images, and lists of other files or addresses.
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make FFmpeg open the network
+_PYAV_READS_ANY_METADATA = 19  # the first version without the argument `metadata_errors`
 _MAX_FPS = 1000.0  # a higher rate comes from broken timestamps
 
 
@@ -127,13 +129,21 @@ def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     file_size(path)
     try:
-        # FFmpeg takes some relative names for addresses, but never an absolute path. Metadata need not be valid UTF-8.
-        with av.open(os.path.abspath(path), options=_OPEN_OPTIONS, metadata_errors="replace") as container:
+        # FFmpeg takes some relative names for addresses, but never an absolute path.
+        with av.open(os.path.abspath(path), options=_OPEN_OPTIONS, **_metadata_options()) as container:
             yield container, _video_stream(path, container)
     except VideoError:
         raise
     except (av.FFmpegError, OSError, EOFError, ValueError) as error:
         raise VideoError(f"{path}: cannot be read as a video: {reason(error)}") from None
+
+
+@functools.cache
+def _metadata_options() -> dict[str, Any]:
+    """Returns the arguments of `av.open` for metadata that are not UTF-8. PyAV 19 reads them without an argument."""
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < _PYAV_READS_ANY_METADATA else {}
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
