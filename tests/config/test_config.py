@@ -127,6 +127,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("loss.dropped", {"model": {"points": ["14@0.7", "10"]}}),
     ("train.draw", {"model": {"points": ["14@0.7", "10"]}, "loss": {"dropped": "ce"}, "train": {"draw": "sampled"}}),
     ("train.batch", {"train": {"batch": 64, "accumulate": 5}}),
+    ("train.nesterov", {"train": {"nesterov": True, "optimizer": "adamw"}}),
+    ("train.nesterov", {"train": {"nesterov": True, "momentum": 0.0}}),
     ("data.short_side", {"data": {"short_side": [200, 320]}}),
     ("data.short_side", {"data": {"short_side": [320, 256]}}),
     ("label.source", {"label": {"source": "holdout"}}),

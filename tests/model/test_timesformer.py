@@ -369,6 +369,54 @@ def gradients(model: nn.Module, clip: Tensor, point: str) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def public_block(block: Any, cls: Tensor, patches: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """A block of TimeSformer's public code in training, sequence by sequence.
+
+    Drop path is drawn for each position in temporal attention, before `temporal_fc`, for each frame in spatial
+    attention, and for each clip in the MLP.
+
+    Args:
+        block: Gives the weights, of one length.
+        cls: (B, 1, D).
+        patches: (B, T, N, D).
+        keep: Probability that a branch is kept.
+    """
+    (clips, frames, positions, width), length = patches.shape, 14
+    draws = [torch.empty(n, 1, 1).bernoulli_(keep).flatten() / keep for n in (clips * positions, clips * frames, clips)]
+    temporal = torch.zeros_like(patches)
+    for clip in range(clips):
+        for position in range(positions):
+            sequence = block.temporal_norm(patches[clip, :, position], length)[None]  # (1, T, D)
+            branch = block.temporal_attn(sequence)[0] * draws[0][clip * positions + position]
+            temporal[clip, :, position] = block.temporal_fc(branch)
+    patches = patches + temporal
+    spatial = torch.zeros(clips, frames, 1 + positions, width)
+    for clip in range(clips):
+        for frame in range(frames):
+            sequence = block.norm1(torch.cat([cls[clip], patches[clip, frame]]), length)[None]  # (1, 1 + N, D)
+            spatial[clip, frame] = block.attn(sequence)[0] * draws[1][clip * frames + frame]
+    cls, patches = cls + spatial[:, :, 0].mean(1, keepdim=True), patches + spatial[:, :, 1:]
+    tokens = torch.cat([cls, patches.flatten(1, 2)], 1)
+    tokens = tokens + block.mlp(block.norm2(tokens, length)) * draws[2][:, None, None]
+    return tokens[:, :1], tokens[:, 1:].unflatten(1, (frames, positions))
+
+
+def test_drop_path_of_sequences_is_that_of_timesformers_code() -> None:
+    model = make(depth=2, drop_path=0.5, drop_path_unit="sequence").train()
+    cls, patches = torch.randn(2, 1, 32), torch.randn(2, 3, 5, 32)
+    torch.manual_seed(3)
+    found = model.blocks[1](cls, patches, 14, 5)
+    torch.manual_seed(3)
+    expected = public_block(model.blocks[1], cls, patches, keep=0.5)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.manual_seed(3)
+    per_clip = make(depth=2, drop_path=0.5).train().blocks[1](cls, patches, 14, 5)
+    assert not torch.allclose(per_clip[1], expected[1])
+    model.eval()
+    torch.testing.assert_close(model.blocks[1](cls, patches, 14, 5), public_block(model.blocks[1], cls, patches, 1.0))
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_gradient(drop_path: float) -> None:
     model = make(drop_path=drop_path).train()

@@ -105,6 +105,28 @@ def test_the_optimizer_has_the_settings_of_the_config() -> None:
     assert (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.02, 0.7)
 
 
+def test_three_steps_of_timesformers_sgd_are_those_of_its_formulas() -> None:
+    """Nesterov's momentum, and decay of all parameters but BatchNorms, as in TimeSformer's public code."""
+    model = tiny(embed="stem", distill_token=True)
+    config = TrainConfig(nesterov=True, decay="all", lr=0.1, momentum=0.9, weight_decay=0.3)
+    made = make_optimizer(model.named_parameters(), config)
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    momenta = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step in range(3):
+        gradients = {name: torch.randn_like(value).float() for name, value in expected.items()}
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+        made.step()
+        for name, value in expected.items():
+            slope = gradients[name].double() + (0.0 if "bn" in name else 0.3) * value
+            momenta[name] = slope if step == 0 else 0.9 * momenta[name] + slope
+            expected[name] = value - 0.1 * (slope + 0.9 * momenta[name])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], atol=1e-5, rtol=1e-5, msg=name)
+    assert {name.split(".")[-2] for name in expected if "bn" in name} == {"bn1", "bn2", "bn3"}
+    assert all(decays(name, p, "all") for name, p in tiny().named_parameters())
+
+
 def test_step_schedule_falls_exactly_at_its_milestones() -> None:
     config = TrainConfig(schedule="step", lr=1.0, gamma=0.1, milestones=(2, 3.5), epochs=5)
     found = rates(config, per_epoch=10, steps=50)

@@ -1,15 +1,21 @@
-"""The throughput of a run: what the meter measures, and when it warns that loading does not keep up."""
+"""What may change on resume; the throughput of a run, and when it warns that loading does not keep up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from videoadapt.config.sections import DataConfig, LossConfig, ModelConfig, Section, TrainConfig
 from videoadapt.data.clips.loader import Batch
+from videoadapt.errors import CheckpointError
+from videoadapt.model.checkpoint import require_same
 from videoadapt.runtime.machine import CpuLimit
 from videoadapt.training import throughput as throughput_module
+from videoadapt.training.state import RESUME_FREELY
 from videoadapt.training.throughput import Throughput, ThroughputMeter
 
 SLURM = CpuLimit(4, "SLURM_CPUS_PER_TASK")
@@ -38,6 +44,26 @@ def test_on_a_cpu_the_warning_does_not_advise_more_workers() -> None:
     assert "Training and reading share 4 CPUs (SLURM_CPUS_PER_TASK)" in text
     assert "workers would suffice" not in text
     assert "resize_videos" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "key", "value"),
+    [
+        ("train", TrainConfig, "nesterov", True),
+        ("train", TrainConfig, "decay", "all"),
+        ("model", ModelConfig, "drop_path_unit", "sequence"),
+        ("data", DataConfig, "antialias", False),
+        ("loss", LossConfig, "dense_lengths", "longest"),
+    ],
+)
+def test_a_setting_that_changes_training_may_not_change_on_resume(
+    name: str, kind: type[Section], key: str, value: Any
+) -> None:
+    older: dict[str, Any] = {}  # a checkpoint from before the key existed, which trained with its default
+    changed = kind(**{key: value})
+    with pytest.raises(CheckpointError, match=rf"{name}\.{key} is .* in the checkpoint"):
+        require_same(Path("old"), changed, older, name, free=RESUME_FREELY[name])
+    require_same(Path("old"), kind(), older, name, free=RESUME_FREELY[name])
 
 
 class Time:

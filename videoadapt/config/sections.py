@@ -23,6 +23,7 @@ from videoadapt.errors import ConfigError
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]  # below 1: at 1, momentum, EMA or dropout would keep nothing
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Average = Literal["probabilities", "logits"]
 
 # timm's text form. `inc1` is required: its magnitudes all grow in strength, as in DeiT's and LV-ViT's recipes.
 _RAND_AUGMENT = r"^rand(-(m\d+|n\d+|(p|mstd)\d+(\.\d+)?))*-inc1$"
@@ -84,6 +85,7 @@ class DataConfig(Section):
     short_side: tuple[int, int] | None = None
     crop_area: tuple[Positive, Positive] | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # method of resizing before a crop
+    antialias: bool = True  # smooth before making frames smaller, as Pillow does; TimeSformer's code does not
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # probability of a horizontal flip
     rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # as in timm: rand-m9-mstd0.5-inc1
     color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # strength for brightness, contrast and saturation
@@ -137,6 +139,9 @@ class ModelConfig(Section):
     residual_scale: Positive = 1.0  # factor of attention and MLP outputs before they are added; LV-ViT: 0.5
     norm_eps: Positive = 1e-6
     drop_path: Fraction = 0.0  # probability in the last block, rising linearly from 0 in the first
+    # One draw of drop path in attention is for a whole clip, or for each sequence of the call (TimeSformer's code): a
+    # position in temporal attention, a frame in spatial attention.
+    drop_path_unit: Literal["clip", "sequence"] = "clip"
     init_std: Positive = 0.02  # standard deviation of new linear layers and embeddings
     time_init_std: Annotated[float, Field(ge=0.0)] = 0.0  # TimeSformer starts its time embedding at zero
 
@@ -211,6 +216,8 @@ class LossConfig(Section):
     dropped: Literal["kl", "ce"] = "kl"  # points with keep < 1 learn from their length at keep 1, or from the labels
     label_smoothing: Fraction = 0.0
     dense_weight: Annotated[float, Field(ge=0.0)] = 0.5  # weight of the loss of the head on patches (model.dense_head)
+    # Lengths whose patches have this loss, at keep 1: all, or the longest alone (SuperViT's code).
+    dense_lengths: Literal["all", "longest"] = "all"
     map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # weight of the label map in the target of the class token
 
 
@@ -225,8 +232,11 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "sgd"] = "sgd"
     lr: Positive = 0.005
     momentum: Fraction = 0.9
+    nesterov: bool = False  # Nesterov's momentum; only for sgd, with momentum above 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    # Parameters that decay: matrices and kernels alone, or all but the BatchNorms of stems (TimeSformer's code).
+    decay: Literal["matrices", "all"] = "matrices"
     schedule: Literal["cosine", "step"] = "step"
     milestones: tuple[Positive, ...] = (11, 14)  # epochs, for `step`
     gamma: Positive = 0.1  # factor of the learning rate at each milestone
@@ -244,6 +254,11 @@ class TrainConfig(Section):
     def _check_schedule_and_batch(self) -> TrainConfig:
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"train.warmup_epochs: {self.warmup_epochs:g} is more than train.epochs {self.epochs}")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0.0):
+            raise ConfigError(
+                f"train.nesterov: needs train.optimizer=sgd and train.momentum above 0, got {self.optimizer} and "
+                f"{self.momentum:g}; set train.nesterov=false"
+            )
         if self.min_lr > self.lr:
             raise ConfigError(f"train.min_lr: {self.min_lr:g} is above train.lr {self.lr:g}")
         if self.batch % self.accumulate:
@@ -289,10 +304,16 @@ class AssignConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """The views of a video, the policies, and the measurement of speed. Kinetics: 1 clip x 3 crops."""
+    """The views of a video, the policies, and the measurement of speed. Kinetics: 1 clip x 3 crops.
+
+    `label` and `predict` use the same views and the same mean.
+    """
 
     temporal_views: Count = 1  # clips of a video
+    single_clip: Literal["centre", "start"] = "centre"  # place of the clip if temporal_views is 1; start = frame 0
     spatial_crops: Count = 3  # crops of a clip
+    crop_offset: Literal["round", "ceil"] = "round"  # a crop between two pixels: the even one, or the next one
+    average: Average = "probabilities"  # mean over the views of a video; logits = softmax of their mean
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of the crop / short side of the resized frame
     batch: Count = 16  # views of a forward pass
     failed: Literal["wrong", "exclude"] = "wrong"  # a video that cannot be read counts as wrong, or not at all

@@ -63,7 +63,8 @@ class Block(nn.Module):
 
     Args:
         config: The model's section of the config.
-        drop_path: Probability that a clip skips a residual branch in training (stochastic depth).
+        drop_path: Probability that a residual branch is skipped in training (stochastic depth). The MLP branch is
+            skipped by a whole clip, the branches of attention by a clip or a sequence (`config.drop_path_unit`).
     """
 
     def __init__(self, config: ModelConfig, *, drop_path: float) -> None:
@@ -91,7 +92,8 @@ class Block(nn.Module):
         self.norm2 = norm()
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.scale2 = scale()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()  # one draw per index of dimension 0
+        self.drops_sequences = config.drop_path_unit == "sequence"
         self.residual_scale = config.residual_scale
 
     def forward(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -117,9 +119,11 @@ class Block(nn.Module):
         """Computes the temporal branch: each position attends to the same position in all frames (eq. 11)."""
         positions = patches.shape[2]
         x = rearrange(self.temporal_norm(patches, length), "b t n d -> (b n) t d")  # (B N, T, D)
-        x = self.temporal_fc(self.temporal_attn(x))
-        x = rearrange(x, "(b n) t d -> b t n d", n=positions)  # (B, T, N, D): drop_path drops whole clips
-        return self.drop_path(self.temporal_scale(x))
+        x = self.temporal_attn(x)
+        if self.drops_sequences:  # a dropped position still gets the bias of `temporal_fc`, as in TimeSformer's code
+            x = self.drop_path(x)
+        x = self.temporal_scale(rearrange(self.temporal_fc(x), "(b n) t d -> b t n d", n=positions))  # (B, T, N, D)
+        return x if self.drops_sequences else self.drop_path(x)
 
     def _attend_within_frames(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
         """Adds the spatial branch: the tokens of a frame and a copy of the prefix attend to each other (eq. 6 to 8)."""
@@ -128,7 +132,11 @@ class Block(nn.Module):
         x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")  # (F, P + N, D), F = B T
         drops = kept < patches.shape[2]
         x, scores = self.attn.with_class_attention(x) if drops else (self.attn(x), None)
-        x = self.drop_path(self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames)))  # (B, T, P + N, D)
+        if self.drops_sequences:
+            x = self.drop_path(x)
+        x = self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames))  # (B, T, P + N, D)
+        if not self.drops_sequences:
+            x = self.drop_path(x)
         # The block returns one prefix per clip: the mean of its copies over the frames.
         prefix, patches = self._add(prefix, x[:, :, :count].mean(1)), self._add(patches, x[:, :, count:])
         if scores is not None:

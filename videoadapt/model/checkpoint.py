@@ -29,7 +29,7 @@ from videoadapt.runtime.files import replacing
 KEY = "videoadapt"  # key of our JSON in the safetensors header; other programs use other keys
 VERSION = 1  # version of the format; a file of another version is refused
 Guard = Callable[[], AbstractContextManager[None]]  # see `Checkpoints.guard`
-NO_EFFECT_ONCE_TRAINED = ("drop_path", "init_std", "time_init_std")  # fields of ModelConfig
+NO_EFFECT_ONCE_TRAINED = ("drop_path", "drop_path_unit", "init_std", "time_init_std")  # fields of ModelConfig
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Targets(NamedTuple):
     """The targets of the heads at one point. If `swap` is set, they belong to the clips after the swap."""
 
     cls: Tensor  # targets of the class head, (B, classes)
-    dense: Tensor | None  # targets of the head on patches, (B, T * N, classes); None without the head or with dropping
+    dense: Tensor | None  # targets of the head on patches, (B, T * N, classes); None at points without its loss
     swap: tuple[Tensor, Tensor] | None  # tokens to mix between clips; an argument of `TimeSformer.forward`
 
 
@@ -139,9 +139,15 @@ def make_targets(point: Point, truth: Tensor, batch: Batch, config: Config, *, s
         # The class target is mixed by the fraction of swapped tokens.
         cls = torch.lerp(cls, cls[partners], taken.float().mean(1, keepdim=True))
         dense = torch.where(taken[..., None], dense[partners], dense)  # (B, N, classes)
-    if config.model.dense_head is None or point.keep < 1.0:
+    if not _has_dense_loss(point, config):
         return Targets(cls, None, swap)
     return Targets(cls, dense.repeat(1, config.model.num_frames, 1), swap)  # (B, N, ...) to (B, T * N, ...)
+
+
+def _has_dense_loss(point: Point, config: Config) -> bool:
+    """Returns whether the patches of a point have labels: with dropped patches they have none."""
+    taught = config.loss.dense_lengths == "all" or point.length == config.model.lengths[0]
+    return config.model.dense_head is not None and point.keep == 1.0 and taught
 
 
 def _unswapped_targets(length: int, truth: Tensor, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""Optimizers of torch and schedules of timm. Weight decay as in TimeSformer and DeiT: matrices and kernels only."""
+"""Optimizers of torch and schedules of timm. Weight decay as in DeiT (matrices only) or as in TimeSformer's code."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
@@ -16,8 +17,17 @@ from videoadapt.config.sections import TrainConfig
 NO_DECAY = ("cls_token", "dist_token", "pos_embed", "time_embed", "scale")
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Returns whether weight decay applies: to matrices and kernels, not to norms, biases, tokens and positions."""
+def decays(name: str, parameter: nn.Parameter, scope: Literal["matrices", "all"] = "matrices") -> bool:
+    """Returns whether weight decay applies to a parameter.
+
+    Args:
+        name: The parameter's name.
+        parameter: The parameter.
+        scope: `matrices`: matrices and kernels, not norms, biases, tokens and positions (DeiT). `all`: everything whose
+            name lacks "bn" (TimeSformer's code); in our models only the BatchNorms of stems have such names.
+    """
+    if scope == "all":
+        return "bn" not in name
     # One dimension: biases and the affine of norms.
     return parameter.ndim > 1 and not any(part.startswith(NO_DECAY) for part in name.split("."))
 
@@ -31,12 +41,12 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
     """
     named = list(named)  # iterated twice
     groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if decays(n, p, config.decay)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p, config.decay)], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def make_schedule(
