@@ -52,6 +52,7 @@ def config_of(folder: Path, folder_of_run: Path, **sections: dict[str, Any]) -> 
         "model": {"size": SIZE, "points": [2], "num_classes": 3, "num_frames": 4, "stride_frames": 3, "fps": None},
         "train": {"batch": 4, "accumulate": 2},
         "assign": {"frames": 2, "size": 16},
+        "evaluate": {},
     }
     return make_config({name: values | sections.get(name, {}) for name, values in defaults.items()})
 
@@ -261,6 +262,18 @@ def test_a_stream_keeps_the_order_of_its_rows_including_failures(folder: Path, t
     assert first.views.shape == (2, 3, 3, 4, SIZE, SIZE)
     assert first.thumbnails.shape == (2, 3, 2, 16, 16)
     assert list(stream(dataset, [])) == []
+
+
+def test_a_single_clip_is_in_the_centre_or_starts_at_frame_0(folder: Path, tmp_path: Path, manifest: Manifest) -> None:
+    """TimeSformer's public code starts the only clip at frame 0: delta * 0 / 1."""
+    for place, start_s in (("start", 0.0), ("centre", (23 - 12) / 2 / 30)):
+        config = config_of(folder, tmp_path, evaluate={"single_clip": place})
+        found = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1)[3]  # 23 frames, a clip spans 12
+        assert isinstance(found, VideoViews)
+        assert found.starts_s == pytest.approx([start_s])
+        several = EvalVideos(manifest, config, temporal_views=2, spatial_crops=1)[3]
+        assert isinstance(several, VideoViews)
+        assert several.starts_s == pytest.approx([0.0, (23 - 12) / 2 / 30])
 
 
 def test_views_and_thumbnails_are_the_same_alone_and_together(config: Config, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,34 @@ def test_a_video_is_the_mean_of_its_views(alone: tuple[Config, dict]) -> None:
     }
     assert len(truths) > 5  # noqa: PLR2004
     np.testing.assert_allclose(list(truths.values()), mean[list(truths)], atol=1e-9)
+
+
+def test_logits_of_all_views_can_be_averaged(alone: tuple[Config, dict], tmp_path: Path) -> None:
+    """TimeSformer's public code adds the logits of all views of a video."""
+    shutil.copytree(alone[0].run.dir, tmp_path / "run")
+    changed = {"run": {"dir": tmp_path / "run"}, "evaluate": {"average": "logits"}}
+    config = alone[0].model_copy(
+        update={name: getattr(alone[0], name).model_copy(update=values) for name, values in changed.items()}
+    )
+    sums: dict[int, np.ndarray] = {}
+    for shard in sorted((tmp_path / "run").glob("scores/evaluate-*/part-*.npz")):
+        with np.load(shard) as stored:
+            arrays = dict(stored)
+        # The views of an untrained model hardly differ.
+        arrays["logits"] = np.random.default_rng(0).normal(0, 3, arrays["logits"].shape).astype(np.float32)
+        np.savez(shard.open("wb"), **arrays)
+        for row, views in zip(arrays["rows"].tolist(), arrays["logits"], strict=True):  # (crops, points, classes)
+            sums[row] = sums.get(row, 0) + views[:, 0].astype(np.float64).sum(0)
+    found = evaluate(config)  # reads no video, since all logits are stored
+    assert (found["average"], alone[1]["average"]) == ("logits", "probabilities")
+    names = load_or_index(config)["video"]
+    videos = table(config, "videos")
+    videos = videos[videos["policy"] == "fixed:8"].set_index("video")
+    for row, total in sums.items():
+        expected = np.exp(total / 6) / np.exp(total / 6).sum()  # 2 clips x 3 crops
+        assert videos.loc[names[row], "best"].tolist() == np.argsort(-total)[:5].tolist()
+        np.testing.assert_allclose(videos.loc[names[row], "p_best"], np.sort(expected)[::-1][:5], atol=1e-9)
+    assert len(sums) == 69  # noqa: PLR2004
 
 
 def test_the_class_table_follows_from_the_videos(alone: tuple[Config, dict]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,6 +186,29 @@ def test_a_clip_without_a_usable_answer_runs_the_whole_cascade(run: Config, answ
     )
     assert lost.points == ("4",)
     assert lost.macs == 3 * sum(macs.values())  # three crops is the default
+
+
+@pytest.mark.parametrize(("average", "points"), [("probabilities", ("4",)), ("logits", ("2",))])
+def test_the_average_of_views_decides_confidence_and_probabilities(
+    run: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, average: Any, points: tuple[str, ...]
+) -> None:
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, 16:] = 255  # two crops: one black, one white
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    logits = np.array([[4.0, 0.0], [-1.5, 0.0]])  # of the black and the white crop
+
+    def forward(model: va.TimeSformer, views: Tensor, point: str) -> Tensor:  # noqa: ARG001 - as TimeSformer.forward
+        return torch.from_numpy(logits[(views.flatten(1).mean(1) > 0).int().numpy()])
+
+    monkeypatch.setattr(va.TimeSformer, "forward", forward)
+    evaluate = run.evaluate.model_copy(update={"average": average})
+    [found] = predict(load_model(run.run.dir), [tmp_path / "a.png"], "cascade:2,4:0.7", evaluate=evaluate)
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    mean_of_probabilities = (odds / odds.sum(1, keepdims=True)).mean(0)  # 0.58 of the first class
+    of_mean_logits = np.exp(logits.mean(0)) / np.exp(logits.mean(0)).sum()  # 0.78: the cascade ends at its first point
+    expected = of_mean_logits if average == "logits" else mean_of_probabilities
+    assert found.points == points
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
 
 
 def test_clips_pay_for_their_assigner_once_and_for_every_crop(run: Config, answers: np.ndarray) -> None:

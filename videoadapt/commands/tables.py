@@ -156,6 +156,10 @@ def print_evaluate(summary: Summary) -> None:
     )
     clips, crops = _count(summary["temporal_views"], "clip"), _count(summary["spatial_crops"], "crop")
     title = f"{summary['listed']} videos listed, {summary['scored']} read; {clips} x {crops} per video"
+    if summary["temporal_views"] == 1 and summary["single_clip"] == "start":
+        title += " from frame 0"
+    if summary["average"] == "logits":
+        title += ", logits averaged"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
     say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")

@@ -65,6 +65,8 @@ class EvaluationSummary:
     temporal_views: int
     spatial_crops: int
     views_per_video: int
+    single_clip: str  # place of the clip, if there is one: `centre` or `start`
+    average: str  # mean over views: `probabilities` or `logits`
     macs_per_view: dict[str, int]  # MACs of the model, by point
     assigner_macs: int | None  # MACs for one clip; None without an assigner
     policies: dict[str, PolicyRow]
@@ -175,6 +177,8 @@ def _summary(
         temporal_views=evaluated.temporal_views,
         spatial_crops=evaluated.spatial_crops,
         views_per_video=evaluated.temporal_views * evaluated.spatial_crops,
+        single_clip=evaluated.single_clip,
+        average=evaluated.average,
         macs_per_view=point_macs(config.model),
         assigner_macs=assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
         policies=policy_rows(outcomes, population, speeds, config),
@@ -259,6 +263,7 @@ def _speeds(
                     batch=config.evaluate.batch,
                     thumbnails=thumbnails,
                     right=scores.right[drawn],
+                    average=config.evaluate.average,
                 )
                 seconds[outcome.policy.name].append(time.perf_counter() - start)
                 bar.step(1, outcome.policy.name)

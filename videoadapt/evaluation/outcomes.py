@@ -13,8 +13,9 @@ from pyarrow import parquet
 
 from videoadapt.config.cascade import Measure
 from videoadapt.config.load import Config
+from videoadapt.config.sections import Average
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
-from videoadapt.routing.label_rules import Bools, Choice, Floats, softmax
+from videoadapt.routing.label_rules import Bools, Choice, Floats, mean_of_views, probabilities_of_mean, softmax
 from videoadapt.routing.policy import Evidence, Policy, mix_of
 from videoadapt.routing.router import clip_macs, decide
 from videoadapt.routing.scores import Scored, Scores
@@ -152,7 +153,7 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
 
     # The same `decide` as on the model, so that an evaluation and a prediction route clips alike.
     choices = [decide(policy, evidence, stored) for policy in policies]
-    best = _best_of_videos(scores, choices)
+    best = _best_of_videos(scores, choices, config.evaluate.average)
     outcomes = []
     for policy, choice, (classes, probabilities) in zip(policies, choices, best, strict=True):
         macs, assigner = clip_macs(policy, choice, config.model, crops=config.evaluate.spatial_crops)
@@ -160,30 +161,40 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
     return outcomes
 
 
-def _best_of_videos(scores: Scores, choices: list[Choice]) -> list[tuple[Choice, Floats]]:
+def _best_of_videos(scores: Scores, choices: list[Choice], average: Average) -> list[tuple[Choice, Floats]]:
     """Returns, by policy, the best classes of each video and their probabilities, both `(videos, k)`."""
     found: list[list[tuple[Choice, Floats]]] = [[] for _ in choices]
     first = 0  # position of the shard's first clip among all clips
     for shard in scores.shards():  # read once for all policies; a shard holds whole videos
-        probabilities = shard.probabilities()  # (clips, points, classes)
+        means = mean_of_views(shard.logits, 1, average)  # over crops, (clips, points, classes)
         clips = np.arange(len(shard.rows))
         for parts, choice in zip(found, choices, strict=True):
-            parts.append(_best(probabilities[clips, choice[first + clips]], shard.rows))
+            parts.append(_best(means[clips, choice[first + clips]], shard.rows, average))
         first += len(clips)
     return [
         (np.concatenate(classes), np.concatenate(p)) for classes, p in (zip(*parts, strict=True) for parts in found)
     ]
 
 
-def _best(probabilities: Floats, rows: Choice) -> tuple[Choice, Floats]:
-    """Returns the best classes of each video and their probabilities, from clip probabilities `(clips, classes)`."""
+def _best(clips: Floats, rows: Choice, average: Average) -> tuple[Choice, Floats]:
+    """Returns the best classes of each video and their probabilities.
+
+    Args:
+        clips: Mean of each clip over its crops, `(clips, classes)`; see `mean_of_views`.
+        rows: Manifest row of each clip's video, `(clips,)`.
+        average: What `clips` are means of.
+
+    Returns:
+        Both `(videos, k)`.
+    """
     _, video, counts = np.unique(rows, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(counts), probabilities.shape[1]))
-    np.add.at(sums, video, probabilities)  # unlike `sums[video] +=`, adds every clip of a video
-    means = sums / counts[:, None]  # (videos, classes)
+    sums = np.zeros((len(counts), clips.shape[1]))
+    np.add.at(sums, video, clips)  # unlike `sums[video] +=`, adds every clip of a video
+    # All clips have the same number of crops, so this is the mean over all views: (videos, classes).
+    probabilities = probabilities_of_mean(sums / counts[:, None], average)
     # A stable sort gives equal probabilities the order of the classes, on every machine.
-    best = np.argsort(-means, axis=1, kind="stable")[:, :TOP]
-    return best, np.take_along_axis(means, best, axis=1)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+    return best, np.take_along_axis(probabilities, best, axis=1)
 
 
 def policy_rows(

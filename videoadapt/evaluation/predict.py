@@ -14,7 +14,7 @@ from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.label_rules import softmax
+from videoadapt.routing.label_rules import average_views
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
 from videoadapt.routing.router import clip_macs, route
 from videoadapt.routing.scores import inference_model
@@ -104,8 +104,9 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
         thumbnails=policy.assigner is not None,
     )
     # `views` are (clips, crops, C, T, S, S), `thumbnails` are (clips, C, A, s, s).
-    routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails)
-    probabilities = softmax(routed.logits).mean((0, 1))  # (clips, crops, classes) to (classes,)
+    average = config.evaluate.average
+    routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails, average=average)
+    probabilities = average_views(routed.logits, (0, 1), average)  # (clips, crops, classes) to (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
     # A model that was built in Python may have no class names.
     names = model.class_names or tuple(str(i) for i in range(len(probabilities)))

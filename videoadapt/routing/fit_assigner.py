@@ -186,7 +186,14 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
     dataset = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1, views=False)
     shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
     # Whatever changes a thumbnail is in the file's name.
-    key = [manifest.hash, rows.tolist(), shape, config.data.reader, config.model.model_dump(mode="json")]
+    key = [
+        manifest.hash,
+        rows.tolist(),
+        shape,
+        config.data.reader,
+        config.evaluate.single_clip,
+        config.model.model_dump(mode="json"),
+    ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = config.run.dir / "assigner" / f"thumbnails-{digest}.npy"
     progress = path.with_suffix(".json")

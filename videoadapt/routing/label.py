@@ -91,9 +91,9 @@ def _score(manifest: Manifest, config: Config) -> Scores | None:
 
 def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[str, pd.DataFrame], LabelSummary]:
     """Returns the tables by name, and the summary."""
-    points, names = config.model.points, manifest["video"]
+    points, names, average = config.model.points, manifest["video"], config.evaluate.average
     table = pd.concat(  # one shard at a time, so that the logits of all clips are never in memory together
-        outcome_table(names[shard.rows].tolist(), shard.clips, shard.truth, shard.probabilities(), points)
+        outcome_table(names[shard.rows].tolist(), shard.clips, shard.truth, shard.probabilities(average), points)
         for shard in scores.shards()
     )
     clips, right = right_matrix(table, points, source=config.label.source)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from videoadapt.config.cascade import MEASURES, Measure
+from videoadapt.config.sections import Average
 from videoadapt.errors import UserError
 
 Floats = npt.NDArray[np.floating]
@@ -29,6 +30,29 @@ def softmax(logits: Floats) -> Floats:
     """Returns probabilities over the last axis, in float64 and in the shape of `logits`."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))  # no overflow: the largest is exp(0)
     return shifted / shifted.sum(-1, keepdims=True)
+
+
+def average_views(logits: Floats, axis: int | tuple[int, ...], average: Average) -> Floats:
+    """Returns the probabilities of several views together, in float64.
+
+    Args:
+        logits: Logits of each view, `(..., classes)`.
+        axis: The axis, or axes, of the views; they are removed.
+        average: `probabilities`: the mean of the views' probabilities. `logits`: the softmax of their mean logits, as
+            in TimeSformer's code.
+    """
+    return probabilities_of_mean(mean_of_views(logits, axis, average), average)
+
+
+def mean_of_views(logits: Floats, axis: int | tuple[int, ...], average: Average) -> Floats:
+    """Returns the mean of some views, of probabilities or of logits; `probabilities_of_mean` makes it probabilities."""
+    means: Floats = (logits.astype(np.float64) if average == "logits" else softmax(logits)).mean(axis)
+    return means
+
+
+def probabilities_of_mean(means: Floats, average: Average) -> Floats:
+    """Returns the probabilities `(..., classes)` of a mean of views; see `mean_of_views`."""
+    return softmax(means) if average == "logits" else means
 
 
 def confidence(probabilities: Floats, measure: Measure) -> Floats:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.cost import point_macs
-from videoadapt.config.sections import ModelConfig
+from videoadapt.config.sections import Average, ModelConfig
 from videoadapt.data.clips.views import normalise
 from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_macs
-from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, softmax
+from videoadapt.routing.label_rules import Bools, Choice, Floats, average_views, confidences
 from videoadapt.routing.policy import NO_POINT, Evidence, Policy
 
 # Runs some clips (row numbers) at one point (its number) and returns their confidences by measure, `(rows,)`
@@ -114,7 +114,7 @@ class Routed:
     logits: Floats
 
 
-def route(
+def route(  # noqa: PLR0913 - settings, by name
     model: TimeSformer,
     views: Tensor,
     policy: Policy,
@@ -122,6 +122,7 @@ def route(
     batch: int,
     thumbnails: Tensor | None = None,
     right: Bools | None = None,
+    average: Average = "probabilities",
 ) -> Routed:
     """Runs each clip at the points that the policy chooses; clips of one point share batches.
 
@@ -132,6 +133,7 @@ def route(
         batch: Views of a forward pass. The results are the same as if each clip ran alone.
         thumbnails: uint8 `(clips, C, A, s, s)`, for a policy with an assigner.
         right: `(clips, points)`, for a policy that needs the truth.
+        average: How the crops of a clip are averaged, for a policy that needs its confidence.
 
     Returns:
         The points and float32 logits of the clips, in the order of `views`.
@@ -153,19 +155,18 @@ def route(
         view_scores = view_logits(model, flat, model.config.points[number], batch=batch)
         # A later point of a clip overwrites the logits of an earlier one, so the logits of its last point remain.
         logits[rows] = view_scores.unflatten(0, (len(rows), crops)).numpy()  # (rows, crops, classes)
-        return confidences(clip_probabilities(logits[rows])) if "confidence" in policy.needs else {}
+        return confidences(clip_probabilities(logits[rows], average)) if "confidence" in policy.needs else {}
 
     choice = decide(policy, Evidence(clips, model.config.points, assigned, right), run)
     return Routed(choice, logits)
 
 
-def clip_probabilities(logits: Floats) -> Floats:
-    """Returns the mean over crops of the probabilities: `(clips, crops, ..., classes)` to `(clips, ..., classes)`.
+def clip_probabilities(logits: Floats, average: Average) -> Floats:
+    """Returns the probabilities of clips: `(clips, crops, ..., classes)` to `(clips, ..., classes)`.
 
     In float64. Stored and fresh logits both pass through here, so that equal logits give equal confidences.
     """
-    means: Floats = softmax(logits).mean(1)
-    return means
+    return average_views(logits, 1, average)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ import torch
 
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.load import Config
+from videoadapt.config.sections import Average
 from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
@@ -61,9 +62,9 @@ class Scored:
     truth: Ints
     logits: Floats
 
-    def probabilities(self) -> Floats:
-        """Returns the mean over the crops of each clip, `(n, points, classes)`."""
-        return clip_probabilities(self.logits)
+    def probabilities(self, average: Average) -> Floats:
+        """Returns the probabilities of each clip, averaged over its crops, `(n, points, classes)`."""
+        return clip_probabilities(self.logits, average)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Scores:
         clips: Number of each clip within its video, `(n,)`.
         starts_s: Start of each clip in seconds, `(n,)`.
         truth: Class number of each clip's video, `(n,)`.
-        right: Whether the model is right on each clip at each point, by the mean over crops, `(n, points)`.
+        right: Whether the model is right on each clip at each point, by the average over crops, `(n, points)`.
         confidence: The model's confidence at each point, by measure, `(n, points)`.
         assigned: The assigner's probabilities, `(n, points)`; None without an assigner.
         failures: The videos that could not be read.
@@ -159,6 +160,7 @@ def score(
         files_digest(manifest, rows),
         list(map(int, rows)),
         [temporal_views, config.evaluate.spatial_crops, config.evaluate.crop_pct, config.data.interpolation],
+        [config.evaluate.single_clip, config.evaluate.crop_offset, config.data.antialias],
         [config.data.reader, str(model.head.weight.dtype)],
         [weights, weights_digest(assigner) if assigner else None],
     ]
@@ -170,7 +172,7 @@ def score(
     stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
     if any_requested(stopped):  # all ranks stop together: one that goes on would wait for shards that never come
         stopped.stop()
-    return None if config.parallel.shard else _load(files, weights)
+    return None if config.parallel.shard else _load(files, weights, config.evaluate.average)
 
 
 def _score_shards(
@@ -296,7 +298,7 @@ def _scored(arrays: Arrays) -> Scored:
     return Scored(arrays["rows"], arrays["clips"], arrays["truth"], arrays["logits"])
 
 
-def _load(files: Sequence[Path], weights: str) -> Scores:
+def _load(files: Sequence[Path], weights: str, average: Average) -> Scores:
     """Returns the scores of all shards without their logits."""
     kept: dict[str, list[npt.NDArray[Any]]] = {}
     failures: list[Failure] = []
@@ -304,7 +306,7 @@ def _load(files: Sequence[Path], weights: str) -> Scores:
         arrays = _read(wait_for_file(file))  # a network file system may show another rank's file late
         failures += _failures(arrays)
         if "rows" in arrays:
-            probabilities = _scored(arrays).probabilities()
+            probabilities = _scored(arrays).probabilities(average)
             arrays["right"] = probabilities.argmax(-1) == arrays["truth"][:, None]  # (clips, points)
             for measure, values in confidences(probabilities).items():
                 arrays[measure] = values

@@ -1,7 +1,7 @@
 """Training augmentation: random crops on the CPU (uint8), mixup, cutmix and MixToken on the device.
 
-timm provides RandAugment, random erasing and random resized crops. Resizing is antialiased. It is skipped if the
-size already fits. Every random draw has a seed, so that it does not depend on the number of workers or ranks.
+timm provides RandAugment, random erasing and random resized crops. Resizing is skipped if the size already fits.
+Every random draw has a seed, so that it does not depend on the number of workers or ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from videoadapt.config.sections import DataConfig, ModelConfig
-from videoadapt.data.clips.views import to_cthw, to_tchw
+from videoadapt.data.clips.views import resize, to_cthw, to_tchw
 from videoadapt.runtime.seeds import seed_of, seeded
 
 # Left, top, right and bottom of a crop, as fractions of the frame.
@@ -69,10 +69,9 @@ def augment(frames: np.ndarray, data: DataConfig, model: ModelConfig, *, seed: i
 
 def _random_crop(images: Tensor, data: DataConfig, size: int, draw: random.Random) -> tuple[Tensor, Box]:
     """Cuts a random square: (T, C, H, W) -> (T, C, size, size). Also returns its position."""
-    mode = InterpolationMode(data.interpolation)
     if data.crop_area is None:
         low, high = data.short_side or (size, size)
-        images = F.resize(images, [draw.randint(low, high)], interpolation=mode, antialias=True)
+        images = resize(images, [draw.randint(low, high)], data.interpolation, antialias=data.antialias)
         top, left = (draw.randint(0, side - size) for side in images.shape[-2:])
         height = width = size
         square = images[..., top : top + size, left : left + size]  # (T, C, size, size)
@@ -81,7 +80,8 @@ def _random_crop(images: Tensor, data: DataConfig, size: int, draw: random.Rando
             top, left, height, width = RandomResizedCropAndInterpolation.get_params(
                 images, data.crop_area, _ASPECT_RATIOS
             )
-        square = F.resized_crop(images, top, left, height, width, [size, size], interpolation=mode, antialias=True)
+        part = F.crop(images, top, left, height, width)
+        square = resize(part, [size, size], data.interpolation, antialias=data.antialias)
     frame_height, frame_width = images.shape[-2:]
     box = (left / frame_width, top / frame_height, (left + width) / frame_width, (top + height) / frame_height)
     return square, box

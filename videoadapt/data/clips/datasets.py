@@ -122,7 +122,8 @@ class EvalVideos(Dataset[Any]):
     Args:
         manifest: The videos.
         config: Settings for the sampling of frames and the sizes of views and thumbnails.
-        temporal_views: Number of clips per video: 1 is the clip in the centre, more are spread as in TimeSformer.
+        temporal_views: Number of clips per video: 1 is the clip at `evaluate.single_clip`, more are spread as in
+            TimeSformer.
         spatial_crops: Number of crops per clip.
         views: Whether to make the views.
         thumbnails: Whether to make the thumbnails. Frames that no output needs are not decoded.
@@ -179,7 +180,9 @@ def read_views(  # noqa: PLR0913 - settings, by name
         VideoError: A frame cannot be decoded.
     """
     model, assign, data = config.model, config.assign, config.data
-    starts_s = _starts("centre" if temporal_views == 1 else "uniform", reader, config, temporal_views)
+    # The first of uniform clips starts at frame 0, so a single uniform clip does, too.
+    centred = temporal_views == 1 and config.evaluate.single_clip == "centre"
+    starts_s = _starts("centre" if centred else "uniform", reader, config, temporal_views)
     indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
     if not views:
         indices = indices[:, spread(model.num_frames, assign.frames)]  # (K, T) -> (K, A)
@@ -188,8 +191,15 @@ def read_views(  # noqa: PLR0913 - settings, by name
     frames = reader.frames(unique)  # (unique frames, H, W, C)
     clips = [frames[clip] for clip in inverse.reshape(indices.shape)]  # K times (T or A, H, W, C)
     crop_count, frames_kept = spatial_crops * views, assign.frames * thumbnails  # 0 where not requested
-    short_side = int(model.size / config.evaluate.crop_pct)
-    cut = partial(crops, size=model.size, count=crop_count, short_side=short_side, interpolation=data.interpolation)
+    cut = partial(
+        crops,
+        size=model.size,
+        count=crop_count,
+        short_side=int(model.size / config.evaluate.crop_pct),
+        interpolation=data.interpolation,
+        antialias=data.antialias,
+        offset=config.evaluate.crop_offset,
+    )
     return (
         torch.stack([cut(clip) for clip in clips]),  # (K, X, C, T, S, S)
         torch.stack([thumbnail(clip, frames_kept=frames_kept, size=assign.size) for clip in clips]),  # (K, C, A, s, s)

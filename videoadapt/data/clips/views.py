@@ -1,11 +1,13 @@
 """Evaluation views, thumbnails for the assigner, and normalising on the device.
 
-Resizing is antialiased. It is skipped where the size already fits.
+Resizing is skipped where the size already fits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +18,15 @@ from torchvision.transforms.v2 import functional as F
 from videoadapt.data.video.frame_sampling import spread
 
 
-def crops(
-    frames: np.ndarray, *, size: int, count: int, short_side: int | None = None, interpolation: str = "bilinear"
+def crops(  # noqa: PLR0913 - settings, by name
+    frames: np.ndarray,
+    *,
+    size: int,
+    count: int,
+    short_side: int | None = None,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+    offset: Literal["round", "ceil"] = "round",
 ) -> Tensor:
     """Cuts the spatial crops of an evaluation (TimeSformer: 3 crops).
 
@@ -30,21 +39,50 @@ def crops(
         count: Number of crops; 0 gives an empty tensor.
         short_side: The short side of the frames after resizing; None means `size`.
         interpolation: A value of torchvision's `InterpolationMode`.
+        antialias: See `resize`.
+        offset: The first pixel of a crop that lies between two pixels: the even one (`round`, as torchvision's centre
+            crop) or the next one (`ceil`, as TimeSformer's code).
 
     Returns:
         (count, 3, T, size, size) uint8.
     """
-    mode = InterpolationMode(interpolation)
-    images = F.resize(to_tchw(frames), [short_side or size], interpolation=mode, antialias=True)
+    images = resize(to_tchw(frames), [short_side or size], interpolation, antialias=antialias)
     height, width = images.shape[-2:]
     # Position of each crop on the long side: 0 = first pixel, 1 = last.
     fractions = [0.5] if count == 1 else np.linspace(0.0, 1.0, count).tolist()
     out = torch.empty((count, 3, len(frames), size, size), dtype=torch.uint8)
     for crop, fraction in zip(out, fractions, strict=True):
-        y = round((fraction if height > width else 0.5) * (height - size))
-        x = round((0.5 if height > width else fraction) * (width - size))
+        y = _to_pixel((fraction if height > width else 0.5) * (height - size), offset)
+        x = _to_pixel((0.5 if height > width else fraction) * (width - size), offset)
         crop.copy_(images[..., y : y + size, x : x + size].transpose(0, 1))  # (T, C, S, S) -> (C, T, S, S)
     return out
+
+
+def _to_pixel(position: float, offset: Literal["round", "ceil"]) -> int:
+    if offset == "round":
+        return round(position)  # of two pixels that are equally near, the even one
+    return math.ceil(round(position, 6))  # rounded first, because a third of 300 may give 100.000...01
+
+
+def resize(images: Tensor, size: Sequence[int], interpolation: str, *, antialias: bool) -> Tensor:
+    """Resizes images (T, C, H, W) uint8.
+
+    Args:
+        images: The images. They are returned unchanged if they have the size already.
+        size: Height and width, or the short side alone; the long side is then rounded down.
+        interpolation: A value of torchvision's `InterpolationMode`.
+        antialias: Smooth before making images smaller, as Pillow does. TimeSformer's code does not.
+
+    Returns:
+        The resized images, uint8.
+    """
+    mode = InterpolationMode(interpolation)
+    if antialias:
+        return F.resize(images, list(size), interpolation=mode, antialias=True)
+    # In float32, because torch's resize of uint8 is a whole grey level off without antialiasing. TimeSformer's code
+    # keeps the floats: its pixels differ from these by the rounding, half a grey level at most.
+    floats = F.resize(images.float(), list(size), interpolation=mode, antialias=False)
+    return floats.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots
 
 
 def thumbnail(frames: np.ndarray, *, frames_kept: int, size: int) -> Tensor:
