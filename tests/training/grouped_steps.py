@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from videoadapt.config.load import Config, load_config
+from videoadapt.config.load import Config, load_config, make_config
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.ranks import rank, rank0_then_all, ranks, world_size
-from videoadapt.training.ddp import share_statistics
+from videoadapt.training.ddp import share_statistics, sum_gradients
 from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
@@ -75,3 +75,15 @@ def save_trainings(folder: str) -> None:
         manifest = rank0_then_all(lambda: load_or_index(config))
         results = {(steps, str(dtype)): trained(config, manifest, steps, dtype) for steps, dtype in TRAININGS}
         torch.save(results, Path(folder) / f"rank{rank()}.pt")
+
+
+def leave_often(folder: str, times: int = 30) -> None:
+    """Joins the ranks, sums gradients and leaves, many times; each wrapped model outlives its process group."""
+    config = make_config({"run": {"dir": folder, "device": "cpu"}})
+    for _ in range(times):
+        with ranks(config):
+            wrapped = sum_gradients(torch.nn.Linear(2, 2))
+            for _ in range(2):
+                wrapped(torch.ones(1, 2)).sum().backward()
+            rank0_then_all(lambda: None)
+        del wrapped

@@ -91,6 +91,12 @@ def sequential(trained: Trainer) -> dict[Any, Any]:
     return trained(1, None)[0]
 
 
+@pytest.mark.slow
+def test_ranks_that_leave_a_process_group_never_hang(forked: ForkedRanks, tmp_path: Path) -> None:
+    """Without the reference that `runtime.ranks` keeps, a rank hangs within some ten times."""
+    forked.run(grouped_steps.leave_often, 2, tmp_path)
+
+
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 

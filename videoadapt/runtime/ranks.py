@@ -40,6 +40,11 @@ _FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attrib
 _STOP_SIGNALS = (None, signal.SIGINT, *JOB_SIGNALS)
 _rendezvous_numbers = itertools.count()  # a process that runs several stages needs new keys for each rendezvous
 
+# Every default process group of this process, never released. DistributedDataParallel outlives its group and would
+# release it while it holds the GIL: the group then waits for its gloo threads, and a thread that needs the GIL to free
+# a tensor never ends. The rank would hang after its last step, or at its exit (seen with torch 2.12).
+_process_groups: list[dist.ProcessGroup | None] = []
+
 
 class Collectives:
     """The default process group of torch.distributed, for the ranks of one rendezvous.
@@ -78,6 +83,7 @@ class Collectives:
             world_size=self._env.world,
             timeout=timedelta(seconds=timeout_s),
         )
+        _process_groups.append(dist.group.WORLD)
 
 
 @contextmanager
