@@ -24,6 +24,7 @@ from videoadapt.model.checkpoint import (
     load_model,
     load_tensors,
     require_same,
+    restore_optimizer,
     save_checkpoint,
     train_checkpoints,
 )
@@ -129,6 +130,54 @@ def test_a_file_with_too_many_bytes_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
         load_checkpoint(path, "train")
+
+
+@pytest.mark.parametrize("damage", ["bit", "page", "setting"])
+def test_damage_that_safetensors_reads_without_an_error_is_found(
+    tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    path = tmp_path / "step-00000020.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[-3] ^= 1
+    elif damage == "page":
+        content[-200:] = bytes(200)
+    else:
+        content[content.index(b"20,", 8)] ^= 1  # `"step": 20` becomes `"step": 30`
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step-00000020\.safetensors: damaged, .* differ from its checksum"):
+        load_checkpoint(path, "train")
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.meta["at"] == 10
+    assert found.tensors["model/w"].eq(10).all()
+    assert "checksum; name another one; going back to the checkpoint before it" in capfd.readouterr().err
+
+
+def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, "train", TENSORS, META)
+    content = path.read_bytes()
+    for number in range(0, 8 * len(content), 43):
+        changed = bytearray(content)
+        changed[number // 8] ^= 1 << number % 8
+        path.write_bytes(changed)
+        try:
+            found = load_checkpoint(path, "train")
+        except CheckpointError:
+            continue
+        assert same(found.tensors, TENSORS), number
+        assert found.meta.items() >= META.items(), number
+
+
+def test_a_checkpoint_of_an_older_version_is_loaded_with_a_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    header = {"videoadapt": json.dumps({"kind": "train", "version": 1, "step": 3})}
+    save_file({"model/w": torch.ones(2)}, tmp_path / "old.safetensors", metadata=header)
+    assert load_checkpoint(tmp_path / "old.safetensors", "train").meta["step"] == 3
+    assert "old.safetensors: was written without a checksum, by an older version" in capfd.readouterr().err
 
 
 class Bomb:
@@ -262,21 +311,35 @@ def test_a_folder_of_torn_checkpoints_is_an_error(tmp_path: Path) -> None:
         checkpoints.latest()
 
 
-def test_a_file_newer_than_last_is_ignored(tmp_path: Path) -> None:
+def test_a_file_newer_than_last_is_ignored_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     checkpoints = saved(tmp_path, 10, 20)
     (tmp_path / "last").write_text("step-00000010.safetensors")
     assert newest(checkpoints) == 10
+    assert "step-00000020.safetensors: not used, because" in capfd.readouterr().err
     checkpoints.save(15, {"model/w": torch.zeros(1)}, {})
     assert newest(checkpoints) == 15
 
 
-@pytest.mark.parametrize("last", [None, b"", b"\n", b"garbage", b"\xff\xfe\x00"])
-def test_without_a_readable_last_the_newest_file_is_loaded(tmp_path: Path, last: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "last", [None, b"", b"\n", b"garbage", b"\xff\xfe\x00", b"st", b"step-", b"step-00", b"step-00000020.safetens"]
+)
+def test_without_a_readable_last_the_newest_file_is_loaded(
+    tmp_path: Path, last: bytes | None, capfd: pytest.CaptureFixture[str]
+) -> None:
     checkpoints = saved(tmp_path, 10, 20)
     (tmp_path / "last").unlink()
     if last is not None:
         (tmp_path / "last").write_bytes(last)
     assert newest(checkpoints) == 20
+    said = "last: damaged; step-00000020.safetensors, the newest file, is used"
+    assert (said in capfd.readouterr().err) == (last is not None)  # without `last`, the first save was cut off
+
+
+def test_checkpoints_that_are_all_newer_than_last_are_refused_and_not_replaced(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10, 20)
+    (tmp_path / "last").write_text("step-00000009.safetensors")
+    with pytest.raises(CheckpointError, match=r"only newer checkpoints are there, such as step-00000010\.s.*delete .*"):
+        checkpoints.latest()
 
 
 # Writes that fail.
@@ -352,6 +415,40 @@ def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
     model, averaged = TimeSformer(TINY), TimeSformer(TINY)
     save_model(tmp_path, model, ema=averaged.state_dict())
     assert same(load_model(tmp_path).state_dict(), averaged.state_dict())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_without_a_finite_value_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    model, assigner = TimeSformer(TINY), Assigner(SMALL, 2)
+    with torch.no_grad():
+        model.head.weight[1, 2] = value
+        assigner.head.bias[0] = value
+    paths = save_model(tmp_path, model), save_assigner(tmp_path, assigner, 0.5)
+    expected = "1 of 24 values of head.weight are NaN or infinite", "1 of 2 values of head.bias are NaN or infinite"
+    for load, path, said in zip((load_model, load_assigner), paths, expected, strict=True):
+        for source in (tmp_path, path):
+            with pytest.raises(CheckpointError, match=f"{path}: {said}.*Move the file away to use"):
+                load(source)
+
+
+def test_settings_that_describe_no_model_are_refused(tmp_path: Path) -> None:
+    for number, meta in enumerate(({}, {"model": 3, "classes": []}, {"model": {"width": "x"}, "classes": []})):
+        save_checkpoint(tmp_path / str(number), "train", TENSORS, meta)
+        with pytest.raises(CheckpointError, match=f"{tmp_path / str(number)}: its settings describe no model"):
+            load_model(tmp_path / str(number))
+
+
+def test_an_optimizer_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    for name, value, said in (
+        ("bias/momentum_buffer", torch.tensor([1.0, float("nan"), 0.0]), "1 of 3 values of bias/momentum_buffer"),
+        ("bias/momentum_buffer", torch.zeros(4), "tensor optimizer/bias/momentum_buffer does not fit"),
+        ("scale/momentum_buffer", torch.zeros(3), "tensor optimizer/scale/momentum_buffer does not fit"),
+    ):
+        save_checkpoint(tmp_path / "a", "train", {f"optimizer/{name}": value}, {})
+        with pytest.raises(CheckpointError, match=said):
+            restore_optimizer(module, optimizer, load_checkpoint(tmp_path / "a", "train"))
 
 
 def test_another_architecture_is_refused_with_its_fields(tmp_path: Path) -> None:

@@ -14,7 +14,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from videoadapt.runtime.files import replacing, write_csv, write_json, write_parquet
+from videoadapt.errors import UserError
+from videoadapt.runtime.files import (
+    read_json,
+    read_parquet,
+    remove_abandoned,
+    replacing,
+    write_csv,
+    write_json,
+    write_parquet,
+)
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block(tmp_path: Path) -> None:
@@ -77,6 +86,28 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=60)
     assert found.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+    (abandoned,) = set(tmp_path.iterdir()) - {path}
+    with replacing(path) as written:  # of a process that runs: this one
+        assert remove_abandoned(tmp_path) == [abandoned]
+        written.write_text("new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_only_temporary_files_are_removed(tmp_path: Path) -> None:
+    old = [".last.abcd1234", ".step-00000010.safetensors.a_bcd123", ".train.json.abcd1234"]  # without `.tmp`
+    others = [".notes", ".config.yaml.download", ".gitignore", "a.abcd1234.tmp", ".nfs000000abcd", "step-1.safetensors"]
+    for name in [*old, *others]:
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in remove_abandoned(tmp_path)] == old
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+    assert remove_abandoned(tmp_path / "missing") == []
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match="No space left on device: '.*a.json'"), replacing(path):
+        raise OSError(28, "No space left on device")
 
 
 def test_json_is_atomic_and_nan_is_an_error(tmp_path: Path) -> None:
@@ -98,3 +129,62 @@ def test_tables_are_read_back_equal(tmp_path: Path) -> None:
     assert pd.read_parquet(tmp_path / "a.parquet").equals(frame)
     assert pd.read_csv(tmp_path / "a.csv").equals(frame)
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "a.parquet"]
+
+
+def test_damaged_json_is_an_error_with_file_and_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "label.json"
+    for content in (b"", b'{"model": "a', b"\xff\xfe", b"[1]", b"null", b"3", b"[" * 100_000, b'{"other": 1}'):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"label\.json: damaged.*; run `label` again$") as error:
+            read_json(path, "run `label` again", ["model"])
+        assert len(str(error.value)) < 1000
+    path.unlink()
+    with pytest.raises(UserError, match=r"label\.json: does not exist; run `label` again$"):
+        read_json(path, "run `label` again")
+    write_json(path, {"model": "a"})
+    assert read_json(path, "", ["model"]) == {"model": "a"}
+
+
+def test_every_flipped_bit_of_a_table_is_found_or_changes_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "outcomes.parquet"
+    frame = pd.DataFrame(
+        {
+            "video": [f"videos/{n}.mp4" for n in range(20)],
+            "clip": range(20),
+            "p": [n / 7 if n else float("nan") for n in range(20)],
+            "right": [n % 3 == 0 for n in range(20)],
+            "best": [[n, 1] for n in range(20)],
+        }
+    )
+    write_parquet(path, frame)
+    pd.testing.assert_frame_equal(read_parquet(path, ""), frame)
+    content = path.read_bytes()
+    found = 0
+    for number in range(0, 8 * len(content), 83):
+        changed = bytearray(content)
+        changed[number // 8] ^= 1 << number % 8
+        path.write_bytes(changed)
+        try:
+            table = read_parquet(path, "run `label` again", frame.columns)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: damaged"), number
+            assert str(error).endswith("; run `label` again"), number
+            found += 1
+        else:
+            pd.testing.assert_frame_equal(table, frame)
+    assert found > 150
+    path.write_bytes(content[:-9])
+    with pytest.raises(UserError, match=r"outcomes\.parquet: damaged"):
+        read_parquet(path, "run `label` again")
+    assert capfd.readouterr().err.count("without a checksum") <= 3  # the bit was in the key of the digest
+
+
+def test_a_table_of_an_older_version_is_read_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    frame = pd.DataFrame({"video": ["a", "b"], "clip": [1, 2]})
+    frame.to_parquet(tmp_path / "old.parquet", index=False)
+    assert read_parquet(tmp_path / "old.parquet", "").equals(frame)
+    assert "old.parquet: was written without a checksum, by an older version" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"old\.parquet: damaged, or of another version \(without the column point\)"):
+        read_parquet(tmp_path / "old.parquet", "run `label` again", ["video", "point"])

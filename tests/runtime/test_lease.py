@@ -15,13 +15,15 @@ import pytest
 import torch
 
 import small_runs as runs
+from videoadapt.config.load import make_config
 from videoadapt.errors import RunError
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.routing.label import label
 from videoadapt.routing.scores import score
 from videoadapt.runtime import lease as module
-from videoadapt.runtime.lease import Lease, Owner
+from videoadapt.runtime.files import replacing
+from videoadapt.runtime.lease import Lease, Owner, sole_writer
 from videoadapt.training.train import train
 
 
@@ -154,3 +156,20 @@ def test_the_owner_is_not_replaced_while_it_writes(tmp_path: Path, monkeypatch: 
     with Lease.acquire(tmp_path, "train") as lease, lease.lock():
         with pytest.raises(RunError, match=r"train\.owner: another process has locked this file for 0\.2 s"):
             Lease.acquire(tmp_path, "train").__enter__()
+
+
+def test_the_owner_removes_the_temporary_files_of_killed_writers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = [".manifest.parquet", "checkpoints/.step-00000004.safetensors", "scores/label-1/.part-00000.npz"]
+    abandoned = [tmp_path / f"{name}.abcd_123.tmp" for name in names]
+    for path in abandoned:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    config = make_config({"run": {"dir": str(tmp_path)}})
+    with replacing(tmp_path / "labels" / "label.json") as written:  # by another stage, which still runs
+        with sole_writer(config, "train"):
+            assert [path for path in abandoned if path.exists()] == []
+        written.write_text("{}")
+    assert (tmp_path / "labels" / "label.json").exists()
+    assert "removed 3 temporary files of processes that were killed, such as" in capfd.readouterr().err

@@ -1,14 +1,16 @@
 """Checkpoints: one safetensors file each, with all other data as JSON in the header of the file.
 
 A file is written to a temporary name, synced to disk and renamed, so that a crash leaves no half-written checkpoint
-under the final name. Loading never unpickles. The names of the tensors on disk begin with a prefix: `model/`, `ema/`,
-`optimizer/`.
+under the final name. The header has a checksum of all tensors and values, because a disk or a network can change bits
+that safetensors reads without an error. Loading never unpickles. The names of the tensors on disk begin with a prefix:
+`model/`, `ema/`, `optimizer/`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ from videoadapt.runtime.files import replacing
 KEY = "videoadapt"  # key of our JSON in the safetensors header; other programs use other keys
 VERSION = 1  # version of the format; a file of another version is refused
 Guard = Callable[[], AbstractContextManager[None]]  # see `Checkpoints.guard`
+_CHECKSUM = "checksum"  # key in our JSON
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+# What safetensors and JSON raise for a file that is damaged, or that somebody has written by hand.
+_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError, RuntimeError)
 NO_EFFECT_ONCE_TRAINED = ("drop_path", "drop_path_unit", "init_std", "time_init_std")  # fields of ModelConfig
 
 
@@ -38,7 +44,7 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, Tensor]  # by name: `model/head.bias`, `ema/head.bias`, `optimizer/head.bias/exp_avg`
-    meta: dict[str, Any]  # the JSON of the header, with `kind`, `version` and `step`
+    meta: dict[str, Any]  # the JSON of the header, with `kind`, `version` and `step`, without the checksum
 
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """Returns the tensors whose names begin with `prefix/`, named without it."""
@@ -57,8 +63,9 @@ def save_checkpoint(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: 
     Raises:
         RunError: The file cannot be written, for example because the disk is full. An earlier file is unchanged.
     """
-    header = {KEY: json.dumps({"kind": kind, "version": VERSION, **meta})}
+    values = {"kind": kind, "version": VERSION, **meta}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}  # no transposed views
+    header = {KEY: json.dumps(values | {_CHECKSUM: _checksum(ready, values)})}
     try:
         with replacing(path) as temporary:
             save_file(ready, temporary, metadata=header)
@@ -67,7 +74,9 @@ def save_checkpoint(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: 
 
 
 def load_checkpoint(path: Path, kind: str) -> Checkpoint:
-    """Reads a checkpoint onto the CPU.
+    """Reads a checkpoint onto the CPU, and compares it with its checksum.
+
+    Prints a message about a file without a checksum, which an older version wrote.
 
     Args:
         path: The file.
@@ -82,15 +91,36 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (OSError, SafetensorError, ValueError) as error:  # ValueError: the header is not JSON
-        raise CheckpointError(f"{path}: torn or not a checkpoint ({error}); name another one") from None
+    except _DAMAGE as error:  # ValueError: the header is not JSON
+        raise CheckpointError(f"{path}: torn or not a checkpoint ({str(error)[:200]}); name another one") from None
     if not isinstance(header, dict) or header.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: not a checkpoint of this version of videoadapt. Pretrained weights are loaded with train.init"
         )
-    if header["kind"] != kind:
-        raise CheckpointError(f"{path}: expected a checkpoint of kind {kind}, got one of kind {header['kind']}")
+    recorded = header.pop(_CHECKSUM, None)
+    if recorded is None:
+        say(f"{path}: was written without a checksum, by an older version; damage in it cannot be found")
+    elif recorded != _checksum(tensors, header):
+        raise CheckpointError(f"{path}: damaged, its tensors or settings differ from its checksum; name another one")
+    if header.get("kind") != kind:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of kind {kind}, got one of kind {str(header.get('kind'))[:40]}"
+        )
     return Checkpoint(Path(path), tensors, header)
+
+
+def _checksum(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
+    """Returns 64 hex digits of SHA-256 over the values as JSON, and over name, type, shape and bytes of the tensors."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    # As uint8, because numpy has no bfloat16.
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -131,7 +161,7 @@ class Checkpoints:
         except OSError as error:
             raise RunError(f"{self.folder / 'last'}: cannot be written ({error}); {path} is complete") from error
         # Only now: until `last` names the new checkpoint, a resumed run would load an older one.
-        for old in self._newest_first()[self.keep :]:
+        for old in self._files(up_to=step)[self.keep :]:
             old.unlink()
         return path
 
@@ -141,9 +171,10 @@ class Checkpoints:
         A damaged checkpoint is skipped with a message, and the previous one is read.
 
         Raises:
-            CheckpointError: There are checkpoints, but none can be read. A silent restart would lose the run.
+            CheckpointError: There are checkpoints, but none can be read, or all are newer than `last` says. A silent
+                restart would lose the run.
         """
-        files = self._newest_first()
+        files = self._announced()
         for path in files:
             try:
                 return load_checkpoint(path, self.kind)
@@ -155,13 +186,35 @@ class Checkpoints:
             )
         return None
 
-    def _newest_first(self) -> list[Path]:
-        """Returns the checkpoint files. A file newer than `last` names is left out, because it may be incomplete."""
-        files = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
-        last = self.folder / "last"
-        named = last.read_text(encoding="utf-8", errors="replace").strip() if last.exists() else ""
-        announced = named.startswith("step-")  # otherwise `last` is damaged, and every file is used
-        return [path for path in files if not announced or path.name <= named]
+    def _announced(self) -> list[Path]:
+        """Returns the files up to the one that `last` names, newest first; prints a message if `last` is not in order.
+
+        A file newer than `last` names is left out: its save did not come to its end.
+        """
+        files, last = self._files(), self.folder / "last"
+        text = last.read_text(encoding="utf-8", errors="replace").strip() if last.exists() else ""
+        named = _NAME.fullmatch(text)
+        if named is None:
+            if last.exists() and files:
+                say(f"{last}: damaged; {files[0].name}, the newest file, is used")
+            return files
+        announced = self._files(up_to=int(named[1]))
+        newer = files[: len(files) - len(announced)]
+        if newer and not announced:
+            raise CheckpointError(
+                f"{last}: names {text}, but only newer checkpoints are there, such as {newer[-1].name}; delete {last} "
+                "to use the newest of them, or move all of them away to start again"
+            )
+        if newer:
+            say(f"{newer[0]}: not used, because {last} names {text}")
+        if announced and announced[0].name != text:
+            say(f"{self.folder / text}: no such file, although {last} names it; {announced[0].name} is used")
+        return announced
+
+    def _files(self, up_to: int | None = None) -> list[Path]:
+        """Returns the checkpoint files up to a step, newest first."""
+        steps = {path: int(name[1]) for path in self.folder.glob("step-*") if (name := _NAME.fullmatch(path.name))}
+        return sorted((p for p in steps if up_to is None or steps[p] <= up_to), key=lambda p: steps[p], reverse=True)
 
 
 def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> Checkpoints:
@@ -217,12 +270,23 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
         The model on the CPU in eval mode, with the moving average of the weights (EMA) if the checkpoint has one.
 
     Raises:
-        CheckpointError: There is no checkpoint, it cannot be read, or its architecture is not the expected one.
+        CheckpointError: There is no checkpoint, it cannot be read, its architecture is not the expected one, or its
+            weights are NaN or infinite.
     """
-    checkpoint = find_checkpoint(Path(source), train_checkpoints)
+    return restore_model(find_checkpoint(Path(source), train_checkpoints), expected)
+
+
+def restore_model(checkpoint: Checkpoint, expected: ModelConfig | None = None) -> TimeSformer:
+    """Builds the model of a checkpoint of stage 1; see `load_model`."""
+    try:
+        config, classes = ModelConfig(**checkpoint.meta["model"]), tuple(map(str, checkpoint.meta["classes"]))
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: pydantic's, and ours
+        raise CheckpointError(
+            f"{checkpoint.path}: its settings describe no model ({' '.join(str(error).split())[:200]})"
+        ) from None
     if expected is not None:
         require_same(checkpoint.path, expected, checkpoint.meta["model"], "model", free=NO_EFFECT_ONCE_TRAINED)
-    model = TimeSformer(ModelConfig(**checkpoint.meta["model"]), tuple(checkpoint.meta["classes"]))
+    model = TimeSformer(config, classes)
     load_tensors(model, checkpoint.tensors_under("ema") or checkpoint.tensors_under("model"), checkpoint.path)
     return model.eval()
 
@@ -259,14 +323,35 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
         path: The file of the tensors, for the message.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape, or is not in the module; the message names it.
+        CheckpointError: A tensor is missing, has another shape, is not in the module, or has NaN or infinite values;
+            the message names it.
     """
     expected = module.state_dict()
     wrong = [n for n in expected if n not in tensors or tensors[n].shape != expected[n].shape]
     wrong += [n for n in tensors if n not in expected]
     if wrong:
         raise CheckpointError(f"{path}: tensor {wrong[0]} (and {len(wrong) - 1} more) does not fit this architecture")
+    require_finite(tensors, path)
     module.load_state_dict(dict(tensors))
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that weights can give an answer: the logits of a NaN are NaN, and their largest is the first class.
+
+    Args:
+        tensors: The tensors by name; those that are not floating point are not checked.
+        path: The file of the tensors, for the message.
+
+    Raises:
+        CheckpointError: A tensor has NaN or infinite values; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"{path}: {count} of {tensor.numel()} values of {name} are NaN or infinite, so that the model has no "
+                "answers. Move the file away to use the checkpoint before it, or train again with a lower train.lr"
+            )
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -274,8 +359,7 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        # Bytes, because numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()[:12]
 
 
@@ -294,10 +378,18 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Restores an optimizer's state from a checkpoint, in place, on the devices of the module's parameters."""
+    """Restores an optimizer's state from a checkpoint, in place, on the devices of the module's parameters.
+
+    Raises:
+        CheckpointError: A tensor belongs to no parameter, or has NaN or infinite values.
+    """
     parameters = dict(module.named_parameters())
-    for name, value in checkpoint.tensors_under("optimizer").items():
+    tensors = checkpoint.tensors_under("optimizer")
+    require_finite(tensors, checkpoint.path)
+    for name, value in tensors.items():
         parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
+        parameter = parameters.get(parameter_name)
+        if parameter is None or value.numel() not in (1, parameter.numel()):
+            raise CheckpointError(f"{checkpoint.path}: tensor optimizer/{name} does not fit this architecture")
         # torch keeps the step count on the CPU and reads it there; on a GPU each step would wait for the device.
         optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)

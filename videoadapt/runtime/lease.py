@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
+from videoadapt.runtime.files import remove_abandoned
 from videoadapt.runtime.ranks import broadcast_result, rank, wait_for_file
 from videoadapt.runtime.slurm import job_states, slurm_job
 
 _LOCK_TIMEOUT_S = 45.0  # the owner holds the lock while it writes a checkpoint
 _POLL_S = 0.05  # between two attempts to lock
+_STATE_FOLDERS = ("checkpoints", "labels", "assigner", "scores/*", "evaluate", "predict", "report")  # of a run
 _ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # SLURM states in which processes of the job may still exist
 
 
@@ -165,7 +168,8 @@ class Lease:
 def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Prevents other runs of the stage from writing into the run folder. Every rank must enter it.
 
-    Does nothing with `parallel.shard`, because each shard writes separate files.
+    Removes the temporary files of killed processes from the run folder. Does nothing with `parallel.shard`, because
+    each shard writes separate files.
 
     Args:
         config: `run.dir` is the folder.
@@ -182,11 +186,20 @@ def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractCon
         return
     with ExitStack() as acquired:
         lease = broadcast_result(lambda: acquired.enter_context(Lease.acquire(config.run.dir, stage)))
+        if rank() == 0:
+            _remove_abandoned_files(config.run.dir)
         if rank() != 0:
             # If nodes have different folders under this path, this fails now instead of after the training.
             own_path = config.run.dir / lease.path.name
             wait_for_file(own_path, lambda path: path.exists() and _parse_owner(path.read_text()) == lease.owner)
         yield lease.lock if rank() == 0 else nullcontext
+
+
+def _remove_abandoned_files(run: Path) -> None:
+    folders = [run, *chain.from_iterable(run.glob(pattern) for pattern in _STATE_FOLDERS)]
+    removed = [path for folder in folders for path in remove_abandoned(folder)]
+    if removed:
+        say(f"removed {len(removed)} temporary files of processes that were killed, such as {removed[0]}")
 
 
 def _read_owner(file: IO[str]) -> Owner | None:
