@@ -19,6 +19,7 @@ from videoadapt.runtime.ranks import (
     broadcast_result,
     gpu_conflict,
     gpu_index,
+    is_collective_error,
     rank,
     rank0_then_all,
     ranks,
@@ -253,17 +254,40 @@ except KeyboardInterrupt:
     assert [code for code, _ in ended.values()] == [0, 0, 0], ended
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("Wait timeout"), True),  # of a file store, when a process group is created
+        (torch.distributed.DistStoreError("Timed out after 4 seconds waiting for clients"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RunError("run/train.json: another rank wrote this file; timed out waiting"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_errors_of_collectives_are_told_from_others(error: Exception, expected: bool) -> None:
+    assert is_collective_error(error) == expected
+
+
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"])
 def test_a_rank_that_died_or_hangs_is_named_after_the_timeout(tmp_path: Path, end: str) -> None:
     program = f"""
 import os, signal
+import torch
+from torch import distributed
+
 with ranks(config) as collectives:
     wait_for_all()
     collectives.set_timeout(3.0)
     wait_for_all()
     if rank() == 1:
         {end}
-    wait_for_all()
+    # The second all-reduce waits longer. Its connection is closed when the first one fails.
+    first = distributed.all_reduce(torch.ones(1), async_op=True)
+    time.sleep(1)
+    second = distributed.all_reduce(torch.ones(1), async_op=True)
+    second.wait()
 """
     job = Ranks(program, tmp_path, 3)
     ended = job.ended(timeout_s=45, only=[0, 2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -38,6 +39,12 @@ _FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attrib
 # In ascending priority, because the ranks exchange the index and take the maximum: SIGUSR1 and SIGUSR2 request a
 # requeue, so they override Ctrl-C and SIGTERM.
 _STOP_SIGNALS = (None, signal.SIGINT, *JOB_SIGNALS)
+# Messages of a collective or of the store that failed because of another rank. Only some of gloo's name its file. After a
+# timeout, gloo closes the connection, and further operations on it fail with "Application timeout caused pair closure".
+_COLLECTIVE_ERROR = re.compile(
+    "gloo|pair closure|closed by peer|socket closed|broken pipe|connection reset|timed out waiting|wait timeout",
+    re.IGNORECASE,
+)
 _rendezvous_numbers = itertools.count()  # a process that runs several stages needs new keys for each rendezvous
 
 # Every default process group of this process, never released. DistributedDataParallel outlives its group and would
@@ -311,7 +318,7 @@ def _exception_to_raise(store: dist.Store, env: RankEnv, error: Exception) -> Ba
         if store.check(["stopped"]):
             return Stopped(signal.Signals[store.get("stopped").decode()])
         store.set(f"failed/{env.rank}", "")
-        if _is_collective_error(error):
+        if is_collective_error(error):
             _close_connections(os.environ.get("MASTER_PORT", "") if env.launcher == "torchrun" else "")
             dead = _wait_for_failures(store, env.world)
             if dead:
@@ -350,8 +357,12 @@ def _close_connections(store_port: str) -> None:
                         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _is_collective_error(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)  # gloo raises a RuntimeError with its file name
+def is_collective_error(error: Exception) -> bool:
+    """Returns whether torch raised an error because another rank did not take part in a collective."""
+    # gloo and torch's stores raise `RuntimeError` itself; `RunError` and others derive from it.
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and _COLLECTIVE_ERROR.search(str(error)) is not None
+    )
 
 
 def rank() -> int:

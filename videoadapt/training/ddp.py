@@ -8,6 +8,7 @@ together (`synchronise_batch_norms`); other groups have old statistics of this l
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         return (input - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
 
 
-def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan) -> None:
+def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan, timeout_s: float) -> None:
     """Replaces the BatchNorms of this rank's lengths, so that statistics cover the clips of the whole group.
 
     Names in `state_dict`, parameters and buffers stay the same. All ranks must call it together.
@@ -111,6 +112,7 @@ def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan) -> None:
     Args:
         model: The model of this rank; changed in place if it has stems and the plan has several ranks.
         plan: The groups of all ranks.
+        timeout_s: Seconds after which a sum of statistics fails because a rank does not take part.
 
     Raises:
         ConfigError: Several groups would train one stem that all lengths share.
@@ -120,7 +122,8 @@ def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan) -> None:
     if model.config.share_patch and len(plan.groups) > 1:
         raise ConfigError("parallel.groups: a stem that all lengths share (model.share_patch) needs one group for all")
     # torch requires that every rank creates every group, in the same order, also groups without this rank.
-    process_groups = [dist.new_group(list(group.ranks)) for group in plan.groups]
+    timeout = timedelta(seconds=timeout_s)
+    process_groups = [dist.new_group(list(group.ranks), timeout=timeout) for group in plan.groups]
     number = plan.groups.index(plan.group(rank()))
     if len(plan.groups[number].ranks) == 1:
         return  # torch's own BatchNorm is faster

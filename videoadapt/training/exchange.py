@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -59,7 +60,7 @@ class ClipExchange:
         # gloo also where ranks have GPUs: workers deliver clips in host memory, and NCCL needs the same order of
         # operations on all ranks, which clips and gradients of different lengths do not have. This group is separate,
         # since clips travel while gradients are summed.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.step_s))
 
     def exchanged(self, clips: Iterator[Clip | Failure], steps: Iterable[np.ndarray]) -> Iterator[Clip | Failure]:
         """Yields the clips that this rank trains, in order of position, step after step.
@@ -149,7 +150,7 @@ class TeacherLogits:
         self._positions = {number: teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks}
         # A separate group: the order of gradients differs from rank to rank, but all ranks must call the collectives
         # of one group in the same order.
-        self._group = dist.new_group()
+        self._group = dist.new_group(timeout=timedelta(seconds=config.parallel.step_s))  # else torch's 30 minutes
         self._transfers: list[tuple[Tensor, dist.Work]] = []
 
     def start(self) -> None:

@@ -62,7 +62,7 @@ class RankRole:
         Raises:
             ConfigError: The plan has several groups, but the model has one stem for all lengths.
         """
-        synchronise_batch_norms(model, plan)
+        synchronise_batch_norms(model, plan, config.parallel.step_s)
         forward = sum_gradients(compiled(model) if config.train.compile else model)
         weight = model.head.weight
         # Under bf16 autocast logits are bf16; the mean of two heads and the loss are computed in float32.
