@@ -39,8 +39,8 @@ _FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attrib
 # In ascending priority, because the ranks exchange the index and take the maximum: SIGUSR1 and SIGUSR2 request a
 # requeue, so they override Ctrl-C and SIGTERM.
 _STOP_SIGNALS = (None, signal.SIGINT, *JOB_SIGNALS)
-# Messages of a collective or of the store that failed because of another rank. Only some of gloo's name its file. After a
-# timeout, gloo closes the connection, and further operations on it fail with "Application timeout caused pair closure".
+# Messages of a collective or of the store that failed because of another rank. Only some of gloo's name its file: after
+# a timeout it closes the connection, and other operations on it fail with "Application timeout caused pair closure".
 _COLLECTIVE_ERROR = re.compile(
     "gloo|pair closure|closed by peer|socket closed|broken pipe|connection reset|timed out waiting|wait timeout",
     re.IGNORECASE,
