@@ -72,7 +72,7 @@ setup(
     package_dir={"videoadapt": "videoadapt", "videoadapt.configs": "configs"},
     package_data={
         "videoadapt": ["py.typed"],
-        "videoadapt.data.index": ["kinetics400.txt"],
+        "videoadapt.data.index": ["kinetics*.txt"],
         "videoadapt.configs": ["*.yaml", "ablations/*.yaml"],
     },
     # `pip install -e .` puts the checkout itself on the import path. setuptools' default is an import finder that comes

@@ -42,8 +42,9 @@ from videoadapt.data.synthetic import open_encoder
 from videoadapt.data.video.decoding import decode
 from videoadapt.data.video.files import reason
 from videoadapt.data.video.frame_sampling import frame_indices
-from videoadapt.data.video.probe import VIDEO_SUFFIXES, VideoInfo, open_container, probe, upright
+from videoadapt.data.video.probe import VideoInfo, open_container, probe, upright
 from videoadapt.data.video.readers import open_video
+from videoadapt.data.video.suffixes import is_video
 from videoadapt.errors import RunError, UserError, VideoError
 from videoadapt.runtime.console import Bar, print_table, say
 from videoadapt.runtime.files import replacing
@@ -111,7 +112,7 @@ def find_videos(source: Path) -> tuple[Path, list[str]]:
             Path(folder, name)
             for folder, names in walk(source)
             for name in names
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
+            if is_video(name) and not name.startswith(".")
         ]
         root = source
     else:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from video_files import cut_by_copy, numbered, numbers_of, write_video
 from videoadapt.data.video import decoding
 from videoadapt.data.video.decoding import Decoded, DecodeMode, decode, open_source, read_timeline
-from videoadapt.data.video.probe import VIDEO_SUFFIXES, probe
+from videoadapt.data.video.probe import probe
 from videoadapt.data.video.readers import DecordReader, PyAVReader, VideoReader, open_video
+from videoadapt.data.video.suffixes import VIDEO_SUFFIXES
 from videoadapt.errors import UserError, VideoError
 
 COUNT = 60

@@ -43,6 +43,8 @@ def print_index(summary: Summary) -> None:
     if summary["readers"]:
         readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
         say(f"videos by exact reader: {readers}; decoded completely to find damage: {summary['verified']}")
+    for kind, examples in summary["passed_over"].items():
+        _say_examples(f"passed over, {kind}", examples)
     _say_examples("missing files", summary["missing"])
     _say_causes(summary["broken"])
     _say_examples("damaged", summary["damaged"])

@@ -74,7 +74,10 @@ class DataConfig(Section):
     root: Path | None = None  # folder for relative paths in a list; null = the folder of the list
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
-    classes: Path | None = None  # class names in label order: a file (lines, CSV or JSON), or `kinetics400`
+    classes: Path | None = None  # class names in label order: a file (lines, CSV or JSON), or `kinetics400`, 600, 700
+    kind: Literal["auto", "videos", "images"] = (
+        "auto"  # entries of lists and folders to use; auto = all are of one kind
+    )
     holdout: Fraction = 0.0  # fraction of the train split kept out of stage 1, for `label.source: holdout`
     reader: Literal["auto", "decord", "pyav"] = "auto"
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has

@@ -5,40 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from videoadapt.config.load import Config
-from videoadapt.data.index.class_names import class_number, kinetics400, read_classes, require_usual_order
-from videoadapt.data.index.find_files import best_first, files_by_stem, video_id
-from videoadapt.data.index.formats import (
-    SPLIT_NAMES,
-    AnnotationEntry,
-    AnnotationSource,
-    Split,
-    is_list,
-    read_list,
-    read_named,
-)
-from videoadapt.data.index.text import normalised, read_text
-from videoadapt.errors import ConfigError, UserError
+from videoadapt.data.index.class_files import ClassFile, read_classes
+from videoadapt.data.index.class_folders import read_class_folders, scan_class_folders
+from videoadapt.data.index.class_names import CLASS_SETS, require_usual_order
+from videoadapt.data.index.find_files import NearFiles, video_id
+from videoadapt.data.index.formats import is_list, read_table
+from videoadapt.data.index.identity import ListedVideo, drop_repeated, require_same_content
+from videoadapt.data.index.labels import Classes, label_lists
+from videoadapt.data.index.lists import read_list
+from videoadapt.data.index.look_up import FileLookup
+from videoadapt.data.index.media_kinds import select_kind
+from videoadapt.data.index.probe_pool import readable_files
+from videoadapt.data.index.sources import AnnotationEntry, AnnotationSource, Split
+from videoadapt.data.index.text import nfc, normalised, read_text
+from videoadapt.errors import ConfigError
+from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
 _SEEDS = 1 << 63  # `seed_of` returns numbers in [0, 2^63)
-
-
-class ListedVideo(NamedTuple):
-    """One video of the annotations. Its file may be missing."""
-
-    path: str  # absolute; the expected path if no file was found
-    video: str  # id: for a Kinetics clip the file name without suffix, otherwise the path in the annotations
-    source: str  # YouTube id of a Kinetics clip, otherwise empty
-    label: int
-    split: Split
-    location: str  # file and line, or folder, for error messages
-    frames: int | None = None  # number of frame images in the list, if given
+_MAX_SHOWN = 10  # names in a message
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,7 @@ class Listing:
     classes: tuple[str, ...]  # names in label order; the numbers as text if the classes have no names
     repeated: list[str]  # one message for each video that a split lists again with the same label
     ignored_files: list[str]  # one message for each file that is not used because another has the same name
+    passed_over: dict[str, list[str]]  # files and lines that are not videos of the population, by kind
     notes: list[str]  # messages for the user about the annotations
 
 
@@ -64,25 +57,33 @@ def list_videos(config: Config) -> Listing:
         UserError: A video has two labels in one split.
     """
     paths = _annotations(config)
-    roots = {split: _root(path, config) for split, path in paths.items()}
-    named = {split: read_named(path, split, roots[split]) for split, path in paths.items() if not is_list(path, split)}
-    names, origin = _class_names(config, paths, named)
-    numbers = {normalised(name): number for number, name in enumerate(names)}
+    named = {split: _read_named(path, split, config) for split, path in paths.items() if not is_list(path, split)}
+    classes, notes = _classes(config, paths, named)
     # Lists are read last, because class names decide where a path ends and its label begins.
+    near = NearFiles()
     sources = {
-        split: named.get(split) or read_list(path, split, roots[split], numbers) for split, path in paths.items()
+        split: named.get(split) or _read_list(path, split, config, classes, near) for split, path in paths.items()
     }
-    listed, ignored_files = _look_up(sources, numbers, origin)
-    _require_valid_labels(listed, paths, config, has_names=bool(names))
-    videos, repeated = _drop_repeated(listed)
+    _require_entries(sources, paths)
+    labels, label_notes = _label(sources, classes)
+    lookup = FileLookup(sources, near)
+    listed = [
+        _listed(lookup.path(entry, source, split), entry, source, label, split)
+        for split, source in sources.items()
+        for entry, label in zip(source.entries, labels[split], strict=True)
+    ]
+    listed, id_notes = require_same_content(listed)
+    videos, repeated = drop_repeated(listed)
     if config.data.holdout:
         videos = [_hold_out(video, config) for video in videos]
+    notes += [*label_notes, *lookup.notes(), *id_notes, *(source.note for source in sources.values())]
     return Listing(
         videos=videos,
-        classes=names or tuple(map(str, range(config.model.num_classes))),
+        classes=classes.names or tuple(map(str, range(config.model.num_classes))),
         repeated=repeated,
-        ignored_files=ignored_files,
-        notes=[source.note for source in sources.values() if source.note],
+        ignored_files=lookup.ignored_files,
+        passed_over=_passed_over(sources),
+        notes=[note for note in notes if note],
     )
 
 
@@ -97,17 +98,20 @@ def fingerprint(config: Config) -> str:
     """
     data = config.data
     sources = {split: _content(path, split, _root(path, config)) for split, path in _annotations(config).items()}
-    classes = None if data.classes is None else read_classes(data.classes)
+    file = None if data.classes is None else read_classes(data.classes)
     drawn = (data.holdout, config.run.seed) if data.holdout else None  # without holdout the seed changes nothing
-    return hashlib.sha256(json.dumps([sources, classes, config.model.num_classes, drawn]).encode()).hexdigest()
+    parts: list[Any] = [sources, file and file.names, config.model.num_classes, drawn]
+    # Settings that are not at their default, so that manifests of earlier versions stay valid.
+    parts += [first for first in (file and file.first,) if first] + [kind for kind in (data.kind,) if kind != "auto"]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _content(path: Path, split: Split, root: Path) -> list[str]:
     """Returns the root and the text of an annotation file, or the root, classes and videos of a folder."""
     if not path.is_dir():
         return [str(root), read_text(path, f"data.{split}.annotations")]
-    source = read_named(path, split, root)
-    return [str(source.root), *sorted(source.classes), *(entry.name for entry in source.entries)]
+    found = scan_class_folders(path)
+    return [str(found.root), *sorted(found.classes), *(entry.name for entry in found.entries)]
 
 
 def _root(path: Path, config: Config) -> Path:
@@ -128,23 +132,53 @@ def _annotations(config: Config) -> dict[Split, Path]:
     return paths
 
 
-def _class_names(
+def _read_named(path: Path, split: Split, config: Config) -> AnnotationSource:
+    """Reads a source that has class names: a table or a folder."""
+    if not path.is_dir():
+        return read_table(path, split, _root(path, config))
+    can_read = partial(readable_files, workers=worker_count(config.data.workers), timeout_s=config.index.timeout_s)
+    return select_kind(read_class_folders(path, can_read), config.data.kind, split, path)
+
+
+def _read_list(path: Path, split: Split, config: Config, classes: Classes, near: NearFiles) -> AnnotationSource:
+    source = read_list(path, split, _root(path, config), classes.numbers, near)
+    return select_kind(source, config.data.kind, split, path)
+
+
+def _classes(
     config: Config, paths: Mapping[Split, Path], named: Mapping[Split, AnnotationSource]
-) -> tuple[tuple[str, ...], str]:
-    """Returns class names and their origin: `data.classes` if given, otherwise tables and folders. Lists have none."""
+) -> tuple[Classes, list[str]]:
+    """Returns the classes of `data.classes` if given, otherwise of tables and folders, and messages for the user."""
+    empty = {
+        name
+        for source in named.values()
+        if source.format == "folder"
+        for name in source.classes - {entry.label for entry in source.entries}
+    }
+    without = f"class folders without a video: {', '.join(sorted(empty)[:_MAX_SHOWN])}" if empty else ""
     if config.data.classes is not None:
-        names, origin = read_classes(config.data.classes), str(config.data.classes)
+        file, origin = read_classes(config.data.classes), str(config.data.classes)
     else:
         names, origin = _names_of_sources(paths, named)
-    if len(set(map(normalised, names))) < len(names):
+        file = ClassFile(names, note=_numeric_order(names))
+    if len(set(map(normalised, file.names))) < len(file.names):
         raise ConfigError(f"{origin}: a class is named twice")
-    if names and len(names) != config.model.num_classes:
+    if file.names and len(file.names) != config.model.num_classes:
         raise ConfigError(
-            f"model.num_classes: is {config.model.num_classes}, but {origin} has {len(names)} classes; change it, or "
-            "name all classes in data.classes, which may be `kinetics400`"
+            f"model.num_classes: is {config.model.num_classes}, but {origin} has {len(file.names)} classes; change it, "
+            f"or name all classes in data.classes, which may be {', '.join(CLASS_SETS)}"
+            f"{f'; {without}' if without else ''}"
         )
-    require_usual_order(names, origin)
-    return names, origin
+    require_usual_order(file.names, origin)
+    return Classes(file.names, origin, config.model.num_classes, file.first), [file.note, without]
+
+
+def _numeric_order(names: Sequence[str]) -> str:
+    """Returns a message if class folders are numbers whose order is not that of their labels: 0, 1, 10, 2."""
+    if all(name.isascii() and name.isdigit() for name in names) and list(map(int, names)) != sorted(map(int, names)):
+        shown = ", ".join(names[:_MAX_SHOWN])
+        return f"class folders are numbers in the order of text: {shown}, ...; data.classes may give another order"
+    return ""
 
 
 def _names_of_sources(
@@ -155,93 +189,43 @@ def _names_of_sources(
     # The model would never be trained for a class that only val has.
     new = sorted(name for classes in found[1:] for name in classes if normalised(name) not in known)
     if new:
-        raise ConfigError(f"data.val.annotations: {paths['val']} has classes that are not in {paths['train']}: {new}")
+        raise ConfigError(
+            f"data.val.annotations: {paths['val']} has classes that are not in {paths['train']}: {new[:_MAX_SHOWN]}"
+        )
     return tuple(sorted(found[0])) if found else (), " and ".join(str(paths[split]) for split in named)
 
 
-def _look_up(
-    sources: Mapping[Split, AnnotationSource], numbers: Mapping[str, int], origin: str
-) -> tuple[list[ListedVideo], list[str]]:
-    """Finds file, id and class number of each entry. Also returns a message for each file that is not used."""
-    # Splits often share a root, which may hold 300,000 files: each root is searched once.
-    roots = {source.root for source in sources.values() if source.search_by_name}
-    files = {root: files_by_stem(root) for root in roots}
-    listed, ignored_files = [], []
+def _require_entries(sources: Mapping[Split, AnnotationSource], paths: Mapping[Split, Path]) -> None:
     for split, source in sources.items():
-        for entry in source.entries:
-            path, *others = _candidate_files(entry, source, split, files.get(source.root, {}))
-            ignored_files += [f"{other}: ignored, {path} is used" for other in others]
-            label = class_number(entry.label, numbers, origin=origin, location=entry.location)
-            listed.append(ListedVideo(path, *video_id(entry.name), label, split, entry.location, entry.frames))
-    return listed, ignored_files
+        if not source.entries:
+            expected = "; expected a folder per class, of videos or images" if source.format == "folder" else ""
+            raise ConfigError(f"data.{split}.annotations: {paths[split]} lists no video{expected}")
 
 
-def _candidate_files(
-    entry: AnnotationEntry, source: AnnotationSource, split: Split, files: Mapping[str, list[str]]
-) -> list[str]:
-    """Returns the files that may be this video, the most likely first, or the expected path if there is none."""
-    found = files.get(os.path.splitext(entry.name)[0], []) if source.search_by_name else []
-    if len(found) > 1:
-        return best_first(found, source.root, SPLIT_NAMES[split], entry.label)
-    return found or [os.path.abspath(os.path.join(source.root, entry.name))]
+def _label(sources: Mapping[Split, AnnotationSource], classes: Classes) -> tuple[dict[Split, list[int]], list[str]]:
+    """Returns the class number of each entry by split, and messages for the user."""
+    lists = {split: source for split, source in sources.items() if source.format == "list"}
+    of_lists, notes = label_lists(list(lists.values()), classes)
+    labels = dict(zip(lists, of_lists, strict=True))
+    for split, source in sources.items():
+        if split not in labels:
+            labels[split] = [classes.number(entry) for entry in source.entries]
+    return labels, notes
 
 
-def _require_valid_labels(
-    listed: Sequence[ListedVideo], paths: Mapping[Split, Path], config: Config, *, has_names: bool
-) -> None:
-    """Raises `ConfigError` for a label outside the model's classes, an empty split, and numbers in a wrong order."""
-    classes = config.model.num_classes
-    for video in listed:
-        if not 0 <= video.label < classes:
-            raise ConfigError(
-                f"{video.location}: label {video.label} of {video.video}: "
-                f"expected 0 to {classes - 1} (model.num_classes)"
-            )
-    for split, path in paths.items():
-        videos = [video for video in listed if video.split == split]
-        if not videos:
-            expected = "; expected a folder per class, of videos or images" if path.is_dir() else ""
-            raise ConfigError(f"data.{split}.annotations: {path} lists no video{expected}")
-        if not has_names and classes == len(kinetics400()):
-            _require_usual_numbers(videos)
+def _listed(path: str, entry: AnnotationEntry, source: AnnotationSource, label: int, split: Split) -> ListedVideo:
+    # The composed form: the same files have the same ids after a copy from macOS, which decomposes names.
+    name = nfc(entry.name)
+    guessed = "" if source.format == "table" else name
+    return ListedVideo(path, *video_id(name), label, split, entry.location, entry.frames, guessed)
 
 
-def _require_usual_numbers(videos: Iterable[ListedVideo]) -> None:
-    """Raises `ConfigError` if folders have names of Kinetics-400 classes, but other class numbers."""
-    usual = {normalised(name): number for number, name in enumerate(kinetics400())}
-    first_wrong = None
-    for video in videos:
-        folder = PurePath(video.path).parent.name
-        number = usual.get(normalised(folder))
-        if number is None:
-            return  # one folder that is not a class: this is another data set, with another order
-        if number != video.label and first_wrong is None:
-            first_wrong = (
-                f"{video.location}: label {video.label}, but {folder} is class {number} in the order of Kinetics-400"
-            )
-    if first_wrong is not None:
-        raise ConfigError(
-            f"{first_wrong} that released models share; number the labels as data.classes=kinetics400 does"
-        )
-
-
-def _drop_repeated(listed: Iterable[ListedVideo]) -> tuple[list[ListedVideo], list[str]]:
-    """Returns each video once per split, and a message for each repetition with the same label."""
-    first: dict[tuple[Split, str], ListedVideo] = {}  # by id and by path, because each of them identifies a video
-    videos, repeated = [], []
-    for video in listed:
-        other = first.get((video.split, video.video)) or first.get((video.split, video.path))
-        if other is None:
-            first[video.split, video.video] = first[video.split, video.path] = video
-            videos.append(video)
-        elif other.label == video.label:
-            repeated.append(f"{video.video}: {other.location} and again {video.location}")
-        else:
-            raise UserError(
-                f"{video.video} has two labels, {other.label} ({other.location}) and {video.label} "
-                f"({video.location}); list it once"
-            )
-    return videos, repeated
+def _passed_over(sources: Mapping[Split, AnnotationSource]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for split, source in sources.items():
+        for kind, items in source.passed_over.items():
+            kinds.setdefault(f"{split}: {kind}", []).extend(items)
+    return kinds
 
 
 def _hold_out(video: ListedVideo, config: Config) -> ListedVideo:

@@ -1,4 +1,4 @@
-"""Finds video files below a root folder by their names, in any layout of folders."""
+"""Finds video files by their names: below a root folder in any layout, or near the path that a list states."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
-from videoadapt.data.index.text import normalised
-from videoadapt.data.video.probe import VIDEO_SUFFIXES
+from videoadapt.data.index.text import nfc, normalised
+from videoadapt.data.video.suffixes import is_media, is_video, suffix_of
 
 # A YouTube id of 11 characters, then the start and the end of the clip in seconds.
 _KINETICS_NAME = re.compile(r"(?:.*/)?(([A-Za-z0-9_-]{11})_\d{6}_\d{6})(?:\.\w+)?")
 _WORDS = re.compile(r"[a-z]+")
+
+# Folders that network drives and archive programs add beside videos, in lower case. They hold thumbnails and deleted
+# files, some under the names of the videos.
+_FOREIGN_FOLDERS = frozenset(
+    {"@eadir", "__macosx", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "lost+found"}
+    | {"system volume information"}
+)
 
 
 def video_id(name: str) -> tuple[str, str]:
@@ -28,12 +36,20 @@ def video_id(name: str) -> tuple[str, str]:
     return (kinetics[1], kinetics[2]) if kinetics else (name, "")
 
 
-def walk(root: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, list[str]]]:
+def is_left_out(folder: str) -> bool:
+    """Returns whether a folder of this name is not searched: it is hidden, or a program made it (`@eaDir`)."""
+    return folder.startswith(".") or folder.lower() in _FOREIGN_FOLDERS
+
+
+def walk(
+    root: Path, onerror: Callable[[OSError], object] | None = None, left_out: list[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Iterates over a folder and all folders below it. Symbolic links are followed, each folder is visited once.
 
     Args:
         root: The folder to start from.
         onerror: Called with the error of a folder that cannot be read. None skips unreadable folders.
+        left_out: Gets the paths of the folders that are not visited because of their name (see `is_left_out`).
 
     Yields:
         The path of a folder and the sorted names of its files.
@@ -46,7 +62,10 @@ def walk(root: Path, onerror: Callable[[OSError], object] | None = None) -> Iter
             folders.clear()  # os.walk visits the folders in this list
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders.sort()  # in place: os.walk visits the folders in this order
+        if left_out is not None:
+            left_out += [os.path.join(parent, name) for name in sorted(folders) if is_left_out(name)]
+        # In place: os.walk visits the folders in this order.
+        folders[:] = sorted(name for name in folders if not is_left_out(name))
         yield parent, sorted(files)
 
 
@@ -54,18 +73,80 @@ def files_by_stem(root: Path) -> dict[str, list[str]]:
     """Returns the paths of all video files below `root`, by file name without suffix."""
     found: dict[str, list[str]] = {}
     for parent, files in walk(root):
-        for name in files:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in VIDEO_SUFFIXES:
-                found.setdefault(stem, []).append(os.path.join(parent, name))
+        for name in filter(is_video, files):
+            found.setdefault(os.path.splitext(name)[0], []).append(os.path.join(parent, name))
     return found
+
+
+class NearFile(NamedTuple):
+    """The file that a path of a list means."""
+
+    path: str  # absolute; the path as listed if no file is found
+    found_by: str = ""  # why the path differs from the listed one; empty if it does not
+    similar: tuple[str, ...] = ()  # for a missing file: files in its folder with the same stem
+
+
+class NearFiles:
+    """Looks for the files of a list. Each folder is read once, because lists have many files in few folders."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, list[str]]] = {}  # folder -> composed stem -> file names
+
+    def find(self, path: str) -> NearFile:
+        r"""Finds the file of a listed path.
+
+        A path that does not exist may be written in another unicode form than the file's name, with `\` for `/`, or
+        without suffix. A file with another suffix is not taken, because it may be another file.
+
+        Args:
+            path: Absolute path.
+        """
+        folder, name = os.path.split(path)
+        if name in self._stems(folder).get(_stem(name), ()) or os.path.exists(path):
+            return NearFile(path)
+        if "\\" in path and os.path.exists(path.replace("\\", "/")):
+            return NearFile(path.replace("\\", "/"), "with / for \\")
+        folder = self._folder(folder)
+        files = self._stems(folder).get(_stem(name), [])
+        for file in files:
+            if nfc(file) == nfc(name):
+                return NearFile(os.path.join(folder, file), "in another unicode form")
+        videos = list(filter(is_video, files))
+        if len(videos) == 1 and not is_media(name):
+            return NearFile(os.path.join(folder, videos[0]), "without suffix")
+        return NearFile(path, similar=tuple(os.path.join(folder, file) for file in filter(is_media, files)))
+
+    def _folder(self, folder: str) -> str:
+        """Returns a folder in the unicode form of its name on disk, or unchanged if there is no such folder."""
+        parent, name = os.path.split(folder)
+        if not name or os.path.isdir(folder):
+            return folder
+        parent = self._folder(parent)
+        same = [file for file in self._stems(parent).get(_stem(name), ()) if nfc(file) == nfc(name)]
+        return os.path.join(parent, same[0]) if same else folder
+
+    def _stems(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self._names:
+            stems: dict[str, list[str]] = {}
+            try:
+                names = sorted(os.listdir(folder))
+            except OSError:  # a missing or unreadable folder: its files are reported one by one
+                names = []
+            for name in names:
+                stems.setdefault(_stem(name), []).append(name)
+            self._names[folder] = stems
+        return self._names[folder]
+
+
+def _stem(name: str) -> str:
+    return nfc(os.path.splitext(name)[0] if is_media(name) else name)
 
 
 def best_first(paths: list[str], root: Path, split_names: frozenset[str], label: str) -> list[str]:
     """Sorts several files with the name of one video, the most likely file first.
 
     Files below a folder of the video's split come first, then files below a folder of its class, then the others by
-    path.
+    path. Among equals an animated GIF comes last: it may be a preview.
 
     Args:
         paths: Files of the same name, all below `root`.
@@ -74,9 +155,10 @@ def best_first(paths: list[str], root: Path, split_names: frozenset[str], label:
         label: Class name of the video.
     """
 
-    def rank(path: str) -> tuple[bool, bool, str]:
+    def rank(path: str) -> tuple[bool, bool, bool, str]:
         folders = PurePath(path).relative_to(root).parts[:-1]
         words = {word for folder in folders for word in _WORDS.findall(folder.lower())}
-        return not words & split_names, normalised(label) not in map(normalised, folders), path  # False sorts first
+        in_class = normalised(label) in map(normalised, folders)
+        return not words & split_names, not in_class, suffix_of(path) == ".gif", path  # False sorts first
 
     return sorted(paths, key=rank)

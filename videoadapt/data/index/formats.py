@@ -1,60 +1,24 @@
-"""Reads annotations into one common form. One function per format.
+"""Reads tables of annotations into one common form, and says which format a source has.
 
 - Kinetics (`_kinetics`): a CSV with the columns `label, youtube_id, time_start, time_end, split` in any order, or the
   JSON object from YouTube ids to `{"annotations": {"label", "segment"}, "subset"}`.
 - Something-Something V2 (`_something_something`): a JSON list of `{"id", "template", "label"}`. The class is the
   template without brackets.
-- Lists of TimeSformer, SlowFast, VideoMAE and MMAction2 (`read_list`): `path label`, or `folder total_frames label` for
-  folders of frame images. Spaces, tabs, commas or semicolons separate the fields. Paths may contain them.
-- Folders (`_class_folders`): a folder with one folder per class, with videos at any depth. An image directly in the
-  folder of a class is a video of one frame. A deeper folder with images and no videos is one video of these frames.
+- Lists with one `path label` a line: see `lists`.
+- Folders with one folder per class: see `class_folders`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from videoadapt.data.index.find_files import walk
-from videoadapt.data.index.text import csv_rows, header, normalised, read_json, read_text
-from videoadapt.data.video.images import IMAGE_SUFFIXES
-from videoadapt.data.video.probe import VIDEO_SUFFIXES
+from videoadapt.data.index.sources import SPLIT_NAMES, AnnotationEntry, AnnotationSource, Split
+from videoadapt.data.index.text import csv_rows, header, read_json, read_text
 from videoadapt.errors import ConfigError
 
-Split = Literal["train", "val", "holdout"]
-
-# Names of a split in tables and folders. `holdout` is drawn from `train` and never named in annotations.
-SPLIT_NAMES: dict[Split, frozenset[str]] = {
-    "train": frozenset({"train"}),
-    "val": frozenset({"val", "validate", "validation"}),
-}
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
-_SEPARATOR = re.compile(r"[ \t,;]+")
-_FOLDER_AND_FRAMES = re.compile(r"(?P<folder>.*[^ \t,;])[ \t,;]+(?P<frames>\d+)")
-
-
-class AnnotationEntry(NamedTuple):
-    """One video of a source."""
-
-    name: str  # path of the video in the source; in a table, the name of its file
-    label: str  # class name, or number
-    location: str  # file and line, or folder, for error messages
-    frames: int | None = None  # number of frame images in the list, if given
-
-
-@dataclass(frozen=True)
-class AnnotationSource:
-    """Content of one annotation file or folder, before video files and class numbers are looked up."""
-
-    entries: list[AnnotationEntry]
-    root: Path  # absolute; relative names start here
-    classes: frozenset[str] = frozenset()  # class names in the source; empty for a list
-    search_by_name: bool = False  # True: the file may be anywhere below root and have any suffix of a video
-    note: str = ""  # a message for the user about the source
 
 
 def is_list(path: Path, split: Split) -> bool:
@@ -72,20 +36,18 @@ def is_list(path: Path, split: Split) -> bool:
     return len(set(_COLUMNS) & set(header(read_text(path, f"data.{split}.annotations")))) <= 1
 
 
-def read_named(path: Path, split: Split, root: Path) -> AnnotationSource:
-    """Reads a source that has class names: a table or a folder.
+def read_table(path: Path, split: Split, root: Path) -> AnnotationSource:
+    """Reads a table of Kinetics or Something-Something.
 
     Args:
-        path: The annotation file, or the folder with one folder per class.
+        path: The CSV or JSON file.
         split: Rows of this split are returned if a table has several.
-        root: Folder with the video files of a table. A folder of classes is its own root.
+        root: Folder with the video files.
 
     Raises:
         ConfigError: The source cannot be used. The message names file, line and column.
     """
     field = f"data.{split}.annotations"
-    if path.is_dir():
-        return _class_folders(path)
     if path.suffix.lower() != ".json":
         return _kinetics(_csv_clips(read_text(path, field), path), split, path, root)
     content = read_json(path, field)
@@ -132,7 +94,12 @@ def _kinetics(clips: Iterator[_KineticsClip], split: Split, path: Path, root: Pa
         rows = every
         note = f"data.{split}.annotations: all rows of {path} are of split {rows[0].split!r}; they are used as {split}"
     entries = [_kinetics_entry(clip) for clip in rows]
-    return AnnotationSource(entries, root, frozenset(entry.label for entry in entries), search_by_name=True, note=note)
+    source = AnnotationSource(entries, root, "table", frozenset(entry.label for entry in entries), note)
+    known = {name for names in SPLIT_NAMES.values() for name in names}
+    for clip in every if rows is not every else ():
+        if clip.split.lower() not in known:  # `test`, or a misspelled name: no split of a run uses these rows
+            source.passed_over.setdefault(f"rows of split {clip.split!r}", []).append(clip.location)
+    return source
 
 
 def _require_usable_split(clips: Iterable[_KineticsClip], split: Split, path: Path) -> None:
@@ -184,77 +151,4 @@ def _something_something(content: list[Any], path: Path, root: Path) -> Annotati
         else:
             raise ConfigError(f"{location}: {video['id']} has neither template nor label; a test split cannot be used")
         entries.append(AnnotationEntry(f"{video['id']}.webm", label, location))
-    return AnnotationSource(entries, root, frozenset(classes), search_by_name=True)
-
-
-def _class_folders(folder: Path) -> AnnotationSource:
-    try:
-        class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        _refuse_folder(error)
-    entries = []
-    for class_folder in class_folders:
-        for parent, files in walk(class_folder, onerror=_refuse_folder):
-            relative = os.path.relpath(parent, folder).replace(os.sep, "/")
-            names = _with_suffix(files, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-            if parent != str(class_folder) and names and not _with_suffix(names, VIDEO_SUFFIXES):
-                videos = [relative]  # one video, with the images as its frames
-            else:
-                videos = [f"{relative}/{name}" for name in names]
-            entries += [AnnotationEntry(name, class_folder.name, str(class_folder)) for name in videos]
-    return AnnotationSource(entries, Path(os.path.abspath(folder)), frozenset(path.name for path in class_folders))
-
-
-def _with_suffix(files: Iterable[str], suffixes: frozenset[str]) -> list[str]:
-    return [name for name in files if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
-
-
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise ConfigError(
-        f"cannot read the folder {error.filename}: {error.strerror}; without it the list of videos is incomplete"
-    ) from None
-
-
-def read_list(path: Path, split: Split, root: Path, known: Container[str]) -> AnnotationSource:
-    """Reads a list with one `path label` or `folder total_frames label` a line. Lines that start with # are skipped.
-
-    Args:
-        path: The list.
-        split: The split of the list in the config, for error messages.
-        root: Folder where relative paths start.
-        known: Normalised class names. They show where the path ends and a label of several words begins.
-
-    Raises:
-        ConfigError: A line cannot be used. The message names file and line.
-    """
-    entries = []
-    # `splitlines` would also split at characters such as U+2028, which a path may contain.
-    for number, line in enumerate(read_text(path, f"data.{split}.annotations").split("\n"), start=1):
-        text = line.strip()
-        if text and not text.startswith("#"):
-            location = f"{path}:{number}"
-            name, label = _split_label(text, known, location)
-            folder, frames = _split_frame_count(name, root, location)
-            entries.append(AnnotationEntry(folder, label, location, frames))
-    return AnnotationSource(entries, root)
-
-
-def _split_label(text: str, known: Container[str], location: str) -> tuple[str, str]:
-    """Splits a line into path and label: at the first separator before a known class name, otherwise at the last."""
-    gaps = [gap for gap in _SEPARATOR.finditer(text) if gap.start() > 0]
-    if not gaps:
-        raise ConfigError(f"{location}: expected `path label`, got {text!r}")
-    # The first match gives the longest class name: `arm wrestling` rather than `wrestling`.
-    gap = next((gap for gap in gaps if normalised(text[gap.end() :]) in known), gaps[-1])
-    return text[: gap.start()].strip('"'), text[gap.end() :].strip('"')
-
-
-def _split_frame_count(name: str, root: Path, location: str) -> tuple[str, int | None]:
-    """Splits `folder total_frames` into folder and number. Returns any other path unchanged, with None."""
-    match = _FOLDER_AND_FRAMES.fullmatch(name) if name[-1:].isdigit() else None
-    if match is None or os.path.exists(root / name):  # a folder may itself be called `clip 7`
-        return name, None
-    folder = match["folder"].strip('"')
-    if os.path.splitext(folder)[1].lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not os.path.isdir(root / folder):
-        raise ConfigError(f"{location}: expected `path label`; three fields are for folders of frame images")
-    return folder, int(match["frames"])
+    return AnnotationSource(entries, root, "table", frozenset(classes))

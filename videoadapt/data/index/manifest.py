@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from videoadapt.config.load import Config
-from videoadapt.data.index.annotations import ListedVideo, fingerprint, list_videos
-from videoadapt.data.index.formats import Split
+from videoadapt.data.index.annotations import fingerprint, list_videos
+from videoadapt.data.index.identity import ListedVideo
 from videoadapt.data.index.probe_pool import ProbeResult, probe_files
+from videoadapt.data.index.sources import Split
 from videoadapt.data.index.summary import IndexSummary, summary
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
 from videoadapt.errors import UserError

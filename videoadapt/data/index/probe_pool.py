@@ -91,6 +91,21 @@ def probe_files(
     return results
 
 
+def readable_files(paths: Sequence[str], *, workers: int, timeout_s: float) -> set[str]:
+    """Returns the files that `probe` can read. Nothing is cached: few files have a suffix that says nothing.
+
+    Args:
+        paths: The files.
+        workers: Number of processes.
+        timeout_s: Time limit of each file in seconds.
+
+    Raises:
+        RunError: The worker processes cannot be started.
+    """
+    with closing(run_on_files(paths, partial(probe, content=False), workers=workers, timeout_s=timeout_s)) as finished:
+        return {path for path, result in finished if isinstance(result, VideoInfo)}
+
+
 def _until_stopped(stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
     """Iterates over `items`. Raises `Stopped` after the current item when a stop is requested."""
     try:

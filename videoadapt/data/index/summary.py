@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from videoadapt.data.index.annotations import Listing
-from videoadapt.data.video.images import IMAGE_SUFFIXES
+from videoadapt.data.video.suffixes import IMAGE_SUFFIXES
 
 _EXAMPLES = 10
 # The name of an image at the start of a cause, as in `img_7.jpg: cannot be read`.
@@ -75,6 +75,7 @@ class IndexSummary:
     verified: int  # videos that were decoded completely
     readers: dict[str, int]  # videos by reader
     notes: list[str]
+    passed_over: dict[str, Examples]  # by kind: files and lines that are not videos of the population
     missing: Examples
     broken: list[Cause]  # the most frequent cause first
     damaged: Examples
@@ -100,6 +101,7 @@ def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> IndexSu
         verified=int(readable["damage"].notna().sum()),
         readers={name: int(count) for name, count in readable["reader"].value_counts().items()},
         notes=listing.notes,
+        passed_over={kind: _examples(items) for kind, items in listing.passed_over.items()},
         missing=_examples(failed.loc[failed["status"] == "missing", "path"].unique()),
         broken=_causes(failed[failed["status"] == "broken"]),
         damaged=_examples(damaged["path"] + ": " + damaged["damage"]),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from videoadapt.errors import ConfigError
+
+_FOLDER_CHARACTERS = str.maketrans({" ": "_", "(": "-", ")": "-", "'": "-"})
 
 
 def read_text(path: Path, field: str) -> str:
@@ -86,8 +89,17 @@ def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[st
 
 
 def normalised(name: str) -> str:
-    """Returns the form of a class name for comparisons: `arm wrestling` and a folder `arm_wrestling` are equal."""
-    return strip_quotes(name).replace(" ", "_")
+    """Returns the form of a class name for comparisons.
+
+    `arm wrestling` and a folder `arm_wrestling` are equal, and so are `curling (sport)` and `curling_-sport-`, which
+    is MMAction2's name of its folder. Both unicode forms of a letter with an accent are equal.
+    """
+    return nfc(strip_quotes(name)).translate(_FOLDER_CHARACTERS)
+
+
+def nfc(text: str) -> str:
+    """Returns a text in the composed unicode form. macOS stores names in the decomposed form: `e` and an accent."""
+    return unicodedata.normalize("NFC", text)
 
 
 def strip_quotes(name: str) -> str:

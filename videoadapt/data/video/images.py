@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from videoadapt.data.video.files import cause_of, digest, file_size, hash_file, reason
+from videoadapt.data.video.suffixes import is_image
 from videoadapt.errors import VideoError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 IMAGE_FOLDER_FPS = 30.0  # assumed, because images carry no frame rate
 
 _NUMBER = re.compile(r"[0-9]+")
@@ -39,7 +39,7 @@ def image_files(folder: Path) -> list[Path]:
         raise VideoError(f"{folder}: {error.strerror or error}") from None
     patterns: dict[str, list[str]] = {}  # `img_#.jpg` -> its names
     for name in names:
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        if is_image(name):
             patterns.setdefault(_NUMBER.sub("#", name.lower()), []).append(name)
     if not patterns:
         raise VideoError(f"{folder}: a folder without images, not a video")

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from videoadapt.data.video.files import exists, file_size, hash_file, reason
 from videoadapt.data.video.images import (
     IMAGE_FOLDER_FPS,
-    IMAGE_SUFFIXES,
     errors_named_after,
     hash_images,
     image_codec,
     image_files,
     read_image,
 )
+from videoadapt.data.video.suffixes import is_image
 from videoadapt.errors import VideoError
 
 if TYPE_CHECKING:
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 ReaderName = Literal["decord", "pyav", "image"]
 
 PROBE_VERSION = 2  # raise it when `probe` or `verify` returns another result for the same file
-
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".flv", ".avi", ".ts", ".mpg", ".mpeg", ".wmv", ".3gp", ".ogv"}
-)
 
 # Files for which decord 0.6 was measured to be exact. It returns wrong frames of MPEG-TS, and of avi with B-frames,
 # and raises no error.
@@ -187,7 +183,7 @@ def _probe_folder(path: Path) -> VideoInfo:
 
 def _probe_file(path: Path) -> VideoInfo:
     size = file_size(path)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if is_image(path.name):
         height, width = read_image(path).shape[:2]
         return VideoInfo(1, 1.0, width, height, 1.0, image_codec(path), "image", 0, "image", size, content="")
     with open_container(path) as (container, stream):
