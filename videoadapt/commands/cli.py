@@ -216,7 +216,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy, cost and speed of all policies on the val split."""
+    """Measure accuracy, cost and speed of all policies on split val."""
     from videoadapt.commands.tables import print_compare, print_evaluate
 
     if against is not None:  # no config, no model: only the tables of two evaluations
@@ -238,7 +238,7 @@ def launch(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
 
 @app.command()
 def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Count the MACs of every point; after an evaluation, of every clip."""
+    """Count the MACs of every point and, once evaluated, of every clip."""
     from videoadapt.commands.tables import print_flops
     from videoadapt.evaluation.costs import flops as run
     from videoadapt.report.plots import draw_costs

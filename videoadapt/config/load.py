@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -241,7 +241,8 @@ def known_keys(section: type[BaseModel] = Config) -> list[str]:
 def _walk_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        # `get_origin`: for Python 3.10, list[int] is an instance of `type`, but no class.
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _walk_keys(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
