@@ -545,6 +545,7 @@ def test_an_unreadable_folder_is_refused_rather_than_skipped(
 
     for function in ("listdir", "scandir"):  # patched: root, who may run the tests, can read any folder
         monkeypatch.setattr(os, function, refusing(getattr(os, function)))
+    monkeypatch.setattr(Path, "iterdir", refusing(Path.iterdir))  # in Python 3.10 it has its own reference to listdir
     with pytest.raises(ConfigError, match=rf"cannot read the folder {tmp_path / name}: Permission denied"):
         listing_of(2, train=train)
 
