@@ -4,6 +4,11 @@ The command line prints only this line. Its exit code is 2 for `UserError` (the 
 `RunError` (the input is valid).
 """
 
+import reprlib
+
+MAX_MESSAGE = 950  # characters; with the words before it, an error stays below 1,000
+_SHOWN = 80  # characters of a user's value in a message
+
 
 class UserError(ValueError):
     """An input (config, file, tensor, name) cannot be used. Nothing was changed on disk."""
@@ -23,3 +28,31 @@ class CheckpointError(UserError):
 
 class RunError(RuntimeError):
     """A run had to stop although its input is valid: the loss is not finite, a disk is full, a rank died."""
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = _SHOWN
+        self.maxlevel = 3
+
+
+_repr = _Repr()
+
+
+def shown(value: object) -> str:
+    """Returns the representation of a value for a message, at most some 80 characters of each part of it.
+
+    Without a limit, a value of a damaged file would fill the screen.
+    """
+    text = _repr.repr(value)
+    return text if len(text) <= 3 * _SHOWN else f"{text[: 3 * _SHOWN]}..."
+
+
+def one_line(message: object) -> str:
+    """Returns a message as one line of printable characters, cut in the middle if it is too long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    if len(text) <= MAX_MESSAGE:
+        return text
+    half = (MAX_MESSAGE - 5) // 2  # the remedy stands at the end of a message
+    return f"{text[:half]} ... {text[-half:]}"

@@ -61,6 +61,27 @@ ERRORS = [
     (OSError("a.yaml: no\nsuch thing"), 1),
 ]
 
+OUT_OF_MEMORY = [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_too_little_memory_is_one_line_and_an_error_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(flops, "flops", raising(error))
+    done = runs.command("flops", CONFIGS / "demo.yaml")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: not enough memory; take smaller batches")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_long_message_is_cut_and_shows_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "flops", raising(UserError("a.yaml: \x1b[31m" + "x" * 10**6 + ": do this")))
+    done = runs.command("flops", CONFIGS / "demo.yaml")
+    assert len(done.stderr) < 1000
+    assert done.stderr.startswith("error: a.yaml: \\x1b[31mxxx")
+    assert done.stderr.endswith("xxx: do this\n")
+
 
 @pytest.mark.parametrize(("error", "code"), ERRORS)
 @pytest.mark.parametrize("wanted", ["", "0", "1"])

@@ -278,7 +278,7 @@ def test_bases_in_a_circle_are_an_error(tmp_path: Path) -> None:
         load_config(write(tmp_path / "a.yaml", "base: b.yaml\n"))
 
 
-@pytest.mark.parametrize("base", ["3", "[b.yaml]", "{a: b}"])
+@pytest.mark.parametrize("base", ["[b.yaml]", "{a: b}"])
 def test_a_base_that_is_not_a_name_is_an_error(tmp_path: Path, base: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.yaml: base: expected the name"):
         load_config(write(tmp_path / "a.yaml", f"base: {base}\n"))
@@ -350,7 +350,7 @@ def test_every_config_has_a_head_comment_loads_dumps_and_builds_a_model(path: Pa
 
 @given(
     lr=st.floats(1e-9, 10),
-    seed=st.integers(),
+    seed=st.integers(0, 2**63 - 1),
     milestones=st.lists(st.floats(0.1, 100), max_size=3),
     name=st.text(st.characters(codec="utf-8", exclude_characters="\0$"), min_size=1, max_size=12),
 )

@@ -158,11 +158,13 @@ def test_the_command_measures_and_prints_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus", "0"], "--gpus: expected 1 or more, got 0"),
+        (["--gpus", "0"], "--gpus: expected 1 to 4096, got 0"),
         ([], "Missing option '--gpus'"),
+        (["--gpus", "999999999999", "plan.macs_per_s=1e9"], "--gpus: expected 1 to 4096, got 999999999999"),
+        (["--gpus", "2", "model.points=[8,7,6,5,4,3,2]"], "model.points: 7 lengths; plan compares all ways"),
         (["--gpus", "99", "plan.macs_per_s=1e9"], "99 ranks, but a micro-batch has only 8 clips"),
         (["--gpus", "2", "plan.bandwidth=3"], "unknown key plan.bandwidth; did you mean plan.bandwidth_gbps?"),
-        (["--gpus", "2", "plan.macs_per_s=0"], "plan.macs_per_s: input should be greater than 0"),
+        (["--gpus", "2", "plan.macs_per_s=0"], "plan.macs_per_s: input should be greater than or equal to 1"),
     ],
 )
 def test_the_command_rejects_bad_input(tmp_path: Path, words: list[str], message: str) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from videoadapt.errors import RunError, UserError
+from videoadapt.errors import RunError, UserError, one_line
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
@@ -110,19 +110,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(error, INPUT_WRONG)
     except (RunError, OSError) as error:  # OSError: a full disk, a missing permission, a lost file system
         _fail(error, RUN_FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(error, RUN_FAILED, "not enough memory; take smaller batches, frames or models, or a larger machine: ")
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to continue from the saved state", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's own class, torch.OutOfMemoryError, is of GPUs alone; without a GPU torch raises a RuntimeError.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def _fail(error: Exception, code: int, message: str = "") -> NoReturn:
     """Prints an error as one line on stderr, after its traceback if the user wants it, and exits."""
     if os.environ.get("VIDEOADAPT_TRACEBACK", "0") not in {"", "0"}:
         traceback.print_exception(error)
     env = rank_env(os.environ)
     where = f" on rank {env.rank} of {env.world}" if env.world > 1 else ""
     # One line: log files of many ranks are searched with grep.
-    print(f"error{where}: " + " ".join(str(error).split()), file=sys.stderr)
+    print(f"error{where}: " + one_line(f"{message}{error}"), file=sys.stderr)
     sys.exit(code)
 
 

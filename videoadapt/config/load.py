@@ -10,13 +10,16 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_origin
+from typing import Any, TypeAlias, TypeVar, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from videoadapt.config.cascade import parse_cascade_spec
+from videoadapt.config.parse import MAX_CONFIG_BYTES, MAX_DEPTH, NULLS, WrittenDict, WrittenList, parse_yaml, read_text
 from videoadapt.config.points import Point
 from videoadapt.config.sections import (
     AssignConfig,
@@ -33,14 +36,22 @@ from videoadapt.config.sections import (
     Section,
     SlurmConfig,
     TrainConfig,
+    is_path,
 )
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, shown
 
 Values: TypeAlias = dict[str, Any]  # sections, keys and values as YAML gives them, not yet checked
 S = TypeVar("S", bound=Section)
+S2 = TypeVar("S2", WrittenDict, WrittenList)
 
 _MAX_MAP_CLASSES = 2048  # float16 represents each integer up to this one exactly
-_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
+_MAX_ERRORS = 8  # wrong fields that one message names
+_MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255  # Linux' limits of a path and of each name in it
+_MAX_BASES = 20  # files that start from each other
+# ${NAME} and ${NAME:-default}; in a path also $NAME. A second dollar sign before it makes it plain text.
+_IN_BRACES = r"\$?\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}"
+_VARIABLE = re.compile(_IN_BRACES)
+_VARIABLE_IN_PATH = re.compile(_IN_BRACES + r"|\$?\$(?P<bare>[A-Za-z_]\w*)")
 
 
 class Config(Section):
@@ -178,20 +189,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Loads a config from a YAML file.
 
     A file may start from another file (`base: other.yaml`, relative to its own folder). `${NAME}` and
-    `${NAME:-default}` in strings are replaced by environment variables.
+    `${NAME:-default}` are replaced by environment variables. In paths, `$NAME`, `~` and `~USER` are, too. A second
+    dollar sign keeps the first: `$$NAME` is the text `$NAME`.
 
     Args:
         path: The YAML file.
-        overrides: Texts `section.key=value` with the value in YAML syntax. They replace values of the file. Later texts
-            replace earlier ones.
+        overrides: Texts `section.key=value`. A value in brackets or quotes is YAML; every other value is text, which
+            the type of the key gives its meaning. They replace values of the file. Later texts replace earlier ones.
 
     Raises:
-        ConfigError: A file cannot be read, or fields are wrong. The message names the file and all wrong fields.
+        ConfigError: A file cannot be read, or fields are wrong. The message names the file and the wrong fields.
     """
     values = _read_with_base(Path(path))
     for override in overrides:
         _apply_override(values, override)
-    return make_config(_expand_variables(values, ""), str(path))
+    return make_config(_expand(values, "", Config), str(path))
 
 
 def make_config(values: Values, origin: str = "config") -> Config:
@@ -221,16 +233,16 @@ def parse_settings(kind: type[S], command: str, words: Sequence[str]) -> S:
     values: Values = {}
     try:
         for word in words:
-            keys, value = _parse_override(word, 1, "rounds=5")
+            keys, value = _parse_override(word, 1, "rounds=5", kind)
             values[".".join(keys)] = value
-        return _validate(kind, values)
+        return _validate(kind, _expand(values, "", kind))
     except ConfigError as error:
         raise ConfigError(f"{command}: {error}") from None
 
 
 def dump_config(config: Config) -> str:
     """Returns the config as YAML, from which `load_config` makes an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(_escaped(config.model_dump(mode="json"), Config), sort_keys=False)
 
 
 def known_keys(section: type[BaseModel] = Config) -> list[str]:
@@ -252,45 +264,52 @@ def _validate(kind: type[S], values: Values, suffix: str = "") -> S:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_error_message(kind, each) for each in error.errors()) + suffix) from None
+        found = error.errors(include_url=False)
+        messages = [_error_message(kind, each) for each in found[:_MAX_ERRORS]]
+        more = [f"and {len(found) - _MAX_ERRORS} more"] if len(found) > _MAX_ERRORS else []
+        raise ConfigError("; ".join(messages + more) + suffix) from None
 
 
 def _error_message(kind: type[Section], error: Any) -> str:
     """Returns one error of pydantic as one clause of a sentence, without pydantic's error codes and links."""
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        field = field[:_MAX_NAME_BYTES]
         candidates = [*kind.model_fields, *known_keys(kind)]
         nearest = difflib.get_close_matches(field, candidates, n=1, cutoff=0.0)[0]  # 0.0: always gives one
         return f"unknown key {field}; did you mean {nearest}?"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":  # raised by our own checks, whose messages name the field and the value
         return message
-    return f"{field}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+    return f"{field}: {message[0].lower() + message[1:]}, got {shown(error['input'])}"
 
 
 def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:
     """Reads a file and its `base:` files. `children` are the files whose `base:` led to this one."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: starts from itself; its `base:` entries form a circle")
+    if len(children) == _MAX_BASES:
+        raise ConfigError(f"{path}: more than {_MAX_BASES} files start from each other with `base:`")
     values = _read_yaml(path)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: expected the name of another config file, got {base!r}")
+        raise ConfigError(f"{path}: base: expected the name of another config file, got {shown(base)}")
+    base = _expand_text(base, f"{path}: base", in_path=True)
     return _merge(_read_with_base(path.parent / base, (*children, path.resolve())), values)
 
 
 def _read_yaml(path: Path) -> Values:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}  # an empty file gives None
+        content = parse_yaml(read_text(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # PyYAML's message has several lines, but an error on the command line has one.
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # UnicodeDecodeError is one, too
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    values = {} if content is None else content  # an empty file
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {type(values).__name__}")
+        raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {shown(values)}")
     return values
 
 
@@ -304,7 +323,7 @@ def _merge(base: Values, values: Values) -> Values:
 
 
 def _apply_override(values: Values, override: str) -> None:
-    (*sections, name), value = _parse_override(override, 2, "train.epochs=5")
+    (*sections, name), value = _parse_override(override, 2, "train.epochs=5", Config)
     for section in sections:
         inner = values.get(section)
         values[section] = dict(inner) if isinstance(inner, dict) else {}
@@ -312,34 +331,113 @@ def _apply_override(values: Values, override: str) -> None:
     values[name] = value
 
 
-def _parse_override(override: str, min_keys: int, example: str) -> tuple[list[str], Any]:
-    """Splits `key.key=value` into keys and value. Text that is not valid YAML stays text."""
+def _parse_override(override: str, min_keys: int, example: str, kind: type[Section]) -> tuple[list[str], Any]:
+    """Splits `key.key=value` into keys and value.
+
+    A value in brackets or quotes is read as YAML, if it is valid. Every other value is text as it stands: YAML would
+    cut `fix #12` at the `#`, and read `job: 7` as a section.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or len(keys) < min_keys or not all(keys):
+    if not equals or not min_keys <= len(keys) <= MAX_DEPTH or not all(keys):
         form = "section.key=value" if min_keys > 1 else "key=value"
-        raise ConfigError(f"override {override!r}: expected {form}, such as {example}")
-    try:
-        return keys, yaml.safe_load(text)
-    except yaml.YAMLError:
-        return keys, text
+        raise ConfigError(f"override {shown(override)}: expected {form}, such as {example}")
+    text = text.strip()
+    if text.startswith(("[", "{", '"', "'")):
+        with suppress(ValueError):
+            return keys, parse_yaml(text)
+    if text == "~" and is_path(_type_of(keys, kind)):
+        return keys, text  # the home folder; in a YAML file, a `~` without quotes is null
+    return keys, None if text in NULLS else text
 
 
-def _expand_variables(value: Any, field: str) -> Any:
-    """Replaces `${NAME}` in all strings of nested dicts and lists; `field` is the key path, for errors."""
+def _type_of(keys: Sequence[str], kind: Any) -> Any:
+    """Returns the type of the field of a section; None if there is no such field."""
+    for key in keys:
+        kind = _types(kind).get(key)
+    return kind
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    """Returns the types of the fields of a section by name; nothing for any other type."""
+    is_section = get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section)  # as in `_walk_keys`
+    return get_type_hints(kind, include_extras=True) if is_section else {}
+
+
+def _expand(value: Any, field: str, kind: Any) -> Any:
+    """Replaces variables, and `~` in paths, in all texts of nested dicts and lists.
+
+    Args:
+        value: A value of a config, not yet checked.
+        field: Its keys, for error messages.
+        kind: Its type; None if it is unknown.
+    """
     if isinstance(value, dict):
-        return {key: _expand_variables(inner, f"{field}.{key}".lstrip(".")) for key, inner in value.items()}
+        types = _types(kind)
+        inner = {k: _expand(each, f"{field}.{k}".lstrip("."), types.get(k, kind)) for k, each in value.items()}
+        return _with_text(WrittenDict(inner), value, field, kind)
     if isinstance(value, list):
-        return [_expand_variables(inner, field) for inner in value]
-    if not isinstance(value, str):
-        return value
+        return _with_text(WrittenList(_expand(each, field, kind) for each in value), value, field, kind)
+    return _expand_text(value, field, in_path=is_path(kind)) if isinstance(value, str) else value
 
+
+def _with_text(expanded: S2, written: Any, field: str, kind: Any) -> S2:
+    if text := getattr(written, "text", ""):
+        expanded.text = _expand_text(text, field, in_path=is_path(kind))
+    return expanded
+
+
+def _expand_text(text: str, field: str, *, in_path: bool) -> str:
     def lookup(match: re.Match[str]) -> str:
+        if match[0].startswith("$$"):
+            return match[0][1:]
+        groups = match.groupdict()
+        name = groups["name"] or groups["bare"]
         # As with `:-` in a shell, a variable that is set to an empty string counts as not set.
-        found = os.environ.get(match["name"]) or match["default"]
+        found = os.environ.get(name) or groups["default"]
         if found is None:
-            name = match["name"]
-            raise ConfigError(f"{field}: environment variable {name} is not set; set it, or pass {field}=...")
+            raise ConfigError(
+                f"{field}: environment variable {name} is not set; set it, or pass {field}=..., or write ${match[0]} "
+                "if the dollar sign is part of the text"
+            )
         return found
 
-    return _VARIABLE.sub(lookup, value)
+    expanded = (_VARIABLE_IN_PATH if in_path else _VARIABLE).sub(lookup, text)
+    _require_text(expanded, field)
+    return _expand_home(expanded, field) if in_path else expanded
+
+
+def _expand_home(text: str, field: str) -> str:
+    path = os.path.expanduser(text) if text.startswith("~") else text
+    if path.startswith("~"):
+        raise ConfigError(f"{field}: {shown(text)}: no such user; write ./{text} if the name begins with `~`")
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES or any(len(os.fsencode(n)) > _MAX_NAME_BYTES for n in path.split("/")):
+        raise ConfigError(
+            f"{field}: expected a path of at most {_MAX_PATH_BYTES} bytes, each name in it of at most "
+            f"{_MAX_NAME_BYTES}, got {shown(text)}"
+        )
+    return path
+
+
+def _require_text(text: str, field: str) -> None:
+    """Raises ConfigError for characters that no path, no file in UTF-8 and no command can have."""
+    try:
+        if "\0" not in text.encode().decode():
+            return
+    except UnicodeEncodeError:  # half of a surrogate pair, or a byte of the command line that is not UTF-8
+        pass
+    raise ConfigError(f"{field}: expected text in UTF-8 without NUL characters, got {shown(text)}")
+
+
+def _escaped(value: Any, kind: Any) -> Any:
+    """Returns values that `_expand` turns into `value`."""
+    if isinstance(value, dict):
+        return {key: _escaped(each, _types(kind).get(key, kind)) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each, kind) for each in value]
+    if not isinstance(value, str):
+        return value
+    in_path = is_path(kind)
+    text = (_VARIABLE_IN_PATH if in_path else _VARIABLE).sub(lambda match: f"${match[0]}", value)
+    return f"./{text}" if in_path and text.startswith("~") else text

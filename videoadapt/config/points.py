@@ -8,10 +8,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, shown
 
 # No leading zero, so that each length has one spelling.
-_POINT = re.compile(r"(?P<length>[1-9]\d*)(@(?P<keep>\d*\.?\d+))?")
+_POINT = re.compile(r"(?P<length>[1-9][0-9]{0,4})(@(?P<keep>[0-9]{0,3}\.?[0-9]{1,30}))?")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +34,7 @@ class Point:
         keep = float(match["keep"] or 1.0) if match else 0.0
         if not match or not 0.0 < keep <= 1.0:
             raise ConfigError(
-                f"point {text!r}: expected LENGTH or LENGTH@KEEP with 0 < KEEP <= 1, such as 14 or 14@0.7"
+                f"point {shown(text)}: expected LENGTH or LENGTH@KEEP with 0 < KEEP <= 1, such as 14 or 14@0.7"
             )
         return cls(int(match["length"]), keep)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -11,22 +14,69 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
 from videoadapt.config.cost import point_cost
+from videoadapt.config.parse import WrittenDict, WrittenList
 from videoadapt.config.points import Point
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, shown
 
+# Every number has a limit on both sides, far from what people use: beyond it, float32 overflows, a timer refuses its
+# time, or a list of that many entries takes all memory.
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]  # below 1: at 1, momentum, EMA or dropout would keep nothing
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+Positive = Annotated[float, Field(ge=1e-12, le=1e6)]
+Seconds = Annotated[float, Field(ge=1e-3, le=1e6)]  # Linux' poll() takes at most 2^31 ms
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
 Average = Literal["probabilities", "logits"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # NumPy takes no negative seed, torch none of 64 bits
+
+IS_PATH = "path"  # marks a field of text that may be a path: `~` and `$NAME` in it are expanded
 
 # timm's text form. `inc1` is required: its magnitudes all grow in strength, as in DeiT's and LV-ViT's recipes.
-_RAND_AUGMENT = r"^rand(-(m\d+|n\d+|(p|mstd)\d+(\.\d+)?))*-inc1$"
+_RAND_AUGMENT = r"^rand(-(m\d{1,3}|n\d{1,2}|(p|mstd)\d{1,3}(\.\d{1,9})?)){0,9}-inc1$"
+_CORE_INTEGER = re.compile(r"[-+]?0[xo][0-9a-fA-F]{1,16}")  # of YAML 1.2, beside the decimal ones
+_SHARD = re.compile(r"(?P<number>[0-9]{1,6})/(?P<count>[0-9]{1,6})")
+# As sbatch writes times: MIN, MIN:SEC, HOURS:MIN:SEC, DAYS-HOURS, DAYS-HOURS:MIN, DAYS-HOURS:MIN:SEC.
+_SLURM_TIME = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<first>\d{1,7})(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+
+
+def is_path(annotation: Any) -> bool:
+    """Returns whether a field of this type holds a path."""
+    metadata = getattr(annotation, "__metadata__", ())
+    return annotation is Path or IS_PATH in metadata or any(map(is_path, get_args(annotation)))
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Returns the types of a union, or the type itself, without what `Annotated` adds to them."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for each in get_args(annotation) for member in _members(each)]
+    return [annotation]
+
+
+def _slurm_minutes(value: Any) -> Any:
+    """Returns the minutes of a time as sbatch writes it, rounded up as SLURM does; other values unchanged."""
+    match = _SLURM_TIME.fullmatch(value.strip()) if isinstance(value, str) else None
+    if not match or (match["third"] is None and match["days"] is None and match["second"] is None):
+        return value  # minutes
+    first, second, third = (int(match[name] or 0) for name in ("first", "second", "third"))
+    if match["days"] is not None or match["third"] is not None:
+        return math.ceil(int(match["days"] or 0) * 1440 + first * 60 + second + third / 60)
+    return math.ceil(first + second / 60)
+
+
+def _host_list(value: Any) -> Any:
+    """Returns `n01,n02` for `[n01, n02]`, a YAML list. SLURM's own brackets stand behind a name: `n[01-02]`."""
+    listed = re.fullmatch(r"\[\s*([A-Za-z].*)\]", value) if isinstance(value, str) else None
+    return re.sub(r"\s+", "", listed[1]) if listed else value
 
 
 def _as_list(value: Any) -> Any:
@@ -42,7 +92,7 @@ def _check_groups_type(value: Any, validate: ValidatorFunctionWrapHandler) -> An
     except ValidationError:  # pydantic has one error for each type of the union, which does not help a user
         raise ConfigError(
             "parallel.groups: expected auto, or how many ranks each length has, 1 or more, such as {14: 4, 10+7: 1}, "
-            f"with a space after each colon, got {value!r}"
+            f"with a space after each colon, got {shown(value)}"
         ) from None
 
 
@@ -51,12 +101,31 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _type_decides(cls, value: Any, info: ValidationInfo) -> Any:
+        """Gives what was written the meaning that the type of the field asks for.
+
+        A field of text or of a path takes numbers and lists as they were written; a list of texts takes one text.
+        """
+        members = _members(cls.model_fields[info.field_name or ""].annotation)
+        if str in members or Path in members:
+            if isinstance(value, (WrittenList, WrittenDict)) and value.text:
+                return value.text
+            return str(value) if type(value) in (int, float) else value
+        if isinstance(value, str):
+            if any(get_origin(each) is tuple and str in _members(get_args(each)[0]) for each in members):
+                return (value,)
+            if int in members and _CORE_INTEGER.fullmatch(value):
+                return int(value, 0)
+        return value
+
 
 class RunConfig(Section):
     """The run folder, the device and the seed."""
 
     dir: Path = Path("runs/run")
-    seed: int = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint: Path | None = None  # checkpoint for label, evaluate and predict; null = the newest of the run
@@ -80,22 +149,23 @@ class DataConfig(Section):
     )
     holdout: Fraction = 0.0  # fraction of the train split kept out of stage 1, for `label.source: holdout`
     reader: Literal["auto", "decord", "pyav"] = "auto"
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # processes; auto = the CPUs that the job has
-    timeout_s: Positive = 300.0  # longest time in which a worker reads one clip
+    # Processes; auto = the CPUs that the job has.
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    timeout_s: Seconds = 300.0  # longest time in which a worker reads one clip
     # Training crops. short_side: resize the short side to a random size in [LOW, HIGH], then crop model.size; null =
     # model.size. crop_area: crop a random fraction of the frame's area in [LOW, HIGH], then resize; it needs
     # short_side null.
-    short_side: tuple[int, int] | None = None
+    short_side: tuple[Pixels, Pixels] | None = None
     crop_area: tuple[Positive, Positive] | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # method of resizing before a crop
     antialias: bool = True  # smooth before making frames smaller, as Pillow does; TimeSformer's code does not
     flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # probability of a horizontal flip
     rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # as in timm: rand-m9-mstd0.5-inc1
-    color_jitter: Annotated[float, Field(ge=0.0)] = 0.0  # strength for brightness, contrast and saturation
+    color_jitter: Weight = 0.0  # strength for brightness, contrast and saturation
     erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
-    mixup: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
-    cutmix: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of the beta distribution; 0 = off
-    mix_token: Annotated[float, Field(ge=0.0)] = 0.0  # alpha of cutmix with patch tokens instead of pixels (LV-ViT)
+    mixup: Weight = 0.0  # alpha of the beta distribution; 0 = off
+    cutmix: Weight = 0.0  # alpha of the beta distribution; 0 = off
+    mix_token: Weight = 0.0  # alpha of cutmix with patch tokens instead of pixels (LV-ViT)
     token_labels: Path | None = None  # folder of LV-ViT's label maps, with CLASS/NAME.pt for each training image
 
     @property
@@ -108,21 +178,21 @@ class IndexConfig(Section):
     """How `index` probes the video files."""
 
     verify: Literal["quick", "full"] = "quick"  # full = decode every frame and record errors
-    timeout_s: Positive = 60.0  # limit for one file; a slower file is recorded as broken
+    timeout_s: Seconds = 60.0  # limit for one file; a slower file is recorded as broken
 
 
 class ModelConfig(Section):
     """The architecture and its input: all settings to build the model and to sample its frames from a file."""
 
-    width: Count = 768
-    depth: Count = 12
+    width: Annotated[int, Field(ge=1, le=65_536)] = 768
+    depth: Annotated[int, Field(ge=1, le=1000)] = 12
     heads: Count = 12
     mlp_ratio: Positive = 4.0
-    patch: Count = 16  # side of a patch in pixels
-    size: Count = 224  # side of the square crop in pixels
-    num_frames: Count = 8
+    patch: Pixels = 16  # side of a patch in pixels
+    size: Pixels = 224  # side of the square crop in pixels
+    num_frames: Annotated[int, Field(ge=1, le=10_000)] = 8
     stride_frames: Count = 32  # distance of two frames of a clip, counted at `fps`
-    fps: Positive | None = 30.0  # null = the stride counts the frames of the file
+    fps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = 30.0  # null = the stride counts the frames of the file
     mean: tuple[float, float, float] = (0.45, 0.45, 0.45)  # mean of RGB values in [0, 1], for normalisation
     std: tuple[Positive, Positive, Positive] = (0.225, 0.225, 0.225)
     num_classes: Count = 400
@@ -138,7 +208,7 @@ class ModelConfig(Section):
     distill_token: bool = False  # a second class token for student points (ReViT, figure 3)
     dense_head: Positive | None = None  # weight of the logits of LV-ViT's head on patches; null = no head on patches
     qkv_bias: bool = True
-    layer_scale: float | None = None  # initial value; null = no LayerScale
+    layer_scale: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None  # initial value; null = no LayerScale
     residual_scale: Positive = 1.0  # factor of attention and MLP outputs before they are added; LV-ViT: 0.5
     norm_eps: Positive = 1e-6
     drop_path: Fraction = 0.0  # probability in the last block, rising linearly from 0 in the first
@@ -146,7 +216,7 @@ class ModelConfig(Section):
     # position in temporal attention, a frame in spatial attention.
     drop_path_unit: Literal["clip", "sequence"] = "clip"
     init_std: Positive = 0.02  # standard deviation of new linear layers and embeddings
-    time_init_std: Annotated[float, Field(ge=0.0)] = 0.0  # TimeSformer starts its time embedding at zero
+    time_init_std: Weight = 0.0  # TimeSformer starts its time embedding at zero
 
     @model_validator(mode="before")
     @classmethod
@@ -218,7 +288,7 @@ class LossConfig(Section):
     hard: bool = False  # the target is the teacher's top class instead of its distribution
     dropped: Literal["kl", "ce"] = "kl"  # points with keep < 1 learn from their length at keep 1, or from the labels
     label_smoothing: Fraction = 0.0
-    dense_weight: Annotated[float, Field(ge=0.0)] = 0.5  # weight of the loss of the head on patches (model.dense_head)
+    dense_weight: Weight = 0.5  # weight of the loss of the head on patches (model.dense_head)
     # Lengths whose patches have this loss, at keep 1: all, or the longest alone (SuperViT's code).
     dense_lengths: Literal["all", "longest"] = "all"
     map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # weight of the label map in the target of the class token
@@ -227,7 +297,7 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's recipe."""
 
-    init: str | None = None  # initial weights: a file, a folder, or the name of a timm model
+    init: Annotated[str, IS_PATH] | None = None  # initial weights: a file, a folder, or the name of a timm model
     epochs: Count = 15
     draw: Literal["all", "sampled"] = "all"  # points of a step: all (ReViT), or four random ones (SuperViT)
     batch: Count = 64  # clips of a step, over all ranks
@@ -237,21 +307,21 @@ class TrainConfig(Section):
     momentum: Fraction = 0.9
     nesterov: bool = False  # Nesterov's momentum; only for sgd, with momentum above 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    weight_decay: Weight = 1e-4
     # Parameters that decay: matrices and kernels alone, or all but the BatchNorms of stems (TimeSformer's code).
     decay: Literal["matrices", "all"] = "matrices"
     schedule: Literal["cosine", "step"] = "step"
     milestones: tuple[Positive, ...] = (11, 14)  # epochs, for `step`
     gamma: Positive = 0.1  # factor of the learning rate at each milestone
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
-    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_epochs: Weight = 0.0
+    min_lr: Weight = 0.0
     clip_grad: Positive | None = None  # maximum norm of the gradient; null = no clipping
     ema: Fraction | None = None  # decay of the moving average of the weights; null = no average
     activation_checkpointing: bool = False
     compile: bool = False
-    save_steps: Annotated[int, Field(ge=0)] = 0  # steps between two checkpoints; 0 = one each epoch
+    save_steps: Annotated[int, Field(ge=0, le=10**12)] = 0  # steps between two checkpoints; 0 = one each epoch
     # At least 2: if the newest file is damaged, the one before it is used.
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
 
     @model_validator(mode="after")
     def _check_schedule_and_batch(self) -> TrainConfig:
@@ -276,8 +346,8 @@ class PlanConfig(Section):
     """Assumptions of `videoadapt plan`."""
 
     bandwidth_gbps: Positive = 100.0  # gigabits per second from one rank to the next
-    macs_per_s: Positive | None = None  # speed of a rank in training; null = measured on this machine
-    clips: Count | None = None  # clips in an epoch; null = number in the run's manifest
+    macs_per_s: Annotated[float, Field(ge=1.0, le=1e21)] | None = None  # speed of a rank in training; null = measured
+    clips: Annotated[int, Field(ge=1, le=10**12)] | None = None  # clips in an epoch; null = those of the manifest
 
 
 class LabelConfig(Section):
@@ -291,16 +361,16 @@ class LabelConfig(Section):
 class AssignConfig(Section):
     """The assigner, a small EfficientNet-B0 on a few low-resolution frames, and its training."""
 
-    frames: Count = 4  # frames of a clip
-    size: Count = 112  # side of a frame in pixels
-    channel_multiplier: Positive = 0.5  # 1 = the width of EfficientNet-B0
+    frames: Annotated[int, Field(ge=1, le=10_000)] = 4  # frames of a clip
+    size: Pixels = 112  # side of a frame in pixels
+    channel_multiplier: Annotated[float, Field(ge=0.01, le=100.0)] = 0.5  # 1 = the width of EfficientNet-B0
     stages: Annotated[int, Field(ge=1, le=7)] = 7  # number of stages of EfficientNet-B0 that are used, from the first
     epochs: Count = 30
     batch: Count = 64
     lr: Positive = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.02
+    weight_decay: Weight = 0.02
     loss: Literal["ce", "expected_cost"] = "ce"
-    mu: Annotated[float, Field(ge=0.0)] = 2.0  # cost of a wrong prediction, in units of the costliest point's cost
+    mu: Weight = 2.0  # cost of a wrong prediction, in units of the costliest point's cost
     # Fraction of the labelled clips on which the threshold is chosen.
     select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     tolerance: Fraction = 0.005  # accuracy that may be lost on them, compared with the costliest point
@@ -317,10 +387,10 @@ class EvaluateConfig(Section):
     spatial_crops: Count = 3  # crops of a clip
     crop_offset: Literal["round", "ceil"] = "round"  # a crop between two pixels: the even one, or the next one
     average: Average = "probabilities"  # mean over the views of a video; logits = softmax of their mean
-    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # side of the crop / short side of the resized frame
+    crop_pct: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0  # side of the crop / short side of the resized frame
     batch: Count = 16  # views of a forward pass
     failed: Literal["wrong", "exclude"] = "wrong"  # a video that cannot be read counts as wrong, or not at all
-    speed_clips: Annotated[int, Field(ge=0)] = 64  # clips for the measurement of speed; 0 = no measurement
+    speed_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 64  # clips for measuring the speed; 0 = not measured
     speed_repeats: Count = 3
     # For example 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md).
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
@@ -336,16 +406,18 @@ class ParallelConfig(Section):
     # group decodes every clip.
     decode: Literal["own", "shared"] = "shared"
     ranks: Count | None = None  # required number; null = as many as the launcher has started
-    join_s: Positive = 50.0  # time in which all ranks must have started
-    step_s: Positive = 1800.0  # time that a rank waits for the others in a training step, loading included
+    join_s: Seconds = 50.0  # time in which all ranks must have started
+    step_s: Seconds = 1800.0  # time that a rank waits for the others in a training step, loading included
     shard: str | None = None  # I/N: label and evaluate score only shard I of N of the videos
 
     @model_validator(mode="after")
     def _check_shard(self) -> ParallelConfig:
         if self.shard is not None:
-            number, _, count = self.shard.partition("/")
-            if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-                raise ConfigError(f"parallel.shard: expected I/N with I from 0 to N - 1, such as 0/4, got {self.shard}")
+            match = _SHARD.fullmatch(self.shard)
+            if not match or int(match["number"]) >= int(match["count"]):
+                raise ConfigError(
+                    f"parallel.shard: expected I/N with I from 0 to N - 1, such as 0/4, got {shown(self.shard)}"
+                )
         return self
 
     @property
@@ -360,7 +432,7 @@ class LaunchConfig(Section):
 
     stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"  # all = these four, in this order
     cluster: Literal["slurm", "local"] = "slurm"  # local = on this machine, one stage after the other
-    shards: Count = 1  # jobs in the array of label and of evaluate; 1 = no array
+    shards: Annotated[int, Field(ge=1, le=100_000)] = 1  # jobs in the array of label and of evaluate; 1 = no array
 
 
 class SlurmConfig(Section):
@@ -370,9 +442,10 @@ class SlurmConfig(Section):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None  # required features of the nodes
-    exclude: str | None = None  # names of nodes to avoid
+    exclude: Annotated[str, BeforeValidator(_host_list)] | None = None  # names of nodes to avoid
     comment: str | None = None
-    time_minutes: Count = 1440  # limit of one start; shortly before it, the job saves and is requeued
+    # Limit of one start; shortly before it, the job saves and is requeued. A number, or a time as sbatch writes it.
+    time_minutes: Annotated[Count, BeforeValidator(_slurm_minutes)] = 1440
     nodes: Count = 1
     tasks_per_node: Count = 1  # one for each GPU
     gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1  # 0 = no GPUs; a rank uses one at most
@@ -380,4 +453,4 @@ class SlurmConfig(Section):
     mem_gb: Count | None = None  # memory of each node, in GB
     setup: tuple[str, ...] = ()  # shell lines before the command, to load modules or an environment
     signal_s: Count = 120  # seconds before the time limit at which the job gets the signal to save
-    max_restarts: Annotated[int, Field(ge=0)] = 20  # a job that needs more fails
+    max_restarts: Annotated[int, Field(ge=0, le=1_000_000)] = 20  # a job that needs more fails

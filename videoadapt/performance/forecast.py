@@ -7,8 +7,10 @@ ignores decoding, the latency of messages, and ranks that slow each other down.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from videoadapt.config.points import Point
 from videoadapt.training.groups import Group, GroupPlan, consecutive_groups, even_counts, split_evenly
@@ -147,9 +149,9 @@ def _step(plan: GroupPlan, draw: tuple[str, ...], work: StepWork, network: Netwo
     else:
         reduced_at = passes_s + reduce_s
     busy_s = sum(
-        work.micro_batches * _micro_batch_s(group, clips, work)
+        work.micro_batches * ranks * _micro_batch_s(group, clips, work)
         for group in plan.groups
-        for clips in clips_per_rank[group]
+        for clips, ranks in clips_per_rank[group].items()
     )
     return _StepTimes(reduced_at + work.optimizer_s, passes_s, reduced_at - passes_s, busy_s)
 
@@ -158,10 +160,14 @@ def _only_drawn(group: Group, draw: tuple[str, ...]) -> Group:
     return Group(tuple(point for point in group.points if point in draw), group.ranks)
 
 
-def _clips_per_rank(group: Group, work: StepWork) -> list[int]:
-    """Returns the number of clips of a micro-batch on each rank of the group."""
-    split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
-    return [len(positions) for positions in split]
+def _clips_per_rank(group: Group, work: StepWork) -> Counter[int]:
+    """Returns the number of ranks of the group by the clips that they get of a micro-batch."""
+    return _even_split(work.clips_per_micro_batch, len(group.ranks), work.pairs)
+
+
+@cache  # thousands of layouts of thousands of ranks have groups of the same sizes
+def _even_split(clips: int, ranks: int, pairs: bool) -> Counter[int]:
+    return Counter(len(positions) for positions in split_evenly(clips, ranks, pairs=pairs))
 
 
 def _micro_batch_s(group: Group, clips: int, work: StepWork) -> float:

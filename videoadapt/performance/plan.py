@@ -39,6 +39,8 @@ _ROUNDS = 5  # rounds of measuring; the median of five ignores two disturbed rou
 _SHOWN = 12  # layouts in the printed table
 _MIN_GAIN = 0.02  # groups must be faster by this fraction: they need more communication, and forecasts have errors
 _FLOAT_BYTES = 4  # gradients and logits travel as float32
+_MAX_RANKS = 4096
+_MAX_LENGTHS = 6  # they have 203 partitions; ten have 115,975
 _CPU_MACS = 25_000_000_000  # MACs of a forward pass that takes about a second on a core, with its backward pass
 
 
@@ -83,11 +85,11 @@ def plan(config: Config, gpus: int) -> PlanSummary:
         gpus: Number of ranks; without a GPU, processes with one core each.
 
     Raises:
-        UserError: `gpus` is not positive, or every layout has a rank without a clip.
+        UserError: `gpus` is not from 1 to 4096, the model has more than six lengths, or every layout has a rank without
+            a clip.
         ConfigError: `run.device` is not available.
     """
-    if gpus < 1:
-        raise UserError(f"--gpus: expected 1 or more, got {gpus}")
+    _require_possible(config, gpus)
     device, rate = pick_device(config.run.device), config.plan.macs_per_s
     sizes = _sizes(config, gpus, device)
     passes, optimizer_s = (analytic_passes(config), 0.0) if rate else _measured(config, sizes)
@@ -96,10 +98,7 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     network = Network(config.plan.bandwidth_gbps * 1e9 / 8, overlaps=device.type == "cuda" or rate is not None)
     plans = layouts(work, gpus)
     if not plans:
-        raise UserError(
-            f"--gpus: {gpus} ranks, but a micro-batch has only {work.clips_per_micro_batch} clips (train.batch / "
-            "train.accumulate); take fewer ranks, or raise train.batch"
-        )
+        raise _too_many_ranks(config, gpus)
     # Stable: the layout without groups comes first among equals.
     forecasts = sorted((forecast(layout, work, network) for layout in plans), key=lambda f: f.step_s)
     best = recommended(forecasts)
@@ -123,6 +122,27 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     )
     write_json(config.run.dir / "plan.json", dataclasses.asdict(summary))
     return summary
+
+
+def _require_possible(config: Config, gpus: int) -> None:
+    """Raises UserError for what would take minutes to find out: before passes are measured and layouts compared."""
+    if not 1 <= gpus <= _MAX_RANKS:
+        raise UserError(f"--gpus: expected 1 to {_MAX_RANKS}, got {gpus}")
+    if len(config.model.lengths) > _MAX_LENGTHS:
+        raise UserError(
+            f"model.points: {len(config.model.lengths)} lengths; plan compares all ways to group them, and that of at "
+            f"most {_MAX_LENGTHS}"
+        )
+    units = config.train.batch // config.train.accumulate // (2 if config.data.mixes else 1)
+    if gpus > units * len(config.model.lengths):  # even with a group for each length
+        raise _too_many_ranks(config, gpus)
+
+
+def _too_many_ranks(config: Config, gpus: int) -> UserError:
+    return UserError(
+        f"--gpus: {gpus} ranks, but a micro-batch has only {config.train.batch // config.train.accumulate} clips "
+        "(train.batch / train.accumulate); take fewer ranks, or raise train.batch"
+    )
 
 
 def analytic_passes(config: Config) -> dict[str, Passes]:
