@@ -129,3 +129,13 @@ def write_list(path: Path, rows: Sequence[tuple[str, int | str]], separator: str
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{name}{separator}{label}\n" for name, label in rows), encoding="utf-8")
     return path
+
+
+def without_default_duration(path: Path) -> Path:
+    """Replaces the frame rate in the header of an mkv or webm by padding, as browsers write it."""
+    data = path.read_bytes()
+    start = data.find(b"\x23\xe3\x83")  # id of DefaultDuration
+    length = 4 + (data[start + 3] & 0x7F)
+    padding = b"\xec" + bytes([0x80 | length - 2]) + bytes(length - 2)  # a Void element
+    path.write_bytes(data[:start] + padding + data[start + length :])
+    return path

@@ -2,10 +2,9 @@
 
 SRC is a folder or a manifest.parquet. Each of its videos becomes DST/NAME.mp4: rotated as it is displayed, with a
 smaller short side, in 8 bits and 4:2:0, with a keyframe at least every `--gop` frames, without sound. A copy has all
-frames of its source, evenly spaced at the frame rate that `index` finds in the source, so that clips of both have the
-same frames; uneven timestamps are lost. A source that is not an mp4 changes its name: annotations that contain the
-suffix, such as `path label` lists, must name the copies with .mp4; official CSVs stay valid. A video with a smaller
-short side keeps its size and is encoded again, so that all files in DST are alike.
+frames of its source, at the same times, so that clips of both have the same frames. A source that is not an mp4 changes
+its name: annotations that contain the suffix, such as `path label` lists, must name the copies with .mp4; official CSVs
+stay valid. A video with a smaller short side keeps its size and is encoded again, so that all files in DST are alike.
 
 The same command resumes where it was stopped, and repeats changed copies: each copy records its source and encoder
 settings in its metadata. A file in DST without this record is never overwritten. A copy gets its final name only after
@@ -21,12 +20,12 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -39,7 +38,7 @@ from av.video.reformatter import VideoReformatter
 from videoadapt.data.index.find_files import walk
 from videoadapt.data.index.probe_pool import run_on_files
 from videoadapt.data.synthetic import open_encoder
-from videoadapt.data.video.decoding import decode
+from videoadapt.data.video.decoding import decode, display_times
 from videoadapt.data.video.files import reason
 from videoadapt.data.video.frame_sampling import frame_indices
 from videoadapt.data.video.probe import VideoInfo, open_container, probe, upright
@@ -59,6 +58,7 @@ FAILED = "failed.csv"  # a file in DST
 FAILURES_SHOWN = 10  # failures printed on the terminal; the CSV has all
 SAMPLE = 20  # files that are read before and after, to measure the gain
 _KEY = "comment"  # one of the few metadata keys that mp4 keeps
+_UNEVEN_TICK_S = Fraction(1, 90_000)  # unit of the times of frames that are not evenly spaced
 _MARK = "videoadapt resize_videos "
 
 # Options that limit an encoder to one thread: the videos are encoded in parallel. x265 would also write its log.
@@ -206,7 +206,7 @@ def read_mark(result: Path) -> str | None:
 
 
 def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: str) -> None:
-    """Writes all frames of `source` to `path`, resized, upright and evenly spaced.
+    """Writes all frames of `source` to `path`, resized and upright, evenly spaced or at the times of the source.
 
     Raises:
         VideoError: A frame is damaged, or the encoder fails.
@@ -219,15 +219,25 @@ def encode(source: Path, path: Path, info: VideoInfo, encoding: Encoding, mark: 
                 output.metadata[_KEY] = mark
                 copy = cast("VideoStream", output.add_stream(encoding.codec, rate=rate))
                 set_up(copy.codec_context, stream.codec_context, size, encoding)
-                copy.codec_context.time_base = 1 / rate
+                tick_s = _UNEVEN_TICK_S if info.variable_rate else 1 / rate
+                ticks = _ticks(source, info)
+                copy.codec_context.time_base = tick_s
                 open_encoder(copy.codec_context)
-                for number, frame in enumerate(upright_frames(source, container, stream, size)):
-                    frame.pts, frame.time_base = number, 1 / rate
+                frames = upright_frames(source, container, stream, size)
+                for tick, frame in zip(ticks, frames, strict=False):  # the number of frames is checked later
+                    frame.pts, frame.time_base = tick, tick_s
                     frame.pict_type = PictureType.NONE  # otherwise the source's keyframes become keyframes of the copy
                     output.mux(copy.encode(frame))
                 output.mux(copy.encode())  # the frames that the encoder still holds
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"{source}: cannot be encoded with {encoding.codec}: {reason(error)}") from None
+
+
+def _ticks(source: Path, info: VideoInfo) -> Iterable[int]:
+    """Returns the timestamps of the copy's frames: 0, 1, 2, ... or, of a variable rate, the times of the source."""
+    if not info.variable_rate:
+        return count()
+    return (display_times(source) / float(_UNEVEN_TICK_S)).round().astype(int).tolist()
 
 
 def set_up(context: VideoCodecContext, source: VideoCodecContext, size: tuple[int, int], encoding: Encoding) -> None:

@@ -239,4 +239,5 @@ def _indices(start_s: float, reader: VideoReader, model: ModelConfig) -> np.ndar
         num_frames=model.num_frames,
         stride_frames=model.stride_frames,
         fps=model.fps,
+        times_s=reader.times_s,
     )

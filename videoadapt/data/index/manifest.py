@@ -43,7 +43,9 @@ SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the
         ("rotation", pa.int64()),
         ("reader", pa.string()),
         ("bytes", pa.int64()),
-        *((name, pa.string()) for name in ("content", "damage", "split", "status", "cause")),
+        *((name, pa.string()) for name in ("content", "damage")),
+        ("variable_rate", pa.bool_()),
+        *((name, pa.string()) for name in ("split", "status", "cause")),
     ]
 )
 _KEY = b"videoadapt"  # key of our metadata in the Parquet file
@@ -71,6 +73,7 @@ class Row(NamedTuple):
     bytes: int  # size of the file
     content: str  # hash of the bytes
     damage: str | None  # None: not every frame was decoded; empty: all frames are intact
+    variable_rate: bool  # the frames are not evenly spaced, and are chosen by their timestamps
     split: Split
     status: Literal["ok", "missing", "broken"]
     cause: str  # empty if the status is ok
@@ -162,6 +165,7 @@ class Manifest:
             raise UserError(f"{path}: cannot be read as a manifest: {str(error).splitlines()[0]}") from None
         except (KeyError, ValueError):
             raise UserError(f"{path}: not a manifest of videoadapt; make one with `videoadapt index`") from None
+        table = _with_new_columns(table)
         # The stored hash detects a table that another program filtered or edited.
         if not table.schema.equals(SCHEMA) or expected != (manifest := cls(table, classes, fingerprint)).hash:
             raise UserError(f"{path}: its columns or rows were changed; make it again with `videoadapt index`")
@@ -270,6 +274,14 @@ def _build(config: Config) -> tuple[Manifest, IndexSummary]:
     )
     manifest = Manifest(_table(listing.videos, results), listing.classes, _fingerprint(config))
     return manifest, summary(manifest.table, manifest.hash, listing)
+
+
+def _with_new_columns(table: pa.Table) -> pa.Table:
+    """Adds a column that manifests of earlier versions do not have: their videos are read at an even rate."""
+    if "variable_rate" in table.column_names:
+        return table
+    place = SCHEMA.get_field_index("variable_rate")
+    return table.add_column(place, SCHEMA.field(place), pa.array([False] * len(table), pa.bool_()))
 
 
 def _write(manifest: Manifest, counts: IndexSummary, config: Config) -> None:

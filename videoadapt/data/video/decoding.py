@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from videoadapt.data.video.probe import open_container
+from videoadapt.data.video.frame_times import usable_times
+from videoadapt.data.video.probe import open_container, shows_display_times
 from videoadapt.errors import VideoError
 
 if TYPE_CHECKING:
@@ -139,11 +140,24 @@ def read_timeline(source: Source) -> Timeline | None:
             shown.append(number)
     if None in times or len(set(times)) < len(times):
         return None
-    # Avi stores no display times, and some writers copy the decoding times: wrong as soon as frames change order.
-    if source.codec.has_b_frames and (decoding_order or source.container == "avi"):
+    if not shows_display_times(source.container, source.codec, decoding_order):
         return None
     pts, numbers = np.array(times, np.int64), np.array(shown, np.int64)
     return Timeline(pts, np.array(keyframes, np.int64), numbers[np.argsort(pts[numbers])])
+
+
+def display_times(path: Path) -> np.ndarray:
+    """Reads when each frame of a video is displayed, in seconds after the first frame: (F,) float64, ascending.
+
+    Raises:
+        VideoError: The file cannot be read as a video, or its timestamps are not usable any more.
+    """
+    with open_container(path) as (container, stream):
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        times = usable_times([packet.pts for packet in packets if not packet.is_discard], stream.time_base)
+        if times is None or stream.time_base is None:
+            raise VideoError(f"{path}: its timestamps are missing or broken, but were not when it was indexed")
+        return times * float(stream.time_base)
 
 
 def frames_by_time(

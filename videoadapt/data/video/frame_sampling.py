@@ -12,6 +12,8 @@ import numpy as np
 from videoadapt.config.sections import ModelConfig
 from videoadapt.runtime.seeds import seeded
 
+_DECIMALS = 6  # of positions and seconds; far below the distance of two frames
+
 
 def clip_seconds(model: ModelConfig, file_fps: float) -> float:
     """Returns the seconds that a clip spans: `num_frames` strides at `model.fps` (None: at `file_fps`)."""
@@ -67,13 +69,14 @@ def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by nam
     num_frames: int,
     stride_frames: int,
     fps: float | None,
+    times_s: np.ndarray | None = None,
 ) -> np.ndarray:
     """Chooses the frames of a clip (TimeSformer, `datasets/decoder.py`).
 
-    The clip spans `stride_frames * num_frames / fps * file_fps` frames of the file. `num_frames` indices are spread
-    evenly over the span, both ends included, and truncated to integers. After the end of the video, its last frame
-    repeats. A clip of one frame is the frame at its start; with `centre` it lies half a stride before the middle of the
-    video.
+    The clip spans `stride_frames * num_frames / fps * file_fps` frames of the file. `num_frames` positions are spread
+    evenly over the span, both ends included, and each takes the frame that is displayed then. After the end of the
+    video, its last frame repeats. A clip of one frame is the frame at its start; with `centre` it lies half a stride
+    before the middle of the video.
 
     Args:
         start_s: Start of the clip in seconds.
@@ -82,6 +85,8 @@ def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by nam
         num_frames: Frames in the clip.
         stride_frames: Distance between two frames of the clip, in frames at the rate `fps`.
         fps: The frame rate of the strides; None means `file_fps`.
+        times_s: Seconds after the first frame at which each frame is displayed, (total_frames,) ascending; None means
+            evenly spaced at `file_fps`.
 
     Returns:
         (num_frames,) int64 in [0, total_frames - 1], in ascending order, repeats possible.
@@ -89,8 +94,23 @@ def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by nam
     clip_frames = max(stride_frames * num_frames * (file_fps / fps if fps else 1.0), 1.0)
     start = start_s * file_fps
     # Rounded before truncation, because seconds times frame rate may give 13.999...98 in place of 14.
-    indices = np.linspace(start, start + clip_frames - 1, num_frames).round(6)
-    return np.clip(indices, 0, total_frames - 1).astype(np.int64)
+    positions = np.linspace(start, start + clip_frames - 1, num_frames).round(_DECIMALS)
+    return _frames_at(positions, total_frames, file_fps, times_s)
+
+
+def _frames_at(positions: np.ndarray, total_frames: int, file_fps: float, times_s: np.ndarray | None) -> np.ndarray:
+    """Returns the frames displayed at some positions, (T,) int64; before and after the video, its first and last.
+
+    Args:
+        positions: (T,) float64, in frames of the mean rate after the first frame: seconds times `file_fps`.
+        total_frames: Frames in the file.
+        file_fps: Its frame rate.
+        times_s: See `frame_indices`.
+    """
+    if times_s is not None:
+        instants_s = (positions / file_fps).round(_DECIMALS)
+        positions = np.searchsorted(times_s.round(_DECIMALS), instants_s, side="right") - 1
+    return np.clip(positions, 0, total_frames - 1).astype(np.int64)
 
 
 def spread(total: int, kept: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from videoadapt.data.video.files import exists, file_size, hash_file, reason
+from videoadapt.data.video.frame_times import Rate, frame_rate, is_rate
 from videoadapt.data.video.images import (
     IMAGE_FOLDER_FPS,
     errors_named_after,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 ReaderName = Literal["decord", "pyav", "image"]
 
-PROBE_VERSION = 2  # raise it when `probe` or `verify` returns another result for the same file
+PROBE_VERSION = 3  # raise it when `probe` or `verify` returns another result for the same file
 
 # Files for which decord 0.6 was measured to be exact. It returns wrong frames of MPEG-TS, and of avi with B-frames,
 # and raises no error.
@@ -48,7 +49,6 @@ _IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # types of N
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make FFmpeg open the network
 _PYAV_READS_ANY_METADATA = 19  # the first version without the argument `metadata_errors`
-_MAX_FPS = 1000.0  # a higher rate comes from broken timestamps
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class VideoInfo:
     """Result of `probe`. Width and height describe the displayed frame, after the rotation."""
 
     frames: int
-    fps: float
+    fps: float  # measured from the timestamps; the mean if the rate is variable
     width: int
     height: int
     duration_s: float  # frames / fps, or the span of the timestamps if it differs by more than a frame
@@ -67,6 +67,7 @@ class VideoInfo:
     bytes: int
     content: str  # hash of the file's bytes, or of the names and bytes of a folder's frames; empty if not requested
     damage: str | None = None  # damage that decoding all frames found; empty: none; None: not decoded
+    variable_rate: bool = False  # the frames are not evenly spaced, so a clip's frames are chosen by their timestamps
 
 
 def probe(path: str | Path, *, content: bool = True) -> VideoInfo:
@@ -197,14 +198,15 @@ class _Scan(NamedTuple):
     times: list[int | None]  # times of all packets
     shown: list[int | None]  # times of the packets that an edit list does not hide
     closed: bool  # no frame after a keyframe needs a frame before it
+    timed: bool  # the times are those of display
 
 
 def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, size: int) -> VideoInfo:
     _refuse_torn(path, container, stream, size)
-    first, times, shown, closed = _scan(path, container, stream)
+    first, times, shown, closed, timed = _scan(path, container, stream)
     # In some files all packets have the same time: decord then seeks to wrong frames, and the average rate is wrong.
     times_valid = len(set(times) - {None}) == len(times)
-    fps = _frame_rate(path, stream, times_valid)
+    rate = _frame_rate(path, stream, shown if timed else [None], times_valid)
     complete = len(shown) == len(times) == (stream.frames or len(times))  # 0: the container states no number
     # decord converts interlaced frames to RGB as progressive ones, which shifts colours by a line.
     plain = closed and first.rotation == 0 and not first.interlaced_frame and len(container.streams.video) == 1
@@ -212,23 +214,24 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
     height, width = upright((first.height, first.width), first.rotation)
     return VideoInfo(
         frames=len(shown),
-        fps=fps,
+        fps=rate.fps,
         width=width,
         height=height,
-        duration_s=_duration_s(shown, fps, stream),
+        duration_s=_duration_s(shown, rate.fps, stream),
         codec=stream.codec_context.name,
         container=container.format.name,
         rotation=first.rotation % 360,
         reader="decord" if decord_exact else "pyav",
         bytes=size,
         content="",
+        variable_rate=rate.variable,
     )
 
 
 def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
     """Reads all packets, and decodes only until the first frame."""
     codec = stream.codec_context
-    first, closed = None, True
+    first, closed, decoding_order = None, True, True
     times: list[int | None] = []
     shown: list[int | None] = []
     for packet in container.demux(stream):
@@ -237,12 +240,26 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
         if packet.size:  # an empty packet marks the end of the stream
             is_later_keyframe = bool(times) and packet.is_keyframe
             closed &= not is_later_keyframe or _starts_closed_gop(codec.name, packet)
+            decoding_order &= packet.pts == packet.dts
             times.append(packet.pts)
             if not packet.is_discard:
                 shown.append(packet.pts)
     if first is None or not shown:
         raise VideoError(f"{path}: none of its frames can be decoded")
-    return _Scan(first, times, shown, closed)
+    return _Scan(first, times, shown, closed, shows_display_times(container.format.name, codec, decoding_order))
+
+
+def shows_display_times(container: str, codec: VideoCodecContext, decoding_order: bool) -> bool:
+    """Returns whether the timestamps of packets are times of display.
+
+    Avi stores no display times, and some writers copy the decoding times: wrong as soon as frames change order.
+
+    Args:
+        container: Name of the format.
+        codec: The decoder, after it has read packets.
+        decoding_order: Whether the timestamps equal the decoding times.
+    """
+    return not (codec.has_b_frames and (decoding_order or container == "avi"))
 
 
 def _refuse_torn(path: Path, container: InputContainer, stream: VideoStream, size: int) -> None:
@@ -285,13 +302,16 @@ def _starts_closed_gop(codec: str, keyframe: Packet[VideoStream]) -> bool:
     return False
 
 
-def _frame_rate(path: Path, stream: VideoStream, times_valid: bool) -> float:
-    """Returns frames per second: the average if the timestamps are valid, otherwise the rate in the stream header."""
-    rates = (stream.average_rate, stream.guessed_rate) if times_valid else (stream.guessed_rate, stream.base_rate)
-    for rate in rates:
-        if rate and 0 < rate < _MAX_FPS:
-            return float(rate)
-    raise VideoError(f"{path}: has no usable frame rate (it declares {rates[0]})")
+def _frame_rate(path: Path, stream: VideoStream, shown: Sequence[int | None], times_valid: bool) -> Rate:
+    """Returns the rate by the timestamps. Without usable timestamps it is the rate that the file states."""
+    average, guessed = stream.average_rate, stream.guessed_rate
+    without_times = filter(is_rate, (average, guessed) if times_valid else (guessed, stream.base_rate))
+    rate = frame_rate(shown, stream.time_base, (average, guessed), next(without_times, None))
+    if rate is None:
+        raise VideoError(
+            f"{path}: has no usable frame rate: its timestamps are missing or broken, and it states {average}"
+        )
+    return rate
 
 
 def _duration_s(shown_pts: Sequence[int | None], fps: float, stream: VideoStream) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from videoadapt.data.video.decoding import (
     DECODE_MODES,
     DecodeMode,
+    display_times,
     frames_by_count,
     frames_by_time,
     open_source,
@@ -34,11 +35,16 @@ _DECORD_BATCH = 8  # frames per call: decord holds a copy of all frames of a cal
 
 
 class VideoReader(Protocol):
-    """An open video. `width` and `height` are the size of the frames that `frames` returns."""
+    """An open video. `width` and `height` are the size of the frames that `frames` returns.
+
+    `times_s` has the seconds after the first frame at which each frame is displayed, (F,) float64. It is None if the
+    frames are evenly spaced.
+    """
 
     path: Path
     num_frames: int
     fps: float
+    times_s: np.ndarray | None
     width: int
     height: int
 
@@ -122,6 +128,7 @@ class DecordReader:
         assert decord is not None
         self._error = decord.DECORDError
         self.path, self.fps, self.width, self.height = path, info.fps, info.width, info.height
+        self.times_s = _times(path, info)
         try:
             # One thread: the workers of a loader are the parallelism, and more threads cost more CPU in total.
             self._video = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1)
@@ -161,6 +168,7 @@ class PyAVReader:
     def __init__(self, path: Path, info: VideoInfo, modes: Sequence[DecodeMode] = DECODE_MODES) -> None:
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
         self.width, self.height, self._modes = info.width, info.height, modes
+        self.times_s = _times(path, info)
 
     def __len__(self) -> int:
         return self.num_frames
@@ -175,9 +183,7 @@ class PyAVReader:
             if timeline is None:
                 return self._to_rgb(wanted, frames_by_count(source, set(wanted.tolist())))
             if len(timeline.shown) != self.num_frames:
-                raise VideoError(
-                    f"{self.path}: has {len(timeline.shown)} frames, but had {self.num_frames} when it was probed"
-                )
+                raise _changed(self.path, len(timeline.shown), self.num_frames)
             *fast, safe = (frames_by_time(source, timeline, set(wanted.tolist()), mode) for mode in self._modes)
             for frames in fast:
                 with suppress(VideoError):  # a fast mode also fails on valid files with unusual keyframes
@@ -204,6 +210,7 @@ class ImageReader:
     def __init__(self, path: Path, info: VideoInfo) -> None:
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
         self.width, self.height = info.width, info.height
+        self.times_s: np.ndarray | None = None
         self._images = image_files(path) if path.is_dir() else [path]
 
     def __len__(self) -> int:
@@ -227,6 +234,20 @@ class ImageReader:
                 f"{self.width}x{self.height}; all must have one size"
             )
         return frame
+
+
+def _times(path: Path, info: VideoInfo) -> np.ndarray | None:
+    """Returns `VideoReader.times_s`. Raises `VideoError` if it cannot be read, or the file has changed."""
+    if not info.variable_rate:
+        return None
+    times_s = display_times(path)
+    if len(times_s) != info.frames:
+        raise _changed(path, len(times_s), info.frames)
+    return times_s
+
+
+def _changed(path: Path, frames: int, frames_before: int) -> VideoError:
+    return VideoError(f"{path}: has {frames} frames, but had {frames_before} when it was probed")
 
 
 def _checked(path: Path, indices: Indices, total: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Clip, Failure, TrainClips
 from videoadapt.data.index.manifest import Manifest, Row
+from videoadapt.data.video.decoding import display_times
 from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices
 from videoadapt.data.video.readers import DecordReader, ImageReader, PyAVReader, open_video
 from videoadapt.errors import UserError, VideoError
@@ -218,6 +220,7 @@ def _indices(row: Row, start_s: float, config: Config) -> np.ndarray:
         num_frames=model.num_frames,
         stride_frames=model.stride_frames,
         fps=model.fps,
+        times_s=display_times(Path(row.path)) if row.variable_rate else None,
     )
 
 
