@@ -7,7 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ import small_runs as runs
 from videoadapt.commands import launch as module
 from videoadapt.commands.launch import STAGES, Job, StageCall, jobs_of, launch, sbatch_line, sbatch_options
 from videoadapt.config.load import Config, make_config
-from videoadapt.errors import ConfigError, RunError
+from videoadapt.errors import ConfigError, RunError, UserError
 
 FILES = Path(__file__).parents[2] / "slurm"
 
@@ -31,6 +34,13 @@ def options_of(script: str) -> dict[str, str]:
     """Returns the options in the `#SBATCH` lines of a script."""
     pairs = (line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line[:7] == "#SBATCH")
     return {option: value for option, _, value in pairs}
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_all_is_the_four_stages() -> None:
@@ -199,8 +209,59 @@ def test_all_stages_on_this_machine(tmp_path: Path) -> None:
 
 def test_a_stage_that_fails_here_names_its_log(tmp_path: Path) -> None:
     nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local", "stage": "assign"}}
-    with pytest.raises(RunError, match=r"assign failed; see (.*_log\.err)") as raised:
+    with pytest.raises(RunError, match=r"assign failed: .*; run `videoadapt label` with this config first") as raised:
         launch(make_config(nested), [])
-    log = re.search(r"see (.*_log\.err)", str(raised.value))
+    log = re.search(r"\(log: (.*_log\.err)\)$", str(raised.value))
     assert log
-    assert "run `videoadapt label` with this config first" in Path(log[1]).read_text()
+    lines = Path(log[1]).read_text().splitlines()
+    assert "Traceback" not in "".join(lines)
+    assert lines[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("no\nvideo"), 2), (RunError("no\nvideo"), 1), (OSError("no\nvideo"), 1)]
+)
+def test_an_error_inside_a_job_is_one_line(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_stage(*_: object) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr(module, "run_stage", run_stage)
+    with pytest.raises(SystemExit) as ended:  # not an `Exception`, whose traceback submitit would print
+        StageCall(Job("train", 1, 1), config_of())()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == "error: no video\n"
+
+
+def test_the_sbatch_files_and_the_scripts_of_launch_pass_signals_on() -> None:
+    assert all(module.PASS_SIGNALS_ON in (FILES / f"{stage}.sbatch").read_text() for stage in STAGES)
+    job = jobs_of(config_of("train"))[0]
+    setup = module._submitit_parameters(job, config_of("train", setup=["module load cuda"]), None)["setup"]
+    assert setup == ["module load cuda", *module.PASS_SIGNALS_ON.splitlines()]
+
+
+@pytest.mark.parametrize(("received", "code"), [([], 3), (["USR2"], 12), (["USR1", "USR1"], 12)])
+def test_a_signal_to_the_batch_shell_reaches_the_tasks(received: list[str], code: int, tmp_path: Path) -> None:
+    """`srun` here is a task that ends with code 12 when it has received as many signals; otherwise with code 3."""
+    srun = tmp_path / "srun"
+    srun.write_text(
+        "#!/bin/bash\n"
+        "trap 'echo USR1; n=$((n + 1))' USR1; trap 'echo USR2; n=$((n + 1))' USR2\n"
+        f'echo "$@"; touch {tmp_path}/ready\n'
+        f"for _ in {{1..100}}; do sleep 0.1; [[ $n == {len(received) or 'x'} ]] && exit 12; "
+        f"[[ {len(received)} == 0 ]] && exit 3; done\n"
+    )
+    srun.chmod(0o755)
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/bash\n{module.PASS_SIGNALS_ON}\nsrun --some 'two words'\n")
+    process = subprocess.Popen(
+        ["bash", str(script)], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, stdout=subprocess.PIPE, text=True
+    )
+    for number, name in enumerate(received):
+        wait_until((tmp_path / "ready").exists)
+        time.sleep(0.3 * (number + 1))
+        process.send_signal(getattr(signal, f"SIG{name}"))
+    output, _ = process.communicate(timeout=30)
+    assert output.splitlines() == ["--some two words", *received]
+    assert process.returncode == code

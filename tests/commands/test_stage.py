@@ -19,14 +19,15 @@ from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.errors import RunError
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
 
-CONFIG = make_config({"slurm": {"max_restarts": 3}})
+CONFIG = make_config({"slurm": {"max_restarts": 3}})  # its run folder is in the working directory
 
 
 @pytest.fixture
-def in_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A SLURM job on its second restart. SLURM ends it as soon as it waits. Returns the list of its actions."""
+def in_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """A SLURM job on its second restart, in an empty folder. SLURM ends it as soon as it waits. Returns its actions."""
     actions: list[str] = []
     before = {number: signal.getsignal(number) for number in JOB_SIGNALS}
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setattr(jobs, "requeue", lambda job: actions.append(f"requeue {job}"))
@@ -119,6 +120,39 @@ def test_restarts_are_limited_at_signal_and_start(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RunError, match="job 7 was restarted 4 times"):
         run_stage("train", CONFIG)
     assert in_job == []
+
+
+@pytest.mark.parametrize("saved", ["checkpoints/step-00000004.safetensors", "scores/label-1/part-00001.npz", ""])
+def test_a_job_that_saves_nothing_in_two_starts_is_not_requeued(
+    monkeypatch: pytest.MonkeyPatch, in_job: list[str], saved: str
+) -> None:
+    stage_that(monkeypatch, signal.SIGUSR2)
+    with pytest.raises(SystemExit):
+        run_stage("train", CONFIG)
+    if saved:
+        path = CONFIG.run.dir / saved
+        path.parent.mkdir(parents=True)
+        path.write_text("saved by the second start")
+        with pytest.raises(SystemExit):
+            run_stage("train", CONFIG)
+    assert in_job == ["requeue 7", "waits"] * (2 if saved else 1)
+    with pytest.raises(RunError, match=r"job 7 has saved nothing new in its last two starts: .*slurm\.time_minutes"):
+        run_stage("train", CONFIG)
+    assert in_job == ["requeue 7", "waits"] * (2 if saved else 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again, with a longer limit
+    with pytest.raises(SystemExit):
+        run_stage("train", CONFIG)
+
+
+def test_a_finished_job_leaves_no_record_of_its_restarts(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
+    stage_that(monkeypatch, signal.SIGUSR2)
+    with pytest.raises(SystemExit):
+        run_stage("train", CONFIG)
+    assert [path.name for path in (CONFIG.run.dir / "restarts").iterdir()] == ["7"]
+    stage_that(monkeypatch)
+    run_stage("train", CONFIG)
+    assert list((CONFIG.run.dir / "restarts").iterdir()) == []
+    assert in_job == ["requeue 7", "waits"]
 
 
 def test_ctrl_c_in_a_job_interrupts(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:

@@ -83,11 +83,11 @@ def test_collectives_of_ranks_that_srun_started(tmp_path: Path) -> None:
 
 
 def test_a_missing_variable_of_the_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
-        pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot find each other: .*RANK"),
+        pytest.raises(RunError, match=r"the 2 ranks \(WORLD_SIZE\) cannot find each other: .*MASTER_ADDR"),
         ranks(config_of(tmp_path)),
     ):
         pass

@@ -37,6 +37,9 @@ LOCAL = {
         (TORCHRUN, RankEnv("torchrun", 5, 8, 1)),
         (STEP, RankEnv("slurm", 4, 6, 3, "slurm-71-2-3")),
         (STEP | TORCHRUN, RankEnv("torchrun", 5, 8, 1)),  # torchrun inside a job
+        (STEP | {"WORLD_SIZE": "6", "MASTER_PORT": "1"}, RankEnv("slurm", 4, 6, 3, "slurm-71-2-3")),  # as in tutorials
+        (STEP | {"WORLD_SIZE": "6", "RANK": "4"}, RankEnv("slurm", 4, 6, 3, "slurm-71-2-3")),
+        ({"WORLD_SIZE": "2"}, RankEnv("none", 0, 1, 0)),
         (LOCAL, RankEnv("submitit", 1, 2, 1, "local-99")),
         (STEP | LOCAL, RankEnv("submitit", 1, 2, 1, "local-99")),  # launch.cluster=local inside a job
         (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, RankEnv("slurm", 4, 6, 3, "slurm-71-2-3")),

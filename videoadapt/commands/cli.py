@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from videoadapt.errors import RunError, UserError, one_line
+from videoadapt.commands.failure import FAILURES, INPUT_WRONG, fail, is_failure
+from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
@@ -33,10 +33,7 @@ Result = TypeVar("Result")
 # found through a class that typer exports.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
-# Exit codes
-RUN_FAILED = 1
-INPUT_WRONG = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells do
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells do
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")  # section.key=value
 _SETTING = re.compile(r"[a-z_]+=.*")  # key=value, of a benchmark
@@ -106,34 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except USAGE_ERROR as error:  # prints the usage of the verb with the error
         error.show()
         sys.exit(INPUT_WRONG)
-    except UserError as error:
-        _fail(error, INPUT_WRONG)
-    except (RunError, OSError) as error:  # OSError: a full disk, a missing permission, a lost file system
-        _fail(error, RUN_FAILED)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except FAILURES as error:
+        if not is_failure(error):
             raise
-        _fail(error, RUN_FAILED, "not enough memory; take smaller batches, frames or models, or a larger machine: ")
+        fail(error)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to continue from the saved state", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's own class, torch.OutOfMemoryError, is of GPUs alone; without a GPU torch raises a RuntimeError.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
-
-
-def _fail(error: Exception, code: int, message: str = "") -> NoReturn:
-    """Prints an error as one line on stderr, after its traceback if the user wants it, and exits."""
-    if os.environ.get("VIDEOADAPT_TRACEBACK", "0") not in {"", "0"}:
-        traceback.print_exception(error)
-    env = rank_env(os.environ)
-    where = f" on rank {env.rank} of {env.world}" if env.world > 1 else ""
-    # One line: log files of many ranks are searched with grep.
-    print(f"error{where}: " + one_line(f"{message}{error}"), file=sys.stderr)
-    sys.exit(code)
 
 
 @app.command()

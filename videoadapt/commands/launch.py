@@ -8,6 +8,7 @@ Only the verb `launch` imports this module, because submitit is slow to import.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
+from videoadapt.commands.failure import FAILURES, fail, is_failure
 from videoadapt.commands.stage import Stage, Summary, run_stage
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError
@@ -25,6 +27,25 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.slurm import cancel
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
+# A shell function that the job's script calls instead of the command of this name; slurm/*.sbatch have it too.
+PASS_SIGNALS_ON = """\
+# A signal to this shell alone (scancel --batch --signal=USR2) would end the job. It is passed on to srun, which sends
+# it to all tasks. A shell handles signals between two commands and in `wait`, so srun runs in the background.
+srun() {
+    local step= code=0 again passed=
+    trap 'passed=1; kill -USR1 "$step"' USR1
+    trap 'passed=1; kill -USR2 "$step"' USR2
+    command srun "$@" &
+    step=$!
+    wait "$step" || code=$?
+    while [[ $passed ]]; do  # the signal has ended `wait`, while srun still runs
+        passed= again=0
+        wait "$step" || again=$?
+        ((again == 127)) || code=$again  # 127: srun had ended already, and its code is known
+    done
+    return "$code"
+}
+"""
 _NO_LIMIT_MINUTES = 366 * 24 * 60  # submitit's local executor needs a limit: a year
 _SQUEUE_EVERY_S = 60  # how often a handle asks SLURM for the state of its job, unless forced
 
@@ -178,8 +199,18 @@ class StageCall:
         self.values["parallel"] |= parallel
 
     def __call__(self) -> Summary:
-        """Runs the stage and returns its summary."""
-        return run_stage(self.stage, make_config(self.values, "the config at submission"))
+        """Runs the stage and returns its summary.
+
+        Raises:
+            SystemExit: The stage failed by an error of the user or of the machine, which was printed as one line.
+                submitit would print the traceback of any other exception.
+        """
+        try:
+            return run_stage(self.stage, make_config(self.values, "the config at submission"))
+        except FAILURES as error:
+            if not is_failure(error):
+                raise
+            fail(error)
 
 
 def _submit_all(jobs: Sequence[Job], config: Config, words: Sequence[str]) -> list[Submission]:
@@ -221,7 +252,7 @@ def _submitit_parameters(job: Job, config: Config, after: str | None) -> dict[st
         "ntasks_per_node": job.tasks_per_node,
         "time": config.slurm.time_minutes,
         "signal_delay_s": config.slurm.signal_s,
-        "setup": list(config.slurm.setup),
+        "setup": [*config.slurm.setup, *PASS_SIGNALS_ON.splitlines()],
         # When one rank fails, srun ends the others. Since SLURM 22.05, srun does not inherit sbatch's CPUs per task.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.slurm.cpus_per_task}"],
         "additional_parameters": {option: value or True for option, value in options.items()},
@@ -250,12 +281,22 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
         try:
             handle.results()
         except (FailedJobError, UncompletedJobError) as error:
-            raise RunError(f"{job.stage} failed; see {handle.paths.stderr}") from error
+            raise RunError(_why_failed(job, handle)) from error
         except KeyboardInterrupt:
             handle.cancel()  # the job has its own process group, which Ctrl-C does not reach
             raise
         done.append(Submission(job.stage, handle.job_id, job.ranks, job.shards, str(handle.paths.stdout), ""))
     return done
+
+
+def _why_failed(job: Job, handle: submitit.Job[Summary]) -> str:
+    """Returns the error that a rank of a job on this machine has printed, and its log."""
+    for log in sorted(handle.paths.folder.glob("*_log.err")):  # one for each rank
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if re.match(r"error( on rank \d+ of \d+)?: ", line)]
+        if errors:
+            return f"{job.stage} failed: {errors[-1].partition(': ')[2]} (log: {log})"
+    return f"{job.stage} failed; see {handle.paths.stderr}"
 
 
 def _job_folder(config: Config) -> Path:

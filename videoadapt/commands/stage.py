@@ -6,21 +6,27 @@ takes seconds, and a signal that arrives in them would kill the job. The handler
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
+from videoadapt.runtime.files import replacing
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
 Stage = Literal["train", "label", "assign", "evaluate"]
 Summary: TypeAlias = dict[str, Any]  # the result of a stage, with the keys of its JSON file
 
+# The files that a stage leaves behind when it gets on, by name and size: what another start need not do again.
+_PROGRESS = ("probed.jsonl", "manifest.parquet", "checkpoints/step-*", "assigner/*", "scores/*/part-*")
 _END_TIMEOUT_S = 600.0  # SLURM kills a job sooner: its grace time is rarely more than a few minutes
 _TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 
@@ -28,7 +34,8 @@ _TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM en
 def run_stage(stage: Stage, config: Config) -> Summary:
     """Runs a stage to its end. In a SLURM job, a signal makes the stage save first.
 
-    - SIGUSR1 or SIGUSR2 (the time limit is near): rank 0 requeues the job, at most `slurm.max_restarts` times.
+    - SIGUSR1 or SIGUSR2 (the time limit is near): rank 0 requeues the job, at most `slurm.max_restarts` times. If two
+      starts have saved nothing, it ends the job: a third would not get further.
     - SIGTERM (preemption): SLURM itself requeues the job. This process waits until SLURM ends it, because a job that
       ends by itself counts as completed.
 
@@ -41,7 +48,7 @@ def run_stage(stage: Stage, config: Config) -> Summary:
 
     Raises:
         SystemExit: The job was requeued or preempted. The exit code is 143.
-        RunError: The job has no restarts left, or the stage failed.
+        RunError: The job has no restarts left, two of its starts made no progress, or the stage failed.
         UserError: The config or the input of the stage is wrong.
         KeyboardInterrupt: Ctrl-C; outside a SLURM job also the other signals.
     """
@@ -54,7 +61,10 @@ def run_stage(stage: Stage, config: Config) -> Summary:
             signal.signal(number, signal.SIG_IGN)
     with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
-            return _function(stage)(config)
+            summary = _function(stage)(config)
+            if job is not None and rank_env(os.environ).rank == 0:
+                _restart_file(job, config).unlink(missing_ok=True)
+            return summary
         except Stopped as stopped:
             if job is None or stopped.signal not in JOB_SIGNALS:
                 raise
@@ -94,12 +104,38 @@ def _wait_for_end(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
     if not warned:
         say(f"job {job.id} is preempted: saved, waiting for the end")
     elif rank_env(os.environ).rank == 0:  # one rank requeues for all
+        _require_progress(job, config)
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
     deadline = time.monotonic() + _END_TIMEOUT_S
     while not received and time.monotonic() < deadline:
         time.sleep(0.5)  # polled: a signal that another thread receives does not interrupt the sleep
     raise SystemExit(_TERMINATED)
+
+
+def _require_progress(job: SlurmJob, config: Config) -> None:
+    """Records the progress of this start of a job, and raises `RunError` if the start before it got as far."""
+    file, reached = _restart_file(job, config), progress_of(config.run.dir)
+    with suppress(OSError):  # the first start
+        if file.read_text(encoding="utf-8") == reached:
+            raise RunError(
+                f"job {job.id} has saved nothing new in its last two starts: its time limit (slurm.time_minutes, now "
+                f"{config.slurm.time_minutes}) is shorter than its start-up, or slurm.signal_s "
+                f"({config.slurm.signal_s}) leaves no time. Raise the limit and submit again; what is saved is intact"
+            )
+    with replacing(file) as temporary:
+        temporary.write_text(reached, encoding="utf-8")
+
+
+def progress_of(run: Path) -> str:
+    """Returns 64 hex digits that change whenever a stage saves something that its next start need not do again."""
+    files = sorted(path for pattern in _PROGRESS for path in run.glob(pattern))
+    listed = [f"{path.relative_to(run)} {path.stat().st_size}" for path in files]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
+
+
+def _restart_file(job: SlurmJob, config: Config) -> Path:
+    return config.run.dir / "restarts" / job.id
 
 
 def _out_of_restarts(job: SlurmJob, config: Config) -> str:

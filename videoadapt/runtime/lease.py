@@ -23,7 +23,16 @@ from videoadapt.runtime.slurm import job_states, slurm_job
 
 _LOCK_TIMEOUT_S = 45.0  # the owner holds the lock while it writes a checkpoint
 _POLL_S = 0.05  # between two attempts to lock
-_STATE_FOLDERS = ("checkpoints", "labels", "assigner", "scores/*", "evaluate", "predict", "report")  # of a run
+_STATE_FOLDERS = (
+    "checkpoints",
+    "labels",
+    "assigner",
+    "scores/*",
+    "evaluate",
+    "predict",
+    "report",
+    "restarts",
+)  # of a run
 _ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # SLURM states in which processes of the job may still exist
 
 

@@ -26,7 +26,8 @@ class RankEnv:
 def rank_env(environment: Mapping[str, str]) -> RankEnv:
     """Reads the rank that torchrun, srun or submitit's local executor has set.
 
-    Without a launcher the process is rank 0 of 1. torchrun inside a SLURM job is torchrun.
+    Without a launcher the process is rank 0 of 1. torchrun inside a SLURM job is torchrun. It sets RANK, LOCAL_RANK and
+    WORLD_SIZE; a batch script that exports WORLD_SIZE alone, as many tutorials do, starts its tasks with srun.
 
     Args:
         environment: The environment variables.
@@ -36,7 +37,7 @@ def rank_env(environment: Mapping[str, str]) -> RankEnv:
         text = environment.get(name, "")
         return int(text) if text.isdigit() else default
 
-    if "WORLD_SIZE" in environment:
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys():
         return RankEnv("torchrun", number("RANK"), number("WORLD_SIZE", 1), number("LOCAL_RANK"))
     job = slurm_job(environment)
     # SLURM_STEP_NUM_TASKS is set by srun only. A batch script itself has the variables of the job without being a task.
