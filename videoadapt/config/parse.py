@@ -87,15 +87,14 @@ def parse_json(text: str) -> Any:
     """Returns the content of a JSON document.
 
     Raises:
-        ValueError: The text is not valid JSON, repeats a key of an object, or is nested too deeply. The message is one
-            line.
+        json.JSONDecodeError: The text is not valid JSON.
+        ValueError: An object repeats a key, a number has thousands of digits, or the text is nested too deeply. All
+            messages are one line.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno}: {error.msg}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from videoadapt.data.index.look_up import FileLookup
 from videoadapt.data.index.media_kinds import select_kind
 from videoadapt.data.index.probe_pool import readable_files
 from videoadapt.data.index.sources import AnnotationEntry, AnnotationSource, Split
-from videoadapt.data.index.text import nfc, normalised, read_text
+from videoadapt.data.index.text import nfc, normalised, read_text, require_usable
 from videoadapt.errors import ConfigError
 from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
@@ -197,6 +197,9 @@ def _names_of_sources(
 
 def _require_entries(sources: Mapping[Split, AnnotationSource], paths: Mapping[Split, Path]) -> None:
     for split, source in sources.items():
+        for entry in source.entries if source.format != "folder" else ():
+            require_usable(entry.name, "path", entry.location)
+            require_usable(entry.label, "label", entry.location)
         if not source.entries:
             expected = "; expected a folder per class, of videos or images" if source.format == "folder" else ""
             raise ConfigError(f"data.{split}.annotations: {paths[split]} lists no video{expected}")

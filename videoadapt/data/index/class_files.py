@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from videoadapt.data.index.class_names import CLASS_SETS, class_set, whole_number
-from videoadapt.data.index.text import csv_rows, header, read_json, read_text, strip_quotes
-from videoadapt.errors import ConfigError
+from videoadapt.data.index.text import csv_rows, header, read_json, read_text, require_usable, strip_quotes
+from videoadapt.errors import ConfigError, shown
 
+_MAX_LINE_CHARACTERS = 500
 _NUMBER_FIRST = re.compile(r"(\d+)(?:[ \t]*[,;:|\t][ \t]*|[.)]?[ \t]+)(.+)")
-_NUMBER_LAST = re.compile(r"(.+?)(?:[ \t]*[,;:|\t][ \t]*|[ \t]+)(\d+)")
+_NUMBER_LAST = re.compile(r"(.*[^ \t,;:|])(?:[ \t]*[,;:|\t][ \t]*|[ \t]+)(\d+)")
 
 # Columns of a CSV, in lower case. `label` is a name beside a number, and a number beside a name.
 _NUMBER_COLUMNS = ("id", "class_id", "label_id", "index", "idx", "number", "class_index", "classid", "label")
@@ -63,6 +64,8 @@ def read_classes(path: Path) -> ClassFile:
         found = _from_text(read_text(path, "data.classes"), path)
     if not found.names:
         raise ConfigError(f"data.classes: {path}: names no class")
+    for number, name in enumerate(found.names):
+        require_usable(name, "name", f"data.classes: {path}: class {number}")
     return found
 
 
@@ -72,6 +75,9 @@ def _from_text(text: str, path: Path) -> ClassFile:
         number, name = columns
         return _by_number([(names, count) for _, (names, count) in csv_rows(text, (name, number), path)], path)
     lines = [line for line in map(str.strip, text.split("\n")) if line]
+    longest = max(lines, key=len, default="")
+    if len(longest) > _MAX_LINE_CHARACTERS:  # before expressions that take more than linear time
+        raise ConfigError(f"data.classes: {path}: expected a name a line, got {shown(longest)}")
     for pattern, where in ((_NUMBER_FIRST, "before"), (_NUMBER_LAST, "after")):
         numbered = _numbered(lines, pattern)
         if numbered is None:
@@ -112,7 +118,7 @@ def _from_json(content: Any, path: Path) -> ClassFile:
             f"data.classes: {path}: expected a JSON object from class names to numbers, or a list of names"
         )
     if any(not isinstance(value, (str, int)) for value in content.values()):
-        raise ConfigError(f"data.classes: {path}: expected a whole number for each class: {content!r:.200}")
+        raise ConfigError(f"data.classes: {path}: expected a whole number for each class: {shown(content)}")
     by_name = [(name, str(number)) for name, number in content.items()]
     if any(whole_number(number) is None for _, number in by_name) and all(
         whole_number(name) is not None for name, _ in by_name
@@ -137,7 +143,7 @@ def _by_number(numbered: Iterable[tuple[str, str]], path: Path) -> ClassFile:
         number = whole_number(text)
         if number is None:
             raise ConfigError(
-                f"data.classes: {path}: expected a whole number for each class, got {text!r} for {name!r}"
+                f"data.classes: {path}: expected a whole number for each class, got {shown(text)} for {shown(name)}"
             )
         pairs.append((number, strip_quotes(name)))
     pairs.sort()

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from videoadapt.data.index.text import normalised
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, shown
 
 # A value of data.classes, and the file in this folder with the class names in the order of released models.
 # kinetics400: label map of MMAction2. kinetics700: label map of MMAction2, equal to GluonCV's list. kinetics600: the
@@ -86,10 +86,12 @@ def class_number(label: str, numbers: Mapping[str, int], *, first: int, origin: 
     if given is not None:
         return given - first
     if not numbers:
-        raise ConfigError(f"{location}: label {label!r}: expected a number, or class names in data.classes")
-    (similar,) = difflib.get_close_matches(normalised(label), numbers, n=1, cutoff=0.0)  # cutoff 0: always one
+        raise ConfigError(f"{location}: label {shown(label)}: expected a number, or class names in data.classes")
+    (similar,) = difflib.get_close_matches(  # cutoff 0: always one
+        normalised(label)[:_MAX_COMPARED], numbers, n=1, cutoff=0.0
+    )
     raise ConfigError(
-        f"{location}: label {label!r}: expected a number or a class of {origin}; did you mean {similar!r}?"
+        f"{location}: label {shown(label)}: expected a number or a class of {origin}; did you mean {similar!r}?"
     )
 
 
@@ -101,3 +103,4 @@ def whole_number(label: str) -> int | None:
 
 
 _MAX_DIGITS = 18
+_MAX_COMPARED = 200  # characters; the time of a comparison grows with their square

@@ -118,12 +118,16 @@ class NearFiles:
 
     def _folder(self, folder: str) -> str:
         """Returns a folder in the unicode form of its name on disk, or unchanged if there is no such folder."""
-        parent, name = os.path.split(folder)
-        if not name or os.path.isdir(folder):
-            return folder
-        parent = self._folder(parent)
-        same = [file for file in self._stems(parent).get(_stem(name), ()) if nfc(file) == nfc(name)]
-        return os.path.join(parent, same[0]) if same else folder
+        found, missing = folder, []
+        while not os.path.isdir(found) and os.path.basename(found):
+            found, name = os.path.split(found)
+            missing.append(name)
+        for name in reversed(missing):
+            same = [file for file in self._stems(found).get(_stem(name), ()) if nfc(file) == nfc(name)]
+            if not same:
+                return folder
+            found = os.path.join(found, same[0])
+        return found
 
     def _stems(self, folder: str) -> dict[str, list[str]]:
         if folder not in self._names:

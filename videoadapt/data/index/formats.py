@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from videoadapt.data.index.sources import SPLIT_NAMES, AnnotationEntry, AnnotationSource, Split
 from videoadapt.data.index.text import csv_rows, header, read_json, read_text
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, shown
 
+_MAX_SECONDS = 1_000_000  # names of files have six digits
+_MAX_SHOWN = 100  # characters of a key in a message
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 
 
@@ -75,7 +77,7 @@ def _csv_clips(text: str, path: Path) -> Iterator[_KineticsClip]:
 
 def _json_clips(content: dict[str, Any], path: Path) -> Iterator[_KineticsClip]:
     for youtube_id, video in content.items():
-        location = f"{path}: {youtube_id}"
+        location = f"{path}: {youtube_id[:_MAX_SHOWN]}"
         try:
             start, end = video["annotations"]["segment"]
             yield _KineticsClip(location, video["annotations"]["label"], youtube_id, start, end, str(video["subset"]))
@@ -111,14 +113,14 @@ def _require_usable_split(clips: Iterable[_KineticsClip], split: Split, path: Pa
     if len(found) > 1 or any(found[0].lower() in names for names in SPLIT_NAMES.values()):
         raise ConfigError(
             f"data.{split}.annotations: {path}: column split: expected rows of split "
-            f"{' or '.join(sorted(SPLIT_NAMES[split]))}, got only {', '.join(found)}"
+            f"{' or '.join(sorted(SPLIT_NAMES[split]))}, got only {', '.join(found)[:_MAX_SHOWN]}"
         )
 
 
 def _kinetics_entry(clip: _KineticsClip) -> AnnotationEntry:
     for column, value in (("label", clip.label), ("youtube_id", clip.youtube_id)):
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{clip.location}: {column}: expected a name, got {value!r}")
+            raise ConfigError(f"{clip.location}: {column}: expected a name, got {shown(value)}")
     start_s = _whole_seconds(clip.start, "time_start", clip.location)
     end_s = _whole_seconds(clip.end, "time_end", clip.location)
     # The file name that all download tools for Kinetics use.
@@ -128,10 +130,10 @@ def _kinetics_entry(clip: _KineticsClip) -> AnnotationEntry:
 def _whole_seconds(value: Any, column: str, location: str) -> int:
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # Overflow: JSON has integers of any size
         seconds = -1.0
-    if not (seconds.is_integer() and seconds >= 0):
-        raise ConfigError(f"{location}: {column}: expected a whole number of seconds, got {value!r}")
+    if not (seconds.is_integer() and 0 <= seconds < _MAX_SECONDS):
+        raise ConfigError(f"{location}: {column}: expected a whole number of seconds, got {shown(value)}")
     return int(seconds)
 
 
@@ -140,7 +142,7 @@ def _something_something(content: list[Any], path: Path, root: Path) -> Annotati
     for number, video in enumerate(content, start=1):
         location = f"{path}: entry {number}"
         if not isinstance(video, dict) or not video.get("id"):
-            raise ConfigError(f'{location}: expected an object with "id" and "template", got {video!r}')
+            raise ConfigError(f'{location}: expected an object with "id" and "template", got {shown(video)}')
         if video.get("template"):
             label = str(video["template"]).replace("[", "").replace("]", "")
             classes.add(label)
@@ -149,6 +151,9 @@ def _something_something(content: list[Any], path: Path, root: Path) -> Annotati
             # looked up in data.classes and does not add a class.
             label, location = str(video["label"]), f"{location}, which has no template"
         else:
-            raise ConfigError(f"{location}: {video['id']} has neither template nor label; a test split cannot be used")
+            raise ConfigError(
+                f"{location}: {str(video['id'])[:_MAX_SHOWN]} has neither template nor label; "
+                "a test split cannot be used"
+            )
         entries.append(AnnotationEntry(f"{video['id']}.webm", label, location))
     return AnnotationSource(entries, root, "table", frozenset(classes))

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 from videoadapt.data.index.class_names import whole_number
 from videoadapt.data.index.find_files import NearFiles
 from videoadapt.data.index.sources import AnnotationEntry, AnnotationSource, Split
-from videoadapt.data.index.text import normalised, read_text
+from videoadapt.data.index.text import normalised, read_text, require_usable
 from videoadapt.data.video.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_media, media_kind
 from videoadapt.errors import ConfigError
 
@@ -71,6 +71,7 @@ def read_list(path: Path, split: Split, root: Path, known: Collection[str], file
             continue
         if len(line.text) > _MAX_LINE_CHARACTERS:  # before expressions that take more than linear time
             raise ConfigError(f"{line.location}: the line has {len(line.text)} characters; expected `path label`")
+        require_usable(line.text, "line", line.location)
         if fields.is_comment(line):
             source.passed_over.setdefault(_COMMENTS, []).append(_shown(line))
         elif not source.entries and fields.is_header(line):

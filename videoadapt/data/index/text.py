@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from videoadapt.errors import ConfigError
+from videoadapt.config import parse
+from videoadapt.errors import ConfigError, shown
 
+_MAX_CHARACTERS = 10_000  # of a path or a label; a path has at most 4,096 bytes
+_MAX_SHOWN = 200  # characters of a line in a message
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FOLDER_CHARACTERS = str.maketrans({" ": "_", "(": "-", ")": "-", "'": "-"})
 
 
@@ -23,10 +28,12 @@ def read_text(path: Path, field: str) -> str:
         field: The config field that names the file, for error messages.
 
     Raises:
-        ConfigError: The file cannot be read or is not UTF-8.
+        ConfigError: The file cannot be read, is larger than 256 MiB, is no regular file, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: spreadsheets on Windows write a byte order mark
+        return parse.read_text(
+            path, parse.MAX_TEXT_BYTES, "utf-8-sig"
+        )  # -sig: spreadsheets on Windows write a byte order mark
     except OSError as error:
         raise ConfigError(f"{field}: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -41,12 +48,34 @@ def read_json(path: Path, field: str) -> Any:
         field: The config field that names the file, for error messages.
 
     Raises:
-        ConfigError: The file cannot be read or is not valid JSON.
+        ConfigError: The file cannot be read or is not valid JSON, or an object has a key twice.
     """
     try:
-        return json.loads(read_text(path, field))
+        return parse.parse_json(read_text(path, field))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: not usable JSON: {error}") from None
+
+
+def require_usable(text: str, what: str, location: str) -> None:
+    """Checks that a text from annotations can be the name of a file, and can be written in UTF-8.
+
+    Args:
+        text: The text.
+        what: Its meaning, for the message: `path` or `label`.
+        location: File and line, for the message.
+
+    Raises:
+        ConfigError: It has a NUL character or half of a surrogate pair, or more than 10,000 characters.
+    """
+    if len(text) <= _MAX_CHARACTERS and "\0" not in text and not _SURROGATE.search(text):
+        return
+    raise ConfigError(
+        f"{location}: {what} {shown(text)}: expected at most {_MAX_CHARACTERS:,} characters in UTF-8, none of them NUL"
+    )
 
 
 def header(text: str) -> list[str]:
@@ -72,7 +101,8 @@ def csv_rows(text: str, columns: Sequence[str], path: Path) -> Iterator[tuple[st
     missing = [column for column in columns if column not in names]
     if missing:
         raise ConfigError(
-            f"{path}:1: no column {' or '.join(missing)}; expected {', '.join(columns)}, got {', '.join(names)}"
+            f"{path}:1: no column {' or '.join(missing)}; expected {', '.join(columns)}, got "
+            f"{', '.join(names)[:_MAX_SHOWN]}"
         )
     indices = [names.index(column) for column in columns]
     reader = csv.reader(io.StringIO(text, newline=""))  # newline="": the csv module splits the lines itself

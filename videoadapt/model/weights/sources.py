@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from videoadapt.config.parse import MAX_CONFIG_BYTES, parse_json, read_text
 from videoadapt.errors import CheckpointError, UserError
 
 CONTAINERS = ("model_state", "model", "state_dict")  # keys under which training codes store the weights
@@ -61,7 +61,7 @@ def _read_folder(folder: Path) -> Weights:
 
 def _stated_heads(config: Path) -> int | None:
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = parse_json(read_text(config, MAX_CONFIG_BYTES))
     except (OSError, ValueError):
         return None  # the file is optional: without it, the number of heads is not checked
     heads = values.get("num_attention_heads") if isinstance(values, dict) else None
