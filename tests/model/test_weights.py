@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,12 +121,74 @@ def test_nearest_is_how_timesformer_resamples() -> None:
     """For a clip of another size, TimeSformer takes positions and times of the nearest neighbour."""
     theirs, ours = hugging_face(**TINY_HF), make(points=["14"], num_frames=6)
     small = hugging_face(**(TINY_HF | {"image_size": 28, "num_frames": 2}))
-    load_weights(ours, small.state_dict(), nearest=True)
+    load_weights(ours, small.state_dict(), resample="nearest")
     grid, times = small.timesformer.embeddings.position_embeddings[:, 1:], small.timesformer.embeddings.time_embeddings
     assert theirs.timesformer.embeddings.position_embeddings.shape[1] == 1 + 14 * 14
     square = F.interpolate(grid.transpose(1, 2).unflatten(2, (7, 7)), size=14, mode="nearest")
     torch.testing.assert_close(ours.pos_embed.grid["14"], square.flatten(2)[0].T)
     torch.testing.assert_close(ours.time_embed, times[0].repeat_interleave(3, dim=0))
+
+
+@torch.no_grad()
+def test_nearest_flat_is_how_timesformer_loads_weights_of_another_size() -> None:
+    """`load_pretrained` of TimeSformer resamples the flattened grid: new position i is old position i * 49 / 196."""
+    small, ours = tiny_vit(img_size=28), make(points=["14"])
+    load_weights(ours, small.state_dict(), resample="nearest_flat")
+    expected = small.pos_embed[0, 1:][[i * 49 // 196 for i in range(196)]]
+    assert torch.equal(ours.pos_embed.grid["14"], expected)
+    bicubic = make(points=["14"])
+    load_weights(bicubic, small.state_dict())
+    assert not torch.allclose(bicubic.pos_embed.grid["14"], expected, atol=0.01)
+
+
+def training_file(path: Path, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Writes a file with last weights and their moving average, as a training code does; returns both."""
+    last = tiny_vit().state_dict()
+    ema = {name: tensor + 1.0 for name, tensor in last.items()}
+    contents: dict[str, dict[str, Any]] = {
+        "timm": {"arch": "vit", "epoch": 3, "state_dict": last, "state_dict_ema": ema},
+        "deit": {"model": last, "model_ema": ema, "optimizer": {"state": {}}, "scaler": {"scale": 2.0}},
+    }
+    torch.save(contents[layout] | {"args": Namespace(lr=1e-3, model="vit", betas=[0.9, 0.999], ema=None)}, path)
+    return last, ema
+
+
+@pytest.mark.parametrize("layout", ["timm", "deit"])
+def test_the_moving_average_of_a_file_is_loaded_and_named_unless_the_last_weights_are_wanted(
+    tmp_path: Path, layout: str
+) -> None:
+    last, ema = training_file(tmp_path / "a.pth", layout)
+    key = {"timm": "state_dict_ema", "deit": "model_ema"}[layout]
+    model = make()
+    report = load_weights(model, tmp_path / "a.pth")
+    assert torch.equal(model.head.weight, ema["head.weight"])
+    assert f"a.pth, the moving average {key}, not the last weights" in str(report)
+    report = load_weights(model, tmp_path / "a.pth", which="last")
+    assert torch.equal(model.head.weight, last["head.weight"])
+    assert f"a.pth, the last weights, not the moving average {key}" in str(report)
+
+
+@pytest.mark.parametrize("ema", [{}, {"model_ema": None}, {"model_ema": {}}])
+def test_a_file_without_a_moving_average_has_only_its_last_weights(tmp_path: Path, ema: dict[str, Any]) -> None:
+    last = tiny_vit().state_dict()
+    torch.save({"model": last} | ema, tmp_path / "a.pth")
+    for which in ("ema", "last"):
+        model = make()
+        report = load_weights(model, tmp_path / "a.pth", which=which)
+        assert torch.equal(model.head.weight, last["head.weight"])
+        assert str(report).startswith("a.pth (ViT)")
+
+
+def test_our_checkpoints_hold_both_weights(tmp_path: Path) -> None:
+    model, other = make(), make()
+    last = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(
+        last | {f"ema/{name}": tensor + 1.0 for name, tensor in model.state_dict().items()}, tmp_path / "a.safetensors"
+    )
+    load_weights(other, tmp_path / "a.safetensors")
+    assert torch.equal(other.head.weight, model.head.weight + 1.0)
+    load_weights(other, tmp_path / "a.safetensors", which="last")
+    assert torch.equal(other.head.weight, model.head.weight)
 
 
 @torch.no_grad()
@@ -549,6 +612,30 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path: Path, zipped: bool) -
     with pytest.raises(CheckpointError, match="model.pth: "):
         load_weights(make(), path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_arguments_that_timm_and_deit_store_are_allowed(tmp_path: Path, zipped: bool) -> None:
+    state, path = tiny_vit().state_dict(), tmp_path / "model.pth"
+    args = Namespace(lr=5e-4, opt_betas=None, data_path="/data", sizes=[224, 192], inner=Namespace(seed=0))
+    torch.save({"model": state, "epoch": 299, "args": args}, path, _use_new_zipfile_serialization=zipped)
+    model, before = make(), set(torch.serialization.get_safe_globals())
+    load_weights(model, path)
+    assert torch.equal(model.head.weight, state["head.weight"])
+    assert (
+        set(torch.serialization.get_safe_globals()) == before
+    )  # other readers of this process are as strict as before
+
+
+class Arguments(Namespace):
+    """Not exactly the allowed class."""
+
+
+@pytest.mark.parametrize("args", [Arguments(lr=1.0), Namespace(folder=Path("/data")), Namespace(run=Mock)])
+def test_no_other_class_is_allowed_beside_or_inside_the_arguments(tmp_path: Path, args: Namespace) -> None:
+    torch.save({"model": tiny_vit().state_dict(), "args": args}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"model.pth: holds Python objects besides tensors"):
+        load_weights(make(), tmp_path / "model.pth")
 
 
 def test_other_files_and_folders_are_refused(tmp_path: Path) -> None:

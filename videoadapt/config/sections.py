@@ -36,6 +36,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]
 Average = Literal["probabilities", "logits"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # NumPy takes no negative seed, torch none of 64 bits
+Resample = Literal["bicubic", "nearest", "nearest_flat"]
+WhichWeights = Literal["ema", "last"]
 
 IS_PATH = "path"  # marks a field of text that may be a path: `~` and `$NAME` in it are expanded
 
@@ -298,6 +300,8 @@ class TrainConfig(Section):
     """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's recipe."""
 
     init: Annotated[str, IS_PATH] | None = None  # initial weights: a file, a folder, or the name of a timm model
+    weights: WhichWeights = "ema"  # weights of a file that has both: their moving average, or the last ones
+    resample: Resample = "bicubic"  # how initial weights of another length or number of frames are resampled
     epochs: Count = 15
     draw: Literal["all", "sampled"] = "all"  # points of a step: all (ReViT), or four random ones (SuperViT)
     batch: Count = 64  # clips of a step, over all ranks

@@ -27,7 +27,7 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "run": ("dir", "device", "checkpoint"),
     "model": (),
     "loss": (),
-    "train": ("init", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
+    "train": ("init", "weights", "resample", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
     "data": ("root", "train", "val", "classes", "reader", "workers", "timeout_s"),
 }
 _LISTED_ROWS = 8  # clips with a bad loss that a message names; a whole batch would fill the screen

@@ -133,7 +133,8 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
     if checkpoint is not None:
         state.restore(checkpoint)
     elif config.train.init:
-        say(str(load_weights(state.model, config.train.init)))
+        which, resample = config.train.weights, config.train.resample
+        say(str(load_weights(state.model, config.train.init, which=which, resample=resample)))
         state.reset_ema()  # otherwise the moving average would start from the random weights
     return state
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from videoadapt.config.sections import ModelConfig
+from videoadapt.config.sections import ModelConfig, Resample, WhichWeights
 from videoadapt.errors import CheckpointError
 from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
@@ -74,16 +74,23 @@ def _abridge(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias|gamma)$", "", name) for name in short))
 
 
-def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], *, nearest: bool = False) -> LoadReport:
+def load_weights(
+    model: TimeSformer,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    which: WhichWeights = "ema",
+    resample: Resample = "bicubic",
+) -> LoadReport:
     """Fills a model with pretrained weights.
 
     The known sources are ViT, DeiT (also distilled) and DINOv2 in timm; LV-ViT; SuperViT on DeiT and LV-ViT;
     facebookresearch's TimeSformer (`.pyth`); Hugging Face's TimeSformer (file or folder); and our models and
-    checkpoints (with their EMA, if they have one). SuperViT's weights are trained for certain lengths, patch embedding
-    and heads: the model must have the same. Torch files are read with `weights_only=True` only.
+    checkpoints. SuperViT's weights are trained for certain lengths, patch embedding and heads: the model must have the
+    same. Torch files are read with `weights_only=True` only; beside tensors they may
+    hold an `argparse.Namespace`, as the files of timm and DeiT do.
 
-    Tensors of another size are resampled: position grids bicubically with antialiasing, time embeddings linearly, patch
-    kernels by pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of
+    Tensors of another size are resampled: position grids and time embeddings by `resample`, patch kernels by
+    pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of
     spatial attention, with its norm and LayerScale. A head with another number of classes is not changed.
 
     Some settings are not in the file, and the user must set them. One is the normalisation: the released TimeSformers
@@ -94,7 +101,12 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
     Args:
         model: Filled in place.
         source: A file, a folder, a timm model's name, or a state dict.
-        nearest: Resample position grids and time embeddings by nearest neighbour, as in TimeSformer's code.
+        which: The weights of a source that has both: `ema`, their moving average, or `last`, those of the last step.
+            The report names the choice. A source without an average has only the last weights.
+        resample: Method for position grids; time embeddings are resampled linearly with `bicubic`, and otherwise by
+            nearest neighbour. `bicubic`: with antialiasing. `nearest`: as TimeSformer's code when it meets a larger
+            clip. `nearest_flat`: as TimeSformer's code when it loads weights for training: the grid is resampled as
+            one line of positions, which mixes its rows.
 
     Returns:
         The status of every tensor of the model and of the source.
@@ -103,7 +115,7 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
         CheckpointError: The source cannot be read or is of another architecture. The model is unchanged.
         UserError: `source` is a timm name, and its weights cannot be downloaded. The model is unchanged.
     """
-    weights = read_weights(source)
+    weights = read_weights(source, which)
     layout = recognise(weights.tensors)
     if layout is None:
         raise CheckpointError(
@@ -111,7 +123,7 @@ def load_weights(model: TimeSformer, source: str | Path | Mapping[str, Tensor], 
             f"Hugging Face's or videoadapt's), got {_sample(weights.tensors)}"
         )
     _check_architecture(model, layout, weights)
-    filled, rows = _match_tensors(model, layout, nearest=nearest)
+    filled, rows = _match_tensors(model, layout, resample)
     report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _fraction_filled(model, filled))
     if report.filled < LEAST_FILLED:
         raise CheckpointError(
@@ -173,7 +185,7 @@ def _listed(lengths: Iterable[int]) -> str:
     return ", ".join(map(str, lengths)) or "none"
 
 
-def _match_tensors(model: TimeSformer, layout: Layout, *, nearest: bool) -> tuple[dict[str, Tensor], list[Row]]:
+def _match_tensors(model: TimeSformer, layout: Layout, resample: Resample) -> tuple[dict[str, Tensor], list[Row]]:
     """Returns the new values of the model's tensors by name, and the rows of the report."""
     filled: dict[str, Tensor] = {}
     rows: list[Row] = []
@@ -187,7 +199,7 @@ def _match_tensors(model: TimeSformer, layout: Layout, *, nearest: bool) -> tupl
             rows.append(Row(name, NEW, "", ""))
             continue
         from_key, entry = pick(found, key)
-        tensor = adapt(base, entry.tensor, target.shape, nearest=nearest)
+        tensor = adapt(base, entry.tensor, target.shape, resample)
         if tensor is None:
             misfits[base] = _misfit(base, entry.tensor, target)
             rows.append(Row(name, NEW, "", misfits[base]))
@@ -222,14 +234,14 @@ def spatial_origin(base: str) -> str:
     return base
 
 
-def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False) -> Tensor | None:
+def adapt(base: str, tensor: Tensor, shape: torch.Size, resample: Resample = "bicubic") -> Tensor | None:
     """Resamples a source tensor to the shape of the model's tensor.
 
     Args:
         base: The base name, which decides how to resample.
         tensor: The source's tensor.
         shape: The shape of the model's tensor.
-        nearest: Resample grids and times by nearest neighbour.
+        resample: How grids and times are resampled; see `load_weights`.
 
     Returns:
         The tensor itself if it has the shape already; the resampled tensor (float32) for position grids, time
@@ -237,7 +249,7 @@ def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False
     """
     if tensor.shape == shape:
         return tensor
-    fitting: dict[str, Callable[[Tensor, torch.Size, bool], Tensor]] = {
+    fitting: dict[str, Callable[[Tensor, torch.Size, Resample], Tensor]] = {
         "pos_embed.grid": _resample_grid,
         "time_embed": _resample_times,
         "patch_embed.proj.weight": _resample_kernel,
@@ -245,23 +257,29 @@ def adapt(base: str, tensor: Tensor, shape: torch.Size, *, nearest: bool = False
     fixed = slice(0, 2) if base == "patch_embed.proj.weight" else slice(-1, None)  # (D, C) and D must agree
     if base not in fitting or tensor.ndim != len(shape) or tensor.shape[fixed] != shape[fixed]:
         return None
-    return fitting[base](tensor.float(), shape, nearest)
+    return fitting[base](tensor.float(), shape, resample)
 
 
-def _resample_grid(grid: Tensor, shape: torch.Size, nearest: bool) -> Tensor:
+def _resample_grid(grid: Tensor, shape: torch.Size, resample: Resample) -> Tensor:
+    if resample == "nearest_flat":
+        return _nearest_rows(grid, shape[0])
     side = round(shape[0] ** 0.5)
-    mode = "nearest" if nearest else "bicubic"
     return resample_abs_pos_embed(  # takes and returns (1, N, D)
-        grid[None], [side, side], num_prefix_tokens=0, interpolation=mode, antialias=not nearest
+        grid[None], [side, side], num_prefix_tokens=0, interpolation=resample, antialias=resample == "bicubic"
     )[0]
 
 
-def _resample_times(times: Tensor, shape: torch.Size, nearest: bool) -> Tensor:
-    mode = "nearest" if nearest else "linear"
-    return F.interpolate(times.T[None], size=shape[0], mode=mode)[0].T  # (T, D) as (1, D, T) and back
+def _resample_times(times: Tensor, shape: torch.Size, resample: Resample) -> Tensor:
+    if resample != "bicubic":
+        return _nearest_rows(times, shape[0])
+    return F.interpolate(times.T[None], size=shape[0], mode="linear")[0].T  # (T, D) as (1, D, T) and back
 
 
-def _resample_kernel(kernel: Tensor, shape: torch.Size, nearest: bool) -> Tensor:  # noqa: ARG001 - called like the two above
+def _nearest_rows(rows: Tensor, count: int) -> Tensor:
+    return F.interpolate(rows.T[None], size=count, mode="nearest")[0].T  # (N, D) as (1, D, N) and back
+
+
+def _resample_kernel(kernel: Tensor, shape: torch.Size, resample: Resample) -> Tensor:  # noqa: ARG001 - called like the two above
     return resample_patch_embed(kernel, list(shape[-2:]))
 
 

@@ -1,10 +1,12 @@
-"""Reads pretrained weights from files, folders and timm names. Python objects are never unpickled."""
+"""Reads pretrained weights from files, folders and timm names. Of Python objects only a `Namespace` is unpickled."""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from videoadapt.config.parse import MAX_CONFIG_BYTES, parse_json, read_text
+from videoadapt.config.sections import WhichWeights
 from videoadapt.errors import CheckpointError, UserError
 
 CONTAINERS = ("model_state", "model", "state_dict")  # keys under which training codes store the weights
+EMA_CONTAINERS = ("state_dict_ema", "model_ema", "ema_state")  # the same for their moving average: timm, DeiT, SlowFast
 TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".tar")
 
 
@@ -29,33 +33,36 @@ class Weights(NamedTuple):
     heads: int | None = None  # number of attention heads, if the source states it: tensor shapes do not show it
 
 
-def read_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
+def read_weights(source: str | Path | Mapping[str, Tensor], which: WhichWeights = "ema") -> Weights:
     """Reads the weights of a source, onto the CPU if it is a file.
 
     Args:
         source: A state dict, a file (safetensors or torch), a folder with a Hugging Face model, or a timm model's name.
             A file or folder of that name takes precedence over timm.
+        which: The weights of a source that has both: `ema`, the moving average, or `last`, the weights of the last
+            step (`train.weights`). The label names the choice. A source without an average has only the last weights.
 
     Raises:
         CheckpointError: The source does not exist, cannot be read, or has no tensors.
         UserError: timm cannot download the weights.
     """
     if isinstance(source, Mapping):
-        return Weights(_tensors(source, "the state dict"), "the state dict")
+        return _chosen(source, "the state dict", which)
     path = Path(source)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, which)
     if path.is_file():
-        return Weights(_read_file(path), path.name)
+        return _chosen(_read_file(path), path.name, which)
     if isinstance(source, str) and timm.is_model(source):
         return _download(source)
     raise CheckpointError(f"{source}: no such file or folder, and no model that timm knows by this name")
 
 
-def _read_folder(folder: Path) -> Weights:
+def _read_folder(folder: Path, which: WhichWeights) -> Weights:
     for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         if path.is_file():
-            return Weights(_read_file(path), str(folder), _stated_heads(folder / "config.json"))
+            weights = _chosen(_read_file(path), str(folder), which)
+            return weights._replace(heads=_stated_heads(folder / "config.json"))
     raise CheckpointError(f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither")
 
 
@@ -68,20 +75,22 @@ def _stated_heads(config: Path) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> Any:
+    """Returns the content of a file: a state dict, or containers and other objects around one."""
     if path.suffix == ".safetensors":
         try:
-            return _tensors(load_file(path), path.name)
+            return load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
     if path.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(f"{path}: expected a file named .safetensors, {', '.join(TORCH_SUFFIXES)}")
-    return _tensors(_read_torch(path), path.name)
+    return _read_torch(path)
 
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _namespace_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read this file: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
@@ -97,23 +106,68 @@ def _read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: torn, or not a torch file ({type(error).__name__})") from None
 
 
-def _tensors(content: Any, label: str) -> dict[str, Tensor]:
+@contextmanager
+def _namespace_allowed() -> Iterator[None]:
+    """Lets torch's safe unpickler build an `argparse.Namespace`, and nothing else that it would refuse.
+
+    timm and DeiT store the arguments of a training beside its weights. A namespace only holds values, and the unpickler
+    checks each of them as it checks all other content.
+    """
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([Namespace])
+    try:
+        yield
+    finally:
+        # torch 2.4 can only clear all; its context manager `safe_globals` is newer.
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def _chosen(content: Any, label: str, which: WhichWeights) -> Weights:
     """Returns the weights in the content of a file, without containers, optimizer state and other objects."""
-    for key in CONTAINERS:  # they may be nested: `model_state` in `model`
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
+    key, ema = next(((key, found) for key, found in _averages(content) if found), ("", {}))
+    last = _last(content)
+    if not last and not ema:
         raise CheckpointError(f"{label}: holds no weights; expected a state dict, at the top or under {CONTAINERS}")
-    return _model_of_checkpoint(tensors)
+    if ema and (which == "ema" or not last):
+        also = ", not the last weights" if last else ""
+        return Weights(ema, f"{label}, the moving average {key}{also}")
+    return Weights(last, f"{label}, the last weights, not the moving average {key}" if ema else label)
 
 
-def _model_of_checkpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the model in one of our checkpoints (averaged weights if it has them); other tensors unchanged."""
-    prefixes = ("model/", "ema/")  # in this order: an averaged weight replaces the weight of the same name
-    if not any(name.startswith(prefixes) for name in tensors):
-        return tensors
-    return {name.removeprefix(p): tensor for p in prefixes for name, tensor in tensors.items() if name.startswith(p)}
+def _averages(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yields the moving averages of the weights in the content of a file, each with its place."""
+    for level in _levels(content):
+        for key in EMA_CONTAINERS:
+            yield key, _tensors(level.get(key))
+        ours = _tensors(level)  # our checkpoints: weights without an average, such as buffers, stay the last ones
+        if any(name.startswith("ema/") for name in ours):
+            yield "(ema/)", _under("model/", ours) | _under("ema/", ours)
+
+
+def _last(content: Any) -> dict[str, Tensor]:
+    """Returns the last weights in the content of a file; empty if there are none."""
+    tensors = _tensors(([{}, *_levels(content)])[-1])
+    return _under("model/", tensors) or tensors
+
+
+def _levels(content: Any) -> list[Mapping[str, Any]]:
+    """Returns the content of a file and its nested containers, outermost first: `model_state` may be in `model`."""
+    levels = [content] if isinstance(content, Mapping) else []
+    for key in CONTAINERS:
+        if levels and isinstance(levels[-1].get(key), Mapping):
+            levels.append(levels[-1][key])
+    return levels
+
+
+def _tensors(level: Any) -> dict[str, Tensor]:
+    if not isinstance(level, Mapping):
+        return {}
+    return {k: v for k, v in level.items() if isinstance(v, Tensor) and isinstance(k, str)}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _download(name: str) -> Weights:
@@ -126,4 +180,4 @@ def _download(name: str) -> Weights:
         ) from None
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks else None
-    return Weights(_tensors(model.state_dict(), name), name, getattr(attention, "num_heads", None))
+    return Weights(_tensors(model.state_dict()), name, getattr(attention, "num_heads", None))
