@@ -4,10 +4,16 @@ r"""Evaluates released weights: a TimeSformer with its paper's protocol, an imag
         data.root=/data/k400 data.val.annotations=/data/k400/kinetics-400_val.csv
 
 WEIGHTS is a `.pyth` of facebookresearch or a Hugging Face folder. The config gives the architecture: also
-timesformer_hr_k400.yaml and timesformer_l_k400.yaml. TimeSformer's protocol is one clip in the centre of a video and
-three crops. The released models were trained only at their costliest length, which is the only point unless
-`model.points` is set. Image models (`model.num_frames` is 1) have the points, crops and views of the config:
-configs/supervit_*_in1k.yaml go with the `.pth` of SuperViT.
+timesformer_hr_k400.yaml and timesformer_l_k400.yaml. The protocol of TimeSformer's code is: one clip that starts at
+frame 0 (the paper says the centre: evaluate.single_clip=centre), resized without antialiasing, three crops, the mean
+of their logits, float32. The released models were trained only at their costliest length, which is the only point
+unless `model.points` is set. Image models (`model.num_frames` is 1) have the points, crops and views of the config, in
+float32: configs/supervit_*_in1k.yaml go with the `.pth` of SuperViT.
+
+A file may hold the last weights of a training and their moving average. `train.weights` chooses: `ema` (default, if the
+file has one) or `last`. The first line of the output names the choice. The published figures of SuperViT-DeiT-S are of
+the last weights (configs/supervit_deit_s_in1k.yaml sets this), those of SuperViT-LV-ViT-S of the moving average. The
+files of TimeSformer have one set of weights.
 
 The config also gives the normalisation. For video it is mean 0.45 and deviation 0.225, with which the released weights
 were trained. The `preprocessor_config.json` of a Hugging Face folder can have other values; a note then shows both.
@@ -33,11 +39,19 @@ from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from videoadapt.model.timesformer import build_model
 from videoadapt.model.weights.load import LOADED, NEW, load_weights
-from videoadapt.model.weights.sources import read_weights
 from videoadapt.runtime.console import say
 from videoadapt.runtime.ranks import rank, rank0_then_all, ranks
 
-VIDEO_PROTOCOL = ["evaluate.temporal_views=1", "evaluate.spatial_crops=3"]
+VIDEO_PROTOCOL = [  # of TimeSformer's code
+    "evaluate.temporal_views=1",
+    "evaluate.single_clip=start",
+    "evaluate.spatial_crops=3",
+    "evaluate.crop_pct=1.0",
+    "evaluate.crop_offset=ceil",
+    "evaluate.average=logits",
+    "data.interpolation=bilinear",
+    "data.antialias=false",
+]
 
 
 def main() -> None:
@@ -60,7 +74,7 @@ def main() -> None:
 
 
 def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
-    """Loads the config of an evaluation.
+    """Loads the config of an evaluation. Its precision is float32, whatever the config trains with.
 
     Args:
         weights: Name the default run folder.
@@ -68,7 +82,7 @@ def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:
         overrides: Texts `section.key=value`; they replace all of these defaults.
     """
     model = load_config(path, overrides).model  # whether it is a video model decides about the defaults
-    defaults = [f"run.dir=runs/released/{weights.stem}"]
+    defaults = [f"run.dir=runs/released/{weights.stem}", "run.precision=fp32"]
     if model.num_frames > 1:
         defaults += [f"model.points=['{max(map(Point.parse, model.points))}']", *VIDEO_PROTOCOL]
     config = load_config(path, [*defaults, *overrides])  # the last one of a key counts
@@ -107,7 +121,7 @@ def convert(weights: Path, config: Config) -> None:
     _require_classes(weights / "config.json", classes)
     _note_normalisation(weights / "preprocessor_config.json", config)
     model = build_model(config)
-    report = load_weights(model, read_weights(weights).tensors)
+    report = load_weights(model, weights, which=config.train.weights, resample=config.train.resample)
     say(str(report))
     new = [row.name for row in report.rows if row.status == NEW]
     if new:

@@ -348,6 +348,39 @@ def test_every_config_has_a_head_comment_loads_dumps_and_builds_a_model(path: Pa
         assert TimeSformer(config.model).points
 
 
+PUBLIC_CODE: dict[str, dict[str, Any]] = {
+    "timesformer_b_k400": {
+        "train": {"nesterov": True, "decay": "all", "weights": "ema", "resample": "bicubic"},
+        "model": {"drop_path_unit": "sequence"},
+        "data": {"antialias": False},
+        "evaluate": {"single_clip": "start", "crop_offset": "ceil", "average": "logits"},
+    },
+    "timesformer_hr_28_k400": {"train": {"nesterov": True, "decay": "all", "resample": "nearest_flat"}},
+    "revit_timesformer_b_k400": {"train": {"nesterov": True, "decay": "all"}, "evaluate": {"average": "logits"}},
+    "supervit_deit_s_in1k": {"train": {"weights": "last"}, "data": {"antialias": True}},
+    "supervit_lvvit_s_in1k": {
+        "loss": {"dense_weight": 1.0, "dense_lengths": "longest"},
+        "train": {"weights": "ema", "decay": "matrices"},
+        "evaluate": {"crop_offset": "round", "average": "probabilities"},
+    },
+    "lvvit_s_in1k": {"loss": {"dense_weight": 0.5, "dense_lengths": "all"}},
+    "demo": {
+        "train": {"nesterov": False, "decay": "matrices"},
+        "model": {"drop_path_unit": "clip"},
+        "data": {"antialias": True},
+        "evaluate": {"single_clip": "centre", "crop_offset": "round", "average": "probabilities"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC_CODE)
+def test_configs_have_the_settings_of_the_authors_code(name: str) -> None:
+    [path] = [path for path in CONFIGS if path.stem == name]
+    config = load_config(path).model_dump()
+    for section, expected in PUBLIC_CODE[name].items():
+        assert {key: config[section][key] for key in expected} == expected
+
+
 @given(
     lr=st.floats(1e-9, 10),
     seed=st.integers(0, 2**63 - 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
+from timesformer_views import bilinear, three_crops
 from videoadapt.config.load import make_config
 from videoadapt.config.sections import DataConfig, ModelConfig
 from videoadapt.data.clips.augment import augment, mix
@@ -229,38 +229,11 @@ def test_crops_of_a_square_are_all_the_same() -> None:
     assert crops(noise(2, 40, 40, 3), size=20, count=0).shape == (0, 3, 2, 20, 20)
 
 
-def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear interpolation without antialiasing, by its definition: (H, W, C) to (height, width, C), float64."""
-
-    def along_first_axis(values: np.ndarray, size: int) -> np.ndarray:
-        centres = np.maximum((np.arange(size) + 0.5) * len(values) / size - 0.5, 0)
-        below = centres.astype(int)
-        fraction = (centres - below)[:, None, None]
-        return values[below] * (1 - fraction) + values[np.minimum(below + 1, len(values) - 1)] * fraction
-
-    wide = along_first_axis(image.astype(np.float64).swapaxes(0, 1), width).swapaxes(0, 1)
-    return along_first_axis(wide, height)
-
-
-def timesformer_crops(image: np.ndarray, size: int) -> list[np.ndarray]:
-    """The three test crops of TimeSformer's public code, before they are rounded to grey levels."""
-    height, width = image.shape[:2]
-    new_height = size if height <= width else math.floor(height / width * size)
-    new_width = size if width <= height else math.floor(width / height * size)
-    resized = bilinear(image, new_height, new_width)
-    top, left = math.ceil((new_height - size) / 2), math.ceil((new_width - size) / 2)
-    tall = new_height > new_width
-    corners = (
-        [(y, left) for y in (0, top, new_height - size)] if tall else [(top, x) for x in (0, left, new_width - size)]
-    )
-    return [resized[y : y + size, x : x + size] for y, x in corners]
-
-
 @pytest.mark.parametrize(("width", "height"), [(340, 256), (454, 256), (426, 240), (256, 340), (320, 240)])
 def test_crops_can_be_those_of_timesformers_code(width: int, height: int) -> None:
     image = noise(height, width, 3)
     found = crops(image[None], size=224, count=3, antialias=False, offset="ceil")
-    for view, expected in zip(found, timesformer_crops(image, 224), strict=True):
+    for view, expected in zip(found, three_crops(image, 224), strict=True):
         # Half a grey level is the rounding to uint8; float32 coordinates add a little.
         assert np.abs(view[:, 0].permute(1, 2, 0).numpy() - expected).max() <= 0.51
     if width != 320:  # there the middle begins at a whole pixel, 37; elsewhere at 36.5 or 86.5

@@ -33,7 +33,8 @@ from videoadapt.data.clips.token_labels import (
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import ConfigError, RunError, VideoError
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.training.losses import Targets, make_targets
+from videoadapt.model.timesformer import Heads
+from videoadapt.training.losses import Targets, make_targets, point_loss
 from videoadapt.training.train import train
 
 CPU = torch.device("cpu")
@@ -288,6 +289,55 @@ def test_points_that_drop_tokens_have_no_patch_targets() -> None:
     found = at("8@0.5", TRUTH, config_of(data={"mix_token": 1.0}))
     assert found.dense is None
     assert found.swap is not None
+
+
+def supervit_loss(
+    cls: Tensor, dense: Tensor | None, labels: Tensor, patches: Tensor, swap: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The loss of SuperViT-LV-ViT's code at keep 1: the mean over a batch, of `dense_weight` 1.0.
+
+    Args:
+        cls: Logits of the class head, (B, classes).
+        dense: Logits of the head on patches, (B, N, classes); None at all lengths but the longest.
+        labels: Targets of the unmixed clips, (B, classes).
+        patches: Targets of the unmixed patches, (B, N, classes).
+        swap: Partner of each clip, and which patches come from it.
+    """
+    partners, swapped = swap
+    lam = 1 - swapped.float().mean(1, keepdim=True)
+    mixed = lam * labels + (1 - lam) * labels[partners]
+    loss = torch.stack([-(mixed[i] * cls[i].log_softmax(0)).sum() for i in range(len(cls))]).mean()
+    if dense is None:
+        return loss
+    # Their code swaps the outputs back to the clip that each patch comes from; swapping is its own inverse.
+    back = torch.where(swapped[..., None], dense[partners], dense)
+    each = [-(patches[i, n] * back[i, n].log_softmax(0)).sum() for i in range(len(back)) for n in range(back.shape[1])]
+    return loss + 1.0 * torch.stack(each).mean()
+
+
+def test_the_losses_of_supervit_on_lvvit_are_those_of_its_code() -> None:
+    data = {"mix_token": 1.0, "token_labels": "maps"}
+    loss = {"lam": 0.0, "dense_weight": 1.0, "dense_lengths": "longest"}
+    config = config_of(data=data, loss=loss)
+    unmixed = config_of(data=data | {"mix_token": 0.0})  # with a loss at all lengths, as LV-ViT's
+    generator = torch.Generator().manual_seed(1)
+    for point, patches in (("8", 64), ("4", 16)):
+        cls = torch.randn(4, CLASSES, generator=generator)
+        dense = torch.randn(4, patches, CLASSES, generator=generator)
+        found, plain = (at(point, TRUTH, c, maps=True) for c in (config, unmixed))
+        assert found.swap is not None
+        assert plain.dense is not None
+        longest = point == "8"
+        ours = point_loss(Heads(cls, None, dense, 0.25), found.cls, None, config.loss, dense=found.dense)
+        expected = supervit_loss(cls, dense if longest else None, plain.cls, plain.dense, found.swap)
+        torch.testing.assert_close(ours.mean(), expected)
+        assert found.swap[1].any()
+
+
+def test_only_the_longest_length_may_have_a_dense_loss() -> None:
+    assert at("4", TRUTH, config_of(loss={"dense_lengths": "longest"})).dense is None
+    assert at("8", TRUTH, config_of(loss={"dense_lengths": "longest"})).dense is not None
+    assert at("8@0.5", TRUTH, config_of(loss={"dense_lengths": "longest"})).dense is None
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import itertools
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +21,44 @@ from PIL import Image
 
 import small_runs as runs
 from conftest import need
+from timesformer_views import first_clip, three_crops
 from videoadapt.config.load import dump_config, make_config
-from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.data.synthetic import CLASSES
+from videoadapt.data.video.readers import open_video
+from videoadapt.model.checkpoint import load_checkpoint
 from videoadapt.model.timesformer import TimeSformer
 
 TOOLS = Path(__file__).parents[2] / "tools"
-MEAN, STD = [0.45] * 3, [0.225] * 3  # the released weights were trained with these
 CONVERTED = {"image_mean": [0.5] * 3, "image_std": [0.225] * 3}  # in converted folders
+
+
+def tool_module() -> Any:
+    """Imports the tool, whose functions take a config."""
+    spec = importlib.util.spec_from_file_location("evaluate_released", TOOLS / "evaluate_released.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(TOOLS / f"{name}.py"), *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=400)
+
+
+def in_process(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs `evaluate_released` in this process, which saves the import of torch."""
+    out, errors = io.StringIO(), io.StringIO()
+    line, code = ["evaluate_released", *map(str, words)], 0
+    with redirect_stdout(out), redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", line)
+        try:
+            tool_module().main()
+        except SystemExit as ended:  # with a message, as `sys.exit` prints it
+            code = 1
+            print(ended.code, file=sys.stderr)
+    return subprocess.CompletedProcess(line, code, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -62,38 +90,67 @@ def evaluated(released: tuple[Path, Any], tmp_path_factory: pytest.TempPathFacto
     """The run folder of its evaluation by the tool, and the config file."""
     folder = tmp_path_factory.mktemp("k400")
     config = folder / "tiny.yaml"
-    config.write_text(dump_config(runs.config(runs.make_data(folder / "data"), folder / "run")))
+    trained_with = runs.config(runs.make_data(folder / "data"), folder / "run", run={"precision": "bf16"})
+    config.write_text(dump_config(trained_with))
     settings = [f"run.dir={folder / 'run'}", "evaluate.speed_clips=0"]
     done = tool("evaluate_released", released[0], config, *settings)
     assert done.returncode == 0, done.stderr
     assert "has image_mean [0.5, 0.5, 0.5]; the evaluation uses model.mean [0.45, 0.45, 0.45]" in done.stderr
-    assert "fixed:8" in done.stdout and "1 clip x 3 crops" in done.stdout
+    assert "fixed:8" in done.stdout and "1 clip x 3 crops per video from frame 0, logits averaged" in done.stdout
     return folder / "run", config
 
 
-def test_predictions_are_those_of_the_released_model(released: tuple[Path, Any], evaluated: tuple[Path, Path]) -> None:
-    """Compared with Hugging Face's forward pass over the paper's three crops."""
+def test_predictions_are_those_of_the_released_model_and_code(
+    released: tuple[Path, Any], evaluated: tuple[Path, Path]
+) -> None:
+    """Compared with Hugging Face's forward pass in float32 over the views of TimeSformer's code, and its mean."""
     from videoadapt.config.load import load_config
-    from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 
     run, path = evaluated
-    config = load_config(path, [f"run.dir={run}"])
-    manifest = load_or_index(config)
-    videos = EvalVideos(manifest, config, temporal_views=1, spatial_crops=3, thumbnails=False)
+    manifest = load_or_index(load_config(path, [f"run.dir={run}"]))
     views = pd.read_parquet(run / "evaluate" / "views.parquet").set_index(["video", "crop"])
+    videos = pd.read_parquet(run / "evaluate" / "videos.parquet").set_index(["policy", "video"])
     assert set(views["point"]) == {"8"}
-    val = np.flatnonzero(manifest["split"] == "val")[:4]
     probabilities: list[float] = []
-    for row in val:
-        video = videos[int(row)]
-        assert isinstance(video, VideoViews)
-        clips = normalise(video.views[0], MEAN, STD, torch.float32).transpose(1, 2)  # X C T H W -> X T C H W
+    for row in map(manifest.row, np.flatnonzero(manifest["split"] == "val")[:4].tolist()):
+        reader = open_video(row.path)
+        frames = reader.frames(first_clip(reader.num_frames, 4 * 2, 4))  # 4 frames of stride 2
+        crops = np.stack([three_crops(frame, 64) for frame in frames], axis=1)  # (X, T, S, S, C)
+        pixels = torch.from_numpy(crops.round()).float().permute(0, 1, 4, 2, 3) / 255  # X T C S S
         with torch.no_grad():
-            expected = released[1](clips).logits.softmax(-1)[:, video.label]
+            logits = released[1]((pixels - 0.45) / 0.225).logits.double()  # (X, classes)
+        expected = logits.softmax(-1)[:, row.label].numpy()
+        np.testing.assert_allclose(views.loc[row.video]["p_true"].to_numpy(), expected, atol=1e-4)
+        video = videos.loc["fixed:8", row.video]
+        best = logits.mean(0).softmax(-1).sort(descending=True, stable=True)
+        np.testing.assert_allclose(video["p_best"], best.values[:5], atol=1e-4)
+        assert video["prediction"] == best.indices[0]
         probabilities.append(float(expected[0]))
-        found = views.loc[manifest["video"][row]]["p_true"].to_numpy()
-        np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.std(probabilities) > 1e-3  # otherwise a constant model would pass
+
+
+def test_the_last_weights_of_a_file_are_evaluated_on_request(
+    released: tuple[Path, Any], evaluated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    last = released[1].state_dict()
+    ema = {name: tensor * 1.1 for name, tensor in last.items()}
+    torch.save({"model": last, "model_ema": ema, "args": Namespace(lr=0.1)}, tmp_path / "a.pth")
+    config = tool_module().released_config(tmp_path / "a.pth", evaluated[1], ["train.weights=last"])
+    digests = []
+    for which in ("last", "ema"):
+        folder = {"dir": tmp_path / which, "checkpoint": tmp_path / which / "released.safetensors"}
+        chosen = config.model_copy(
+            update={
+                "run": config.run.model_copy(update=folder),
+                "train": config.train.model_copy(update={"weights": which}),
+            }
+        )
+        (tmp_path / which).mkdir()
+        (tmp_path / which / "manifest.parquet").symlink_to(evaluated[0] / "manifest.parquet")
+        tool_module().convert(tmp_path / "a.pth", chosen)
+        digests.append(load_checkpoint(folder["checkpoint"], "train").meta["digest"])
+    assert digests[0] == load_checkpoint(evaluated[0] / "released.safetensors", "train").meta["digest"]
+    assert digests[1] != digests[0]
 
 
 def test_a_second_call_reads_no_video_and_other_weights_are_an_error(
@@ -101,11 +158,11 @@ def test_a_second_call_reads_no_video_and_other_weights_are_an_error(
 ) -> None:
     run, path = evaluated
     words = [path, f"run.dir={run}", "evaluate.speed_clips=0"]
-    again = tool("evaluate_released", released[0], *words)
-    assert again.returncode == 0 and "evaluate: 12/12 videos in 0:00" in again.stderr, again.stderr
+    second = in_process(released[0], *words)
+    assert second.returncode == 0 and "evaluate: 12/12 videos in 0:00" in second.stderr, second.stderr
     state = {name: tensor + 0.01 for name, tensor in released[1].state_dict().items()}
     torch.save({"model_state": state}, tmp_path / "other.pyth")
-    other = tool("evaluate_released", tmp_path / "other.pyth", *words)
+    other = in_process(tmp_path / "other.pyth", *words)
     assert other.returncode == 1
     assert "holds other weights" in other.stderr.splitlines()[-1]
 
@@ -114,11 +171,11 @@ def test_weights_of_another_shape_or_other_classes_are_an_error(
     released: tuple[Path, Any], evaluated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, path = evaluated
-    wider = tool("evaluate_released", released[0], path, f"run.dir={tmp_path / 'a'}", "model.width=64")
+    wider = in_process(released[0], path, f"run.dir={tmp_path / 'a'}", "model.width=64")
     assert wider.returncode == 1 and "error: " in wider.stderr.splitlines()[-1], wider.stderr
     state = {name: t for name, t in released[1].state_dict().items() if not name.startswith("classifier")}
     torch.save(state, tmp_path / "headless.pyth")
-    headless = tool("evaluate_released", tmp_path / "headless.pyth", path, f"run.dir={tmp_path / 'b'}")
+    headless = in_process(tmp_path / "headless.pyth", path, f"run.dir={tmp_path / 'b'}")
     assert headless.returncode == 1 and "does not fill head.weight" in headless.stderr.splitlines()[-1]
     renamed = tmp_path / "renamed"
     renamed.mkdir()
@@ -127,7 +184,7 @@ def test_weights_of_another_shape_or_other_classes_are_an_error(
     config = json.loads((renamed / "config.json").read_text())
     config["id2label"]["0"], config["id2label"]["1"] = config["id2label"]["1"], config["id2label"]["0"]
     (renamed / "config.json").write_text(json.dumps(config))
-    swapped = tool("evaluate_released", renamed, path, f"run.dir={tmp_path / 'c'}")
+    swapped = in_process(renamed, path, f"run.dir={tmp_path / 'c'}")
     assert swapped.returncode == 1 and "its class 0 is" in swapped.stderr.splitlines()[-1], swapped.stderr
 
 
@@ -146,7 +203,7 @@ def test_an_image_model_has_the_points_and_crops_of_its_config(tmp_path: Path) -
     config = make_config(nested)
     (tmp_path / "images.yaml").write_text(dump_config(config))
     torch.save(TimeSformer(config.model).state_dict(), tmp_path / "weights.pth")
-    done = tool("evaluate_released", tmp_path / "weights.pth", tmp_path / "images.yaml", f"run.dir={tmp_path / 'run'}")
+    done = in_process(tmp_path / "weights.pth", tmp_path / "images.yaml", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "1 clip x 1 crop" in done.stdout
     assert all(f"fixed:{point} " in done.stdout for point in config.model.points)

@@ -68,7 +68,8 @@ def point_loss(
       the class head learns the labels and the distillation head learns from the teacher (ReViT, Figure 3).
     - A student with dropped tokens: the divergence of its inference logits from the logits of the same length with
       all tokens, at temperature 1; with `loss.dropped: ce`, cross-entropy with the labels (SuperViT).
-    - With a head on patches, `dense_weight` times the mean cross-entropy over patches is added (LV-ViT, equation 4).
+    - With targets for the head on patches, `dense_weight` times the mean cross-entropy over patches is added (LV-ViT,
+      equation 4). `make_targets` decides which points have them.
 
     Args:
         heads: The outputs of the model at the point.
