@@ -5,6 +5,7 @@ A single process is rank 0 of 1, so that its callers need no second code path.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -47,10 +48,12 @@ _COLLECTIVE_ERROR = re.compile(
 )
 _rendezvous_numbers = itertools.count()  # a process that runs several stages needs new keys for each rendezvous
 
-# Every default process group of this process, never released. DistributedDataParallel outlives its group and would
-# release it while it holds the GIL: the group then waits for its gloo threads, and a thread that needs the GIL to free
-# a tensor never ends. The rank would hang after its last step, or at its exit (seen with torch 2.12).
-_process_groups: list[dist.ProcessGroup | None] = []
+# The gloo backend of every process group of this process. The last reference to a backend must be one of Python: it
+# releases the GIL before the backend waits for its threads. DistributedDataParallel outlives its group and does not,
+# and a thread that needs the GIL to free a tensor would never end: the rank would hang after its last step. The threads
+# end before Python does, since at exit such a thread would abort the process (seen with torch 2.12 and 2.15).
+_backends: list[object] = []
+atexit.register(_backends.clear)
 
 
 class Collectives:
@@ -90,7 +93,25 @@ class Collectives:
             world_size=self._env.world,
             timeout=timedelta(seconds=timeout_s),
         )
-        _process_groups.append(dist.group.WORLD)
+        _keep_backend(dist.group.WORLD)
+
+
+def new_group(timeout_s: float, members: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """Creates a further process group. All ranks must call it together.
+
+    Args:
+        timeout_s: Seconds after which a collective of the group fails; the groups of torch do not inherit the limit.
+        members: The ranks of the group; all by default. On any other rank, the group cannot be used.
+        backend: As for `dist.new_group`.
+    """
+    group = dist.new_group(members, timeout=timedelta(seconds=timeout_s), backend=backend)
+    _keep_backend(group)
+    return group
+
+
+def _keep_backend(group: object) -> None:
+    if isinstance(group, dist.ProcessGroup):  # not on a rank outside of the group
+        _backends.append(group._get_backend(torch.device("cpu")))
 
 
 @contextmanager

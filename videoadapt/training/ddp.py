@@ -8,7 +8,6 @@ together (`synchronise_batch_norms`); other groups have old statistics of this l
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError
 from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.runtime.ranks import rank
+from videoadapt.runtime.ranks import new_group, rank
 from videoadapt.training.groups import GroupPlan
 
 
@@ -122,8 +121,7 @@ def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan, timeout_s: floa
     if model.config.share_patch and len(plan.groups) > 1:
         raise ConfigError("parallel.groups: a stem that all lengths share (model.share_patch) needs one group for all")
     # torch requires that every rank creates every group, in the same order, also groups without this rank.
-    timeout = timedelta(seconds=timeout_s)
-    process_groups = [dist.new_group(list(group.ranks), timeout=timeout) for group in plan.groups]
+    process_groups = [new_group(timeout_s, list(group.ranks)) for group in plan.groups]
     number = plan.groups.index(plan.group(rank()))
     if len(plan.groups[number].ranks) == 1:
         return  # torch's own BatchNorm is faster

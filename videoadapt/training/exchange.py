@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -19,7 +18,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Clip, Failure
 from videoadapt.data.clips.token_labels import MAP_BYTES, LabelMap
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.runtime.ranks import rank
+from videoadapt.runtime.ranks import new_group, rank
 from videoadapt.training.groups import GroupPlan, split_evenly
 
 
@@ -60,7 +59,7 @@ class ClipExchange:
         # gloo also where ranks have GPUs: workers deliver clips in host memory, and NCCL needs the same order of
         # operations on all ranks, which clips and gradients of different lengths do not have. This group is separate,
         # since clips travel while gradients are summed.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallel.step_s))
+        self._group = new_group(config.parallel.step_s, backend="gloo")
 
     def exchanged(self, clips: Iterator[Clip | Failure], steps: Iterable[np.ndarray]) -> Iterator[Clip | Failure]:
         """Yields the clips that this rank trains, in order of position, step after step.
@@ -150,7 +149,7 @@ class TeacherLogits:
         self._positions = {number: teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks}
         # A separate group: the order of gradients differs from rank to rank, but all ranks must call the collectives
         # of one group in the same order.
-        self._group = dist.new_group(timeout=timedelta(seconds=config.parallel.step_s))  # else torch's 30 minutes
+        self._group = new_group(config.parallel.step_s)
         self._transfers: list[tuple[Tensor, dist.Work]] = []
 
     def start(self) -> None:
