@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +19,17 @@ from torch import Tensor
 
 import small_runs as runs
 from videoadapt.config.load import Config, dump_config
+from videoadapt.config.sections import ModelConfig
 from videoadapt.data.clips.loader import epoch_rows, train_batches
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError
 from videoadapt.model.checkpoint import load_checkpoint, load_model, train_checkpoints
+from videoadapt.model.timesformer import TimeSformer
 from videoadapt.training.draws import drawn_points
 from videoadapt.training.groups import make_plan
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
-from videoadapt.training.train import train
+from videoadapt.training.train import start_or_resume, train
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +348,21 @@ def test_the_trained_steps_are_saved_if_reading_fails(
     assert saved is not None
     steps = [json.loads(line)["step"] for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
     assert saved.meta["step"] == steps[-1] > 2
+
+
+@pytest.mark.parametrize("which", ["ema", "last"])
+def test_the_config_decides_which_weights_a_run_starts_from_and_how_grids_are_resampled(
+    tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = runs.values(tmp_path, tmp_path / "run")["model"] | {"size": 32, "points": ["4"]}
+    last = TimeSformer(ModelConfig(**small)).state_dict()
+    ema = {name: tensor + 1.0 for name, tensor in last.items()}
+    torch.save({"model": last, "model_ema": ema}, tmp_path / "a.pth")
+    settings = {"init": str(tmp_path / "a.pth"), "weights": which, "resample": "nearest", "ema": None}
+    config = runs.config(tmp_path, tmp_path / "run", train=settings, model={"points": ["8"]})
+    manifest: Any = SimpleNamespace(classes=(), hash="")  # of a manifest, only these are read
+    state = start_or_resume(config, manifest, train_checkpoints(tmp_path / "run"))
+    grid = (ema if which == "ema" else last)["pos_embed.grid.4"].view(4, 4, -1)
+    expected = torch.stack([grid[row // 2, column // 2] for row in range(8) for column in range(8)])
+    assert torch.equal(state.model.pos_embed.grid["8"], expected)
+    assert ("the moving average model_ema" if which == "ema" else "the last weights") in capsys.readouterr().err
