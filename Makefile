@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. The first run creates an environment in .venv. Nothing is installed outside of it, with
+# make demo | test | coverage | lint | clean. The first run creates an environment in .venv. Nothing is installed outside of it, with
 # one exception: Debian's venv package, if it is missing and make runs as root.
 # To use another interpreter: make demo PYTHON=python3.12
 
@@ -8,19 +8,26 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 METADATA := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test coverage lint clean
 
 help:
-	@echo "make demo    train, route and report on synthetic video, on this machine"
-	@echo "make test    run the tests, with coverage"
-	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove the environment, caches and builds (runs/ stays)"
+	@echo "make demo      train, route and report on synthetic video, on this machine"
+	@echo "make test      run the tests"
+	@echo "make coverage  run the tests, and print the lines that none of them runs"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove the environment, caches and builds (runs/ stays)"
 
 demo: $(VENV)/.installed
 	$(BIN)/videoadapt demo
 
+TEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(TEST)
+
+# Apart from `make test`: it takes a third more time.
+coverage: $(VENV)/.installed-test
+	$(TEST) --cov --cov-report=term
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
