@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -548,3 +550,34 @@ def test_a_field_newer_than_the_checkpoint_counts_as_its_default() -> None:
     require_same(Path("old"), TrainConfig(), made, "train")
     with pytest.raises(CheckpointError, match=r"train\.draw is 'all' in the checkpoint, 'sampled' in the config"):
         require_same(Path("old"), TrainConfig(draw="sampled"), made, "train")
+
+
+ASSIGNER = {"assign": SMALL.model_dump(mode="json"), "points": ["4", "2"], "threshold": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cause"),
+    [
+        ("points", None, "no valid points, but None"),
+        ("points", {"4": 2}, "no valid points"),
+        ("threshold", "high", "no valid threshold, but 'high'"),
+        ("threshold", [[[]]], "no valid threshold"),
+        ("assign", 3, "no valid assign, but 3"),
+        ("assign", {"frames": -1}, "its settings describe no assigner"),
+        ("assign", {"unknown": 1}, "its settings describe no assigner"),
+        ("assign", {"channel_multiplier": 1e300}, "its settings describe no assigner"),
+    ],
+)
+def test_a_header_that_was_written_by_hand_is_refused_with_its_cause(
+    tmp_path: Path, key: str, value: object, cause: str
+) -> None:
+    assigner_checkpoints(tmp_path).save(1, {"model/a": torch.zeros(2)}, ASSIGNER | {key: value})
+    with pytest.raises(CheckpointError, match=re.escape(cause)) as error:
+        load_assigner(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "step-00000001.safetensors")
+    with pytest.raises(CheckpointError, match="torn or not a checkpoint"):
+        load_model(tmp_path / "step-00000001.safetensors")

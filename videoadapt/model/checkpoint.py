@@ -15,18 +15,21 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from videoadapt.config.parse import require_regular
 from videoadapt.config.sections import ModelConfig, Section
-from videoadapt.errors import CheckpointError, RunError
+from videoadapt.errors import CheckpointError, RunError, shown
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
+
+V = TypeVar("V")
 
 KEY = "videoadapt"  # key of our JSON in the safetensors header; other programs use other keys
 VERSION = 1  # version of the format; a file of another version is refused
@@ -49,6 +52,19 @@ class Checkpoint:
     def tensors_under(self, prefix: str) -> dict[str, Tensor]:
         """Returns the tensors whose names begin with `prefix/`, named without it."""
         return {name.removeprefix(f"{prefix}/"): t for name, t in self.tensors.items() if name.startswith(f"{prefix}/")}
+
+    def value(self, key: str, kind: type[V]) -> V:
+        """Returns a value of the header.
+
+        Raises:
+            CheckpointError: It is missing, or of another type: the header was written by hand.
+        """
+        found = self.meta.get(key)
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise CheckpointError(
+                f"{self.path}: its header has no valid {key}, but {shown(found)}; name another checkpoint"
+            )
+        return found
 
 
 def save_checkpoint(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -86,6 +102,7 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
         CheckpointError: The file does not exist, is damaged, is not a checkpoint, or belongs to another stage.
     """
     try:
+        require_regular(Path(path))
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -245,7 +262,8 @@ def require_same(
     differ = [key for key, value in mine.items() if key not in free and not _equal(key, theirs.get(key), value)]
     if differ:
         listed = "; ".join(
-            f"{name}.{key} is {theirs.get(key)!r} in the checkpoint, {mine[key]!r} in the config" for key in differ
+            f"{name}.{key} is {shown(theirs.get(key))} in the checkpoint, {shown(mine[key])} in the config"
+            for key in differ
         )
         raise CheckpointError(
             f"{path}: this checkpoint is of another architecture or run: {listed}. "
@@ -254,8 +272,8 @@ def require_same(
 
 
 def _equal(field: str, theirs: Any, ours: Any) -> bool:
-    if field == "points":  # sorted by cost, which depends on other fields
-        return sorted(theirs) == sorted(ours)
+    if field == "points" and isinstance(theirs, list):  # sorted by cost, which depends on other fields
+        return sorted(map(str, theirs)) == sorted(ours)
     return bool(theirs == ours)
 
 

@@ -145,12 +145,19 @@ def load_assigner(source: str | Path) -> tuple[Assigner, tuple[str, ...], float]
 
 def restore_assigner(checkpoint: Checkpoint) -> tuple[Assigner, tuple[str, ...], float]:
     """Builds the assigner of a checkpoint; returns and raises as `load_assigner`."""
-    if checkpoint.meta["threshold"] is None:
+    if checkpoint.meta.get("threshold", 0.0) is None:
         # `assign` writes the threshold last, after all epochs.
         raise CheckpointError(
             f"{checkpoint.path}: this assigner is not fitted to the end; run `videoadapt assign` again"
         )
-    points = tuple(checkpoint.meta["points"])
-    assigner = Assigner(AssignConfig(**checkpoint.meta["assign"]), len(points))
+    points = tuple(map(str, checkpoint.value("points", list)))
+    threshold, settings = checkpoint.value("threshold", float), checkpoint.value("assign", dict)
+    try:
+        config = AssignConfig(**settings)
+    except ValueError as error:  # pydantic's
+        raise CheckpointError(
+            f"{checkpoint.path}: its settings describe no assigner ({' '.join(str(error).split())[:200]})"
+        ) from None
+    assigner = Assigner(config, len(points))
     load_tensors(assigner, checkpoint.tensors_under("model"), checkpoint.path)
-    return assigner.eval(), points, float(checkpoint.meta["threshold"])
+    return assigner.eval(), points, threshold

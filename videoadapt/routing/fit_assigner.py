@@ -309,16 +309,17 @@ def _resume(
     found = checkpoints.latest()
     if found is None:
         return 0
-    if found.meta["labels"] != labels:
-        aside = checkpoints.folder.with_name(f"assigner-{found.meta['labels']}")
+    if found.value("labels", str) != labels:
+        digest = "".join(filter(str.isalnum, found.value("labels", str)))[:64]  # it becomes the name of a folder
+        aside = checkpoints.folder.with_name(f"assigner-{digest}")
         say(f"the labels have changed: the earlier assigner is moved to {aside}, and a new one is fitted")
         aside.mkdir(exist_ok=True)
         for path in [*checkpoints.folder.glob("step-*"), checkpoints.folder / "last"]:
             path.replace(aside / path.name)
         return 0
     # These two only choose the threshold, which is computed again after every fit.
-    require_same(found.path, config.assign, found.meta["assign"], "assign", free=("select", "tolerance"))
-    require_same(found.path, config.label, found.meta["label"], "label")
+    require_same(found.path, config.assign, found.value("assign", dict), "assign", free=("select", "tolerance"))
+    require_same(found.path, config.label, found.value("label", dict), "label")
     load_tensors(assigner, found.tensors_under("model"), found.path)
     restore_optimizer(assigner, optimizer, found)
-    return min(found.meta["step"], config.assign.epochs)
+    return min(found.value("step", int), config.assign.epochs)

@@ -209,7 +209,7 @@ class Assigned(OnePointPolicy):
         assigned.check(model)
         if config is not None:
             # Thumbnails are cut by the run's config, and the assigner must see thumbnails as in its fit.
-            require_same(run / "assigner", config, found.meta["assign"], "assign", free=FITTING)
+            require_same(run / "assigner", config, found.value("assign", dict), "assign", free=FITTING)
         assigned.assigner.to(model.head.weight.device)
         return assigned
 

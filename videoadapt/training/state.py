@@ -120,19 +120,20 @@ class State:
         Raises:
             CheckpointError: The checkpoint belongs to another manifest, model or recipe; the message names the keys.
         """
-        if checkpoint.meta["manifest"] != self.manifest.hash:
+        manifest = checkpoint.value("manifest", str)
+        if manifest != self.manifest.hash:
             raise CheckpointError(
-                f"{checkpoint.path}: was trained on manifest {checkpoint.meta['manifest']}, but the lists or files now "
+                f"{checkpoint.path}: was trained on manifest {manifest[:40]}, but the lists or files now "
                 f"give manifest {self.manifest.hash}; training could not continue with the same clips. Use another "
                 "run.dir"
             )
         for name, free in RESUME_FREELY.items():
-            require_same(checkpoint.path, getattr(self.config, name), checkpoint.meta[name], name, free=free)
+            require_same(checkpoint.path, getattr(self.config, name), checkpoint.value(name, dict), name, free=free)
         load_tensors(self.model, checkpoint.tensors_under("model"), checkpoint.path)
         restore_optimizer(self.model, self.optimizer, checkpoint)
         if self.ema is not None:
             load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
-        self.step, self.skipped = checkpoint.meta["step"], checkpoint.meta["skipped"]
+        self.step, self.skipped = checkpoint.value("step", int), checkpoint.value("skipped", int)
         say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def list_skipped(self, failures: Iterable[Failure]) -> None:

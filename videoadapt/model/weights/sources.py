@@ -80,8 +80,8 @@ def _read_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:  # KeyError: an unknown type
+            raise CheckpointError(f"{path}: not a whole safetensors file: {str(error)[:200]}") from None
     if path.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(f"{path}: expected a file named .safetensors, {', '.join(TORCH_SUFFIXES)}")
     return _read_torch(path)
