@@ -178,6 +178,35 @@ def test_the_verb_predict_decides_as_the_function(run: Config, answers: np.ndarr
         assert written["failed"][0]["cause"].endswith("probabilities are NaN")
 
 
+def test_predictions_have_the_names_of_data_classes(run: Config, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("1 sit down\n2 stand up\n")
+    named = run.model_copy(update={"data": run.data.model_copy(update={"classes": names})})
+    [prediction] = predict_files(named, image(run), None)["predictions"]
+    assert set(prediction["classes"]) == {"sit down", "stand up"}
+    assert predict(load_model(run.run.dir), image(run), data=named.data)[0].classes[0] in {"sit down", "stand up"}
+    for text, message in {
+        "a\n": "has 1 classes, but the model has 2",
+        "b\na\n": "class 0 .* is 'b', but .* 'a'",
+    }.items():
+        names.write_text(text)
+        with pytest.raises(UserError, match=rf"data\.classes: .*{message}"):
+            predict_files(named, image(run), None)
+
+
+def test_a_folder_of_videos_stands_for_its_videos_and_other_inputs_get_advice(run: Config, tmp_path: Path) -> None:
+    for name in ("b.mp4", "deep/a.mkv", "b.jpg", ".hidden.mp4", "@eaDir/b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no video")
+    (tmp_path / "val.txt").write_text("b.mp4 0\n")
+    failed = predict_files(run, [str(tmp_path)], None)["failed"]
+    assert [row["path"] for row in failed] == [str(tmp_path / "b.mp4"), str(tmp_path / "deep" / "a.mkv")]
+    inputs = ["https://example.org/a.mp4", "rtsp://cam/1", str(tmp_path / "val.txt")]
+    causes = [row["cause"] for row in predict_files(run, inputs, None)["failed"]]
+    assert all(cause.endswith("download the address, or record the camera to a file") for cause in causes[:2])
+    assert causes[2].endswith("; expected video files, not a list of them")
+
+
 def test_a_clip_without_a_usable_answer_runs_the_whole_cascade(run: Config, answers: np.ndarray) -> None:
     path = run.data.val.annotations
     macs = point_macs(run.model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any
 from videoadapt.config.load import Config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
 from videoadapt.data.clips.datasets import read_views
+from videoadapt.data.index.class_files import read_classes
+from videoadapt.data.index.find_files import videos_below
+from videoadapt.data.index.text import normalised
 from videoadapt.data.video.readers import open_video
-from videoadapt.errors import UserError, VideoError
+from videoadapt.data.video.suffixes import is_known, is_media
+from videoadapt.errors import ConfigError, UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_rules import average_views
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
@@ -21,6 +27,8 @@ from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.files import write_json
 
 TOP = 5  # classes of a prediction
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -79,22 +87,49 @@ def predict(
 
     Raises:
         VideoError: A file cannot be read.
-        UserError: The policy needs the truth, or does not fit the model.
+        UserError: The policy needs the truth, or does not fit the model, or `data.classes` does not.
     """
     chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy
     chosen = chosen or Fixed(model.config.points[0])
     chosen.check(model)
+    data = data or DataConfig()
     config = Config(
         model=model.config,
         assign=chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1),
         evaluate=evaluate or EvaluateConfig(),
-        data=data or DataConfig(),
+        data=data,
         loss=LossConfig(dropped="ce"),  # not used here; other losses are not allowed for every set of points
     )
-    return [_predict_one(model, path, chosen, config, top) for path in paths]
+    names = _class_names(model, data)
+    return [_predict_one(model, path, chosen, config, names=names, top=top) for path in paths]
 
 
-def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: Config, top: int) -> Prediction:
+def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
+    """Returns the names of `data.classes` if given, otherwise those of the model, otherwise the numbers.
+
+    Raises:
+        ConfigError: The file has another number of names than the model, or the model's names in another order.
+    """
+    count = model.config.num_classes
+    stored = model.class_names or tuple(map(str, range(count)))  # a model that was built in Python may have no names
+    if data.classes is None:
+        return stored
+    names = read_classes(data.classes).names
+    if len(names) != count:
+        raise ConfigError(f"data.classes: {data.classes} has {len(names)} classes, but the model has {count}")
+    given, own = list(map(normalised, names)), list(map(normalised, stored))
+    if given != own and set(given) == set(own):
+        number = next(number for number, pair in enumerate(zip(given, own, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"data.classes: class {number} of {data.classes} is {names[number]!r}, but the model was trained with "
+            f"{stored[number]!r}; expected the order of the training"
+        )
+    return names
+
+
+def _predict_one(
+    model: TimeSformer, path: str | Path, policy: Policy, config: Config, *, names: Sequence[str], top: int
+) -> Prediction:
     crops = config.evaluate.spatial_crops
     views, thumbnails, _ = read_views(
         open_video(path, config.data.reader),
@@ -108,8 +143,6 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
     routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails, average=average)
     probabilities = average_views(routed.logits, (0, 1), average)  # (clips, crops, classes) to (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
-    # A model that was built in Python may have no class names.
-    names = model.class_names or tuple(str(i) for i in range(len(probabilities)))
     clip_costs, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
     return Prediction(
         path=str(path),
@@ -120,6 +153,23 @@ def _predict_one(model: TimeSformer, path: str | Path, policy: Policy, config: C
     )
 
 
+def _files(path: str) -> list[str]:
+    """Returns the videos of a folder of videos, or the path itself: a file, or a folder of frames."""
+    if not os.path.isdir(path):
+        return [path]
+    found = videos_below(Path(path))
+    return found or [path]
+
+
+def _hint(path: str) -> str:
+    """Returns what to do about a path that is no video, to be appended to its error; empty if there is no advice."""
+    if _ADDRESS.match(path):
+        return "; predict reads files: download the address, or record the camera to a file"
+    if os.path.isfile(path) and not is_media(path) and is_known(path):
+        return "; expected video files, not a list of them"
+    return ""
+
+
 def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> dict[str, Any]:
     """Predicts files with the model of a run; the verb `predict`.
 
@@ -127,7 +177,8 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
 
     Args:
         config: The run's config.
-        paths: Video files. A file that cannot be read, or whose probabilities are NaN, is listed with its cause.
+        paths: Video files, folders of frames, or folders of videos. A file that cannot be read, or whose
+            probabilities are NaN, is listed with its cause.
         policy: The text of a policy. None: `assigned` if the run has an assigner, and otherwise the costliest point.
 
     Returns:
@@ -144,12 +195,13 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
     if chosen.assigner is not None:  # thumbnails are cut as in the assigner's fit
         config = config.model_copy(update={"assign": chosen.assigner.config})
+    names = _class_names(model, config.data)
     result = Predictions(text, [], [])
-    for path in paths:
+    for path in (file for given in paths for file in _files(given)):
         try:
-            prediction = _predict_one(model, path, chosen, config, TOP)
+            prediction = _predict_one(model, path, chosen, config, names=names, top=TOP)
         except VideoError as error:
-            result.failed.append({"path": path, "cause": str(error)})
+            result.failed.append({"path": path, "cause": f"{error}{_hint(path)}"})
             continue
         if math.isnan(prediction.probabilities[0]):  # JSON has no NaN, and there is no class to show
             result.failed.append({"path": path, "cause": f"{path}: the model's probabilities are NaN"})

@@ -75,7 +75,9 @@ def _from_text(text: str, path: Path) -> ClassFile:
         number, name = columns
         return _by_number([(names, count) for _, (names, count) in csv_rows(text, (name, number), path)], path)
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    longest = max(lines, key=len, default="")
+    if not lines:
+        return ClassFile(())
+    longest = max(lines, key=len)
     if len(longest) > _MAX_LINE_CHARACTERS:  # before expressions that take more than linear time
         raise ConfigError(f"data.classes: {path}: expected a name a line, got {shown(longest)}")
     for pattern, where in ((_NUMBER_FIRST, "before"), (_NUMBER_LAST, "after")):

@@ -69,12 +69,17 @@ def walk(
         yield parent, sorted(files)
 
 
+def videos_below(root: Path) -> list[str]:
+    """Returns the paths of all video files below `root` that are not hidden, in the order of the walk."""
+    visible = ((parent, name) for parent, files in walk(root) for name in files if not name.startswith("."))
+    return [os.path.join(parent, name) for parent, name in visible if is_video(name)]
+
+
 def files_by_stem(root: Path) -> dict[str, list[str]]:
     """Returns the paths of all video files below `root`, by file name without suffix."""
     found: dict[str, list[str]] = {}
-    for parent, files in walk(root):
-        for name in filter(is_video, files):
-            found.setdefault(os.path.splitext(name)[0], []).append(os.path.join(parent, name))
+    for path in videos_below(root):
+        found.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
     return found
 
 

@@ -50,7 +50,7 @@ def require_same_content(listed: Sequence[ListedVideo]) -> tuple[list[ListedVide
         return corrected, []
     first, second = next(iter(wrong.values()))[:2]
     note = (
-        f"{len(wrong)} names such as {first.video} belong to several different files, which are different videos: "
+        f"names of several different files, which are different videos: {len(wrong)}, the first: {first.video}: "
         f"{first.path} and {second.path}"
     )
     return corrected, [note]

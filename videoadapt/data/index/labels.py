@@ -81,7 +81,7 @@ def label_lists(lists: Sequence[AnnotationSource], classes: Classes) -> tuple[li
         entries.append(given)
     if unlabelled:
         notes.append(
-            f"{len(unlabelled)} videos without a label have the class of their folder, the first: "
+            f"videos without a label, which have the class of their folder: {len(unlabelled)}, the first: "
             f"{unlabelled[0].location}: {unlabelled[0].name}"
         )
     every = [entry for given in entries for entry in given]
@@ -164,7 +164,7 @@ class ClassesInPaths:
         entry, number = next(iter(wrong.values()))[0]
         count = sum(map(len, wrong.values()))
         return [
-            f"{count} videos have another label than their path names, the first: {entry.location}: "
+            f"videos with another label than the class that their path names: {count}, the first: {entry.location}: "
             f"{entry.name}: label {entry.label}"
         ]
 

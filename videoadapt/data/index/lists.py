@@ -132,14 +132,14 @@ class _Fields:
         frames, label = (int(counted[1]), counted[2]) if counted else (None, fields)
         label = label.strip('"')
         if frames is not None and is_media(path) and not os.path.isdir(self._root / path):
-            _refuse_fields(line, path, fields, "three fields are for folders of frame images")
+            _refuse_fields(line, path, fields, "; three fields are for folders of frame images")
         if _NUMBERS.fullmatch(label) and whole_number(label) is None and not self._is_label(label):
             if _DECIMAL.fullmatch(label):
                 raise ConfigError(
                     f"{line.location}: label {label!r}: expected a whole number or a class name; write "
                     f"{label.partition('.')[0]} (spreadsheets and pandas write 1.0 for 1 in a column with gaps)"
                 )
-            _refuse_fields(line, path, fields, "or `folder total_frames label`")
+            _refuse_fields(line, path, fields, ", or `folder total_frames label`")
         return AnnotationEntry(path, label, line.location, frames, media_kind(path))
 
     def _is_label(self, text: str) -> bool:
@@ -181,7 +181,7 @@ class _Fields:
 
 def _refuse_fields(line: _Line, path: str, fields: str, form: str) -> NoReturn:
     raise ConfigError(
-        f"{line.location}: expected `path label`; {form}; got the fields {fields[:_MAX_SHOWN_CHARACTERS]!r} after "
+        f"{line.location}: expected `path label`{form}; got the fields {fields[:_MAX_SHOWN_CHARACTERS]!r} after "
         f"{path[:_MAX_SHOWN_CHARACTERS]}. Several labels of one video (multi-label), start frames and times are not "
         'supported; a path that contains them is written in quotes: "PATH" LABEL'
     )

@@ -37,15 +37,15 @@ class FileLookup:
         found = self._near.find(expected)
         example = f"{entry.location}: {entry.name}: {found.path}"
         if found.found_by:
-            self._differing.setdefault(f"files are listed {found.found_by}", []).append(example)
+            self._differing.setdefault(f"files listed {found.found_by}", []).append(example)
         elif found.similar:
             example = f"{entry.location}: {entry.name}: {' and '.join(found.similar[:2])}"
-            self._differing.setdefault("missing files have files of the same name beside them", []).append(example)
+            self._differing.setdefault("missing files beside files of the same name", []).append(example)
         return found.path
 
     def notes(self) -> list[str]:
         """Returns a message for each way in which files differ from the annotations."""
-        return [f"{len(items)} {kind}, the first: {items[0]}" for kind, items in self._differing.items()]
+        return [f"{kind}: {len(items)}, the first: {items[0]}" for kind, items in self._differing.items()]
 
     def _below_root(self, entry: AnnotationEntry, source: AnnotationSource, split: Split) -> str:
         """Returns the best file of a table's row, or an empty string."""
@@ -54,9 +54,9 @@ class FileLookup:
         files = self._files[source.root]
         found = files.get(stem) or files.get(_without_zeros(stem, youtube_id), [])
         if not found and youtube_id in files:
-            kind = "are found by their YouTube id alone, and must be cut to the times of the table"
+            kind = "files found by their YouTube id alone, which must be cut to the times of the table"
             if self._clips_of[youtube_id] > 1:  # an uncut video: its clips would be equal
-                kind = "clips are missing; a file has their YouTube id, which several clips share"
+                kind = "missing clips beside a file with their YouTube id, which several clips share"
             else:
                 found = files[youtube_id]
             self._differing.setdefault(kind, []).append(f"{entry.location}: {files[youtube_id][0]}")

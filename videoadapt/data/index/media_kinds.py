@@ -34,10 +34,10 @@ def select_kind(source: AnnotationSource, kind: KindSetting, split: Split, path:
     if kind == "auto":
         if videos and images:
             raise ConfigError(
-                f"data.{split}.annotations: {path} has {len(videos)} videos and {len(images)} pictures or folders of "
-                f"pictures, such as {videos[0].name} and {images[0].name}; expected one kind, because pictures beside "
-                "videos are often thumbnails; set data.kind=videos or data.kind=images; the others are counted, and "
-                "left out"
+                f"data.{split}.annotations: {path} has videos ({len(videos)}) and pictures or folders of pictures "
+                f"({len(images)}), such as {videos[0].name} and {images[0].name}; expected one kind, because pictures "
+                "beside videos are often thumbnails; set data.kind=videos or data.kind=images; the others are counted, "
+                "and left out"
             )
         return source
     dropped = images if kind == "videos" else videos

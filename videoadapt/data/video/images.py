@@ -7,12 +7,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from videoadapt.data.video.files import cause_of, digest, file_size, hash_file, reason
 from videoadapt.data.video.suffixes import is_image
 from videoadapt.errors import VideoError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_FOLDER_FPS = 30.0  # assumed, because images carry no frame rate
 
@@ -86,6 +90,18 @@ def image_codec(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
 
 
+def _refuse_animated(path: Path, image: Image.Image) -> None:
+    """Raises `VideoError` for an image that is a video: its first frame alone would stand for it.
+
+    The further pictures of a JPEG (MPO, of phones and cameras) are views or previews of the same moment.
+    """
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise VideoError(
+            f"{path}: an animated image of {getattr(image, 'n_frames', 'several')} frames; convert it to a video, or "
+            "to a folder of images"
+        )
+
+
 def read_image(path: Path) -> np.ndarray:
     """Reads an image, turned as its EXIF orientation demands.
 
@@ -100,6 +116,7 @@ def read_image(path: Path) -> np.ndarray:
     file_size(path)
     try:
         with Image.open(path) as image:
+            _refuse_animated(path, image)
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         cause = reason(error).replace(f" {str(path)!r}", "")  # Pillow repeats the path
