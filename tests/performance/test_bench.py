@@ -193,7 +193,7 @@ def test_settings_are_parsed() -> None:
     ("word", "message"),
     [
         ("turns=3", r"bench data: unknown key turns; did you mean \w+\?"),
-        ("rounds=0", "rounds: .*greater than or equal to 1, got 0"),
+        ("rounds=0", "rounds: .*greater than or equal to 1, got '0'"),
         ("clips=many", "clips: .*integer.*'many'"),
         ("size=300", "size: expected at most short_side \\(256\\), got 300"),
     ],

@@ -38,7 +38,7 @@ def test_only_rank_0_prints_messages() -> None:
     for rank in "01":
         done = subprocess.run(
             [sys.executable, "-c", program],
-            env=os.environ | {"WORLD_SIZE": "2", "RANK": rank},
+            env=os.environ | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
             capture_output=True,
             text=True,
             check=True,

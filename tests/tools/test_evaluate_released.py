@@ -33,9 +33,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
 CONVERTED = {"image_mean": [0.5] * 3, "image_std": [0.225] * 3}  # in converted folders
 
 
-def tool_module() -> Any:
-    """Imports the tool, whose functions take a config."""
-    spec = importlib.util.spec_from_file_location("evaluate_released", TOOLS / "evaluate_released.py")
+def tool_module(name: str = "evaluate_released") -> Any:
+    """Imports a tool, whose functions take a config."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,14 +47,14 @@ def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=400)
 
 
-def in_process(*words: object) -> subprocess.CompletedProcess[str]:
-    """Runs `evaluate_released` in this process, which saves the import of torch."""
+def in_process(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Runs a tool in this process, which saves the import of torch."""
     out, errors = io.StringIO(), io.StringIO()
-    line, code = ["evaluate_released", *map(str, words)], 0
+    line, code = [name, *map(str, words)], 0
     with redirect_stdout(out), redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", line)
         try:
-            tool_module().main()
+            tool_module(name).main()
         except SystemExit as ended:  # with a message, as `sys.exit` prints it
             code = 1
             print(ended.code, file=sys.stderr)
@@ -158,11 +158,11 @@ def test_a_second_call_reads_no_video_and_other_weights_are_an_error(
 ) -> None:
     run, path = evaluated
     words = [path, f"run.dir={run}", "evaluate.speed_clips=0"]
-    second = in_process(released[0], *words)
+    second = in_process("evaluate_released", released[0], *words)
     assert second.returncode == 0 and "evaluate: 12/12 videos in 0:00" in second.stderr, second.stderr
     state = {name: tensor + 0.01 for name, tensor in released[1].state_dict().items()}
     torch.save({"model_state": state}, tmp_path / "other.pyth")
-    other = in_process(tmp_path / "other.pyth", *words)
+    other = in_process("evaluate_released", tmp_path / "other.pyth", *words)
     assert other.returncode == 1
     assert "holds other weights" in other.stderr.splitlines()[-1]
 
@@ -171,11 +171,11 @@ def test_weights_of_another_shape_or_other_classes_are_an_error(
     released: tuple[Path, Any], evaluated: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, path = evaluated
-    wider = in_process(released[0], path, f"run.dir={tmp_path / 'a'}", "model.width=64")
+    wider = in_process("evaluate_released", released[0], path, f"run.dir={tmp_path / 'a'}", "model.width=64")
     assert wider.returncode == 1 and "error: " in wider.stderr.splitlines()[-1], wider.stderr
     state = {name: t for name, t in released[1].state_dict().items() if not name.startswith("classifier")}
     torch.save(state, tmp_path / "headless.pyth")
-    headless = in_process(tmp_path / "headless.pyth", path, f"run.dir={tmp_path / 'b'}")
+    headless = in_process("evaluate_released", tmp_path / "headless.pyth", path, f"run.dir={tmp_path / 'b'}")
     assert headless.returncode == 1 and "does not fill head.weight" in headless.stderr.splitlines()[-1]
     renamed = tmp_path / "renamed"
     renamed.mkdir()
@@ -184,7 +184,7 @@ def test_weights_of_another_shape_or_other_classes_are_an_error(
     config = json.loads((renamed / "config.json").read_text())
     config["id2label"]["0"], config["id2label"]["1"] = config["id2label"]["1"], config["id2label"]["0"]
     (renamed / "config.json").write_text(json.dumps(config))
-    swapped = in_process(renamed, path, f"run.dir={tmp_path / 'c'}")
+    swapped = in_process("evaluate_released", renamed, path, f"run.dir={tmp_path / 'c'}")
     assert swapped.returncode == 1 and "its class 0 is" in swapped.stderr.splitlines()[-1], swapped.stderr
 
 
@@ -203,7 +203,9 @@ def test_an_image_model_has_the_points_and_crops_of_its_config(tmp_path: Path) -
     config = make_config(nested)
     (tmp_path / "images.yaml").write_text(dump_config(config))
     torch.save(TimeSformer(config.model).state_dict(), tmp_path / "weights.pth")
-    done = in_process(tmp_path / "weights.pth", tmp_path / "images.yaml", f"run.dir={tmp_path / 'run'}")
+    done = in_process(
+        "evaluate_released", tmp_path / "weights.pth", tmp_path / "images.yaml", f"run.dir={tmp_path / 'run'}"
+    )
     assert done.returncode == 0, done.stderr
     assert "1 clip x 1 crop" in done.stdout
     assert all(f"fixed:{point} " in done.stdout for point in config.model.points)
@@ -211,7 +213,7 @@ def test_an_image_model_has_the_points_and_crops_of_its_config(tmp_path: Path) -
 
 def test_a_submission_has_the_best_classes_of_every_video(evaluated: tuple[Path, Path], tmp_path: Path) -> None:
     run, _ = evaluated
-    done = tool("make_submission", run, tmp_path / "out.csv", "--policy", "oracle", "--top", 3)
+    done = in_process("make_submission", run, tmp_path / "out.csv", "--policy", "oracle", "--top", 3)
     assert done.returncode == 0 and "12 videos, 0 of them without" in done.stdout, done.stderr
     table = pd.read_csv(tmp_path / "out.csv").set_index("video")
     videos = pd.read_parquet(run / "evaluate" / "videos.parquet")
@@ -219,12 +221,12 @@ def test_a_submission_has_the_best_classes_of_every_video(evaluated: tuple[Path,
     assert list(table.columns) == ["label_1", "score_1", "label_2", "score_2", "label_3", "score_3"]
     assert [CLASSES[p] for p in videos["prediction"]] == table["label_1"].tolist()
     assert (table["score_1"] >= table["score_2"]).all() and (table["score_2"] >= table["score_3"]).all()
-    again = tool("make_submission", run, tmp_path / "out.csv")
+    again = in_process("make_submission", run, tmp_path / "out.csv")
     assert again.returncode == 1 and "not overwritten" in again.stderr
     for words, message in ((["--policy", "best"], "this evaluation has"), (["--top", 9], "expected 1 to 5")):
-        refused = tool("make_submission", run, tmp_path / "new.csv", *words)
+        refused = in_process("make_submission", run, tmp_path / "new.csv", *words)
         assert refused.returncode == 1 and message in refused.stderr
-    nothing = tool("make_submission", tmp_path, tmp_path / "new.csv")
+    nothing = in_process("make_submission", tmp_path, tmp_path / "new.csv")
     assert nothing.returncode == 1 and "run `videoadapt evaluate` first" in nothing.stderr
 
 
@@ -236,7 +238,7 @@ def test_kinetics_names_are_split_into_columns(evaluated: tuple[Path, Path], tmp
     failed: list[Any] = [[], videos["best"].iloc[1]]
     videos = videos.assign(video=["-0WZKTu0x_k_000024_000034", "3caPS4FHFF8_000036_000046"], best=failed)
     videos.to_parquet(run / "evaluate" / "videos.parquet")
-    done = tool("make_submission", run, tmp_path / "out.csv")
+    done = in_process("make_submission", run, tmp_path / "out.csv")
     assert "2 videos, 1 of them without" in done.stdout, done.stderr
     first = pd.read_csv(tmp_path / "out.csv").iloc[0]
     assert (first["youtube_id"], first["time_start"], first["time_end"]) == ("-0WZKTu0x_k", 24, 34)
