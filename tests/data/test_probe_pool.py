@@ -19,7 +19,7 @@ from PIL import Image
 
 from video_files import numbered, write_video
 from videoadapt.data.index import probe_pool
-from videoadapt.data.index.probe_pool import ProbeResult, probe_files, run_on_files
+from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files, run_on_files
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.verify import verify
 from videoadapt.errors import VideoError
@@ -38,6 +38,8 @@ def by_name(path: str) -> VideoInfo:
             time.sleep(600)
         case "bug":
             raise KeyError("a bug of a library")
+        case "memory":
+            raise MemoryError
         case "broken":
             raise VideoError(f"{path}: no video")
         case "torch":
@@ -56,6 +58,38 @@ def test_a_file_that_crashes_its_process_fails_alone() -> None:
         "crash2",
     }
     assert sum(result == INFO for result in results.values()) == 40
+
+
+def killed(path: str) -> str:
+    """Replaces `probe`: a process is killed by the memory killer, or its fork server dies, always or at first."""
+    event, _, when = path.rpartition("/")[2].partition("_")
+    marker = Path(path)
+    if event != "good" and not (when == "once" and marker.exists()):
+        marker.touch()
+        time.sleep(0.1)  # so that the other worker has read a file
+        os.kill(os.getppid() if event == "server" else os.getpid(), signal.SIGKILL)
+        time.sleep(10)  # the process of a dead fork server lives on
+    return path
+
+
+def test_a_file_whose_process_is_killed_is_read_again_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path / name) for name in ("good_1", "memory_once", "memory_always", "good_2", "good_3")]
+    results = dict(run_on_files(paths, killed, workers=2, timeout_s=60.0))
+    message = results.pop(paths[2])
+    assert isinstance(message, NotProbed)
+    assert message == "the process that read it was killed (SIGKILL; the memory may be full)"
+    assert results == {path: path for path in paths if path != paths[2]}
+    assert "2 files are read again, each alone" in capsys.readouterr().err
+
+
+def test_a_dead_fork_server_is_reported_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path / name) for name in ("server_once", "good_1", "good_2", "good_3")]
+    assert dict(run_on_files(paths, killed, workers=2, timeout_s=60.0)) == {path: path for path in paths}
+    assert "the fork server, which starts the processes that read videos, died" in capsys.readouterr().err
+
+
+def test_a_file_for_which_the_memory_does_not_suffice_is_not_broken() -> None:
+    assert isinstance(run(["memory"])["memory"], NotProbed)
 
 
 def test_a_file_that_takes_too_long_fails_alone() -> None:

@@ -47,6 +47,8 @@ def print_index(summary: Summary) -> None:
         _say_examples(f"passed over, {kind}", examples)
     _say_examples("missing files", summary["missing"])
     _say_causes(summary["broken"])
+    for cause in summary["unprobed"]:
+        say(f"not probed, run `videoadapt index` again: {cause['count']}, {cause['cause']}: {cause['first'][0]}")
     _say_examples("damaged", summary["damaged"])
     duplicates, leaks = summary["duplicates"], summary["leaks"]
     _say_examples("listed twice, counted once", duplicates["listed_twice"])

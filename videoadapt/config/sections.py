@@ -151,6 +151,9 @@ class DataConfig(Section):
     )
     holdout: Fraction = 0.0  # fraction of the train split kept out of stage 1, for `label.source: holdout`
     reader: Literal["auto", "decord", "pyav"] = "auto"
+    # Larger videos and images are refused. 8K is 33 million pixels; 18 hours at 30 fps are 2 million frames.
+    max_pixels: Annotated[int, Field(ge=1, le=10**9)] = 64_000_000  # of a frame
+    max_frames: Annotated[int, Field(ge=1, le=10**9)] = 2_000_000  # of a video, or images of a folder
     # Processes; auto = the CPUs that the job has.
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
     timeout_s: Seconds = 300.0  # longest time in which a worker reads one clip

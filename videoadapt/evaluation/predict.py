@@ -16,6 +16,7 @@ from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.index.class_files import read_classes
 from videoadapt.data.index.find_files import videos_below
 from videoadapt.data.index.text import normalised
+from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.readers import open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError
@@ -132,7 +133,7 @@ def _predict_one(
 ) -> Prediction:
     crops = config.evaluate.spatial_crops
     views, thumbnails, _ = read_views(
-        open_video(path, config.data.reader),
+        open_video(path, config.data.reader, limits=Limits.of(config.data)),
         config,
         temporal_views=config.evaluate.temporal_views,
         spatial_crops=crops,

@@ -22,6 +22,7 @@ from videoadapt.data.clips.views import crops, thumbnail
 from videoadapt.data.index.manifest import Manifest, Row
 from videoadapt.data.video.files import cause_of
 from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, spread
+from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.readers import VideoReader, open_video
 from videoadapt.errors import VideoError
 from videoadapt.runtime.seeds import seed_of
@@ -215,7 +216,7 @@ def _open(row: Row, config: Config) -> VideoReader:
     """Opens the video of a row. Raises `VideoError` if it cannot be opened, or could not be read by `index`."""
     if row.status != "ok":
         raise VideoError(f"{row.path}: {row.cause}")
-    return open_video(row.path, config.data.reader, row.info)
+    return open_video(row.path, config.data.reader, row.info, limits=Limits.of(config.data))
 
 
 def _starts(

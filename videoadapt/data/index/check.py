@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, Row
-from videoadapt.data.index.probe_pool import ProbeResult, run_on_files
+from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, run_on_files
 from videoadapt.data.video.files import exists
+from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.probe import probe
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import Bar
@@ -23,7 +25,7 @@ class Difference:
 
     path: str
     split: str
-    change: str  # gone, broken now, changed, found now, readable now
+    change: str  # gone, broken now, changed, found now, readable now, not probed
     cause: str  # the reason why the file cannot be read, or empty
 
 
@@ -71,10 +73,10 @@ def _probe_again(paths: set[str], config: Config) -> dict[str, ProbeResult]:
     # Missing files are not sent to the worker processes, because thousands may be missing.
     results: dict[str, ProbeResult] = {path: None for path in paths if not exists(path)}
     todo = sorted(paths - results.keys())
-    workers = worker_count(config.data.workers)
+    workers, probe_again = worker_count(config.data.workers), partial(probe, limits=Limits.of(config.data))
     with (
         Bar("check", total=len(paths), unit="files", start=len(results)) as bar,
-        closing(run_on_files(todo, probe, workers=workers, timeout_s=config.index.timeout_s)) as finished,
+        closing(run_on_files(todo, probe_again, workers=workers, timeout_s=config.index.timeout_s)) as finished,
     ):
         for path, result in finished:
             results[path] = result
@@ -86,9 +88,11 @@ def _change(row: Row, now: ProbeResult) -> str:
     """Returns how a video differs from its row, or an empty string if it does not."""
     if now is None:
         return "" if row.status == "missing" else "gone"
+    if isinstance(now, NotProbed):
+        return "not probed"
     if isinstance(now, str):
         return "" if row.status == "broken" else "broken now"
     # Also true for a folder of undamaged images whose number differs from the list: it is `broken` with a hash.
     if (now.bytes, now.content) == (row.bytes, row.content):
         return ""
-    return {"ok": "changed", "missing": "found now", "broken": "readable now"}[row.status]
+    return {"ok": "changed", "missing": "found now", "broken": "readable now", "unprobed": "readable now"}[row.status]

@@ -23,11 +23,12 @@ from pyarrow import parquet
 from videoadapt.config.load import Config
 from videoadapt.data.index.annotations import fingerprint, list_videos
 from videoadapt.data.index.identity import ListedVideo
-from videoadapt.data.index.probe_pool import ProbeResult, probe_files
+from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files
 from videoadapt.data.index.sources import Split
 from videoadapt.data.index.summary import IndexSummary, summary
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
-from videoadapt.errors import UserError
+from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing, write_json
 from videoadapt.runtime.machine import worker_count
@@ -75,7 +76,7 @@ class Row(NamedTuple):
     damage: str | None  # None: not every frame was decoded; empty: all frames are intact
     variable_rate: bool  # the frames are not evenly spaced, and are chosen by their timestamps
     split: Split
-    status: Literal["ok", "missing", "broken"]
+    status: Literal["ok", "missing", "broken", "unprobed"]  # unprobed: the process that read it was killed
     cause: str  # empty if the status is ok
 
     @property
@@ -135,7 +136,11 @@ class Manifest:
     @property
     def readable(self) -> Manifest:
         """The videos with status `ok`."""
-        return self._where("status", "ok")
+        return self.of_status("ok")
+
+    def of_status(self, status: str) -> Manifest:
+        """Returns the videos with this status."""
+        return self._where("status", status)
 
     def split(self, name: Split) -> Manifest:
         """Returns the videos of one split, with any status."""
@@ -202,6 +207,7 @@ def load_or_index(config: Config) -> Manifest:
     Raises:
         ConfigError: The annotations cannot be used.
         UserError: A split has no readable video, or `index` fails. Nothing is written then.
+        RunError: The processes that read the videos were killed. Nothing is written then.
     """
     path = _manifest_path(config)
     if path.exists():
@@ -212,6 +218,7 @@ def load_or_index(config: Config) -> Manifest:
         say(f"{path} {outdated}; indexing again")
     manifest, counts = _build(config)
     require_readable(manifest, config)  # before anything is written: the disk may not be mounted
+    require_probed(manifest)
     _write(manifest, counts, config)
     return manifest
 
@@ -243,6 +250,21 @@ def require_readable(manifest: Manifest, config: Config) -> None:
         )
 
 
+def require_probed(manifest: Manifest) -> None:
+    """Checks that the state of every video is known.
+
+    Raises:
+        RunError: The process that read a video was killed, also when it read no other video.
+    """
+    unprobed = manifest.of_status("unprobed")
+    if len(unprobed):
+        first = unprobed.row(0)
+        raise RunError(
+            f"{len(unprobed)} of {len(manifest)} videos were not probed, and may be sound; the first: {first.path}: "
+            f"{first.cause}; give the job more memory, or lower data.workers, and run `videoadapt index` again"
+        )
+
+
 def index_path(config: Config) -> Path:
     """Returns the path of the summary that `index` writes."""
     return config.run.dir / "index.json"
@@ -271,6 +293,7 @@ def _build(config: Config) -> tuple[Manifest, IndexSummary]:
         cache=config.run.dir / "probed.jsonl",
         workers=worker_count(config.data.workers),
         timeout_s=config.index.timeout_s,
+        limits=Limits.of(config.data),
     )
     manifest = Manifest(_table(listing.videos, results), listing.classes, _fingerprint(config))
     return manifest, summary(manifest.table, manifest.hash, listing)
@@ -307,6 +330,8 @@ def _why_outdated(manifest: Manifest, config: Config) -> str:
         return "was made from other annotations or settings, or by another version"
     if config.index.verify == "full" and manifest.readable._arrow["damage"].null_count:
         return "has videos that were not decoded completely"
+    if "unprobed" in manifest["status"]:
+        return "has videos that were not probed, because the process that read them was killed"
     if any(not len(manifest.split(split).readable) for split in _sources(config)):
         return "has a split without a readable video"
     return ""
@@ -314,7 +339,9 @@ def _why_outdated(manifest: Manifest, config: Config) -> str:
 
 def _fingerprint(config: Config) -> str:
     """Returns text that identifies the inputs of a manifest, except the video files."""
-    return f"{PROBE_VERSION}-{fingerprint(config)}"
+    limits = Limits.of(config.data)
+    bounds = "" if limits == DEFAULT_LIMITS else f"-{limits.max_pixels}-{limits.max_frames}"
+    return f"{PROBE_VERSION}{bounds}-{fingerprint(config)}"
 
 
 def _require_utf8(listed: Sequence[ListedVideo]) -> None:
@@ -334,6 +361,8 @@ def _table(listed: Sequence[ListedVideo], results: Mapping[str, ProbeResult]) ->
 def _row_of(video: ListedVideo, result: ProbeResult) -> Row:
     if result is None:
         info, status, cause = _NO_INFO, "missing", "no such file when it was indexed; run `videoadapt index` again"
+    elif isinstance(result, NotProbed):
+        info, status, cause = _NO_INFO, "unprobed", str(result)
     elif isinstance(result, str):
         info, status, cause = _NO_INFO, "broken", result
     elif video.frames not in (None, result.frames):  # frames of an incomplete folder would be at wrong times

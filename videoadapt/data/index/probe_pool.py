@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from stat import S_ISDIR
 from typing import TypeVar
@@ -25,23 +27,48 @@ from typing import TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from videoadapt.data.video.files import cause_of, reason
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, VideoInfo, probe
 from videoadapt.data.video.verify import verify
 from videoadapt.errors import RunError, VideoError
-from videoadapt.runtime.console import Bar
+from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, StopRequest
 
 Result = TypeVar("Result")
 T = TypeVar("T")
+
+
+class Crashed(str):
+    """The message of a file whose process crashed."""
+
+    __slots__ = ()
+
+
+class NotProbed(str):
+    """The message of a file whose process was killed, so that the result is unknown. The file may be sound."""
+
+    __slots__ = ()
+
+
 ProbeResult = VideoInfo | str | None  # info of a file, or the reason of a failure; None: the file does not exist
 
+# A process that ends so has crashed by itself. Other signals come from outside: SIGKILL, if the memory is full.
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP})
+_FORK_SERVER_DIED = 255  # exit code that multiprocessing gives to the processes of a dead fork server
+_EXIT_S = 5.0  # time in which a process ends after its last result, or after it was killed
 _TASKS_PER_WORKER = 8  # tasks in the queue: Kinetics has 240,000 files, too many to queue at once
 # Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
 _PRELOADED = ["av", "videoadapt.data.index.probe_pool"]
 
 
 def probe_files(
-    paths: Sequence[str], *, full: bool, cache: Path, workers: int, timeout_s: float
+    paths: Sequence[str],
+    *,
+    full: bool,
+    cache: Path,
+    workers: int,
+    timeout_s: float,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> dict[str, ProbeResult]:
     """Probes files, or takes their results from the cache.
 
@@ -56,6 +83,7 @@ def probe_files(
         cache: File of the cache. It is created if it does not exist.
         workers: Number of processes.
         timeout_s: Time limit of each file in seconds.
+        limits: The largest video that is read.
 
     Returns:
         The result by path.
@@ -67,18 +95,19 @@ def probe_files(
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     writer = f"probe {PROBE_VERSION}, PyAV {version('av')}"
-    cached = _read_cache(cache, writer, full=full)
+    cached = _read_cache(cache, writer, limits, full=full)
     with StopRequest(JOB_SIGNALS) as stop:
         stamps = {path: _stamp(path) for path in _until_stopped(stop, paths)}
     results: dict[str, ProbeResult] = {
         path: cached.get(stamp) for path, stamp in stamps.items() if stamp in cached or not stamp
     }
     todo = [path for path in stamps if path not in results]
+    function = partial(verify if full else probe, limits=limits)
     with (
         StopRequest(JOB_SIGNALS) as stop,
         cache.open("a", encoding="utf-8") as file,
         Bar("index", total=len(stamps), unit="files", start=len(results)) as bar,
-        closing(run_on_files(todo, verify if full else probe, workers=workers, timeout_s=timeout_s)) as finished,
+        closing(run_on_files(todo, function, workers=workers, timeout_s=timeout_s)) as finished,
     ):
         for path, result in _until_stopped(stop, finished):
             results[path] = result
@@ -126,7 +155,8 @@ def run_on_files(
 ) -> Generator[tuple[str, Result | str], None, None]:
     """Calls a function for each file in worker processes.
 
-    Closing the generator ends the processes at once.
+    A file whose process was killed or crashed is tried again at the end, alone: the memory that several files need
+    together may suffice for one. Closing the generator ends the processes at once.
 
     Args:
         paths: The files.
@@ -136,11 +166,63 @@ def run_on_files(
 
     Yields:
         A path and the function's result, in the order in which they finish. The result is a message if the function
-        raised an exception, crashed its process, or exceeded the time limit.
+        raised an exception, crashed its process, or exceeded the time limit, and a `NotProbed` if its process was
+        killed twice.
 
     Raises:
         RunError: The processes cannot be started.
     """
+    ended = {}
+    with closing(_run_pool(paths, function, workers=workers, timeout_s=timeout_s)) as finished:
+        for path, result in finished:
+            if isinstance(result, Crashed | NotProbed):
+                ended[path] = result
+            else:
+                yield path, result
+    for cause, count in Counter(result for result in ended.values() if isinstance(result, NotProbed)).items():
+        say(f"{cause}; {count} files are read again, each alone")
+    for path in ended:
+        yield path, _run_alone(path, function, timeout_s)
+
+
+def _run_alone(path: str, function: Callable[[str], Result], timeout_s: float) -> Result | str:
+    """Calls a function for a file in a process of its own; see `run_on_files`.
+
+    Not in a pool: pebble reports a broken pool if its only process dies at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call_and_send, args=(sender, function, path), daemon=True)
+    try:
+        with _warning_signals_blocked():
+            process.start()
+        sender.close()  # so that `recv` ends with the process
+        if not receiver.poll(timeout_s):
+            return _too_slow(timeout_s)
+        result: Result | str = receiver.recv()
+        return result
+    except (EOFError, OSError) as error:
+        if process.pid is None:
+            return NotProbed(f"the process that reads it cannot be started: {reason(error)}")
+        process.join(_EXIT_S)
+        return _how_ended(process.exitcode or 0)
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join(_EXIT_S)
+        receiver.close()
+        sender.close()
+
+
+def _call_and_send(sender: Connection, function: Callable[[str], Result], path: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends this one
+    sender.send(_call(function, path))
+
+
+def _run_pool(
+    paths: Sequence[str], function: Callable[[str], Result], *, workers: int, timeout_s: float
+) -> Generator[tuple[str, Result | str], None, None]:
+    """Calls a function for each file once; see `run_on_files`."""
     if not paths:
         return
     # Not `fork`: this process may have threads (of torch, pyarrow and the pool). If a thread holds a lock, the lock
@@ -184,6 +266,8 @@ def _call(function: Callable[[str], Result], path: str) -> Result | str:
         return function(path)
     except VideoError as error:
         return cause_of(path, error)
+    except MemoryError:
+        return NotProbed("the process that read it had no memory left")
     except Exception as error:  # any exception of a library: one bad file must not end the work on the others
         return f"reading it raised {type(error).__name__}: {reason(error)}"
 
@@ -192,15 +276,30 @@ def _result_of(task: Future[Result | str], timeout_s: float) -> Result | str:
     try:
         return task.result()
     except TimeoutError:
-        return f"reading it took longer than {timeout_s:g} s"
-    except ProcessExpired:
-        return "the process that read it crashed"
+        return _too_slow(timeout_s)
+    except ProcessExpired as error:
+        return _how_ended(error.exitcode)
     except BrokenProcessPool:
         # Without the guard each worker would run the script again, and start more workers.
         raise RunError(
-            "the processes that read videos cannot be started; a script that calls videoadapt must do so below "
-            "`if __name__ == '__main__':`"
+            "the processes that read videos cannot be started: their fork server was killed, the memory is full, "
+            "or a script calls videoadapt outside of `if __name__ == '__main__':`"
         ) from None
+
+
+def _too_slow(timeout_s: float) -> str:
+    return f"reading it took longer than {timeout_s:g} s"
+
+
+def _how_ended(exit_code: int) -> Crashed | NotProbed:
+    """Returns what to report of a file whose process ended with this exit code; a signal is a negative number."""
+    if exit_code == _FORK_SERVER_DIED:
+        return NotProbed("the fork server, which starts the processes that read videos, died")
+    if exit_code < 0 and -exit_code not in _CRASHES:
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else str(-exit_code)
+        lack = "; the memory may be full" if name == "SIGKILL" else ""
+        return NotProbed(f"the process that read it was killed ({name}{lack})")
+    return Crashed("the process that read it crashed")
 
 
 def _stamp(path: str) -> str:
@@ -232,14 +331,15 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result:
         return entry.stat(follow_symlinks=False)
 
 
-def _read_cache(cache: Path, writer: str, *, full: bool) -> dict[str, VideoInfo]:
-    """Returns cached results by stamp. Skips lines of other versions and, with `full`, unverified results."""
+def _read_cache(cache: Path, writer: str, limits: Limits, *, full: bool) -> dict[str, VideoInfo]:
+    """Returns cached results by stamp. With `full`, unverified ones are skipped, as are those beyond the limits."""
     known = {}
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache.exists() else ():
         try:
             entry = json.loads(line)
             info = VideoInfo(**entry["info"])
-            if entry["by"] == writer and not (full and info.damage is None):
+            within = info.width * info.height <= limits.max_pixels and info.frames <= limits.max_frames
+            if entry["by"] == writer and within and not (full and info.damage is None):
                 known[entry["stamp"]] = info
         except (ValueError, TypeError, KeyError):
             continue  # an empty or unfinished line, or a line of another version

@@ -41,6 +41,7 @@ class SplitSummary:
     ok: int
     missing: int
     broken: int
+    unprobed: int  # the process that read them was killed
     damaged: int
     classes: int
     hours: float
@@ -78,6 +79,7 @@ class IndexSummary:
     passed_over: dict[str, Examples]  # by kind: files and lines that are not videos of the population
     missing: Examples
     broken: list[Cause]  # the most frequent cause first
+    unprobed: list[Cause]
     damaged: Examples
     duplicates: Duplicates
     leaks: Leaks
@@ -104,6 +106,7 @@ def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> IndexSu
         passed_over={kind: _examples(items) for kind, items in listing.passed_over.items()},
         missing=_examples(failed.loc[failed["status"] == "missing", "path"].unique()),
         broken=_causes(failed[failed["status"] == "broken"]),
+        unprobed=_causes(failed[failed["status"] == "unprobed"]),
         damaged=_examples(damaged["path"] + ": " + damaged["damage"]),
         duplicates=Duplicates(
             listed_twice=_examples(listing.repeated),
@@ -128,6 +131,7 @@ def _summarise_split(rows: pd.DataFrame) -> SplitSummary:
         ok=len(readable),
         missing=int((rows["status"] == "missing").sum()),
         broken=int((rows["status"] == "broken").sum()),
+        unprobed=int((rows["status"] == "unprobed").sum()),
         damaged=int((readable["damage"].fillna("") != "").sum()),
         classes=int(readable["label"].nunique()),
         hours=round(float(seconds.sum()) / 3600, 4),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from videoadapt.data.video.frame_times import usable_times
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import open_container, shows_display_times
 from videoadapt.errors import VideoError
 
@@ -103,26 +104,26 @@ class Timeline:
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[Source]:
     """Opens a video for decoding in one thread.
 
     Raises:
         VideoError: The file cannot be read as a video.
     """
-    with open_container(path) as (container, stream):
+    with open_container(path, limits) as (container, stream):
         small = container.size <= _MAX_CACHED_BYTES
-        packets = [packet for packet in container.demux(stream) if packet.size] if small else _PacketsOf(path)
+        packets = [packet for packet in container.demux(stream) if packet.size] if small else _PacketsOf(path, limits)
         yield Source(path, container.format.name, stream.codec_context, packets)
 
 
 class _PacketsOf:
     """The packets of a large file. They are not kept in memory: each iteration reads the file again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path, self.limits = path, limits
 
     def __iter__(self) -> Iterator[Packet[VideoStream]]:
-        with open_container(self.path) as (container, stream):
+        with open_container(self.path, self.limits) as (container, stream):
             yield from (packet for packet in container.demux(stream) if packet.size)
 
 
@@ -146,13 +147,13 @@ def read_timeline(source: Source) -> Timeline | None:
     return Timeline(pts, np.array(keyframes, np.int64), numbers[np.argsort(pts[numbers])])
 
 
-def display_times(path: Path) -> np.ndarray:
+def display_times(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """Reads when each frame of a video is displayed, in seconds after the first frame: (F,) float64, ascending.
 
     Raises:
         VideoError: The file cannot be read as a video, or its timestamps are not usable any more.
     """
-    with open_container(path) as (container, stream):
+    with open_container(path, limits) as (container, stream):
         packets = (packet for packet in container.demux(stream) if packet.size)
         times = usable_times([packet.pts for packet in packets if not packet.is_discard], stream.time_base)
         if times is None or stream.time_base is None:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
 from videoadapt.data.video.files import cause_of, digest, file_size, hash_file, reason
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.suffixes import is_image
 from videoadapt.errors import VideoError
 
@@ -102,22 +104,28 @@ def _refuse_animated(path: Path, image: Image.Image) -> None:
         )
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """Reads an image, turned as its EXIF orientation demands.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        VideoError: The image cannot be read.
+        VideoError: The image cannot be read, or is larger than the limits.
     """
     from PIL import Image, ImageOps
 
     file_size(path)
     try:
-        with Image.open(path) as image:
+        with catch_warnings():
+            simplefilter("ignore", Image.DecompressionBombWarning)  # the limits are checked instead
+            image = Image.open(path)
+        with image:
+            limits.check_pixels(path, *image.size)  # nothing is decoded yet
             _refuse_animated(path, image)
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except VideoError:
+        raise
+    except Exception as error:  # damaged files raise errors of many kinds
         cause = reason(error).replace(f" {str(path)!r}", "")  # Pillow repeats the path
         raise VideoError(f"{path}: cannot be read as an image: {cause}") from None

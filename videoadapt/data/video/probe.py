@@ -23,6 +23,7 @@ from videoadapt.data.video.images import (
     image_files,
     read_image,
 )
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.suffixes import is_image
 from videoadapt.errors import VideoError
 
@@ -48,6 +49,7 @@ _IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # types of N
 # FFmpeg also "plays" text, still images, and lists of other files or addresses.
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make FFmpeg open the network
+_PADDED = 2  # pixels that a decoder stores for one of a frame, at most
 _PYAV_READS_ANY_METADATA = 19  # the first version without the argument `metadata_errors`
 
 
@@ -70,18 +72,19 @@ class VideoInfo:
     variable_rate: bool = False  # the frames are not evenly spaced, so a clip's frames are chosen by their timestamps
 
 
-def probe(path: str | Path, *, content: bool = True) -> VideoInfo:
+def probe(path: str | Path, *, content: bool = True, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
     """Reads the properties of a video from its packets and its first frame, in a few ms.
 
     Args:
         path: A video, an image, or a folder of images that form one video.
         content: Whether to hash the bytes.
+        limits: The largest video that is read.
 
     Raises:
-        VideoError: The file cannot be read as a video.
+        VideoError: The file cannot be read as a video, or is larger than the limits.
     """
     path = Path(path)
-    info = _probe_folder(path) if path.is_dir() else _probe_file(path)
+    info = _probe_folder(path, limits) if path.is_dir() else _probe_file(path, limits)
     return replace(info, content=content_hash(path)) if content else info
 
 
@@ -116,19 +119,25 @@ def upright(size: tuple[int, int], rotation: int) -> tuple[int, int]:
 
 
 @contextmanager
-def open_container(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_container(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens a file with PyAV and finds its video stream, to be decoded in one thread.
 
     Raises:
-        VideoError: The file cannot be read as a video. Errors of PyAV inside the block are converted too.
+        VideoError: The file cannot be read as a video, or is larger than the limits. Errors of PyAV inside the block
+            are converted too.
     """
     import av
 
     file_size(path)
     try:
+        limits.check_claims(path)
         # FFmpeg takes some relative names for addresses, but never an absolute path.
         with av.open(os.path.abspath(path), options=_OPEN_OPTIONS, **_metadata_options()) as container:
-            yield container, _video_stream(path, container)
+            stream = _video_stream(path, container)
+            limits.check_pixels(path, stream.width, stream.height)
+            # A frame may be larger than the header states. The decoder counts a frame with its padding.
+            stream.codec_context.options = {"max_pixels": str(_PADDED * limits.max_pixels)}
+            yield container, stream
     except VideoError:
         raise
     except (av.FFmpegError, OSError, EOFError, ValueError) as error:
@@ -159,10 +168,11 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     return video
 
 
-def _probe_folder(path: Path) -> VideoInfo:
+def _probe_folder(path: Path, limits: Limits) -> VideoInfo:
     images = image_files(path)
+    limits.check_frames(path, len(images))
     with errors_named_after(path, images[0]):
-        height, width = read_image(images[0]).shape[:2]
+        height, width = read_image(images[0], limits).shape[:2]
     size = 0
     for image in images:
         with errors_named_after(path, image):
@@ -182,13 +192,13 @@ def _probe_folder(path: Path) -> VideoInfo:
     )
 
 
-def _probe_file(path: Path) -> VideoInfo:
+def _probe_file(path: Path, limits: Limits) -> VideoInfo:
     size = file_size(path)
     if is_image(path.name):
-        height, width = read_image(path).shape[:2]
+        height, width = read_image(path, limits).shape[:2]
         return VideoInfo(1, 1.0, width, height, 1.0, image_codec(path), "image", 0, "image", size, content="")
-    with open_container(path) as (container, stream):
-        return _probe_stream(path, container, stream, size)
+    with open_container(path, limits) as (container, stream):
+        return _probe_stream(path, container, stream, size, limits)
 
 
 class _Scan(NamedTuple):
@@ -201,9 +211,9 @@ class _Scan(NamedTuple):
     timed: bool  # the times are those of display
 
 
-def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, size: int) -> VideoInfo:
+def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, size: int, limits: Limits) -> VideoInfo:
     _refuse_torn(path, container, stream, size)
-    first, times, shown, closed, timed = _scan(path, container, stream)
+    first, times, shown, closed, timed = _scan(path, container, stream, limits)
     # In some files all packets have the same time: decord then seeks to wrong frames, and the average rate is wrong.
     times_valid = len(set(times) - {None}) == len(times)
     rate = _frame_rate(path, stream, shown if timed else [None], times_valid)
@@ -228,7 +238,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
     )
 
 
-def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
+def _scan(path: Path, container: InputContainer, stream: VideoStream, limits: Limits) -> _Scan:
     """Reads all packets, and decodes only until the first frame."""
     codec = stream.codec_context
     first, closed, decoding_order = None, True, True
@@ -242,6 +252,7 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
             closed &= not is_later_keyframe or _starts_closed_gop(codec.name, packet)
             decoding_order &= packet.pts == packet.dts
             times.append(packet.pts)
+            limits.check_frames(path, len(times))
             if not packet.is_discard:
                 shown.append(packet.pts)
     if first is None or not shown:

@@ -23,6 +23,7 @@ from videoadapt.data.video.decoding import (
 )
 from videoadapt.data.video.files import reason
 from videoadapt.data.video.images import errors_named_after, image_files, read_image
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import VideoInfo, check_unchanged, probe, upright
 from videoadapt.errors import UserError, VideoError
 
@@ -66,7 +67,11 @@ class VideoReader(Protocol):
 
 
 def open_video(
-    path: str | Path, reader: Literal["auto", "decord", "pyav"] = "auto", info: VideoInfo | None = None
+    path: str | Path,
+    reader: Literal["auto", "decord", "pyav"] = "auto",
+    info: VideoInfo | None = None,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> VideoReader:
     """Opens a video, an image, or a folder of images.
 
@@ -74,27 +79,30 @@ def open_video(
         path: The file or folder.
         reader: `auto` takes the reader that `probe` trusts with the file.
         info: Result of an earlier `probe` of the same file. It saves the time of another `probe`.
+        limits: The largest video that is read.
 
     Raises:
-        VideoError: The file cannot be read (missing, empty, damaged, not a video), or `reader` is `decord` and decord
-            is not exact for the file.
+        VideoError: The file cannot be read (missing, empty, damaged, not a video, larger than the limits), or `reader`
+            is `decord` and decord is not exact for the file.
         UserError: `reader` is `decord`, and decord is not installed.
     """
     path = Path(path)
     if info is None:
-        info = probe(path, content=False)
+        info = probe(path, content=False, limits=limits)
     else:
+        limits.check_pixels(path, info.width, info.height)
+        limits.check_frames(path, info.frames)
         check_unchanged(path, info)  # a stored result may be older than the file
     if info.reader == "image":
-        return ImageReader(path, info)
+        return ImageReader(path, info, limits)
     if reader == "decord":
-        return _trusted_decord(path, info)
+        return _trusted_decord(path, info, limits)
     if reader == "auto" and info.reader == "decord" and decord_module() is not None:
         try:
-            return DecordReader(path, info)
+            return DecordReader(path, info, limits)
         except VideoError:
             pass  # decord refuses some valid files, such as mkv of one frame; PyAV reports real errors
-    return PyAVReader(path, info)
+    return PyAVReader(path, info, limits=limits)
 
 
 @functools.cache
@@ -108,13 +116,13 @@ def decord_module() -> ModuleType | None:
     return decord
 
 
-def _trusted_decord(path: Path, info: VideoInfo) -> DecordReader:
+def _trusted_decord(path: Path, info: VideoInfo, limits: Limits) -> DecordReader:
     if decord_module() is None:
         raise UserError("reader decord: it is not installed, or has no wheel for this platform; use auto or pyav")
     if info.reader != "decord":
         why = f"damaged, {info.damage}" if info.damage else f"{info.codec} in {info.container}, {info.width} wide"
         raise VideoError(f"{path}: decord may return wrong frames of this file ({why}); use reader auto or pyav")
-    return DecordReader(path, info)
+    return DecordReader(path, info, limits)
 
 
 class DecordReader:
@@ -123,12 +131,12 @@ class DecordReader:
     It opens a path, never bytes: on damaged bytes decord crashes the process.
     """
 
-    def __init__(self, path: Path, info: VideoInfo) -> None:
+    def __init__(self, path: Path, info: VideoInfo, limits: Limits = DEFAULT_LIMITS) -> None:
         decord = decord_module()
         assert decord is not None
         self._error = decord.DECORDError
         self.path, self.fps, self.width, self.height = path, info.fps, info.width, info.height
-        self.times_s = _times(path, info)
+        self.times_s = _times(path, info, limits)
         try:
             # One thread: the workers of a loader are the parallelism, and more threads cost more CPU in total.
             self._video = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1)
@@ -163,12 +171,20 @@ class PyAVReader:
         path: The video.
         info: Result of `probe`.
         modes: Tried in turn until one returns all frames. The error of the last mode is raised.
+        limits: The largest video that is read.
     """
 
-    def __init__(self, path: Path, info: VideoInfo, modes: Sequence[DecodeMode] = DECODE_MODES) -> None:
-        self.path, self.num_frames, self.fps = path, info.frames, info.fps
+    def __init__(
+        self,
+        path: Path,
+        info: VideoInfo,
+        modes: Sequence[DecodeMode] = DECODE_MODES,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.path, self._limits = path, limits
+        self.num_frames, self.fps = info.frames, info.fps
         self.width, self.height, self._modes = info.width, info.height, modes
-        self.times_s = _times(path, info)
+        self.times_s = _times(path, info, limits)
 
     def __len__(self) -> int:
         return self.num_frames
@@ -178,7 +194,7 @@ class PyAVReader:
         wanted = _checked(self.path, indices, self.num_frames)
         if not len(wanted):
             return np.empty((0, self.height, self.width, 3), np.uint8)
-        with open_source(self.path) as source:
+        with open_source(self.path, self._limits) as source:
             timeline = read_timeline(source)
             if timeline is None:
                 return self._to_rgb(wanted, frames_by_count(source, set(wanted.tolist())))
@@ -207,7 +223,8 @@ class PyAVReader:
 class ImageReader:
     """Reads an image as a video of one frame, or a folder of images as one video. Opens only the requested images."""
 
-    def __init__(self, path: Path, info: VideoInfo) -> None:
+    def __init__(self, path: Path, info: VideoInfo, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
         self.width, self.height = info.width, info.height
         self.times_s: np.ndarray | None = None
@@ -227,7 +244,7 @@ class ImageReader:
         return out
 
     def _read(self, image: Path) -> np.ndarray:
-        frame = read_image(image)
+        frame = read_image(image, self._limits)
         if frame.shape[:2] != (self.height, self.width):
             raise VideoError(
                 f"{image}: is {frame.shape[1]}x{frame.shape[0]}, but the first image of its video is "
@@ -236,11 +253,11 @@ class ImageReader:
         return frame
 
 
-def _times(path: Path, info: VideoInfo) -> np.ndarray | None:
+def _times(path: Path, info: VideoInfo, limits: Limits) -> np.ndarray | None:
     """Returns `VideoReader.times_s`. Raises `VideoError` if it cannot be read, or the file has changed."""
     if not info.variable_rate:
         return None
-    times_s = display_times(path)
+    times_s = display_times(path, limits)
     if len(times_s) != info.frames:
         raise _changed(path, len(times_s), info.frames)
     return times_s
