@@ -20,7 +20,8 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/videoadapt demo
 
-TEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes on two cores, because tests of SLURM and of ranks mostly wait.
+TEST := $(BIN)/python -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test
 	$(TEST)
