@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import small_runs as runs
+from videoadapt.commands.tables import print_compare
 from videoadapt.errors import UserError
 from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.intervals import mcnemar
@@ -53,6 +54,19 @@ def test_counts_difference_and_p_value(tmp_path: Path, right: tuple[dict, dict])
     assert difference == pytest.approx(0.10)
     assert low < 0.10 < high
     assert row["p_value"] == pytest.approx(0.041389, abs=1e-6)  # R: binom.test(5, 20)$p.value
+
+
+def test_other_views_are_named(tmp_path: Path, right: tuple[dict, dict], capsys: pytest.CaptureFixture[str]) -> None:
+    text = "1 clip x 3 crops, from frame 0, crops rounded up, not antialiased, logits averaged"
+    a, b = (
+        evaluated(tmp_path / "a", right[0], views="1 clip x 3 crops"),
+        evaluated(tmp_path / "b", right[0], views=text),
+    )
+    assert compare(a, b)["views"] == ["1 clip x 3 crops", text]
+    print_compare(compare(a, b))
+    assert f"THE VIEWS DIFFER: 1 clip x 3 crops in A, {text} in B" in " ".join(capsys.readouterr().err.split())
+    print_compare(compare(a, evaluated(tmp_path / "c", right[0])))  # an older evaluation does not say
+    assert "THE VIEWS DIFFER" not in capsys.readouterr().err
 
 
 def test_a_run_against_itself_does_not_differ(tmp_path: Path, right: tuple[dict, dict]) -> None:

@@ -96,7 +96,8 @@ def evaluated(released: tuple[Path, Any], tmp_path_factory: pytest.TempPathFacto
     done = tool("evaluate_released", released[0], config, *settings)
     assert done.returncode == 0, done.stderr
     assert "has image_mean [0.5, 0.5, 0.5]; the evaluation uses model.mean [0.45, 0.45, 0.45]" in done.stderr
-    assert "fixed:8" in done.stdout and "1 clip x 3 crops per video from frame 0, logits averaged" in done.stdout
+    assert "fixed:8" in done.stdout
+    assert "1 clip x 3 crops, from frame 0, crops rounded up, not antialiased, logits averaged" in done.stdout
     return folder / "run", config
 
 

@@ -158,12 +158,7 @@ def print_evaluate(summary: Summary) -> None:
         "saved %",
         "clips/s",
     )
-    clips, crops = _count(summary["temporal_views"], "clip"), _count(summary["spatial_crops"], "crop")
-    title = f"{summary['listed']} videos listed, {summary['scored']} read; {clips} x {crops} per video"
-    if summary["temporal_views"] == 1 and summary["single_clip"] == "start":
-        title += " from frame 0"
-    if summary["average"] == "logits":
-        title += ", logits averaged"
+    title = f"{summary['listed']} videos listed, {summary['scored']} read; each: {summary['views']}"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
     say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")
@@ -260,6 +255,8 @@ def print_compare(summary: Summary) -> None:
             f"the manifests differ ({' and '.join(summary['manifests'])}; {listed} videos listed): only videos that "
             f"both list are compared; {failed}"
         )
+    if None not in summary["views"] and summary["views"][0] != summary["views"][1]:
+        say(f"THE VIEWS DIFFER: {' in A, '.join(summary['views'])} in B; part of a difference may be due to them")
     say("p: exact two-sided McNemar test on the videos that one run alone gets right; not corrected for many policies")
 
 

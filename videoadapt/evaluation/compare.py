@@ -34,6 +34,7 @@ class Comparison:
     manifests: tuple[str, str]  # hashes
     files: tuple[str, str]  # digests of the files that were read
     listed: tuple[int, int]  # videos
+    views: tuple[str | None, str | None]  # the views of a video and their mean; None in older evaluations
     common: int  # videos that both runs list
     failed_count_as: str
     policies: list[ComparedPolicies]
@@ -65,6 +66,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         manifests=(sides[0].summary["manifest"], sides[1].summary["manifest"]),
         files=(sides[0].summary["files"], sides[1].summary["files"]),
         listed=(len(sides[0].videos), len(sides[1].videos)),
+        views=(sides[0].summary.get("views"), sides[1].summary.get("views")),
         common=len(common),
         failed_count_as=_counting(sides),
         policies=[_compared(sides, pair, common) for pair in pairs],

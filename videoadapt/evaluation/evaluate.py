@@ -65,8 +65,7 @@ class EvaluationSummary:
     temporal_views: int
     spatial_crops: int
     views_per_video: int
-    single_clip: str  # place of the clip, if there is one: `centre` or `start`
-    average: str  # mean over views: `probabilities` or `logits`
+    views: str  # the views of a video and their mean, in words; see `describe_views`
     macs_per_view: dict[str, int]  # MACs of the model, by point
     assigner_macs: int | None  # MACs for one clip; None without an assigner
     policies: dict[str, PolicyRow]
@@ -177,14 +176,30 @@ def _summary(
         temporal_views=evaluated.temporal_views,
         spatial_crops=evaluated.spatial_crops,
         views_per_video=evaluated.temporal_views * evaluated.spatial_crops,
-        single_clip=evaluated.single_clip,
-        average=evaluated.average,
+        views=describe_views(config),
         macs_per_view=point_macs(config.model),
         assigner_macs=assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
         policies=policy_rows(outcomes, population, speeds, config),
         hardest_classes=_hardest(classes),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def describe_views(config: Config) -> str:
+    """Returns the views of a video and their mean in words, such as `1 clip x 3 crops, logits averaged`.
+
+    Settings at their defaults are left out.
+    """
+    views = config.evaluate
+    clips, crops = views.temporal_views, views.spatial_crops
+    text = f"{clips} clip{'s' * (clips != 1)} x {crops} crop{'s' * (crops != 1)}"
+    changed = {
+        "from frame 0": clips == 1 and views.single_clip == "start",
+        "crops rounded up": views.crop_offset == "ceil",
+        "not antialiased": not config.data.antialias,
+        "logits averaged": views.average == "logits",
+    }
+    return ", ".join([text, *(name for name, is_so in changed.items() if is_so)])
 
 
 def _hardest(classes: pd.DataFrame) -> list[ClassRow]:
