@@ -1,6 +1,6 @@
 """Estimates the GPU-hours of training from MACs alone, and prints a markdown table with a row for each config.
 
-    python tools/training_costs.py configs/*_k400.yaml configs/*_in1k.yaml --utilisation 0.4 0.06
+    python tools/training_costs.py configs/*_k400.yaml configs/*_ssv2.yaml configs/*_in1k.yaml --utilisation 0.4 0.06
 
 The steps come from `videoadapt plan` on one GPU, the mean over the draws of `train.draw`. A backward pass has twice
 the MACs of a forward pass, three times with activation checkpointing. Reading and communication are not included.
@@ -22,7 +22,8 @@ from videoadapt.training.groups import Group, GroupPlan
 
 A100_MACS_PER_S = 156e12  # peak in bf16: 312 TFLOP/s, two per MAC
 UTILISATIONS = (0.4, 0.06)  # an assumption for well-fed GPUs, and the value from the training days in SuperViT
-TRAIN_CLIPS = {400: 240_436, 1000: 1_281_167}  # by number of classes: Kinetics-400 (MMAction2's copy), ImageNet-1k
+# By number of classes: Something-Something V2, Kinetics-400 (MMAction2's copy), ImageNet-1k.
+TRAIN_CLIPS = {174: 168_913, 400: 240_436, 1000: 1_281_167}
 COLUMNS = (
     "config",
     "points: GMACs a view",

@@ -355,6 +355,12 @@ PUBLIC_CODE: dict[str, dict[str, Any]] = {
         "data": {"antialias": False},
         "evaluate": {"single_clip": "start", "crop_offset": "ceil", "average": "logits"},
     },
+    "timesformer_b_ssv2": {
+        "data": {"sampling": "segments", "flip": 0.0, "antialias": False},
+        "model": {"num_classes": 174, "num_frames": 8},
+        "train": {"nesterov": True, "epochs": 15, "milestones": (11.0, 14.0)},
+        "evaluate": {"temporal_views": 1, "spatial_crops": 3},
+    },
     "timesformer_hr_28_k400": {"train": {"nesterov": True, "decay": "all", "resample": "nearest_flat"}},
     "revit_timesformer_b_k400": {"train": {"nesterov": True, "decay": "all"}, "evaluate": {"average": "logits"}},
     "supervit_deit_s_in1k": {"train": {"weights": "last"}, "data": {"antialias": True}},

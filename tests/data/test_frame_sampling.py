@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videoadapt.config.sections import ModelConfig
-from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, spread
+from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, segment_indices, spread
 
 durations = st.floats(0.05, 1000.0)
 seeds = st.integers(0, 2**63 - 1)
@@ -113,6 +115,43 @@ def test_a_clip_of_one_frame_is_the_frame_at_its_start() -> None:
 def test_clip_seconds_use_the_rate_of_the_model_or_else_of_the_file() -> None:
     assert clip_seconds(ModelConfig(num_frames=8, stride_frames=32, fps=30), 25) == pytest.approx(256 / 30)
     assert clip_seconds(ModelConfig(num_frames=8, stride_frames=32, fps=None), 25) == pytest.approx(256 / 25)
+
+
+@pytest.mark.parametrize(("total", "frames"), [(48, 8), (30, 8), (5, 8), (1, 8), (117, 16), (8, 1)])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_segments_are_sampled_as_in_tsn(total: int, frames: int, views: int) -> None:
+    for view in range(views):
+        exact = [(i + (view + Fraction(1, 2)) / views) * total / frames for i in range(frames)]
+        indices = segment_indices(total_frames=total, file_fps=12.0, num_frames=frames, view=(view, views))
+        assert indices.tolist() == [math.floor(position) for position in exact]
+    assert indices.dtype == np.int64
+
+
+def test_segments_of_a_video_of_something_something() -> None:
+    clips = [segment_indices(total_frames=48, file_fps=12.0, num_frames=8, view=(view, 2)).tolist() for view in (0, 1)]
+    assert clips == [[1, 7, 13, 19, 25, 31, 37, 43], [4, 10, 16, 22, 28, 34, 40, 46]]
+    short = segment_indices(total_frames=5, file_fps=12.0, num_frames=8)
+    assert short.tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
+
+
+@given(st.integers(1, 500), st.integers(1, 32), seeds)
+def test_training_takes_a_random_frame_of_each_segment(total: int, frames: int, seed: int) -> None:
+    indices = segment_indices(total_frames=total, file_fps=30.0, num_frames=frames, seed=seed)
+    again = segment_indices(total_frames=total, file_fps=30.0, num_frames=frames, seed=seed)
+    assert indices.tolist() == again.tolist()
+    for number, index in enumerate(indices.tolist()):
+        assert math.floor(number * total / frames) <= index < math.ceil((number + 1) * total / frames)
+
+
+def test_training_takes_every_frame_of_a_segment() -> None:
+    drawn = [segment_indices(total_frames=32, file_fps=30.0, num_frames=8, seed=seed) for seed in range(100)]
+    assert set(np.stack(drawn)[:, 3].tolist()) == {12, 13, 14, 15}
+
+
+def test_segments_of_uneven_frames_are_equal_in_time() -> None:
+    times_s = np.array([0.0, 0.1, 0.2, 0.3, 2.0, 2.1, 3.9, 4.2])  # a mean of 7 / 4.2 frames a second, 4.8 s
+    indices = segment_indices(total_frames=8, file_fps=7 / 4.2, num_frames=4, times_s=times_s)
+    assert indices.tolist() == [3, 3, 5, 7]  # at 0.6, 1.8, 3.0 and 4.2 s
 
 
 @given(st.integers(1, 100), st.integers(2, 100))

@@ -25,6 +25,7 @@ from rank_jobs import as_step
 from video_files import numbered, numbers_of, write_list, write_video
 from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.clips import datasets, workers
+from videoadapt.data.clips.augment import augment
 from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
 from videoadapt.data.clips.loader import Batch, epoch_rows, steps_per_epoch, stream, train_batches
 from videoadapt.data.index.manifest import Manifest, index
@@ -477,3 +478,26 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(config: Config, manifest: Manif
         moved = [Batch(b.clips.cpu(), b.labels.cpu(), b.videos, b.positions, b.failures) for b in step]
         assert all(b.clips.device.type == "cuda" for b in step)
         assert same(moved, expected)
+
+
+def test_segments_spread_a_clip_over_the_whole_video(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, tmp_path, data={"sampling": "segments"}, assign={"frames": 4})
+    manifest = index(config)
+    views = EvalVideos(manifest, config, temporal_views=2, spatial_crops=0, views=True)[0]  # of 20 frames
+    assert isinstance(views, VideoViews)
+    seen = [numbers_of(clip.permute(1, 2, 3, 0).numpy()) for clip in views.thumbnails]  # (C, A, s, s) -> (A, s, s, C)
+    assert seen == [[1, 6, 11, 16], [3, 8, 13, 18]]
+    assert views.starts_s == pytest.approx([1.25 / 30, 3.75 / 30])
+    read: list[list[int]] = []
+
+    def augmented(frames: np.ndarray, *rest: Any, **named: Any) -> Any:
+        read.append(numbers_of(frames))
+        return augment(frames, *rest, **named)
+
+    monkeypatch.setattr(datasets, "augment", augmented)
+    for epoch in range(8):
+        assert isinstance(TrainClips(manifest, config)[epoch, 0], Clip)
+    assert [[number // 5 for number in numbers] for numbers in read] == [[0, 1, 2, 3]] * 8
+    assert len({tuple(numbers) for numbers in read}) > 4

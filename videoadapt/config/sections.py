@@ -157,6 +157,9 @@ class DataConfig(Section):
     # Processes; auto = the CPUs that the job has.
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
     timeout_s: Seconds = 300.0  # longest time in which a worker reads one clip
+    # Frames of a clip. dense: at model.stride_frames, as for Kinetics. segments: spread over the whole video, as for
+    # Something-Something; model.stride_frames, model.fps and evaluate.single_clip are not used then.
+    sampling: Literal["dense", "segments"] = "dense"
     # Training crops. short_side: resize the short side to a random size in [LOW, HIGH], then crop model.size; null =
     # model.size. crop_area: crop a random fraction of the frame's area in [LOW, HIGH], then resize; it needs
     # short_side null.

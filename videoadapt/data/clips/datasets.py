@@ -21,7 +21,7 @@ from videoadapt.data.clips.token_labels import LabelMap, label_map_file, read_la
 from videoadapt.data.clips.views import crops, thumbnail
 from videoadapt.data.index.manifest import Manifest, Row
 from videoadapt.data.video.files import cause_of
-from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, spread
+from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices, segment_indices, spread
 from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.readers import VideoReader, open_video
 from videoadapt.errors import VideoError
@@ -108,8 +108,7 @@ class TrainClips(Dataset[Any]):
         reader = _open(row, self.config)
         identity = (self.config.run.seed, epoch, row.video)
         # Two seeds, so that a change of the crop's draws does not change the clip's start.
-        starts_s = _starts("random", reader, self.config, 1, seed_of("start", *identity))
-        frames = reader.frames(_indices(starts_s[0], reader, model))  # (T, H, W, C)
+        frames = reader.frames(_training_indices(reader, self.config, seed_of("start", *identity)))  # (T, H, W, C)
         clip, crop = augment(frames, data, model, seed=seed_of("crop", *identity))
         if data.token_labels is None:
             return clip, None
@@ -124,7 +123,7 @@ class EvalVideos(Dataset[Any]):
         manifest: The videos.
         config: Settings for the sampling of frames and the sizes of views and thumbnails.
         temporal_views: Number of clips per video: 1 is the clip at `evaluate.single_clip`, more are spread as in
-            TimeSformer.
+            TimeSformer. With `data.sampling: segments`, each is spread over the whole video.
         spatial_crops: Number of crops per clip.
         views: Whether to make the views.
         thumbnails: Whether to make the thumbnails. Frames that no output needs are not decoded.
@@ -181,10 +180,7 @@ def read_views(  # noqa: PLR0913 - settings, by name
         VideoError: A frame cannot be decoded.
     """
     model, assign, data = config.model, config.assign, config.data
-    # The first of uniform clips starts at frame 0, so a single uniform clip does, too.
-    centred = temporal_views == 1 and config.evaluate.single_clip == "centre"
-    starts_s = _starts("centre" if centred else "uniform", reader, config, temporal_views)
-    indices = np.stack([_indices(start_s, reader, model) for start_s in starts_s])  # (K, T)
+    starts_s, indices = _evaluation_indices(reader, config, temporal_views)  # K starts, (K, T)
     if not views:
         indices = indices[:, spread(model.num_frames, assign.frames)]  # (K, T) -> (K, A)
     # The clips of a short video overlap: each frame is decoded once, and then copied to its clips.
@@ -217,6 +213,40 @@ def _open(row: Row, config: Config) -> VideoReader:
     if row.status != "ok":
         raise VideoError(f"{row.path}: {row.cause}")
     return open_video(row.path, config.data.reader, row.info, limits=Limits.of(config.data))
+
+
+def _training_indices(reader: VideoReader, config: Config, seed: int) -> np.ndarray:
+    """Returns the frame numbers of a random clip, (T,) int64."""
+    if config.data.sampling == "segments":
+        return _segments(reader, config.model, seed=seed)
+    start_s = _starts("random", reader, config, 1, seed)[0]
+    return _indices(start_s, reader, config.model)
+
+
+def _evaluation_indices(reader: VideoReader, config: Config, clips: int) -> tuple[list[float], np.ndarray]:
+    """Returns the starts of K clips in seconds, and their frame numbers, (K, T) int64."""
+    if config.data.sampling == "segments":
+        indices = np.stack([_segments(reader, config.model, view=(number, clips)) for number in range(clips)])
+        segment_s = reader.num_frames / reader.fps / config.model.num_frames
+        return [(number + 0.5) / clips * segment_s for number in range(clips)], indices
+    # The first of uniform clips starts at frame 0, so a single uniform clip does, too.
+    centred = clips == 1 and config.evaluate.single_clip == "centre"
+    starts_s = _starts("centre" if centred else "uniform", reader, config, clips)
+    return starts_s, np.stack([_indices(start_s, reader, config.model) for start_s in starts_s])
+
+
+def _segments(
+    reader: VideoReader, model: ModelConfig, view: tuple[int, int] = (0, 1), seed: int | None = None
+) -> np.ndarray:
+    """Returns one frame number of each segment of a video, (T,) int64."""
+    return segment_indices(
+        total_frames=reader.num_frames,
+        file_fps=reader.fps,
+        num_frames=model.num_frames,
+        view=view,
+        seed=seed,
+        times_s=reader.times_s,
+    )
 
 
 def _starts(

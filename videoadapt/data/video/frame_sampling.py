@@ -98,6 +98,41 @@ def frame_indices(  # noqa: PLR0913 - facts of the file and of the model, by nam
     return _frames_at(positions, total_frames, file_fps, times_s)
 
 
+def segment_indices(
+    *,
+    total_frames: int,
+    file_fps: float,
+    num_frames: int,
+    view: tuple[int, int] = (0, 1),
+    seed: int | None = None,
+    times_s: np.ndarray | None = None,
+) -> np.ndarray:
+    """Chooses one frame of each of `num_frames` equal segments of a video (TSN, arXiv 1608.00859).
+
+    Segment i spans the positions from `i * total_frames / num_frames` to `(i + 1) * total_frames / num_frames`. A video
+    of fewer frames than segments repeats frames.
+
+    Args:
+        total_frames: Frames in the file.
+        file_fps: Frame rate of the file.
+        num_frames: Segments, and frames of the clip.
+        view: (j, k): view j of k takes the position `(j + 0.5) / k` of each segment; (0, 1) is the centre.
+        seed: If given, a random position of each segment is taken instead (training).
+        times_s: See `frame_indices`.
+
+    Returns:
+        (num_frames,) int64 in [0, total_frames - 1], in ascending order, repeats possible.
+    """
+    segments = np.arange(num_frames)
+    if seed is not None:
+        positions = (segments + np.random.default_rng(seed).random(num_frames)) * total_frames / num_frames
+    else:
+        number, count = view
+        # One division of integers: a sum of fractions may end just below the integer that it should be.
+        positions = (2 * count * segments + 2 * number + 1) * total_frames / (2 * count * num_frames)
+    return _frames_at(positions, total_frames, file_fps, times_s)
+
+
 def _frames_at(positions: np.ndarray, total_frames: int, file_fps: float, times_s: np.ndarray | None) -> np.ndarray:
     """Returns the frames displayed at some positions, (T,) int64; before and after the video, its first and last.
 
