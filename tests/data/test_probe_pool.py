@@ -20,6 +20,7 @@ from PIL import Image
 from video_files import numbered, write_video
 from videoadapt.data.index import probe_pool
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files, run_on_files
+from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.verify import verify
 from videoadapt.errors import VideoError
@@ -262,7 +263,7 @@ def test_a_job_that_was_stopped_before_opens_no_file(paths: list[str], tmp_path:
     assert not (tmp_path / "probed.jsonl").exists()
 
 
-def hang(_: str) -> VideoInfo:
+def hang(_: str, limits: Limits) -> VideoInfo:  # noqa: ARG001
     """Replaces `probe`."""
     time.sleep(600)
     return INFO
