@@ -22,8 +22,9 @@ from videoadapt.commands.cli import main
 from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.index.check import CheckResult, check
 from videoadapt.data.index.manifest import Manifest, index, load_or_index
+from videoadapt.data.index.probe_pool import NotProbed
 from videoadapt.data.video.probe import PROBE_VERSION, probe
-from videoadapt.errors import UserError
+from videoadapt.errors import RunError, UserError
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +88,7 @@ def test_the_manifest_has_every_listed_video_with_its_status_and_cause(tmp_path:
     summary = stored(config)
     assert summary["manifest"] == manifest.hash
     assert summary["splits"]["train"] == {
-        "listed": 4, "ok": 2, "missing": 1, "broken": 1, "damaged": 0, "classes": 2, "hours": 0.0009,
+        "listed": 4, "ok": 2, "missing": 1, "broken": 1, "unprobed": 0, "damaged": 0, "classes": 2, "hours": 0.0009,
         "seconds": [0.2, 1.6, 3.0],
     }  # fmt: skip
     assert summary["missing"] == {"count": 1, "first": [str(videos / "gone.mp4")]}
@@ -490,3 +491,22 @@ def test_the_hash_depends_on_the_population_and_not_on_its_order(tmp_path: Path,
         changed = manifest.table.copy()
         changed.loc[2, column] = value
         assert Manifest(changed, manifest.classes).hash != manifest.hash
+
+
+def test_unprobed_videos_are_probed_again_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a.mp4", "b.mp4"]
+    for name in names:
+        write_video(tmp_path / name, 6)
+    annotations = write_list(tmp_path / "train.txt", [(name, 0) for name in names])
+    config = make_config({"run": {"dir": str(tmp_path / "run")}, "data": {"train": {"annotations": str(annotations)}}})
+    found = {str(tmp_path / name): probe(tmp_path / name) for name in names}
+    cause = "the process that read it was killed (SIGKILL; the memory may be full)"
+    killed = found | {str(tmp_path / "b.mp4"): NotProbed(cause)}
+    results = iter([killed, killed, found])
+    monkeypatch.setattr("videoadapt.data.index.manifest.probe_files", lambda *_, **__: next(results))
+    assert index(config)["status"].tolist() == ["ok", "unprobed"]
+    assert json.loads((tmp_path / "run" / "index.json").read_text())["unprobed"][0]["cause"] == cause
+    with pytest.raises(RunError, match=r"1 of 2 videos were not probed.*b.mp4: the process.*lower data.workers"):
+        load_or_index(config)
+    assert load_or_index(config)["status"].tolist() == ["ok", "ok"]
+    assert load_or_index(config).hash == Manifest.load(tmp_path / "run" / "manifest.parquet").hash  # not probed again
