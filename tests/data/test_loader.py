@@ -171,9 +171,9 @@ def test_the_order_of_an_epoch_depends_only_on_seed_and_epoch(folder: Path, tmp_
 def test_skipped_batches_are_not_decoded(config: Config, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
 
-    def watched(path: str, *settings: Any) -> Any:
+    def watched(path: str, *settings: Any, **limits: Any) -> Any:
         opened.append(path)
-        return open_video(path, *settings)
+        return open_video(path, *settings, **limits)
 
     monkeypatch.setattr(datasets, "open_video", watched)
     assert len(micro_batches(manifest, config, 2, steps=1)) == 2
@@ -295,8 +295,8 @@ def test_a_video_is_decoded_once_for_all_views(
 ) -> None:
     decoded: list[list[int]] = []
 
-    def watched(*settings: Any) -> Any:
-        reader = open_video(*settings)
+    def watched(*settings: Any, **limits: Any) -> Any:
+        reader = open_video(*settings, **limits)
         read = reader.frames
 
         def frames(wanted: Any) -> np.ndarray:
