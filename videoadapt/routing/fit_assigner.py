@@ -191,6 +191,7 @@ def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config)
         rows.tolist(),
         shape,
         config.data.reader,
+        config.data.sampling,
         config.evaluate.single_clip,
         config.model.model_dump(mode="json"),
     ]

@@ -160,7 +160,7 @@ def score(
         files_digest(manifest, rows),
         list(map(int, rows)),
         [temporal_views, config.evaluate.spatial_crops, config.evaluate.crop_pct, config.data.interpolation],
-        [config.evaluate.single_clip, config.evaluate.crop_offset, config.data.antialias],
+        [config.data.sampling, config.evaluate.single_clip, config.evaluate.crop_offset, config.data.antialias],
         [config.data.reader, str(model.head.weight.dtype)],
         [weights, weights_digest(assigner) if assigner else None],
     ]
