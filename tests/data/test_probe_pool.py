@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from PIL import Image
 from video_files import numbered, write_video
 from videoadapt.data.index import probe_pool
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files, run_on_files
-from videoadapt.data.video.limits import Limits
+from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.verify import verify
 from videoadapt.errors import VideoError
@@ -288,3 +288,14 @@ def send_warnings(path: str) -> str:
 def test_the_processes_survive_the_warning_signals_of_a_job() -> None:
     paths = [f"file{i}" for i in range(8)]
     assert dict(run_on_files(paths, send_warnings, workers=2, timeout_s=60.0)) == {path: path for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("frames", "16"), ("fps", None), ("fps", float("nan")), ("reader", "other"), ("width", [1])]
+)
+def test_a_cached_result_of_another_type_is_probed_again(tmp_path: Path, field: str, value: object) -> None:
+    info = asdict(VideoInfo(16, 30.0, 8, 8, 1.0, "h264", "mp4", 0, "pyav", 9, "00"))
+    cache = tmp_path / "probed.jsonl"
+    lines = [{"stamp": "whole", "by": "me", "info": info}, {"stamp": "bad", "by": "me", "info": info | {field: value}}]
+    cache.write_text("\n".join([*map(json.dumps, lines), "[" * 100_000]))
+    assert set(probe_pool._read_cache(cache, "me", DEFAULT_LIMITS, full=False)) == {"whole"}

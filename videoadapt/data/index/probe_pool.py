@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ from stat import S_ISDIR
 from typing import TypeVar
 
 from pebble import ProcessExpired, ProcessPool
+from pydantic import TypeAdapter
 
 from videoadapt.data.video.files import cause_of, reason
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
@@ -58,6 +60,7 @@ _FORK_SERVER_DIED = 255  # exit code that multiprocessing gives to the processes
 _EXIT_S = 5.0  # time in which a process ends after its last result, or after it was killed
 _TASKS_PER_WORKER = 8  # tasks in the queue: Kinetics has 240,000 files, too many to queue at once
 # Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
+_INFO = TypeAdapter(VideoInfo)
 _PRELOADED = ["av", "videoadapt.data.index.probe_pool"]
 
 
@@ -337,10 +340,11 @@ def _read_cache(cache: Path, writer: str, limits: Limits, *, full: bool) -> dict
     for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache.exists() else ():
         try:
             entry = json.loads(line)
-            info = VideoInfo(**entry["info"])
-            within = info.width * info.height <= limits.max_pixels and info.frames <= limits.max_frames
+            info = _INFO.validate_json(json.dumps(entry["info"]), strict=True)  # as text, a number would end in Arrow
+            finite = math.isfinite(info.fps + info.duration_s)
+            within = finite and info.width * info.height <= limits.max_pixels and info.frames <= limits.max_frames
             if entry["by"] == writer and within and not (full and info.damage is None):
                 known[entry["stamp"]] = info
-        except (ValueError, TypeError, KeyError):
-            continue  # an empty or unfinished line, or a line of another version
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # a damaged, empty or unfinished line, or a line of another version
     return known
