@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +135,10 @@ def clip(video: VideoReader, start_s: float, stride_frames: int, fps: float | No
 def test_even_times_give_the_frames_of_the_rate(
     rate: Fraction, total: int, start_s: float, stride: int, fps: float | None
 ) -> None:
-    values = {"total_frames": total, "file_fps": float(rate), "num_frames": 8, "stride_frames": stride, "fps": fps}
-    by_rate = frame_indices(start_s, **values)
-    by_time = frame_indices(start_s, **values, times_s=np.arange(total) / float(rate))
+    indices = partial(
+        frame_indices, start_s, total_frames=total, file_fps=float(rate), num_frames=8, stride_frames=stride, fps=fps
+    )
+    by_rate, by_time = indices(), indices(times_s=np.arange(total) / float(rate))
     assert by_time.tolist() == by_rate.tolist()
 
 
@@ -150,7 +152,8 @@ def test_the_views_of_an_indexed_video_are_chosen_by_time(tmp_path: Path) -> Non
         }
     )
     manifest = index(config)
-    assert (manifest.row(0).variable_rate, manifest.row(0).fps) == (True, pytest.approx(20.0))
+    assert manifest.row(0).variable_rate
+    assert manifest.row(0).fps == pytest.approx(20.0)
     views = EvalVideos(manifest, config, temporal_views=2, spatial_crops=1, thumbnails=False)[0]
     assert isinstance(views, VideoViews)
     # 24 frames of 1 / 30 s are 16 of 1 / 20 s; of 2 s, the second clip starts half of the rest later.

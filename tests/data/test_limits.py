@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_an_mp4_that_states_50_million_frames_is_not_opened(tmp_path: Path, monk
     path = claim_samples(tmp_path / "many.mp4")
     monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("opened"))
     for call in (probe, open_video, verify):
-        message = refused(lambda call=call: call(path))
+        message = refused(partial(call, path))
         assert message.startswith(f"{path}: has 50,000,000 frames or more, more than data.max_frames 2,000,000; raise ")
 
 

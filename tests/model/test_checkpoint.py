@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -427,14 +427,16 @@ def test_weights_without_a_finite_value_are_refused_by_name(tmp_path: Path, valu
         assigner.head.bias[0] = value
     paths = save_model(tmp_path, model), save_assigner(tmp_path, assigner, 0.5)
     expected = "1 of 24 values of head.weight are NaN or infinite", "1 of 2 values of head.bias are NaN or infinite"
-    for load, path, said in zip((load_model, load_assigner), paths, expected, strict=True):
+    loads: tuple[Callable[[Path], object], ...] = load_model, load_assigner
+    for load, path, said in zip(loads, paths, expected, strict=True):
         for source in (tmp_path, path):
             with pytest.raises(CheckpointError, match=f"{path}: {said}.*Move the file away to use"):
                 load(source)
 
 
 def test_settings_that_describe_no_model_are_refused(tmp_path: Path) -> None:
-    for number, meta in enumerate(({}, {"model": 3, "classes": []}, {"model": {"width": "x"}, "classes": []})):
+    metas: tuple[dict[str, Any], ...] = {}, {"model": 3, "classes": []}, {"model": {"width": "x"}, "classes": []}
+    for number, meta in enumerate(metas):
         save_checkpoint(tmp_path / str(number), "train", TENSORS, meta)
         with pytest.raises(CheckpointError, match=f"{tmp_path / str(number)}: its settings describe no model"):
             load_model(tmp_path / str(number))

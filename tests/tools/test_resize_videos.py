@@ -99,7 +99,8 @@ def test_uneven_times_stay(tmp_path: Path, suffix: str) -> None:
         write_video(source, 7, times_ms=milliseconds)
     result = resize(source, tmp_path / "out")
     info = probe(source)
-    assert (probe(result).fps, probe(result).variable_rate) == (pytest.approx(info.fps), True)
+    assert probe(result).variable_rate
+    assert probe(result).fps == pytest.approx(info.fps)
     expected_ms = np.cumsum([30, 40, 280, 30, 570, 30]) if suffix == ".gif" else np.array(milliseconds[1:]) - 50
     assert np.array(times_s(result))[1:] * 1000 == pytest.approx(expected_ms, abs=1)
     assert all_numbers(result) == list(range(7))
