@@ -17,9 +17,10 @@ import videoadapt as va
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import load_or_index
+from videoadapt.errors import UserError
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
-from videoadapt.model.checkpoint import load_model
+from videoadapt.model.checkpoint import load_model, train_checkpoints
 from videoadapt.report.plots import draw_costs
 from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.fit_assigner import assign
@@ -197,6 +198,74 @@ def test_new_labels_get_a_new_assigner_and_the_old_one_is_kept(run: Config, tmp_
     assign(config)
     assert len(list(config.run.dir.glob("assigner-*/step-*"))) == 2
     assert assigner_checkpoints(config.run.dir).latest() is not None
+
+
+@pytest.mark.parametrize("section", [{"run": {"seed": 2}}, {"data": {"holdout": 0.5}}])
+def test_clips_of_the_training_are_not_labelled_as_held_out(run: Config, tmp_path: Path, section: dict) -> None:
+    """Another seed or fraction draws the split anew, and most of its clips are in the training of the model."""
+    config = copy_of(run, tmp_path / "run")
+    before = (config.run.dir / "labels" / "outcomes.parquet").read_bytes()
+    for name, keys in section.items():
+        config = config.model_copy(update={name: getattr(config, name).model_copy(update=keys)})
+    with pytest.raises(UserError, match=r"holdout must label clips .* \d+ of the \d+ clips.* changed from"):
+        label(config)
+    assert (config.run.dir / "labels" / "outcomes.parquet").read_bytes() == before
+    with pytest.raises(UserError, match=r"these labels belong to other inputs: the manifest: .* Run `label` again"):
+        assign(config)
+
+
+def test_the_assigner_is_not_fitted_to_labels_of_other_weights_or_settings(run: Config, tmp_path: Path) -> None:
+    config = copy_of(run, tmp_path / "run")
+    crops = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"spatial_crops": 1})})
+    with pytest.raises(UserError, match=r"evaluate\.spatial_crops: 3 then, 1 now"):
+        assign(crops)
+    checkpoints = train_checkpoints(config.run.dir)
+    newest = checkpoints.latest()
+    assert newest is not None
+    trained = {name: tensor * 1.5 if name == "ema/head.bias" else tensor for name, tensor in newest.tensors.items()}
+    checkpoints.save(newest.meta["step"] + 1, trained, {k: v for k, v in newest.meta.items() if k != "step"})
+    with pytest.raises(UserError, match="the weights .*then, .* now"):
+        assign(config)
+
+
+def test_each_output_records_its_inputs(run: Config) -> None:
+    manifest = load_or_index(run).hash
+    fitted = assigner_checkpoints(run.run.dir).latest()
+    assert fitted is not None
+    labels, evaluated = stored(run, "labels/label.json"), stored(run, "evaluate/evaluate.json")
+    for inputs in (labels["inputs"], fitted.meta["inputs"], evaluated["inputs"]):
+        assert (inputs["manifest"], inputs["weights"]) == (manifest, labels["model"])
+        assert inputs["settings"]["evaluate"]["spatial_crops"] == 3
+    assert evaluated["trained_on"] == 0
+
+
+def test_videos_of_the_training_are_counted_in_an_evaluation(
+    run: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = copy_of(run, tmp_path / "run")
+    trained = load_or_index(run).split("train")["path"].tolist()
+    lines = (Path(str(config.data.train.annotations))).read_text().splitlines()
+    root = Path(str(config.data.root))
+    both = [line for line in lines if str(root / line.split()[0]) in trained][:2]
+    (tmp_path / "val.csv").write_text(
+        "\n".join([*both, *Path(str(config.data.val.annotations)).read_text().splitlines()])
+    )
+    val = config.data.val.model_copy(update={"annotations": tmp_path / "val.csv"})
+    speed = config.evaluate.model_copy(update={"speed_clips": 0})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"val": val}), "evaluate": speed})
+    summary = evaluate(config)
+    assert (summary["listed"], summary["trained_on"]) == (14, 2)
+    assert "2 of the 14 videos of the val split were in the training of" in capfd.readouterr().err
+
+
+def test_costs_of_an_evaluation_of_another_manifest_are_left_out(
+    run: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = copy_of(run, tmp_path / "run")
+    assert "clips" in flops(config)
+    load_or_index(config.model_copy(update={"run": config.run.model_copy(update={"seed": 9})}))
+    assert "clips" not in flops(config)
+    assert "so the costs of its clips are left out; run `evaluate` again" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["train", "teacher"])

@@ -122,5 +122,5 @@ def test_a_cascade_is_not_fitted_to_labels_of_other_weights(run: Config, tmp_pat
     path = config.run.dir / "labels" / "label.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "another"}))
     for work in (lambda: evaluate(config), lambda: predict_files(config, ["a.mp4"], "cascade:4,8:cost=0.6")):
-        with pytest.raises(UserError, match="labels: this label table belongs to other weights.*run `label` again"):
+        with pytest.raises(UserError, match="these labels belong to other inputs: the weights .*Run `label` again"):
             work()

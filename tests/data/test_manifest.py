@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import small_runs as runs
 from video_files import numbered, write_list, write_video
@@ -472,13 +475,35 @@ def test_an_incomplete_or_foreign_manifest_is_refused(tmp_path: Path, videos: Pa
     index(config)
     path = tmp_path / "run" / "manifest.parquet"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be read as a manifest"):
+    with pytest.raises(UserError, match=r"manifest\.parquet: damaged \(.*; make it again with `videoadapt index`"):
         load_or_index(config)
     pd.DataFrame({"a": [1]}).to_parquet(path)
     with pytest.raises(UserError, match="not a manifest of videoadapt"):
         Manifest.load(path)
-    with pytest.raises(UserError, match=r"none\.parquet: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.parquet: does not exist"):
         Manifest.load(tmp_path / "none.parquet")
+
+
+def test_a_change_of_any_column_of_a_manifest_is_found(
+    tmp_path: Path, videos: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", [("v0.mp4", 0)]))
+    manifest, path = index(config), tmp_path / "run" / "manifest.parquet"
+    content = path.read_bytes()
+    column = content.index(manifest["content"][0].encode())
+    path.write_bytes(content[:column] + bytes([content[column] ^ 1]) + content[column + 1 :])
+    with pytest.raises(UserError, match=r"manifest\.parquet: damaged .*; make it again with `videoadapt index`"):
+        Manifest.load(path)
+    written = parquet.read_table(BytesIO(content))
+    changed = written.set_column(written.column_names.index("frames"), "frames", pa.array([3] * len(written)))
+    parquet.write_table(changed, path)  # by another program, which keeps the metadata
+    with pytest.raises(UserError, match=r"damaged \(its checksum differs\)"):
+        Manifest.load(path)
+    metadata = {b"videoadapt": written.schema.metadata[b"videoadapt"]}
+    parquet.write_table(written.replace_schema_metadata(metadata), path)  # as an older version did
+    capfd.readouterr()
+    assert Manifest.load(path)["content"].tolist() == manifest["content"].tolist()
+    assert "manifest.parquet: was written without a checksum, by an older version" in capfd.readouterr().err
 
 
 def test_the_hash_depends_on_the_population_and_not_on_its_order(tmp_path: Path, videos: Path) -> None:

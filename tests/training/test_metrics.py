@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from videoadapt.errors import UserError
 from videoadapt.training.metrics import Metrics, PointMetrics, TrainSummary
 
 SUMMARY = TrainSummary(
@@ -31,6 +32,13 @@ def test_a_summary_is_read_as_it_was_written(tmp_path: Path, key: str) -> None:
     values[key] = values.pop("wait_fraction")
     (tmp_path / "train.json").write_text(json.dumps(values))
     assert TrainSummary.read(tmp_path / "train.json") == SUMMARY
+
+
+@pytest.mark.parametrize("content", ["", '{"steps": 1', "[]", '{"steps": 1}', '{"points": 3}', '{"points": {"8": 1}}'])
+def test_a_damaged_summary_is_an_error_with_its_remedy(tmp_path: Path, content: str) -> None:
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(UserError, match=r"train\.json: damaged.*; delete it, and run `train` again"):
+        TrainSummary.read(tmp_path / "train.json")
 
 
 # Training curves.
@@ -79,6 +87,19 @@ def test_a_line_cut_off_by_a_crash_is_removed(tmp_path: Path, torn: str) -> None
         file.write(torn)
     record(tmp_path, 2, 3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b'{"step": 2, "loss": "x"}', b"[" * 100_000])
+def test_damaged_lines_are_removed_with_a_message(
+    tmp_path: Path, damage: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 0, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, third, b""]))
+    record(tmp_path, 3, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3, 4]
+    assert "metrics.jsonl: 1 damaged lines are removed, the first is line 2" in capfd.readouterr().err
 
 
 def test_a_step_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:

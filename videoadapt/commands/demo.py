@@ -18,6 +18,7 @@ from videoadapt.data.index.manifest import index
 from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.evaluation.evaluated import read_evaluated_table
 from videoadapt.report.plots import draw_costs, plot_accuracy_cost, save_figure
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
@@ -102,9 +103,9 @@ def demo_config(overrides: Sequence[str] = ()) -> Config:
 
 def level_table(config: Config) -> dict[str, dict[str, float]]:
     """Returns, for each level of difficulty: `videos`, `mean_length` (of the assigned points), top-1 of each policy."""
-    folder = config.run.dir / "evaluate"
     levels = pd.read_csv(config.run.dir / "data" / "levels.csv").set_index("path")["level"]
-    clips, videos = pd.read_parquet(folder / "clips.parquet"), pd.read_parquet(folder / "videos.parquet")
+    clips = read_evaluated_table(config.run.dir, "clips", ["policy", "video", "point"])
+    videos = read_evaluated_table(config.run.dir, "videos", ["policy", "video", "right"])
     clips = clips[clips["policy"] == "assigned"]
     lengths = clips["point"].map(lambda point: Point.parse(point).length)
     table: dict[str, dict[str, float]] = {}

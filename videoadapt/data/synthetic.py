@@ -9,7 +9,6 @@ demo tests that the assigner finds these levels.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ import numpy.typing as npt
 
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import Bar
-from videoadapt.runtime.files import replacing, write_json
+from videoadapt.runtime.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,11 +166,9 @@ def generate(folder: Path, sizes: dict[str, int], *, seed: int, workers: int = 2
 
     recipe = {"seed": seed, "sizes": sizes, "qp": qp}
     recipe_path = folder / "recipe.json"
-    if recipe_path.exists() and json.loads(recipe_path.read_text(encoding="utf-8")) != recipe:
-        raise UserError(
-            f"{folder}: has data made with {recipe_path.read_text(encoding='utf-8').strip()}, not {recipe}; "
-            "use another run.dir"
-        )
+    made_with = read_json(recipe_path, "use another run.dir") if recipe_path.exists() else recipe
+    if made_with != recipe:
+        raise UserError(f"{folder}: has data made with {made_with}, not {recipe}; use another run.dir")
     write_json(recipe_path, recipe)
     plans = {split: plan_videos(split, count, seed) for split, count in sizes.items()}
     videos = pd.concat(plans.values())

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from videoadapt.errors import UserError
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
 
 
@@ -79,11 +79,9 @@ class _Evaluated:
     """The results of one run: `table` is its `videos.parquet`, indexed by policy and video."""
 
     def __init__(self, folder: Path, policies: list[str]) -> None:
-        try:
-            self.summary = json.loads((folder / "evaluate" / "evaluate.json").read_text(encoding="utf-8"))
-            self.table = pd.read_parquet(folder / "evaluate" / "videos.parquet").set_index(["policy", "video"])
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename or folder}: does not exist; run `videoadapt evaluate` first") from None
+        self.summary = read_evaluation(folder, ["manifest", "files", "failed_count_as"])
+        columns = ["policy", "video", "truth", "right", "failed"]
+        self.table = read_evaluated_table(folder, "videos", columns).set_index(["policy", "video"])
         known = list(self.summary["policies"])
         unknown = [policy for policy in policies if policy not in known]
         if unknown:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import pandas as pd
 from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import write_csv, write_json
@@ -85,24 +85,40 @@ def flops(config: Config) -> dict[str, Any]:
         "assigner_macs": assigner_macs(config.assign, len(rows)) if len(rows) > 1 else None,
     }
     evaluated = config.run.dir / "evaluate" / "evaluate.json"
-    found = json.loads(evaluated.read_text(encoding="utf-8")) if evaluated.exists() else None
-    if found is not None and found["macs_per_view"] != per_view:
-        say(
-            f"{evaluated}: was made with other points or another model, so the costs of its clips are left out; run "
-            "`evaluate` again"
-        )
-    elif found is not None:
-        policies = found["policies"]
-        summary["clips"] = asdict(clip_report(config, policies))
-        summary["policies"] = [
-            asdict(PolicyCost(name, row["macs_per_clip"], row["macs_per_video"], row["top1"], row["pareto"]))
-            for name, row in policies.items()
-        ]
+    summary |= _evaluated_costs(config, per_view) if evaluated.exists() else {}
     write_json(config.run.dir / "report" / "flops.json", summary)
     return summary
 
 
-def clip_report(config: Config, policies: Mapping[str, Mapping[str, object]]) -> ClipReport:
+def _evaluated_costs(config: Config, macs_per_view: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the costs of clips and policies of the run's evaluation; none, with a message, if it is another's."""
+    found = read_evaluation(config.run.dir, ["macs_per_view", "manifest"])
+    if found["macs_per_view"] != macs_per_view:
+        _say_left_out(config, "was made with other points or another model")
+        return {}
+    manifest = Manifest.load(config.run.dir / "manifest.parquet")
+    if found["manifest"] != manifest.hash:
+        _say_left_out(config, f"was made with manifest {found['manifest']}, and the run has {manifest.hash} now")
+        return {}
+    policies = found["policies"]
+    costs = [
+        PolicyCost(name, row["macs_per_clip"], row["macs_per_video"], row["top1"], row["pareto"])
+        for name, row in policies.items()
+    ]
+    return {
+        "clips": asdict(clip_report(config, policies, manifest.classes)),
+        "policies": [asdict(cost) for cost in costs],
+    }
+
+
+def _say_left_out(config: Config, why: str) -> None:
+    path = config.run.dir / "evaluate" / "evaluate.json"
+    say(f"{path}: {why}, so the costs of its clips are left out; run `evaluate` again")
+
+
+def clip_report(
+    config: Config, policies: Mapping[str, Mapping[str, object]], class_names: tuple[str, ...]
+) -> ClipReport:
     """Writes the clip-level report: `clips.csv`, `videos.csv` and `classes.csv` under `report/`.
 
     The report is about the assigned policy; without one, about the first cascade; without both, about the costliest
@@ -111,17 +127,17 @@ def clip_report(config: Config, policies: Mapping[str, Mapping[str, object]]) ->
     Args:
         config: The config of an evaluated run.
         policies: The rows of its `evaluate.json`, by policy name.
+        class_names: Names of all classes, which the tables have by number.
     """
-    source, folder = config.run.dir / "evaluate", config.run.dir / "report"
-    clips, videos = pd.read_parquet(source / "clips.parquet"), pd.read_parquet(source / "videos.parquet")
+    folder = config.run.dir / "report"
+    clips = read_evaluated_table(config.run.dir, "clips", ["policy", "truth", "point", "macs"])
+    videos = read_evaluated_table(config.run.dir, "videos", ["policy", "failed", "macs"])
     # The assigned policy has a difference to random routing, a cascade records its thresholds.
     adaptive = [name for name, row in policies.items() if {"difference_to_random", "thresholds"} & row.keys()]
     policy = next(iter([*adaptive, *policies]))
     clips = clips[clips["policy"] == policy].drop(columns="policy")
     videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
-    # The manifest has the classes' names; the tables have their numbers.
-    names = Manifest.load(config.run.dir / "manifest.parquet").classes
-    classes = class_mix(clips, config.model.points, names)
+    classes = class_mix(clips, config.model.points, class_names)
     for name, table in (("clips", clips), ("videos", videos), ("classes", classes)):
         write_csv(folder / f"{name}.csv", table)
     return ClipReport(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import RunError, UserError
 from videoadapt.evaluation.outcomes import Outcome, PolicyRow, Population, outcomes_of, policy_rows, write_tables
-from videoadapt.model.checkpoint import Guard, weights_digest
+from videoadapt.model.checkpoint import Checkpoint, Guard, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import assigner_macs
+from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
 from videoadapt.routing.router import route
@@ -30,12 +30,15 @@ from videoadapt.routing.scores import (
     files_digest,
     inference_model,
     score,
+    trained_checkpoint,
 )
-from videoadapt.runtime.console import Bar
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.files import read_json, write_json
+from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
 from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
+from videoadapt.training.trained_clips import trained_clips
 
 HARDEST = 5  # classes shown; all are in classes.csv
 
@@ -58,6 +61,8 @@ class EvaluationSummary:
     manifest: str  # hash of the manifest
     files: str  # digest of the files that were read
     model: str  # digest of the weights
+    inputs: dict[str, Any]  # what the result depends on, by `Inputs.to_json`
+    trained_on: int | None  # videos of the split that the model was trained on; None if its checkpoint does not say
     listed: int  # videos of the split
     scored: int  # videos that could be read
     failed: list[dict[str, str]]  # path and cause of the others
@@ -106,8 +111,12 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
     path = config.run.dir / "evaluate" / "evaluate.json"
     with ranks(config), sole_writer(config, "evaluate") as guard:
         manifest = rank0_then_all(lambda: load_or_index(config))
-        model = inference_model(config)
+        checkpoint = trained_checkpoint(config)
+        model = inference_model(config, checkpoint)
+        trained_on = _trained_on(checkpoint, manifest)
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
+        if assigned is not None:
+            assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
         cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
         _require_usable(policies, cascades, model, assigned)  # before scoring, which may take hours
         scores = _score(model, manifest, assigned, config)
@@ -115,11 +124,11 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
             return {"shard": config.parallel.shard}
         if rank() == 0:
             every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
-            summary = _summary(model, manifest, scores, every, guard, config=config)
+            summary = _summary(model, manifest, scores, every, guard, config=config, trained_on=trained_on)
             with guard():
                 write_json(path, summary.to_json() | {"seconds": round(time.monotonic() - start, 1)})
         # Every rank returns the written JSON, which has lists for tuples.
-        written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
+        written: dict[str, Any] = broadcast_result(lambda: read_json(path, "run `evaluate` again"))
     return written
 
 
@@ -141,9 +150,19 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
     if scores is not None and not len(scores.rows):
         first = scores.failures[0]
         raise UserError(
-            f"data.val.annotations: none of {len(rows)} videos could be decoded; {first.path}: {first.cause}"
+            f"data.val.annotations: none of {len(rows)} videos could be scored; {first.path}: {first.cause}"
         )
     return scores
+
+
+def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:
+    """Returns how many videos of the val split the model was trained on; prints a message if there are any."""
+    videos = manifest.split("val").readable
+    # Without the id: folders of classes often hold train/a/1.png and val/a/1.png.
+    count = trained_clips(checkpoint, videos, ("source", "content"))
+    if count:
+        say(f"{count} of the {len(videos)} videos of the val split were in the training of {checkpoint.path}")
+    return count
 
 
 def _summary(
@@ -154,6 +173,7 @@ def _summary(
     guard: Guard,
     *,
     config: Config,
+    trained_on: int | None,
 ) -> EvaluationSummary:
     points = model.config.points
     population = _population(manifest, scores)
@@ -169,6 +189,8 @@ def _summary(
         manifest=manifest.hash,
         files=files_digest(manifest, sorted(set(scores.rows.tolist()))),
         model=scores.model,
+        inputs=Inputs.of(config, manifest.hash, scores.model, "run", "data", "model", "evaluate").to_json(),
+        trained_on=trained_on,
         listed=len(population.videos),
         scored=len(population.scored),
         failed=population.failed,

@@ -21,6 +21,7 @@ from videoadapt.data.video.readers import open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import average_views
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
 from videoadapt.routing.router import clip_macs, route
@@ -192,6 +193,8 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> d
         raise UserError("predict: no video given; expected `videoadapt predict CONFIG VIDEO ...`")
     model = inference_model(config)
     assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
+    if assigned is not None:
+        assigned.say_other_inputs(label_inputs(config, None, None))
     text = policy or (assigned.name if assigned else f"fixed:{model.config.points[0]}")
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
     if chosen.assigner is not None:  # thumbnails are cut as in the assigner's fit

@@ -28,6 +28,7 @@ from videoadapt.errors import CheckpointError, RunError, shown
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
+from videoadapt.runtime.inputs import different_settings
 
 V = TypeVar("V")
 
@@ -242,10 +243,7 @@ def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> C
 def require_same(
     path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
 ) -> None:
-    """Checks that a section of the config equals the section in a checkpoint.
-
-    A field that is missing in the checkpoint is newer than the checkpoint. It is compared by its default value, because
-    defaults keep the behaviour from before the field existed.
+    """Checks that a section of the config equals the section in a checkpoint, by `different_settings`.
 
     Args:
         path: The checkpoint's file, for the message.
@@ -257,24 +255,16 @@ def require_same(
     Raises:
         CheckpointError: Fields differ; the message names each of them with both values.
     """
-    mine = ours.model_dump(mode="json")
-    theirs = type(ours)().model_dump(mode="json") | dict(theirs)
-    differ = [key for key, value in mine.items() if key not in free and not _equal(key, theirs.get(key), value)]
+    differ = different_settings(type(ours)(), ours.model_dump(mode="json"), theirs, free)
     if differ:
         listed = "; ".join(
-            f"{name}.{key} is {shown(theirs.get(key))} in the checkpoint, {shown(mine[key])} in the config"
-            for key in differ
+            f"{name}.{key} is {shown(recorded)} in the checkpoint, {shown(present)} in the config"
+            for key, recorded, present in differ
         )
         raise CheckpointError(
             f"{path}: this checkpoint is of another architecture or run: {listed}. "
             "Use another run.dir, or the checkpoint's values"
         )
-
-
-def _equal(field: str, theirs: Any, ours: Any) -> bool:
-    if field == "points" and isinstance(theirs, list):  # sorted by cost, which depends on other fields
-        return sorted(map(str, theirs)) == sorted(ours)
-    return bool(theirs == ours)
 
 
 def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeSformer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure  # without pyplot, which keeps every figure
 from matplotlib.ticker import EngFormatter
 
 from videoadapt.runtime.console import macs
-from videoadapt.runtime.files import replacing
+from videoadapt.runtime.files import read_json, replacing
 
 MOST_CLASSES = 40  # more names than this overlap on the axis
 DPI = 110
@@ -35,7 +34,7 @@ def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
     report = run / "report"
     clips = pd.read_csv(report / "clips.csv", dtype={"point": str})  # a point such as 14 is a name, not a number
     classes = pd.read_csv(report / "classes.csv", dtype={"class": str})
-    evaluated = json.loads((run / "evaluate" / "evaluate.json").read_text(encoding="utf-8"))
+    evaluated = read_json(run / "evaluate" / "evaluate.json", "run `videoadapt evaluate` first", ["policies"])
     points, policy = tuple(summary["clips"]["mix"]), summary["clips"]["policy"]
     save_figure(report / "clips.png", plot_clip_costs(clips, classes, points, policy))
     save_figure(report / "accuracy_cost.png", plot_accuracy_cost(evaluated["policies"]))

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import Tensor
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import TrainConfig
-from videoadapt.data.clips.datasets import EvalVideos, VideoViews
-from videoadapt.data.clips.loader import stream
-from videoadapt.data.index.manifest import Manifest, load_or_index
+from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import UserError
-from videoadapt.model.checkpoint import Checkpoints, load_tensors, optimizer_tensors, require_same, restore_optimizer
+from videoadapt.model.checkpoint import (
+    Checkpoints,
+    load_tensors,
+    optimizer_tensors,
+    require_same,
+    restore_optimizer,
+    weights_digest,
+)
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_loss, assigner_macs
+from videoadapt.routing.label_inputs import (
+    label_inputs,
+    read_label_summary,
+    read_outcomes,
+    require_same_label_inputs,
+)
 from videoadapt.routing.label_rules import (
     LABEL_SPLITS,
     Bools,
@@ -33,15 +44,16 @@ from videoadapt.routing.label_rules import (
     right_matrix,
 )
 from videoadapt.routing.router import assign_probabilities
+from videoadapt.routing.scores import inference_model
+from videoadapt.routing.thumbnails import read_thumbnails
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import write_json
+from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import pick_device
 from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.optim import make_optimizer, make_schedule
-
-SAVE_EVERY = 500  # thumbnails; after an interruption at most so many are read again
 
 
 @dataclass(frozen=True)
@@ -53,16 +65,18 @@ class LabelledClips:
         rows: Rows of the clips in `thumbnails`, `(n,)`.
         labels: Number of each clip's label, `(n,)`.
         right: Whether the model is right, `(n, points)`.
+        inputs: What the labels depend on.
     """
 
     thumbnails: npt.NDArray[np.uint8]
     rows: npt.NDArray[np.int64]
     labels: Choice
     right: Bools
+    inputs: Inputs
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
         """Returns some of the clips."""
-        return LabelledClips(self.thumbnails, self.rows[rows], self.labels[rows], self.right[rows])
+        return LabelledClips(self.thumbnails, self.rows[rows], self.labels[rows], self.right[rows], self.inputs)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Returns the thumbnails of some of the clips, uint8 `(B, C, A, s, s)`."""
@@ -153,14 +167,16 @@ def _labelled_clips(config: Config) -> LabelledClips:
     path = config.run.dir / "labels" / "outcomes.parquet"
     if not path.exists():
         raise UserError(f"{path}: no label table; run `videoadapt label` with this config first")
-    made_from = _label_summary(config)["source"]
+    made_from = read_label_summary(config.run.dir)["source"]
     if made_from != config.label.source:
         raise UserError(
             f"{path}: the labels are of source {made_from}, but label.source is {config.label.source}; run `label`"
         )
-    clips, right = right_matrix(pd.read_parquet(path), config.model.points, source=config.label.source)
-    labels = choose_labels(right, config.label.none_right)
     manifest = load_or_index(config)
+    inputs = label_inputs(config, manifest.hash, _digest_of_model(config))
+    require_same_label_inputs(config.run.dir, inputs)
+    clips, right = right_matrix(read_outcomes(config.run.dir), config.model.points, source=config.label.source)
+    labels = choose_labels(right, config.label.none_right)
     labelled = manifest.table["split"].isin(LABEL_SPLITS[config.label.source])  # val may have the same names
     row_of = {video: row for row, video in manifest.table["video"][labelled].items()}
     unknown = [video for video in clips["video"] if video not in row_of]
@@ -168,58 +184,16 @@ def _labelled_clips(config: Config) -> LabelledClips:
         raise UserError(f"{path}: {unknown[0]} (and {len(unknown) - 1} more) is not in the manifest; run `label` again")
     used = labels >= 0  # -1: a clip without a label
     rows = np.array([row_of[video] for video in clips["video"]])[used]
-    thumbnails, found = _thumbnails(manifest, rows, config)
-    return LabelledClips(thumbnails, np.flatnonzero(found), labels[used][found], right[used][found])
+    thumbnails, found = read_thumbnails(manifest, rows, config)
+    return LabelledClips(thumbnails, np.flatnonzero(found), labels[used][found], right[used][found], inputs)
 
 
-def _label_summary(config: Config) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((config.run.dir / "labels" / "label.json").read_text(encoding="utf-8"))
-    return summary
-
-
-def _thumbnails(manifest: Manifest, rows: npt.NDArray[np.int64], config: Config) -> tuple[npt.NDArray[np.uint8], Bools]:
-    """Reads the clips' thumbnails into a file that is mapped into memory.
-
-    Resumes where an earlier call stopped, and tries its unreadable clips again. Returns the thumbnails, uint8
-    `(n, C, A, s, s)`, and whether each clip could be read, `(n,)`.
-    """
-    dataset = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1, views=False)
-    shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
-    # Whatever changes a thumbnail is in the file's name.
-    key = [
-        manifest.hash,
-        rows.tolist(),
-        shape,
-        config.data.reader,
-        config.data.sampling,
-        config.evaluate.single_clip,
-        config.model.model_dump(mode="json"),
-    ]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    path = config.run.dir / "assigner" / f"thumbnails-{digest}.npy"
-    progress = path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, failed = 0, []  # an earlier call tried the first `count` clips; the clips `failed` could not be read
-    if path.exists() and progress.exists():
-        earlier = json.loads(progress.read_text(encoding="utf-8"))
-        count, failed = earlier["count"], earlier["failed"]
-    array = np.lib.format.open_memmap(path, "r+" if count else "w+", np.uint8, shape)
-    found = np.ones(len(rows), dtype=bool)
-    found[failed] = found[count:] = False
-    numbers = np.flatnonzero(~found)
-    videos = stream(dataset, rows[numbers].tolist())
-    with Bar("thumbnails", total=len(rows), unit="clips", start=len(rows) - len(numbers)) as bar:
-        for number, video in zip(numbers.tolist(), videos, strict=True):
-            if isinstance(video, VideoViews):
-                array[number], found[number] = video.thumbnails[0].numpy(), True
-            else:
-                say(f"left out of the fit: {video.path}: {video.cause}")
-            bar.step()
-            if (number + 1) % SAVE_EVERY == 0 or number == numbers[-1]:
-                array.flush()  # before the progress file, which must not count thumbnails that a crash loses
-                count = max(count, number + 1)
-                write_json(progress, {"count": count, "failed": np.flatnonzero(~found[:count]).tolist()})
-    return array, found
+def _digest_of_model(config: Config) -> str | None:
+    """Returns the digest of the weights that `label` would use now; None, with a message, without a checkpoint."""
+    if config.run.checkpoint is None and not any((config.run.dir / "checkpoints").glob("step-*")):
+        say("the run has no checkpoint, so whether the labels belong to its weights cannot be found out")
+        return None
+    return weights_digest(inference_model(config))
 
 
 def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tuple[Assigner, int]:
@@ -242,7 +216,7 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
     optimizer = make_optimizer(assigner.named_parameters(), recipe)
     per_epoch = max(1, len(clips.labels) // settings.batch)  # as many as `_batches` makes
     schedule = make_schedule(optimizer, recipe, per_epoch)
-    epoch = _resume(checkpoints, assigner, optimizer, config, clips.digest())
+    epoch = _resume(checkpoints, assigner, optimizer, config, clips)
     macs = point_macs(config.model)
     costs = torch.tensor([float(macs[p]) for p in config.model.points], device=device)
     with StopRequest() as stop, Bar("assign", total=settings.epochs, unit="epochs", start=epoch) as bar:
@@ -265,6 +239,11 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
             if stop.requested:
                 stop.stop()
     return assigner.eval(), epoch
+
+
+def _unused_folder(wanted: Path) -> Path:
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([wanted], numbered) if not folder.exists())
 
 
 def _batches(count: int, batch: int, seed: tuple[int, ...]) -> list[npt.NDArray[np.int64]]:
@@ -294,28 +273,34 @@ def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
         "label": config.label.model_dump(mode="json"),
         "points": list(config.model.points),
         "labels": clips.digest(),
-        "model": _label_summary(config)["model"],
+        "model": read_label_summary(config.run.dir)["model"],
+        "inputs": clips.inputs.to_json(),
         "threshold": None,
     }
 
 
 def _resume(
-    checkpoints: Checkpoints, assigner: Assigner, optimizer: torch.optim.Optimizer, config: Config, labels: str
+    checkpoints: Checkpoints, assigner: Assigner, optimizer: torch.optim.Optimizer, config: Config, clips: LabelledClips
 ) -> int:
     """Restores the newest checkpoint. Returns the number of complete epochs.
 
-    If the labels have changed (the model was trained again, or the clips changed), the earlier assigner is moved to
-    another folder.
+    If the labels or their inputs have changed (the model was trained again, or the clips changed), the earlier assigner
+    is moved to another folder.
     """
     found = checkpoints.latest()
     if found is None:
         return 0
-    if found.value("labels", str) != labels:
+    recorded = found.meta.get("inputs")
+    differences = clips.inputs.differences(recorded if isinstance(recorded, dict) else {})
+    if found.value("labels", str) != clips.digest() or differences:
         digest = "".join(filter(str.isalnum, found.value("labels", str)))[:64]  # it becomes the name of a folder
-        aside = checkpoints.folder.with_name(f"assigner-{digest}")
-        say(f"the labels have changed: the earlier assigner is moved to {aside}, and a new one is fitted")
-        aside.mkdir(exist_ok=True)
-        for path in [*checkpoints.folder.glob("step-*"), checkpoints.folder / "last"]:
+        aside = _unused_folder(checkpoints.folder.with_name(f"assigner-{digest}"))
+        say(
+            f"the labels have changed{''.join(f'; {text}' for text in differences)}: the earlier assigner is moved to "
+            f"{aside}, and a new one is fitted"
+        )
+        aside.mkdir()
+        for path in [*checkpoints.folder.glob("step-*"), *checkpoints.folder.glob("last")]:
             path.replace(aside / path.name)
         return 0
     # These two only choose the threshold, which is computed again after every fit.

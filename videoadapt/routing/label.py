@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +11,13 @@ import pandas as pd
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
+from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
-from videoadapt.routing.scores import Scores, inference_model, score
-from videoadapt.runtime.files import write_json, write_parquet
+from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
+from videoadapt.runtime.files import read_json, write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
+from videoadapt.training.trained_clips import require_held_out
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LabelSummary:
     points: dict[str, PointLabels]
     none_right_clips: int  # clips on which no point is right
     left_out: int  # clips without a label
+    inputs: dict[str, Any]  # what the labels depend on; see `label_inputs`
 
 
 def label(config: Config) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def label(config: Config) -> dict[str, Any]:
         The contents of `label.json`, or `{"shard": ...}` for a shard.
 
     Raises:
-        UserError: No video of the source can be read.
+        UserError: No video of the source can be read, or the model was trained on clips of `holdout`.
         CheckpointError: There is no trained model.
     """
     path = config.run.dir / "labels" / "label.json"
@@ -71,7 +73,7 @@ def label(config: Config) -> dict[str, Any]:
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
                 write_json(path, asdict(summary))  # last: it stands for complete tables
-        written: dict[str, Any] = broadcast_result(lambda: json.loads(path.read_text(encoding="utf-8")))
+        written: dict[str, Any] = broadcast_result(lambda: read_json(path, "run `label` again"))
     return written
 
 
@@ -82,7 +84,10 @@ def _score(manifest: Manifest, config: Config) -> Scores | None:
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
     rows = np.flatnonzero(usable).tolist()
-    scores = score(inference_model(config), manifest, rows, config, name="label", temporal_views=1)
+    checkpoint = trained_checkpoint(config)
+    if config.label.source == "holdout":
+        require_held_out(checkpoint, manifest, config)
+    scores = score(inference_model(config, checkpoint), manifest, rows, config, name="label", temporal_views=1)
     if scores is not None and not len(scores.rows):
         first = scores.failures[0]
         raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")
@@ -112,5 +117,6 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         },
         none_right_clips=int((~right.any(axis=1)).sum()),  # `right` is (clips, points)
         left_out=int((labels < 0).sum()),  # -1: a clip without a label
+        inputs=label_inputs(config, manifest.hash, scores.model).to_json(),
     )
     return {"outcomes": table, "labels": clips}, summary

@@ -6,15 +6,13 @@ Points are numbered as in `model.points`: 0 is the costliest, the last is the ch
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 from torch import nn
 
 from videoadapt.config.cascade import CascadeSpec, Measure, parse_cascade_spec
@@ -25,6 +23,7 @@ from videoadapt.errors import CheckpointError, UserError
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, require_same, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, restore_assigner
+from videoadapt.routing.label_inputs import read_outcomes, require_same_label_inputs
 from videoadapt.routing.label_rules import (
     Bools,
     Choice,
@@ -35,6 +34,7 @@ from videoadapt.routing.label_rules import (
     last_true,
 )
 from videoadapt.runtime.console import say
+from videoadapt.runtime.inputs import Inputs
 
 NO_POINT = -1  # stands for: the clip has run no point yet, or it stops here
 Need = Literal["assigner", "confidence", "truth", "population"]
@@ -169,12 +169,14 @@ class Assigned(OnePointPolicy):
         points: The points that the assigner was fitted for, costliest first.
         threshold: Between 0 and 1, or 2 for "always the costliest point".
         weights: `weights_digest` of the model whose labels the assigner was fitted to; None if unknown.
+        inputs: What these labels depend on, by `Inputs.to_json`; None if unknown.
     """
 
     assigner: Assigner = field()  # `field` hides the default None of the base class
     points: tuple[str, ...]
     threshold: float = 0.5
     weights: str | None = None
+    inputs: Mapping[str, Any] | None = field(default=None, compare=False)
     name = "assigned"
     needs = frozenset({"assigner"})
 
@@ -216,7 +218,8 @@ class Assigned(OnePointPolicy):
     @classmethod
     def _of(cls, checkpoint: Checkpoint) -> Assigned:
         # `model` is the digest that `label` wrote; without it there is no check of weights.
-        return cls(*restore_assigner(checkpoint), weights=checkpoint.meta.get("model"))
+        meta = checkpoint.meta
+        return cls(*restore_assigner(checkpoint), weights=meta.get("model"), inputs=meta.get("inputs"))
 
     def choose(self, evidence: Evidence) -> Choice:
         """Returns the point of each clip by the assigner's probabilities."""
@@ -237,6 +240,13 @@ class Assigned(OnePointPolicy):
                 "policy assigned: its assigner was fitted to the labels of other weights, or of another run.precision; "
                 "run `label` and `assign` again to fit the assigner to this model"
             )
+
+    def say_other_inputs(self, now: Inputs) -> None:
+        """Prints how the inputs of its labels differ from the present ones; `check` compares the weights."""
+        recorded = self.inputs if isinstance(self.inputs, Mapping) else {}
+        differences = replace(now, weights=None).differences(recorded)
+        if differences:
+            say(f"policy assigned: its assigner was fitted to labels of other inputs: {'; '.join(differences)}")
 
     def _check_points(self, points: tuple[str, ...]) -> None:
         if self.points != points:
@@ -417,7 +427,7 @@ def _fitted_threshold(
         require_labels_of_model(weights, run)
     macs = point_macs(model)
     costs = np.array([macs[point] / macs[model.points[0]] for point in spec.points])  # fractions of the costliest
-    return fit_threshold(confidence_matrix(pd.read_parquet(path), spec.points, spec.measure), costs, fraction)
+    return fit_threshold(confidence_matrix(read_outcomes(run), spec.points, spec.measure), costs, fraction)
 
 
 def require_labels_of_model(model: nn.Module, run: Path) -> None:
@@ -426,8 +436,5 @@ def require_labels_of_model(model: nn.Module, run: Path) -> None:
     Raises:
         UserError: The table was made by other weights.
     """
-    path = run / "labels" / "label.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["model"] != weights_digest(model):
-        raise UserError(
-            f"{path.parent}: this label table belongs to other weights or another run.precision; run `label` again"
-        )
+    if (run / "labels" / "label.json").exists():
+        require_same_label_inputs(run, Inputs(None, weights_digest(model), {}))

@@ -27,13 +27,14 @@ from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.video.files import reason
-from videoadapt.model.checkpoint import load_model, weights_digest
+from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Bools, Floats, confidences
 from videoadapt.routing.router import assign_probabilities, clip_probabilities, view_logits
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
+from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.machine import pick_device, precision_dtype
 from videoadapt.runtime.ranks import any_requested, rank, wait_for_file, world_size
 from videoadapt.runtime.signals import StopRequest
@@ -103,13 +104,32 @@ class Scores:
                 yield _scored(arrays)
 
 
-def inference_model(config: Config) -> TimeSformer:
-    """Loads the trained model of a run, on the run's device and with weights in the run's precision.
+def trained_checkpoint(config: Config) -> Checkpoint:
+    """Loads the checkpoint of the run's model: `run.checkpoint`, or the newest of the run.
+
+    Prints the settings by which its training saw a video otherwise.
 
     Raises:
-        CheckpointError: There is no model, or it does not fit `config.model`.
+        CheckpointError: There is none, or it cannot be read.
     """
-    model = load_model(config.run.checkpoint or config.run.dir, config.model)
+    found = find_checkpoint(config.run.checkpoint or config.run.dir, train_checkpoints)
+    differences = Inputs.of(config, None, None, "data").differences({"settings": found.meta})
+    if differences:
+        say(f"{found.path}: was trained with other settings: {'; '.join(differences)}")
+    return found
+
+
+def inference_model(config: Config, checkpoint: Checkpoint | None = None) -> TimeSformer:
+    """Builds the trained model of a run, on the run's device and with weights in the run's precision.
+
+    Args:
+        config: The run's config.
+        checkpoint: The result of `trained_checkpoint`. None: it is loaded here.
+
+    Raises:
+        CheckpointError: There is no model, it does not fit `config.model`, or its weights are NaN or infinite.
+    """
+    model = restore_model(checkpoint or trained_checkpoint(config), config.model)
     # Weights are converted here, once: autocast would convert them again in every forward pass.
     return model.to(pick_device(config.run.device), precision_dtype(config.run.precision))
 

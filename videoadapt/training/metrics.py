@@ -6,7 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from videoadapt.runtime.files import replacing
+from videoadapt.errors import UserError
+from videoadapt.runtime.console import say
+from videoadapt.runtime.files import read_json, replacing
 
 
 class Metrics:
@@ -24,9 +26,12 @@ class Metrics:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        damaged = [number for number, line in enumerate(lines, start=1) if _step_of(line) is None]
+        if damaged and damaged != [len(lines)]:  # a crash tears the last line only, whose step is trained again
+            say(f"{path}: {len(damaged)} damaged lines are removed, the first is line {damaged[0]}")
         with replacing(path) as temporary:
-            kept = (f"{line}\n" for line in lines if _step_of(line) <= step)
+            kept = (f"{line}\n" for line in lines if (of := _step_of(line)) is not None and of <= step)
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -44,11 +49,13 @@ class Metrics:
         self._writer.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> float | None:
+    """Returns the step of a line; None if the line is damaged, or was torn by a crash."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
+        values = json.loads(line)
+        return float(values["step"]) if all(isinstance(value, (int, float)) for value in values.values()) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,17 @@ class TrainSummary:
 
     @classmethod
     def read(cls, path: Path) -> TrainSummary:
-        """Returns the summary that was written to a file."""
-        values = json.loads(path.read_text(encoding="utf-8"))
+        """Returns the summary that was written to a file.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        remedy = "delete it, and run `train` again, which writes it anew from the last checkpoint"
+        values = read_json(path, remedy)
         if "wait_share" in values:  # the name of the key in older runs
             values["wait_fraction"] = values.pop("wait_share")
-        points = {point: PointMetrics(**metrics) for point, metrics in values.pop("points").items()}
-        return cls(points=points, **values)
+        try:
+            points = {point: PointMetrics(**metrics) for point, metrics in values.pop("points").items()}
+            return cls(points=points, **values)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: damaged, or of another version; {remedy}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.throughput import ThroughputMeter
+from videoadapt.training.trained_clips import TENSOR, clip_keys
 
 # The keys that may differ between a run and its continuation, by section: they do not change the results.
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
@@ -87,6 +89,11 @@ class State:
     step: int = 0  # steps done
     skipped: int = 0  # clips that could not be read, over all ranks
 
+    @cached_property
+    def trained_clips(self) -> Tensor:
+        """What a checkpoint records of the clips of the train split, sorted int64; see `trained_clips.py`."""
+        return clip_keys(self.manifest)
+
     @classmethod
     def start(cls, config: Config, manifest: Manifest) -> State:
         """Returns the state before the first step, with a model initialised from `run.seed`, on its device."""
@@ -108,6 +115,7 @@ class State:
         tensors |= optimizer_tensors(self.model, self.optimizer)
         if self.ema is not None:
             tensors |= {f"ema/{name}": t for name, t in self.ema.module.state_dict().items()}
+        tensors[TENSOR] = self.trained_clips
         return tensors, self.config.model_dump(mode="json") | {
             "classes": list(self.manifest.classes),
             "manifest": self.manifest.hash,

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import parquet
 
 from videoadapt.config.load import Config
 from videoadapt.data.index.annotations import fingerprint, list_videos
@@ -30,7 +29,7 @@ from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import replacing, write_json
+from videoadapt.runtime.files import read_table, write_json, write_table
 from videoadapt.runtime.machine import worker_count
 
 SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the same order
@@ -152,8 +151,7 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Writes a Parquet file. An interrupted call leaves no unfinished file."""
         meta = json.dumps({"classes": self.classes, "fingerprint": self.fingerprint, "hash": self.hash})
-        with replacing(Path(path)) as temporary:
-            parquet.write_table(self._arrow.replace_schema_metadata({_KEY: meta.encode()}), temporary)
+        write_table(Path(path), self._arrow.replace_schema_metadata({_KEY: meta.encode()}))
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -162,16 +160,14 @@ class Manifest:
         Raises:
             UserError: The file is missing, unfinished, changed, or not a manifest.
         """
+        table = read_table(path, "make it again with `videoadapt index`")  # compares the checksum of all columns
         try:
-            table = parquet.read_table(path)
             meta = json.loads((table.schema.metadata or {})[_KEY])
             classes, fingerprint, expected = meta["classes"], meta["fingerprint"], meta["hash"]
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: cannot be read as a manifest: {str(error).splitlines()[0]}") from None
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             raise UserError(f"{path}: not a manifest of videoadapt; make one with `videoadapt index`") from None
         table = _with_new_columns(table)
-        # The stored hash detects a table that another program filtered or edited.
+        # The stored hash detects a table of an older version, without a checksum, that was filtered or edited.
         if not table.schema.equals(SCHEMA) or expected != (manifest := cls(table, classes, fingerprint)).hash:
             raise UserError(f"{path}: its columns or rows were changed; make it again with `videoadapt index`")
         return manifest
