@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -180,10 +181,10 @@ def _edit_json(data: bytes, kind: str, where: float, value: object) -> bytes:
     return json.dumps(content).encode()
 
 
-def _places(node: object) -> Iterator[tuple[dict | list, str | int]]:
+def _places(node: object) -> Iterator[tuple[Any, Any]]:
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, inner in items:
-        yield node, key  # type: ignore[misc]
+        yield node, key
         yield from _places(inner)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_each_input_that_differs_is_named_with_both_values(changed: dict, expect
 
 
 def test_keys_that_change_no_result_may_differ() -> None:
-    free = {
+    free: dict[str, Any] = {
         "run": {"dir": "elsewhere", "seed": 4, "device": "cpu"},
         "data": {"workers": 3, "flip": 0.0, "holdout": 0.2},
         "evaluate": {"batch": 2, "failed": "exclude", "temporal_views": 4},
