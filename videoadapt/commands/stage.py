@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Literal, NoReturn
 
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import replacing
+from videoadapt.runtime.files import Summary, replacing
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
 Stage = Literal["train", "label", "assign", "evaluate"]
-Summary: TypeAlias = dict[str, Any]  # the result of a stage, with the keys of its JSON file
 
 # The files that a stage leaves behind when it gets on, by name and size: what another start need not do again.
 _PROGRESS = ("probed.jsonl", "manifest.parquet", "checkpoints/step-*", "assigner/*", "scores/*/part-*")

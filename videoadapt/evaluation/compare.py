@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from videoadapt.errors import UserError
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
+from videoadapt.runtime.files import Summary
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Comparison:
     policies: list[ComparedPolicies]
 
 
-def compare(a: str, b: str) -> dict[str, Any]:
+def compare(a: str, b: str) -> Summary:
     """Compares the top-1 of two evaluated runs on the videos that both list, policy by policy.
 
     Policies of the same name are compared; if each side names one policy, those two. A failed video counts as in the
@@ -71,7 +71,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         failed_count_as=_counting(sides),
         policies=[_compared(sides, pair, common) for pair in pairs],
     )
-    as_json: dict[str, Any] = json.loads(json.dumps(asdict(result)))  # tuples become lists, as for every other verb
+    as_json: Summary = json.loads(json.dumps(asdict(result)))  # tuples become lists, as for every other verb
     return as_json
 
 

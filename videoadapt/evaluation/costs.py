@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from videoadapt.data.index.manifest import Manifest
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import write_csv, write_json
+from videoadapt.runtime.files import Summary, write_csv, write_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class ClipReport:
     files: list[str]
 
 
-def flops(config: Config) -> dict[str, Any]:
+def flops(config: Config) -> Summary:
     """Computes MACs per part, view and video of every point, from the architecture alone.
 
     If the run has been evaluated, adds the clip-level report (see `clip_report`), and the cost and accuracy of every
@@ -78,7 +77,7 @@ def flops(config: Config) -> dict[str, Any]:
         PointRow(point, total, views * total, asdict(point_cost(config.model, point)))
         for point, total in per_view.items()
     ]
-    summary: dict[str, Any] = {
+    summary: Summary = {
         "points": [asdict(row) for row in rows],
         "views_per_video": views,
         # A model of one point leaves nothing to assign.
@@ -90,7 +89,7 @@ def flops(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _evaluated_costs(config: Config, macs_per_view: Mapping[str, int]) -> dict[str, Any]:
+def _evaluated_costs(config: Config, macs_per_view: Mapping[str, int]) -> Summary:
     """Returns the costs of clips and policies of the run's evaluation; none, with a message, if it is another's."""
     found = read_evaluation(config.run.dir, ["macs_per_view", "manifest"])
     if found["macs_per_view"] != macs_per_view:

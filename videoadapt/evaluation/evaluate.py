@@ -33,7 +33,7 @@ from videoadapt.routing.scores import (
     trained_checkpoint,
 )
 from videoadapt.runtime.console import Bar, say
-from videoadapt.runtime.files import read_json, write_json
+from videoadapt.runtime.files import Summary, read_json, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
@@ -88,7 +88,7 @@ class EvaluationSummary:
         }
 
 
-def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
+def evaluate(config: Config, policies: Sequence[Policy] = ()) -> Summary:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Writes tables per view, clip and video (Parquet) and per class (CSV), and `evaluate.json`, into `evaluate/` of the
@@ -128,7 +128,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> dict[str, Any]:
             with guard():
                 write_json(path, summary.to_json() | {"seconds": round(time.monotonic() - start, 1)})
         # Every rank returns the written JSON, which has lists for tuples.
-        written: dict[str, Any] = broadcast_result(lambda: read_json(path, "run `evaluate` again"))
+        written: Summary = broadcast_result(lambda: read_json(path, "run `evaluate` again"))
     return written
 
 

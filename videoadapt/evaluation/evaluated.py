@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from videoadapt.runtime.files import read_json, read_parquet
+from videoadapt.runtime.files import Summary, read_json, read_parquet
 
 _REMEDY = "run `videoadapt evaluate` first"
 
 
-def read_evaluation(run: Path, keys: Collection[str] = ()) -> dict[str, Any]:
+def read_evaluation(run: Path, keys: Collection[str] = ()) -> Summary:
     """Reads `evaluate.json` of a run.
 
     Args:

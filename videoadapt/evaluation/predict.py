@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from videoadapt.config.load import Config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
@@ -26,7 +25,7 @@ from videoadapt.routing.label_rules import average_views
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
 from videoadapt.routing.router import clip_macs, route
 from videoadapt.routing.scores import inference_model
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.files import Summary, write_json
 
 TOP = 5  # classes of a prediction
 
@@ -172,7 +171,7 @@ def _hint(path: str) -> str:
     return ""
 
 
-def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> dict[str, Any]:
+def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> Summary:
     """Predicts files with the model of a run; the verb `predict`.
 
     Writes `predict/predictions.json` in the run folder.

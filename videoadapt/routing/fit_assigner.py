@@ -47,7 +47,7 @@ from videoadapt.routing.router import assign_probabilities
 from videoadapt.routing.scores import inference_model
 from videoadapt.routing.thumbnails import read_thumbnails
 from videoadapt.runtime.console import Bar, say
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import pick_device
@@ -104,7 +104,7 @@ class AssignSummary:
     seconds: float
 
 
-def assign(config: Config) -> dict[str, Any]:
+def assign(config: Config) -> Summary:
     """Fits the assigner on the run's label table, and resumes from its newest checkpoint.
 
     A fraction `assign.select` of the clips is set aside. On them the threshold is chosen that saves most while it loses
@@ -124,7 +124,7 @@ def assign(config: Config) -> dict[str, Any]:
         return broadcast_result(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
 
 
-def _assign(config: Config, checkpoints: Checkpoints) -> dict[str, Any]:
+def _assign(config: Config, checkpoints: Checkpoints) -> Summary:
     start = time.monotonic()
     points = config.model.points
     if len(points) == 1:

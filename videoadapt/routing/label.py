@@ -14,7 +14,7 @@ from videoadapt.errors import UserError
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
-from videoadapt.runtime.files import read_json, write_json, write_parquet
+from videoadapt.runtime.files import Summary, read_json, write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
 from videoadapt.training.trained_clips import require_held_out
@@ -44,7 +44,7 @@ class LabelSummary:
     inputs: dict[str, Any]  # what the labels depend on; see `label_inputs`
 
 
-def label(config: Config) -> dict[str, Any]:
+def label(config: Config) -> Summary:
     """Runs every point on every clip of the label source's splits, and derives the labels.
 
     Writes `outcomes.parquet` (one row per clip and point), `labels.parquet` (one row per clip) and `label.json` into
@@ -73,7 +73,7 @@ def label(config: Config) -> dict[str, Any]:
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
                 write_json(path, asdict(summary))  # last: it stands for complete tables
-        written: dict[str, Any] = broadcast_result(lambda: read_json(path, "run `label` again"))
+        written: Summary = broadcast_result(lambda: read_json(path, "run `label` again"))
     return written
 
 

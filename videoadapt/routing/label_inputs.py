@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from videoadapt.config.load import Config
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import read_json, read_parquet
+from videoadapt.runtime.files import Summary, read_json, read_parquet
 from videoadapt.runtime.inputs import Inputs
 
 _REMEDY = "run `label` again"
@@ -27,7 +26,7 @@ def label_inputs(config: Config, manifest: str | None, weights: str | None) -> I
     return Inputs.of(config, manifest, weights, "run", "data", "model", "evaluate", "label")
 
 
-def read_label_summary(run: Path) -> dict[str, Any]:
+def read_label_summary(run: Path) -> Summary:
     """Reads `label.json` of a run.
 
     Raises:

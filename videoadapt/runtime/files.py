@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import say
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd  # takes half a second to import, which commands without tables need not wait for
     import pyarrow as pa
 
+Summary: TypeAlias = dict[str, Any]  # what a verb returns and writes as JSON
 _DIGEST = b"videoadapt-digest"  # key in the metadata of a Parquet file
 # Names that `replacing` gives to temporary files: `.NAME.RANDOM.tmp`. Older versions wrote them without `.tmp`.
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.(last|.+\.(safetensors|npz|parquet|jsonl?|csv))\.[a-z0-9_]{8}")
@@ -159,7 +160,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False)
 
 
-def read_json(path: Path, remedy: str, keys: Collection[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, remedy: str, keys: Collection[str] = ()) -> Summary:
     """Reads a JSON object that another stage wrote.
 
     Args:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import pandas as pd
 
@@ -19,7 +18,7 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
 from videoadapt.model.weights.load import load_weights
 from videoadapt.runtime.console import Bar, say
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, worker_count
 from videoadapt.runtime.ranks import (
@@ -43,7 +42,7 @@ from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.throughput import ThroughputMeter
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config) -> Summary:
     """Trains the model of a config to the end, from the run's newest checkpoint if there is one.
 
     The ranks of a job share the work by `parallel.groups`; the result is the same for every plan, up to rounding. All

@@ -47,7 +47,7 @@ from videoadapt.performance.bench.loaders import (
 from videoadapt.performance.bench.machine import machine, print_machine, versions
 from videoadapt.performance.bench.memory import ProcessMemory, worker_memory
 from videoadapt.runtime.console import Bar, print_table
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.files import Summary, write_json
 
 _TIMEOUT_S = 600.0  # limit of a turn; a library that hangs must not stop the benchmark
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")
@@ -105,7 +105,7 @@ class KindTable:
     left_out: dict[str, str]  # the cause by loader
 
 
-def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> dict[str, Any]:
+def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> Summary:
     """Measures all loaders and writes `data.json`.
 
     A loader that is not installed, or fails, is left out. So is a file that cannot be read, or of which our two readers

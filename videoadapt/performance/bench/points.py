@@ -26,7 +26,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.bench.machine import machine, print_machine, versions
 from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
-from videoadapt.runtime.files import replacing, write_json
+from videoadapt.runtime.files import Summary, replacing, write_json
 from videoadapt.runtime.machine import pick_device, precision_dtype
 
 TARGET = 0.85  # least fraction of the speed that the MACs promise, for a point that counts as fast
@@ -54,7 +54,7 @@ class PointRow:
     kept: list[float]  # speed / promised; the target is `TARGET` or more
 
 
-def bench_points(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
+def bench_points(config: Config, words: Sequence[str] = ()) -> Summary:
     """Measures every point at every batch size, and writes `points.json` and `points.md`.
 
     Args:
