@@ -391,7 +391,10 @@ def test_configs_have_the_settings_of_the_authors_code(name: str) -> None:
     lr=st.floats(1e-9, 10),
     seed=st.integers(0, 2**63 - 1),
     milestones=st.lists(st.floats(0.1, 100), max_size=3),
-    name=st.text(st.characters(codec="utf-8", exclude_characters="\0$"), min_size=1, max_size=12),
+    # `~` at the start means the home folder; tests/config/test_parse.py has such names.
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0$"), min_size=1, max_size=12).filter(
+        lambda name: not name.startswith("~")
+    ),
 )
 def test_a_dumped_config_loads_to_an_equal_one(
     tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, milestones: list[float], name: str

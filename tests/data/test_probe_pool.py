@@ -65,9 +65,14 @@ def killed(path: str) -> str:
     """Replaces `probe`: a process is killed by the memory killer, or its fork server dies, always or at first."""
     event, _, when = path.rpartition("/")[2].partition("_")
     marker = Path(path)
-    if event != "good" and not (when == "once" and marker.exists()):
+    if event == "good":
         marker.touch()
-        time.sleep(0.1)  # so that the other worker has read a file
+    elif not (when == "once" and marker.exists()):
+        marker.touch()
+        deadline = time.monotonic() + 60
+        while not marker.with_name("good_1").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)  # until the other worker has read a file: otherwise no process could be started at all
+        time.sleep(0.5)  # the pool has its result
         os.kill(os.getppid() if event == "server" else os.getpid(), signal.SIGKILL)
         time.sleep(10)  # the process of a dead fork server lives on
     return path
