@@ -1,6 +1,7 @@
 """Damages configs, lists, JSON, checkpoint headers and state files at random, and reports what gives no clear line.
 
     python tools/fuzz_inputs.py cases=2000 commands=100 seed=1
+    python tools/fuzz_inputs.py "kinds=[lists, state files]"
 
 Each case is a small valid file with one to six random edits. In this process, the functions of the package read
 `cases` files of each kind: they must return, or raise UserError or RunError. `commands` files of each kind go through
@@ -110,6 +111,7 @@ class Settings(Section):
 
     cases: Count = 2000  # of each kind, in this process
     commands: Count = 100  # of each kind, through the command line
+    kinds: list[str] = []  # names of kinds; all by default
     seed: Seed = 1
 
 
@@ -566,7 +568,12 @@ def fuzz(options: Settings) -> bool:
     print("| kind | through | accepted | refused | exit 1 | failed | longest, CPU s | peak beyond the imports, MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     failures: dict[str, str] = {}
-    for name, kind in kinds(folder, config).items():
+    every = kinds(folder, config)
+    if unknown := sorted(set(options.kinds) - set(every)):
+        raise UserError(f"kinds: unknown {', '.join(unknown)}; expected {', '.join(every)}")
+    for name, kind in every.items():
+        if options.kinds and name not in options.kinds:
+            continue
         for commands in (False, True):
             count = options.commands if commands else options.cases
             tally = run_kind(kind, folder, count, options.seed + commands, commands=commands)
@@ -582,4 +589,7 @@ def fuzz(options: Settings) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if fuzz(parse_settings(Settings, "fuzz_inputs", sys.argv[1:])) else 1)
+    try:
+        sys.exit(0 if fuzz(parse_settings(Settings, "fuzz_inputs", sys.argv[1:])) else 1)
+    except UserError as error:
+        sys.exit(f"error: {error}")
