@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videoadapt.config.load import dump_config, load_config, make_config
-from videoadapt.config.parse import MAX_DEPTH, parse_json, parse_yaml, read_text
+from videoadapt.config.parse import MAX_DEPTH, MAX_TEXT_BYTES, parse_json, parse_yaml, read_text
 from videoadapt.errors import ConfigError, one_line, shown
 
 
@@ -307,3 +308,18 @@ def test_values_and_messages_are_cut() -> None:
     assert long.startswith("field: ")
     assert long.endswith("; do this")
     assert one_line("a\nb\x1b[31m\u202e") == "a b\\x1b[31m\\u202e"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc of Linux")
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    """Two byte order marks: as text, Python reserves six times the limit for them."""
+    path = tmp_path / "marks.txt"
+    path.write_bytes("\ufeff\ufeffa\r\nb\r".encode())
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 1024**2, before[1]))
+    try:
+        text = read_text(path, MAX_TEXT_BYTES, "utf-8-sig")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert text == "\ufeffa\nb\n"

@@ -7,6 +7,7 @@ decides what a text means: `010` is ten for a number and the name `010` for a pa
 from __future__ import annotations
 
 import errno
+import io
 import json
 import stat
 from pathlib import Path
@@ -19,6 +20,7 @@ from videoadapt.errors import shown
 MAX_CONFIG_BYTES = 256 * 1024  # PyYAML reads about 100 kB a second
 MAX_TEXT_BYTES = 256 * 1024**2  # lists and tables of videos: about four million lines
 MAX_DEPTH = 40  # levels of nesting. A config has 4, annotations have 5
+_PIECE_BYTES = 1024**2  # read at once
 _MAX_NODES = 20_000  # values of a config, with each alias counted as often as it is used
 
 NULLS = frozenset({"", "~", "null", "Null", "NULL"})  # of YAML 1.2
@@ -52,11 +54,15 @@ def read_text(path: Path, limit: int, encoding: str = "utf-8") -> str:
         UnicodeDecodeError: It is not text in this encoding.
     """
     require_regular(path)
+    data = bytearray()
     if path.stat().st_size <= limit:
-        with path.open(encoding=encoding) as file:
-            text = file.read(limit + 1)  # files in /proc state a size of 0
-        if len(text) <= limit:
-            return text
+        with path.open("rb") as file:
+            # Piece by piece, because files in /proc state a size of 0, and `read(limit)` of a text file reserves up to
+            # six times as many bytes.
+            while len(data) <= limit and (piece := file.read(_PIECE_BYTES)):
+                data += piece
+        if len(data) <= limit:
+            return io.TextIOWrapper(io.BytesIO(data), encoding).read()
     raise OSError(errno.EFBIG, f"larger than {limit:,} bytes, the limit for such a file", str(path))
 
 
