@@ -24,8 +24,9 @@ from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
 if TYPE_CHECKING:  # importing `config` takes pydantic, which `--help` does not need
-    from videoadapt.commands.stage import Stage, Summary
+    from videoadapt.commands.stage import Stage
     from videoadapt.config.load import Config
+    from videoadapt.runtime.files import Summary
 
 Result = TypeVar("Result")
 

@@ -11,7 +11,6 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from videoadapt.commands.stage import Summary
 from videoadapt.config.load import Config, load_config
 from videoadapt.config.points import Point
 from videoadapt.data.index.manifest import index
@@ -23,7 +22,7 @@ from videoadapt.report.plots import draw_costs, plot_accuracy_cost, save_figure
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.machine import worker_count
 from videoadapt.training.train import train
 

@@ -20,10 +20,11 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from videoadapt.commands.failure import FAILURES, fail, is_failure
-from videoadapt.commands.stage import Stage, Summary, run_stage
+from videoadapt.commands.stage import Stage, run_stage
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.runtime.console import say
+from videoadapt.runtime.files import Summary
 from videoadapt.runtime.slurm import cancel
 
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from videoadapt.commands.stage import Summary
 from videoadapt.runtime.console import macs, percent, print_table, say
+from videoadapt.runtime.files import Summary
 
 if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them at most
     from videoadapt.commands.demo import DemoResult

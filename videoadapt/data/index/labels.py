@@ -26,6 +26,7 @@ from videoadapt.errors import ConfigError
 
 _PARENTS_OF_ABSOLUTE_PATHS = 2  # folders further up are of the machine: /home/run is not the class `run`
 _MIN_CHARACTERS_IN_FILE_NAME = 3  # of a class name; `a.mp4` does not name the class `a`
+_MAX_SHOWN = 100  # characters of a label in a message
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -57,9 +58,6 @@ class Classes:
                 f"{self.count - 1 + first} (model.num_classes){hint}"
             )
         return number
-
-
-_MAX_SHOWN = 100
 
 
 def label_lists(lists: Sequence[AnnotationSource], classes: Classes) -> tuple[list[list[int]], list[str]]:

@@ -31,9 +31,8 @@ def read_text(path: Path, field: str) -> str:
         ConfigError: The file cannot be read, is larger than 256 MiB, is no regular file, or is not UTF-8.
     """
     try:
-        return parse.read_text(
-            path, parse.MAX_TEXT_BYTES, "utf-8-sig"
-        )  # -sig: spreadsheets on Windows write a byte order mark
+        # -sig: spreadsheets on Windows write a byte order mark.
+        return parse.read_text(path, parse.MAX_TEXT_BYTES, "utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{field}: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
