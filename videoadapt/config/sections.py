@@ -101,7 +101,9 @@ def _check_groups_type(value: Any, validate: ValidatorFunctionWrapHandler) -> An
 class Section(BaseModel):
     """A part of the config. It is immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
