@@ -101,6 +101,7 @@ def _check_groups_type(value: Any, validate: ValidatorFunctionWrapHandler) -> An
 class Section(BaseModel):
     """A part of the config. It is immutable, and unknown keys are errors."""
 
+    # The docstring under each field is its description in `videoadapt config`, docs/config.md and the JSON schema.
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -129,54 +130,89 @@ class RunConfig(Section):
     """The run folder, the device and the seed."""
 
     dir: Path = Path("runs/run")
+    """Folder of the run: checkpoints, labels, tables and logs. All stages of a run share it."""
     seed: Seed = 0
+    """Seed of the initial weights, the order of clips, augmentation and drawn points. Two runs with the same seed on
+    the same CPU are equal to the bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of model and assigner. `auto` is the GPU where there is one, otherwise the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint: Path | None = None  # checkpoint for label, evaluate and predict; null = the newest of the run
+    """Type of activations. In training with `bf16` (autocast), weights and their updates stay in float32. `bf16` suits
+    GPUs from Ampere on."""
+    checkpoint: Path | None = None
+    """Checkpoint file, or run folder, that `label`, `evaluate` and `predict` use. null = the newest of this run."""
 
 
 class SplitConfig(Section):
     """The videos of a split."""
 
-    annotations: Path | None = None  # an official CSV, a `path label` list, a JSON list, or a folder per class
+    annotations: Path | None = None
+    """The videos with their classes: an official CSV, a `path label` list, a JSON list, or a folder with a folder per
+    class. null = the split does not exist."""
 
 
 class DataConfig(Section):
     """The videos, and how they are read and augmented."""
 
-    root: Path | None = None  # folder for relative paths in a list; null = the folder of the list
+    root: Path | None = None
+    """Folder for relative paths in a list. null = the folder of the list."""
     train: SplitConfig = SplitConfig()
+    """Videos of training, and of `label` and `assign`."""
     val: SplitConfig = SplitConfig()
-    classes: Path | None = None  # class names in label order: a file (lines, CSV or JSON), or `kinetics400`, 600, 700
-    kind: Literal["auto", "videos", "images"] = (
-        "auto"  # entries of lists and folders to use; auto = all are of one kind
-    )
-    holdout: Fraction = 0.0  # fraction of the train split kept out of stage 1, for `label.source: holdout`
+    """Videos of `evaluate`."""
+    classes: Path | None = None
+    """Class names in label order: a file (lines, CSV or JSON), or `kinetics400`, `kinetics600`, `kinetics700`. null =
+    names from the annotations, where these have them."""
+    kind: Literal["auto", "videos", "images"] = "auto"
+    """Entries of lists and folders to use: videos or images. An image is a clip of one frame. `auto` = all entries are
+    of one kind, which is found out."""
+    holdout: Fraction = 0.0
+    """Fraction of the train split that stage 1 does not train on, for `label.source: holdout`. 0 = none."""
     reader: Literal["auto", "decord", "pyav"] = "auto"
-    # Larger videos and images are refused. 8K is 33 million pixels; 18 hours at 30 fps are 2 million frames.
-    max_pixels: Annotated[int, Field(ge=1, le=10**9)] = 64_000_000  # of a frame
-    max_frames: Annotated[int, Field(ge=1, le=10**9)] = 2_000_000  # of a video, or images of a folder
-    # Processes; auto = the CPUs that the job has.
+    """Video reader. `auto` = decord for files in which its frames are known to be exact, if it is installed, and PyAV
+    for all others."""
+    max_pixels: Annotated[int, Field(ge=1, le=10**9)] = 64_000_000
+    """Most pixels of a frame. A video or an image with larger frames is refused. 8K has 33 million."""
+    max_frames: Annotated[int, Field(ge=1, le=10**9)] = 2_000_000
+    """Most frames of a video, or images of a folder. A longer one is refused. 18 hours at 30 frames a second are 2
+    million."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
-    timeout_s: Seconds = 300.0  # longest time in which a worker reads one clip
-    # Frames of a clip. dense: at model.stride_frames, as for Kinetics. segments: spread over the whole video, as for
-    # Something-Something; model.stride_frames, model.fps and evaluate.single_clip are not used then.
+    """Processes of each rank that read clips. 0 = the main process reads them. `auto` = one for each CPU that the rank
+    may use."""
+    timeout_s: Seconds = 300.0
+    """Seconds in which a worker must have read one clip. After that the run stops, and names the file."""
     sampling: Literal["dense", "segments"] = "dense"
-    # Training crops. short_side: resize the short side to a random size in [LOW, HIGH], then crop model.size; null =
-    # model.size. crop_area: crop a random fraction of the frame's area in [LOW, HIGH], then resize; it needs
-    # short_side null.
+    """Frames of a clip. `dense`: at `model.stride_frames`, as for Kinetics. `segments`: spread over the whole video, as
+    for Something-Something; `model.stride_frames`, `model.fps` and `evaluate.single_clip` are not used then."""
     short_side: tuple[Pixels, Pixels] | None = None
+    """Training crops: [LOW, HIGH] in pixels. The short side is resized to a random size between them, then a square of
+    `model.size` is cut. TimeSformer: [256, 320]. null = `model.size`."""
     crop_area: tuple[Positive, Positive] | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # method of resizing before a crop
-    antialias: bool = True  # smooth before making frames smaller, as Pillow does; TimeSformer's code does not
-    flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5  # probability of a horizontal flip
-    rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None  # as in timm: rand-m9-mstd0.5-inc1
-    color_jitter: Weight = 0.0  # strength for brightness, contrast and saturation
-    erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # probability of random erasing
-    mixup: Weight = 0.0  # alpha of the beta distribution; 0 = off
-    cutmix: Weight = 0.0  # alpha of the beta distribution; 0 = off
-    mix_token: Weight = 0.0  # alpha of cutmix with patch tokens instead of pixels (LV-ViT)
-    token_labels: Path | None = None  # folder of LV-ViT's label maps, with CLASS/NAME.pt for each training image
+    """Training crops: [LOW, HIGH], fractions of the frame's area. A random part of such an area is cut and resized to
+    `model.size`. DeiT: [0.08, 1]. It needs `data.short_side` null. null = off."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Method of resizing before a crop, in training and evaluation. TimeSformer: bilinear. DeiT: bicubic."""
+    antialias: bool = True
+    """Smooth before frames are made smaller, as Pillow does. TimeSformer's code does not."""
+    flip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Probability that a training clip is mirrored. Use 0 where left and right matter (Something-Something)."""
+    rand_augment: Annotated[str, Field(pattern=_RAND_AUGMENT)] | None = None
+    """RandAugment of training clips in timm's text form, such as `rand-m9-mstd0.5-inc1` (DeiT). null = off."""
+    color_jitter: Weight = 0.0
+    """Strength of random brightness, contrast and saturation of training clips: 0.4 changes each by up to 40 %. 0 =
+    off."""
+    erase: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability of random erasing, which fills a box of a training clip with noise. DeiT: 0.25. 0 = off."""
+    mixup: Weight = 0.0
+    """Alpha of the beta distribution that mixes pairs of training clips and their labels. DeiT: 0.8. 0 = off."""
+    cutmix: Weight = 0.0
+    """Alpha of the beta distribution for boxes of one training clip pasted into another. DeiT: 1.0. 0 = off. With
+    `data.mixup` also on, each pair draws one of the two."""
+    mix_token: Weight = 0.0
+    """Alpha of CutMix with patch tokens instead of pixels. LV-ViT: 1.0. 0 = off."""
+    token_labels: Path | None = None
+    """Folder of LV-ViT's label maps, with CLASS/NAME.pt for each training image. It needs `model.dense_head` and
+    `model.num_frames: 1`. null = off."""
 
     @property
     def mixes(self) -> bool:
@@ -187,46 +223,83 @@ class DataConfig(Section):
 class IndexConfig(Section):
     """How `index` probes the video files."""
 
-    verify: Literal["quick", "full"] = "quick"  # full = decode every frame and record errors
-    timeout_s: Seconds = 60.0  # limit for one file; a slower file is recorded as broken
+    verify: Literal["quick", "full"] = "quick"
+    """Check of each file. `quick` reads its properties and decodes one frame. `full` decodes every frame and records
+    errors."""
+    timeout_s: Seconds = 60.0
+    """Seconds for one file. A slower file is recorded as broken."""
 
 
 class ModelConfig(Section):
     """The architecture and its input: all settings to build the model and to sample its frames from a file."""
 
     width: Annotated[int, Field(ge=1, le=65_536)] = 768
+    """Width of a token (embedding dimension). ViT-B: 768, ViT-S: 384, ViT-Ti: 192."""
     depth: Annotated[int, Field(ge=1, le=1000)] = 12
+    """Number of transformer blocks."""
     heads: Count = 12
+    """Attention heads of a block. `model.width` must be divisible by it."""
     mlp_ratio: Positive = 4.0
-    patch: Pixels = 16  # side of a patch in pixels
-    size: Pixels = 224  # side of the square crop in pixels
+    """Width of the hidden layer of an MLP, divided by `model.width`."""
+    patch: Pixels = 16
+    """Side of a patch in pixels."""
+    size: Pixels = 224
+    """Side of the square crop in pixels. The largest length is `model.size` divided by `model.patch`."""
     num_frames: Annotated[int, Field(ge=1, le=10_000)] = 8
-    stride_frames: Count = 32  # distance of two frames of a clip, counted at `fps`
-    fps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = 30.0  # null = the stride counts the frames of the file
-    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)  # mean of RGB values in [0, 1], for normalisation
+    """Frames of a clip. TimeSformer: 8; its HR variant 16, L 96. 1 = images."""
+    stride_frames: Count = 32
+    """Distance of two frames of a clip, counted in frames at `model.fps`. TimeSformer on Kinetics: 32."""
+    fps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = 30.0
+    """Frames a second at which `model.stride_frames` is counted, so that clips of all videos last equally long. null =
+    the stride counts the frames of the file."""
+    mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
+    """Mean of RGB values in [0, 1], for normalisation; it belongs to the weights. TimeSformer: 0.45 three times.
+    ImageNet: [0.485, 0.456, 0.406]."""
     std: tuple[Positive, Positive, Positive] = (0.225, 0.225, 0.225)
+    """Standard deviation of RGB values in [0, 1], for normalisation; it belongs to the weights. TimeSformer: 0.225
+    three times. ImageNet: [0.229, 0.224, 0.225]."""
     num_classes: Count = 400
+    """Number of classes. Kinetics-400: 400, ImageNet: 1000."""
     points: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ("14", "10", "7")
-    temporal: bool = True  # divided space-time attention; false = no attention between frames
-    drop_blocks: tuple[Count, ...] = (4, 7, 10)  # numbers from 1; points with keep < 1 drop tokens in these blocks
-    embed: Literal["resize", "kernel", "stem"] = "resize"  # method that makes tokens of each length (docs/points.md)
-    align_corners: bool = False  # resize frames as SuperViT does: aligned corners, no antialiasing
-    # One set of weights for all lengths instead of one for each: LayerNorm, patch embedding, position embedding.
+    """Operating points, LENGTH or LENGTH@KEEP: tokens per side of a frame, and the fraction of them that stays
+    (docs/points.md). They are sorted by cost, costliest first."""
+    temporal: bool = True
+    """Divided space-time attention (TimeSformer). false = no attention between frames, for `model.num_frames: 1`."""
+    drop_blocks: tuple[Count, ...] = (4, 7, 10)
+    """Numbers, from 1, of the blocks in which points with keep < 1 drop tokens. SuperViT: [4, 7, 10]."""
+    embed: Literal["resize", "kernel", "stem"] = "resize"
+    """How tokens of each length are made. `resize`: frames are resized, and the patch stays. `kernel`: frames keep
+    their size, and the patch grows. `stem`: as `resize`, with convolutions before the patches (LV-ViT, ReViT)."""
+    align_corners: bool = False
+    """Resize frames between lengths as SuperViT does: aligned corners, no antialiasing."""
     share_norm: bool = False
+    """One set of LayerNorms for all lengths instead of one for each (ReViT, section 3.2)."""
     share_patch: bool = False
+    """One patch embedding for all lengths instead of one for each."""
     share_pos: bool = False
-    distill_token: bool = False  # a second class token for student points (ReViT, figure 3)
-    dense_head: Positive | None = None  # weight of the logits of LV-ViT's head on patches; null = no head on patches
+    """One position embedding for all lengths, resized to each, instead of one for each."""
+    distill_token: bool = False
+    """A second class token for student points, which learns from the teacher (ReViT, figure 3)."""
+    dense_head: Positive | None = None
+    """Weight of the logits of a head on patches at inference. LV-ViT: 0.5. null = no head on patches."""
     qkv_bias: bool = True
-    layer_scale: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None  # initial value; null = no LayerScale
-    residual_scale: Positive = 1.0  # factor of attention and MLP outputs before they are added; LV-ViT: 0.5
+    """Query, key and value of attention have a bias, as in ViT."""
+    layer_scale: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
+    """Initial value of LayerScale, a learnt factor of each channel after attention and MLP. null = no LayerScale."""
+    residual_scale: Positive = 1.0
+    """Factor of attention and MLP outputs before they are added. LV-ViT: 0.5."""
     norm_eps: Positive = 1e-6
-    drop_path: Fraction = 0.0  # probability in the last block, rising linearly from 0 in the first
-    # One draw of drop path in attention is for a whole clip, or for each sequence of the call (TimeSformer's code): a
-    # position in temporal attention, a frame in spatial attention.
+    """Epsilon in the LayerNorms. ViT and TimeSformer: 1e-6."""
+    drop_path: Fraction = 0.0
+    """Probability of drop path (stochastic depth) in the last block, rising linearly from 0 in the first. TimeSformer
+    and DeiT: 0.1. 0 = off."""
     drop_path_unit: Literal["clip", "sequence"] = "clip"
-    init_std: Positive = 0.02  # standard deviation of new linear layers and embeddings
-    time_init_std: Weight = 0.0  # TimeSformer starts its time embedding at zero
+    """One draw of drop path in attention is for a whole clip, or for each sequence of the call (TimeSformer's code): a
+    position in temporal attention, a frame in spatial attention."""
+    init_std: Positive = 0.02
+    """Standard deviation of new linear layers and embeddings."""
+    time_init_std: Weight = 0.0
+    """Standard deviation of a new time embedding. TimeSformer starts it at 0."""
 
     @model_validator(mode="before")
     @classmethod
@@ -293,47 +366,84 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The loss: ReViT's distillation between lengths (section 3.3), and SuperViT's between keeps of one length."""
 
-    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9  # weight of the distillation term in a student's loss
-    tau: Positive = 1.0  # temperature of the softmax in the distillation term
-    hard: bool = False  # the target is the teacher's top class instead of its distribution
-    dropped: Literal["kl", "ce"] = "kl"  # points with keep < 1 learn from their length at keep 1, or from the labels
+    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    """Weight of the distillation term in a student's loss; the true label has the rest. 0 = no distillation, 1 = no
+    true label."""
+    tau: Positive = 1.0
+    """Temperature of the softmax in the distillation term."""
+    hard: bool = False
+    """The target is the teacher's top class instead of its distribution. `loss.tau` must stay 1 then."""
+    dropped: Literal["kl", "ce"] = "kl"
+    """Points with keep < 1 learn from their length at keep 1 (`kl`), or from the labels (`ce`)."""
     label_smoothing: Fraction = 0.0
-    dense_weight: Weight = 0.5  # weight of the loss of the head on patches (model.dense_head)
-    # Lengths whose patches have this loss, at keep 1: all, or the longest alone (SuperViT's code).
+    """Part of the target that is spread over all classes. DeiT: 0.1. 0 = off."""
+    dense_weight: Weight = 0.5
+    """Weight of the loss of the head on patches (`model.dense_head`). LV-ViT: 0.5."""
     dense_lengths: Literal["all", "longest"] = "all"
-    map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0  # weight of the label map in the target of the class token
+    """Lengths whose patches have this loss, at keep 1: all, or the longest alone (SuperViT's code)."""
+    map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """Weight of the label map (`data.token_labels`) in the target of the class token; the true label has the rest."""
 
 
 class TrainConfig(Section):
     """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's recipe."""
 
-    init: Annotated[str, IS_PATH] | None = None  # initial weights: a file, a folder, or the name of a timm model
-    weights: WhichWeights = "ema"  # weights of a file that has both: their moving average, or the last ones
-    resample: Resample = "bicubic"  # how initial weights of another length or number of frames are resampled
+    init: Annotated[str, IS_PATH] | None = None
+    """Initial weights: a file, a folder, or the name of a timm model, such as `vit_base_patch16_224`. null = random
+    weights."""
+    weights: WhichWeights = "ema"
+    """Weights to take from an initial file that has both: their moving average (`ema`), or the last ones."""
+    resample: Resample = "bicubic"
+    """How initial weights of another length or number of frames are resampled. `nearest_flat` = as TimeSformer's code
+    when training starts."""
     epochs: Count = 15
-    draw: Literal["all", "sampled"] = "all"  # points of a step: all (ReViT), or four random ones (SuperViT)
-    batch: Count = 64  # clips of a step, over all ranks
-    accumulate: Count = 1  # micro-batches of a step
+    """Passes over the train split."""
+    draw: Literal["all", "sampled"] = "all"
+    """Points of a step: all (ReViT), or four random ones (SuperViT)."""
+    batch: Count = 64
+    """Clips of a step, over all ranks. The learning rate is not scaled with it."""
+    accumulate: Count = 1
+    """Micro-batches into which each rank's clips of a step are split, one after the other, to save memory. It divides
+    `train.batch`."""
     optimizer: Literal["adamw", "sgd"] = "sgd"
+    """Optimizer. TimeSformer: sgd. DeiT: adamw."""
     lr: Positive = 0.005
+    """Highest learning rate, for `train.batch` clips. It is not scaled with the batch."""
     momentum: Fraction = 0.9
-    nesterov: bool = False  # Nesterov's momentum; only for sgd, with momentum above 0
+    """Momentum of sgd."""
+    nesterov: bool = False
+    """Nesterov's momentum; only for sgd, with `train.momentum` above 0."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the two moving averages of adamw."""
     weight_decay: Weight = 1e-4
-    # Parameters that decay: matrices and kernels alone, or all but the BatchNorms of stems (TimeSformer's code).
+    """Weight decay; for adamw decoupled from the gradient. DeiT: 0.05."""
     decay: Literal["matrices", "all"] = "matrices"
+    """Parameters that decay: matrices and kernels alone, or all but the BatchNorms of stems (TimeSformer's code)."""
     schedule: Literal["cosine", "step"] = "step"
-    milestones: tuple[Positive, ...] = (11, 14)  # epochs, for `step`
-    gamma: Positive = 0.1  # factor of the learning rate at each milestone
+    """Learning rate after the warm-up: a cosine down to `train.min_lr`, or steps at `train.milestones`."""
+    milestones: tuple[Positive, ...] = (11, 14)
+    """Epochs, fractions allowed, at which `train.schedule: step` multiplies the learning rate by `train.gamma`."""
+    gamma: Positive = 0.1
+    """Factor of the learning rate at each milestone."""
     warmup_epochs: Weight = 0.0
+    """Epochs, fractions allowed, in which the learning rate rises linearly to `train.lr`. 0 = no warm-up."""
     min_lr: Weight = 0.0
-    clip_grad: Positive | None = None  # maximum norm of the gradient; null = no clipping
-    ema: Fraction | None = None  # decay of the moving average of the weights; null = no average
+    """Learning rate at the end of the cosine."""
+    clip_grad: Positive | None = None
+    """Largest norm of the gradient over all parameters; a longer one is shortened to it. null = no clipping."""
+    ema: Fraction | None = None
+    """Decay per step of the moving average of the weights, such as 0.9999. Later stages use the average. null = no
+    average."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time, the
+    same results."""
     compile: bool = False
-    save_steps: Annotated[int, Field(ge=0, le=10**12)] = 0  # steps between two checkpoints; 0 = one each epoch
-    # At least 2: if the newest file is damaged, the one before it is used.
+    """Compile the model with `torch.compile`. The first steps take minutes."""
+    save_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Steps between two checkpoints. 0 = one each epoch."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
+    """Checkpoints that stay on disk, newest first. At least 2: if the newest file is damaged, the one before it is
+    used."""
 
     @model_validator(mode="after")
     def _check_schedule_and_batch(self) -> TrainConfig:
@@ -357,35 +467,53 @@ class TrainConfig(Section):
 class PlanConfig(Section):
     """Assumptions of `videoadapt plan`."""
 
-    bandwidth_gbps: Positive = 100.0  # gigabits per second from one rank to the next
-    macs_per_s: Annotated[float, Field(ge=1.0, le=1e21)] | None = None  # speed of a rank in training; null = measured
-    clips: Annotated[int, Field(ge=1, le=10**12)] | None = None  # clips in an epoch; null = those of the manifest
+    bandwidth_gbps: Positive = 100.0
+    """Gigabits per second from one rank to the next."""
+    macs_per_s: Annotated[float, Field(ge=1.0, le=1e21)] | None = None
+    """Multiply-adds that a rank computes per second in training. null = measured on this machine."""
+    clips: Annotated[int, Field(ge=1, le=10**12)] | None = None
+    """Clips in an epoch. null = the number in the manifest."""
 
 
 class LabelConfig(Section):
     """Stage 2: the clips and the rule for the labels."""
 
-    # teacher: a point is right if it agrees with the costliest point.
     source: Literal["train", "holdout", "teacher"] = "train"
-    none_right: Literal["longest", "cheapest", "exclude"] = "longest"  # label of a clip on which no point is right
+    """Clips that get labels. `train`: those that stage 1 trains on. `holdout`: those of `data.holdout`, which it has
+    not seen. `teacher`: both, and a point is right if it agrees with the costliest point."""
+    none_right: Literal["longest", "cheapest", "exclude"] = "longest"
+    """Label of a clip on which no point is right: the `longest` (costliest) point, the `cheapest`, or `exclude` to
+    leave the clip out."""
 
 
 class AssignConfig(Section):
     """The assigner, a small EfficientNet-B0 on a few low-resolution frames, and its training."""
 
-    frames: Annotated[int, Field(ge=1, le=10_000)] = 4  # frames of a clip
-    size: Pixels = 112  # side of a frame in pixels
-    channel_multiplier: Annotated[float, Field(ge=0.01, le=100.0)] = 0.5  # 1 = the width of EfficientNet-B0
-    stages: Annotated[int, Field(ge=1, le=7)] = 7  # number of stages of EfficientNet-B0 that are used, from the first
+    frames: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Frames of a clip that the assigner sees; at most `model.num_frames`. ReViT: 4."""
+    size: Pixels = 112
+    """Side of a frame in pixels."""
+    channel_multiplier: Annotated[float, Field(ge=0.01, le=100.0)] = 0.5
+    """Width of the network. 1 = the width of EfficientNet-B0."""
+    stages: Annotated[int, Field(ge=1, le=7)] = 7
+    """Number of stages of EfficientNet-B0 that are used, from the first."""
     epochs: Count = 30
+    """Passes over the labelled clips."""
     batch: Count = 64
+    """Clips of a step."""
     lr: Positive = 1e-3
+    """Highest learning rate of AdamW."""
     weight_decay: Weight = 0.02
+    """Weight decay of AdamW."""
     loss: Literal["ce", "expected_cost"] = "ce"
-    mu: Weight = 2.0  # cost of a wrong prediction, in units of the costliest point's cost
-    # Fraction of the labelled clips on which the threshold is chosen.
+    """`ce`: cross-entropy with the labels (ReViT). `expected_cost`: the mean cost of the chosen points, wrong
+    predictions included."""
+    mu: Weight = 2.0
+    """Cost of a wrong prediction in `assign.loss: expected_cost`, in units of the costliest point's cost."""
     select: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    tolerance: Fraction = 0.005  # accuracy that may be lost on them, compared with the costliest point
+    """Fraction of the labelled clips that are not trained on. On them the threshold is chosen."""
+    tolerance: Fraction = 0.005
+    """Accuracy that may be lost on these clips, compared with the costliest point: 0.005 is half a percentage point."""
 
 
 class EvaluateConfig(Section):
@@ -394,33 +522,48 @@ class EvaluateConfig(Section):
     `label` and `predict` use the same views and the same mean.
     """
 
-    temporal_views: Count = 1  # clips of a video
-    single_clip: Literal["centre", "start"] = "centre"  # place of the clip if temporal_views is 1; start = frame 0
-    spatial_crops: Count = 3  # crops of a clip
-    crop_offset: Literal["round", "ceil"] = "round"  # a crop between two pixels: the even one, or the next one
-    average: Average = "probabilities"  # mean over the views of a video; logits = softmax of their mean
-    crop_pct: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0  # side of the crop / short side of the resized frame
-    batch: Count = 16  # views of a forward pass
-    failed: Literal["wrong", "exclude"] = "wrong"  # a video that cannot be read counts as wrong, or not at all
-    speed_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 64  # clips for measuring the speed; 0 = not measured
+    temporal_views: Count = 1
+    """Clips of a video, spread over its length."""
+    single_clip: Literal["centre", "start"] = "centre"
+    """Place of the clip if `evaluate.temporal_views` is 1: the centre of the video, or its start (frame 0)."""
+    spatial_crops: Count = 3
+    """Crops of a clip. 1 = the centre, 3 = also both ends of the long side."""
+    crop_offset: Literal["round", "ceil"] = "round"
+    """Place of a crop between two pixels: the even one (`round`), or the next one (`ceil`)."""
+    average: Average = "probabilities"
+    """Mean over the views of a video: of their probabilities, or the softmax of the mean of their logits."""
+    crop_pct: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0
+    """Side of the crop divided by the short side of the resized frame. DeiT: 0.875. 1 = no border."""
+    batch: Count = 16
+    """Views of a forward pass."""
+    failed: Literal["wrong", "exclude"] = "wrong"
+    """A video that cannot be read counts as `wrong`, or is left out of all figures (`exclude`)."""
+    speed_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 64
+    """Clips for measuring the speed. 0 = not measured."""
     speed_repeats: Count = 3
-    # For example 8@0.5,14@0.7:0.6 or 8@0.5,14@0.7:cost=0.4 (docs/points.md).
+    """Rounds of the measurement of speed, after one to warm up."""
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`
+    (docs/points.md)."""
 
 
 class ParallelConfig(Section):
     """The ranks of a stage, the groups of ranks that train a length, and the shards of an array of jobs."""
 
-    # Number of ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}; auto = balanced by cost; null =
-    # every rank trains every point.
     groups: Annotated[Literal["auto"] | dict[str, Count] | None, WrapValidator(_check_groups_type)] = None
-    # With groups: shared = each clip is decoded by one rank, which sends it to the ranks that train it; own = each
-    # group decodes every clip.
+    """Number of ranks of each length, such as {14: 4, 10: 2, 7: 1} or {14: 2, 10+7: 1}. `auto` = balanced by cost. null
+    = every rank trains every point."""
     decode: Literal["own", "shared"] = "shared"
-    ranks: Count | None = None  # required number; null = as many as the launcher has started
-    join_s: Seconds = 50.0  # time in which all ranks must have started
-    step_s: Seconds = 1800.0  # time that a rank waits for the others in a training step, loading included
-    shard: str | None = None  # I/N: label and evaluate score only shard I of N of the videos
+    """With `parallel.groups`. `shared`: each clip is decoded by one rank, which sends it to the ranks that train it.
+    `own`: each group decodes every clip, for networks of 1 Gbit/s and less."""
+    ranks: Count | None = None
+    """Required number of ranks; another number is an error. null = as many as the launcher has started."""
+    join_s: Seconds = 50.0
+    """Seconds in which all ranks must have started."""
+    step_s: Seconds = 1800.0
+    """Seconds that a rank waits for the others in a training step, loading included."""
+    shard: str | None = None
+    """I/N, such as 0/4: label and evaluate score only shard I of N of the videos. null = all videos."""
 
     @model_validator(mode="after")
     def _check_shard(self) -> ParallelConfig:
@@ -442,27 +585,45 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """The stages that `videoadapt launch` starts, and where."""
 
-    stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"  # all = these four, in this order
-    cluster: Literal["slurm", "local"] = "slurm"  # local = on this machine, one stage after the other
-    shards: Annotated[int, Field(ge=1, le=100_000)] = 1  # jobs in the array of label and of evaluate; 1 = no array
+    stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"
+    """Stage to start; `all` = train, label, assign and evaluate, in this order."""
+    cluster: Literal["slurm", "local"] = "slurm"
+    """Where: SLURM, or `local` = on this machine, one stage after the other."""
+    shards: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Jobs in the array of label and of evaluate. 1 = no array."""
 
 
 class SlurmConfig(Section):
     """Resources of a SLURM job. `assign`, and each job of an array, has one task with its GPUs, CPUs and memory."""
 
-    partition: str | None = None  # null, here and below = the cluster's default
+    partition: str | None = None
+    """`--partition` of sbatch. null = the cluster's default."""
     account: str | None = None
+    """`--account` of sbatch. null = the cluster's default."""
     qos: str | None = None
-    constraint: str | None = None  # required features of the nodes
-    exclude: Annotated[str, BeforeValidator(_host_list)] | None = None  # names of nodes to avoid
+    """`--qos` of sbatch. null = the cluster's default."""
+    constraint: str | None = None
+    """Required features of the nodes (`--constraint`). null = any node."""
+    exclude: Annotated[str, BeforeValidator(_host_list)] | None = None
+    """Names of nodes to avoid (`--exclude`), such as `n01,n02` or `n[01-03]`. null = none."""
     comment: str | None = None
-    # Limit of one start; shortly before it, the job saves and is requeued. A number, or a time as sbatch writes it.
+    """Text that SLURM keeps with the job (`--comment`). null = none."""
     time_minutes: Annotated[Count, BeforeValidator(_slurm_minutes)] = 1440
+    """Limit of one start (`--time`); shortly before it, the job saves and is requeued. A number is minutes; or a time
+    as sbatch writes it, such as 4:00:00 or 1-12."""
     nodes: Count = 1
-    tasks_per_node: Count = 1  # one for each GPU
-    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1  # 0 = no GPUs; a rank uses one at most
-    cpus_per_task: Count = 8  # the data workers of a task share them
-    mem_gb: Count | None = None  # memory of each node, in GB
-    setup: tuple[str, ...] = ()  # shell lines before the command, to load modules or an environment
-    signal_s: Count = 120  # seconds before the time limit at which the job gets the signal to save
-    max_restarts: Annotated[int, Field(ge=0, le=1_000_000)] = 20  # a job that needs more fails
+    """Nodes of a job (`--nodes`)."""
+    tasks_per_node: Count = 1
+    """Ranks on each node (`--ntasks-per-node`), one for each GPU."""
+    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1
+    """GPUs of a rank, one at most (`--gpus-per-task`). 0 = no GPUs."""
+    cpus_per_task: Count = 8
+    """CPUs of a rank (`--cpus-per-task`). The data workers of a task share them."""
+    mem_gb: Count | None = None
+    """Memory of each node in GB (`--mem`). null = the cluster's default."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the command, to load modules or an environment."""
+    signal_s: Count = 120
+    """Seconds before the time limit at which the job gets the signal to save (`--signal`)."""
+    max_restarts: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    """Times that a job may be requeued. A job that needs more fails."""
