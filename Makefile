@@ -1,4 +1,4 @@
-# make demo | test | coverage | lint | clean. The first run creates an environment in .venv. Nothing is installed outside of it, with
+# make demo | test | coverage | lint | docs | clean. The first run creates an environment in .venv. Nothing is installed outside of it, with
 # one exception: Debian's venv package, if it is missing and make runs as root.
 # To use another interpreter: make demo PYTHON=python3.12
 
@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 METADATA := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test coverage lint clean
+.PHONY: help demo test coverage lint docs clean
 
 help:
 	@echo "make demo      train, route and report on synthetic video, on this machine"
 	@echo "make test      run the tests"
 	@echo "make coverage  run the tests, and print the lines that none of them runs"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      write the documentation as a site to build/docs"
 	@echo "make clean     remove the environment, caches and builds (runs/ stays)"
 
 demo: $(VENV)/.installed
@@ -35,6 +36,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy videoadapt tests $(wildcard tools/*.py slurm/*.py)
 
+# The variable silences the theme's advertisement of its successor; warnings of the build remain.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f tools/mkdocs.yml
+	@echo "build/docs/index.html"
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find videoadapt tests tools slurm -name __pycache__ -prune -exec rm -rf {} +
@@ -48,7 +54,7 @@ $(VENV)/.installed: $(METADATA) | $(BIN)/pip
 
 $(VENV)/.installed-test: $(METADATA) | $(BIN)/pip
 	@echo "Installing into $(VENV): torch and its CUDA libraries are about 5 GB, so this takes minutes."
-	$(PIP_INSTALL) -e '.[test]'
+	$(PIP_INSTALL) -e '.[docs,test]'
 	@touch $(VENV)/.installed $@
 
 # pip is the target, because venv creates it last: without it the environment is incomplete. Debian and Ubuntu ship Python

@@ -33,6 +33,10 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    "docs": [
+        "mkdocs>=1.6,<2",  # 2 has neither hooks nor themes of others
+        "mkdocs-material>=9.6",
+    ],
     "test": [
         "pytest>=8",
         "pytest-cov>=7",
