@@ -22,6 +22,7 @@ from videoadapt.config.cascade import parse_cascade_spec
 from videoadapt.config.parse import MAX_CONFIG_BYTES, MAX_DEPTH, NULLS, WrittenDict, WrittenList, parse_yaml, read_text
 from videoadapt.config.points import Point
 from videoadapt.config.sections import (
+    TOP5,
     AssignConfig,
     DataConfig,
     EvaluateConfig,
@@ -79,6 +80,9 @@ class Config(Section):
             raise ConfigError(
                 "label.source: holdout needs data.holdout above 0, the fraction of the clips kept out of stage 1"
             )
+        _check_validation(self.data, self.train, self.model)
+        if isinstance(self.train.freeze, int) and self.train.freeze > self.model.depth:
+            raise ConfigError(f"train.freeze: {self.train.freeze} is more than model.depth {self.model.depth}")
         if self.assign.frames > self.model.num_frames:
             raise ConfigError(
                 f"assign.frames: {self.assign.frames} is more than the frames of a clip (model.num_frames "
@@ -105,6 +109,20 @@ def _check_crops(data: DataConfig, size: int) -> None:
         raise ConfigError(
             f"data.crop_area: expected [LOW, HIGH] with LOW <= HIGH <= 1, and data.short_side=null, got "
             f"{list(data.crop_area)} and {short and list(short)}"
+        )
+
+
+def _check_validation(data: DataConfig, train: TrainConfig, model: ModelConfig) -> None:
+    if data.validate == "holdout" and train.validate_every and data.holdout == 0.0:
+        raise ConfigError("data.validate: holdout needs data.holdout above 0, the fraction of train that is kept out")
+    if train.best_metric is None:
+        return
+    name, slash, point = train.best_metric.partition("/")
+    names = ("top1", "top5", "loss") if model.num_classes > TOP5 else ("top1", "loss")
+    if name not in names or (slash and point not in model.points):
+        raise ConfigError(
+            f"train.best_metric: expected {' or '.join(names)}, alone or with a point of the model "
+            f"({', '.join(model.points)}), such as {names[0]}/{model.points[-1]}, got {shown(train.best_metric)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -38,6 +39,9 @@ Average = Literal["probabilities", "logits"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # NumPy takes no negative seed, torch none of 64 bits
 Resample = Literal["bicubic", "nearest", "nearest_flat"]
 WhichWeights = Literal["ema", "last"]
+ValidateOn = Literal["val", "holdout"] | Annotated[float, Field(gt=0.0, lt=1.0)]
+
+TOP5 = 5  # top-5 needs more classes than these: of five, the true one is always among five
 
 IS_PATH = "path"  # marks a field of text that may be a path: `~` and `$NAME` in it are expanded
 
@@ -140,7 +144,8 @@ class RunConfig(Section):
     """Type of activations. In training with `bf16` (autocast), weights and their updates stay in float32. `bf16` suits
     GPUs from Ampere on."""
     checkpoint: Path | None = None
-    """Checkpoint file, or run folder, that `label`, `evaluate` and `predict` use. null = the newest of this run."""
+    """Checkpoint that `label`, `evaluate` and `predict` use: `last`; `best` by the validations while training; a file;
+    or a run folder, whose newest is used. null = `last`."""
 
 
 class SplitConfig(Section):
@@ -149,6 +154,10 @@ class SplitConfig(Section):
     annotations: Path | None = None
     """The videos with their classes: an official CSV, a `path label` list, a JSON list, or a folder with a folder per
     class. null = the split does not exist."""
+
+
+# pydantic warns of a field that is named as a method of its base class; `BaseModel.validate` is deprecated and unused.
+warnings.filterwarnings("ignore", 'Field name "validate" in "DataConfig" shadows', UserWarning)
 
 
 class DataConfig(Section):
@@ -167,7 +176,11 @@ class DataConfig(Section):
     """Entries of lists and folders to use: videos or images. An image is a clip of one frame. `auto` = all entries are
     of one kind, which is found out."""
     holdout: Fraction = 0.0
-    """Fraction of the train split that stage 1 does not train on, for `label.source: holdout`. 0 = none."""
+    """Fraction of the train split that stage 1 does not train on, for `label.source: holdout` and
+    `data.validate: holdout`. 0 = none."""
+    validate: ValidateOn = "val"  # type: ignore[assignment] # BaseModel has a method of this name
+    """Videos of the validation while training (`train.validate_every`): the val split, the clips of `data.holdout`, or
+    a fraction of the val split, such as 0.2, with the same videos in every run."""
     reader: Literal["auto", "decord", "pyav"] = "auto"
     """Video reader. `auto` = decord for files in which its frames are known to be exact, if it is installed, and PyAV
     for all others."""
@@ -383,6 +396,9 @@ class LossConfig(Section):
     """Lengths whose patches have this loss, at keep 1: all, or the longest alone (SuperViT's code)."""
     map_share: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     """Weight of the label map (`data.token_labels`) in the target of the class token; the true label has the rest."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of a clip in the cross-entropy with the labels. `balanced` = clips / (classes * clips of its class), for
+    classes of very different sizes; the mean weight of the training clips is 1. Distillation has no weights."""
 
 
 class TrainConfig(Section):
@@ -396,6 +412,12 @@ class TrainConfig(Section):
     resample: Resample = "bicubic"
     """How initial weights of another length or number of frames are resampled. `nearest_flat` = as TimeSformer's code
     when training starts."""
+    freeze: Literal["backbone"] | Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Weights of `train.init` that are not trained. A number N = the embeddings and the first N blocks, `backbone` =
+    all but the heads, null = none. Frozen parts have no decay and no drop path; they save time and memory."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor of the learning rate from one block to the block before it, as in BEiT and timm: the head has `train.lr`,
+    the embeddings the lowest rate. Usual for fine-tuning: 0.65 to 0.9. 1 = the same rate everywhere."""
     epochs: Count = 15
     """Passes over the train split."""
     draw: Literal["all", "sampled"] = "all"
@@ -442,8 +464,17 @@ class TrainConfig(Section):
     save_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
     """Steps between two checkpoints. 0 = one each epoch."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
-    """Checkpoints that stay on disk, newest first. At least 2: if the newest file is damaged, the one before it is
-    used."""
+    """Checkpoints that stay on disk, newest first, and the best one beside them. At least 2: if the newest file is
+    damaged, the one before it is used."""
+    validate_every: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+    """Epochs between two validations, on the videos of `data.validate`. The last epoch always has one. 0 = never."""
+    best_metric: str | None = None
+    """What the best checkpoint is best in: `top1`, `top5` or `loss`, at a point (`top1/14`) or as the mean over all
+    points (`top1`). null = top-1 at the costliest point."""
+    patience: Count | None = None
+    """Validations without a better `train.best_metric` after which training stops early. null = never."""
+    tracker: Literal["wandb", "mlflow", "clearml"] | None = None
+    """Experiment tracker that also gets all metrics; its package must be installed. null = none."""
 
     @model_validator(mode="after")
     def _check_schedule_and_batch(self) -> TrainConfig:
@@ -454,6 +485,10 @@ class TrainConfig(Section):
                 f"train.nesterov: needs train.optimizer=sgd and train.momentum above 0, got {self.optimizer} and "
                 f"{self.momentum:g}; set train.nesterov=false"
             )
+        if self.patience is not None and not self.validate_every:
+            raise ConfigError("train.patience: needs validations; set train.validate_every=1, or train.patience=null")
+        if self.freeze is not None and self.init is None:
+            raise ConfigError("train.freeze: random weights would be frozen; set train.init, or train.freeze=null")
         if self.min_lr > self.lr:
             raise ConfigError(f"train.min_lr: {self.min_lr:g} is above train.lr {self.lr:g}")
         if self.batch % self.accumulate:

@@ -143,9 +143,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one stage: `step-00000120.safetensors` and so on in a folder, and `last`, a text file.
+    """The checkpoints of one stage: `step-00000120.safetensors` and so on in a folder, and the texts `last` and `best`.
 
-    `last` names the newest complete checkpoint. It is written after the checkpoint itself.
+    `last` names the newest complete checkpoint. It is written after the checkpoint itself. `best` names the best one of
+    the validations while training.
     """
 
     folder: Path
@@ -154,7 +155,7 @@ class Checkpoints:
     guard: Guard = nullcontext  # entered around every write; raises if this process no longer owns the run folder
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Writes the checkpoint of a step, points `last` to it, and removes all but the newest `keep`.
+        """Writes the checkpoint of a step, points `last` to it, and removes all but the newest `keep` and the best one.
 
         Args:
             step: The number of optimizer steps that are done.
@@ -171,17 +172,61 @@ class Checkpoints:
             return self._save(step, tensors, meta)
 
     def _save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        path = self.folder / f"step-{step:08d}.safetensors"  # zeros in front: names sort by step
+        path = self.path_of(step)
         save_checkpoint(path, self.kind, tensors, {"step": step, **meta})
+        self._point("last", path)
+        # Only now: until `last` names the new checkpoint, a resumed run would load an older one.
+        best = self.named_by("best")
+        for old in self._files(up_to=step)[self.keep :]:
+            if old != best:
+                old.unlink()
+        return path
+
+    def mark_best(self, step: int) -> None:
+        """Points `best` to the checkpoint of a step, which then stays whatever `keep` is.
+
+        Raises:
+            RunError: `best` cannot be written, or `guard` refuses the write.
+        """
+        with self.guard():
+            self._point("best", self.path_of(step))
+
+    def best(self) -> Checkpoint:
+        """Returns the checkpoint that `best` names.
+
+        Raises:
+            CheckpointError: Training had no validation, or the file is missing or damaged.
+        """
+        path = self.named_by("best")
+        if path is None:
+            raise CheckpointError(
+                f"{self.folder / 'best'}: names no checkpoint; train with train.validate_every above 0, or leave out "
+                "run.checkpoint=best"
+            )
+        return load_checkpoint(path, self.kind)
+
+    def is_best(self, path: Path) -> bool:
+        """Returns whether `best` names this file."""
+        return self.named_by("best") == path
+
+    def named_by(self, pointer: str) -> Path | None:
+        """Returns the file that the text file `best` or `last` names; None if it is missing or damaged."""
         try:
-            with replacing(self.folder / "last") as temporary:
+            name = _NAME.fullmatch((self.folder / pointer).read_text(encoding="utf-8", errors="replace").strip())
+        except OSError:
+            return None
+        return self.folder / name[0] if name else None
+
+    def path_of(self, step: int) -> Path:
+        """Returns the file of the checkpoint of a step."""
+        return self.folder / f"step-{step:08d}.safetensors"  # zeros in front: names sort by step
+
+    def _point(self, pointer: str, path: Path) -> None:
+        try:
+            with replacing(self.folder / pointer) as temporary:
                 temporary.write_text(path.name, encoding="utf-8")
         except OSError as error:
-            raise RunError(f"{self.folder / 'last'}: cannot be written ({error}); {path} is complete") from error
-        # Only now: until `last` names the new checkpoint, a resumed run would load an older one.
-        for old in self._files(up_to=step)[self.keep :]:
-            old.unlink()
-        return path
+            raise RunError(f"{self.folder / pointer}: cannot be written ({error}); {path} is complete") from error
 
     def latest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that can be read, or None if the folder has none.
@@ -271,7 +316,8 @@ def load_model(source: str | Path, expected: ModelConfig | None = None) -> TimeS
     """Loads a trained model.
 
     Args:
-        source: A checkpoint file, or a run folder, whose newest checkpoint is loaded.
+        source: A run folder, whose newest checkpoint is loaded, or a checkpoint file. `RUN/checkpoints/best` is the
+            best one of the validations while training.
         expected: The architecture that the model must have.
 
     Returns:
@@ -303,7 +349,7 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
     """Loads a checkpoint file, or the newest checkpoint of a run folder.
 
     Args:
-        source: A checkpoint file or a run folder.
+        source: A checkpoint file, `best` or `last` in a folder of checkpoints, or a run folder.
         checkpoints_of: Returns the checkpoints of one stage of a run folder, such as `train_checkpoints`.
 
     Returns:
@@ -314,7 +360,9 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
     """
     checkpoints = checkpoints_of(source)
     if not source.is_dir():
-        return load_checkpoint(source, checkpoints.kind)  # no other file is loaded if the user's file is damaged
+        folder = Checkpoints(source.parent, checkpoints.kind)
+        named = folder.named_by(source.name) if source.name in ("best", "last") else None
+        return load_checkpoint(named or source, checkpoints.kind)  # no other file if the user's file is damaged
     found = checkpoints.latest()
     if found is None:
         verb = "train" if checkpoints.kind == "train" else "assign"

@@ -105,14 +105,19 @@ class Scores:
 
 
 def trained_checkpoint(config: Config) -> Checkpoint:
-    """Loads the checkpoint of the run's model: `run.checkpoint`, or the newest of the run.
+    """Loads the checkpoint of the run's model: the one that `run.checkpoint` names, or the newest of the run.
 
     Prints the settings by which its training saw a video otherwise.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
     """
-    found = find_checkpoint(config.run.checkpoint or config.run.dir, train_checkpoints)
+    chosen = config.run.checkpoint
+    if chosen == Path("best"):
+        found = train_checkpoints(config.run.dir).best()
+    else:
+        source = config.run.dir if chosen is None or chosen == Path("last") else chosen
+        found = find_checkpoint(source, train_checkpoints)
     differences = Inputs.of(config, None, None, "data").differences({"settings": found.meta})
     if differences:
         say(f"{found.path}: was trained with other settings: {'; '.join(differences)}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,18 +20,38 @@ from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.token_labels import token_targets
 from videoadapt.model.timesformer import Heads
 
+LabelLoss = Callable[[Tensor, Tensor], Tensor]  # of logits and targets
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+
+def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Returns the cross-entropy with soft targets, over the last dimension, in float32.
 
     Args:
         logits: (..., classes).
         targets: (..., classes), each row a distribution.
+        class_weights: Factor of each class's term, (classes,), as in `torch.nn.CrossEntropyLoss`; None means 1.
 
     Returns:
         The loss, (...).
     """
+    if class_weights is not None:
+        targets = targets * class_weights
     return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1)
+
+
+def balanced_weights(labels: npt.NDArray[np.int64], classes: int) -> Tensor:
+    """Returns a weight for each class (`loss.class_weights: balanced`), (classes,) float32.
+
+    `clips / (classes with clips * clips of the class)`, as scikit-learn's `class_weight="balanced"`: all classes count
+    the same in a sum over the clips, and the mean over the clips is 1. A class without clips has 1.
+
+    Args:
+        labels: The class of each training clip.
+        classes: Number of classes of the model.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.from_numpy(np.where(counts > 0, weights, 1.0)).float()
 
 
 def distillation(logits: Tensor, teacher: Tensor, *, tau: float, hard: bool) -> Tensor:
@@ -60,6 +84,7 @@ def point_loss(
     *,
     dropped: bool = False,
     dense: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Returns the loss of each clip at one point.
 
@@ -78,22 +103,26 @@ def point_loss(
         config: The `loss` section.
         dropped: Whether the point drops tokens.
         dense: Labels of patches, (B, T * N, classes) soft.
+        class_weights: Weights of the classes in each cross-entropy with labels, (classes,); see `cross_entropy`.
 
     Returns:
         The loss, (B,) float32.
     """
+    labelled = partial(cross_entropy, class_weights=class_weights)
     if dropped:
-        loss = _dropped_loss(heads.logits(), targets, teacher, config)
+        loss = _dropped_loss(heads.logits(), targets, teacher, config, labelled)
     else:
-        loss = _class_loss(heads, targets, teacher, config)
+        loss = _class_loss(heads, targets, teacher, config, labelled)
     if dense is None:
         return loss
     assert heads.dense is not None, "only a model with a head on patches has targets for it"
-    return loss + config.dense_weight * cross_entropy(heads.dense, dense).mean(1)  # (B, T * N) to (B,)
+    return loss + config.dense_weight * labelled(heads.dense, dense).mean(1)  # (B, T * N) to (B,)
 
 
-def _class_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
-    loss = cross_entropy(heads.cls, targets)
+def _class_loss(
+    heads: Heads, targets: Tensor, teacher: Tensor | None, config: LossConfig, labelled: LabelLoss
+) -> Tensor:
+    loss = labelled(heads.cls, targets)
     if teacher is None:
         return loss
     student = heads.logits() if heads.dist is None else heads.dist
@@ -101,9 +130,11 @@ def _class_loss(heads: Heads, targets: Tensor, teacher: Tensor | None, config: L
     return (1 - config.lam) * loss + config.lam * distilled
 
 
-def _dropped_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, config: LossConfig) -> Tensor:
+def _dropped_loss(
+    logits: Tensor, targets: Tensor, teacher: Tensor | None, config: LossConfig, labelled: LabelLoss
+) -> Tensor:
     if config.dropped == "ce":
-        return cross_entropy(logits, targets)
+        return labelled(logits, targets)
     assert teacher is not None, "a config refuses points whose length with all tokens is missing"
     return distillation(logits, teacher, tau=1.0, hard=False)
 

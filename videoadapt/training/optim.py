@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
@@ -32,21 +32,44 @@ def decays(name: str, parameter: nn.Parameter, scope: Literal["matrices", "all"]
     return parameter.ndim > 1 and not any(part.startswith(NO_DECAY) for part in name.split("."))
 
 
+def layer_of(name: str, depth: int) -> int:
+    """Returns the layer of a parameter for `train.layer_decay`, as timm counts them.
+
+    0: embeddings and tokens; 1 to `depth`: the blocks, the last one with the final norm; `depth` + 1: the heads.
+    """
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        return int(rest.partition(".")[0]) + 1
+    if first == "norm":
+        return depth
+    return depth + 1 if first in ("head", "head_dist", "aux_head") else 0
+
+
 def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.Optimizer:
     """Returns AdamW or SGD with two parameter groups: with weight decay, and without.
 
+    With `train.layer_decay`, each layer has these two groups, with the factor of its rate as `lr_scale`, a key that
+    timm's schedules read. Frozen parameters are in no group.
+
     Args:
         named: The parameters with their names, as `module.named_parameters()` gives them.
-        config: Gives the optimizer, its rate, betas or momentum, and the decay.
+        config: Gives the optimizer, its rate, betas or momentum, the decay, and the factor of each layer.
     """
     named = list(named)  # iterated twice
-    groups = [
-        {"params": [p for n, p in named if decays(n, p, config.decay)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p, config.decay)], "weight_decay": 0.0},
-    ]
+    depth = len({name.split(".")[1] for name, _ in named if name.startswith("blocks.")})
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for layer in range(depth + 2) if config.layer_decay < 1.0 else [depth + 1]:
+        scale = config.layer_decay ** (depth + 1 - layer)
+        groups[layer, True] = {"params": [], "weight_decay": config.weight_decay, "lr_scale": scale}
+        groups[layer, False] = {"params": [], "weight_decay": 0.0, "lr_scale": scale}
+    for name, parameter in named:
+        layer = layer_of(name, depth) if config.layer_decay < 1.0 else depth + 1
+        if parameter.requires_grad:
+            groups[layer, decays(name, parameter, config.decay)]["params"].append(parameter)
+    filled = [group for group in groups.values() if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(filled, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def make_schedule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,9 @@ from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tens
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.machine import pick_device
+from videoadapt.training.freeze import freeze
+from videoadapt.training.losses import balanced_weights
+from videoadapt.training.metrics import Validation
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.throughput import ThroughputMeter
 from videoadapt.training.trained_clips import TENSOR, clip_keys
@@ -29,7 +32,10 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "run": ("dir", "device", "checkpoint"),
     "model": (),
     "loss": (),
-    "train": ("init", "weights", "resample", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
+    "train": (
+        *("init", "weights", "resample", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
+        *("validate_every", "patience", "tracker"),  # a run that was stopped too early goes on with more patience
+    ),
     "data": ("root", "train", "val", "classes", "reader", "workers", "timeout_s"),
 }
 _LISTED_ROWS = 8  # clips with a bad loss that a message names; a whole batch would fill the screen
@@ -76,6 +82,16 @@ class Tally:
             )
 
 
+def _validations_of(checkpoint: Checkpoint) -> list[Validation]:
+    """Returns the validations that a checkpoint records; none if an older version wrote it."""
+    if "validations" not in checkpoint.meta:
+        return []
+    try:
+        return [Validation(**record) for record in checkpoint.value("validations", list)]
+    except TypeError:
+        raise CheckpointError(f"{checkpoint.path}: its header has no valid validations; name another one") from None
+
+
 @dataclass
 class State:
     """Everything that a step changes and a checkpoint holds."""
@@ -88,11 +104,20 @@ class State:
     ema: ModelEmaV3 | None  # moving average of the weights, with `train.ema`
     step: int = 0  # steps done
     skipped: int = 0  # clips that could not be read, over all ranks
+    validations: list[Validation] = field(default_factory=list)  # in order; they decide the best and the early stop
 
     @cached_property
     def trained_clips(self) -> Tensor:
         """What a checkpoint records of the clips of the train split, sorted int64; see `trained_clips.py`."""
         return clip_keys(self.manifest)
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """Weights of the classes, (classes,) on the model's device; None with `loss.class_weights: none`."""
+        if self.config.loss.class_weights == "none":
+            return None
+        labels = self.manifest.split("train").readable["label"]
+        return balanced_weights(labels, self.config.model.num_classes).to(self.device)
 
     @classmethod
     def start(cls, config: Config, manifest: Manifest) -> State:
@@ -100,6 +125,7 @@ class State:
         device = pick_device(config.run.device)
         torch.manual_seed(config.run.seed)
         model = TimeSformer(config.model, manifest.classes).to(device)
+        freeze(model, config.train.freeze)
         state = cls(config, manifest, device, model, make_optimizer(model.named_parameters(), config.train), None)
         state.reset_ema()
         return state
@@ -120,6 +146,7 @@ class State:
             "classes": list(self.manifest.classes),
             "manifest": self.manifest.hash,
             "skipped": self.skipped,
+            "validations": [asdict(validation) for validation in self.validations],
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -142,6 +169,7 @@ class State:
         if self.ema is not None:
             load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
         self.step, self.skipped = checkpoint.value("step", int), checkpoint.value("skipped", int)
+        self.validations = _validations_of(checkpoint)
         say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def list_skipped(self, failures: Iterable[Failure]) -> None:

@@ -28,6 +28,7 @@ from videoadapt.runtime.seeds import seed_of
 from videoadapt.training.ddp import no_gradient_sync, sum_gradients, synchronise_batch_norms
 from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import TeacherLogits
+from videoadapt.training.freeze import set_training_mode
 from videoadapt.training.groups import Group, GroupPlan
 from videoadapt.training.losses import Targets, make_targets, point_loss
 from videoadapt.training.state import State, Tally
@@ -104,7 +105,7 @@ def train_step(state: State, role: RankRole, micro_batches: Sequence[Batch]) -> 
     # generator's state. The seed depends on the rank, since ranks have different clips, so drop path depends on the
     # plan. Nothing else depends on the plan.
     torch.manual_seed(seed_of("step", config.run.seed, state.step, rank()))
-    model.train()
+    set_training_mode(model, config.train.freeze)
     model.activation_checkpointing = config.train.activation_checkpointing
     state.optimizer.zero_grad(set_to_none=True)  # not to zero: a parameter with a zero gradient would still decay
     tallies = {point: Tally() for point in drawn_points(config, state.step)}
@@ -118,7 +119,7 @@ def train_step(state: State, role: RankRole, micro_batches: Sequence[Batch]) -> 
     if state.ema is not None:
         state.ema.update(model)
     state.list_skipped(failures)
-    return values | {"grad_norm": grad_norm, "lr": state.optimizer.param_groups[0]["lr"]}
+    return values | {"grad_norm": grad_norm, "lr": max(group["lr"] for group in state.optimizer.param_groups)}
 
 
 class _Inputs(NamedTuple):
@@ -157,7 +158,7 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
                     # The received logits are NaN for a clip that the teacher could not read. Its loss gets weight 0.
                     weights = weights * received.isfinite().all(-1)
                     logits[costliest] = received.nan_to_num()
-            loss = loss_at(point, heads, targets, logits, config)  # (B,)
+            loss = loss_at(point, heads, targets, logits, config, class_weights=state.class_weights)  # (B,)
             ((loss * weights).sum() / config.train.batch).backward()
         logits[point] = own
         read = slice(len(batch.labels))  # leaves out the empty clip
@@ -189,7 +190,15 @@ def teacher_logits(role: RankRole, own: Tensor, positions: Tensor) -> Tensor | N
     return role.teacher_logits.receive(positions, len(own))
 
 
-def loss_at(point: str, heads: Heads, targets: Targets, logits: dict[str, Tensor], config: Config) -> Tensor:
+def loss_at(
+    point: str,
+    heads: Heads,
+    targets: Targets,
+    logits: dict[str, Tensor],
+    config: Config,
+    *,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Returns the loss of each clip at a point, (B,).
 
     Args:
@@ -198,10 +207,13 @@ def loss_at(point: str, heads: Heads, targets: Targets, logits: dict[str, Tensor
         targets: The targets at the point.
         logits: Detached logits (B, classes) of the earlier points, by point; the teacher is among them.
         config: Gives the costliest point and the `loss` section.
+        class_weights: See `point_loss`.
     """
     teacher = logits.get(teacher_of(point, config.model.points[0]) or "")  # None for the costliest point
     dropped = Point.parse(point).keep < 1
-    return point_loss(heads, targets.cls, teacher, config.loss, dropped=dropped, dense=targets.dense)
+    return point_loss(
+        heads, targets.cls, teacher, config.loss, dropped=dropped, dense=targets.dense, class_weights=class_weights
+    )
 
 
 def _targets_at(point: str, inputs: _Inputs, batch: Batch, state: State) -> Targets:

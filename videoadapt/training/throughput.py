@@ -75,6 +75,7 @@ class ThroughputMeter:
 
     Attributes:
         start: When the meter was created, by `time.monotonic`.
+        excluded_s: Time spent on something else than training; see `exclude`.
     """
 
     WINDOW_STEPS, WINDOW_S = 20, 30.0  # a window ends when it has both; shorter ones vary with single slow files
@@ -91,7 +92,7 @@ class ThroughputMeter:
         self.start = time.monotonic()
         self._ranks = ranks
         self._workers, self._on_gpu = workers, device.type == "cuda"
-        self._clips, self._waited_s = 0, 0.0
+        self._clips, self._waited_s, self.excluded_s = 0, 0.0, 0.0
         self._window_start = Throughput(0, 0.0, 0.0)
         self._window_steps = 0
         self._warm = False  # becomes True after the first window, in which workers start and caches fill
@@ -109,9 +110,13 @@ class ThroughputMeter:
             yield step
             self._end_step()
 
+    def exclude(self, seconds: float) -> None:
+        """Leaves out a time that was spent on something else than training, namely on a validation."""
+        self.excluded_s += seconds
+
     def since_start(self) -> Throughput:
-        """Returns the throughput of this rank since the start."""
-        return Throughput(self._clips, time.monotonic() - self.start, self._waited_s)
+        """Returns the throughput of this rank since the start, without the excluded time."""
+        return Throughput(self._clips, time.monotonic() - self.start - self.excluded_s, self._waited_s)
 
     def rates(self) -> dict[str, float]:
         """Returns `clips_per_s` of all ranks and `wait_fraction` of this rank, since the start."""

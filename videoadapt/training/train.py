@@ -34,12 +34,23 @@ from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.ddp import has_foreign_statistics, share_statistics
 from videoadapt.training.exchange import ClipExchange
 from videoadapt.training.groups import make_plan
-from videoadapt.training.metrics import Metrics, PointMetrics, TrainSummary
+from videoadapt.training.metrics import (
+    BestCheckpoint,
+    Metrics,
+    PointMetrics,
+    TrainSummary,
+    Validation,
+    best_metric,
+    best_validation,
+    out_of_patience,
+)
 from videoadapt.training.optim import make_schedule
 from videoadapt.training.preflight import preflight
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.throughput import ThroughputMeter
+from videoadapt.training.tracker import open_tracker, require_tracker
+from videoadapt.training.validate import Validator, describe, say_failed
 
 
 def train(config: Config) -> Summary:
@@ -62,6 +73,7 @@ def train(config: Config) -> Summary:
     """
     summary_file = config.run.dir / "train.json"
     with ranks(config) as collectives, sole_writer(config, "train") as guard:
+        require_tracker(config)
         plan = make_plan(config, world_size(), point_macs(config.model))  # before indexing: it may refuse the config
         manifest = rank0_then_all(lambda: load_or_index(config))
         collectives.set_timeout(config.parallel.step_s)  # indexing may take hours; a step that takes hours has hung
@@ -70,7 +82,8 @@ def train(config: Config) -> Summary:
         checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
         state = start_or_resume(config, manifest, checkpoints)
         # A run that was killed between its last checkpoint and its summary still writes the summary.
-        finished = state.step == per_epoch * config.train.epochs and broadcast_result(summary_file.exists)
+        done = state.step == per_epoch * config.train.epochs or out_of_patience(state.validations, config)
+        finished = done and broadcast_result(summary_file.exists)
         if not finished:
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
             meter = run_epochs(state, role, checkpoints, per_epoch)
@@ -100,25 +113,64 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
     save_steps = config.train.save_steps or per_epoch
     meter = ThroughputMeter(worker_count(config.data.workers), state.device, len(role.group.ranks))
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
+    validator = Validator.of(state, per_epoch)
     steps = meter.timed(_save_if_reading_fails(_read_steps(state, role), state, role, checkpoints))
     _announce(state, role, checkpoints)
     bar = Bar("train", total=last_step * config.train.batch, unit="clips", start=state.step * config.train.batch)
-    writer = closing(Metrics(config.run.dir, state.step)) if rank() == 0 else nullcontext()
+    writer = closing(_open_metrics(validator)) if rank() == 0 else nullcontext()
     with writer as metrics, StopRequest() as stop, bar:
-        for micro_batches in steps:
+        if validator.is_due():  # the run was interrupted before or in a validation
+            _validate(validator, role, checkpoints, metrics, meter, stop, bar)
+        while not out_of_patience(state.validations, config) and (micro_batches := next(steps, None)) is not None:
             schedule.step_update(state.step)  # from the step alone, so that a resumed run has the same rates
             values = train_step(state, role, micro_batches)
             state.step += 1
             if metrics is not None:  # rank 0; its values are sums over all ranks
                 metrics.write(state.step, values | meter.rates())
-            bar.step(config.train.batch, state.note(values, meter))
+            note = state.note(values, meter)
+            bar.step(config.train.batch, note)
             stopping = any_requested(stop)  # an all-reduce: every rank stops if any rank received a signal
-            if stopping or state.step % save_steps == 0 or state.step == last_step:
-                _save(state, role, checkpoints)
+            if stopping or validator.is_due() or state.step % save_steps == 0 or state.step == last_step:
+                _save(state, role, checkpoints)  # before a validation: it may be interrupted, or find this one the best
             if stopping and state.step < last_step:
                 say(f"stopped at step {state.step} of {last_step}; run the same command again to continue")
                 stop.stop()
+            if validator.is_due():
+                _validate(validator, role, checkpoints, metrics, meter, stop, bar)
+                bar.step(0, note)
     return meter
+
+
+def _validate(  # noqa: PLR0917 - what the loop has
+    validator: Validator,
+    role: RankRole,
+    checkpoints: Checkpoints,
+    metrics: Metrics | None,
+    meter: ThroughputMeter,
+    stop: StopRequest,
+    bar: Bar,
+) -> None:
+    """Validates the state that was just saved, and points `best` to its checkpoint if it is the best so far.
+
+    Raises:
+        Stopped: A rank received a signal; the continued run repeats the validation.
+    """
+    state, start = validator.state, time.monotonic()
+    validation = validator.validate(stop, partial(bar.step, 0))
+    if validation is None:
+        say(f"stopped in the validation after step {state.step}; run the same command again to continue with it")
+        stop.stop()
+    state.validations.append(validation)
+    seconds = time.monotonic() - start
+    meter.exclude(seconds)
+    if metrics is not None:  # rank 0
+        metrics.write_validation(validation, seconds)
+        say(describe(validation, seconds, state))
+        say_failed(state.validations)
+        if best_validation(state.validations, state.config) is validation:
+            checkpoints.mark_best(state.step)
+    if validator.is_last():
+        _save(state, role, checkpoints)  # again: now it records the last validation, too
 
 
 def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints) -> State:
@@ -145,6 +197,14 @@ def _newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     if name is None or rank() == 0:
         return found
     return load_checkpoint(wait_for_file(checkpoints.folder / name), checkpoints.kind)
+
+
+def _open_metrics(validator: Validator) -> Metrics:
+    """Opens the files of a run's metrics, and its tracker."""
+    state, validated = validator.state, None
+    if validator.videos is not None:
+        validated = state.validations[-1].step if state.validations else 0
+    return Metrics(state.config.run.dir, state.step, validated, open_tracker(state.config))
 
 
 def _announce(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
@@ -200,6 +260,7 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
     means = pd.read_json(config.run.dir / "metrics.jsonl", lines=True).tail(per_epoch).mean()
     newest = checkpoints.latest()
     rates = meter.rates()
+    best = best_validation(state.validations, config)
     return TrainSummary(
         steps=state.step,
         epochs=config.train.epochs,
@@ -215,7 +276,18 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
             point: PointMetrics(_rounded(means.get(f"loss/{point}")), _rounded(means.get(f"top1/{point}")))
             for point in config.model.points
         },
+        validation=asdict(state.validations[-1]) if state.validations else None,
+        validation_s=round(meter.excluded_s, 1),
+        best=_describe_best(best, checkpoints, config) if best else None,
+        stopped_early=state.step < per_epoch * config.train.epochs,
     )
+
+
+def _describe_best(best: Validation, checkpoints: Checkpoints, config: Config) -> BestCheckpoint:
+    metric = best_metric(config)
+    value = best.value(metric)
+    assert value is not None, "the best validation has a finite value"
+    return BestCheckpoint(metric, value, best.epoch, best.step, best.videos, str(checkpoints.path_of(best.step)))
 
 
 def _rounded(value: float | None) -> float | None:
