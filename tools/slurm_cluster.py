@@ -27,7 +27,7 @@ from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd")
 TOOLS = ("srun", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
-CPUS, GPUS, MEMORY_MB = 8, 8, 64_000  # the values that each node reports; the machine may have others
+CPUS, GPUS, GPU_TYPE, MEMORY_MB = 8, 8, "a100", 64_000  # what each node reports; the machine may have others
 START_S, STOP_S = 30.0, 15.0  # time limits
 
 CONF = """\
@@ -47,14 +47,17 @@ SelectTypeParameters=CR_CPU_Memory
 # Without this default a job takes the whole memory of a node.
 DefMemPerCPU=500
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
 GresTypes=gpu
+Licenses=matlab:4
+# Jobs keep their account and their WCKey without a database, too.
+TrackWCKey=yes
 JobRequeue=1
 ReturnToService=2
 # Seconds until a silent node counts as failed.
 SlurmdTimeout=10
-KillWait=5
+KillWait=2
 MinJobAge=600
 CompleteWait=0
 AccountingStorageType=accounting_storage/none
@@ -72,7 +75,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 # The names of nodes are addresses: a rank can then connect to a node by its name, without DNS.
 NODE = (
     "NodeName=127.0.0.{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
-    "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory_mb} Gres=gpu:{gpus} State=UNKNOWN"
+    "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory_mb} Gres=gpu:{gpu_type}:{gpus} "
+    "State=UNKNOWN"
 )
 
 
@@ -136,6 +140,11 @@ class Cluster:
         found: dict[str, int] = json.loads(self._pids.read_text()) if self._pids.exists() else {}
         return found
 
+    def reserve(self, name: str, node: str) -> None:
+        """Reserves a node for this user, for an hour. Jobs use it with `--reservation=NAME`, and no others do."""
+        options = ("StartTime=now", "Duration=60", f"Users={getpass.getuser()}", f"Nodes={node}", "Flags=IGNORE_JOBS")
+        self.run("scontrol", "create", "reservation", f"ReservationName={name}", *options)
+
     def kill_node(self, node: str, *, spare: int | None = None) -> None:
         """Kills a node's daemon and all processes of its jobs, like a power cut.
 
@@ -165,7 +174,7 @@ class Cluster:
 
     def _write_conf(self, nodes: int) -> None:
         lines = [
-            NODE.format(number=number, port=_free_port(), cpus=CPUS, gpus=GPUS, memory_mb=MEMORY_MB)
+            NODE.format(number=number, port=_free_port(), cpus=CPUS, gpu_type=GPU_TYPE, gpus=GPUS, memory_mb=MEMORY_MB)
             for number in range(1, nodes + 1)
         ]
         host, user = socket.gethostname().split(".")[0], getpass.getuser()
@@ -176,7 +185,7 @@ class Cluster:
             device = self.folder / "dev" / f"gpu{number}"
             device.unlink(missing_ok=True)
             device.symlink_to("/dev/null")
-        gpus = f"AutoDetect=off\nName=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
+        gpus = f"AutoDetect=off\nName=gpu Type={GPU_TYPE} File={self.folder}/dev/gpu[0-{GPUS - 1}]\n"
         (self.folder / "gres.conf").write_text(gpus)
 
     def _start_node(self, node: str) -> int:

@@ -19,7 +19,16 @@ import pytest
 
 import small_runs as runs
 from videoadapt.commands import launch as module
-from videoadapt.commands.launch import STAGES, Job, StageCall, jobs_of, launch, sbatch_line, sbatch_options
+from videoadapt.commands.launch import (
+    STAGES,
+    Job,
+    StageCall,
+    jobs_of,
+    launch,
+    plan_launch,
+    sbatch_command,
+    sbatch_options,
+)
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError, UserError
 
@@ -32,7 +41,8 @@ def config_of(stage: str = "all", shards: int = 1, **slurm: object) -> Config:
 
 def options_of(script: str) -> dict[str, str]:
     """Returns the options in the `#SBATCH` lines of a script."""
-    pairs = (line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line[:7] == "#SBATCH")
+    words = (shlex.split(line)[1] for line in script.splitlines() if line[:7] == "#SBATCH")
+    pairs = (word.removeprefix("--").partition("=") for word in words)
     return {option: value for option, _, value in pairs}
 
 
@@ -43,16 +53,15 @@ def wait_until(done: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def layout(jobs: list[Job]) -> list[tuple[str, int, int, int]]:
+    return [(job.stage, job.options.nodes, job.options.tasks_per_node, job.shards) for job in jobs]
+
+
 def test_all_is_the_four_stages() -> None:
-    config = config_of(nodes=2, tasks_per_node=8)
-    assert jobs_of(config) == [
-        Job("train", 2, 8),
-        Job("label", 2, 8),
-        Job("assign", 1, 1),
-        Job("evaluate", 2, 8),
-    ]
-    assert [job.ranks for job in jobs_of(config)] == [16, 16, 1, 16]
-    assert jobs_of(config_of("evaluate")) == [Job("evaluate", 1, 1)]
+    jobs = jobs_of(config_of(nodes=2, tasks_per_node=8))
+    assert layout(jobs) == [("train", 2, 8, 1), ("label", 2, 8, 1), ("assign", 1, 1, 1), ("evaluate", 2, 8, 1)]
+    assert [job.ranks for job in jobs] == [16, 16, 1, 16]
+    assert layout(jobs_of(config_of("evaluate"))) == [("evaluate", 1, 1, 1)]
 
 
 def test_shards_are_an_array_and_a_job_that_merges_them() -> None:
@@ -66,29 +75,157 @@ def test_shards_are_an_array_and_a_job_that_merges_them() -> None:
     assert (parallel["ranks"], parallel["shard"]) == (16, None)
 
 
-def test_every_option_of_a_cluster_is_passed_on() -> None:
-    wanted: dict[str, Any] = {
-        "partition": "gpu",
-        "account": "vision",
-        "qos": "high",
-        "constraint": "a100|h100",
-        "exclude": "node[3-4]",
-        "comment": "deadline of the 14th",
-        "mem_gb": 200,
-        "gpus_per_task": 0,
-        "signal_s": 300,
+# Values of every key that is passed to sbatch, with the options that must come of it.
+GIVEN: dict[str, Any] = {
+    "partition": "gpu",
+    "account": "vision",
+    "qos": "high",
+    "reservation": "course",
+    "wckey": "thesis",
+    "constraint": "a100|h100",
+    "exclude": "node[3-4]",
+    "licenses": "matlab:2",
+    "comment": "deadline of the 14th",
+    "mail": "me@example.org",
+    "mail_type": "end,REQUEUE",
+    "time_minutes": "1-00:30",
+    "tasks_per_node": 4,
+    "gres": "gpu:a100:4,lscratch:10",
+    "gpu_bind": "single:1",
+    "mem_gb": 200,
+    "extra": {"nice": 0, "exclusive": True, "mem_per_gpu": "32G", "contiguous": False},
+    "signal_s": 300,
+}
+EXPECTED = {key: GIVEN[key] for key in list(GIVEN)[:9]} | {
+    "mail-user": "me@example.org",
+    "mail-type": "END,REQUEUE",
+    "time": "1470",
+    "ntasks-per-node": "4",
+    "gres": "gpu:a100:4,lscratch:10",
+    "gpu-bind": "single:1",
+    "mem": "200G",
+    "nice": "0",
+    "exclusive": "",
+    "mem-per-gpu": "32G",
+    "signal": "USR2@300",
+}
+
+
+def test_every_key_is_an_option_of_sbatch() -> None:
+    config = config_of("train", **GIVEN)
+    options = sbatch_options(jobs_of(config)[0], config)
+    assert options.items() >= EXPECTED.items()
+    assert options.keys().isdisjoint({"gpus-per-task", "gpus-per-node", "contiguous", "array", "dependency"})
+
+
+def test_a_job_with_one_task_gets_its_part_of_a_node() -> None:
+    config = config_of(shards=2, gres="gpu:a100:4,lscratch:10", tasks_per_node=4, mem_gb=402)
+    parts = [sbatch_options(job, config) for job in jobs_of(config)]
+    assert [(part["gres"], part["mem"]) for part in parts] == [
+        ("gpu:a100:4,lscratch:10", "402G"), *[("gpu:a100:1,lscratch:10", "101G")] * 5
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("slurm", "asked"),
+    [
+        ({}, {"gpus-per-task": "1"}),
+        ({"gpus_per_task": 0}, {}),
+        ({"gpus_per_node": "a100:2"}, {"gpus-per-node": "a100:2"}),
+        ({"gres": "lscratch:10"}, {"gres": "lscratch:10", "gpus-per-task": "1"}),
+        ({"gres": "gpu:2,lscratch:10", "stages": {"train": {"gpus_per_task": 0}}}, {"gres": "lscratch:10"}),
+        ({"gpus_per_task": 1, "stages": {"train": {"gres": "gpu:v100"}}}, {"gres": "gpu:v100"}),
+    ],
+)
+def test_one_option_asks_for_the_gpus(slurm: dict[str, Any], asked: dict[str, str]) -> None:
+    config = config_of("train", **slurm)
+    options = sbatch_options(jobs_of(config)[0], config)
+    assert {name: value for name, value in options.items() if name.startswith("g")} == asked
+
+
+def test_a_stage_has_its_own_keys() -> None:
+    stages = {"assign": {"gpus_per_task": 0, "time_minutes": "0:30:00"}, "label": {"partition": None, "nodes": 1}}
+    config = config_of(partition="gpu", nodes=2, stages=stages, extra={"nice": 5})
+    train, label, assign, evaluate = (sbatch_options(job, config) for job in jobs_of(config))
+    assert (assign["time"], assign.get("gpus-per-task")) == ("30", None)
+    assert (label.get("partition"), label["nodes"], label["time"]) == (None, "1", "1440")
+    assert train | {"job-name": ""} == evaluate | {"job-name": ""}
+    assert make_config(config.model_dump(mode="json")) == config
+    assert config.model_dump()["slurm"]["stages"].keys() == {"assign", "label"}
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [(1440, "240"), (60, "60")])
+def test_the_assigner_takes_hours_at_most(minutes: int, expected: str) -> None:
+    config = config_of("assign", time_minutes=minutes)
+    assert sbatch_options(jobs_of(config)[0], config)["time"] == expected
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        ({"gres": "gpu:4", "gpus_per_node": 4}, "slurm.gpus_per_node and slurm.gres: each asks for the GPUs"),
+        ({"gres": "gpu:2", "tasks_per_node": 4}, "slurm.gres: gpu:2 has too few GPUs for the 4 tasks of a node"),
+        ({"gres": "gpu a100"}, "slurm.gres: expected NAME[:TYPE][:COUNT], such as gpu:a100:4, got 'gpu a100'"),
+        ({"extra": {"partition": "x"}}, "slurm.extra: --partition has a key of its own, slurm.partition"),
+        ({"extra": {"cpus": 4}}, "slurm.extra: --cpus has a key of its own, slurm.cpus_per_task"),
+        ({"extra": {"no-requeue": True}}, "slurm.extra: --no-requeue is set by videoadapt launch"),
+        ({"extra": {"--nice": 5}}, "slurm.extra: expected long names of sbatch's options without dashes"),
+        ({"mail_type": "ENDE"}, "slurm.mail_type.0: input should be 'NONE'"),
+        ({"stages": {"assign": {"nodes": 2}}}, "slurm.stages.assign.nodes: assign has one task"),
+        ({"stages": {"label": {"time_minutes": "soon"}}}, "slurm.stages.label.time_minutes: input should be a valid"),
+    ],
+)
+def test_wrong_options_are_refused(slurm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_of(**slurm)
+
+
+def test_a_run_folder_has_no_pattern_of_slurm() -> None:
+    with pytest.raises(
+        ConfigError, match=r"run\.dir: expected one folder for all stages and jobs of a run, without .*%j"
+    ):
+        make_config({"run": {"dir": "runs/%j"}})
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    nested = {
+        "run": {"dir": str(tmp_path / "run")},
+        "launch": {"shards": 2},
+        "slurm": GIVEN | {"setup": ["module load cuda"]},
     }
-    options = sbatch_options(Job("label", 1, 1, 4), config_of(shards=4, **wanted))
-    assert {name: options[name] for name in list(wanted)[:6]} == {name: wanted[name] for name in list(wanted)[:6]}
-    assert (options["mem"], options["signal"], options["array"]) == ("200G", "USR2@300", "0-3")
-    assert "gpus-per-task" not in options
+    plan = plan_launch(make_config(nested), ["mine.yaml"])
+    assert not any(tmp_path.iterdir())
+    assert [(job.name, job.after, job.stage) for job in plan.jobs][:3] == [
+        ("job1", None, "train"), ("job2", "job1", "label"), ("job3", "job2", "label")
+    ]  # fmt: skip
+    for job in plan.jobs:
+        command, _, script = job.sbatch.partition(" <<'END'\n")
+        printed = dict(re.findall(r"--([a-z-]+)=?(.*)", "\n".join(shlex.split(command)[1:])))
+        assert options_of(job.script) == printed == job.options
+        assert script.splitlines()[:2] == ["#!/bin/bash", "module load cuda"]
+        assert "module load cuda" in job.script.splitlines()
+
+
+def test_a_launch_without_slurm_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RunError, match="no sbatch on this machine: launch from a node of the cluster"):
+        launch(make_config({"run": {"dir": str(tmp_path / "run")}}), [])
+    assert not any(tmp_path.iterdir())
+
+
+def test_gpus_without_a_task_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_launch(config_of("train", gres="gpu:a100:4"), [])
+    assert "train: 4 GPUs on each node, of which 3 are idle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_sbatch_files_have_the_options_of_launch(stage: str) -> None:
     (job,) = jobs_of(config_of(stage))
     script = (FILES / f"{stage}.sbatch").read_text()
-    assert options_of(script) == sbatch_options(job, config_of(stage))
+    options = sbatch_options(job, config_of(stage))
+    del options["output"]  # in the folder of the run, which the files do not know
+    assert options_of(script) == options
     command = shlex.split(script.partition("\nsrun ")[2].replace("\\\n", ""))
     assert command[:5] == [
         "--unbuffered", "--kill-on-bad-exit=1", "--cpus-per-task=$SLURM_CPUS_PER_TASK", "videoadapt", stage
@@ -108,20 +245,24 @@ def test_there_are_no_other_sbatch_files() -> None:
     assert {path.stem for path in FILES.iterdir()} == {*STAGES, "chain"}
 
 
-def test_the_sbatch_line_survives_a_shell() -> None:
-    config = config_of("train", comment="two words", exclude="node[1,2]")
-    line = sbatch_line(jobs_of(config)[0], config, ["my config.yaml", "train.lr=0.1"], "17")
-    words = shlex.split(line)
-    assert words[0] == "sbatch"
-    assert words[-3:] == ["slurm/train.sbatch", "my config.yaml", "train.lr=0.1"]
-    assert {"--comment=two words", "--exclude=node[1,2]", "--dependency=afterok:17", "--requeue"} < set(words)
-
-
-def test_the_sbatch_line_overrides_the_gpu_of_the_file() -> None:
-    for gpus in (0, 1):
-        config = config_of("train", gpus_per_task=gpus)
-        options = shlex.split(sbatch_line(jobs_of(config)[0], config, [], None))
-        assert [option for option in options if "gpu" in option] == [f"--gpus-per-task={gpus}"]
+def test_the_sbatch_command_survives_a_shell(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"; cat\n')
+    sbatch.chmod(0o755)
+    config = config_of("train", comment="two words", exclude="node[1,2]", python="apptainer exec --nv v.sif python")
+    command = sbatch_command(jobs_of(config)[0], config, ["my config.yaml", "train.lr=0.1"], "17")
+    line = ["bash", "-c", command]
+    done = subprocess.run(
+        line, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True
+    )
+    flags, _, script = done.stdout.partition("#!/bin/bash\n")
+    assert {"--comment=two words", "--exclude=node[1,2]", "--dependency=afterok:17", "--requeue"} < set(
+        flags.splitlines()
+    )
+    assert script == (
+        "srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv v.sif python -m videoadapt train "
+        "'my config.yaml' train.lr=0.1 parallel.ranks=1\n"
+    )
 
 
 @pytest.mark.parametrize("stop", [RunError("assign cannot be submitted: no"), KeyboardInterrupt()])
@@ -211,11 +352,12 @@ def test_a_stage_that_fails_here_names_its_log(tmp_path: Path) -> None:
     nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local", "stage": "assign"}}
     with pytest.raises(RunError, match=r"assign failed: .*; run `videoadapt label` with this config first") as raised:
         launch(make_config(nested), [])
-    log = re.search(r"\(log: (.*_log\.err)\)$", str(raised.value))
+    log = re.search(r"\(log: (.*_log\.out)\)$", str(raised.value))
     assert log
     lines = Path(log[1]).read_text().splitlines()
     assert "Traceback" not in "".join(lines)
     assert lines[-1].startswith("error: ")
+    assert not (tmp_path / "jobs" / "%j").exists()
 
 
 @pytest.mark.parametrize(
@@ -229,16 +371,15 @@ def test_an_error_inside_a_job_is_one_line(
 
     monkeypatch.setattr(module, "run_stage", run_stage)
     with pytest.raises(SystemExit) as ended:  # not an `Exception`, whose traceback submitit would print
-        StageCall(Job("train", 1, 1), config_of())()
+        StageCall(jobs_of(config_of())[0], config_of())()
     assert ended.value.code == code
     assert capsys.readouterr().err == "error: no video\n"
 
 
 def test_the_sbatch_files_and_the_scripts_of_launch_pass_signals_on() -> None:
     assert all(module.PASS_SIGNALS_ON in (FILES / f"{stage}.sbatch").read_text() for stage in STAGES)
-    job = jobs_of(config_of("train"))[0]
-    setup = module._submitit_parameters(job, config_of("train", setup=["module load cuda"]), None)["setup"]
-    assert setup == ["module load cuda", *module.PASS_SIGNALS_ON.splitlines()]
+    (job,) = plan_launch(config_of("train"), []).jobs
+    assert module.PASS_SIGNALS_ON in job.script
 
 
 @pytest.mark.parametrize(("received", "code"), [([], 3), (["USR2"], 12), (["USR1", "USR1"], 12)])

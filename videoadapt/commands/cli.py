@@ -24,7 +24,7 @@ from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
 if TYPE_CHECKING:  # importing `config` takes pydantic, which `--help` does not need
-    from videoadapt.commands.stage import Stage
+    from videoadapt.config.jobs import Stage
     from videoadapt.config.load import Config
     from videoadapt.runtime.files import Summary
 
@@ -215,12 +215,24 @@ def evaluate(
 
 
 @app.command()
-def launch(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print scripts, resources and dependencies of the jobs, and submit none.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Submit one stage or all stages to SLURM, or run them here."""
     from videoadapt.commands.launch import launch as run
-    from videoadapt.commands.tables import print_launch
+    from videoadapt.commands.launch import plan_launch
+    from videoadapt.commands.tables import print_launch, print_launch_plan
 
-    _show(run(_load(config, overrides), [str(config), *(overrides or [])]), as_json, print_launch)
+    loaded, words = _load(config, overrides), [str(config), *(overrides or [])]
+    if dry_run:
+        _show(plan_launch(loaded, words), as_json, print_launch_plan)
+    else:
+        _show(run(loaded, words), as_json, print_launch)
 
 
 @app.command()

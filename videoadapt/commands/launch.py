@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +22,8 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from videoadapt.commands.failure import FAILURES, fail, is_failure
-from videoadapt.commands.stage import Stage, run_stage
+from videoadapt.commands.stage import run_stage
+from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.runtime.console import say
@@ -53,17 +56,39 @@ _SQUEUE_EVERY_S = 60  # how often a handle asks SLURM for the state of its job, 
 
 @dataclass(frozen=True)
 class Job:
-    """A job to submit: a stage on `nodes * tasks_per_node` ranks, or an array of `shards` such jobs."""
+    """A job to submit: a stage with the options of its job, or an array of `shards` such jobs."""
 
     stage: Stage
-    nodes: int
-    tasks_per_node: int
+    options: JobConfig
     shards: int = 1
 
     @property
     def ranks(self) -> int:
         """Number of ranks of the job; of an array, ranks of each of its jobs."""
-        return self.nodes * self.tasks_per_node
+        return self.options.nodes * self.options.tasks_per_node
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job that `launch` would submit."""
+
+    name: str  # job1, job2, ...: stands for the id, which SLURM has not given yet
+    after: str | None  # the name of the job that must succeed first
+    stage: Stage
+    ranks: int
+    shards: int
+    options: dict[str, str]  # of sbatch; an empty value marks an option that takes none
+    log: str  # path of the log file, with SLURM's patterns
+    script: str  # the file that sbatch gets
+    sbatch: str  # a shell command that submits an equal job by hand
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The result of `plan_launch`."""
+
+    folder: str  # of logs; it must exist before a job starts
+    jobs: list[PlannedJob]
 
 
 @dataclass(frozen=True)
@@ -74,8 +99,8 @@ class Submission:
     id: str
     ranks: int
     shards: int
-    log: str  # path of the log file; of an array, a pattern
-    sbatch: str  # the equivalent sbatch command; empty on this machine
+    log: str  # path of the log file of rank 0; of an array, a pattern
+    sbatch: str  # a shell command that submits an equal job by hand; empty on this machine
 
 
 @dataclass(frozen=True)
@@ -101,8 +126,38 @@ def launch(config: Config, words: Sequence[str]) -> LaunchResult:
         RunError: SLURM refuses a job, or a job fails on this machine.
     """
     jobs = jobs_of(config)
+    _warn_of_idle_gpus(jobs)
     submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
     return LaunchResult(config.launch.cluster, submitted)
+
+
+def plan_launch(config: Config, words: Sequence[str]) -> LaunchPlan:
+    """Returns the jobs that `launch` would submit to SLURM. It submits and writes nothing, and needs no SLURM.
+
+    Args:
+        config: The config of the run.
+        words: The config file and the overrides as the user gave them.
+
+    Raises:
+        ConfigError: `launch.cluster=local`, which has no jobs.
+    """
+    if config.launch.cluster == "local":
+        raise ConfigError("launch.cluster: local has no jobs to show; leave --dry-run or launch.cluster=local out")
+    jobs = jobs_of(config)
+    _warn_of_idle_gpus(jobs)
+    planned: list[PlannedJob] = []
+    for number, job in enumerate(jobs, start=1):
+        before = planned[-1].name if planned else None
+        after = f"${before}" if before else None
+        options = sbatch_options(job, config, after)
+        script = _executor(job, config, after).script(job.shards)
+        command = sbatch_command(job, config, words, after)
+        planned.append(
+            PlannedJob(
+                f"job{number}", before, job.stage, job.ranks, job.shards, options, options["output"], script, command
+            )
+        )
+    return LaunchPlan(str(_job_folder(config)), planned)
 
 
 def jobs_of(config: Config) -> list[Job]:
@@ -115,55 +170,80 @@ def jobs_of(config: Config) -> list[Job]:
     stages = STAGES if config.launch.stage == "all" else (config.launch.stage,)
     jobs: list[Job] = []
     for stage in stages:
+        options = config.slurm.of(stage)
         if stage in ("label", "evaluate") and arrays:
-            jobs += [Job(stage, 1, 1, config.launch.shards), Job(stage, 1, 1)]
-        elif stage == "assign":  # the assigner is small: it trains on one rank
-            jobs.append(Job(stage, 1, 1))
+            jobs += [Job(stage, options.one_task(), config.launch.shards), Job(stage, options.one_task())]
         else:
-            jobs.append(Job(stage, config.slurm.nodes, config.slurm.tasks_per_node))
+            jobs.append(Job(stage, options))
     return jobs
 
 
-def sbatch_options(job: Job, config: Config) -> dict[str, str]:
-    """Returns the sbatch options of a job, without their dashes. An empty value marks an option that takes none."""
-    slurm = config.slurm
+def sbatch_options(job: Job, config: Config, after: str | None = None) -> dict[str, str]:
+    """Returns the sbatch options of a job, without their dashes. An empty value marks an option that takes none.
+
+    Args:
+        job: The job.
+        config: The config of the run.
+        after: The id of the job that must succeed first, if there is one.
+    """
+    given = job.options
+    number = "%A_%a" if job.shards > 1 else "%j"
     options = {
         "job-name": f"videoadapt-{job.stage}",
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
-        "comment": slurm.comment,
-        "time": slurm.time_minutes,
-        "nodes": job.nodes,
-        "ntasks-per-node": job.tasks_per_node,
-        "gpus-per-task": slurm.gpus_per_task or None,
-        "cpus-per-task": slurm.cpus_per_task,
-        "mem": slurm.mem_gb and f"{slurm.mem_gb}G",
-        "signal": f"USR2@{slurm.signal_s}",  # sent to the ranks before the time limit; see `run_stage`
+        "partition": given.partition,
+        "account": given.account,
+        "qos": given.qos,
+        "reservation": given.reservation,
+        "wckey": given.wckey,
+        "constraint": given.constraint,
+        "exclude": given.exclude,
+        "licenses": given.licenses,
+        "comment": given.comment,
+        "mail-user": given.mail,
+        "mail-type": given.mail and ",".join(given.mail_type),
+        "time": given.time_minutes,
+        "nodes": given.nodes,
+        "ntasks-per-node": given.tasks_per_node,
+        "gpus-per-task": given.gpus_for_task or None,
+        "gpus-per-node": given.gpus_per_node,
+        "gres": given.gres,
+        "gpu-bind": given.gpu_bind,
+        "cpus-per-task": given.cpus_per_task,
+        "mem": given.mem_gb and f"{given.mem_gb}G",
+        **given.extra,
+        "signal": f"USR2@{given.signal_s}",  # sent to the ranks before the time limit; see `run_stage`
         "requeue": "",  # after preemption or the failure of a node
         "open-mode": "append",  # a requeued job keeps the log of its earlier starts
+        "output": f"{_job_folder(config)}/{number}_0_log.out",  # of rank 0, beside those that submitit gives the others
         "array": f"0-{job.shards - 1}" if job.shards > 1 else None,
+        "dependency": after and f"afterok:{after}",
+        # Without it, a job whose predecessor has failed stays in the queue for ever.
+        "kill-on-invalid-dep": after and "yes",
     }
     return {option: str(value) for option, value in options.items() if value is not None}
 
 
-def sbatch_line(job: Job, config: Config, words: Sequence[str], after: str | None) -> str:
-    """Returns the shell command that submits the same job by hand.
-
-    The lines of `slurm.setup` are missing, because sbatch has no option for them: they belong into the sbatch file.
+def sbatch_command(job: Job, config: Config, words: Sequence[str], after: str | None) -> str:
+    """Returns a shell command that submits an equal job by hand: sbatch with a script that runs the verb of the stage.
 
     Args:
         job: The job.
         config: The config of the run.
         words: The config file and the overrides.
-        after: The id of the job that must succeed first, if there is one.
+        after: The id of the job that must succeed first, if there is one; or a variable of the shell that has it.
     """
-    no_gpu = {"gpus-per-task": "0"}  # the sbatch file asks for one GPU, which the command must be able to revoke
-    options = no_gpu | sbatch_options(job, config) | _dependency(after)
-    flags = [f"--{option}={value}" if value else f"--{option}" for option, value in options.items()]
-    return shlex.join(["sbatch", *flags, f"slurm/{job.stage}.sbatch", *words])
+    flags = [
+        f"--{name}={value}" if value else f"--{name}" for name, value in sbatch_options(job, config, after).items()
+    ]
+    # Quotes would keep the shell from replacing a variable.
+    quoted = [flag if flag.startswith("--dependency=") else shlex.quote(flag) for flag in flags]
+    program = "videoadapt" if job.options.python is None else f"{job.options.python} -m videoadapt"
+    run = f"{shlex.join(['srun', '--unbuffered', *_srun_options(job)])} {program} {shlex.join([job.stage, *words])}"
+    run += f" parallel.ranks={job.ranks}"
+    if job.shards > 1:
+        run += f" parallel.shard=$SLURM_ARRAY_TASK_ID/{job.shards}"
+    script = "\n".join(["#!/bin/bash", *job.options.setup, run])
+    return f"{' '.join(['sbatch', *quoted])} <<'END'\n{script}\nEND"
 
 
 def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.Job[Summary]]:
@@ -180,13 +260,20 @@ def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.
     Raises:
         RunError: SLURM refuses the job, or is not installed.
     """
+    if shutil.which("sbatch") is None:
+        raise RunError("no sbatch on this machine: launch from a node of the cluster, or set launch.cluster=local")
     shards = [None] if job.shards == 1 else list(range(job.shards))
     calls = [StageCall(job, config, shard) for shard in shards]
+    folder = _job_folder(config)
+    before = set(folder.glob("*"))
     try:
-        executor = SqueueExecutor(folder=_job_folder(config) / "%j")
-        executor.update_parameters(**_submitit_parameters(job, config, after))
-        return executor.submit_array(calls)
+        return _executor(job, config, after).submit_array(calls)
     except (RuntimeError, OSError, FailedJobError, FailedSubmissionError) as error:
+        for path in set(folder.glob("*")) - before:  # what submitit wrote for this job
+            path.unlink()
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+            config.run.dir.rmdir()
         raise RunError(f"{job.stage} cannot be submitted: {error}") from error
 
 
@@ -214,17 +301,27 @@ class StageCall:
             fail(error)
 
 
+def _warn_of_idle_gpus(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        gpus, tasks = job.options.gpus_on_node, job.options.tasks_per_node
+        if gpus > tasks:
+            say(
+                f"{job.stage}: {gpus} GPUs on each node, of which {gpus - tasks} are idle: a task uses one GPU. "
+                f"slurm.tasks_per_node={gpus} uses them all"
+            )
+
+
 def _submit_all(jobs: Sequence[Job], config: Config, words: Sequence[str]) -> list[Submission]:
     """Submits jobs that depend on each other; cancels them all if one is refused."""
     submitted: list[Submission] = []
     before: str | None = None
     try:
         for job in jobs:
-            line = sbatch_line(job, config, words, before)
+            command = sbatch_command(job, config, words, before)
             handles = submit(job, config, before)
             before = handles[0].job_id.split("_")[0]  # 7 of 7_0: the next job waits for the whole array
-            log = handles[0].paths.stdout if job.shards == 1 else _job_folder(config) / f"{before}_*" / "*.out"
-            submitted.append(Submission(job.stage, before, job.ranks, job.shards, str(log), line))
+            log = handles[0].paths.stdout if job.shards == 1 else _job_folder(config) / f"{before}_*_0_log.out"
+            submitted.append(Submission(job.stage, before, job.ranks, job.shards, str(log), command))
     except (RunError, KeyboardInterrupt):
         if submitted:
             say(_cancel_all(submitted))
@@ -242,40 +339,44 @@ def _cancel_all(submitted: Sequence[Submission]) -> str:
     return f"cancelled, because the chain cannot be completed: {names}"
 
 
-def _submitit_parameters(job: Job, config: Config, after: str | None) -> dict[str, Any]:
-    """Returns `sbatch_options` as the parameters of submitit, which has its own names for some options."""
-    options = sbatch_options(job, config) | _dependency(after)
-    for option in ("job-name", "nodes", "ntasks-per-node", "time", "signal", "open-mode", "array"):
-        options.pop(option, None)
-    return {
-        "job_name": f"videoadapt-{job.stage}",
-        "nodes": job.nodes,
-        "ntasks_per_node": job.tasks_per_node,
-        "time": config.slurm.time_minutes,
-        "signal_delay_s": config.slurm.signal_s,
-        "setup": [*config.slurm.setup, *PASS_SIGNALS_ON.splitlines()],
-        # When one rank fails, srun ends the others. Since SLURM 22.05, srun does not inherit sbatch's CPUs per task.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.slurm.cpus_per_task}"],
-        "additional_parameters": {option: value or True for option, value in options.items()},
-    }
+def _executor(job: Job, config: Config, after: str | None) -> SqueueExecutor:
+    """Returns submitit's executor with `sbatch_options` as its parameters. It has its own names for some options."""
+    options = sbatch_options(job, config, after)
+    named = {option.replace("-", "_"): options.pop(option) for option in ("job-name", "nodes", "ntasks-per-node")}
+    options.pop("time")
+    executor = SqueueExecutor(folder=_job_folder(config), python=job.options.python)
+    executor.update_parameters(
+        job_name=named["job_name"],
+        nodes=job.options.nodes,
+        ntasks_per_node=job.options.tasks_per_node,
+        time=job.options.time_minutes,
+        wckey=None,  # submitit's default is its own name, which clusters with accounting refuse
+        stderr_to_stdout=True,
+        setup=[*job.options.setup, *PASS_SIGNALS_ON.splitlines()],
+        srun_args=_srun_options(job),
+        additional_parameters={option: value or True for option, value in options.items()},
+    )
+    return executor
 
 
-def _dependency(after: str | None) -> dict[str, str]:
-    # kill-on-invalid-dep: without it, a job whose predecessor has failed stays in the queue for ever.
-    return {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}
+def _srun_options(job: Job) -> list[str]:
+    # When one rank fails, srun ends the others. Since SLURM 22.05, srun does not inherit sbatch's CPUs per task.
+    return ["--kill-on-bad-exit=1", f"--cpus-per-task={job.options.cpus_per_task}", *job.options.srun]
 
 
 def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
     """Runs jobs one after the other as processes of this machine."""
     done = []
     for job in jobs:
-        if job.nodes > 1:
-            raise ConfigError(f"slurm.nodes is {job.nodes}; with launch.cluster=local it must be 1, this machine")
-        executor = submitit.LocalExecutor(folder=_job_folder(config) / "%j")
+        nodes, tasks = job.options.nodes, job.options.tasks_per_node
+        if nodes > 1:
+            raise ConfigError(f"slurm.nodes is {nodes}; with launch.cluster=local it must be 1, this machine")
+        executor = submitit.LocalExecutor(folder=_job_folder(config))
         executor.update_parameters(
-            tasks_per_node=job.tasks_per_node,
-            gpus_per_node=job.tasks_per_node * config.slurm.gpus_per_task,
+            tasks_per_node=tasks,
+            gpus_per_node=tasks if job.options.gpus_on_node else tasks * job.options.gpus_for_task,
             timeout_min=_NO_LIMIT_MINUTES,
+            stderr_to_stdout=True,
         )
         handle = executor.submit(StageCall(job, config))
         say(f"{job.stage}: {job.ranks} ranks; log: {handle.paths.stdout}")
@@ -292,12 +393,12 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
 
 def _why_failed(job: Job, handle: submitit.Job[Summary]) -> str:
     """Returns the error that a rank of a job on this machine has printed, and its log."""
-    for log in sorted(handle.paths.folder.glob("*_log.err")):  # one for each rank
+    for log in sorted(handle.paths.folder.glob(f"{handle.job_id}_*_log.out")):  # one for each rank
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if re.match(r"error( on rank \d+ of \d+)?: ", line)]
         if errors:
             return f"{job.stage} failed: {errors[-1].partition(': ')[2]} (log: {log})"
-    return f"{job.stage} failed; see {handle.paths.stderr}"
+    return f"{job.stage} failed; see {handle.paths.stdout}"
 
 
 def _job_folder(config: Config) -> Path:
@@ -332,6 +433,20 @@ class SqueueExecutor(SlurmExecutor):
     """Submits jobs as `SqueueJob`."""
 
     job_class = SqueueJob
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Returns that submitit may use this executor, without a look for srun: a dry run needs none."""
+        return 1
+
+    def script(self, shards: int) -> str:
+        """Returns the file that sbatch gets."""
+        parameters = self.parameters
+        if shards > 1:
+            self.parameters = parameters | {"map_count": shards}  # as `_internal_process_submissions` does
+        text = self._make_submission_file_text(self._submitit_command_str, "")
+        self.parameters = parameters
+        return text
 
     def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Any]:
         jobs = super()._internal_process_submissions(delayed_submissions)

@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
+from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import Summary, replacing
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
-
-Stage = Literal["train", "label", "assign", "evaluate"]
 
 # The files that a stage leaves behind when it gets on, by name and size: what another start need not do again.
 _PROGRESS = ("probed.jsonl", "manifest.parquet", "checkpoints/step-*", "assigner/*", "scores/*/part-*")
@@ -51,9 +50,9 @@ def run_stage(stage: Stage, config: Config) -> Summary:
         UserError: The config or the input of the stage is wrong.
         KeyboardInterrupt: Ctrl-C; outside a SLURM job also the other signals.
     """
-    job = slurm_job(os.environ)
-    if job is not None and job.restarts > config.slurm.max_restarts:  # SLURM also requeues after a node has failed
-        raise RunError(_out_of_restarts(job, config))
+    job, options = slurm_job(os.environ), config.slurm.of(stage)
+    if job is not None and job.restarts > options.max_restarts:  # SLURM also requeues after a node has failed
+        raise RunError(_out_of_restarts(job, options))
     if job is not None:
         # Some ranks end the stage before others. A warning that arrives after the end must not kill them.
         for number in WARNINGS:
@@ -62,14 +61,14 @@ def run_stage(stage: Stage, config: Config) -> Summary:
         try:
             summary = _function(stage)(config)
             if job is not None and rank_env(os.environ).rank == 0:
-                _restart_file(job, config).unlink(missing_ok=True)
+                _restart_file(job, config.run.dir).unlink(missing_ok=True)
             return summary
         except Stopped as stopped:
             if job is None or stopped.signal not in JOB_SIGNALS:
                 raise
             warned = stopped.signal in WARNINGS
         # After the `except`, whose exception would keep the stage's workers alive. Workers get the next signals too.
-        _wait_for_end(job, warned, config)
+        _wait_for_end(job, warned, config.run.dir, options)
 
 
 def _function(stage: Stage) -> Callable[[Config], Summary]:
@@ -91,19 +90,19 @@ def _function(stage: Stage) -> Callable[[Config], Summary]:
     return evaluate
 
 
-def _wait_for_end(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
+def _wait_for_end(job: SlurmJob, warned: bool, run: Path, options: JobConfig) -> NoReturn:
     """Requeues a warned job, then waits until SLURM ends this process.
 
     A process that ends earlier counts as failed or as completed, and `srun` then ends the other ranks with it.
     """
-    if warned and job.restarts >= config.slurm.max_restarts:
-        raise RunError(_out_of_restarts(job, config))
+    if warned and job.restarts >= options.max_restarts:
+        raise RunError(_out_of_restarts(job, options))
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     if not warned:
         say(f"job {job.id} is preempted: saved, waiting for the end")
     elif rank_env(os.environ).rank == 0:  # one rank requeues for all
-        _require_progress(job, config)
+        _require_progress(job, run, options)
         requeue(job.id)
         say(f"job {job.id} is near its time limit: saved and requeued (restart {job.restarts + 1})")
     deadline = time.monotonic() + _END_TIMEOUT_S
@@ -112,15 +111,15 @@ def _wait_for_end(job: SlurmJob, warned: bool, config: Config) -> NoReturn:
     raise SystemExit(_TERMINATED)
 
 
-def _require_progress(job: SlurmJob, config: Config) -> None:
+def _require_progress(job: SlurmJob, run: Path, options: JobConfig) -> None:
     """Records the progress of this start of a job, and raises `RunError` if the start before it got as far."""
-    file, reached = _restart_file(job, config), progress_of(config.run.dir)
+    file, reached = _restart_file(job, run), progress_of(run)
     with suppress(OSError):  # the first start
         if file.read_text(encoding="utf-8") == reached:
             raise RunError(
                 f"job {job.id} has saved nothing new in its last two starts: its time limit (slurm.time_minutes, now "
-                f"{config.slurm.time_minutes}) is shorter than its start-up, or slurm.signal_s "
-                f"({config.slurm.signal_s}) leaves no time. Raise the limit and submit again; what is saved is intact"
+                f"{options.time_minutes}) is shorter than its start-up, or slurm.signal_s "
+                f"({options.signal_s}) leaves no time. Raise the limit and submit again; what is saved is intact"
             )
     with replacing(file) as temporary:
         temporary.write_text(reached, encoding="utf-8")
@@ -133,12 +132,12 @@ def progress_of(run: Path) -> str:
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
-def _restart_file(job: SlurmJob, config: Config) -> Path:
-    return config.run.dir / "restarts" / job.id
+def _restart_file(job: SlurmJob, run: Path) -> Path:
+    return run / "restarts" / job.id
 
 
-def _out_of_restarts(job: SlurmJob, config: Config) -> str:
+def _out_of_restarts(job: SlurmJob, options: JobConfig) -> str:
     return (
-        f"job {job.id} was restarted {job.restarts} times, and slurm.max_restarts is {config.slurm.max_restarts}. "
+        f"job {job.id} was restarted {job.restarts} times, and slurm.max_restarts is {options.max_restarts}. "
         "Everything saved is intact: submit the job again to continue"
     )

@@ -6,6 +6,7 @@ to stdout, sentences to stderr: `videoadapt VERB > file` keeps the tables alone.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from videoadapt.runtime.files import Summary
 
 if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them at most
     from videoadapt.commands.demo import DemoResult
-    from videoadapt.commands.launch import LaunchResult
+    from videoadapt.commands.launch import LaunchPlan, LaunchResult
     from videoadapt.data.index.check import CheckResult
 
 # Limits that keep a result on one screen
@@ -342,6 +343,28 @@ def print_launch(result: LaunchResult) -> None:
     for job in result.jobs:
         if job.sbatch:
             print(job.sbatch)  # not wrapped, so that it can be copied
+
+
+def print_launch_plan(plan: LaunchPlan) -> None:
+    """Prints the jobs of a dry run with their options, the scripts, and commands that submit equal jobs by hand."""
+    hidden = {"job-name", "output", "open-mode", "dependency", "kill-on-invalid-dep", "signal", "requeue"}
+    rows = [
+        (
+            job.name,
+            job.stage,
+            job.after or "-",
+            job.ranks,
+            job.shards,
+            " ".join(f"{name}={value}" if value else name for name, value in job.options.items() if name not in hidden),
+        )
+        for job in plan.jobs
+    ]
+    print_table("Jobs, not submitted", ("job", "stage", "after", "ranks", "shards", "resources"), rows)
+    for job in plan.jobs:  # not wrapped, so that it can be copied
+        print(f"# {job.name}, {job.stage}: the script that sbatch gets\n{job.script}")
+    print(f"# Equal jobs by hand\nmkdir -p {shlex.quote(plan.folder)}")
+    for job in plan.jobs:
+        print(f"{job.name}=$({job.sbatch.replace('sbatch', 'sbatch --parsable', 1)}\n)")
 
 
 def print_demo(result: DemoResult) -> None:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from videoadapt.config.cascade import parse_cascade_spec
+from videoadapt.config.jobs import SlurmConfig
 from videoadapt.config.parse import MAX_CONFIG_BYTES, MAX_DEPTH, NULLS, WrittenDict, WrittenList, parse_yaml, read_text
 from videoadapt.config.points import Point
 from videoadapt.config.sections import (
@@ -35,7 +36,6 @@ from videoadapt.config.sections import (
     PlanConfig,
     RunConfig,
     Section,
-    SlurmConfig,
     TrainConfig,
     is_path,
 )

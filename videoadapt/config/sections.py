@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from videoadapt.config.cost import point_cost
 from videoadapt.config.parse import WrittenDict, WrittenList
@@ -49,8 +50,7 @@ IS_PATH = "path"  # marks a field of text that may be a path: `~` and `$NAME` in
 _RAND_AUGMENT = r"^rand(-(m\d{1,3}|n\d{1,2}|(p|mstd)\d{1,3}(\.\d{1,9})?)){0,9}-inc1$"
 _CORE_INTEGER = re.compile(r"[-+]?0[xo][0-9a-fA-F]{1,16}")  # of YAML 1.2, beside the decimal ones
 _SHARD = re.compile(r"(?P<number>[0-9]{1,6})/(?P<count>[0-9]{1,6})")
-# As sbatch writes times: MIN, MIN:SEC, HOURS:MIN:SEC, DAYS-HOURS, DAYS-HOURS:MIN, DAYS-HOURS:MIN:SEC.
-_SLURM_TIME = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<first>\d{1,7})(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+_SLURM_PATTERN = re.compile(r"%\d*[AaJjNnstux]")  # in names of log files; sbatch replaces it
 
 
 def is_path(annotation: Any) -> bool:
@@ -66,23 +66,6 @@ def _members(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, UnionType):
         return [member for each in get_args(annotation) for member in _members(each)]
     return [annotation]
-
-
-def _slurm_minutes(value: Any) -> Any:
-    """Returns the minutes of a time as sbatch writes it, rounded up as SLURM does; other values unchanged."""
-    match = _SLURM_TIME.fullmatch(value.strip()) if isinstance(value, str) else None
-    if not match or (match["third"] is None and match["days"] is None and match["second"] is None):
-        return value  # minutes
-    first, second, third = (int(match[name] or 0) for name in ("first", "second", "third"))
-    if match["days"] is not None or match["third"] is not None:
-        return math.ceil(int(match["days"] or 0) * 1440 + first * 60 + second + third / 60)
-    return math.ceil(first + second / 60)
-
-
-def _host_list(value: Any) -> Any:
-    """Returns `n01,n02` for `[n01, n02]`, a YAML list. SLURM's own brackets stand behind a name: `n[01-02]`."""
-    listed = re.fullmatch(r"\[\s*([A-Za-z].*)\]", value) if isinstance(value, str) else None
-    return re.sub(r"\s+", "", listed[1]) if listed else value
 
 
 def _as_list(value: Any) -> Any:
@@ -130,10 +113,18 @@ class Section(BaseModel):
         return value
 
 
+def _check_folder(path: Path) -> Path:
+    if match := _SLURM_PATTERN.search(str(path)):
+        raise PydanticCustomError(
+            "folder", f"expected one folder for all stages and jobs of a run, without SLURM's {match[0]}"
+        )
+    return path
+
+
 class RunConfig(Section):
     """The run folder, the device and the seed."""
 
-    dir: Path = Path("runs/run")
+    dir: Annotated[Path, AfterValidator(_check_folder)] = Path("runs/run")
     """Folder of the run: checkpoints, labels, tables and logs. All stages of a run share it."""
     seed: Seed = 0
     """Seed of the initial weights, the order of clips, augmentation and drawn points. Two runs with the same seed on
@@ -626,39 +617,3 @@ class LaunchConfig(Section):
     """Where: SLURM, or `local` = on this machine, one stage after the other."""
     shards: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Jobs in the array of label and of evaluate. 1 = no array."""
-
-
-class SlurmConfig(Section):
-    """Resources of a SLURM job. `assign`, and each job of an array, has one task with its GPUs, CPUs and memory."""
-
-    partition: str | None = None
-    """`--partition` of sbatch. null = the cluster's default."""
-    account: str | None = None
-    """`--account` of sbatch. null = the cluster's default."""
-    qos: str | None = None
-    """`--qos` of sbatch. null = the cluster's default."""
-    constraint: str | None = None
-    """Required features of the nodes (`--constraint`). null = any node."""
-    exclude: Annotated[str, BeforeValidator(_host_list)] | None = None
-    """Names of nodes to avoid (`--exclude`), such as `n01,n02` or `n[01-03]`. null = none."""
-    comment: str | None = None
-    """Text that SLURM keeps with the job (`--comment`). null = none."""
-    time_minutes: Annotated[Count, BeforeValidator(_slurm_minutes)] = 1440
-    """Limit of one start (`--time`); shortly before it, the job saves and is requeued. A number is minutes; or a time
-    as sbatch writes it, such as 4:00:00 or 1-12."""
-    nodes: Count = 1
-    """Nodes of a job (`--nodes`)."""
-    tasks_per_node: Count = 1
-    """Ranks on each node (`--ntasks-per-node`), one for each GPU."""
-    gpus_per_task: Annotated[int, Field(ge=0, le=1)] = 1
-    """GPUs of a rank, one at most (`--gpus-per-task`). 0 = no GPUs."""
-    cpus_per_task: Count = 8
-    """CPUs of a rank (`--cpus-per-task`). The data workers of a task share them."""
-    mem_gb: Count | None = None
-    """Memory of each node in GB (`--mem`). null = the cluster's default."""
-    setup: tuple[str, ...] = ()
-    """Shell lines before the command, to load modules or an environment."""
-    signal_s: Count = 120
-    """Seconds before the time limit at which the job gets the signal to save (`--signal`)."""
-    max_restarts: Annotated[int, Field(ge=0, le=1_000_000)] = 20
-    """Times that a job may be requeued. A job that needs more fails."""
