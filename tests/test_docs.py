@@ -1,9 +1,13 @@
-"""The code blocks of README and docs: commands, configs and keys exist, and README's Python runs."""
+"""The code blocks of README and docs run, at small size; the lines that do not name configs, keys and files that exist."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,37 +15,133 @@ import typer
 import yaml
 
 import small_runs as runs
+from doc_pages import (
+    COMMAND,
+    LANGUAGES,
+    PAGES,
+    ROOT,
+    Block,
+    Page,
+    blocks_of,
+    executed,
+    lines_not_run,
+    page_names,
+    unused,
+)
+from doc_server import SMALL, CommandServer
 from videoadapt.commands.cli import app
-from videoadapt.config.load import known_keys, load_config, make_config
-from videoadapt.routing.fit_assigner import assign
-from videoadapt.routing.label import label
-from videoadapt.training.train import train
+from videoadapt.config.load import dump_config, known_keys, load_config, make_config
+from videoadapt.data.synthetic import generate
+from videoadapt.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HISTORY = {"log.md"}  # a dated log keeps the commands of its day
+NAMES = page_names()
+BLOCKS = {name: blocks_of(name) for name in NAMES}
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")
+TIMEOUT_S = 300
+VIDEOS = {"train": 24, "val": 12}
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+def settings(name: str) -> Page:
+    return PAGES.get(name, Page())
 
 
-def command_lines() -> list[tuple[str, list[str]]]:
-    """The page and the words of every line of a shell block, without comments."""
+# ---- every block is run, or named in the list
+
+
+def test_every_block_has_a_language_that_says_what_it_is() -> None:
+    for block in (block for blocks in BLOCKS.values() for block in blocks):
+        assert block.language in LANGUAGES, f"{block}: the tests do not know the language {block.language!r}"
+        if block.language != "bash":
+            assert not COMMAND.search(block.text), f"{block}: a command in a block that is not `bash`"
+
+
+def test_the_list_names_what_the_pages_have() -> None:
+    assert set(PAGES) <= set(NAMES)
+    for name, page in PAGES.items():
+        assert not unused(page, BLOCKS[name]), f"tests/doc_pages.py: {name} has no such text"
+
+
+# ---- blocks that run
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+    with CommandServer(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, server: CommandServer) -> Path:
+    """A folder with data, a finished run on it, its config and a video, all by relative paths."""
+    folder = tmp_path_factory.mktemp("docs")
+    generate(folder / "data", VIDEOS, seed=3, workers=1)
+    for name in ("configs", "tools", "slurm", "constraints.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    config = runs.config(Path("data"), Path("runs/mine"), train={"epochs": 1}, assign={"epochs": 1})
+    (folder / "CONFIG").write_text(dump_config(config), encoding="utf-8")
+    shutil.copy(next((folder / "data").rglob("*.mp4")), folder / "video.mp4")
+    block = Block(
+        "tests/test_docs.py", 0, "bash", "for v in train label assign evaluate; do videoadapt $v CONFIG; done"
+    )
+    run_shell(block, block.text, folder, shell_of(server, Page()))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if any(executed(settings(name), b) for b in BLOCKS[name])])
+def test_the_blocks_of_a_page_run(
+    name: str, server: CommandServer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = settings(name)
+    folder = tmp_path / "page"
+    shutil.copytree(prepared, folder, symlinks=True)
+    for target, source in page.copies.items():
+        path = folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (folder / source).is_dir() else shutil.copy
+        copy(folder / source, path)
+    monkeypatch.chdir(folder)
+    shell = shell_of(server, page)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in BLOCKS[name]:
+        text = executed(page, block)
+        if block.language == "bash" and text.strip():
+            shell = run_shell(block, text, folder, shell)
+        if block.language == "python":
+            exec(compile(text, str(block), "exec"), namespace)  # noqa: S102 - our own page
+
+
+def shell_of(server: CommandServer, page: Page) -> dict[str, str]:
+    """The environment of a page's first block."""
+    return os.environ | {"PATH": f"{server.bin}{os.pathsep}{os.environ['PATH']}", SMALL: "\n".join(page.small.split())}
+
+
+def run_shell(block: Block, text: str, folder: Path, shell: dict[str, str]) -> dict[str, str]:
+    """Runs a block, and returns the environment at its end, for the page's next block."""
+    state = folder / ".environment"
+    # All variables are exported, so that the next block has them; any command that fails ends the block.
+    script = f"set -aeuo pipefail\n{text}\nenv -0 > '{state}'\n"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=shell, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, f"{block}: exit code {done.returncode}\n{text}\n{done.stderr[-2000:]}"
+    return dict(entry.split("=", 1) for entry in state.read_text().split("\0") if entry)
+
+
+# ---- lines that do not run
+
+
+def words_not_run() -> list[tuple[str, list[str]]]:
     found = []
-    for page in PAGES:
-        if page.name in HISTORY:
-            continue
-        for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    found.append((page.relative_to(ROOT).as_posix(), words))
-    return found
+    for name in NAMES:
+        for block in BLOCKS[name]:
+            if block.language == "bash":
+                found += [(name, shlex.split(line, comments=True)) for line in lines_not_run(settings(name), block)]
+    return [(name, words) for name, words in found if words]
 
 
-LINES = command_lines()
+NOT_RUN = words_not_run()
 
 
 def verbs() -> set[tuple[str, ...]]:
@@ -53,13 +153,8 @@ def verbs() -> set[tuple[str, ...]]:
     return found
 
 
-def test_pages_have_command_lines() -> None:
-    assert len(LINES) > 40
-    assert len({page for page, _ in LINES}) > 8
-
-
-@pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in LINES])
-def test_a_command_line_names_what_exists(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "words"), NOT_RUN, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in NOT_RUN])
+def test_a_line_that_is_not_run_names_what_exists(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIGHTS", "VIT_S"):  # configs/fights.yaml has no default for these
         monkeypatch.setenv(name, name.lower())
     if "-m" in words and "videoadapt" in words:  # torchrun ... -m videoadapt VERB
@@ -68,48 +163,36 @@ def test_a_command_line_names_what_exists(page: str, words: list[str], monkeypat
     if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert rest[0] in targets
-    if program in {"python", "bash"} and rest[0].endswith((".py", ".sbatch", ".sh")):
-        assert (ROOT / rest[0]).is_file()
     if program == "videoadapt":
         known = verbs()
         assert (rest[0],) in known or tuple(rest[:2]) in known, f"no verb {rest[0]}"
-    configs = [word.rstrip(";") for word in rest if word.startswith("configs/") and "*" not in word]
+    paths = [word.rstrip(";") for word in rest if re.match("(configs|tools|slurm)/", word) and "*" not in word]
+    for path in paths:
+        assert (ROOT / path).exists(), f"{page}: no {path}"
+    configs = [path for path in paths if path.startswith("configs/")]
     overrides = [word for word in rest if OVERRIDE.fullmatch(word)]
     for config in configs:
-        assert (ROOT / config).is_file()
         load_config(ROOT / config, overrides)
     if not configs and overrides and program == "videoadapt":  # `CONFIG` stands for any
         for override in overrides:
             assert override.partition("=")[0] in known_keys(), f"{page}: no such key in {override}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_yaml_of_a_page_is_a_config(page: Path) -> None:
-    sections: dict[str, object] = {}
-    for block in blocks(page, "yaml"):  # the blocks of a page are one config
-        sections |= yaml.safe_load(block)
-    make_config(sections)
+@pytest.mark.parametrize("name", [name for name in NAMES if any(block.language == "yaml" for block in BLOCKS[name])])
+def test_the_yaml_of_a_page_is_a_config(name: str) -> None:
+    """Each block is a part of a config: alone, or below the page's blocks before it."""
+    before: dict[str, object] = {}
+    for block in (block for block in BLOCKS[name] if block.language == "yaml"):
+        sections = yaml.safe_load(block.text)
+        try:
+            make_config(sections)
+        except ConfigError:
+            make_config(before | sections)
+        before |= sections
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".md")])
+def test_links_lead_to_files(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / name).read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
-
-
-@pytest.mark.slow
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = runs.make_data(tmp_path / "data")
-    config = runs.config(data, tmp_path / "runs" / "demo")
-    for stage in (train, label, assign):
-        stage(config)
-    video = next(iter((data).rglob("*.mp4")))
-    (tmp_path / "clip.mp4").symlink_to(video)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    (program,) = blocks(ROOT / "README.md", "python")
-    namespace: dict[str, object] = {}
-    exec(compile(program, "README.md", "exec"), namespace)  # noqa: S102 - our own page
-    assert namespace["logits"].shape == (1, 400)  # type: ignore[attr-defined]
-    assert namespace["prediction"].points[0] in config.model.points  # type: ignore[attr-defined]
+            assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}, which is not there"

@@ -31,8 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     linked: set[Path] = set()
     for origin in [*map(Path, PAGES), *sorted(Path("docs", file.src_uri) for file in files.documentation_pages())]:
         linked |= _linked(origin)
-    for origin, uri in PAGES.items():
-        files.append(File.generated(config, uri, content=(ROOT / origin).read_text(encoding="utf-8")))
+    for name, uri in PAGES.items():
+        files.append(File.generated(config, uri, content=(ROOT / name).read_text(encoding="utf-8")))
     for path in sorted(linked):
         files.append(File.generated(config, _uri(path), content=_shown(path), inclusion=InclusionLevel.NOT_IN_NAV))
     files.append(File.generated(config, "stylesheet.css", content=STYLE))
