@@ -59,7 +59,7 @@ def command_lines(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Page:
-    """How the blocks of one page run. They run in order, in a folder with a finished run, data, and `CONFIG`, its config."""
+    """How the blocks of one page run: in order, in a folder with data, a finished run, and its config `CONFIG`."""
 
     small: str = ""  # overrides for every command with a config
     replaced: Mapping[str, str] = field(default_factory=dict)  # texts of the blocks, replaced before they run
@@ -74,14 +74,15 @@ MINUTES = "takes minutes; a test in tests/tools runs the script at small size"
 
 # Any config becomes a tiny one that trains on the data of the folder.
 SMALL_DATA = (
-    "data.root=data data.train.annotations=data/train.csv data.val.annotations=data/val.csv data.classes=data/classes.txt "
-    "data.workers=0 data.holdout=0.4 model.num_classes=12"
+    "data.root=data data.train.annotations=data/train.csv data.val.annotations=data/val.csv "
+    "data.classes=data/classes.txt data.workers=0 data.holdout=0.4 model.num_classes=12"
 )
 SMALL_MODEL = "model.width=32 model.heads=2 model.depth=2 model.num_frames=2 model.stride_frames=2"
 SMALL_STAGES = (
     "run.device=cpu run.precision=fp32 train.init=null train.epochs=1 train.warmup_epochs=0 train.batch=8 "
     "train.schedule=cosine train.milestones=[] assign.epochs=1 assign.size=32 assign.frames=2 assign.stages=1 "
-    "assign.channel_multiplier=0.25 label.source=holdout evaluate.spatial_crops=1 evaluate.speed_clips=4 evaluate.speed_repeats=1"
+    "assign.channel_multiplier=0.25 label.source=holdout evaluate.spatial_crops=1 evaluate.speed_clips=4 "
+    "evaluate.speed_repeats=1"
 )
 SMALL = f"{SMALL_DATA} {SMALL_MODEL} {SMALL_STAGES}"
 

@@ -1,4 +1,4 @@
-"""The code blocks of README and docs run, at small size; the lines that do not name configs, keys and files that exist."""
+"""The code blocks of README and docs run at small size. Lines that do not run name configs, keys and files that exist."""
 
 from __future__ import annotations
 
