@@ -8,12 +8,16 @@ real program. Quotes, globs, loops, pipes and continued lines stay bash's.
 from __future__ import annotations
 
 import array
+import atexit
+import gc
 import json
 import os
 import runpy
 import socket
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +81,8 @@ def _serve(address: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would touch, and so copy, the memory of all that was imported
     os.write(1, b"ready\n")
     while True:
         connection, _ = listener.accept()
@@ -98,7 +104,29 @@ def _serve(address: str) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ |= environment
-    _call(program, words)
+    _end(_code_of(program, words))
+
+
+def _code_of(program: str, words: list[str]) -> int:
+    try:
+        _call(program, words)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _end(code: int) -> None:
+    """Ends a fork as the interpreter would, but leaves its memory to the kernel."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _reap() -> None:
@@ -172,7 +200,7 @@ def _run_ranks(ranks: int, words: Sequence[str]) -> None:
         if child == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            _videoadapt(words)
+            _end(_code_of("videoadapt", list(words)))
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 

@@ -1,4 +1,4 @@
-"""The code blocks of README and docs run at small size. Lines that do not run name configs, keys and files that exist."""
+"""Code blocks of README and docs run at small size; lines that do not run name configs, keys and files that exist."""
 
 from __future__ import annotations
 

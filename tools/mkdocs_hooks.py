@@ -19,10 +19,13 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 SOURCES = "source"  # the folder of the site with the pages of linked files
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sbatch": "bash", ".json": "json"}
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
-# Wide tables scroll on their own, and code in their cells breaks nowhere else than at spaces.
+# Room for code of 120 characters and for wide tables, which scroll on their own where the screen is narrow.
 STYLE = """
-.md-typeset table:not([class]) code { white-space: nowrap; }
-.md-typeset img { background-color: transparent; }
+.md-grid { max-width: 78rem; }
+.md-typeset table:not([class]) { font-size: .68rem; }
+.md-typeset table:not([class]) th, .md-typeset table:not([class]) td { padding: .5em .9em; min-width: 0; }
+.md-typeset table:not([class]) code { word-break: normal; }
+.md-typeset pre > code { font-size: .75em; }
 """
 
 
