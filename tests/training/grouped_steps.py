@@ -5,6 +5,7 @@ Not a test by itself. The ranks are forked from a process that has imported this
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from videoadapt.data.clips.loader import Batch
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.ranks import rank, rank0_then_all, ranks, world_size
+from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.ddp import share_statistics, sum_gradients
+from videoadapt.training.freeze import freeze
 from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
+from videoadapt.training.validate import Validator
 
 UNREADABLE = 5  # position, in the step, of a clip that no rank can read
 TRAININGS = [(1, torch.float64), (1, torch.float32), (3, torch.float64)]  # steps, precision
@@ -47,6 +51,7 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
     """Returns what this rank has after some steps from a fixed start."""
     state = State.start(config, manifest)
     state.model = TimeSformer(config.model).to(dtype)
+    freeze(state.model, config.train.freeze)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in state.model.parameters():  # away from zero, where many of them start
@@ -75,6 +80,16 @@ def save_trainings(folder: str) -> None:
         manifest = rank0_then_all(lambda: load_or_index(config))
         results = {(steps, str(dtype)): trained(config, manifest, steps, dtype) for steps, dtype in TRAININGS}
         torch.save(results, Path(folder) / f"rank{rank()}.pt")
+
+
+def save_validation(folder: str) -> None:
+    """Validates the model before its first step; rank r writes FOLDER/rankR.pt."""
+    config = load_config(Path(folder) / "config.yaml")
+    with ranks(config):
+        manifest = rank0_then_all(lambda: load_or_index(config))
+        found = Validator.of(State.start(config, manifest), 5).validate(StopRequest(), lambda note: None)
+        assert found is not None
+        torch.save(asdict(found), Path(folder) / f"rank{rank()}.pt")
 
 
 def leave_often(folder: str, times: int = 30) -> None:

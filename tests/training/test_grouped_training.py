@@ -56,6 +56,7 @@ def indexed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Config:
     """Everything by which points and clips influence one another; no drop path, which depends on the plan."""
     defaults: dict[str, dict] = {
+        "loss": {},
         "model": {"drop_path": 0.0, "distill_token": True},
         "data": {"mixup": 0.4, "cutmix": 1.0},
         "train": {"batch": 16, "accumulate": 2, "clip_grad": None, "optimizer": "sgd", "lr": 0.1, "ema": None},
@@ -229,3 +230,35 @@ def test_a_run_continues_with_another_plan(
     assert end.meta["step"] == whole.meta["step"] > 2
     for name, tensor in whole.tensors_under("model").items():
         torch.testing.assert_close(end.tensors_under("model")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_validate_each_video_once(forked: ForkedRanks, data: Path, indexed: Path, tmp_path: Path) -> None:
+    """11 videos on 3 ranks: the same on every rank, and as on one rank up to the order of sums."""
+    found = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        config = runs.config(data, folder / "run", data={"validate": 0.9}, evaluate={"batch": 3})
+        shutil.copytree(indexed, config.run.dir)
+        (folder / "config.yaml").write_text(dump_config(config))
+        forked.run(grouped_steps.save_validation, count, folder)
+        found += [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+    one, *others = found
+    assert one["read"] == 11
+    for other in others:
+        assert other["values"] == pytest.approx(one["values"], rel=1e-5)
+        assert {**other, "values": None} == {**one, "values": None}
+    assert others[0] == others[1] == others[2]
+
+
+@pytest.mark.slow
+def test_groups_with_class_weights_and_frozen_blocks_equal_one_rank(trained: Trainer) -> None:
+    """Also with a learning rate of its own for each layer."""
+    sections = {
+        "loss": {"class_weights": "balanced"},
+        "train": {"freeze": 1, "init": "unused", "layer_decay": 0.7},
+    }
+    (one,) = trained(1, None, **sections)
+    for rank in trained(3, {"8": 2, "6+4": 1}, **sections):
+        for name, parameter in rank[SEVERAL_STEPS]["parameters"].items():
+            assert difference(parameter, one[SEVERAL_STEPS]["parameters"][name]) < 1e-9, name

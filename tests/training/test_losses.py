@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from videoadapt.config.sections import LossConfig
 from videoadapt.model.timesformer import Heads
-from videoadapt.training.losses import cross_entropy, distillation, point_loss
+from videoadapt.training.losses import balanced_weights, cross_entropy, distillation, point_loss
 
 
 def logits(seed: int, batch: int = 5, classes: int = 7) -> Tensor:
@@ -155,3 +156,19 @@ def test_losses_are_float32_whatever_the_precision_of_the_model() -> None:
 def test_large_logits_stay_finite() -> None:
     x, teacher = 1e4 * logits(0), 1e4 * logits(1)
     assert point_loss(Heads(x, None), soft_targets(), teacher, LossConfig()).isfinite().all()
+
+
+def test_class_weights_are_those_of_torch_and_balance_the_classes() -> None:
+    labels = np.array([0] * 6 + [1] * 3 + [3])
+    weights = balanced_weights(labels, 4)
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 1.0, 10 / 3])  # the third class has no clips
+    assert weights[labels].mean() == pytest.approx(1.0)
+    logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
+    soft = torch.softmax(logits.flip(0), -1)
+    expected = F.cross_entropy(logits, soft, weights, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, soft, weights), expected)
+    config = LossConfig(lam=0.5)
+    teacher = logits.roll(1, 0)
+    loss = point_loss(Heads(logits), soft, teacher, config, class_weights=weights)
+    distilled = distillation(logits, teacher, tau=1.0, hard=False)  # without weights
+    torch.testing.assert_close(loss, 0.5 * expected + 0.5 * distilled)

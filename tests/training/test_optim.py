@@ -168,3 +168,29 @@ def test_the_rate_depends_on_the_step_alone(schedule: Any) -> None:
     optimizer = make_optimizer([("w", torch.nn.Parameter(torch.zeros(2, 2)))], config)
     make_schedule(optimizer, config, 8).step_update(13)
     assert optimizer.param_groups[0]["lr"] == rates(config, 8, 14)[13]
+
+
+def test_layer_decay_has_timms_scales() -> None:
+    """The same parameters of timm's ViT and of ours, at each of the 5 layers."""
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.optim import param_groups_layer_decay
+
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=7)
+    theirs = {id(p): g["lr_scale"] for g in param_groups_layer_decay(vit, layer_decay=0.7) for p in g["params"]}
+    scales = {name: theirs[id(p)] for name, p in vit.named_parameters()}
+    model = tiny(depth=3)
+    config = TrainConfig(layer_decay=0.7, lr=0.1, schedule="cosine", epochs=2, warmup_epochs=1)
+    made = make_optimizer(model.named_parameters(), config)
+    assert sum(len(group["params"]) for group in made.param_groups) == len(list(model.parameters()))
+    schedule = make_schedule(made, config, 10)
+    for step in (0, 10, 15):
+        schedule.step_update(step)
+        rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+        ours = {name: rates[id(p)] for name, p in model.named_parameters()}
+        top = ours["head.weight"]  # the full rate
+        assert max(rates.values()) == top
+        for name in ("cls_token", "blocks.0.attn.qkv.weight", "blocks.2.mlp.fc1.bias", "head.weight"):
+            assert ours[name] == pytest.approx(scales[name] * top), name
+        assert ours["norm.weight.4"] == pytest.approx(scales["norm.weight"] * top)
+        assert ours["patch_embed.proj.4.weight"] == pytest.approx(scales["patch_embed.proj.weight"] * top)
+        assert ours["blocks.1.temporal_fc.weight"] == pytest.approx(scales["blocks.1.attn.proj.weight"] * top)

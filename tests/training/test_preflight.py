@@ -131,7 +131,7 @@ def test_the_estimated_size_of_checkpoints_is_their_size(tmp_path: Path) -> None
     train(config)
     files = list(train_checkpoints(config.run.dir).folder.glob("step-*"))
     assert len(files) == config.train.keep_checkpoints
-    taken = files[0].stat().st_size * (config.train.keep_checkpoints + 1)
+    taken = files[0].stat().st_size * (config.train.keep_checkpoints + 2)  # the best one, and one being written
     assert 0.8 < checkpoints_bytes(config) / taken < 1.05
 
 

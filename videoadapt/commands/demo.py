@@ -18,7 +18,7 @@ from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.evaluated import read_evaluated_table
-from videoadapt.report.plots import draw_costs, plot_accuracy_cost, save_figure
+from videoadapt.report.plots import draw_costs, draw_curves, plot_accuracy_cost, save_figure
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.runtime.console import say
@@ -77,6 +77,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
     timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=workers))
     timed("index", lambda: index(config))
     timed("train", lambda: train(config))
+    draw_curves(config.run.dir)
     timed("label", lambda: label(config))
     timed("assign", lambda: assign(config))
     evaluation = timed("evaluate", lambda: evaluate(config))

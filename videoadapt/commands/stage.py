@@ -60,6 +60,8 @@ def run_stage(stage: Stage, config: Config) -> Summary:
     with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
             summary = _function(stage)(config)
+            if stage == "train" and rank_env(os.environ).rank == 0:
+                _draw_curves(config.run.dir)
             if job is not None and rank_env(os.environ).rank == 0:
                 _restart_file(job, config.run.dir).unlink(missing_ok=True)
             return summary
@@ -69,6 +71,16 @@ def run_stage(stage: Stage, config: Config) -> Summary:
             warned = stopped.signal in WARNINGS
         # After the `except`, whose exception would keep the stage's workers alive. Workers get the next signals too.
         _wait_for_end(job, warned, config.run.dir, options)
+
+
+def _draw_curves(run: Path) -> None:
+    """Draws the curves of a training that has just ended; an old training has them already."""
+    curves = run / "curves.png"
+    if curves.exists() and curves.stat().st_mtime >= (run / "train.json").stat().st_mtime:
+        return
+    from videoadapt.report.plots import draw_curves  # here, since importing matplotlib takes a second
+
+    say(f"curves: {draw_curves(run)}")
 
 
 def _function(stage: Stage) -> Callable[[Config], Summary]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from videoadapt.runtime.console import macs, percent, print_table, say
+from videoadapt.runtime.console import duration, macs, percent, print_table, say
 from videoadapt.runtime.files import Summary
 
 if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them at most
@@ -97,17 +97,38 @@ def _say_more(count: int, where: str) -> None:
 
 
 def print_train(summary: Summary) -> None:
-    """Prints loss and top-1 of the last epoch for each point."""
-    rows = [
+    """Prints loss and top-1 of each point in the last epoch, and in the last validation."""
+    validation, best = summary.get("validation"), summary.get("best")
+    rows = []
+    for point, v in summary["points"].items():
         # Sampled training (`train.draw`) can leave a point out of a whole epoch; it has no loss then.
-        (point, f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else (point, "not drawn", "-")
-        for point, v in summary["points"].items()
-    ]
-    print_table("Last epoch, on the training clips", ("point", "loss", "top-1 %"), rows)
+        trained = (f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else ("not drawn", "-")
+        rows.append((point, *trained, *(_validated_cells(validation["values"], point) if validation else ())))
+    columns, title = ("point", "loss", "top-1 %"), "Last epoch, on the training clips"
+    if validation:
+        columns += ("validation loss", "validation top-1 %", "validation top-5 %")
+        title += f", and on {validation['read']} videos of {validation['videos']}"
+    print_table(title, columns, rows)
     say(
         f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, "
         f"{summary['wait_fraction']:.0%} of the time waiting for data; {summary['skipped']} clips skipped; "
         f"checkpoint {summary['checkpoint']}"
+    )
+    if best:
+        early = "stopped early (train.patience); " if summary["stopped_early"] else ""
+        say(
+            f"{early}validations took {duration(summary['validation_s'])}; the best checkpoint by {best['metric']} "
+            f"({best['value']:.3f}) is that of epoch {best['epoch']}: run.checkpoint=best selects it"
+        )
+
+
+def _validated_cells(values: Mapping[str, float | None], point: str) -> tuple[str, str, str]:
+    """Returns loss, top-1 and top-5 of a point; `-` for a value that does not exist, or is not finite."""
+    loss, top1, top5 = (values.get(f"{name}/{point}") for name in ("loss", "top1", "top5"))
+    return (
+        "-" if loss is None else f"{loss:.3f}",
+        "-" if top1 is None else percent(top1),
+        "-" if top5 is None else percent(top5),
     )
 
 
@@ -163,6 +184,8 @@ def print_evaluate(summary: Summary) -> None:
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
     say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")
+    if summary.get("selected_on_val"):
+        say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
     counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
     say(f"manifest {summary['manifest']}; {len(summary['failed'])} videos failed, counted as {counted}")
     for failure in summary["failed"][:_FAILURES_SHOWN]:

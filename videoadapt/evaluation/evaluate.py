@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
 from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
 from videoadapt.training.trained_clips import trained_clips
+from videoadapt.training.validate import selected_on_val
 
 HARDEST = 5  # classes shown; all are in classes.csv
 
@@ -63,6 +65,7 @@ class EvaluationSummary:
     model: str  # digest of the weights
     inputs: dict[str, Any]  # what the result depends on, by `Inputs.to_json`
     trained_on: int | None  # videos of the split that the model was trained on; None if its checkpoint does not say
+    selected_on_val: str | None  # how the split had a part in the choice of the checkpoint; see `selected_on_val`
     listed: int  # videos of the split
     scored: int  # videos that could be read
     failed: list[dict[str, str]]  # path and cause of the others
@@ -114,6 +117,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> Summary:
         checkpoint = trained_checkpoint(config)
         model = inference_model(config, checkpoint)
         trained_on = _trained_on(checkpoint, manifest)
+        selected = selected_on_val(checkpoint, chosen=config.run.checkpoint not in (None, Path("last")))
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
         if assigned is not None:
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
@@ -124,7 +128,9 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> Summary:
             return {"shard": config.parallel.shard}
         if rank() == 0:
             every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
-            summary = _summary(model, manifest, scores, every, guard, config=config, trained_on=trained_on)
+            summary = _summary(
+                model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
+            )
             with guard():
                 write_json(path, summary.to_json() | {"seconds": round(time.monotonic() - start, 1)})
         # Every rank returns the written JSON, which has lists for tuples.
@@ -174,6 +180,7 @@ def _summary(
     *,
     config: Config,
     trained_on: int | None,
+    selected: str | None,
 ) -> EvaluationSummary:
     points = model.config.points
     population = _population(manifest, scores)
@@ -191,6 +198,7 @@ def _summary(
         model=scores.model,
         inputs=Inputs.of(config, manifest.hash, scores.model, "run", "data", "model", "evaluate").to_json(),
         trained_on=trained_on,
+        selected_on_val=selected,
         listed=len(population.videos),
         scored=len(population.scored),
         failed=population.failed,

@@ -1,21 +1,23 @@
-"""Figures of an evaluated run: the cost of clips, and accuracy against cost."""
+"""Figures of a run: the curves of its training, the cost of clips, and accuracy against cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from videoadapt.runtime.console import macs
 from videoadapt.runtime.files import read_json, replacing
 
 MOST_CLASSES = 40  # more names than this overlap on the axis
 DPI = 110
+CURVE_BINS = 20  # points of a training curve
 MARKERS = {"assigned": "*", "random": "x", "oracle": "^", "cascade": "s"}  # by the kind of policy; a dot for others
 
 
@@ -113,3 +115,66 @@ def save_figure(path: Path, figure: Figure) -> None:
     """Writes a figure as a PNG file, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
+
+
+def draw_curves(run: Path) -> Path:
+    """Draws `curves.png` into the folder of a finished training, from its metrics and validations."""
+    summary = read_json(run / "train.json", "run `videoadapt train` again", ["points", "steps", "epochs"])
+    metrics = pd.read_json(run / "metrics.jsonl", lines=True)
+    path, curves = run / "validation.jsonl", run / "curves.png"
+    validations = pd.read_json(path, lines=True) if path.exists() and path.stat().st_size else pd.DataFrame()
+    per_epoch = summary["steps"] / summary["epochs"]
+    if len(validations):  # a run that stopped early has fewer epochs than its config
+        per_epoch = validations["step"].iloc[-1] / validations["epoch"].iloc[-1]
+    figure = plot_curves(metrics, validations, tuple(summary["points"]), per_epoch, summary.get("best"))
+    figure.suptitle(f"run {run.name}, {summary['clips']} training videos, {datetime.now():%Y-%m-%d}", fontsize=10)
+    save_figure(curves, figure)
+    return curves
+
+
+def plot_curves(
+    metrics: pd.DataFrame,
+    validations: pd.DataFrame,
+    points: tuple[str, ...],
+    per_epoch: float,
+    best: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Plots loss and top-1 of each point while training.
+
+    Args:
+        metrics: A row per step: `step`, and `loss/POINT` and `top1/POINT` on the clips of the step.
+        validations: A row per validation: `epoch`, `videos`, `read`, and the same columns; may be empty.
+        points: The points of the model, costliest first.
+        per_epoch: Steps of an epoch.
+        best: `metric` and `epoch` of the best checkpoint, which gets a ring.
+
+    Returns:
+        Dashed lines for the training clips, full lines for validations. Training sees augmented clips, and the loss of
+        its students includes distillation, so that the two kinds of lines differ at the same accuracy.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained", facecolor="white")
+    panels = zip(figure.subplots(1, 2), (("loss", 1, "loss"), ("top1", 100, "top-1 %")), strict=True)
+    width = max(1, len(metrics) // CURVE_BINS)  # single steps have few clips, so their values jump
+    binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean()
+    shades = matplotlib.colormaps["viridis"]([0.85 * i / max(len(points) - 1, 1) for i in range(len(points))])
+    for axes, (name, factor, label) in panels:
+        for point, colour in zip(points, shades, strict=True):
+            column = f"{name}/{point}"
+            if column in binned:  # a point may never have been drawn
+                axes.plot(binned["step"] / per_epoch, factor * binned[column], "--", color=colour, lw=1, alpha=0.6)
+            if len(validations):
+                axes.plot(validations["epoch"], factor * validations[column], "o-", color=colour, ms=3, label=point)
+            else:
+                axes.plot([], [], "--", color=colour, label=point)
+        if best is not None and best["metric"].startswith(f"{name}/"):  # a mean over points has no line
+            value = factor * validations.loc[validations["epoch"] == best["epoch"], best["metric"]]
+            axes.plot([best["epoch"]], value, "o", ms=11, mfc="none", mec="black", label="best checkpoint")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    kinds = "dashed: training clips"
+    if len(validations):
+        kinds += f"; full: {validations['read'].iloc[-1]} videos of {validations['videos'].iloc[-1]}"
+    axes.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    figure.supxlabel(kinds, fontsize=9)
+    return figure

@@ -23,7 +23,7 @@ _FREE: dict[str, tuple[str, ...]] = {
     "data": (
         *("root", "train", "val", "classes", "kind", "holdout", "workers", "timeout_s", "max_pixels", "max_frames"),
         *("short_side", "crop_area", "flip", "rand_augment", "color_jitter", "erase", "mixup", "cutmix", "mix_token"),
-        "token_labels",
+        *("token_labels", "validate"),
     ),
     "evaluate": ("temporal_views", "batch", "failed", "speed_clips", "speed_repeats", "cascade"),
     "label": ("none_right",),

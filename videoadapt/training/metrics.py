@@ -40,10 +40,14 @@ def best_metric(config: Config) -> str:
 
 
 def best_validation(validations: Sequence[Validation], config: Config) -> Validation | None:
-    """Returns the best validation by `train.best_metric`, of equal ones the first; None if none has a finite value."""
+    """Returns the best validation by `train.best_metric`, of equal ones the first; None if none has a finite value.
+
+    Validations on other videos than the latest one, from before a change of `data.validate`, are not compared.
+    """
     metric = best_metric(config)
     sign = -1.0 if metric.startswith("loss") else 1.0
-    finite = [(sign * value, each) for each in validations if (value := each.value(metric)) is not None]
+    comparable = [each for each in validations if each.videos == validations[-1].videos]
+    finite = [(sign * value, each) for each in comparable if (value := each.value(metric)) is not None]
     return max(finite, key=lambda pair: pair[0])[1] if finite else None  # `max` returns the first of equal ones
 
 

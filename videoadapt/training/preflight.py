@@ -141,7 +141,8 @@ def checkpoints_bytes(config: Config) -> int:
         model_bytes = sum(tensor.nbytes for tensor in TimeSformer(config.model).state_dict().values())
     # The model, two moments of AdamW or one of SGD, and the moving average.
     copies = 1 + (2 if config.train.optimizer == "adamw" else 1) + (config.train.ema is not None)
-    return model_bytes * copies * (config.train.keep_checkpoints + 1)  # a new one is written before one is removed
+    # The best one stays too, and a new one is written before one is removed.
+    return model_bytes * copies * (config.train.keep_checkpoints + (config.train.validate_every > 0) + 1)
 
 
 def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:

@@ -36,7 +36,7 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
         *("init", "weights", "resample", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
         *("validate_every", "patience", "tracker"),  # a run that was stopped too early goes on with more patience
     ),
-    "data": ("root", "train", "val", "classes", "reader", "workers", "timeout_s"),
+    "data": ("root", "train", "val", "validate", "classes", "reader", "workers", "timeout_s"),
 }
 _LISTED_ROWS = 8  # clips with a bad loss that a message names; a whole batch would fill the screen
 

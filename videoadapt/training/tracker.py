@@ -78,7 +78,7 @@ def open_tracker(config: Config) -> Tracker | None:
             "train.tracker=null"
         ) from error
     write_json(path, {"tracker": name, "id": tracker.id})
-    return _Tolerant(tracker, name)
+    return Tolerant(tracker, name)
 
 
 def _id_of(path: Path, name: str) -> str | None:
@@ -90,8 +90,8 @@ def _id_of(path: Path, name: str) -> str | None:
         return None
 
 
-class _Tolerant:
-    """Gives up a tracker that fails, for example because its server has gone."""
+class Tolerant:
+    """Gives up a tracker that fails, for example because its server has gone: it must not end the training."""
 
     def __init__(self, tracker: Tracker, name: str) -> None:
         self.id = tracker.id
@@ -99,6 +99,7 @@ class _Tolerant:
         self._name = name
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the values, unless the tracker has failed before."""
         if self._tracker is not None:
             try:
                 self._tracker.log(step, values)
@@ -106,6 +107,7 @@ class _Tolerant:
                 self._give_up(error)
 
     def close(self) -> None:
+        """Ends the run, unless the tracker has failed before."""
         if self._tracker is not None:
             try:
                 self._tracker.close()
