@@ -68,7 +68,7 @@ def main() -> None:
             rank0_then_all(lambda: convert(given.weights, config))
             summary = evaluate(config)
             if rank() == 0:
-                print_evaluate(summary)
+                print_evaluate(summary.to_json())
     except (UserError, RunError) as error:
         sys.exit(f"error: {error}")
 

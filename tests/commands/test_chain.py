@@ -109,7 +109,7 @@ def test_evaluating_again_changes_nothing_and_other_batches_give_the_same(run: C
             "data": run.data.model_copy(update={"workers": 1}),
         }
     )
-    after = {k: v["top1"] for k, v in evaluate(changed)["policies"].items()}
+    after = {k: v["top1"] for k, v in evaluate(changed).to_json()["policies"].items()}
     assert before == after
     again = pd.read_parquet(run.run.dir / "evaluate" / "views.parquet")
     np.testing.assert_allclose(views["p_true"], again["p_true"], atol=1e-5)
@@ -161,8 +161,8 @@ def test_a_clip_that_the_assigner_could_not_read_is_tried_again(run: Config, tmp
     finally:
         (tmp_path / "away").rename(held_out)
     second = assign(config)
-    assert first["clips_fitted"] + first["clips_selecting"] == clips - 1
-    assert second["clips_fitted"] + second["clips_selecting"] == clips
+    assert first.clips_fitted + first.clips_selecting == clips - 1
+    assert second.clips_fitted + second.clips_selecting == clips
 
 
 @pytest.mark.parametrize("loss", ["ce", "expected_cost"])
@@ -253,7 +253,7 @@ def test_videos_of_the_training_are_counted_in_an_evaluation(
     val = config.data.val.model_copy(update={"annotations": tmp_path / "val.csv"})
     speed = config.evaluate.model_copy(update={"speed_clips": 0})
     config = config.model_copy(update={"data": config.data.model_copy(update={"val": val}), "evaluate": speed})
-    summary = evaluate(config)
+    summary = evaluate(config).to_json()
     assert (summary["listed"], summary["trained_on"]) == (14, 2)
     assert "2 of the 14 videos of the val split were in the training of" in capfd.readouterr().err
 
@@ -271,7 +271,7 @@ def test_costs_of_an_evaluation_of_another_manifest_are_left_out(
 @pytest.mark.parametrize("source", ["train", "teacher"])
 def test_other_label_sources(run: Config, source: str) -> None:
     config = run.model_copy(update={"label": run.label.model_copy(update={"source": source, "none_right": "exclude"})})
-    summary = label(config)
+    summary = label(config).to_json()
     manifest = load_or_index(run)
     clips = len(manifest.split("train")) + (len(manifest.split("holdout")) if source == "teacher" else 0)
     assert summary["clips"] == clips
@@ -317,13 +317,13 @@ def test_a_broken_video_counts_as_wrong_or_is_left_out_and_both_accuracies_are_g
     first.write_bytes(b"not a video")
     second.unlink()
     config = runs.config(data, tmp_path / "run", run={"checkpoint": str(run.run.dir)})  # no assigner in this folder
-    summary = evaluate(config)
+    summary = evaluate(config).to_json()
     assert (summary["listed"], summary["scored"]) == (12, 10)
     assert {row["path"] for row in summary["failed"]} == {str(first), str(second)}
     row = summary["policies"]["fixed:8"]
     assert row["top1"] == pytest.approx(row["top1_readable"] * 10 / 12)
     exclude = config.evaluate.model_copy(update={"failed": "exclude"})
-    left_out = evaluate(config.model_copy(update={"evaluate": exclude}))
+    left_out = evaluate(config.model_copy(update={"evaluate": exclude})).to_json()
     assert left_out["policies"]["fixed:8"]["top1"] == pytest.approx(row["top1_readable"])
     assert summary["assigner_macs"] is None
     assert "assigned" not in summary["policies"]
@@ -343,4 +343,4 @@ def test_one_frame_clips_train_and_evaluate(tmp_path: Path) -> None:
     train(config)
     label(config)
     assign(config)
-    assert evaluate(config)["scored"] == 4
+    assert evaluate(config).to_json()["scored"] == 4

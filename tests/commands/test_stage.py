@@ -17,6 +17,7 @@ from videoadapt.commands import stage as jobs
 from videoadapt.commands.stage import run_stage
 from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.errors import RunError
+from videoadapt.runtime.results import ShardResult
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
 
 CONFIG = make_config({"slurm": {"max_restarts": 3}})  # its run folder is in the working directory
@@ -45,20 +46,20 @@ def in_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str
 def stage_that(monkeypatch: pytest.MonkeyPatch, *received: signal.Signals) -> None:
     """Replaces the stage by one that receives these signals, saves, and stops."""
 
-    def run(_: Config) -> dict[str, object]:
+    def run(_: Config) -> ShardResult:
         with StopRequest() as stop:
             for number in received:
                 os.kill(os.getpid(), number)
             if stop.requested:
                 stop.stop()
-        return {"done": True}
+        return ShardResult("1/4")
 
     monkeypatch.setattr(jobs, "_function", lambda _: run)
 
 
 def test_a_stage_returns_its_summary(monkeypatch: pytest.MonkeyPatch, in_job: list[str]) -> None:
     stage_that(monkeypatch)
-    assert run_stage("train", CONFIG) == {"done": True}
+    assert run_stage("train", CONFIG) == ShardResult("1/4")
     assert in_job == []
 
 
@@ -94,7 +95,7 @@ def test_a_rank_that_received_no_signal_also_waits(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
 
-    def run(_: Config) -> dict[str, object]:
+    def run(_: Config) -> ShardResult:
         raise Stopped(signal.SIGUSR2)
 
     monkeypatch.setattr(jobs, "_function", lambda _: run)

@@ -415,10 +415,10 @@ def test_maps_travel_with_their_images(images: Path, tmp_path: Path, workers: in
 def test_an_lvvit_learns_from_label_maps(images: Path, tmp_path: Path) -> None:
     config = image_run(images, tmp_path / "run", train={"epochs": 20, "ema": None, "lr": 0.004})
     summary = train(config)
-    assert summary["skipped"] == 0
+    assert summary.skipped == 0
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert all(summary["points"][point]["loss"] < 0.8 * first[f"loss/{point}"] for point in ("4", "2"))
-    policies = evaluate(config)["policies"]
+    assert all(summary.points[point].loss < 0.8 * first[f"loss/{point}"] for point in ("4", "2"))
+    policies = evaluate(config).to_json()["policies"]
     assert policies["fixed:4"]["top1"] >= 0.9
     assert policies["fixed:2"]["top1"] >= 0.9
 
@@ -435,7 +435,7 @@ def test_an_image_without_a_valid_map_is_skipped_and_listed(images: Path, tmp_pa
     torch.save(torch.full(SHAPE, math.nan), maps / "a" / "a_7.pt.new")
     (maps / "a" / "a_7.pt.new").replace(maps / "a" / "a_7.pt")
     config = image_run(images, tmp_path / "run", data={"token_labels": str(maps)})
-    assert train(config)["skipped"] == 3
+    assert train(config).skipped == 3
     causes = [json.loads(line)["cause"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(causes) == [
         f"label map {maps / 'a' / 'a_3.pt'}: No such file or directory",

@@ -85,7 +85,7 @@ VIEWS = {"temporal_views": 2, "spatial_crops": 3, "speed_clips": 0}
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
     config = untrained(data, tmp_path_factory.mktemp("alone"), evaluate=VIEWS)
-    return config, evaluate(config)
+    return config, evaluate(config).to_json()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_logits_of_all_views_can_be_averaged(alone: tuple[Config, dict], tmp_pat
         np.savez(shard.open("wb"), **arrays)
         for row, views in zip(arrays["rows"].tolist(), arrays["logits"], strict=True):  # (crops, points, classes)
             sums[row] = sums.get(row, 0) + views[:, 0].astype(np.float64).sum(0)
-    found = evaluate(config)  # reads no video, since all logits are stored
+    found = evaluate(config).to_json()  # reads no video, since all logits are stored
     assert (found["views"], alone[1]["views"]) == ("2 clips x 3 crops, logits averaged", "2 clips x 3 crops")
     names = load_or_index(config)["video"]
     videos = table(config, "videos")
@@ -181,17 +181,17 @@ def test_only_videos_that_could_not_be_read_are_tried_again(numbered_videos: Pat
     away, back = data / "away", data / "v35.mp4"
     back.rename(away)
     cause = "not found; it was moved or deleted after it was indexed; run `videoadapt index`"
-    assert evaluate(config)["failed"] == [{"path": str(back), "cause": cause}]
+    assert evaluate(config).to_json()["failed"] == [{"path": str(back), "cause": cause}]
     shards = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))
     assert len(shards) == 2 and VIDEOS_PER_SHARD == 32  # noqa: PLR2004
     before = [shard.stat().st_mtime_ns for shard in shards]
     away.rename(back)
-    again = evaluate(config)
+    again = evaluate(config).to_json()
     assert (again["failed"], again["scored"]) == ([], 40)
     after = [shard.stat().st_mtime_ns for shard in shards]
     assert after[0] == before[0] and after[1] != before[1]
     fresh = untrained(data, tmp_path / "fresh", evaluate={"speed_clips": 0})
-    assert timeless(evaluate(fresh)) == timeless(again)
+    assert timeless(evaluate(fresh).to_json()) == timeless(again)
     np.testing.assert_allclose(logits(config), logits(fresh), atol=1e-5)
 
 
@@ -209,11 +209,11 @@ def numbered_videos(tmp_path: Path) -> Path:
 def test_other_files_under_the_same_names_are_scored_again(numbered_videos: Path, tmp_path: Path) -> None:
     """Resized copies, for example: the population is the same, the pixels are not."""
     config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
-    first, before = evaluate(config), logits(config)
+    first, before = evaluate(config).to_json(), logits(config)
     for i in range(39):
         (numbered_videos / f"v{i}.mp4").write_bytes((numbered_videos / f"v{i + 1}.mp4").read_bytes())
     index(config)
-    second = evaluate(config)
+    second = evaluate(config).to_json()
     assert first["manifest"] == second["manifest"]
     assert first["files"] != second["files"]
     newest = max(config.run.dir.glob("scores/evaluate-*"), key=lambda folder: folder.stat().st_mtime_ns)
@@ -234,7 +234,7 @@ def test_damage_that_verification_finds_is_not_hidden_by_earlier_scores(tmp_path
     quick = untrained(data, tmp_path / "run", evaluate={"speed_clips": 0, "temporal_views": 8})
     evaluate(quick)
     full = quick.model_copy(update={"index": quick.index.model_copy(update={"verify": "full"})})
-    found = evaluate(full)
+    found = evaluate(full).to_json()
     assert [failure["path"] for failure in found["failed"]] == [str(path)]
     assert "damaged" in found["failed"][0]["cause"]
 
@@ -243,10 +243,10 @@ def test_an_incomplete_shard_is_scored_again(
     numbered_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = untrained(numbered_videos, tmp_path / "run", evaluate={"speed_clips": 0})
-    whole, before = evaluate(config), logits(config)
+    whole, before = evaluate(config).to_json(), logits(config)
     shard = sorted(config.run.dir.glob("scores/evaluate-*/part-*.npz"))[0]
     shard.write_bytes(shard.read_bytes()[:1000])
-    assert timeless(evaluate(config)) == timeless(whole)
+    assert timeless(evaluate(config).to_json()) == timeless(whole)
     assert "incomplete" in capsys.readouterr().err
     assert np.array_equal(logits(config), before)
 

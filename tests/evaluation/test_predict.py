@@ -145,7 +145,7 @@ def test_both_paths_give_the_same_point_and_cost(run: Config, answers: np.ndarra
     assigned = va.Assigned.load(run.run.dir)
     new = SecondOpinion(0.3)
     summary = evaluate(run, [new])
-    assert summary["policies"][new.name]["doubt"] == 0.3
+    assert summary.to_json()["policies"][new.name]["doubt"] == 0.3
     clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet").set_index(["policy", "video"])
     val = load_or_index(run).split("val")
     model = load_model(run.run.dir)

@@ -166,7 +166,7 @@ def test_a_resumed_run_draws_the_points_of_an_uninterrupted_one(data: Path, tmp_
     (config.run.dir / "checkpoints" / "last").unlink()
     (config.run.dir / "train.json").unlink()
     summary = train(config)
-    assert set(summary["points"]) == set(config.model.points)
+    assert set(summary.points) == set(config.model.points)
     assert_same_bits(final_tensors(config), uninterrupted)
 
 
@@ -210,11 +210,11 @@ def test_distillation_token_ema_sgd_bf16_checkpointing_and_mixing_train(data: Pa
     )
     summary = train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
+    assert [line["step"] for line in lines] == list(range(1, summary.steps + 1))
     assert {"loss/8", "loss/6", "loss/4", "top1/4", "lr", "grad_norm", "clips_per_s", "wait_fraction"} <= lines[
         0
     ].keys()
-    assert summary["steps"] == 5
+    assert summary.steps == 5
     # Warm-up in steps 0 and 1, the full rate in step 2, and gamma times it after the milestone at half an epoch.
     rates = [config.train.lr * factor for factor in (1 / 3, 2 / 3, 1.0, config.train.gamma, config.train.gamma)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
@@ -324,10 +324,10 @@ def test_videos_that_cannot_be_read_are_skipped_counted_and_listed(data: Path, t
     bad = Path(manifest.split("train").table["path"][0])
     bad.write_bytes(bad.read_bytes()[:200])  # after it was indexed
     summary = train(config)
-    assert summary["skipped"] == 1
+    assert summary.skipped == 1
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [line["path"] for line in listed] == [str(bad)]
-    assert summary["steps"] == len(manifest.split("train")) // 4
+    assert summary.steps == len(manifest.split("train")) // 4
 
 
 def test_the_trained_steps_are_saved_if_reading_fails(

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # importing `config` takes pydantic, which `--help` does not 
     from videoadapt.config.load import Config
     from videoadapt.runtime.files import Summary
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 # The base class of all usage errors (click.UsageError). Newer versions of typer ship their own copy of click, so it is
 # found through a class that typer exports.
@@ -170,7 +170,7 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Stage 1: train one model at all points."""
     from videoadapt.commands.tables import print_train
 
-    _show(_run_stage("train", _load(config, overrides)), as_json, print_train)
+    _show_stage("train", _load(config, overrides), as_json, print_train)
 
 
 @app.command()
@@ -178,7 +178,7 @@ def label(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Stage 2: find the cheapest correct point of each clip."""
     from videoadapt.commands.tables import print_label
 
-    _show(_run_stage("label", _load(config, overrides)), as_json, print_label)
+    _show_stage("label", _load(config, overrides), as_json, print_label)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
     """Stage 2: fit the assigner to the labels."""
     from videoadapt.commands.tables import print_assign
 
-    _show(_run_stage("assign", _load(config, overrides)), as_json, print_assign)
+    _show_stage("assign", _load(config, overrides), as_json, print_assign)
 
 
 @app.command()
@@ -211,7 +211,7 @@ def evaluate(
 
         _show(compare(*against), as_json, print_compare)
     else:
-        _show(_run_stage("evaluate", _load(_required(config), overrides)), as_json, print_evaluate)
+        _show_stage("evaluate", _load(_required(config), overrides), as_json, print_evaluate)
 
 
 @app.command()
@@ -323,10 +323,13 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Config:
     return load_config(path, overrides or [])
 
 
-def _run_stage(stage: Stage, config: Config) -> Summary:
+def _show_stage(stage: Stage, config: Config, as_json: bool, print_result: Callable[[Summary], None]) -> None:
     from videoadapt.commands.stage import run_stage
+    from videoadapt.runtime.results import ShardResult
 
-    return run_stage(stage, config)
+    result = run_stage(stage, config)
+    # One shard of an array job has no table: its result only names the shard.
+    _show(result.to_json(), as_json or isinstance(result, ShardResult), print_result)
 
 
 def _read_json(path: Path) -> Summary:
@@ -340,13 +343,11 @@ def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], l
     return matching, [word for word in words if word not in matching]
 
 
-def _show(result: Result, as_json: bool, print_result: Callable[[Result], None]) -> None:
+def _show(result: T, as_json: bool, print_result: Callable[[T], None]) -> None:
     """Prints a result, as JSON or as tables. Of several ranks, rank 0 prints for the job."""
     if rank_env(os.environ).rank != 0:
         return
-    # One shard of an array job has no table: its result only names the shard.
-    is_shard = isinstance(result, Mapping) and "shard" in result
-    if as_json or is_shard:
+    if as_json:
         _print_json(result)
     else:
         print_result(result)

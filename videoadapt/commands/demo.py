@@ -80,7 +80,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
     draw_curves(config.run.dir)
     timed("label", lambda: label(config))
     timed("assign", lambda: assign(config))
-    evaluation = timed("evaluate", lambda: evaluate(config))
+    evaluation = timed("evaluate", lambda: evaluate(config)).to_json()
     costs = timed("flops", lambda: flops(config))
     draw_costs(config.run.dir, costs)
     save_figure(config.run.dir / "accuracy_cost.png", plot_accuracy_cost(evaluation["policies"]))

@@ -27,7 +27,7 @@ from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import Summary
+from videoadapt.runtime.results import Result
 from videoadapt.runtime.slurm import cancel
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -246,7 +246,7 @@ def sbatch_command(job: Job, config: Config, words: Sequence[str], after: str | 
     return f"{' '.join(['sbatch', *quoted])} <<'END'\n{script}\nEND"
 
 
-def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.Job[Summary]]:
+def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.Job[Result]]:
     """Submits a job to SLURM.
 
     Args:
@@ -286,8 +286,8 @@ class StageCall:
         self.values = config.model_dump(mode="json")  # plain values: a pickled Config would tie the job to its class
         self.values["parallel"] |= parallel
 
-    def __call__(self) -> Summary:
-        """Runs the stage and returns its summary.
+    def __call__(self) -> Result:
+        """Runs the stage and returns its result.
 
         Raises:
             SystemExit: The stage failed by an error of the user or of the machine, which was printed as one line.
@@ -391,7 +391,7 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
     return done
 
 
-def _why_failed(job: Job, handle: submitit.Job[Summary]) -> str:
+def _why_failed(job: Job, handle: submitit.Job[Result]) -> str:
     """Returns the error that a rank of a job on this machine has printed, and its log."""
     for log in sorted(handle.paths.folder.glob(f"{handle.job_id}_*_log.out")):  # one for each rank
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

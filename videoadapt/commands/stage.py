@@ -19,7 +19,8 @@ from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config
 from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import Summary, replacing
+from videoadapt.runtime.files import replacing
+from videoadapt.runtime.results import Result
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
@@ -29,7 +30,7 @@ _END_TIMEOUT_S = 600.0  # SLURM kills a job sooner: its grace time is rarely mor
 _TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 
 
-def run_stage(stage: Stage, config: Config) -> Summary:
+def run_stage(stage: Stage, config: Config) -> Result:
     """Runs a stage to its end. In a SLURM job, a signal makes the stage save first.
 
     - SIGUSR1 or SIGUSR2 (the time limit is near): rank 0 requeues the job, at most `slurm.max_restarts` times. If two
@@ -42,7 +43,7 @@ def run_stage(stage: Stage, config: Config) -> Summary:
         config: The config of the run.
 
     Returns:
-        The summary of the stage.
+        The result of the stage.
 
     Raises:
         SystemExit: The job was requeued or preempted. The exit code is 143.
@@ -59,12 +60,12 @@ def run_stage(stage: Stage, config: Config) -> Summary:
             signal.signal(number, signal.SIG_IGN)
     with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
-            summary = _function(stage)(config)
+            result = _function(stage)(config)
             if stage == "train" and rank_env(os.environ).rank == 0:
-                _draw_curves(config.run.dir)
+                draw_new_curves(config.run.dir)
             if job is not None and rank_env(os.environ).rank == 0:
                 _restart_file(job, config.run.dir).unlink(missing_ok=True)
-            return summary
+            return result
         except Stopped as stopped:
             if job is None or stopped.signal not in JOB_SIGNALS:
                 raise
@@ -73,7 +74,7 @@ def run_stage(stage: Stage, config: Config) -> Summary:
         _wait_for_end(job, warned, config.run.dir, options)
 
 
-def _draw_curves(run: Path) -> None:
+def draw_new_curves(run: Path) -> None:
     """Draws the curves of a training that has just ended; an old training has them already."""
     curves = run / "curves.png"
     if curves.exists() and curves.stat().st_mtime >= (run / "train.json").stat().st_mtime:
@@ -83,7 +84,7 @@ def _draw_curves(run: Path) -> None:
     say(f"curves: {draw_curves(run)}")
 
 
-def _function(stage: Stage) -> Callable[[Config], Summary]:
+def _function(stage: Stage) -> Callable[[Config], Result]:
     """Imports a stage and returns its function."""
     if stage == "train":
         from videoadapt.training.train import train

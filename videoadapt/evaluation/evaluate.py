@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ from videoadapt.routing.scores import (
     score,
     trained_checkpoint,
 )
-from videoadapt.runtime.console import Bar, say
-from videoadapt.runtime.files import Summary, read_json, write_json
+from videoadapt.runtime.console import Bar, macs, percent, say
+from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
-from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
+from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
+from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.trained_clips import trained_clips
 from videoadapt.training.validate import selected_on_val
 
@@ -55,8 +56,8 @@ class ClassRow:
     taken_for: str  # the most frequent wrong answer; empty if there is none
 
 
-@dataclass(frozen=True)
-class EvaluationSummary:
+@dataclass(frozen=True, repr=False)
+class EvaluationSummary(Result):
     """The contents of `evaluate.json`; the names are its keys."""
 
     split: str
@@ -79,9 +80,10 @@ class EvaluationSummary:
     policies: dict[str, PolicyRow]
     hardest_classes: list[ClassRow]
     peak_memory_bytes: int | None
+    seconds: float = 0.0
 
-    def to_json(self) -> dict[str, object]:
-        """Returns the summary with its rows as dicts."""
+    def content(self) -> Summary:
+        """Returns the contents of `evaluate.json`: the figures of a policy stand in one row."""
         return vars(self) | {
             "policies": {name: row.to_json() for name, row in self.policies.items()},
             "hardest_classes": [
@@ -90,8 +92,24 @@ class EvaluationSummary:
             ],
         }
 
+    def table(self) -> Table:
+        """Returns accuracy, cost and speed of each policy."""
+        rows = [
+            (
+                name,
+                f"{percent(row.top1)} ({percent(row.accuracies.top1_low)} to {percent(row.accuracies.top1_high)})",
+                "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in row.difference_to_costliest)),
+                macs(row.costs.macs_per_video),
+                percent(row.macs_saved),
+                "-" if row.clips_per_s is None else f"{row.clips_per_s:.1f}",
+            )
+            for name, row in self.policies.items()
+        ]
+        columns = ("policy", "top-1 % (95 %)", "to costliest", "MACs/video", "saved %", "clips/s")
+        return Table(f"{self.listed} videos of {self.split}, {self.scored} read; each: {self.views}", columns, rows)
 
-def evaluate(config: Config, policies: Sequence[Policy] = ()) -> Summary:
+
+def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSummary | ShardResult:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Writes tables per view, clip and video (Parquet) and per class (CSV), and `evaluate.json`, into `evaluate/` of the
@@ -103,7 +121,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> Summary:
         policies: Further policies to evaluate.
 
     Returns:
-        The contents of `evaluate.json`, or `{"shard": ...}` for a shard.
+        The contents of `evaluate.json`, or the name of the shard.
 
     Raises:
         UserError: No video can be read, a policy does not fit the model, or two policies have the same name.
@@ -125,17 +143,19 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> Summary:
         _require_usable(policies, cascades, model, assigned)  # before scoring, which may take hours
         scores = _score(model, manifest, assigned, config)
         if scores is None:
-            return {"shard": config.parallel.shard}
-        if rank() == 0:
+            return ShardResult(str(config.parallel.shard))
+
+        def write() -> EvaluationSummary:
             every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
-            summary = _summary(
+            found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
             )
+            summary = replace(found, seconds=round(time.monotonic() - start, 1))
             with guard():
-                write_json(path, summary.to_json() | {"seconds": round(time.monotonic() - start, 1)})
-        # Every rank returns the written JSON, which has lists for tuples.
-        written: Summary = broadcast_result(lambda: read_json(path, "run `evaluate` again"))
-    return written
+                write_json(path, summary.to_json())
+            return summary
+
+        return broadcast_result(write)
 
 
 def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:

@@ -121,6 +121,11 @@ class PolicyRow:
     pareto: bool = False
     difference_to_random: Interval | None = None
 
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy; `accuracies` has its interval."""
+        return self.accuracies.top1
+
     def to_json(self) -> dict[str, object]:
         """Returns the row of `evaluate.json`: accuracies, costs and recorded fields stand beside the others."""
         row = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,13 @@ from videoadapt.routing.label_rules import (
 from videoadapt.routing.router import assign_probabilities
 from videoadapt.routing.scores import inference_model
 from videoadapt.routing.thumbnails import read_thumbnails
-from videoadapt.runtime.console import Bar, say
-from videoadapt.runtime.files import Summary, write_json
+from videoadapt.runtime.console import Bar, percent, say
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import pick_device
 from videoadapt.runtime.ranks import broadcast_result, ranks
+from videoadapt.runtime.results import Result, Table
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.optim import make_optimizer, make_schedule
 
@@ -87,8 +88,8 @@ class LabelledClips:
         return hashlib.sha256(self.labels.tobytes() + self.right.tobytes()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class AssignSummary:
+@dataclass(frozen=True, repr=False)
+class AssignSummary(Result):
     """The contents of `assign.json`; the names are its keys. Fractions are of the clips that chose the threshold."""
 
     clips_fitted: int
@@ -103,8 +104,21 @@ class AssignSummary:
     assigner_fraction: float  # `assigner_macs` over the MACs of a view at the costliest point
     seconds: float
 
+    def table(self) -> Table:
+        """Returns what the assigner saves and loses, and its mix of points."""
+        rows = [
+            ("accuracy, assigned %", percent(self.accuracy)),
+            ("accuracy, costliest point %", percent(self.accuracy_costliest)),
+            ("MACs saved %", percent(self.macs_saved)),
+            *((f"clips at {point} %", percent(fraction)) for point, fraction in self.mix.items()),
+        ]
+        title = (
+            f"fitted to {self.clips_fitted} clips; figures of {self.clips_selecting} others, which chose the threshold"
+        )
+        return Table(title, ("", ""), rows)
 
-def assign(config: Config) -> Summary:
+
+def assign(config: Config) -> AssignSummary:
     """Fits the assigner on the run's label table, and resumes from its newest checkpoint.
 
     A fraction `assign.select` of the clips is set aside. On them the threshold is chosen that saves most while it loses
@@ -114,7 +128,7 @@ def assign(config: Config) -> Summary:
         config: The run's config.
 
     Returns:
-        The contents of `assign.json`: the fields of `AssignSummary`.
+        The contents of `assign.json`.
 
     Raises:
         UserError: There is no label table, it does not fit the config, or it has too few clips.
@@ -124,7 +138,7 @@ def assign(config: Config) -> Summary:
         return broadcast_result(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
 
 
-def _assign(config: Config, checkpoints: Checkpoints) -> Summary:
+def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     start = time.monotonic()
     points = config.model.points
     if len(points) == 1:
@@ -159,8 +173,8 @@ def _assign(config: Config, checkpoints: Checkpoints) -> Summary:
         seconds=round(time.monotonic() - start, 1),
     )
     with checkpoints.guard():
-        write_json(config.run.dir / "assigner" / "assign.json", asdict(summary))
-    return asdict(summary)
+        write_json(config.run.dir / "assigner" / "assign.json", summary.to_json())
+    return summary
 
 
 def _labelled_clips(config: Config) -> LabelledClips:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,11 @@ from videoadapt.errors import UserError
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
-from videoadapt.runtime.files import Summary, read_json, write_json, write_parquet
+from videoadapt.runtime.console import percent
+from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
-from videoadapt.runtime.ranks import broadcast_result, rank, rank0_then_all, ranks
+from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
+from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.trained_clips import require_held_out
 
 
@@ -28,8 +30,8 @@ class PointLabels:
     labelled: int  # clips whose label is the point
 
 
-@dataclass(frozen=True)
-class LabelSummary:
+@dataclass(frozen=True, repr=False)
+class LabelSummary(Result):
     """The contents of `label.json`; the names are its keys."""
 
     source: str
@@ -43,8 +45,13 @@ class LabelSummary:
     left_out: int  # clips without a label
     inputs: dict[str, Any]  # what the labels depend on; see `label_inputs`
 
+    def table(self) -> Table:
+        """Returns, for each point, how often it is right and how many clips have it as their label."""
+        rows = [(point, percent(v.right), v.labelled) for point, v in self.points.items()]
+        return Table(f"labels of {self.clips} clips, source {self.source}", ("point", "right %", "labelled"), rows)
 
-def label(config: Config) -> Summary:
+
+def label(config: Config) -> LabelSummary | ShardResult:
     """Runs every point on every clip of the label source's splits, and derives the labels.
 
     Writes `outcomes.parquet` (one row per clip and point), `labels.parquet` (one row per clip) and `label.json` into
@@ -55,7 +62,7 @@ def label(config: Config) -> Summary:
         config: The run's config.
 
     Returns:
-        The contents of `label.json`, or `{"shard": ...}` for a shard.
+        The contents of `label.json`, or the name of the shard.
 
     Raises:
         UserError: No video of the source can be read, or the model was trained on clips of `holdout`.
@@ -66,15 +73,17 @@ def label(config: Config) -> Summary:
         manifest = rank0_then_all(lambda: load_or_index(config))
         scores = _score(manifest, config)
         if scores is None:
-            return {"shard": config.parallel.shard}
-        if rank() == 0:
+            return ShardResult(str(config.parallel.shard))
+
+        def write() -> LabelSummary:
             tables, summary = _labelled(manifest, scores, config)
             with guard():
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
-                write_json(path, asdict(summary))  # last: it stands for complete tables
-        written: Summary = broadcast_result(lambda: read_json(path, "run `label` again"))
-    return written
+                write_json(path, summary.to_json())  # last: it stands for complete tables
+            return summary
+
+        return broadcast_result(write)
 
 
 def _score(manifest: Manifest, config: Config) -> Scores | None:

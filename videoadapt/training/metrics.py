@@ -11,8 +11,9 @@ from typing import Any
 
 from videoadapt.config.load import Config
 from videoadapt.errors import UserError
-from videoadapt.runtime.console import say
+from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, replacing
+from videoadapt.runtime.results import Result, Table
 from videoadapt.training.tracker import Tracker
 
 
@@ -169,8 +170,8 @@ class BestCheckpoint:
     checkpoint: str  # path
 
 
-@dataclass(frozen=True)
-class TrainSummary:
+@dataclass(frozen=True, repr=False)
+class TrainSummary(Result):
     """A finished run; the content of `train.json`."""
 
     steps: int
@@ -188,6 +189,21 @@ class TrainSummary:
     validation_s: float = 0.0  # time of all validations since the start or the last resume; part of `seconds`
     best: BestCheckpoint | None = None  # None without validation
     stopped_early: bool = False  # by `train.patience`
+
+    def table(self) -> Table:
+        """Returns loss and top-1 of each point in the last epoch, and top-1 in the last validation."""
+        values = self.validation["values"] if self.validation else {}
+        rows = [
+            # A point that was not drawn in the last epoch has no figures.
+            (
+                point,
+                "-" if v.loss is None else f"{v.loss:.3f}",
+                *("-" if top1 is None else percent(top1) for top1 in (v.top1, values.get(f"top1/{point}"))),
+            )
+            for point, v in self.points.items()
+        ]
+        title = f"{self.steps} steps, {self.epochs} epochs of {self.clips} clips"
+        return Table(title, ("point", "train loss", "train top-1 %", "validation top-1 %"), rows)
 
     @classmethod
     def read(cls, path: Path) -> TrainSummary:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from functools import partial
 
 import pandas as pd
@@ -18,7 +17,7 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
 from videoadapt.model.weights.load import load_weights
 from videoadapt.runtime.console import Bar, say
-from videoadapt.runtime.files import Summary, write_json
+from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, worker_count
 from videoadapt.runtime.ranks import (
@@ -53,7 +52,7 @@ from videoadapt.training.tracker import open_tracker, require_tracker
 from videoadapt.training.validate import Validator, describe, say_failed
 
 
-def train(config: Config) -> Summary:
+def train(config: Config) -> TrainSummary:
     """Trains the model of a config to the end, from the run's newest checkpoint if there is one.
 
     The ranks of a job share the work by `parallel.groups`; the result is the same for every plan, up to rounding. All
@@ -63,7 +62,7 @@ def train(config: Config) -> Summary:
         config: The config; `run.dir` receives checkpoints, `metrics.jsonl`, `skipped.jsonl` and `train.json`.
 
     Returns:
-        The content of `train.json`, with the keys of `TrainSummary`. A finished run is not trained again.
+        The content of `train.json`. A finished run is not trained again.
 
     Raises:
         RunError: A loss is not finite (before it changes anything), another process writes into the run folder, the
@@ -89,8 +88,8 @@ def train(config: Config) -> Summary:
             meter = run_epochs(state, role, checkpoints, per_epoch)
             if rank() == 0:
                 with checkpoints.guard():
-                    write_json(summary_file, asdict(_summarise(state, per_epoch, checkpoints, meter)))
-        return asdict(broadcast_result(lambda: TrainSummary.read(summary_file)))
+                    write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter).to_json())
+        return broadcast_result(lambda: TrainSummary.read(summary_file))
 
 
 def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch: int) -> ThroughputMeter:
