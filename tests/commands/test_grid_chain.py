@@ -107,11 +107,11 @@ def test_predictions_of_a_cascade_equal_those_of_the_evaluation(run: Config) -> 
     videos = pd.read_parquet(run.run.dir / "evaluate" / "videos.parquet").set_index(["policy", "video"])
     model = va.load_model(run.run.dir)
     for text, name in zip(CASCADES, [n for n in summary(run)["policies"] if n.startswith("cascade:")], strict=True):
-        found = predict_files(run, val["path"].tolist(), f"cascade:{text}")["predictions"]
+        found = predict_files(run, val["path"].tolist(), f"cascade:{text}")
         for video, prediction in zip(val["video"], found, strict=True):
-            assert prediction["classes"][0] == model.class_names[videos.loc[(name, video), "prediction"]]
-            assert prediction["macs"] == videos.loc[(name, video), "macs"]
-            assert prediction["probabilities"] == pytest.approx(list(videos.loc[(name, video), "p_best"]), abs=1e-5)
+            assert prediction.classes[0] == model.class_names[videos.loc[(name, video), "prediction"]]
+            assert prediction.macs == videos.loc[(name, video), "macs"]
+            assert prediction.probabilities == pytest.approx(list(videos.loc[(name, video), "p_best"]), abs=1e-5)
     with pytest.raises(UserError, match="cascade '8': expected POINT,POINT"):
         predict(model, [], "cascade:8")
 

@@ -165,25 +165,23 @@ def test_the_verb_predict_decides_as_the_function(run: Config, answers: np.ndarr
     model = load_model(run.run.dir)
     for policy in (None, "cascade:2,4:0.5"):
         written = predict_files(run, paths, policy)
-        assert written["policy"] == (policy or "assigned")
+        assert written.policy == (policy or "assigned")
         given = policy or va.Assigned.load(run.run.dir)
         expected = predict(model, paths, given, evaluate=run.evaluate, data=run.data)
         usable = [p for p in expected if not np.isnan(p.probabilities).any()]
         assert 0 < len(usable) < len(expected)
-        assert [(p["path"], tuple(p["points"]), p["macs"]) for p in written["predictions"]] == [
-            (p.path, p.points, p.macs) for p in usable
-        ]
+        assert [(p.path, p.points, p.macs) for p in written] == [(p.path, p.points, p.macs) for p in usable]
         unusable = [p.path for p in expected if np.isnan(p.probabilities).any()]
-        assert [row["path"] for row in written["failed"]] == unusable  # JSON has no NaN
-        assert written["failed"][0]["cause"].endswith("probabilities are NaN")
+        assert [row["path"] for row in written.failed] == unusable  # JSON has no NaN
+        assert written.failed[0]["cause"].endswith("probabilities are NaN")
 
 
 def test_predictions_have_the_names_of_data_classes(run: Config, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("1 sit down\n2 stand up\n")
     named = run.model_copy(update={"data": run.data.model_copy(update={"classes": names})})
-    [prediction] = predict_files(named, image(run), None)["predictions"]
-    assert set(prediction["classes"]) == {"sit down", "stand up"}
+    [prediction] = predict_files(named, image(run), None)
+    assert set(prediction.classes) == {"sit down", "stand up"}
     assert predict(load_model(run.run.dir), image(run), data=named.data)[0].classes[0] in {"sit down", "stand up"}
     for text, message in {
         "a\n": "has 1 classes, but the model has 2",
@@ -199,10 +197,11 @@ def test_a_folder_of_videos_stands_for_its_videos_and_other_inputs_get_advice(ru
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"no video")
     (tmp_path / "val.txt").write_text("b.mp4 0\n")
-    failed = predict_files(run, [str(tmp_path)], None)["failed"]
-    assert [row["path"] for row in failed] == [str(tmp_path / "b.mp4"), str(tmp_path / "deep" / "a.mkv")]
+    found = predict_files(run, [str(tmp_path)], None)
+    assert [row["path"] for row in found.failed] == [str(tmp_path / "b.mp4"), str(tmp_path / "deep" / "a.mkv")]
+    assert found.left_out == [str(tmp_path / name) for name in ("b.jpg", "val.txt", "@eaDir")]
     inputs = ["https://example.org/a.mp4", "rtsp://cam/1", str(tmp_path / "val.txt")]
-    causes = [row["cause"] for row in predict_files(run, inputs, None)["failed"]]
+    causes = [row["cause"] for row in predict_files(run, inputs, None).failed]
     assert all(cause.endswith("download the address, or record the camera to a file") for cause in causes[:2])
     assert causes[2].endswith("; expected video files, not a list of them")
 
@@ -292,7 +291,7 @@ def test_an_assigner_with_other_settings_is_refused_by_evaluate_alone(copy: Conf
     other = copy.model_copy(update={"assign": copy.assign.model_copy(update={"size": 48})})
     with pytest.raises(CheckpointError, match=r"assign\.size is 32 in the checkpoint, 48 in the config"):
         evaluate(other)
-    assert len(predict_files(other, image(other), "assigned")["predictions"]) == 1
+    assert len(predict_files(other, image(other), "assigned")) == 1
 
 
 class Other(va.Assigned):

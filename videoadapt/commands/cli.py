@@ -285,7 +285,7 @@ def predict(
 
     # Both follow CONFIG in any order, which the command line cannot express otherwise.
     overrides, paths = _split(videos, _OVERRIDE)
-    result = predict_files(_load(config, overrides), paths, policy)
+    result = predict_files(_load(config, overrides), paths, policy).to_json()
     _show(result, as_json, print_predictions)
     if result["failed"]:  # after the table: one bad file does not hide the results of the others
         raise UserError("; ".join(row["cause"] for row in result["failed"]))

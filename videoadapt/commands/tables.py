@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them
 # Limits that keep a result on one screen
 _FAILURES_SHOWN = 10
 _CAUSES_SHOWN = 4
+_LEFT_OUT_SHOWN = 5
 _EXAMPLES_SHOWN = 2
 _CLASSES_SHOWN = 20  # an even number: half of them the costliest, half the cheapest
 
@@ -357,6 +358,9 @@ def print_predictions(result: Summary) -> None:
     ]
     if rows:  # no rows if every file failed; the error then names the files
         print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
+    if result["left_out"]:
+        first, more = result["left_out"][:_LEFT_OUT_SHOWN], len(result["left_out"]) - _LEFT_OUT_SHOWN
+        say(f"left out, because they are no videos: {', '.join(first)}{f' and {more} more' if more > 0 else ''}")
 
 
 def print_launch(result: LaunchResult) -> None:

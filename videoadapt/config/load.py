@@ -98,6 +98,16 @@ class Config(Section):
         _check_cascades(self.evaluate.cascade, self.model.points)
         return self
 
+    def __repr__(self) -> str:
+        model = self.model
+        size = f"{model.num_frames} frames of {model.size}x{model.size}, {model.num_classes} classes"
+        return f"<Config of {self.run.dir}: points {', '.join(model.points)}; {size}>"
+
+    __str__ = __repr__  # pydantic's lists all keys, on one line
+
+
+ConfigSource: TypeAlias = Config | str | Path  # what functions for Python users take: see `as_config`
+
 
 def _check_crops(data: DataConfig, size: int) -> None:
     short = data.short_side
@@ -222,6 +232,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(values, override)
     return make_config(_expand(values, "", Config), str(path))
+
+
+def as_config(source: ConfigSource) -> Config:
+    """Returns a config as it is, or loads it from a path; see `load_config`."""
+    return source if isinstance(source, Config) else load_config(source)
 
 
 def make_config(values: Values, origin: str = "config") -> Config:

@@ -1,22 +1,28 @@
-"""Predicts video files: classes with probabilities, the point where each clip ends, and the cost."""
+"""Predicts videos: classes with probabilities, the point where each clip ends, and the cost."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
 
-from videoadapt.config.load import Config
+import numpy as np
+from torch import Tensor
+
+from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
 from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.index.class_files import read_classes
-from videoadapt.data.index.find_files import videos_below
+from videoadapt.data.index.find_files import media_below
 from videoadapt.data.index.text import normalised
 from videoadapt.data.video.limits import Limits
-from videoadapt.data.video.readers import open_video
+from videoadapt.data.video.readers import FrameReader, VideoReader, open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
@@ -25,11 +31,17 @@ from videoadapt.routing.label_rules import average_views
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
 from videoadapt.routing.router import clip_macs, route
 from videoadapt.routing.scores import inference_model
-from videoadapt.runtime.files import Summary, write_json
+from videoadapt.runtime.console import Bar, macs, progress_shown
+from videoadapt.runtime.files import write_json
+from videoadapt.runtime.results import Result, Table
 
 TOP = 5  # classes of a prediction
+Frames: TypeAlias = "np.ndarray | Tensor"
+# A path, frames `(F, H, W, 3)` of one video, several of these, or the frames `(H, W, 3)` of one video one by one
+Videos: TypeAlias = "str | Path | Frames | Iterable[str | Path | Frames]"
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_FRAME_DIMS, _VIDEO_DIMS = 3, 4  # (H, W, 3) and (F, H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Prediction:
     """The prediction for one video.
 
     Attributes:
-        path: The file.
+        path: The file; `frames` for frames in memory.
         classes: Names of the best classes, best first.
         probabilities: Their probabilities, means over all views of the video.
         points: The point where each clip ends.
@@ -50,59 +62,223 @@ class Prediction:
     points: tuple[str, ...]
     macs: int
 
+    def __repr__(self) -> str:
+        return (
+            f"<Prediction {self.path}: {self.classes[0]} {self.probabilities[0]:.2f}, points {' '.join(self.points)}>"
+        )
 
-@dataclass(frozen=True)
-class Predictions:
-    """The contents of `predictions.json`; the names are its keys."""
+
+@dataclass(frozen=True, repr=False)
+class Predictions(Result):
+    """Predictions in the order of the videos: a sequence of `Prediction`. The names are keys of `predictions.json`.
+
+    Attributes:
+        policy: The name of the policy.
+        predictions: One for each video that could be read.
+        failed: Path and cause of each video that could not, with `on_error="list"`.
+        left_out: Files and folders inside a given folder that are not videos.
+    """
 
     policy: str
     predictions: list[Prediction]
-    failed: list[dict[str, str]]  # path and cause
+    failed: list[dict[str, str]]
+    left_out: list[str]
+
+    def __len__(self) -> int:
+        return len(self.predictions)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return iter(self.predictions)
+
+    def __getitem__(self, index: int) -> Prediction:
+        return self.predictions[index]
+
+    def table(self) -> Table:
+        """Returns the best class, the points and the cost of each video."""
+        rows = [(p.path, p.classes[0], f"{p.probabilities[0]:.2f}", " ".join(p.points), macs(p.macs)) for p in self]
+        title = f"{len(self)} videos, {len(self.failed)} failed; policy {self.policy}"
+        return Table(title, ("video", "class", "probability", "points", "MACs"), rows)
 
 
-def predict(
-    model: TimeSformer,
-    paths: Sequence[str | Path],
+class _Predictor(NamedTuple):
+    """All that the prediction of a video needs."""
+
+    model: TimeSformer
+    policy: Policy
+    config: Config
+    names: Sequence[str]
+    top: int  # classes of a prediction
+
+
+class _Video(NamedTuple):
+    """A video that is not open yet."""
+
+    name: str
+    open: Callable[[], VideoReader]
+
+
+def predict(  # noqa: PLR0913 - settings, by name
+    model: TimeSformer | ConfigSource,
+    videos: Videos,
     policy: str | Policy | None = None,
     *,
+    fps: float | None = None,
     evaluate: EvaluateConfig | None = None,
     data: DataConfig | None = None,
     top: int = TOP,
-) -> list[Prediction]:
+    on_error: Literal["raise", "list"] = "raise",
+    progress: bool = True,
+) -> Predictions:
     """Predicts the classes of videos of any length.
 
     Every clip gets its point from the policy, through the same `decide` as in an evaluation. The crops of a clip share
-    its point.
+    its point. Nothing is written.
 
     Args:
-        model: The model, in eval mode.
-        paths: Video files.
-        policy: `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), or a policy such as
-            `Assigned.load("runs/demo")`. None: the costliest point.
-        evaluate: How views are cut, as the `evaluate` section of a config. None: its defaults.
-        data: How videos are read and resized, as the `data` section of a config. None: its defaults.
+        model: A run folder (or its `Config`, or its YAML file), or a model in eval mode.
+        videos: The path of a video, of an image, of a folder of frames, or of a folder of videos; or frames in memory,
+            uint8 RGB `(F, H, W, 3)`, array or tensor; or a list of these. An iterable of frames `(H, W, 3)`, such as a
+            generator, is one video: it is read to its end. Images are one video each if the model's clips have one
+            frame.
+        policy: `"assigned"`, `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), or a policy such as
+            `Assigned.load("runs/demo")`. None: `assigned` if a run is given and has an assigner, otherwise the
+            costliest point.
+        fps: Frames per second of frames in memory.
+        evaluate: How views are cut, as the `evaluate` section of a config. None: as the run, or the defaults.
+        data: How videos are read and resized, as the `data` section of a config. None: as the run, or the defaults.
         top: Number of classes of a prediction.
+        on_error: `raise` for the first video that cannot be read, or `list` it in `failed` and go on; a video whose
+            probabilities are NaN is then listed, too.
+        progress: Show a bar for several videos, and messages.
 
     Returns:
-        One prediction per path, in order.
+        One prediction per video, in order.
 
     Raises:
-        VideoError: A file cannot be read.
-        UserError: The policy needs the truth, or does not fit the model, or `data.classes` does not.
+        VideoError: A video cannot be read.
+        UserError: There is no video, the policy needs the truth, or does not fit the model, or `data.classes` does not.
+        CheckpointError: The run has no model, or its assigner does not fit it.
     """
+    with progress_shown(progress):
+        if isinstance(model, TimeSformer):
+            predictor = _of_model(model, policy, evaluate or EvaluateConfig(), data or DataConfig(), top)
+        else:
+            given = {"evaluate": evaluate, "data": data}
+            changed = {section: value for section, value in given.items() if value is not None}
+            predictor = _of_run(as_config(model).model_copy(update=changed), policy, top)
+        found, left_out = _found(videos, fps, predictor.config)
+        result = Predictions(predictor.policy.name, [], [], left_out)
+        _predict_all(predictor, found, result, on_error)
+    return result
+
+
+def _of_model(
+    model: TimeSformer, policy: str | Policy | None, evaluate: EvaluateConfig, data: DataConfig, top: int
+) -> _Predictor:
+    if policy == "assigned":
+        raise UserError("policy 'assigned': a model has no assigner; give its run, or policy=va.Assigned.load(RUN)")
     chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy
-    chosen = chosen or Fixed(model.config.points[0])
-    chosen.check(model)
-    data = data or DataConfig()
     config = Config(
         model=model.config,
-        assign=chosen.assigner.config if chosen.assigner is not None else AssignConfig(frames=1),
-        evaluate=evaluate or EvaluateConfig(),
+        assign=AssignConfig(frames=1),
+        evaluate=evaluate,
         data=data,
         loss=LossConfig(dropped="ce"),  # not used here; other losses are not allowed for every set of points
     )
-    names = _class_names(model, data)
-    return [_predict_one(model, path, chosen, config, names=names, top=top) for path in paths]
+    return _predictor(model, chosen or Fixed(model.config.points[0]), config, top)
+
+
+def _of_run(config: Config, policy: str | Policy | None, top: int) -> _Predictor:
+    model = inference_model(config)
+    if policy is not None and not isinstance(policy, str):
+        return _predictor(model, policy, config, top)
+    assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
+    if assigned is not None:
+        assigned.say_other_inputs(label_inputs(config, None, None))
+        return _predictor(model, assigned, config, top, checked=True)
+    text = policy or f"fixed:{model.config.points[0]}"
+    return _predictor(model, parse_policy(text, None, model.config, config.run.dir, model), config, top)
+
+
+def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> _Predictor:
+    if not checked:  # a second check would print its warnings twice
+        policy.check(model)
+    if policy.assigner is not None:  # thumbnails are cut as in the assigner's fit
+        config = config.model_copy(update={"assign": policy.assigner.config})
+    return _Predictor(model, policy, config, _class_names(model, config.data), top)
+
+
+def _found(videos: Videos, fps: float | None, config: Config) -> tuple[list[_Video], list[str]]:
+    """Returns the videos that are meant, and what is left out of given folders."""
+    given: Iterable[str | Path | Frames] = [videos] if isinstance(videos, str | Path | np.ndarray | Tensor) else videos
+    items = iter(given)
+    first = next(items, None)
+    if first is None:
+        raise UserError("predict: no video given; expected the path of a video, a list of paths, or frames")
+    left_out: list[str] = []
+    if not isinstance(first, str | Path) and first.ndim == _FRAME_DIMS:
+        frames = _stacked(chain([first], items), config)
+        return [_Video("frames", partial(_in_memory, "frames", frames, fps, config))], left_out
+    found: list[_Video] = []
+    for item in chain([first], items):
+        if isinstance(item, str | Path):
+            for path in _files(str(item), config, left_out):
+                opened = partial(open_video, path, config.data.reader, limits=Limits.of(config.data))
+                found.append(_Video(path, opened))
+        else:
+            name = f"frames {len(found)}" if isinstance(videos, list | tuple) else "frames"
+            found.append(_Video(name, partial(_in_memory, name, np.asarray(item), fps, config)))
+    return found, left_out
+
+
+def _files(path: str, config: Config, left_out: list[str]) -> list[str]:
+    """Returns the videos of a folder of videos, or the path itself: a file, or a folder of frames."""
+    if not os.path.isdir(path):
+        return [path]
+    return media_below(Path(path), left_out, images=config.model.num_frames == 1) or [path]
+
+
+def _stacked(frames: Iterable[object], config: Config) -> np.ndarray:
+    """Returns the frames `(H, W, 3)` of an iterable as one array; stops an endless one at `data.max_frames`."""
+    kept: list[np.ndarray] = []
+    for frame in frames:
+        kept.append(np.asarray(frame))
+        if kept[-1].shape != kept[0].shape:
+            raise UserError(f"predict: frame {len(kept) - 1} is {kept[-1].shape}, but the first is {kept[0].shape}")
+        Limits.of(config.data).check_frames(Path("frames"), len(kept))
+    return np.stack(kept)
+
+
+def _in_memory(name: str, frames: np.ndarray, fps: float | None, config: Config) -> FrameReader:
+    if frames.ndim != _VIDEO_DIMS or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):  # noqa: PLR2004
+        raise UserError(
+            f"predict: {name}: expected uint8 RGB frames (H, W, 3), or (F, H, W, 3) of a video, got {frames.dtype} "
+            f"{frames.shape}"
+        )
+    if fps is None or not fps > 0:
+        raise UserError(f"predict: {name}: expected fps=, the frames per second, above 0, got {fps}")
+    limits = Limits.of(config.data)
+    limits.check_pixels(Path(name), frames.shape[2], frames.shape[1])
+    limits.check_frames(Path(name), len(frames))
+    return FrameReader(name, frames, fps)
+
+
+def _predict_all(
+    predictor: _Predictor, videos: Sequence[_Video], result: Predictions, on_error: Literal["raise", "list"]
+) -> None:
+    """Adds the predictions of the videos to the result, and those that fail to its list if `on_error` says so."""
+    with progress_shown(len(videos) > 1), Bar("predict", total=len(videos), unit="videos") as bar:
+        for video in videos:
+            try:
+                prediction = _predict_one(predictor, video)
+                if on_error == "list" and math.isnan(prediction.probabilities[0]):  # JSON has no NaN
+                    raise VideoError(f"{video.name}: the model's probabilities are NaN")
+                result.predictions.append(prediction)
+            except VideoError as error:
+                if on_error == "raise":
+                    raise
+                result.failed.append({"path": video.name, "cause": f"{error}{_hint(video.name)}"})
+            bar.step()
 
 
 def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
@@ -128,38 +304,29 @@ def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
     return names
 
 
-def _predict_one(
-    model: TimeSformer, path: str | Path, policy: Policy, config: Config, *, names: Sequence[str], top: int
-) -> Prediction:
-    crops = config.evaluate.spatial_crops
-    views, thumbnails, _ = read_views(
-        open_video(path, config.data.reader, limits=Limits.of(config.data)),
-        config,
-        temporal_views=config.evaluate.temporal_views,
-        spatial_crops=crops,
-        thumbnails=policy.assigner is not None,
-    )
+def _predict_one(predictor: _Predictor, video: _Video) -> Prediction:
+    model, policy, config, names, top = predictor
+    crops, average = config.evaluate.spatial_crops, config.evaluate.average
+    with video.open() as reader:
+        views, thumbnails, _ = read_views(
+            reader,
+            config,
+            temporal_views=config.evaluate.temporal_views,
+            spatial_crops=crops,
+            thumbnails=policy.assigner is not None,
+        )
     # `views` are (clips, crops, C, T, S, S), `thumbnails` are (clips, C, A, s, s).
-    average = config.evaluate.average
     routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails, average=average)
     probabilities = average_views(routed.logits, (0, 1), average)  # (clips, crops, classes) to (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
     clip_costs, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
     return Prediction(
-        path=str(path),
+        path=video.name,
         classes=tuple(names[i] for i in best),
         probabilities=tuple(float(probabilities[i]) for i in best),
         points=tuple(config.model.points[i] for i in routed.choice),
         macs=int(clip_costs.sum()),
     )
-
-
-def _files(path: str) -> list[str]:
-    """Returns the videos of a folder of videos, or the path itself: a file, or a folder of frames."""
-    if not os.path.isdir(path):
-        return [path]
-    found = videos_below(Path(path))
-    return found or [path]
 
 
 def _hint(path: str) -> str:
@@ -171,7 +338,7 @@ def _hint(path: str) -> str:
     return ""
 
 
-def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> Summary:
+def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> Predictions:
     """Predicts files with the model of a run; the verb `predict`.
 
     Writes `predict/predictions.json` in the run folder.
@@ -180,35 +347,13 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> S
         config: The run's config.
         paths: Video files, folders of frames, or folders of videos. A file that cannot be read, or whose
             probabilities are NaN, is listed with its cause.
-        policy: The text of a policy. None: `assigned` if the run has an assigner, and otherwise the costliest point.
-
-    Returns:
-        The contents of `predictions.json`.
+        policy: The text of a policy; see `predict`.
 
     Raises:
         UserError: No path is given, or the policy is unknown or does not fit the model.
     """
     if not paths:
         raise UserError("predict: no video given; expected `videoadapt predict CONFIG VIDEO ...`")
-    model = inference_model(config)
-    assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
-    if assigned is not None:
-        assigned.say_other_inputs(label_inputs(config, None, None))
-    text = policy or (assigned.name if assigned else f"fixed:{model.config.points[0]}")
-    chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
-    if chosen.assigner is not None:  # thumbnails are cut as in the assigner's fit
-        config = config.model_copy(update={"assign": chosen.assigner.config})
-    names = _class_names(model, config.data)
-    result = Predictions(text, [], [])
-    for path in (file for given in paths for file in _files(given)):
-        try:
-            prediction = _predict_one(model, path, chosen, config, names=names, top=TOP)
-        except VideoError as error:
-            result.failed.append({"path": path, "cause": f"{error}{_hint(path)}"})
-            continue
-        if math.isnan(prediction.probabilities[0]):  # JSON has no NaN, and there is no class to show
-            result.failed.append({"path": path, "cause": f"{path}: the model's probabilities are NaN"})
-        else:
-            result.predictions.append(prediction)
-    write_json(config.run.dir / "predict" / "predictions.json", asdict(result))
-    return asdict(result)
+    result = predict(config, paths, policy, on_error="list")
+    write_json(config.run.dir / "predict" / "predictions.json", result.to_json())
+    return result

@@ -16,7 +16,7 @@ from torch import Tensor
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import Average, ModelConfig
-from videoadapt.data.clips.views import normalise
+from videoadapt.data.clips.views import preprocess
 from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_macs
@@ -182,11 +182,7 @@ def view_logits(model: TimeSformer, views: Tensor, point: str, *, batch: int) ->
     Returns:
         Float32 logits on the CPU, `(V, classes)`.
     """
-    weight = model.head.weight
-    outputs = []
-    for micro_batch in views.split(batch):
-        clips = normalise(micro_batch.to(weight.device), model.config.mean, model.config.std, weight.dtype)
-        outputs.append(model(clips, point).float())
+    outputs = [model(preprocess(model, micro_batch), point).float() for micro_batch in views.split(batch)]
     return torch.cat(outputs).cpu()
 
 

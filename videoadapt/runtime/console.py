@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -32,9 +35,28 @@ _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 # a process is one rank for its whole life.
 console = Console(stderr=True, highlight=False, quiet=rank_env(os.environ).rank != 0)
 
+# Of a context, not of the process: a thread that shows no progress does not silence the others.
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Hides messages, bars and tables on stderr inside the `with` block, in the calling thread alone.
+
+    Args:
+        shown: False hides them; True changes nothing.
+    """
+    token = _silent.set(_silent.get() or not shown)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
 
 def say(message: str) -> None:
     """Prints a message for people on stderr, on rank 0 only."""
+    if _silent.get():
+        return
     # No markup: paths and points may contain square brackets. No wrapping: log files are searched line by line.
     console.print(message, markup=False, soft_wrap=True)
 
@@ -42,8 +64,8 @@ def say(message: str) -> None:
 class Bar:
     """Progress in one line: `with Bar("train", total=100, unit="clips") as bar: bar.step(4, note="loss 0.5")`.
 
-    On a terminal the line is updated in place. Elsewhere, as in a log file, a new line is printed at most every
-    `every_s` seconds. A last line follows at the end, also after an exception.
+    On a terminal the line is updated in place, and in a notebook if it has ipywidgets. Elsewhere, as in a log file, a
+    new line is printed at most every `every_s` seconds. A last line follows at the end, also after an exception.
 
     Args:
         name: The name of the work, at the start of the line.
@@ -59,7 +81,9 @@ class Bar:
         self._note = ""
         self._task: TaskID | None = None
         self._progress: Progress | None = None
-        if console.is_terminal:
+        # In a notebook rich draws with ipywidgets, and warns without them.
+        live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+        if live and not _silent.get():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -118,6 +142,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
             numbers, or texts that begin like a number; otherwise to the left.
         to_stderr: Print to stderr instead of stdout, for tables that are not the result of a command.
     """
+    if to_stderr and _silent.get():
+        return
     table = Table(title=title, title_justify="left", header_style="bold", expand=False)
     for number, column in enumerate(columns):
         numeric = all(_is_numeric(row[number]) for row in rows)

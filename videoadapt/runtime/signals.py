@@ -6,6 +6,7 @@ This module does not import torch, so that a job can install its handlers before
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -31,7 +32,8 @@ class StopRequest:
 
     Inside the `with` block, SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 set `received` and have no other effect. A
     second Ctrl-C raises `KeyboardInterrupt`. Signal handlers belong to the whole process: they are replaced on entry
-    and restored on exit, and only the main thread may do that.
+    and restored on exit, and only the main thread may do that. In any other thread a request only copies the signal of
+    an outer request: Python gives Ctrl-C to the main thread, and the work goes on to its end.
 
     Requests can be nested. The entry point of a job enters a request for `JOB_SIGNALS` before torch is imported,
     because a signal kills a process without a handler. On entry, the request of an inner loop copies the signal of
@@ -58,7 +60,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # The outer request, if there is one: the current handler is its bound method `_handle`.
         self._outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        self._previous_handlers = {number: signal.signal(number, self._handle) for number in self._signals}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        replaced = self._signals if in_main_thread else ()
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in replaced}
         if isinstance(self._outer, StopRequest):
             # Only now, because the outer request still records signals while the handlers are replaced one by one.
             self.received = self.received or self._outer.received

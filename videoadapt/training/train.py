@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import pandas as pd

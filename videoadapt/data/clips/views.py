@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from videoadapt.data.video.frame_sampling import spread
+from videoadapt.model.timesformer import TimeSformer
 
 
 def crops(  # noqa: PLR0913 - settings, by name
@@ -117,6 +118,20 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
     # Mean and std are scaled by 255 instead of the pixels: one operation less on the large tensor.
     shift, scale = (torch.tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
     return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
+
+
+def preprocess(model: TimeSformer, clips: Tensor) -> Tensor:
+    """Makes the input of a model from clips: on its device, in its precision, normalised with its mean and std.
+
+    Args:
+        model: The model.
+        clips: (B, C, T, S, S) uint8, as `ClipDataset` and `DataLoader` give them.
+
+    Returns:
+        (B, C, T, S, S), for `model(clips, point)`. The model itself resizes it to the size of a point.
+    """
+    weight = model.head.weight
+    return normalise(clips.to(weight.device), model.config.mean, model.config.std, weight.dtype)
 
 
 def to_tchw(frames: np.ndarray) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from videoadapt.data.index.text import nfc, normalised
-from videoadapt.data.video.suffixes import is_media, is_video, suffix_of
+from videoadapt.data.video.suffixes import is_image, is_media, is_video, suffix_of
 
 # A YouTube id of 11 characters, then the start and the end of the clip in seconds.
 _KINETICS_NAME = re.compile(r"(?:.*/)?(([A-Za-z0-9_-]{11})_\d{6}_\d{6})(?:\.\w+)?")
@@ -73,6 +73,26 @@ def videos_below(root: Path) -> list[str]:
     """Returns the paths of all video files below `root` that are not hidden, in the order of the walk."""
     visible = ((parent, name) for parent, files in walk(root) for name in files if not name.startswith("."))
     return [os.path.join(parent, name) for parent, name in visible if is_video(name)]
+
+
+def media_below(root: Path, left_out: list[str], *, images: bool) -> list[str]:
+    """Returns the paths of all videos below `root`: video files, and folders with images but without video files.
+
+    Args:
+        root: The folder.
+        left_out: Gets the paths of all other files and folders that are not hidden.
+        images: Each image of a folder without video files is a video, not the folder.
+    """
+    found: list[str] = []
+    unvisited: list[str] = []
+    for parent, files in walk(root, left_out=unvisited):
+        visible = [name for name in files if not name.startswith(".")]
+        videos = [name for name in visible if is_video(name)]
+        frames = [] if videos else [name for name in visible if is_image(name)]
+        found += [parent] if frames and not images else [os.path.join(parent, name) for name in videos or frames]
+        left_out += [os.path.join(parent, name) for name in visible if name not in {*videos, *frames}]
+    left_out += [folder for folder in unvisited if not os.path.basename(folder).startswith(".")]
+    return found
 
 
 def files_by_stem(root: Path) -> dict[str, list[str]]:

@@ -12,7 +12,8 @@ from functools import cached_property
 from itertools import starmap
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from videoadapt.config.load import Config
+from videoadapt.config.sections import SplitConfig
 from videoadapt.data.index.annotations import fingerprint, list_videos
 from videoadapt.data.index.identity import ListedVideo
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files
@@ -31,6 +33,7 @@ from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_table, write_json, write_table
 from videoadapt.runtime.machine import worker_count
+from videoadapt.runtime.results import Table, html_table
 
 SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the same order
     [
@@ -105,6 +108,26 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self._arrow)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Manifest {self.hash}: {len(self)} videos of {len(self.classes)} classes, {len(self.readable)} readable>"
+        )
+
+    def _repr_html_(self) -> str:
+        columns = ("split", "videos", "readable", "missing", "broken", "hours")
+        splits = [(name, self.split(name)) for name in get_args(Split)]
+        rows = [
+            (
+                name,
+                len(videos),
+                *(len(videos.of_status(status)) for status in ("ok", "missing", "broken")),
+                f"{videos['duration_s'].sum() / 3600:.2f}",
+            )
+            for name, videos in splits
+            if len(videos)
+        ]
+        return html_table(Table(f"manifest {self.hash}, of {len(self.classes)} classes", columns, rows))
 
     def __getitem__(self, column: str) -> np.ndarray:
         """Returns a column, (rows,): object for text, int64 or float64 for numbers."""
@@ -205,7 +228,7 @@ def load_or_index(config: Config) -> Manifest:
         UserError: A split has no readable video, or `index` fails. Nothing is written then.
         RunError: The processes that read the videos were killed. Nothing is written then.
     """
-    path = _manifest_path(config)
+    path = manifest_path(config.run.dir)
     if path.exists():
         manifest = Manifest.load(path)
         outdated = _why_outdated(manifest, config)
@@ -216,6 +239,26 @@ def load_or_index(config: Config) -> Manifest:
     require_readable(manifest, config)  # before anything is written: the disk may not be mounted
     require_probed(manifest)
     _write(manifest, counts, config)
+    return manifest
+
+
+def index_folder(folder: Path, config: Config) -> Manifest:
+    """Makes a manifest of a folder with a folder of videos per class, in memory; all its videos are of split `train`.
+
+    Args:
+        folder: The folder.
+        config: Its `data.classes`, limits and number of workers are used.
+
+    Raises:
+        ConfigError: The folder is not one folder per class, or does not fit `data.classes` or `model.num_classes`.
+        RunError: The processes that read the videos were killed.
+    """
+    source = {"train": SplitConfig(annotations=folder), "val": SplitConfig(), "root": None, "holdout": 0.0}
+    with TemporaryDirectory() as scratch:  # for the cache of `probe_files`
+        run = config.run.model_copy(update={"dir": Path(scratch)})
+        data = config.data.model_copy(update=source)
+        manifest, _ = _build(config.model_copy(update={"run": run, "data": data}))
+    require_probed(manifest)
     return manifest
 
 
@@ -266,8 +309,9 @@ def index_path(config: Config) -> Path:
     return config.run.dir / "index.json"
 
 
-def _manifest_path(config: Config) -> Path:
-    return config.run.dir / "manifest.parquet"
+def manifest_path(run: Path) -> Path:
+    """Returns the path of the manifest of a run folder."""
+    return run / "manifest.parquet"
 
 
 def _sources(config: Config) -> dict[Split, Path]:
@@ -304,13 +348,13 @@ def _with_new_columns(table: pa.Table) -> pa.Table:
 
 
 def _write(manifest: Manifest, counts: IndexSummary, config: Config) -> None:
-    manifest.save(_manifest_path(config))
+    manifest.save(manifest_path(config.run.dir))
     write_json(index_path(config), asdict(counts))
 
 
 def _keep_previous(manifest: Manifest, config: Config) -> None:
     """Renames the previous manifest if the new one lost all readable videos of a split."""
-    path = _manifest_path(config)
+    path = manifest_path(config.run.dir)
     with suppress(UserError):  # there is no previous manifest, or it is unfinished
         lost = set(Manifest.load(path).readable["split"]) - set(manifest.readable["split"])
         if lost:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -23,11 +22,12 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from stat import S_ISDIR
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 from pydantic import TypeAdapter
 
+from videoadapt.data.index.fork_server import fork_server
 from videoadapt.data.video.files import cause_of, reason
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, VideoInfo, probe
@@ -193,7 +193,7 @@ def _run_alone(path: str, function: Callable[[str], Result], timeout_s: float) -
 
     Not in a pool: pebble reports a broken pool if its only process dies at once.
     """
-    context = multiprocessing.get_context("forkserver")
+    context: Any = fork_server(function, _PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call_and_send, args=(sender, function, path), daemon=True)
     try:
@@ -228,12 +228,8 @@ def _run_pool(
     """Calls a function for each file once; see `run_on_files`."""
     if not paths:
         return
-    # Not `fork`: this process may have threads (of torch, pyarrow and the pool). If a thread holds a lock, the lock
-    # stays locked for ever in a forked process.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     workers = min(max(workers, 1), len(paths))
-    pool = ProcessPool(max_workers=workers, context=context)
+    pool = ProcessPool(max_workers=workers, context=fork_server(function, _PRELOADED))
     waiting = iter(paths)
     running: dict[Future[Result | str], str] = {}
     try:
@@ -283,10 +279,8 @@ def _result_of(task: Future[Result | str], timeout_s: float) -> Result | str:
     except ProcessExpired as error:
         return _how_ended(error.exitcode)
     except BrokenProcessPool:
-        # Without the guard each worker would run the script again, and start more workers.
         raise RunError(
-            "the processes that read videos cannot be started: their fork server was killed, the memory is full, "
-            "or a script calls videoadapt outside of `if __name__ == '__main__':`"
+            "the processes that read videos cannot be started: their fork server was killed, or the memory is full"
         ) from None
 
 

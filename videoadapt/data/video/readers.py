@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,17 +30,20 @@ from videoadapt.errors import UserError, VideoError
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from typing_extensions import Self  # of `typing` since Python 3.11
 
 Indices = Sequence[int] | np.ndarray
 
 _DECORD_BATCH = 8  # frames per call: decord holds a copy of all frames of a call, on top of ours
 
 
-class VideoReader(Protocol):
-    """An open video. `width` and `height` are the size of the frames that `frames` returns.
+class VideoReader(ABC):
+    """An open video, such as `with open_video("a.mp4") as video: video.frames([0, 8, 16])`.
 
-    `times_s` has the seconds after the first frame at which each frame is displayed, (F,) float64. It is None if the
-    frames are evenly spaced.
+    `width` and `height` are the size of the frames that `frames` returns. `times_s` has the seconds after the first
+    frame at which each frame is displayed, (F,) float64. It is None if the frames are evenly spaced.
+
+    At the end of the `with` block, or by `close`, files are closed and memory of the decoder is freed.
     """
 
     path: Path
@@ -49,8 +53,23 @@ class VideoReader(Protocol):
     width: int
     height: int
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return self.num_frames
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        size = f"{self.num_frames} frames of {self.width}x{self.height}, {self.fps:.5g} per second"
+        return f"<{type(self).__name__} {self.path}: {size}>"
+
+    def close(self) -> None:  # noqa: B027 - most readers open their file anew in each call of `frames`
+        """Closes the video. A second call does nothing."""
+
+    @abstractmethod
     def frames(self, indices: Indices) -> np.ndarray:
         """Reads frames.
 
@@ -61,9 +80,8 @@ class VideoReader(Protocol):
             (T, H, W, 3) uint8 RGB, in the order of `indices`.
 
         Raises:
-            VideoError: An index is below 0 or beyond the last frame, or a frame cannot be decoded.
+            VideoError: An index is below 0 or beyond the last frame, a frame cannot be decoded, or the video is closed.
         """
-        ...
 
 
 def open_video(
@@ -125,7 +143,7 @@ def _trusted_decord(path: Path, info: VideoInfo, limits: Limits) -> DecordReader
     return DecordReader(path, info, limits)
 
 
-class DecordReader:
+class DecordReader(VideoReader):
     """Reads with decord, which decodes only the packets that the requested frames need.
 
     It opens a path, never bytes: on damaged bytes decord crashes the process.
@@ -139,7 +157,7 @@ class DecordReader:
         self.times_s = _times(path, info, limits)
         try:
             # One thread: the workers of a loader are the parallelism, and more threads cost more CPU in total.
-            self._video = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1)
+            self._video: Any = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1)
         except (self._error, RuntimeError, AssertionError) as error:
             raise VideoError(f"{path}: decord cannot open it: {reason(error)}") from None
         self.num_frames = len(self._video)
@@ -148,12 +166,11 @@ class DecordReader:
                 f"{path}: decord finds {self.num_frames} frames in it, PyAV {info.frames}; use reader auto or pyav"
             )
 
-    def __len__(self) -> int:
-        return self.num_frames
-
     def frames(self, indices: Indices) -> np.ndarray:
         """See `VideoReader.frames`."""
         wanted = _checked(self.path, indices, self.num_frames)
+        if self._video is None:
+            raise VideoError(f"{self.path}: is closed; open it again with open_video")
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)  # (T, H, W, C)
         try:
             for start in range(0, len(wanted), _DECORD_BATCH):
@@ -163,8 +180,12 @@ class DecordReader:
             raise VideoError(f"{self.path}: decord cannot decode it: {reason(error)}") from None
         return out
 
+    def close(self) -> None:
+        """See `VideoReader.close`."""
+        self._video = None  # decord closes the file when its last reference is gone
 
-class PyAVReader:
+
+class PyAVReader(VideoReader):
     """Reads with PyAV, which decodes the packets that the requested frames need. Damaged frames are refused.
 
     Args:
@@ -185,9 +206,6 @@ class PyAVReader:
         self.num_frames, self.fps = info.frames, info.fps
         self.width, self.height, self._modes = info.width, info.height, modes
         self.times_s = _times(path, info, limits)
-
-    def __len__(self) -> int:
-        return self.num_frames
 
     def frames(self, indices: Indices) -> np.ndarray:
         """See `VideoReader.frames`."""
@@ -220,18 +238,15 @@ class PyAVReader:
         return out
 
 
-class ImageReader:
+class ImageReader(VideoReader):
     """Reads an image as a video of one frame, or a folder of images as one video. Opens only the requested images."""
 
     def __init__(self, path: Path, info: VideoInfo, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
         self.width, self.height = info.width, info.height
-        self.times_s: np.ndarray | None = None
+        self.times_s = None
         self._images = image_files(path) if path.is_dir() else [path]
-
-    def __len__(self) -> int:
-        return self.num_frames
 
     def frames(self, indices: Indices) -> np.ndarray:
         """See `VideoReader.frames`."""
@@ -251,6 +266,24 @@ class ImageReader:
                 f"{self.width}x{self.height}; all must have one size"
             )
         return frame
+
+
+class FrameReader(VideoReader):
+    """Reads a video whose frames are in memory, such as those of a camera.
+
+    Args:
+        name: Stands for the path in messages and predictions.
+        frames: (F, H, W, 3) uint8 RGB.
+        fps: Frames per second.
+    """
+
+    def __init__(self, name: str, frames: np.ndarray, fps: float) -> None:
+        self.path, self.fps, self.times_s, self._frames = Path(name), fps, None, frames
+        self.num_frames, self.height, self.width = frames.shape[:3]
+
+    def frames(self, indices: Indices) -> np.ndarray:
+        """See `VideoReader.frames`."""
+        return self._frames[_checked(self.path, indices, self.num_frames)]
 
 
 def _times(path: Path, info: VideoInfo, limits: Limits) -> np.ndarray | None:
