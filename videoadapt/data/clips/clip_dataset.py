@@ -25,12 +25,12 @@ class Sample(NamedTuple):
         clip: uint8 `(C, T, S, S)` for training, `(V, C, T, S, S)` for evaluation: V = clips x crops of the video. A
             batch has one more dimension in front. `preprocess` makes the input of a model from it.
         label: Number of the video's class; of a batch, int64 `(B,)`.
-        path: The video; of a batch, a list.
+        path: The video; of a batch, a tuple.
     """
 
     clip: Tensor
     label: int | Tensor
-    path: str | list[str]
+    path: str | tuple[str, ...]
 
 
 class SampleBatch(NamedTuple):
