@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+from videoadapt.commands.stage import draw_new_curves
 from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.index.manifest import index as run_index
@@ -66,8 +67,11 @@ def train(config: ConfigSource, *, progress: bool = True) -> TrainSummary:
         CheckpointError: The checkpoint belongs to another model, recipe or manifest.
         KeyboardInterrupt: Ctrl-C; the state is saved at the end of the step.
     """
+    loaded = as_config(config)
     with progress_shown(progress):
-        return run_train(as_config(config))
+        summary = run_train(loaded)
+        draw_new_curves(loaded.run.dir)
+    return summary
 
 
 def label(config: ConfigSource, *, progress: bool = True) -> LabelSummary:
