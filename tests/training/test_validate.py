@@ -96,7 +96,7 @@ def test_validations_change_no_bit_of_the_training(data: Path, indexed: Path, tm
     config = make(data, indexed, tmp_path, train=RECIPE | {"validate_every": 0})
     summary = train(config)
     assert same_bits(config, trained)
-    assert summary["validation"] is summary["best"] is None
+    assert summary.validation is summary.best is None
     assert not (config.run.dir / "validation.jsonl").exists()
     with pytest.raises(CheckpointError, match="best: names no checkpoint; train with train.validate_every"):
         trained_checkpoint(with_checkpoint(config, "best"))
@@ -150,14 +150,14 @@ def test_training_stops_when_patience_ends_and_goes_on_with_more(
     monkeypatch.setattr(Validator, "validate", worse)
     config = make(data, indexed, tmp_path, train=RECIPE | {"patience": 1, "epochs": 3})
     summary = train(config)
-    assert (summary["stopped_early"], summary["steps"], summary["best"]["epoch"]) == (True, 10, 1)
+    assert (summary.stopped_early, summary.steps, summary.best and summary.best.epoch) == (True, 10, 1)
     assert train(config) == summary  # finished: not trained on
     newest = train_checkpoints(config.run.dir).latest()
     assert newest is not None
     assert "stopped early" in str(selected_on_val(newest, chosen=False))
     patient = make(data, indexed, tmp_path / "again", train=RECIPE)
     shutil.copytree(config.run.dir, patient.run.dir, dirs_exist_ok=True)
-    assert train(patient)["steps"] == 15
+    assert train(patient).steps == 15
     assert same_bits(patient, trained)
 
 
