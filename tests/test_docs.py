@@ -23,6 +23,7 @@ from doc_pages import (
     Block,
     Page,
     blocks_of,
+    command_lines,
     executed,
     lines_not_run,
     page_names,
@@ -127,6 +128,18 @@ def run_shell(block: Block, text: str, folder: Path, shell: dict[str, str]) -> d
     print(done.stdout, done.stderr)
     assert done.returncode == 0, f"{block}: exit code {done.returncode}\n{text}\n{done.stderr[-2000:]}"
     return dict(entry.split("=", 1) for entry in state.read_text().split("\0") if entry)
+
+
+# ---- what a shell expands
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if any(block.language == "bash" for block in BLOCKS[name])])
+def test_zsh_expands_no_more_of_a_line_than_bash(name: str) -> None:
+    """A bracket outside quotes is a pattern. bash keeps a pattern that matches no file; in zsh it is an error."""
+    for block in (block for block in BLOCKS[name] if block.language == "bash"):
+        for line in command_lines(block.text):
+            bare = re.sub(r"\\.|'[^']*'|\"[^\"]*\"|(^|\s)#.*", "", line)
+            assert not re.search(r"\S\[|\?|(?<!\$)\{", bare), f"{block}: quote the word with a pattern: {line}"
 
 
 # ---- lines that do not run

@@ -42,11 +42,6 @@ def tool_module(name: str = "evaluate_released") -> Any:
     return module
 
 
-def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(TOOLS / f"{name}.py"), *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=400)
-
-
 def in_process(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     """Runs a tool in this process, which saves the import of torch."""
     out, errors = io.StringIO(), io.StringIO()
@@ -93,7 +88,7 @@ def evaluated(released: tuple[Path, Any], tmp_path_factory: pytest.TempPathFacto
     trained_with = runs.config(runs.make_data(folder / "data"), folder / "run", run={"precision": "bf16"})
     config.write_text(dump_config(trained_with))
     settings = [f"run.dir={folder / 'run'}", "evaluate.speed_clips=0"]
-    done = tool("evaluate_released", released[0], config, *settings)
+    done = in_process("evaluate_released", released[0], config, *settings)
     assert done.returncode == 0, done.stderr
     assert "has image_mean [0.5, 0.5, 0.5]; the evaluation uses model.mean [0.45, 0.45, 0.45]" in done.stderr
     assert "fixed:8" in done.stdout
