@@ -20,6 +20,7 @@ from videoadapt.report.plots import (
     draw_costs,
     plot_accuracy_cost,
     plot_clip_costs,
+    plot_curves,
     save_figure,
 )
 
@@ -136,3 +137,20 @@ def test_a_run_gets_both_figures_of_full_size(tmp_path: Path) -> None:
 def test_a_run_without_an_evaluation_gets_no_figures(tmp_path: Path) -> None:
     assert draw_costs(tmp_path, {"points": []}) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_curves_show_each_point_by_epoch_and_ring_the_best(validated: bool) -> None:
+    steps = pd.DataFrame({"step": range(1, 101), "loss/14": 2.0, "top1/14": 0.25, "loss/7": 1.0, "top1/7": 0.5})
+    made = {"epoch": [1, 2], "videos": "val", "read": 9}
+    values = {"loss/14": [3.0, 2.0], "top1/14": [0.7, 0.8], "loss/7": [4.0, 5.0], "top1/7": [0.6, 0.5]}
+    validations = pd.DataFrame(made | values) if validated else pd.DataFrame()
+    best = {"metric": "top1/7", "epoch": 1} if validated else None
+    loss, top1 = plot_curves(steps, validations, ("14", "7"), 50, best).axes
+    dashed = [line for line in top1.lines if line.get_linestyle() == "--" and len(line.get_xdata())]  # type: ignore[arg-type]
+    assert [(line.get_ydata()[0], line.get_xdata()[-1] > 1.9) for line in dashed] == [(25.0, True), (50.0, True)]  # type: ignore[index, operator]
+    full = [list(line.get_ydata()) for line in top1.lines if line.get_linestyle() == "-"]  # type: ignore[arg-type]
+    assert full == ([[70.0, 80.0], [60.0, 50.0]] if validated else [])
+    rings = [line.get_xydata().tolist() for line in top1.lines if line.get_label() == "best checkpoint"]  # type: ignore[union-attr]
+    assert rings == ([[[1.0, 60.0]]] if validated else [])
+    assert not any(line.get_label() == "best checkpoint" for line in loss.lines)

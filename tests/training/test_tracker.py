@@ -17,6 +17,7 @@ from videoadapt.training.tracker import Tolerant, open_tracker, require_tracker
 
 def record(config: Config, steps: range) -> str:
     """Records steps as `train` does; returns the id of the tracker's run."""
+    config.run.dir.mkdir(exist_ok=True)  # as in `train`
     tracker = open_tracker(config)
     assert tracker is not None
     metrics = Metrics(config.run.dir, steps.start - 1, steps.start - 1, tracker)
