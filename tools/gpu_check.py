@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from videoadapt.config.sections import ModelConfig
 from videoadapt.data.clips import loader
 from videoadapt.data.clips.datasets import Clip
 from videoadapt.data.index.manifest import SCHEMA, Manifest
+from videoadapt.model import block, timesformer
+from videoadapt.model.attention import attend_over_time
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.routing.policy import Fixed, Random
@@ -108,6 +110,21 @@ class Machine:
 
 def parity(machine: Machine, result: Result) -> None:
     """Compares logits and gradients on this device with float64 on the CPU, at every point."""
+    with _fused_from(0):  # the small model uses all kernels
+        _parity(machine, result)
+
+
+@contextmanager
+def _fused_from(tokens: int) -> Iterator[None]:
+    """Runs the blocks with fused residual branches on batches of this many patch tokens and more."""
+    usual, timesformer._LEAST_FUSED = timesformer._LEAST_FUSED, tokens
+    try:
+        yield
+    finally:
+        timesformer._LEAST_FUSED = usual
+
+
+def _parity(machine: Machine, result: Result) -> None:
     model = machine.config().model
     torch.manual_seed(1)
     exact = TimeSformer(model).double()
@@ -265,6 +282,9 @@ def attention(machine: Machine, result: Result) -> None:
                 result[f"{name} {kernel}"] = _attention_times(machine, qkv, kernel)
             except RuntimeError as error:  # the kernel does not take this shape or this device
                 result[f"{name} {kernel}"] = str(error).splitlines()[0][:100]
+    qkv = torch.randn(clips, model.num_frames, patches, 3 * model.width, device=machine.device, dtype=torch.bfloat16)
+    # Beside the rows above, it needs no transposed copies: its input and its output are (B, T, N, D).
+    result["temporal ours"] = _times(machine, lambda: attend_over_time(qkv.requires_grad_(), model.heads))
 
 
 def _attention_times(machine: Machine, qkv: Tensor, kernel: str) -> Result:
@@ -275,10 +295,14 @@ def _attention_times(machine: Machine, qkv: Tensor, kernel: str) -> Result:
         return F.scaled_dot_product_attention(q, k, v)
 
     with sdpa_kernel(getattr(SDPBackend, f"{kernel}_ATTENTION")) if kernel in FUSED else nullcontext():
-        machine.reset_peak()
-        with torch.no_grad():
-            forward_s = machine.seconds(forward, 0.1)
-        both_s = machine.seconds(lambda: forward().sum().backward(), 0.1)
+        return _times(machine, forward)
+
+
+def _times(machine: Machine, forward: Callable[[], Tensor]) -> Result:
+    machine.reset_peak()
+    with torch.no_grad():
+        forward_s = machine.seconds(forward, 0.1)
+    both_s = machine.seconds(lambda: forward().sum().backward(), 0.1)
     return {"forward_ms": 1e3 * forward_s, "both_ms": 1e3 * both_s, "peak_mib": machine.peak_bytes() >> 20}
 
 
@@ -303,9 +327,14 @@ def _pass_s(
 
 
 def _contestants(model: ModelConfig, result: Result) -> Iterator[tuple[str, nn.Module, Forward]]:
-    """Returns our model, and Hugging Face's TimeSformer with its default attention and with fused attention."""
+    """Returns our model with and without kernels, and the one of Hugging Face with its own and with fused attention."""
     ours = TimeSformer(model)
     yield "ours", ours, ours
+    with _fused_from(2**62):
+        yield "ours, branches not fused", ours, ours
+        usual, block.has_kernel = block.has_kernel, lambda x: False
+        yield "ours without kernels", ours, ours
+        block.has_kernel = usual
     try:
         from transformers import TimesformerConfig, TimesformerForVideoClassification
         from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention

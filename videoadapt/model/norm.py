@@ -33,7 +33,11 @@ class LengthNorm(nn.Module):
         self.weight = nn.ParameterDict({key: nn.Parameter(torch.ones(width)) for key in keys})
         self.bias = nn.ParameterDict({key: nn.Parameter(torch.zeros(width)) for key in keys})
 
+    def affine(self, length: int) -> tuple[Tensor, Tensor]:
+        """Returns the weight and the bias `(D,)` of a length."""
+        key = SHARED if self.shared else str(length)
+        return self.weight[key], self.bias[key]
+
     def forward(self, x: Tensor, length: int) -> Tensor:
         """Normalises `(..., D)` with the affine of `length`; the shape stays."""
-        key = SHARED if self.shared else str(length)
-        return F.layer_norm(x, (self.width,), self.weight[key], self.bias[key], self.eps)
+        return F.layer_norm(x, (self.width,), *self.affine(length), self.eps)

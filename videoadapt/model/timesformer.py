@@ -6,7 +6,8 @@ One class serves video and images: an image is a clip of one frame, and an image
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import repeat
@@ -17,9 +18,15 @@ from videoadapt.config.load import Config
 from videoadapt.config.points import Point, canonical
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
-from videoadapt.model.block import Block
+from videoadapt.model.attention import has_kernel
+from videoadapt.model.block import Block, Branch
 from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
+from videoadapt.model.layout import Shape
 from videoadapt.model.norm import LengthNorm
+
+# Patch tokens of a batch. With fewer, the GPU waits for the host, which takes longer to call the fused kernels than
+# torch's own (docs/results/gpu.md: measured at 12,544 and 50,176 tokens).
+_LEAST_FUSED = 32_768
 
 
 class Heads(NamedTuple):
@@ -120,11 +127,8 @@ class TimeSformer(nn.Module):
         self._check(clips, key)
         length = self.points[key].length
         prefix, patches = self._embed(clips, key, length, swap)  # (B, P, D), (B, T, N, D)
-        for block, kept in zip(self.blocks, self.patches[key], strict=True):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                prefix, patches = checkpoint(block, prefix, patches, length, kept, use_reentrant=False)
-            else:
-                prefix, patches = block(prefix, patches, length, kept)  # (B, P, D), (B, T, K, D)
+        run = self._run_fused if _fuses(patches) else self._run
+        prefix, patches = run(prefix, patches, length, self.patches[key])
         prefix = self.norm(prefix, length)
         dist = self.head_dist(prefix[:, 1]) if key in self.distilled else None
         dense, weight = None, self.config.dense_head
@@ -132,6 +136,31 @@ class TimeSformer(nn.Module):
             dense = self.aux_head(self.norm(patches.flatten(1, 2), length))  # (B, T K, classes)
         by_head = Heads(self.head(prefix[:, 0]), dist, dense, weight or 0.0)
         return by_head if heads else by_head.logits()
+
+    def _run(
+        self, prefix: Tensor, patches: Tensor, length: int, kept_by_block: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Runs all blocks on prefix and patches."""
+        for block, kept in zip(self.blocks, kept_by_block, strict=True):
+            prefix, patches = self._call(block, prefix, patches, length, kept)  # (B, P, D), (B, T, K, D)
+        return prefix, patches
+
+    def _run_fused(
+        self, prefix: Tensor, patches: Tensor, length: int, kept_by_block: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Runs all blocks on one tensor of all tokens, with fused residual branches."""
+        shape = Shape(prefix.shape[1], patches.shape[1])
+        x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T N, D)
+        branch: Branch | None = None
+        for block, kept in zip(self.blocks, kept_by_block, strict=True):
+            x, branch = self._call(cast(Block, block).fused, x, branch, shape, length, kept)
+        return shape.split(x if branch is None else branch.added_to(x, self.config.residual_scale))
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a part of the model, and computes it again in the backward pass if that is set, to save memory."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
     def _embed(self, clips: Tensor, key: str, length: int, swap: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Returns prefix and patch tokens of the clips, with positions added."""
@@ -155,6 +184,12 @@ class TimeSformer(nn.Module):
         expected = (3, config.num_frames, config.size, config.size)
         if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:  # noqa: PLR2004
             raise UserError(f"clips: expected shape (B, {', '.join(map(str, expected))}), got {tuple(clips.shape)}")
+
+
+def _fuses(patches: Tensor) -> bool:
+    """Returns whether the blocks run with fused residual branches on patches `(B, T, N, D)`."""
+    clips, frames, positions, _ = patches.shape
+    return has_kernel(patches) and clips * frames * positions >= _LEAST_FUSED
 
 
 def build_model(config: Config) -> TimeSformer:
