@@ -22,7 +22,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd")
@@ -140,10 +141,15 @@ class Cluster:
         found: dict[str, int] = json.loads(self._pids.read_text()) if self._pids.exists() else {}
         return found
 
-    def reserve(self, name: str, node: str) -> None:
-        """Reserves a node for this user, for an hour. Jobs use it with `--reservation=NAME`, and no others do."""
+    @contextmanager
+    def reserved(self, name: str, node: str) -> Iterator[None]:
+        """Reserves a node for the jobs of this user with `--reservation=NAME`."""
         options = ("StartTime=now", "Duration=60", f"Users={getpass.getuser()}", f"Nodes={node}", "Flags=IGNORE_JOBS")
         self.run("scontrol", "create", "reservation", f"ReservationName={name}", *options)
+        try:
+            yield
+        finally:
+            self.run("scontrol", "delete", f"ReservationName={name}")
 
     def kill_node(self, node: str, *, spare: int | None = None) -> None:
         """Kills a node's daemon and all processes of its jobs, like a power cut.

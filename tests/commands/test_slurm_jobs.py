@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,18 +20,22 @@ from test_launch import options_of
 import small_runs as runs
 from processes import finished, torchrun
 from slurm_cluster import Cluster, ClusterError, alive
-from videoadapt.commands.launch import jobs_of, sbatch_line, sbatch_options, submit
-from videoadapt.config.load import Config, dump_config, load_config
+from videoadapt.commands.launch import jobs_of, sbatch_options, submit
+from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.model.checkpoint import train_checkpoints
+from videoadapt.runtime.ranks import gpu_index
 
 pytestmark = pytest.mark.slurm
 
+# Most of the time of these tests is the start of processes, which import torch. So a test interrupts its job in several
+# ways, one after the other.
 FILES = Path(__file__).parents[2] / "slurm"
-LONG = {"epochs": 12, "save_steps": 0}  # 60 steps take seconds: long enough for something to happen in between
-STEPS = 60
-ENDLESS = {"epochs": 400, "save_steps": 2}  # runs until the test cancels it
+LONG = {"epochs": 24, "save_steps": 10, "validate_every": 0}  # long enough for something to happen in between
+STEPS = 120
+ENDLESS = {"epochs": 4000, "save_steps": 2, "validate_every": 0}  # runs until the test ends it
 VIDEOS = 2000  # take seconds to index
 SMALL = ("--cpus-per-task=1", "--gpus-per-task=1")
+REST_S = 6.0  # longer than ranks wait for a dead rank
 
 
 class Slurm:
@@ -58,8 +63,9 @@ class Slurm:
         return self.cluster.run("sbatch", "--parsable", log, *SMALL, *options, script, str(self.file(config))).strip()
 
     def log(self, config: Config, job: str) -> str:
-        path = Path(f"{config.run.dir}-{job}.log")
-        return path.read_text() if path.exists() else ""
+        """The logs of all ranks of a job."""
+        paths = [Path(f"{config.run.dir}-{job}.log"), *sorted((config.run.dir / "jobs").glob(f"{job}_*_log.out"))]
+        return "".join(path.read_text(errors="replace") for path in paths if path.exists())
 
     def state(self, job: str) -> str:
         return self.cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
@@ -70,27 +76,43 @@ class Slurm:
         def ended() -> bool:
             state = self.state(job)
             if state == "PENDING":
-                try:
-                    self.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
-                except ClusterError:  # it has just started, or SLURM is cleaning up
-                    pass
+                self.start_now(job)
             return state not in {"PENDING", "RUNNING", "COMPLETING", "NODE_FAIL", "REQUEUED"}
 
         wait_until(ended, timeout_s, lambda: f"job {job} to end; it is {self.state(job)}")
         return self.state(job)
 
-    def wait_for_step(self, config: Config, step: int) -> None:
-        metrics = config.run.dir / "metrics.jsonl"
+    def start_now(self, job: str, *changes: str) -> None:
+        try:
+            self.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now", *changes)
+        except ClusterError:  # it has just started, or SLURM is cleaning up
+            pass
+
+    def wait_for_log(self, config: Config, job: str, message: str) -> None:
+        wait_until(lambda: message in self.log(config, job), 60, lambda: f"{message}: {self.log(config, job)}")
+
+    def wait_for_restart(self, job: str, *changes: str) -> None:
+        wait_until(lambda: self.state(job) == "PENDING", 60, lambda: "the job to be requeued")
         wait_until(
-            lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= step, 90, lambda: f"step {step}"
+            lambda: self.start_now(job, *changes) or self.state(job) == "RUNNING", 60, lambda: f"{job} to start again"
         )
 
+    def wait_for_steps(self, config: Config, more: int) -> None:
+        """Waits until a run has made some more steps than now."""
+        metrics = config.run.dir / "metrics.jsonl"
 
-def wait_until(done: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
+        def made() -> int:
+            return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+        goal = made() + more
+        wait_until(lambda: made() >= goal, 120, lambda: f"step {goal} of {config.run.dir}", every_s=0.05)
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float, what: Callable[[], str], every_s: float = 0.3) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what()}"
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 @pytest.fixture(scope="module")
@@ -132,171 +154,136 @@ def final_tensors(config: Config) -> dict[str, torch.Tensor]:
     return found.tensors
 
 
-def assert_equals_never_stopped(config: Config, expected: dict[str, torch.Tensor]) -> None:
-    tensors = final_tensors(config)
-    assert tensors.keys() == expected.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
-    lines = (config.run.dir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-
-
-def test_launch_runs_all_stages_to_a_finished_evaluation(slurm: Slurm) -> None:
-    config = slurm.config("chain", slurm={"nodes": 3, "cpus_per_task": 1}, launch={"shards": 2}, train={"epochs": 1})
-    done = runs.command("launch", slurm.file(config), "launch.stage=all", "--json")
-    assert done.returncode == 0, done.stderr
-    jobs = json.loads(done.stdout)["jobs"]
-    assert [job["stage"] for job in jobs] == ["train", "label", "label", "assign", "evaluate", "evaluate"]
-    assert slurm.wait(jobs[-1]["id"], 480) == "COMPLETED"  # seven jobs, one after the other
-    assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12
-    assert Path(jobs[0]["log"]).exists()
-    for job, submission in zip(jobs_of(load_config(slurm.file(config))), jobs, strict=True):
-        (script,) = (config.run.dir / "jobs" / submission["id"]).glob("*submission.sh")
-        options = options_of(script.read_text())
-        expected = {name: value for name, value in sbatch_options(job, config).items() if name != "array"}
-        assert {name: options[name] for name in expected} == expected
-
-
 def task(job: str, rank: int) -> int:
-    """Returns the process id of a rank. Its data workers have the same command line, but a rank as their parent."""
+    """Returns the process id of a rank. Its data workers have the same environment, but a rank as their parent."""
     wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_text().split("\0")
             variables = (folder / "environ").read_text().split("\0")
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # the process has ended
             continue
-        if words[1:4] == ["-m", "videoadapt", "train"] and wanted <= set(variables):
+        if wanted <= set(variables):
             parents[int(folder.name)] = parent
     [rank_process] = [process for process, parent in parents.items() if parent not in parents]
     return rank_process
 
 
-@pytest.mark.parametrize("warned", ["all", "one rank"])
-def test_a_job_near_its_time_limit_is_requeued_and_gives_the_same_result(
-    slurm: Slurm, never_stopped: dict[str, torch.Tensor], warned: str
+def test_a_chain_survives_warnings_preemption_and_a_dead_node(
+    slurm: Slurm, never_stopped: dict[str, torch.Tensor]
 ) -> None:
-    # With workers, processes without a handler of their own get the signal too. One rank is warned without them.
-    config = slurm.config(f"warned_{warned[:3]}", train=LONG, data={"workers": int(warned == "all")})
-    job = slurm.sbatch("train", config, "--nodes=2")
-    slurm.wait_for_step(config, 3)
-    if warned == "all":
-        slurm.cluster.run("scancel", "--signal=USR2", job)
-    else:
-        os.kill(task(job, 1), signal.SIGUSR2)
-    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
-    assert "saved and requeued (restart 1)" in slurm.log(config, job)
-    assert "continuing from" in slurm.log(config, job)
-    assert_equals_never_stopped(config, never_stopped)
+    """All stages, with arrays. The training is interrupted four times, and ends with the bits of one that was not."""
+    nodes = {"stages": {"train": {"nodes": 2, "extra": {"nodelist": "127.0.0.[2-3]"}}}}
+    # With workers, processes without a handler of their own get the signals too.
+    config = slurm.config(
+        "chain", slurm={"cpus_per_task": 1} | nodes, launch={"shards": 2}, train=LONG, data={"workers": 1}
+    )
+    done = runs.command("launch", slurm.file(config), "launch.stage=all", "--json")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads(done.stdout)["jobs"]
+    assert [job["stage"] for job in jobs] == ["train", "label", "label", "assign", "evaluate", "evaluate"]
+    job = jobs[0]["id"]
+
+    slurm.wait_for_steps(config, 3)
+    slurm.cluster.run("scancel", "--signal=USR2", job)  # as before the time limit
+    slurm.wait_for_log(config, job, "saved and requeued (restart 1)")
+    slurm.wait_for_restart(job)
+    slurm.wait_for_steps(config, 3)
+    os.kill(task(job, 1), signal.SIGUSR2)  # the other rank is not warned
+    slurm.wait_for_log(config, job, "saved and requeued (restart 2)")
+    slurm.wait_for_restart(job)
+
+    slurm.wait_for_steps(config, 3)
+    slurm.cluster.run("scancel", "--signal=TERM", job)  # preemption
+    slurm.wait_for_log(config, job, "saved, waiting for the end")
+    time.sleep(REST_S)
+    assert slurm.state(job) == "RUNNING"
+    slurm.cluster.run("scontrol", "requeue", job)  # as SLURM does after preemption
+    slurm.wait_for_restart(job)
+
+    slurm.wait_for_steps(config, 3)
+    slurm.cluster.kill_node("127.0.0.2")
+    slurm.cluster.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=lost")  # or 10 s later
+    slurm.wait_for_restart(job, "ReqNodeList=")
+    slurm.cluster.revive_node("127.0.0.2")
+
+    assert slurm.wait(jobs[-1]["id"], 480) == "COMPLETED", slurm.log(config, job)
+    assert slurm.log(config, job).count("continuing from") == 4
+    tensors = final_tensors(config)
+    assert tensors.keys() == never_stopped.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], never_stopped[name])] == []
+    lines = (config.run.dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12
+    assert Path(jobs[0]["log"]).exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "message"), [("USR2", "saved and requeued"), ("TERM", "saved, waiting for the end")]
-)
-def test_a_job_that_is_interrupted_while_it_indexes_continues_there(slurm: Slurm, number: str, message: str) -> None:
-    many = slurm.folder / f"many_{number}"
+def test_a_job_that_is_interrupted_while_it_indexes_continues_there(slurm: Slurm) -> None:
+    many = slurm.folder / "many"
     video = next((slurm.data / "val").glob("*.mp4"))
     many.mkdir()
     for copy in range(VIDEOS):  # links: one file of a few kB
         os.link(video, many / f"{copy}.mp4")
     (many / "val.csv").write_text("".join(f"{many}/{copy}.mp4 0\n" for copy in range(VIDEOS)))
     data = {"val": {"annotations": str(many / "val.csv")}}
-    config = slurm.config(f"indexing_{number}", data=data, train={"epochs": 1})
+    config = slurm.config("indexing", data=data, train={"epochs": 1, "validate_every": 0})
     job, cache = slurm.sbatch("train", config, "--nodes=2"), config.run.dir / "probed.jsonl"
-    wait_until(lambda: cache.exists() and cache.read_text().count("\n") > 100, 60, lambda: "the first hundred videos")
-    slurm.cluster.run("scancel", f"--signal={number}", job)
-    wait_until(lambda: message in slurm.log(config, job), 30, lambda: "the end of indexing")
+
+    def indexes(after: int) -> int:
+        wait_until(lambda: cache.exists() and cache.read_bytes().count(b"\n") > after, 90, lambda: "videos", 0.02)
+        return after
+
+    indexes(100)
+    slurm.cluster.run("scancel", "--signal=USR2", job)
+    slurm.wait_for_log(config, job, "saved and requeued")
     assert not (config.run.dir / "manifest.parquet").exists()
-    if number == "TERM":
-        assert slurm.state(job) == "RUNNING"
-        slurm.cluster.run("scontrol", "requeue", job)  # as preemption ends
+    slurm.wait_for_restart(job)
+    indexes(cache.read_bytes().count(b"\n") + 50)
+    slurm.cluster.run("scancel", "--signal=TERM", job)
+    slurm.wait_for_log(config, job, "saved, waiting for the end")
+    assert not (config.run.dir / "manifest.parquet").exists()
+    assert slurm.state(job) == "RUNNING"
+    slurm.cluster.run("scontrol", "requeue", job)  # as preemption ends
     assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
     probed = [json.loads(line)["stamp"] for line in cache.read_text().splitlines() if line]
     assert len(probed) == len(set(probed)) == VIDEOS + 48  # no file was probed twice
     assert "Traceback" not in slurm.log(config, job)
 
 
-def test_a_preempted_job_waits_for_its_end_and_continues(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
-    config = slurm.config("preempted", train=LONG, data={"workers": 1})
-    job = slurm.sbatch("train", config, "--nodes=2")
-    slurm.wait_for_step(config, 3)
-    slurm.cluster.run("scancel", "--signal=TERM", job)
-    wait_until(lambda: "saved, waiting for the end" in slurm.log(config, job), 30, lambda: "the save")
-    time.sleep(7)  # longer than ranks wait for a dead rank
-    assert slurm.state(job) == "RUNNING"
-    slurm.cluster.run("scontrol", "requeue", job)  # as SLURM does after preemption
-    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
-    assert_equals_never_stopped(config, never_stopped)
-
-
-def test_a_job_without_restarts_left_fails(slurm: Slurm) -> None:
-    config = slurm.config("worn_out", train=LONG, slurm={"max_restarts": 0})
-    job = slurm.sbatch("train", config, "--nodes=2")
-    slurm.wait_for_step(config, 3)
-    slurm.cluster.run("scancel", "--signal=USR2", job)
-    assert slurm.wait(job) == "FAILED"
-    assert f"job {job} was restarted 0 times, and slurm.max_restarts is 0" in slurm.log(config, job)
-    assert 3 <= steps(config) < STEPS
-
-
-def test_a_second_run_in_the_same_folder_is_refused(slurm: Slurm) -> None:
-    config = slurm.config("twice", train=ENDLESS)
-    first = slurm.sbatch("train", config)
-    slurm.wait_for_step(config, 1)
-    second = slurm.sbatch("train", config)
-    assert slurm.wait(second, 60) == "FAILED"
-    assert f"is in use by job {first}, restart 0" in slurm.log(config, second)
-    slurm.cluster.run("scancel", first)
-
-
-def test_a_process_of_a_job_that_srun_did_not_start_is_refused(slurm: Slurm) -> None:
-    config = slurm.config("world")
-    path = slurm.folder / "alone.sh"
-    path.write_text(f"#!/bin/sh\nvideoadapt train {slurm.file(config)}\n")  # no srun
-    job = slurm.cluster.run("sbatch", "--parsable", f"--output={config.run.dir}-%j.log", "-n3", str(path)).strip()
-    assert slurm.wait(job, 60) == "FAILED"
-    assert f"job {job} has 3 tasks, but this process was not started by srun" in slurm.log(config, job)
-
-
-def test_the_death_of_a_node_does_not_change_the_result(slurm: Slurm, never_stopped: dict[str, torch.Tensor]) -> None:
-    config = slurm.config("killed", train=LONG | {"save_steps": 2})
-    job = slurm.sbatch("train", config, "--nodelist=127.0.0.[2-3]", "--nodes=2")
-    slurm.wait_for_step(config, 5)
-    slurm.cluster.kill_node("127.0.0.2")
-    wait_until(lambda: slurm.state(job) not in {"RUNNING", "COMPLETING"}, 60, lambda: "SLURM to notice the dead node")
-    slurm.cluster.run("scontrol", "update", f"jobid={job}", "ReqNodeList=")
-    assert slurm.wait(job) == "COMPLETED", slurm.log(config, job)
-    slurm.cluster.revive_node("127.0.0.2")
-    assert_equals_never_stopped(config, never_stopped)
-
-
-def test_processes_of_an_earlier_start_cannot_write_any_more(slurm: Slurm) -> None:
-    config = slurm.config(
-        "fenced",
-        train=ENDLESS,
-        slurm={"cpus_per_task": 1, "exclude": "127.0.0.[1-2]"},
-        launch={"stage": "train"},
-    )
+def test_a_run_has_one_owner_and_a_number_of_restarts(slurm: Slurm) -> None:
+    """A second run is refused; a start that SLURM has lost can not write any more; the last start fails."""
+    options = {"cpus_per_task": 1, "exclude": "127.0.0.[1-2]", "max_restarts": 1}
+    config = slurm.config("owned", train=ENDLESS, slurm=options, launch={"stage": "train"})
     (handle,) = submit(jobs_of(config)[0], config)
-    slurm.wait_for_step(config, 3)
+    job = handle.job_id
+    slurm.wait_for_steps(config, 3)
+    assert handle.get_info(mode="force")["State"] == "RUNNING"
+
+    second = slurm.sbatch("train", config)
+    assert slurm.wait(second, 120) == "FAILED"
+    assert f"is in use by job {job}, restart 0" in slurm.log(config, second)
+
     old = json.loads((config.run.dir / "train.owner").read_text())["pid"]
     slurm.cluster.kill_node("127.0.0.3", spare=old)
-    slurm.cluster.run(
-        "scontrol", "update", "nodename=127.0.0.3", "state=down", "reason=lost"
-    )  # SLURM itself takes 10 s
-    job = handle.job_id
+    slurm.cluster.run("scontrol", "update", "nodename=127.0.0.3", "state=down", "reason=lost")  # or 10 s later
     wait_until(lambda: slurm.state(job) == "PENDING", 60, lambda: "the job to be requeued")
     assert alive(old)
-    slurm.cluster.run("scontrol", "update", f"jobid={job}", "ExcNodeList=", "StartTime=now")
-    wait_until(lambda: not alive(old), 60, lambda: "the old start to end")
-    errors = handle.paths.stderr.read_text(errors="replace")
+    slurm.start_now(job, "ExcNodeList=")
+    wait_until(lambda: not alive(old), 90, lambda: "the old start to end")
+    errors = slurm.log(config, job)
     assert f"the owner is now job {job}, restart 1, process" in errors
     assert f"this process (job {job}, restart 0, process {old} on" in errors
-    before = steps(config)
-    wait_until(lambda: steps(config) > before, 30, lambda: "the new start to continue")
-    slurm.cluster.run("scancel", job)
     slurm.cluster.revive_node("127.0.0.3")
+
+    before = steps(config)
+    wait_until(lambda: steps(config) > before, 60, lambda: "the new start to continue")
+    slurm.cluster.run("scancel", "--signal=USR2", job)
+    assert slurm.wait(job) == "FAILED"
+    assert f"job {job} was restarted 1 times, and slurm.max_restarts is 1" in slurm.log(config, job)
+    assert steps(config) > before
+    assert handle.get_info(mode="force")["State"] == "FAILED"
+    assert handle.done(force_check=True)
 
 
 FAILING = """
@@ -313,52 +300,112 @@ with ranks(load_config(sys.argv[1])):
 
 
 def test_a_failed_rank_ends_the_job_in_seconds_with_one_traceback(slurm: Slurm) -> None:
+    """Before it, a process that srun did not start is refused."""
     config = slurm.config("dead_rank")
     program = slurm.folder / "failing.py"
     program.write_text(FAILING)
-    line = f"srun --kill-on-bad-exit=1 {sys.executable} {program} {slurm.file(config)}"
+    run = f"{sys.executable} {program} {slurm.file(config)}"
+    line = f"{run} 2>&1 | tail -n 1; srun --kill-on-bad-exit=1 {run}"
     log = f"--output={config.run.dir}-%j.log"
     job = slurm.cluster.run("sbatch", "--parsable", log, "--nodes=2", "--ntasks-per-node=1", "--wrap", line).strip()
-    wait_until(lambda: "the first cause" in slurm.log(config, job), 60, lambda: "the failure")
+    slurm.wait_for_log(config, job, f"job {job} has 2 tasks, but this process was not started by srun")
+    slurm.wait_for_log(config, job, "the first cause")
     failed_at = time.monotonic()
     assert slurm.wait(job, 30) == "FAILED"
     assert time.monotonic() - failed_at < 15
     assert slurm.log(config, job).count("Traceback") == 1
 
 
-def test_handles_know_the_state_of_jobs_without_sacct(slurm: Slurm) -> None:
-    config = slurm.config("cancelled", train=ENDLESS, launch={"stage": "train"})
-    (handle,) = submit(jobs_of(config)[0], config)
-    slurm.wait_for_step(config, 1)
-    assert handle.get_info(mode="force")["State"] == "RUNNING"
-    handle.cancel()
-    slurm.wait(handle.job_id)
-    assert handle.get_info(mode="force")["State"] == "CANCELLED"
-    assert handle.done(force_check=True)
+EVERYTHING = {
+    "account": "vision",
+    "reservation": "course",
+    "wckey": "thesis",
+    "licenses": "matlab:2",
+    "mail": "me@example.org",
+    "comment": "two words",
+    "time_minutes": "1-00:30",
+    "tasks_per_node": 4,
+    "gres": "gpu:a100:4",
+    "gpu_bind": "single:1",
+}
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_the_printed_line_asks_for_what_launch_asks_for(
-    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, gpus: int
+@pytest.fixture(scope="module")
+def course(slurm: Slurm) -> Iterator[None]:
+    with slurm.cluster.reserved("course", "127.0.0.3"):
+        yield
+
+
+@pytest.mark.usefixtures("course")
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        (
+            EVERYTHING,
+            {
+                "Account": "vision",
+                "Reservation": "course",
+                "WCKey": "thesis",
+                "Licenses": "matlab:2",
+                "MailUser": "me@example.org",
+                "MailType": "END,FAIL",
+                "TimeLimit": "1-00:30:00",
+                "NumTasks": "4",
+                "TresPerNode": "gres:gpu:a100:4",
+                "TresBind": "gpu:single:1",
+            },
+        ),
+        ({"gpus_per_node": "a100:2", "tasks_per_node": 2}, {"TresPerNode": "gres:gpu:a100:2", "NumTasks": "2"}),
+        ({"nodes": 2}, {"TresPerTask": "gres:gpu:1", "NumNodes": "2-2", "WCKey": "*"}),
+        ({"gpus_per_task": 0}, {"TresPerTask": None, "TimeLimit": "1-00:00:00"}),
+    ],
+)
+def test_a_dry_run_equals_what_slurm_shows_of_the_job(
+    slurm: Slurm, asked: dict[str, Any], shown: dict[str, str | None]
 ) -> None:
-    config = slurm.config(f"line_{gpus}", slurm={"cpus_per_task": 1, "gpus_per_task": gpus, "nodes": 2})
-    line = sbatch_line(jobs_of(config)[0], config, [str(slurm.file(config))], None)
-    monkeypatch.chdir(FILES.parent)  # the line names the file from there
-    command, *words = shlex.split(line)
-    printed = slurm.cluster.run(command, "--parsable", "--hold", *words).strip()
-    (handle,) = submit(jobs_of(config)[0], config)
-    shown = [slurm.cluster.run("scontrol", "show", "job", job) for job in (printed, handle.job_id)]
-    slurm.cluster.run("scancel", printed, handle.job_id)
-    assert [re.search(r"gres[:/]gpu[:=]1", text) is not None for text in shown] == [gpus == 1] * 2
-    for option in (r"NumNodes=\S+", r"NumTasks=\d+", r"CPUs/Task=\d+", r"TimeLimit=\S+", r"Requeue=\d"):
-        first, second = (re.search(option, text) for text in shown)
-        assert first
-        assert second
-        assert first[0] == second[0]
+    options = {"cpus_per_task": 1, "extra": {"hold": True}} | asked
+    config = slurm.config(f"dry_{len(asked)}_{len(shown)}", slurm=options, launch={"stage": "train"})
+    [planned] = json.loads(runs.command("launch", slurm.file(config), "--dry-run", "--json").stdout)["jobs"]
+    assert not config.run.dir.exists()
+    [launched] = json.loads(runs.command("launch", slurm.file(config), "--json").stdout)["jobs"]
+    by_hand = subprocess.run(
+        ["bash", "-c", planned["sbatch"]], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    jobs = [slurm.cluster.run("scontrol", "show", "job", job) for job in (launched["id"], by_hand)]
+    script = slurm.cluster.run("scontrol", "write", "batch_script", launched["id"], "-")
+    slurm.cluster.run("scancel", launched["id"], by_hand)
+    assert script.rstrip("\0\n") == planned["script"].rstrip()
+    assert options_of(script) == planned["options"]
+    for job, text in zip((launched["id"], by_hand), jobs, strict=True):
+        fields: dict[str, str | None] = dict(re.findall(r"([A-Z][\w/]+)=(\S*)", text))
+        assert {name: fields.get(name) for name in shown} == shown
+        assert fields["JobName"] == planned["options"]["job-name"]
+        assert fields["CPUs/Task"] == planned["options"]["cpus-per-task"]
+        assert fields["NumNodes"] == "-".join([planned["options"]["nodes"]] * 2)  # from, to
+        assert fields["StdOut"] == planned["log"].replace("%j", job)
+        assert fields["Requeue"] == "1"
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"gpus_per_node": "a100:2"}, {"gres": "gpu:a100:2"}, {"gres": "gpu:2", "gpu_bind": "single:1"}]
+)
+def test_each_rank_has_a_gpu_of_its_own(slurm: Slurm, asked: dict[str, str]) -> None:
+    config = make_config({"slurm": {"tasks_per_node": 2, "cpus_per_task": 1} | asked, "launch": {"stage": "train"}})
+    options = sbatch_options(jobs_of(config)[0], config)
+    flags = [f"--{name}={options[name]}" for name in options if re.match("nodes|ntasks|cpus|gpu|gres", name)]
+    output = slurm.cluster.run("srun", *flags, "sh", "-c", "echo $SLURM_LOCALID $CUDA_VISIBLE_DEVICES")
+    used = set()
+    for local_rank, visible in map(str.split, output.splitlines()):
+        gpus = visible.split(",")
+        index = gpu_index(int(local_rank), len(gpus))
+        assert index is not None
+        used.add(gpus[index])
+    assert len(used) == 2
 
 
 def test_the_jobs_before_a_refused_one_are_cancelled(slurm: Slurm) -> None:
-    config = slurm.config("half_way", launch={"shards": 2000})  # more than MaxArraySize
+    # More jobs than MaxArraySize. The first job is held, so that no process starts.
+    config = slurm.config("half_way", launch={"shards": 2000}, slurm={"cpus_per_task": 1, "extra": {"hold": True}})
     done = runs.command("launch", slurm.file(config), "launch.stage=all")
     assert done.returncode == 1
     assert "label cannot be submitted: " in done.stderr
@@ -370,7 +417,7 @@ def test_the_jobs_before_a_refused_one_are_cancelled(slurm: Slurm) -> None:
 def test_a_local_launch_inside_a_job_starts_its_own_ranks(slurm: Slurm) -> None:
     config = slurm.config(
         "inside",
-        train={"epochs": 1},
+        train={"epochs": 1, "validate_every": 0},
         launch={"cluster": "local", "stage": "train"},
         slurm={"tasks_per_node": 2, "gpus_per_task": 0},
     )
