@@ -136,7 +136,14 @@ PAGES = {
             "videoadapt evaluate configs/": "needs models trained on ImageNet",
         },
     ),
-    "docs/slurm.md": Page(not_run={"videoadapt launch": "needs a cluster; tests/commands/test_slurm_jobs.py submits"}),
+    "docs/slurm.md": Page(
+        not_run={
+            "videoadapt launch CONFIG": "needs a cluster; tests/commands/test_slurm_jobs.py submits",
+            "srun --cpus-per-task=16 videoadapt index CONFIG": "needs a cluster",
+            "python -c": "downloads weights",
+            "wandb sync": "needs an account",
+        }
+    ),
     "docs/results/bench_data.md": Page(not_run={"videoadapt bench data": MINUTES}),
     "docs/results/bench_points.md": Page(
         small=f"{SMALL_MODEL} model.drop_blocks=[1]",
