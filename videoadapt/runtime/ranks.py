@@ -195,7 +195,8 @@ def _select_gpu(env: RankEnv, config: Config) -> str | None:
     index = gpu_index(env.local_rank, count)
     if index is None:
         raise RunError(
-            f"{socket.gethostname()}: local rank {env.local_rank} finds {count} GPUs; start one rank for each GPU"
+            f"{socket.gethostname()}: local rank {env.local_rank} finds {count} GPUs; start one rank for each GPU. If "
+            "the node has more, SLURM hides them from this rank: set slurm.gpu_bind to none or single:1"
         )
     torch.cuda.set_device(index)
     return str(torch.cuda.get_device_properties(index).uuid)
