@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slurm
 # Most of the time of these tests is the start of processes, which import torch. So a test interrupts its job in several
 # ways, one after the other.
 FILES = Path(__file__).parents[2] / "slurm"
-LONG = {"epochs": 24, "save_steps": 10, "validate_every": 0}  # long enough for something to happen in between
-STEPS = 120
+LONG = {"epochs": 16, "save_steps": 10, "validate_every": 0}  # long enough for something to happen in between
+STEPS = 80
 ENDLESS = {"epochs": 4000, "save_steps": 2, "validate_every": 0}  # runs until the test ends it
 VIDEOS = 2000  # take seconds to index
 SMALL = ("--cpus-per-task=1", "--gpus-per-task=1")
