@@ -127,6 +127,31 @@ def demo(overrides: Overrides = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="Receives config.yaml.", metavar="DIR", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A folder per class, or a folder with train and val: lists (train.csv), or folders.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Pretrained weights: a file, a folder, or the name of a timm model.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at your data, and write a config for fine-tuning on them."""
+    from videoadapt.commands.new import new as run
+    from videoadapt.commands.new import print_new
+
+    _show(run(folder, data, weights, overrides or []), as_json, print_new)
+
+
+@app.command()
 def index(
     config: OptionalConfig = None,
     overrides: Overrides = None,
@@ -355,4 +380,4 @@ def _show(result: T, as_json: bool, print_result: Callable[[T], None]) -> None:
 
 def _print_json(result: object) -> None:
     content = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
-    print(json.dumps(content, indent=2))
+    print(json.dumps(content, indent=2, default=str))  # paths as text

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from videoadapt.config.load import Config, load_config
+from videoadapt.config.load import Config, config_folder, load_config
 from videoadapt.config.points import Point
 from videoadapt.data.index.manifest import index
 from videoadapt.data.synthetic import LEVELS, generate
@@ -92,13 +92,11 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:
     """Returns `configs/demo.yaml` with the data inside the run folder."""
-    package = Path(__file__).parents[1]
-    # An installed wheel has the configs inside the package, a checkout beside it.
-    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-    data = load_config(folder / "demo.yaml", overrides).run.dir / "data"
+    demo = config_folder() / "demo.yaml"
+    data = load_config(demo, overrides).run.dir / "data"
     lists = [f"data.{split}.annotations={data / split}.csv" for split in SPLITS]
     paths = [*lists, f"data.root={data}", f"data.classes={data / 'classes.txt'}"]
-    return load_config(folder / "demo.yaml", [*overrides, *paths])
+    return load_config(demo, [*overrides, *paths])
 
 
 def level_table(config: Config) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ that a contradiction between two fields is an error before any work starts.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,10 @@ class Config(Section):
         _check_validation(self.data, self.train, self.model)
         if isinstance(self.train.freeze, int) and self.train.freeze > self.model.depth:
             raise ConfigError(f"train.freeze: {self.train.freeze} is more than model.depth {self.model.depth}")
+        if "frames" not in self.assign.model_fields_set:
+            frames = min(self.assign.frames, self.model.num_frames)  # an image has one
+            # As in ModelConfig, the only way to set a field of a frozen object.
+            object.__setattr__(self, "assign", self.assign.model_copy(update={"frames": frames}))
         if self.assign.frames > self.model.num_frames:
             raise ConfigError(
                 f"assign.frames: {self.assign.frames} is more than the frames of a clip (model.num_frames "
@@ -276,6 +281,18 @@ def parse_settings(kind: type[S], command: str, words: Sequence[str]) -> S:
 def dump_config(config: Config) -> str:
     """Returns the config as YAML, from which `load_config` makes an equal config."""
     return yaml.safe_dump(_escaped(config.model_dump(mode="json"), Config), sort_keys=False)
+
+
+def config_folder() -> Path:
+    """Returns the folder of the configs that come with the package: inside it in a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def dump_value(key: str, value: Any) -> str:
+    """Returns the value of a key as YAML in one line, from which `load_config` reads an equal value."""
+    text = yaml.safe_dump(_escaped(value, _type_of(key.split("."), Config)), default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
 
 
 def known_keys(section: type[BaseModel] = Config) -> list[str]:

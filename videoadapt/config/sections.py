@@ -516,7 +516,8 @@ class AssignConfig(Section):
     """The assigner, a small EfficientNet-B0 on a few low-resolution frames, and its training."""
 
     frames: Annotated[int, Field(ge=1, le=10_000)] = 4
-    """Frames of a clip that the assigner sees; at most `model.num_frames`. ReViT: 4."""
+    """Frames of a clip that the assigner sees; at most `model.num_frames`. Left out: 4 (ReViT), or all frames of a clip
+    that has fewer."""
     size: Pixels = 112
     """Side of a frame in pixels."""
     channel_multiplier: Annotated[float, Field(ge=0.01, le=100.0)] = 0.5

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
 from videoadapt.model.timesformer import TimeSformer, compiled
@@ -16,6 +17,8 @@ from videoadapt.performance.forecast import LinearTime, Passes
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training import losses
 from videoadapt.training.optim import make_optimizer
+
+_MATRIX = 512  # side of the matrices of `bf16_is_fast`: a third of a second where bf16 is emulated
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,40 @@ class Stopwatch:
         middle = now(self.device)
         loss.backward()
         return PassTime(middle - begin, now(self.device) - middle)
+
+
+def training_macs_per_s(config: Config, clips: int) -> float:
+    """Returns the speed of training on this machine, in MACs of forward and backward passes over all points.
+
+    On a CPU it is the speed of an otherwise idle machine, by the time that the threads work: other programs do not
+    change it much.
+
+    Args:
+        config: Gives the model, the device and the precision. A model of few blocks is as fast as a deep one.
+        clips: Clips of a pass.
+    """
+    stopwatch = Stopwatch(config, (clips, clips + 1))
+    stopwatch.measure()  # the warm-up
+    begin, begin_cpu = now(stopwatch.device), time.process_time()
+    stopwatch.measure()
+    seconds = now(stopwatch.device) - begin
+    if stopwatch.device.type == "cpu":
+        seconds = (time.process_time() - begin_cpu) / torch.get_num_threads()
+    return 3 * (2 * clips + 1) * sum(point_macs(config.model).values()) / seconds  # backward: twice the forward pass
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Returns whether products of matrices are faster in bf16 than in fp32. CPUs without bf16 emulate it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(_MATRIX, _MATRIX, dtype=dtype)
+        matrix @ matrix  # the warm-up
+        begin = time.process_time()
+        matrix @ matrix
+        seconds[dtype] = time.process_time() - begin
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def now(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from videoadapt.config.load import Config, dump_config
 from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
+from videoadapt.model.weights.facts import require_normalisation
 from videoadapt.model.weights.load import load_weights
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import write_json
@@ -185,7 +186,10 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
         state.restore(checkpoint)
     elif config.train.init:
         which, resample = config.train.weights, config.train.resample
-        say(str(load_weights(state.model, config.train.init, which=which, resample=resample)))
+        report = load_weights(state.model, config.train.init, which=which, resample=resample)
+        say(str(report))
+        if note := require_normalisation(config.model, config.train.init, report.normalisation):
+            say(note)
         state.reset_ema()  # otherwise the moving average would start from the random weights
     return state
 

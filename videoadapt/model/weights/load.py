@@ -21,7 +21,8 @@ from videoadapt.config.sections import ModelConfig, Resample, WhichWeights
 from videoadapt.errors import CheckpointError
 from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.model.weights.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, recognise, split_length
+from videoadapt.model.weights.facts import Normalisation, require_layout, stated_normalisation
+from videoadapt.model.weights.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, split_length
 from videoadapt.model.weights.sources import Weights, read_weights
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
@@ -51,6 +52,7 @@ class LoadReport:
     source: str  # names the source and its layout
     rows: tuple[Row, ...]  # the model's tensors in the model's order, then the unused tensors of the source
     filled: float  # fraction of the elements of the model's attention and MLP weights that were filled
+    normalisation: Normalisation | None  # of frames, as the source states it; None if it does not
 
     @property
     def counts(self) -> dict[str, int]:
@@ -93,9 +95,9 @@ def load_weights(
     pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of
     spatial attention, with its norm and LayerScale. A head with another number of classes is not changed.
 
-    Some settings are not in the file, and the user must set them. One is the normalisation: the released TimeSformers
-    were trained with mean 0.45 and deviation 0.225, all others with ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224,
-    0.225). Others are `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml set SuperViT's
+    Some settings are not in the file, and the user must set them. One is the normalisation. The report has it where
+    the source states it; stage 1 refuses to start from weights whose normalisation the config contradicts by
+    default. Others are `model.norm_eps`, `residual_scale` and `align_corners`: configs/supervit_*.yaml set SuperViT's
     values.
 
     Args:
@@ -116,15 +118,11 @@ def load_weights(
         UserError: `source` is a timm name, and its weights cannot be downloaded. The model is unchanged.
     """
     weights = read_weights(source, which)
-    layout = recognise(weights.tensors)
-    if layout is None:
-        raise CheckpointError(
-            f"{weights.label}: expected the weights of a ViT (timm's names) or TimeSformer (facebookresearch's, "
-            f"Hugging Face's or videoadapt's), got {_sample(weights.tensors)}"
-        )
+    layout = require_layout(weights)
     _check_architecture(model, layout, weights)
     filled, rows = _match_tensors(model, layout, resample)
-    report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _fraction_filled(model, filled))
+    stated = None if isinstance(source, Mapping) else stated_normalisation(source, layout)
+    report = LoadReport(f"{weights.label} ({layout.kind})", tuple(rows), _fraction_filled(model, filled), stated)
     if report.filled < LEAST_FILLED:
         raise CheckpointError(
             f"{weights.label}: it fills only {report.filled:.0%} of the model's attention and MLP weights; "
@@ -135,11 +133,6 @@ def load_weights(
             if name in filled:
                 target.copy_(filled[name])  # converts to the model's dtype and device
     return report
-
-
-def _sample(tensors: Mapping[str, Tensor]) -> str:
-    names = list(tensors)[:3]
-    return f"{len(tensors)} tensors named {', '.join(names)}{', ...' if len(tensors) > len(names) else ''}"
 
 
 def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) -> None:

@@ -1,0 +1,169 @@
+"""`videoadapt new`: the config that it writes loads, trains, and has a reason for what it chose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import small_runs as runs
+from videoadapt.commands.recommend import MachineFacts, recommend
+from videoadapt.config.load import load_config
+from videoadapt.data.index.survey import Spread, Survey, survey
+from videoadapt.errors import UserError
+from videoadapt.model.weights.facts import Normalisation, WeightsFacts
+
+SMALL = [
+    "train.epochs=1",
+    "model.num_frames=2",
+    "model.width=16",
+    "model.heads=1",
+    "model.depth=1",
+    "model.size=32",
+    "model.points=[2,1]",
+]
+LAPTOP = MachineFacts("cpu", "2 CPU cores", 2, "fp32", 60e9)
+GPU = MachineFacts("cuda", "a GPU", 16, "bf16", 60e12)
+VIT_S = WeightsFacts(
+    "ViT-S",
+    {"width": 384, "depth": 12, "heads": 6, "mlp_ratio": 4.0, "patch": 14, "qkv_bias": True, "layer_scale": 1e-5},
+    Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "timm"),
+)
+
+
+def class_folders(folder: Path, counts: dict[str, int]) -> Path:
+    """A folder per class of generated images."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.full((40, 48, 3), 20 * number % 250, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{number}.png")
+    return folder
+
+
+def videos_per_class(folder: Path) -> Path:
+    """The generated videos, in a folder per class below `train` and `val`."""
+    data = runs.make_data(folder / "lists")
+    names = (data / "classes.txt").read_text().split("\n")
+    for split in ("train", "val"):
+        for line in (data / f"{split}.csv").read_text().splitlines():
+            path, label = line.rsplit(maxsplit=1)
+            target = folder / "data" / split / names[int(label)] / Path(path).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / path, target)
+    return folder / "data"
+
+
+def test_a_config_for_lists_of_videos_loads_and_trains(tmp_path: Path) -> None:
+    data = runs.make_data(tmp_path / "my data")
+    done = runs.command("new", tmp_path / "run", "--data", data, *SMALL)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "run" / "config.yaml"
+    config = load_config(path)
+    assert config.run.dir == tmp_path / "run" / "run"
+    assert (config.model.num_classes, config.model.num_frames, config.data.classes) == (12, 2, data / "classes.txt")
+    assert "# as given" in path.read_text() and "a clip covers" in path.read_text()
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("videoadapt")] == [
+        *("train", "label", "assign", "evaluate", "predict")
+    ]
+    assert runs.command("train", path).returncode == 0
+    assert not config.run.dir.joinpath("missing").exists()
+    again = runs.command("new", tmp_path / "run", "--data", data)
+    assert again.returncode == 2 and "never overwritten" in again.stderr
+
+
+def test_images_without_a_val_split_get_one(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"cat": 10, "dog": 40})
+    assert runs.command("new", tmp_path / "run", "--data", data).returncode == 0
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.model.num_frames, config.model.temporal, config.assign.frames) == (1, False, 1)
+    train, val = (Path(split.annotations).read_text().splitlines() for split in (config.data.train, config.data.val))  # type: ignore[arg-type]
+    assert (len(train), len(val)) == (40, 10)
+    assert sum(line.endswith(" 0") for line in val) == 2  # a fifth of each class
+    assert {"cat8.png", "cat9.png"} <= {line.split('"')[1].rpartition("/")[2] for line in val}  # neighbours together
+    assert Path(config.data.classes or "").read_text() == "cat\ndog\n"
+
+
+def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
+    for split in ("train", "val"):
+        (data / f"{split}.csv").write_text(
+            "path,label\n" + "".join(f"{n}/{n}{i}.png,{n} x\n" for n in ("cat", "dog") for i in range(4))
+        )
+    done = runs.command("new", tmp_path / "run", "--data", data, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["data"]["classes"] == ["cat x", "dog x"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [({}, "no folder per class"), ({"cat": 3}, "one class, cat"), ({"cat": 0, "dog": 0}, "lists no video")],
+)
+def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, counts: dict[str, int], message: str) -> None:
+    (tmp_path / "data").mkdir()
+    class_folders(tmp_path / "data", counts)
+    done = runs.command("new", tmp_path / "run", "--data", tmp_path / "data")
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_videos_beside_pictures_and_classes_that_only_val_has_are_refused(tmp_path: Path) -> None:
+    data = videos_per_class(tmp_path)
+    extra = class_folders(tmp_path / "extra", {"new": 2})
+    shutil.copytree(next((data / "val").iterdir()), data / "val" / "new")
+    with pytest.raises(UserError, match="classes that are not in"):
+        survey(data, tmp_path / "run")
+    shutil.rmtree(data / "val" / "new")
+    shutil.copy(extra / "new" / "new0.png", next((data / "train").iterdir()))
+    with pytest.raises(UserError, match=r"data\.kind=videos"):
+        survey(data, tmp_path / "run")
+    assert survey(data, tmp_path / "run", "videos").kind == "videos"
+
+
+def facts(clips: int, seconds: float = 4.0, kind: str = "videos") -> Survey:
+    """What a survey finds in some data set of two classes."""
+    spread = Spread(seconds, seconds, 2 * seconds)
+    return Survey(
+        **{"sources": survey_sources(), "kind": kind, "classes": ("a", "b"), "opened": clips, "unreadable": ()},  # type: ignore[arg-type]
+        counts={"train": (clips // 2, clips // 2), "val": (clips // 8, clips // 8)},
+        seconds=spread,
+        fps=Spread(25.0, 25.0, 30.0),
+        short_side=Spread(240.0, 256.0, 720.0),
+        aspect=1.5,
+        notes=(),
+        files={},
+    )
+
+
+def survey_sources() -> object:
+    from videoadapt.data.index.survey import Sources
+
+    return Sources(Path("train.csv"), Path("val.csv"), Path("classes.txt"), Path())
+
+
+def test_settings_follow_data_and_machine() -> None:
+    values = {key: setting.value for key, setting in recommend(facts(180), VIT_S, LAPTOP).settings.items()}
+    assert values["model.num_frames"] * values["model.stride_frames"] / values["model.fps"] == pytest.approx(
+        4.0, rel=0.1
+    )
+    assert values["model.size"] == 14 * max(values["model.points"]) <= 256
+    assert values["model.mean"] == [0.485, 0.456, 0.406]
+    assert values["loss.class_weights"] == "none"
+    assert values["train.freeze"] >= 6  # few clips
+    large = {key: setting.value for key, setting in recommend(facts(20_000, 10.0), VIT_S, GPU).settings.items()}
+    assert (large["model.num_frames"], large["model.points"], large["train.freeze"]) == (8, [14, 10, 7], None)
+    assert large["train.batch"] > values["train.batch"]
+    uneven = replace(facts(200), counts={"train": (150, 50), "val": (20, 20)})
+    assert recommend(uneven, VIT_S, LAPTOP).settings["loss.class_weights"].value == "balanced"
+
+
+@pytest.mark.parametrize(("clips", "kind"), [(180, "videos"), (180, "images"), (1600, "images")])
+def test_training_on_two_cores_ends_in_ten_minutes(clips: int, kind: str) -> None:
+    chosen = recommend(facts(clips, kind=kind), VIT_S, LAPTOP)
+    assert chosen.seconds["train"] < 600
+    assert chosen.settings["train.epochs"].value >= 4

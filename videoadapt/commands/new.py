@@ -1,0 +1,214 @@
+"""`videoadapt new`: looks at a folder of data, and writes a config for fine-tuning on it, with the reasons.
+
+The config is `configs/finetune_template.yaml` with other values and a reason beside each; the explanations of the keys
+stand only in the template.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videoadapt.commands.recommend import MachineFacts, Setting, recommend
+from videoadapt.config.load import config_folder, dump_value, load_config, make_config
+from videoadapt.config.parse import parse_yaml
+from videoadapt.data.index.survey import Survey, survey
+from videoadapt.errors import ConfigError, UserError
+from videoadapt.model.weights.facts import WeightsFacts, weights_facts
+from videoadapt.performance.timing import bf16_is_fast, training_macs_per_s
+from videoadapt.runtime.console import duration, print_table, say
+from videoadapt.runtime.files import replacing
+from videoadapt.runtime.machine import available_cpus, pick_device
+
+_LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):(?P<value> .*)?")  # of the template; comments have their own lines
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """A config that was written."""
+
+    config: Path
+    data: Survey
+    weights: str | None  # names the source and its layout
+    machine: MachineFacts
+    seconds: dict[str, float]  # by stage, without reading the videos
+    notes: list[str]
+    commands: list[str]  # what to run next
+
+
+def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequence[str] = ()) -> NewRun:
+    """Writes `config.yaml` for a run on a folder of data.
+
+    Args:
+        folder: Receives `config.yaml`, and lists and class names if the data have none. It is created.
+        data: The data; see `survey`.
+        weights: A file, a folder, or the name of a timm model.
+        overrides: Texts `section.key=value`; they replace what would be chosen.
+
+    Raises:
+        UserError: `folder` has a config already, or the data or the weights cannot be used. Nothing is written then.
+    """
+    path = Path(os.path.abspath(folder)) / "config.yaml"
+    if path.exists():
+        raise UserError(f"{path} exists, and is never overwritten; name another folder, or move it away")
+    given = _given(overrides)
+    found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"))
+    facts = None if weights is None else weights_facts(_source(weights))
+    machine = measure_machine(found, facts)
+    chosen = recommend(found, facts, machine)
+    fixed = {
+        "run.dir": Setting(str(path.parent / "run"), "beside this file"),
+        "train.init": Setting(
+            None if weights is None else _source(weights), "" if weights else "no weights were given"
+        ),
+        "data.kind": Setting(given.get("data.kind", "auto"), ""),
+    }
+    settings = {**chosen.settings, **fixed}
+    text = fill_template(settings)
+    if overrides:
+        text = fill_template(settings | _overridden(text, overrides, given))
+    make_config(parse_yaml(text), str(path))  # before anything is written
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, content in {**found.files, "config.yaml": text}.items():
+        with replacing(path.parent / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return NewRun(
+        path,
+        replace(found, files={}),
+        facts.label if facts else None,
+        machine,
+        chosen.seconds,
+        _notes(found, facts),
+        _commands(path, found),
+    )
+
+
+def fill_template(settings: Mapping[str, Setting]) -> str:
+    """Returns the template with other values, and the reason of each behind it.
+
+    Raises:
+        ConfigError: The template has no line for a key.
+    """
+    sections: list[str] = []
+    lines, left = [], dict(settings)
+    for line in (config_folder() / "finetune_template.yaml").read_text(encoding="utf-8").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None:
+            lines.append(line)
+            continue
+        sections[len(match["indent"]) // 2 :] = [match["key"]]
+        setting = left.pop(key := ".".join(sections), None)
+        if setting is not None:
+            reason = f"  # {setting.reason}" if setting.reason else ""
+            line = f"{match['indent']}{match['key']}: {dump_value(key, setting.value)}{reason}"
+        lines.append(line)
+    if left:
+        raise ConfigError(
+            f"{', '.join(left)}: not in the template of `videoadapt new`; add it to config.yaml when it is written"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
+    """Measures the speed of training on this machine, with two blocks of the model: a second or two."""
+    device, cpus = pick_device("auto"), available_cpus()
+    model = {
+        key: value for key, value in (weights.model if weights else {}).items() if key in {"width", "heads", "patch"}
+    }
+    model = {"width": 192, "heads": 3, "patch": 16} | model
+    frames = 1 if data.kind == "images" else 4
+    model |= {"depth": 2, "num_frames": frames, "temporal": frames > 1, "size": 10 * model["patch"], "num_classes": 10}
+    precision = "bf16" if bf16_is_fast(device) else "fp32"
+    config = make_config({"run": {"precision": precision}, "model": model | {"points": ["10"]}})
+    speed = training_macs_per_s(config, clips=8 if frames == 1 else 2)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpus} CPU core{'s' if cpus > 1 else ''}"
+    return MachineFacts(device.type, name, cpus, precision, speed)  # type: ignore[arg-type]
+
+
+def print_new(result: NewRun) -> None:
+    """Prints what was found, how long the stages take, and what to run next."""
+    data = result.data
+    rows = [
+        (split, sum(counts), sum(map(bool, counts)), f"{min(filter(None, counts))} to {max(counts)}")
+        for split, counts in data.counts.items()
+        if any(counts)
+    ]
+    print_table(f"Data: {data.kind}, {len(data.classes)} classes", ("split", data.kind, "classes", "of a class"), rows)
+    say(_describe(data))
+    say(f"weights: {result.weights or 'none, the model starts from random ones'}")
+    times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
+    rate = f"{result.machine.macs_per_s / 1e9:.0f} GMACs/s in {result.machine.precision}"
+    say(f"time on {result.machine.name} ({rate}, measured now), without reading: {times}")
+    for note in result.notes:
+        say(f"note: {note}")
+    say(f"written: {result.config}; its comments have the reasons. Next:")
+    print("\n".join(result.commands))
+
+
+def _describe(data: Survey) -> str:
+    short = f"short side {data.short_side.low:.0f} / {data.short_side.middle:.0f} / {data.short_side.high:.0f} pixels"
+    opened = f"of the {data.opened} that were opened"
+    if data.kind == "images":
+        return f"{short} (small / usual / large), {opened}"
+    seconds = f"{data.seconds.low:.1f} / {data.seconds.middle:.1f} / {data.seconds.high:.1f} s (short / usual / long)"
+    return f"{seconds}, {data.fps.low:.3g} to {data.fps.high:.3g} frames a second, {short}, {opened}"
+
+
+def _notes(data: Survey, weights: WeightsFacts | None) -> list[str]:
+    notes = list(data.notes)
+    if data.unreadable:
+        notes.append(
+            f"{len(data.unreadable)} of the {data.opened} files that were opened cannot be read, the first: "
+            f"{data.unreadable[0]}; `videoadapt index` lists all"
+        )
+    empty = [name for name, count in zip(data.classes, data.counts["train"], strict=True) if not count]
+    if empty:
+        notes.append(f"{len(empty)} classes have no video in train: {', '.join(empty[:5])}")
+    if weights is None:
+        notes.append(
+            "without pretrained weights, some thousand clips are needed to learn anything: give --weights FILE, or "
+            "--weights vit_small_patch16_224.augreg_in21k, which timm downloads"
+        )
+    elif weights.normalisation is None:
+        notes.append(f"{weights.label} does not state its normalisation: check model.mean and model.std")
+    return notes
+
+
+def _commands(config: Path, data: Survey) -> list[str]:
+    shown = shlex.quote(os.path.relpath(config) if config.is_relative_to(Path.cwd()) else str(config))
+    verbs = ("train", "label", "assign", "evaluate")
+    sample = "PHOTO.jpg" if data.kind == "images" else "CLIP.mp4"
+    return [*(f"videoadapt {verb} {shown}" for verb in verbs), f"videoadapt predict {shown} {sample}"]
+
+
+def _source(weights: str) -> str:
+    """Returns the absolute path of weights, or their name if there is no such file."""
+    return os.path.abspath(weights) if os.path.exists(weights) else weights
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    return {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
+
+
+def _overridden(text: str, overrides: Sequence[str], given: Mapping[str, str]) -> dict[str, Setting]:
+    """Returns the settings that a user gave, checked as in a command."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        values: Any = load_config(path, overrides).model_dump(mode="json")
+    found = {}
+    for key in given:
+        value = values
+        for name in key.split("."):
+            value = value[name]
+        found[key] = Setting(value, "as given")
+    return found

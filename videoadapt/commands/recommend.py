@@ -1,0 +1,304 @@
+"""Chooses the settings of a fine-tuning run from what is known of the data, the weights and the machine.
+
+All functions are pure. Each setting has its reason, which `videoadapt new` writes beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from videoadapt.config.cost import point_macs
+from videoadapt.config.sections import ModelConfig
+from videoadapt.data.index.survey import Survey
+from videoadapt.model.weights.facts import WeightsFacts
+
+# A model for training without weights, far smaller than a ViT-S: a large one learns nothing from few clips.
+_FROM_SCRATCH = {
+    "width": 192,
+    "depth": 6,
+    "heads": 3,
+    "mlp_ratio": 4.0,
+    "patch": 16,
+    "layer_scale": None,
+    "qkv_bias": True,
+}
+_TIME_INIT_STD = 0.5  # from scratch: with zero the order of frames is hardly learnt (docs/log.md)
+
+_LONGEST_CLIP_S = 8.5  # that of TimeSformer on Kinetics: 8 frames, 32 apart, at 30 a second
+_LENGTHS = (14, 10, 7)  # largest lengths to consider, in patches per side
+_FEW_CLIPS = 500  # below: fine-tuning all blocks forgets more than it learns
+_IMBALANCED = 2.0  # largest class / smallest class
+_TRAIN_BUDGET_S = {"cpu": 450.0, "cuda": 3600.0}  # for training, without reading
+_BACKWARD = 2  # MACs of a backward pass / those of the forward pass
+_VALIDATION = 0.15  # time of an epoch's validation / time of its training, at most
+_NEARLY_ALL = 0.7  # of val: then all of it
+_SPEED_S = 60.0  # that `evaluate` takes for measuring speed, at most
+
+
+class Setting(NamedTuple):
+    """The value of a key, and why."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """The machine that will train."""
+
+    device: Literal["cpu", "cuda"]
+    name: str  # for people: `2 CPU cores`, `NVIDIA H100`
+    cpus: int
+    precision: Literal["fp32", "bf16"]
+    macs_per_s: float  # of training, measured
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The settings of a run, and how long its stages take."""
+
+    settings: dict[str, Setting]  # by key, such as `train.lr`
+    seconds: dict[str, float]  # by stage, without reading the videos
+
+
+class _Input(NamedTuple):
+    """What the model sees of a video, and how often."""
+
+    frames: int
+    length: int  # the largest one
+    frozen: int  # blocks that keep the weights
+    epochs: int
+    epoch_s: float  # with validation
+    validated: float  # share of val in the validation of an epoch
+
+
+def recommend(data: Survey, weights: WeightsFacts | None, machine: MachineFacts) -> Recommendation:
+    """Returns settings for a run that ends in some ten minutes on a CPU, and in about an hour on a GPU.
+
+    Args:
+        data: What the data are.
+        weights: What the weights need; None without weights.
+        machine: The machine that will train.
+    """
+    model = dict(weights.model if weights else _FROM_SCRATCH)
+    few = data.clips("train") < _FEW_CLIPS
+    holdout = 0.3 if few else 0.2
+    stage1 = round(data.clips("train") * (1 - holdout))
+    chosen = _choose_input(data, model, machine, stage1, few=few, pretrained=weights is not None)
+    settings = {
+        "run.precision": Setting(machine.precision, f"the faster one on {machine.name}"),
+        **_data_settings(data, machine, chosen, holdout, few),
+        **_model_settings(data, weights, model, chosen),
+        **_train_settings(data, weights, machine, chosen, stage1),
+        **_later_settings(data, machine),
+    }
+    views = settings["evaluate.temporal_views"].value * settings["evaluate.spatial_crops"].value
+    pass_s = _macs(model, data, chosen.frames, chosen.length) * views / machine.macs_per_s
+    seconds = {
+        "train": chosen.epochs * chosen.epoch_s,
+        "label": (data.clips("train") - stage1) * pass_s,
+        "evaluate": data.clips("val") * pass_s + _SPEED_S,
+    }
+    return Recommendation(settings, seconds)
+
+
+def points_of(length: int) -> list[int]:
+    """Returns three lengths that cost about 1, 1/2 and 1/4: 14, 10 and 7, if the largest is 14."""
+    return sorted({length, max(2, round(0.7 * length)), max(1, round(0.5 * length))}, reverse=True)
+
+
+def _choose_input(
+    data: Survey, model: Mapping[str, Any], machine: MachineFacts, clips: int, *, few: bool, pretrained: bool
+) -> _Input:
+    """Returns the largest input, and the fewest frozen blocks, with which enough epochs fit into the time."""
+    depth = model["depth"]
+    least, most = (8, 20) if few else (4, 15)
+    freezes = ([depth // 2] if few else [0]) + [depth * 3 // 4] if pretrained else [0]
+    for frames, length in _inputs(data, model):
+        for frozen in freezes:
+            macs = _macs(model, data, frames, length)
+            train_macs = macs * clips * (1 + _BACKWARD * (1 - frozen / depth))
+            share = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
+            epoch_s = (train_macs + share * macs * data.clips("val")) / machine.macs_per_s
+            epochs = int(_TRAIN_BUDGET_S[machine.device] / epoch_s)
+            if epochs >= least:
+                return _Input(frames, length, frozen, min(epochs, most), epoch_s, share)
+    return _Input(frames, length, frozen, max(1, epochs), epoch_s, share)
+
+
+def _inputs(data: Survey, model: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yields frames and largest length, costliest first."""
+    largest = max(2, int(data.short_side.middle) // model["patch"])
+    lengths = list(dict.fromkeys(min(length, largest) for length in _LENGTHS))
+    if data.kind == "images":
+        yield from ((1, length) for length in lengths)
+        return
+    own = model.get("num_frames", 1)  # of a video model: its time embedding is trained for so many
+    yield from ((frames, lengths[0]) for frames in ([own] if own > 1 else [8, 4]))
+    yield from ((4, length) for length in lengths[1:])
+    yield 2, lengths[-1]  # the least that shows motion
+
+
+def _model(model: Mapping[str, Any], data: Survey, frames: int, length: int) -> ModelConfig:
+    sizes = {"size": length * model["patch"], "num_frames": frames, "temporal": data.kind == "videos"}
+    points = tuple(map(str, points_of(length)))
+    return ModelConfig(**{**model, **sizes, "points": points, "num_classes": len(data.classes)})
+
+
+def _macs(model: Mapping[str, Any], data: Survey, frames: int, length: int) -> int:
+    """Returns the MACs of a view at all points together."""
+    return sum(point_macs(_model(model, data, frames, length)).values())
+
+
+def _data_settings(
+    data: Survey, machine: MachineFacts, chosen: _Input, holdout: float, few: bool
+) -> dict[str, Setting]:
+    clips = data.clips("train")
+    few_reason = "few clips: the assigner needs enough of them" if few else "enough for the assigner"
+    settings = {
+        "data.train.annotations": Setting(str(data.sources.train), f"{clips} {data.kind}, {_per_class(data)}"),
+        "data.val.annotations": Setting(str(data.sources.val), f"{data.clips('val')} {data.kind}"),
+        "data.root": Setting(
+            _text(data.sources.root), "the paths of the lists start here" if data.sources.root else ""
+        ),
+        "data.classes": Setting(
+            _text(data.sources.classes), "" if data.sources.classes else "the names of the folders"
+        ),
+        "data.holdout": Setting(holdout, f"{round(clips * holdout)} of {clips}; {few_reason}"),
+        "data.validate": _validated(data, chosen),
+    }
+    if machine.device == "cpu":
+        workers = max(1, machine.cpus // 2)
+        settings["data.workers"] = Setting(workers, f"{machine.name}: the model needs the others")
+    return settings
+
+
+def _validated(data: Survey, chosen: _Input) -> Setting:
+    if chosen.validated > _NEARLY_ALL:
+        return Setting("val", "")
+    share = max(0.01, round(chosen.validated, 2))
+    return Setting(share, f"{round(share * data.clips('val'))} of them after each epoch: all would take too long")
+
+
+def _per_class(data: Survey) -> str:
+    counts = [count for count in data.counts["train"] if count]
+    return f"{min(counts)} to {max(counts)} for each of {len(counts)} classes"
+
+
+def _text(path: object) -> str | None:
+    return None if path is None else str(path)
+
+
+def _model_settings(
+    data: Survey, weights: WeightsFacts | None, model: Mapping[str, Any], chosen: _Input
+) -> dict[str, Setting]:
+    size = chosen.length * model["patch"]
+    short = int(data.short_side.middle)
+    source = "the weights" if weights else "a small model: there are no weights"
+    settings = {f"model.{key}": Setting(value, "") for key, value in model.items() if key in _FROM_SCRATCH}
+    settings["model.width"] = Setting(model["width"], f"from {source}; so are the next six")
+    if weights and weights.normalisation:
+        mean, std, origin = weights.normalisation
+        settings["model.mean"] = Setting(list(mean), f"by {origin}")
+        settings["model.std"] = Setting(list(std), "")
+    else:
+        settings["model.mean"] = Setting([0.485, 0.456, 0.406], "ImageNet's: nothing states another")
+        settings["model.std"] = Setting([0.229, 0.224, 0.225], "")
+    settings["model.size"] = Setting(
+        size, f"{chosen.length} patches of {model['patch']}; the short side of the data: {short}"
+    )
+    points = points_of(chosen.length)
+    settings["model.points"] = Setting(points, "costs of about 1, 1/2 and 1/4")
+    settings["model.num_classes"] = Setting(len(data.classes), "")
+    settings |= _crops(data, size)
+    if data.kind == "images":
+        settings["model.num_frames"] = Setting(1, "images")
+        settings["model.stride_frames"] = Setting(1, "")
+        settings["model.temporal"] = Setting(False, "images")
+        return settings
+    covered = min(data.seconds.low, _LONGEST_CLIP_S)
+    fps = max(1, round(data.fps.middle))
+    stride = max(1, round(covered * fps / chosen.frames))
+    seconds = data.seconds
+    settings["model.fps"] = Setting(fps, f"the usual rate of these videos ({data.fps.low:.3g} to {data.fps.high:.3g})")
+    settings["model.num_frames"] = Setting(chosen.frames, "as many as the time allows")
+    settings["model.stride_frames"] = Setting(
+        stride,
+        f"a clip covers {chosen.frames * stride / fps:.1f} s; videos last {seconds.low:.1f} / {seconds.middle:.1f} / "
+        f"{seconds.high:.1f} s (short, usual, long)",
+    )
+    settings["model.temporal"] = Setting(True, "")
+    return settings
+
+
+def _crops(data: Survey, size: int) -> dict[str, Setting]:
+    if data.kind == "images":
+        return {
+            "data.short_side": Setting(None, "images: crop_area instead"),
+            "data.crop_area": Setting([0.4, 1.0], "objects of many sizes"),
+        }
+    largest = max(size, round(1.3 * size))
+    return {"data.short_side": Setting([size, largest], f"from model.size to {largest / size:.2g} times that")}
+
+
+def _train_settings(
+    data: Survey, weights: WeightsFacts | None, machine: MachineFacts, chosen: _Input, clips: int
+) -> dict[str, Setting]:
+    batch = _batch(clips, data, machine)
+    minutes = chosen.epochs * chosen.epoch_s / 60
+    imbalanced = data.imbalance >= _IMBALANCED
+    settings = {
+        "loss.label_smoothing": Setting(0.0 if len(data.classes) == 2 else 0.1, f"{len(data.classes)} classes"),  # noqa: PLR2004
+        "loss.class_weights": Setting(
+            "balanced" if imbalanced else "none",
+            f"the largest class has {data.imbalance:.1f} x the smallest one's clips",
+        ),
+        "train.epochs": Setting(chosen.epochs, f"about {minutes:.0f} min on {machine.name}, without reading"),
+        "train.batch": Setting(batch, f"{max(1, clips // batch)} steps an epoch"),
+        "train.warmup_epochs": Setting(1 if chosen.epochs > 4 else 0.5, ""),  # noqa: PLR2004
+    }
+    if weights is None:
+        settings["train.lr"] = Setting(0.001, "random weights need a higher rate than pretrained ones")
+        return settings
+    settings["train.lr"] = Setting(_lr(batch), "low: pretrained weights are easily destroyed")
+    settings["train.layer_decay"] = Setting(0.75, "blocks near the input change least")
+    why = (
+        f"the first {chosen.frozen} of {weights.model['depth']} blocks keep the weights: faster, and safer on few clips"
+    )
+    settings["train.freeze"] = Setting(chosen.frozen or None, why if chosen.frozen else "enough clips and time")
+    return settings
+
+
+def _lr(batch: int) -> float:
+    """Returns a rate that grows with the root of the batch, as is usual for Adam."""
+    return float(f"{1e-4 * (batch / 16) ** 0.5:.1g}")
+
+
+def _batch(clips: int, data: Survey, machine: MachineFacts) -> int:
+    """Returns a power of two: at least ten steps an epoch, and no more than the device computes well at once."""
+    most = 64 if machine.device == "cuda" else 16 if data.kind == "images" else 8
+    batch = 4
+    while batch * 2 <= most and batch * 20 <= clips:
+        batch *= 2
+    return batch
+
+
+def _later_settings(data: Survey, machine: MachineFacts) -> dict[str, Setting]:
+    if data.kind == "images":
+        return {
+            "evaluate.temporal_views": Setting(1, "images"),
+            "evaluate.spatial_crops": Setting(1, "the centre"),
+            "label.source": Setting("holdout", "on clips that it was trained on, a model is nearly always right"),
+        }
+    covered = min(data.seconds.low, _LONGEST_CLIP_S) / data.seconds.middle
+    views = 1 if covered > 0.5 else 2 if covered > 0.25 else 3  # noqa: PLR2004
+    crops = 3 if data.aspect > 1.2 and machine.device == "cuda" else 1  # noqa: PLR2004
+    return {
+        "evaluate.temporal_views": Setting(views, f"a clip covers {min(1.0, covered):.0%} of the usual video"),
+        "evaluate.spatial_crops": Setting(
+            crops, f"frames are {data.aspect:.2g} times as long as high; on a GPU 3 crops are cheap, on a CPU not"
+        ),
+        "label.source": Setting("holdout", "on clips that it was trained on, a model is nearly always right"),
+    }

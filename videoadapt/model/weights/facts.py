@@ -1,0 +1,213 @@
+"""What a source of pretrained weights says about the model that it fits, and about the normalisation of its frames."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from safetensors import SafetensorError, safe_open
+
+from videoadapt.config.parse import MAX_CONFIG_BYTES, parse_json, read_text
+from videoadapt.config.sections import ModelConfig, WhichWeights
+from videoadapt.errors import CheckpointError
+from videoadapt.model.checkpoint import KEY
+from videoadapt.model.weights.layouts import SUPERVIT, Layout, recognise
+from videoadapt.model.weights.sources import Weights, read_weights
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_TIMESFORMER = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
+_HEAD_WIDTH = 64  # of every published ViT; tensor shapes do not show it
+_LAYER_SCALE = 1e-5  # only the initial value: the weights replace it
+_DENSE_HEAD = 0.25  # LV-ViT's weight of the head on patches
+
+
+class Normalisation(NamedTuple):
+    """Mean and deviation of RGB values in [0, 1] with which weights were trained."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    origin: str  # who says so, for messages
+
+
+@dataclass(frozen=True)
+class WeightsFacts:
+    """The settings that fit a source of weights."""
+
+    label: str  # names the source and its layout
+    model: dict[str, Any]  # keys of the section `model`, without the classes, and their values
+    normalisation: Normalisation | None  # None if the source does not state it
+
+
+def weights_facts(source: str, which: WhichWeights = "ema") -> WeightsFacts:
+    """Reads weights, and finds the settings of a model that they fill.
+
+    Args:
+        source: A file, a folder or the name of a timm model; see `load_weights`.
+        which: See `load_weights`.
+
+    Raises:
+        CheckpointError: The source cannot be read, or is no ViT.
+        UserError: timm cannot download the weights.
+    """
+    weights = read_weights(source, which)
+    layout = require_layout(weights)
+    label = f"{weights.label} ({layout.kind})"
+    own = _own_model(Path(source))
+    model = own or _architecture(layout, weights)
+    return WeightsFacts(label, model, stated_normalisation(source, layout))
+
+
+def require_layout(weights: Weights) -> Layout:
+    """Returns the layout of weights.
+
+    Raises:
+        CheckpointError: The names of the tensors are of no known ViT.
+    """
+    layout = recognise(weights.tensors)
+    if layout is None:
+        names = list(weights.tensors)
+        sample = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"  # noqa: PLR2004
+        raise CheckpointError(
+            f"{weights.label}: expected the weights of a ViT (timm's names) or TimeSformer (facebookresearch's, "
+            f"Hugging Face's or videoadapt's), got {len(names)} tensors named {sample}"
+        )
+    return layout
+
+
+def stated_normalisation(source: str | Path, layout: Layout) -> Normalisation | None:
+    """Returns the normalisation that a source of weights was trained with; None if nothing states it.
+
+    The released TimeSformers have one normalisation, whatever the processor of a converted folder states.
+
+    Args:
+        source: A file, a folder or the name of a timm model.
+        layout: The layout of its tensors.
+    """
+    path = Path(source)
+    if own := _own_model(path):
+        return Normalisation(tuple(own["mean"]), tuple(own["std"]), "its own settings")
+    if layout.temporal:
+        return Normalisation(*_TIMESFORMER, "TimeSformer's code")
+    if layout.kind == SUPERVIT:
+        return Normalisation(*_IMAGENET, "SuperViT's code")
+    if path.is_dir():
+        return _of_folder(path)
+    return _of_timm(path.name if path.is_file() else str(source), is_file=path.is_file())
+
+
+def require_normalisation(model: ModelConfig, source: str, stated: Normalisation | None) -> str:
+    """Checks that a model normalises frames as its initial weights expect them.
+
+    A config that states `model.mean` and `model.std` decides. Otherwise the defaults must be those of the weights.
+
+    Args:
+        model: The model of the config.
+        source: `train.init`.
+        stated: The normalisation that the weights state, if they do.
+
+    Returns:
+        A message for the user if the config states another normalisation than the weights; otherwise empty.
+
+    Raises:
+        CheckpointError: The config leaves the normalisation out, and the weights have another one or state none.
+    """
+    if stated is not None and _same(stated, model):
+        return ""
+    decided = {"mean", "std"} <= model.model_fields_set
+    if stated is None:
+        if decided:
+            return ""
+        raise CheckpointError(
+            f"train.init: {source} does not state the mean and deviation that it was trained with, and the config "
+            f"neither; set both: {as_keys(*_IMAGENET)} (ImageNet: DeiT, DINO, DINOv2, MAE), "
+            f"{as_keys((0.5,) * 3, (0.5,) * 3)} (timm's augreg) or {as_keys(*_TIMESFORMER)} (TimeSformer)"
+        )
+    message = (
+        f"{source} was trained with {as_keys(stated.mean, stated.std)} (by {stated.origin}), the config has "
+        f"{as_keys(model.mean, model.std)}"
+    )
+    if decided:
+        return f"note: {message}; the config decides"
+    raise CheckpointError(
+        f"train.init: {message}, the default; set those of the weights, or write the default into the config"
+    )
+
+
+def as_keys(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    """Returns the settings of a normalisation as words of a command."""
+    mean_text, std_text = (",".join(f"{value:g}" for value in values) for values in (mean, std))
+    return f"model.mean=[{mean_text}] model.std=[{std_text}]"
+
+
+def _same(stated: Normalisation, model: ModelConfig) -> bool:
+    pairs = zip((*stated.mean, *stated.std), (*model.mean, *model.std), strict=True)
+    return all(abs(theirs - ours) < 1e-3 for theirs, ours in pairs)  # noqa: PLR2004 - some files round to 3 digits
+
+
+def _own_model(path: Path) -> dict[str, Any] | None:
+    """Returns the section `model` of one of our checkpoints, without its classes; None for every other source."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+        model = ModelConfig(**header["model"])
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return None  # damage is reported when the tensors are read
+    return model.model_dump(mode="json", exclude={"num_classes"})
+
+
+def _architecture(layout: Layout, weights: Weights) -> dict[str, Any]:
+    kernel = next(iter(layout.tensors.get("patch_embed.proj.weight", {}).values()), None)
+    hidden = next(iter(layout.tensors["blocks.0.mlp.fc1.weight"].values())).tensor.shape[0]
+    found: dict[str, Any] = {
+        "width": layout.width,
+        "depth": layout.depth,
+        "heads": weights.heads or max(1, layout.width // _HEAD_WIDTH),
+        "mlp_ratio": hidden / layout.width,
+        "patch": kernel.tensor.shape[-1] if kernel else 16,
+        "qkv_bias": layout.qkv_bias,
+        "layer_scale": _LAYER_SCALE if layout.layer_scale else None,
+    }
+    if layout.stem:
+        found["embed"] = "stem"
+    if layout.dense_head:
+        found["dense_head"] = _DENSE_HEAD
+    if layout.temporal and "time_embed" in layout.tensors:
+        found["num_frames"] = len(next(iter(layout.tensors["time_embed"].values())).tensor)
+    return found
+
+
+def _of_folder(folder: Path) -> Normalisation | None:
+    """Reads transformers' `preprocessor_config.json`, or the `config.json` of a timm model on Hugging Face."""
+    for name, inner, mean, std in (
+        ("preprocessor_config.json", None, "image_mean", "image_std"),
+        ("config.json", "pretrained_cfg", "mean", "std"),
+    ):
+        try:
+            values = parse_json(read_text(folder / name, MAX_CONFIG_BYTES))
+        except (OSError, ValueError):
+            continue
+        found = values.get(inner) if inner and isinstance(values, dict) else values
+        if isinstance(found, Mapping) and (both := _three(found.get(mean)), _three(found.get(std))) and all(both):
+            return Normalisation(*both, f"its {name}")  # type: ignore[arg-type]
+    return None
+
+
+def _three(values: Any) -> tuple[float, ...] | None:
+    numbers = isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)  # noqa: PLR2004 - RGB
+    return tuple(map(float, values)) if numbers else None
+
+
+def _of_timm(name: str, *, is_file: bool) -> Normalisation | None:
+    """Returns the normalisation of a timm model, also for a file that is named after one."""
+    stem = Path(name).stem if is_file else name
+    settings = timm.get_pretrained_cfg(stem) if timm.is_model(stem) else None
+    if settings is None:
+        return None
+    origin = f"timm's settings of {stem}{', the name of the file' if is_file else ''}"
+    return Normalisation(settings.mean, settings.std, origin)
