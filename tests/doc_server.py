@@ -70,10 +70,12 @@ class CommandServer:
 def _serve(address: str) -> None:
     import decord  # noqa: F401
     import einops._torch_specific  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import scipy.stats  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
     import videoadapt.commands.cli
-    import videoadapt.commands.demo
+    import videoadapt.commands.demo  # imports every stage
     import videoadapt.commands.stage
     import videoadapt.commands.tables
     import videoadapt.evaluation.predict  # noqa: F401
