@@ -137,12 +137,12 @@ PAGES = {
         },
     ),
     "docs/slurm.md": Page(
+        replaced={"srun --cpus-per-task=16 ": ""},
         not_run={
             "videoadapt launch CONFIG": "needs a cluster; tests/commands/test_slurm_jobs.py submits",
-            "srun --cpus-per-task=16 videoadapt index CONFIG": "needs a cluster",
             "python -c": "downloads weights",
-            "wandb sync": "needs an account",
-        }
+            "wandb sync": "needs an account of the tracker",
+        },
     ),
     "docs/results/bench_data.md": Page(not_run={"videoadapt bench data": MINUTES}),
     "docs/results/bench_points.md": Page(

@@ -178,7 +178,7 @@ def _videoadapt(words: Sequence[str]) -> None:
 
 
 def _small(words: Sequence[str]) -> list[str]:
-    """The overrides for a verb that takes a config: the one that follows the verb, if no option does."""
+    """The overrides, for a verb with a config: `--check` and `--compare` take the place of one."""
     import typer
 
     from videoadapt.commands.cli import app
@@ -188,7 +188,8 @@ def _small(words: Sequence[str]) -> list[str]:
     while rest and rest[0] in getattr(command, "commands", {}):
         command = command.commands[rest.pop(0)]  # type: ignore[attr-defined]
     names = {parameter.name for parameter in command.params}  # type: ignore[attr-defined]
-    takes = "config" in names and rest and not rest[0].startswith("-")
+    given = {word for word in rest if not word.startswith("-")} and not {"--check", "--compare"} & set(rest)
+    takes = "config" in names and given
     return os.environ.get(SMALL, "").splitlines() if takes else []
 
 
