@@ -5,6 +5,7 @@ The command line prints only this line. Its exit code is 2 for `UserError` (the 
 """
 
 import reprlib
+from collections.abc import Iterable
 
 MAX_MESSAGE = 950  # characters; with the words before it, an error stays below 1,000
 _SHOWN = 80  # characters of a user's value in a message
@@ -47,6 +48,13 @@ def shown(value: object) -> str:
     """
     text = _repr.repr(value)
     return text if len(text) <= 3 * _SHOWN else f"{text[: 3 * _SHOWN]}..."
+
+
+def few(names: Iterable[object], limit: int = 5) -> str:
+    """Returns the first names of a list for a message, and the number of the others: `a, b, c, d, e and 7 more`."""
+    texts = list(map(str, names))
+    more = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(message: object) -> str:

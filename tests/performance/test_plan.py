@@ -81,7 +81,7 @@ def test_memory_depends_on_optimizer_checkpointing_and_precision(tmp_path: Path)
 def test_a_plan_from_analytic_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(tmp_path, plan={**MACS_PER_S, "clips": 1000}, parallel={"groups": {"8": 1, "6": 1, "4": 1}})
     summary = plan(config, 3)
-    assert json.loads((config.run.dir / "plan.json").read_text()) == dataclasses.asdict(summary)
+    assert not config.run.dir.exists()  # `plan` only reads
     rows = {row.groups: row for row in summary.layouts}
     assert {"null", "{8: 1, 6: 1, 4: 1}", "{8: 2, 6+4: 1}"} <= set(rows)
     assert [row.step_s for row in summary.layouts] == sorted(row.step_s for row in summary.layouts)

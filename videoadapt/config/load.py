@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -46,6 +46,7 @@ Values: TypeAlias = dict[str, Any]  # sections, keys and values as YAML gives th
 S = TypeVar("S", bound=Section)
 S2 = TypeVar("S2", WrittenDict, WrittenList)
 
+RUN_CONFIG = "config.yaml"  # the config in a run folder, which its stages write (`runtime/run_config.py`)
 _MAX_MAP_CLASSES = 2048  # float16 represents each integer up to this one exactly
 _MAX_ERRORS = 8  # wrong fields that one message names
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255  # Linux' limits of a path and of each name in it
@@ -219,21 +220,21 @@ def _check_cascades(texts: Sequence[str], points: Sequence[str]) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Loads a config from a YAML file.
+    """Loads a config from a YAML file, or the config of a run from its folder.
 
     A file may start from another file (`base: other.yaml`, relative to its own folder). `${NAME}` and
     `${NAME:-default}` are replaced by environment variables. In paths, `$NAME`, `~` and `~USER` are, too. A second
     dollar sign keeps the first: `$$NAME` is the text `$NAME`.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or a run folder. `run.dir` is then this folder, also if it was moved since.
         overrides: Texts `section.key=value`. A value in brackets or quotes is YAML; every other value is text, which
             the type of the key gives its meaning. They replace values of the file. Later texts replace earlier ones.
 
     Raises:
         ConfigError: A file cannot be read, or fields are wrong. The message names the file and the wrong fields.
     """
-    values = _read_with_base(Path(path))
+    values = _read_run(Path(path)) if Path(path).is_dir() else _read_with_base(Path(path))
     for override in overrides:
         _apply_override(values, override)
     return make_config(_expand(values, "", Config), str(path))
@@ -332,6 +333,54 @@ def _error_message(kind: type[Section], error: Any) -> str:
     if error["type"] == "value_error":  # raised by our own checks, whose messages name the field and the value
         return message
     return f"{field}: {message[0].lower() + message[1:]}, got {shown(error['input'])}"
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Returns the config for use in any working directory: each relative path that exists is absolute.
+
+    A text that names no file stays as it is: it may be the name of a timm model (`train.init`) or of a set of classes
+    (`data.classes`).
+    """
+
+    def absolute(text: str) -> str:
+        return os.path.abspath(text) if os.path.exists(text) else text
+
+    values = _map_paths(config.model_dump(mode="json"), Config, absolute)
+    values["run"]["dir"] = os.path.abspath(config.run.dir)
+    return Config.model_validate(values)
+
+
+def _map_paths(value: Any, kind: Any, change: Callable[[str], str]) -> Any:
+    """Changes all paths in nested dicts and lists, in place, and returns the value; `kind` is its type."""
+    if isinstance(value, dict):
+        value.update({k: _map_paths(each, _types(kind).get(k, kind), change) for k, each in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_map_paths(each, kind, change) for each in value]
+    elif isinstance(value, str) and is_path(kind):
+        return change(value)
+    return value
+
+
+def _read_run(folder: Path) -> Values:
+    """Reads the config of a run folder. Paths below the folder's recorded place are moved to its present place."""
+    if not (folder / RUN_CONFIG).exists():
+        raise ConfigError(
+            f"{folder}: a folder without {RUN_CONFIG}; expected a YAML file, or the folder of a run, in which `index` "
+            f"or `train` has written {RUN_CONFIG}"
+        )
+    values = _read_yaml(folder / RUN_CONFIG)
+    run = values.setdefault("run", {})
+    if not isinstance(run, dict):
+        return values  # the check of the values names this error
+    recorded, present = run.get("dir"), str(_escaped(str(folder), Path))
+
+    def moved(text: str) -> str:
+        return present + text[len(recorded) :] if text.startswith(f"{recorded}/") else text
+
+    if isinstance(recorded, str):
+        _map_paths(values, Config, moved)
+    run["dir"] = present
+    return values
 
 
 def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:

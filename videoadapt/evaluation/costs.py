@@ -63,13 +63,14 @@ def flops(config: Config) -> Summary:
     """Computes MACs per part, view and video of every point, from the architecture alone.
 
     If the run has been evaluated, adds the clip-level report (see `clip_report`), and the cost and accuracy of every
-    policy. An evaluation at other points is left out with a message. Writes `report/flops.json` in the run folder.
+    policy, and writes them into `report/` of the run folder. An evaluation at other points is left out with a message.
+    Without an evaluation, writes nothing.
 
     Args:
         config: The run's config.
 
     Returns:
-        The contents of `flops.json`.
+        The contents of `report/flops.json`.
     """
     views = config.evaluate.temporal_views * config.evaluate.spatial_crops
     per_view = point_macs(config.model)
@@ -83,9 +84,9 @@ def flops(config: Config) -> Summary:
         # A model of one point leaves nothing to assign.
         "assigner_macs": assigner_macs(config.assign, len(rows)) if len(rows) > 1 else None,
     }
-    evaluated = config.run.dir / "evaluate" / "evaluate.json"
-    summary |= _evaluated_costs(config, per_view) if evaluated.exists() else {}
-    write_json(config.run.dir / "report" / "flops.json", summary)
+    if (config.run.dir / "evaluate" / "evaluate.json").exists() and (costs := _evaluated_costs(config, per_view)):
+        summary |= costs
+        write_json(config.run.dir / "report" / "flops.json", summary)
     return summary
 
 

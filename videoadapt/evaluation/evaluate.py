@@ -131,16 +131,16 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
     start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
     with ranks(config), sole_writer(config, "evaluate") as guard:
-        manifest = rank0_then_all(lambda: load_or_index(config))
         checkpoint = trained_checkpoint(config)
         model = inference_model(config, checkpoint)
-        trained_on = _trained_on(checkpoint, manifest)
         selected = selected_on_val(checkpoint, chosen=config.run.checkpoint not in (None, Path("last")))
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
+        cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
+        _require_usable(policies, cascades, model, assigned)  # before indexing and scoring, which may take hours
+        manifest = rank0_then_all(lambda: load_or_index(config))
+        trained_on = _trained_on(checkpoint, manifest)
         if assigned is not None:
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
-        cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
-        _require_usable(policies, cascades, model, assigned)  # before scoring, which may take hours
         scores = _score(model, manifest, assigned, config)
         if scores is None:
             return ShardResult(str(config.parallel.shard))

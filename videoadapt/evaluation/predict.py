@@ -32,7 +32,6 @@ from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
 from videoadapt.routing.router import clip_macs, route
 from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.console import Bar, macs, progress_shown
-from videoadapt.runtime.files import write_json
 from videoadapt.runtime.results import Result, Table
 
 TOP = 5  # classes of a prediction
@@ -70,7 +69,7 @@ class Prediction:
 
 @dataclass(frozen=True, repr=False)
 class Predictions(Result):
-    """Predictions in the order of the videos: a sequence of `Prediction`. The names are keys of `predictions.json`.
+    """Predictions in the order of the videos: a sequence of `Prediction`. The names are keys of the JSON of the verb `predict`.
 
     Attributes:
         policy: The name of the policy.
@@ -189,6 +188,8 @@ def _of_model(
 
 
 def _of_run(config: Config, policy: str | Policy | None, top: int) -> _Predictor:
+    if isinstance(policy, str) and policy != "assigned":
+        parse_policy(policy, None, config.model, config.run.dir)  # a wrong text is refused before the model is loaded
     model = inference_model(config)
     if policy is not None and not isinstance(policy, str):
         return _predictor(model, policy, config, top)
@@ -339,9 +340,7 @@ def _hint(path: str) -> str:
 
 
 def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> Predictions:
-    """Predicts files with the model of a run; the verb `predict`.
-
-    Writes `predict/predictions.json` in the run folder.
+    """Predicts files with the model of a run; the verb `predict`. Writes nothing.
 
     Args:
         config: The run's config.
@@ -354,6 +353,4 @@ def predict_files(config: Config, paths: Sequence[str], policy: str | None) -> P
     """
     if not paths:
         raise UserError("predict: no video given; expected `videoadapt predict CONFIG VIDEO ...`")
-    result = predict(config, paths, policy, on_error="list")
-    write_json(config.run.dir / "predict" / "predictions.json", result.to_json())
-    return result
+    return predict(config, paths, policy, on_error="list")

@@ -228,6 +228,10 @@ class Checkpoints:
         except OSError as error:
             raise RunError(f"{self.folder / pointer}: cannot be written ({error}); {path} is complete") from error
 
+    def exist(self) -> bool:
+        """Returns whether the folder has a checkpoint, readable or not."""
+        return bool(self._files())
+
     def latest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that can be read, or None if the folder has none.
 

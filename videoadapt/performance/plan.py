@@ -6,7 +6,6 @@ The times of single passes are measured on this machine, or computed from MACs a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from videoadapt.performance.forecast import (
 from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
 from videoadapt.performance.timing import Stopwatch, fitted
 from videoadapt.runtime.console import Bar, print_table
-from videoadapt.runtime.files import write_json
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import make_plan, split_evenly
@@ -46,7 +44,7 @@ _CPU_MACS = 25_000_000_000  # MACs of a forward pass that takes about a second o
 
 @dataclass(frozen=True)
 class LayoutRow:
-    """One layout in `plan.json`."""
+    """One layout in the result of `plan`."""
 
     groups: str  # the value of `parallel.groups`
     step_s: float
@@ -59,7 +57,7 @@ class LayoutRow:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """The content of `plan.json`."""
+    """The result of `plan`; the names are keys of its JSON."""
 
     gpus: int
     device: str  # "analytic" if the times follow from MACs
@@ -78,7 +76,7 @@ class PlanSummary:
 
 
 def plan(config: Config, gpus: int) -> PlanSummary:
-    """Predicts all layouts, recommends one, and writes `plan.json` into the run folder.
+    """Predicts all layouts, and recommends one. Writes nothing.
 
     Args:
         config: The run's config.
@@ -120,7 +118,6 @@ def plan(config: Config, gpus: int) -> PlanSummary:
         recommended=groups_setting(best.plan),
         why=reason_for(best, forecasts),
     )
-    write_json(config.run.dir / "plan.json", dataclasses.asdict(summary))
     return summary
 
 

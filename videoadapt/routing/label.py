@@ -11,6 +11,8 @@ import pandas as pd
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError
+from videoadapt.model.checkpoint import Checkpoint
+from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
@@ -70,8 +72,10 @@ def label(config: Config) -> LabelSummary | ShardResult:
     """
     path = config.run.dir / "labels" / "label.json"
     with ranks(config), sole_writer(config, "label") as guard:
+        checkpoint = trained_checkpoint(config)  # this and the model come first: indexing may take hours
+        model = inference_model(config, checkpoint)
         manifest = rank0_then_all(lambda: load_or_index(config))
-        scores = _score(manifest, config)
+        scores = _score(model, checkpoint, manifest, config)
         if scores is None:
             return ShardResult(str(config.parallel.shard))
 
@@ -86,17 +90,16 @@ def label(config: Config) -> LabelSummary | ShardResult:
         return broadcast_result(write)
 
 
-def _score(manifest: Manifest, config: Config) -> Scores | None:
+def _score(model: TimeSformer, checkpoint: Checkpoint, manifest: Manifest, config: Config) -> Scores | None:
     splits = LABEL_SPLITS[config.label.source]
     # Videos that failed in indexing are not read again.
     usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
     if not usable.any():
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
     rows = np.flatnonzero(usable).tolist()
-    checkpoint = trained_checkpoint(config)
     if config.label.source == "holdout":
         require_held_out(checkpoint, manifest, config)
-    scores = score(inference_model(config, checkpoint), manifest, rows, config, name="label", temporal_views=1)
+    scores = score(model, manifest, rows, config, name="label", temporal_views=1)
     if scores is not None and not len(scores.rows):
         first = scores.failures[0]
         raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")

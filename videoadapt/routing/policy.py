@@ -19,7 +19,7 @@ from videoadapt.config.cascade import CascadeSpec, Measure, parse_cascade_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.points import canonical
 from videoadapt.config.sections import AssignConfig, ModelConfig
-from videoadapt.errors import CheckpointError, UserError
+from videoadapt.errors import CheckpointError, UserError, few
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, require_same, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, restore_assigner
@@ -389,9 +389,14 @@ def parse_policy(
         return parse_cascade(point, model, run, weights)
     if kind == "assigned" and not point and assigned is not None:
         return assigned
-    known = [*(f"fixed:{p}" for p in model.points), "cascade:POINTS:THRESHOLDS", *(["assigned"] if assigned else [])]
-    hint = "" if assigned else " (assigned needs an assigner: `videoadapt assign CONFIG`)"
-    raise UserError(f"policy {text!r}: expected one of {', '.join(known)}{hint}")
+    if text == "assigned":
+        raise UserError(
+            f"policy assigned: {run or 'the run'} has no assigner; run `videoadapt label` and `videoadapt assign` first"
+        )
+    raise UserError(
+        f"policy {text!r}: expected assigned, cascade:POINTS:THRESHOLDS or fixed:POINT, and the model has the points "
+        f"{few(model.points)}"
+    )
 
 
 def parse_cascade(text: str, model: ModelConfig, run: Path | None, weights: nn.Module | None = None) -> Cascade:

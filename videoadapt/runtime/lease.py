@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from videoadapt.errors import RunError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import remove_abandoned
 from videoadapt.runtime.ranks import broadcast_result, rank, wait_for_file
+from videoadapt.runtime.run_config import record_config
 from videoadapt.runtime.slurm import job_states, slurm_job
 
 _LOCK_TIMEOUT_S = 45.0  # the owner holds the lock while it writes a checkpoint
@@ -29,10 +30,11 @@ _STATE_FOLDERS = (
     "assigner",
     "scores/*",
     "evaluate",
-    "predict",
     "report",
     "restarts",
 )  # of a run
+# The sections of `config.yaml` that a stage replaces when it has succeeded. `train` records all when it begins.
+_OWN_SECTIONS: dict[str, tuple[str, ...]] = {"label": ("label",), "assign": ("assign",), "evaluate": ()}
 _ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # SLURM states in which processes of the job may still exist
 
 
@@ -100,23 +102,29 @@ class Lease:
     def acquire(cls, folder: Path, stage: str) -> Iterator[Lease]:
         """Makes this process the owner of a stage until the end of the `with` block.
 
-        It replaces an owner that has ended, or that is an earlier start of this SLURM job.
+        It replaces an owner that has ended, or that is an earlier start of this SLURM job. After an exception, the
+        folder is removed again if this call has made it and nothing else is in it.
 
         Raises:
-            RunError: Another process is the owner and may be running.
+            RunError: Another process is the owner and may be running, or the folder cannot be written.
         """
         lease = cls(folder, stage)
+        made = [each for each in (folder, *folder.parents) if not each.exists()]  # innermost first
         with lease._locked_file() as file:
             previous = _read_owner(file)
             if previous is not None and previous != lease.owner:
                 lease._require_replaceable(previous)
             _write_owner(file, lease.owner)
+        succeeded = False
         try:
             yield lease
+            succeeded = True
         finally:
             with lease._locked_file() as file:
                 if _read_owner(file) == lease.owner:  # otherwise a later start of this job has replaced it
                     _write_owner(file, None)
+                    if not succeeded:
+                        lease._remove_unused(made)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -134,6 +142,14 @@ class Lease:
                 )
             yield
 
+    def _remove_unused(self, made: list[Path]) -> None:
+        """Removes the folders that this call has made, if nothing is in them but the owner file."""
+        if made and os.listdir(made[0]) == [self.path.name]:
+            self.path.unlink()
+            with suppress(OSError):  # another run has put something into a folder further up
+                for folder in made:
+                    folder.rmdir()
+
     def _require_replaceable(self, previous: Owner) -> None:
         if previous.superseded_by(self.owner):
             say(f"{self.path.parent}: taken over from {previous}")
@@ -148,11 +164,22 @@ class Lease:
 
     @contextmanager
     def _locked_file(self) -> Iterator[IO[str]]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened each time: NFS guarantees the newest content only to a process that opens the file.
-        with self.path.open("a+", encoding="utf-8") as file:
-            self._wait_for_lock(file)
-            yield file  # closing the file releases the lock
+        while True:
+            # Opened each time: NFS guarantees the newest content only to a process that opens the file.
+            with self._open() as file:
+                self._wait_for_lock(file)
+                if os.fstat(file.fileno()).st_nlink:  # otherwise a call that failed has just removed the file
+                    yield file  # closing the file releases the lock
+                    return
+
+    def _open(self) -> IO[str]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self.path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunError(
+                f"run.dir: cannot write into {self.path.parent}: {error.strerror}; use another run.dir"
+            ) from None
 
     def _wait_for_lock(self, file: IO[str]) -> None:
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
@@ -177,8 +204,8 @@ class Lease:
 def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Prevents other runs of the stage from writing into the run folder. Every rank must enter it.
 
-    Removes the temporary files of killed processes from the run folder. Does nothing with `parallel.shard`, because
-    each shard writes separate files.
+    Removes the temporary files of killed processes from the run folder. After success, records the config in it (see
+    `record_config`). Does nothing with `parallel.shard`, because each shard writes separate files.
 
     Args:
         config: `run.dir` is the folder.
@@ -202,6 +229,9 @@ def sole_writer(config: Config, stage: str) -> Iterator[Callable[[], AbstractCon
             own_path = config.run.dir / lease.path.name
             wait_for_file(own_path, lambda path: path.exists() and _parse_owner(path.read_text()) == lease.owner)
         yield lease.lock if rank() == 0 else nullcontext
+        if rank() == 0 and stage in _OWN_SECTIONS:
+            with lease.lock():
+                record_config(config, _OWN_SECTIONS[stage])
 
 
 def _remove_abandoned_files(run: Path) -> None:

@@ -189,6 +189,8 @@ class TrainSummary(Result):
     validation_s: float = 0.0  # time of all validations since the start or the last resume; part of `seconds`
     best: BestCheckpoint | None = None  # None without validation
     stopped_early: bool = False  # by `train.patience`
+    ended: str = ""  # date, time and offset from UTC; empty in runs of earlier versions, as is `host`
+    host: str = ""
 
     def table(self) -> Table:
         """Returns loss and top-1 of each point in the last epoch, and top-1 in the last validation."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import CheckpointError, RunError
+from videoadapt.errors import CheckpointError, RunError, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
@@ -33,7 +34,7 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     "model": (),
     "loss": (),
     "train": (
-        *("init", "weights", "resample", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
+        *("init", "activation_checkpointing", "compile", "save_steps", "keep_checkpoints"),
         *("validate_every", "patience", "tracker"),  # a run that was stopped too early goes on with more patience
     ),
     "data": ("root", "train", "val", "validate", "classes", "reader", "workers", "timeout_s"),
@@ -105,6 +106,7 @@ class State:
     step: int = 0  # steps done
     skipped: int = 0  # clips that could not be read, over all ranks
     validations: list[Validation] = field(default_factory=list)  # in order; they decide the best and the early stop
+    init_digest: str | None = None  # `source_digest` of `train.init` at the beginning; None for a timm model
 
     @cached_property
     def trained_clips(self) -> Tensor:
@@ -147,6 +149,7 @@ class State:
             "manifest": self.manifest.hash,
             "skipped": self.skipped,
             "validations": [asdict(validation) for validation in self.validations],
+            "init_digest": self.init_digest,
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -164,6 +167,7 @@ class State:
             )
         for name, free in RESUME_FREELY.items():
             require_same(checkpoint.path, getattr(self.config, name), checkpoint.value(name, dict), name, free=free)
+        self._require_same_init(checkpoint)
         load_tensors(self.model, checkpoint.tensors_under("model"), checkpoint.path)
         restore_optimizer(self.model, self.optimizer, checkpoint)
         if self.ema is not None:
@@ -171,6 +175,22 @@ class State:
         self.step, self.skipped = checkpoint.value("step", int), checkpoint.value("skipped", int)
         self.validations = _validations_of(checkpoint)
         say(f"continuing from {checkpoint.path} at step {self.step}")
+
+    def _require_same_init(self, checkpoint: Checkpoint) -> None:
+        """Checks that `train.init` is what the run began with. The file may have moved, or be gone by now."""
+        now, then = self.config.train.init, checkpoint.value("train", dict).get("init")
+        recorded = checkpoint.meta.get("init_digest")  # None in checkpoints of earlier versions, and for a timm model
+        if now is not None and self.init_digest is not None and isinstance(recorded, str):
+            same, change = self.init_digest == recorded, "has another content"
+        else:
+            same, change = Path(now or "").name == Path(str(then or "")).name, "is another one"
+        if not same:
+            raise CheckpointError(
+                f"{checkpoint.path}: train.init: the run began with {shown(then)}, and the config names {shown(now)}, "
+                f"which {change}; initial weights have no effect on a run that has begun. Use another run.dir, or the "
+                "earlier train.init"
+            )
+        self.init_digest = recorded if isinstance(recorded, str) else self.init_digest
 
     def list_skipped(self, failures: Iterable[Failure]) -> None:
         """Appends the clips that could not be read in a step to `skipped.jsonl`."""

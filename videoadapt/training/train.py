@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 
 import pandas as pd
+import torch
 
 from videoadapt.config.cost import point_macs
-from videoadapt.config.load import Config, dump_config
+from videoadapt.config.load import Config
 from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
+from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.facts import require_normalisation
 from videoadapt.model.weights.load import load_weights
-from videoadapt.runtime.console import Bar, say
+from videoadapt.model.weights.sources import source_digest
+from videoadapt.runtime.console import Bar, plural, say
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
-from videoadapt.runtime.machine import peak_memory_bytes, worker_count
+from videoadapt.runtime.machine import peak_memory_bytes, pick_device, worker_count
 from videoadapt.runtime.ranks import (
     any_requested,
     broadcast_result,
@@ -31,6 +36,7 @@ from videoadapt.runtime.ranks import (
     wait_for_file,
     world_size,
 )
+from videoadapt.runtime.run_config import record_config
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.ddp import has_foreign_statistics, share_statistics
 from videoadapt.training.exchange import ClipExchange
@@ -74,24 +80,29 @@ def train(config: Config) -> TrainSummary:
     """
     summary_file = config.run.dir / "train.json"
     with ranks(config) as collectives, sole_writer(config, "train") as guard:
+        checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
+        # Before indexing, which may take hours: what is cheap to refuse.
         require_tracker(config)
-        plan = make_plan(config, world_size(), point_macs(config.model))  # before indexing: it may refuse the config
+        plan = make_plan(config, world_size(), point_macs(config.model))
+        broadcast_result(lambda: require_startable(config, checkpoints))
         manifest = rank0_then_all(lambda: load_or_index(config))
         collectives.set_timeout(config.parallel.step_s)  # indexing may take hours; a step that takes hours has hung
-        preflight(config, manifest, plan)  # before the model: its faults are cheap to find
         per_epoch = steps_per_epoch(manifest, config)
-        checkpoints = train_checkpoints(config.run.dir, config.train.keep_checkpoints, guard)
         state = start_or_resume(config, manifest, checkpoints)
         # A run that was killed between its last checkpoint and its summary still writes the summary.
         done = state.step == per_epoch * config.train.epochs or out_of_patience(state.validations, config)
         finished = done and broadcast_result(summary_file.exists)
         if not finished:
+            preflight(config, manifest, plan)
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
             meter = run_epochs(state, role, checkpoints, per_epoch)
             if rank() == 0:
                 with checkpoints.guard():
                     write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter).to_json())
-        return broadcast_result(lambda: TrainSummary.read(summary_file))
+        summary = broadcast_result(lambda: TrainSummary.read(summary_file))
+        if finished:
+            say_finished(summary)
+        return summary
 
 
 def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch: int) -> ThroughputMeter:
@@ -174,6 +185,29 @@ def _validate(  # noqa: PLR0917 - what the loop has
         _save(state, role, checkpoints)  # again: now it records the last validation, too
 
 
+def require_startable(config: Config, checkpoints: Checkpoints) -> None:
+    """Checks the device, and that the weights of `train.init` exist and fit, if the run has not begun.
+
+    Raises:
+        ConfigError: There is no CUDA device, and the config asks for one.
+        CheckpointError: The weights cannot be read, or do not fit the model.
+    """
+    pick_device(config.run.device)
+    if config.train.init and not checkpoints.exist():
+        with torch.device("meta"):  # shapes without memory: the weights themselves are loaded after indexing
+            model = TimeSformer(config.model)
+        load_weights(model, config.train.init, which=config.train.weights, resample=config.train.resample)
+
+
+def say_finished(summary: TrainSummary) -> None:
+    """Prints that the run is trained already, when and where."""
+    ended = f"ended {summary.ended} on {summary.host}" if summary.ended else "of an earlier version"
+    say(
+        f"already trained, nothing to do: {plural(summary.steps, 'step')}, {ended}, in {summary.checkpoint}. Another "
+        "run.dir begins a new training"
+    )
+
+
 def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints) -> State:
     """Returns the state of the newest checkpoint; without one, a new model, with the weights of `train.init` if set.
 
@@ -181,6 +215,7 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
         CheckpointError: The checkpoint belongs to another model, recipe or manifest, or none can be read.
     """
     state = State.start(config, manifest)
+    state.init_digest = broadcast_result(lambda: source_digest(config.train.init) if config.train.init else None)
     checkpoint = _newest_checkpoint(checkpoints)
     if checkpoint is not None:
         state.restore(checkpoint)
@@ -217,7 +252,7 @@ def _announce(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
         say(f"{world_size()} ranks, by point: {role.plan}")
     if rank() == 0:
         with checkpoints.guard():  # raises if another process has taken over the run folder
-            (state.config.run.dir / "config.yaml").write_text(dump_config(state.config), encoding="utf-8")
+            record_config(state.config)
 
 
 def _read_steps(state: State, role: RankRole) -> Iterator[list[Batch]]:
@@ -284,6 +319,8 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
         validation_s=round(meter.excluded_s, 1),
         best=_describe_best(best, checkpoints, config) if best else None,
         stopped_early=state.step < per_epoch * config.train.epochs,
+        ended=datetime.now().astimezone().isoformat(" ", timespec="minutes"),
+        host=socket.gethostname(),
     )
 
 

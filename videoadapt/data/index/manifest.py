@@ -34,6 +34,7 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_table, write_json, write_table
 from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.results import Table, html_table
+from videoadapt.runtime.run_config import record_config
 
 SCHEMA = pa.schema(  # the columns of the Parquet file: the fields of Row in the same order
     [
@@ -199,9 +200,9 @@ class Manifest:
 def index(config: Config) -> Manifest:
     """Makes the manifest of a run and writes it.
 
-    Lists the videos of the config, probes each file, and writes `manifest.parquet` and `index.json` in `run.dir`. With
-    `index.verify: full` every frame is decoded. `run.dir/probed.jsonl` caches the results, so an interrupted call, or
-    one after a change of the annotations, probes only new files.
+    Lists the videos of the config, probes each file, and writes `manifest.parquet` and `index.json` in `run.dir`, and
+    before the training also `config.yaml`. With `index.verify: full` every frame is decoded. `run.dir/probed.jsonl`
+    caches the results, so an interrupted call, or one after a change of the annotations, probes only new files.
 
     Files that cannot be read are rows of the manifest, not errors. If no video of a split is readable any more, for
     example because a disk is not mounted, the previous manifest is kept as `manifest.before.parquet`.
@@ -213,6 +214,8 @@ def index(config: Config) -> Manifest:
     manifest, counts = _build(config)
     _keep_previous(manifest, config)
     _write(manifest, counts, config)
+    if not any((config.run.dir / "checkpoints").glob("step-*")):  # from then on, it is the config of the training
+        record_config(config)
     return manifest
 
 

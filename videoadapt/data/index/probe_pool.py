@@ -120,6 +120,8 @@ def probe_files(
                 file.write("\n" + json.dumps({"by": writer, "stamp": stamps[path], "info": asdict(result)}))
                 file.flush()
             bar.step()
+    if not cache.stat().st_size:
+        cache.unlink()  # no file could be read
     return results
 
 

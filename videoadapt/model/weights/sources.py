@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from argparse import Namespace
@@ -22,6 +23,7 @@ from videoadapt.errors import CheckpointError, UserError
 
 CONTAINERS = ("model_state", "model", "state_dict")  # keys under which training codes store the weights
 EMA_CONTAINERS = ("state_dict_ema", "model_ema", "ema_state")  # the same for their moving average: timm, DeiT, SlowFast
+_PIECE_BYTES = 16 * 1024**2  # read at once
 TORCH_SUFFIXES = (".pth", ".pt", ".pyth", ".bin", ".tar")
 
 
@@ -58,8 +60,25 @@ def read_weights(source: str | Path | Mapping[str, Tensor], which: WhichWeights 
     raise CheckpointError(f"{source}: no such file or folder, and no model that timm knows by this name")
 
 
+def source_digest(source: str) -> str | None:
+    """Returns 64 hex digits of SHA-256 over the file that `read_weights` reads; None if the source is no file."""
+    path = Path(source)
+    file = next((each for each in (path, *_files_of(path)) if each.is_file()), None)
+    if file is None:
+        return None
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while piece := opened.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _files_of(folder: Path) -> tuple[Path, ...]:
+    return folder / "model.safetensors", folder / "pytorch_model.bin"
+
+
 def _read_folder(folder: Path, which: WhichWeights) -> Weights:
-    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+    for path in _files_of(folder):
         if path.is_file():
             weights = _chosen(_read_file(path), str(folder), which)
             return weights._replace(heads=_stated_heads(folder / "config.json"))

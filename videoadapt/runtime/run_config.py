@@ -1,0 +1,46 @@
+"""The config that a run folder keeps: `run.dir/config.yaml`. Commands accept the folder in place of a config.
+
+It is the config of the model that the folder holds. `train` writes it, and so does `index` as long as there is no
+checkpoint. Later stages do not change what `train` has recorded. `label` and `assign` replace their own section,
+because later stages need the files that these settings made. `evaluate` changes nothing, because it can be run in many
+ways. A stage that finds no config writes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from videoadapt.config.load import RUN_CONFIG, Config, dump_config, load_config, make_config, with_absolute_paths
+from videoadapt.errors import ConfigError
+from videoadapt.runtime.console import say
+from videoadapt.runtime.files import replacing
+
+
+def record_config(config: Config, sections: Collection[str] | None = None) -> None:
+    """Writes a config into its run folder, with absolute paths and without what belongs to one job alone.
+
+    Prints a message, and writes nothing, if the new sections do not fit the recorded ones.
+
+    Args:
+        config: The config of the stage.
+        sections: The sections that replace those of a config that is already there. None: all.
+    """
+    path = config.run.dir / RUN_CONFIG
+    try:
+        recorded = _for_any_job(config)
+        if sections is not None and path.exists():
+            before, own = with_absolute_paths(load_config(config.run.dir)), recorded.model_dump(mode="json")
+            recorded = make_config(before.model_dump(mode="json") | {name: own[name] for name in sections})
+    except ConfigError as error:
+        say(f"{path}: not changed ({error}); later commands need the same overrides as this one")
+        return
+    text = dump_config(recorded)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _for_any_job(config: Config) -> Config:
+    """Returns the config without the number of ranks and the shard of the present job."""
+    parallel = config.parallel.model_copy(update={"ranks": None, "shard": None})
+    return with_absolute_paths(config.model_copy(update={"parallel": parallel}))
