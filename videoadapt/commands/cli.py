@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+from typer.completion import completion_init
 
+import videoadapt
 from videoadapt.commands.failure import FAILURES, INPUT_WRONG, fail, is_failure
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
@@ -34,6 +38,9 @@ T = TypeVar("T")
 # found through a class that typer exports.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
+PROGRAM = "videoadapt"
+COMPLETE_VARIABLE = "_VIDEOADAPT_COMPLETE"  # click's name for it
+_NO_SPACE_IN_BASH = "[[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2>/dev/null"
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells do
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*")  # section.key=value
@@ -47,15 +54,64 @@ app = typer.Typer(
     "section.key=value after CONFIG overrides a key. "
     "VIDEOADAPT_TRACEBACK=1 in the environment shows the traceback of every error.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        # The versions of the installed packages: importing torch takes seconds.
+        print(f"videoadapt {videoadapt.__version__}, torch {version('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+def _print_completion(shell: str | None) -> None:
+    if shell is not None:
+        from typer.completion import get_completion_script
+
+        completion_init()
+        script = get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell)
+        # bash puts a space behind a word that it has completed, also behind `train.lr=`.
+        print(script.replace("    return 0\n", f"    {_NO_SPACE_IN_BASH}\n    return 0\n"))
+        raise typer.Exit
+
+
+def _complete_key(start: str) -> list[str]:
+    """Returns the keys of a config that begin with what is typed."""
+    from videoadapt.config.load import known_keys
+
+    return [f"{key}=" for key in known_keys() if key.startswith(start)]
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions, and exit."),
+    ] = False,
+    _completion: Annotated[
+        str | None,
+        typer.Option(
+            "--show-completion",
+            metavar="SHELL",
+            callback=_print_completion,
+            is_eager=True,
+            help="Print completion for bash, zsh or fish.",
+        ),
+    ] = None,
+) -> None:
+    """Declares the options that need no verb. The help of the app stands at `app`."""
+
+
 bench = typer.Typer(no_args_is_help=True, help="Benchmark readers, loaders and points on this machine.")
 app.add_typer(bench, name="bench")
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.", show_default=False, metavar="CONFIG")]
-OptionalConfig = Annotated[
-    Path | None, typer.Argument(help="YAML config of the run.", show_default=False, metavar="CONFIG")
-]
+_CONFIG_HELP = "YAML config of the run, or its folder."
+ConfigFile = Annotated[Path, typer.Argument(help=_CONFIG_HELP, show_default=False, metavar="CONFIG")]
+OptionalConfig = Annotated[Path | None, typer.Argument(help=_CONFIG_HELP, show_default=False, metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value ...", show_default=False, metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(
+        help="section.key=value ...", show_default=False, metavar="[KEY=VALUE]...", autocompletion=_complete_key
+    ),
 ]
 VideosAndOverrides = Annotated[
     list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
@@ -95,9 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # another process needs a core (docs/log.md). OpenMP reads the variable once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        if COMPLETE_VARIABLE in os.environ:  # the shell asks for the words that may follow
+            completion_init()
         # The handlers come first: a signal of the job would kill the process while it imports torch, for seconds.
         with StopRequest(JOB_SIGNALS if slurm_job(os.environ) else ()):
-            code = app(args=arguments, prog_name="videoadapt", standalone_mode=False) or 0  # errors are raised
+            code = app(args=arguments, prog_name=PROGRAM, standalone_mode=False) or 0  # errors are raised
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code
             raise KeyboardInterrupt
         sys.exit(code)
@@ -170,11 +228,12 @@ def index(
     from videoadapt.commands.tables import print_index
     from videoadapt.data.index.manifest import index as run
     from videoadapt.data.index.manifest import index_path, require_readable
+    from videoadapt.runtime.files import read_json
 
     loaded = _load(_required(config), overrides)
     manifest = run(loaded)
     # `index` returns the manifest, and writes its summary.
-    _show(_read_json(index_path(loaded)), as_json, print_index)
+    _show(read_json(index_path(loaded), "run `videoadapt index` again"), as_json, print_index)
     require_readable(manifest, loaded)  # after the table, which names the unreadable files
 
 
@@ -338,7 +397,7 @@ def bench_points(config: ConfigFile, words: SettingsAndOverrides = None, as_json
 
 def _required(config: Path | None) -> Path:
     if config is None:
-        raise UserError("missing argument CONFIG, the run's YAML file")
+        raise UserError("missing argument CONFIG: the YAML config of the run, or its folder")
     return config
 
 
@@ -355,11 +414,6 @@ def _show_stage(stage: Stage, config: Config, as_json: bool, print_result: Calla
     result = run_stage(stage, config)
     # One shard of an array job has no table: its result only names the shard.
     _show(result.to_json(), as_json or isinstance(result, ShardResult), print_result)
-
-
-def _read_json(path: Path) -> Summary:
-    content: Summary = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,6 @@ Frames: TypeAlias = "np.ndarray | Tensor"
 # A path, frames `(F, H, W, 3)` of one video, several of these, or the frames `(H, W, 3)` of one video one by one
 Videos: TypeAlias = "str | Path | Frames | Iterable[str | Path | Frames]"
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _FRAME_DIMS, _VIDEO_DIMS = 3, 4  # (H, W, 3) and (F, H, W, 3)
 
 
@@ -332,8 +330,6 @@ def _predict_one(predictor: _Predictor, video: _Video) -> Prediction:
 
 def _hint(path: str) -> str:
     """Returns what to do about a path that is no video, to be appended to its error; empty if there is no advice."""
-    if _ADDRESS.match(path):
-        return "; predict reads files: download the address, or record the camera to a file"
     if os.path.isfile(path) and not is_media(path) and is_known(path):
         return "; expected video files, not a list of them"
     return ""

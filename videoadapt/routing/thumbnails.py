@@ -26,10 +26,11 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError, UserError
 from videoadapt.routing.label_rules import Bools
-from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.console import Bar, plural, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.signals import StopRequest
 
+_LARGE_BYTES = 1e9  # a file above it is announced
 SAVE_EVERY = 500  # thumbnails; after an interruption at most so many are read again
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # by file systems that cannot reserve space
 
@@ -158,8 +159,9 @@ class ThumbnailFile:
         self._progress.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         free = shutil.disk_usage(self.path.parent).free
-        size = f"{self._bytes / 1e9:.2f} GB" if self._bytes > 1e7 else f"{self._bytes} bytes"  # noqa: PLR2004
-        say(f"{self.path}: {size} for the thumbnails of {self._shape[0]} clips; {free / 1e9:.1f} GB are free")
+        if self._bytes > _LARGE_BYTES:
+            clips = plural(self._shape[0], "clip")
+            say(f"{self.path}: {self._bytes / 1e9:.1f} GB for the thumbnails of {clips}; {free / 1e9:.1f} GB are free")
         if free < self._bytes:
             raise RunError(self._no_space("the disk has too little space"))
         with self.path.open("wb") as file:

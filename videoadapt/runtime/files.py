@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from videoadapt.config.parse import MAX_TEXT_BYTES, read_text
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import say
 
@@ -172,9 +174,13 @@ def read_json(path: Path, remedy: str, keys: Collection[str] = ()) -> Summary:
         UserError: The file is missing or damaged, or lacks a key. The message ends with the remedy.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, MAX_TEXT_BYTES))
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; {remedy}") from None
+    except OSError as error:
+        if error.errno not in (errno.EFBIG, errno.EINVAL):
+            raise
+        raise UserError(f"{path}: damaged ({error.strerror}); {remedy}") from None  # too large, or no regular file
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         raise UserError(f"{path}: damaged ({_first_line(error)}); {remedy}") from None
     missing = [key for key in keys if key not in value] if isinstance(value, dict) else ["all keys"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
@@ -104,6 +105,8 @@ def open_video(
             is `decord` and decord is not exact for the file.
         UserError: `reader` is `decord`, and decord is not installed.
     """
+    if _ADDRESS.match(str(path)) and not os.path.exists(path):
+        raise VideoError(f"{path}: an address; expected a file: download it, or record the camera to a file")
     path = Path(path)
     if info is None:
         info = probe(path, content=False, limits=limits)
@@ -121,6 +124,10 @@ def open_video(
         except VideoError:
             pass  # decord refuses some valid files, such as mkv of one frame; PyAV reports real errors
     return PyAVReader(path, info, limits=limits)
+
+
+# Of the text as the user gave it: a Path has one slash where an address has two.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 @functools.cache
