@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 from typer.completion import completion_init
 
-import videoadapt
 from videoadapt.commands.failure import FAILURES, INPUT_WRONG, fail, is_failure
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
@@ -59,7 +58,8 @@ app = typer.Typer(
 def _print_version(asked: bool) -> None:
     if asked:
         # The versions of the installed packages: importing torch takes seconds.
-        print(f"videoadapt {videoadapt.__version__}, torch {version('torch')}, Python {platform.python_version()}")
+        installed = ", ".join(f"{name} {version(name)}" for name in (PROGRAM, "torch"))
+        print(f"{installed}, Python {platform.python_version()}")
         raise typer.Exit
 
 

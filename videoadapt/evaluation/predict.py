@@ -67,7 +67,7 @@ class Prediction:
 
 @dataclass(frozen=True, repr=False)
 class Predictions(Result):
-    """Predictions in the order of the videos: a sequence of `Prediction`. The names are keys of the JSON of the verb `predict`.
+    """Predictions in the order of the videos: a sequence of `Prediction`. The names are keys of its JSON.
 
     Attributes:
         policy: The name of the policy.

@@ -144,7 +144,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """
     if to_stderr and _silent.get():
         return
-    table = Table(title=title, title_justify="left", header_style="bold", expand=False)
+    table = Table(header_style="bold", expand=False)
     for number, column in enumerate(columns):
         numeric = all(_is_numeric(row[number]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -152,7 +152,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_row(*(str(cell) for cell in row))
     # A separate console, because `console` writes to stderr.
     width = None if console.is_terminal else _LOG_WIDTH
-    Console(stderr=to_stderr, highlight=False, width=width).print(table, markup=False)
+    output = Console(stderr=to_stderr, highlight=False, width=width)
+    output.print(title, style="italic", markup=False, soft_wrap=True)  # not the table's title, which wraps at its width
+    output.print(table, markup=False)
 
 
 def _is_numeric(cell: Any) -> bool:

@@ -19,7 +19,6 @@ from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import CheckpointError, RunError, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.runtime.console import say
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.freeze import freeze
 from videoadapt.training.losses import balanced_weights
@@ -174,7 +173,6 @@ class State:
             load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
         self.step, self.skipped = checkpoint.value("step", int), checkpoint.value("skipped", int)
         self.validations = _validations_of(checkpoint)
-        say(f"continuing from {checkpoint.path} at step {self.step}")
 
     def _require_same_init(self, checkpoint: Checkpoint) -> None:
         """Checks that `train.init` is what the run began with. The file may have moved, or be gone by now."""

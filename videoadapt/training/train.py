@@ -93,6 +93,8 @@ def train(config: Config) -> TrainSummary:
         done = state.step == per_epoch * config.train.epochs or out_of_patience(state.validations, config)
         finished = done and broadcast_result(summary_file.exists)
         if not finished:
+            if state.step:
+                say(f"continuing from {checkpoints.folder} at step {state.step}")
             preflight(config, manifest, plan)
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
             meter = run_epochs(state, role, checkpoints, per_epoch)
