@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,28 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     assert [sum(line.split()[1:2] == [policy] for line in printed.out.splitlines()) for policy in POLICIES] == [2] * 6
     assert "random routing with the same mix" in printed.err
 
+    _require_documented(tmp_path)
     again = demo(overrides, SMALL).summary
     assert {k: v["top1"] for k, v in again.policies.items()} == {k: v["top1"] for k, v in summary["policies"].items()}
     with pytest.raises(UserError, match="another run.dir"):
         demo([*overrides, "run.seed=5"], SMALL)
+
+
+def _require_documented(run: Path) -> None:
+    """docs/run_folder.md names every file of a finished run, and the first table no file that a run lacks."""
+    page = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    of_every_run, of_some_runs = page.split("## Files of every run")[1].split("## Files of some runs")
+    always, sometimes = (
+        [
+            pattern
+            for cell in re.findall(r"^\| (`.*?) \|", part, re.MULTILINE)
+            for pattern in re.findall("`(.*?)`", cell)
+        ]
+        for part in (of_every_run, of_some_runs)
+    )
+    files = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in always + sometimes)] == []
+    assert [pattern for pattern in always if not any(fnmatch(file, pattern) for file in files)] == []
 
 
 def test_the_data_of_the_demo_is_in_its_run_folder(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
         CheckpointError: There is no checkpoint, or it cannot be read, or it is of another stage.
     """
     checkpoints = checkpoints_of(source)
-    if not source.is_dir():
+    if source.is_file() or source.suffix == ".safetensors" or (not source.is_dir() and source.name in ("best", "last")):
         folder = Checkpoints(source.parent, checkpoints.kind)
         named = folder.named_by(source.name) if source.name in ("best", "last") else None
         return load_checkpoint(named or source, checkpoints.kind)  # no other file if the user's file is damaged

@@ -1,0 +1,135 @@
+"""A run folder in place of a config: what it keeps, which commands change it, and which leave nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import small_runs as runs
+from videoadapt.config.load import RUN_CONFIG, Config, load_config, make_config
+from videoadapt.errors import CheckpointError, ConfigError
+from videoadapt.runtime.run_config import record_config
+from videoadapt.training.train import train
+
+Snapshot = dict[str, tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A trained run. Its config has relative paths, and its folder has been moved since."""
+    folder = tmp_path_factory.mktemp("run_folder")
+    runs.make_data(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        nested = runs.values(Path("data"), Path("old/run"))
+        nested["train"]["epochs"] = 1
+        train(make_config(nested))
+    shutil.move(folder / "old" / "run", folder / "moved")
+    return load_config(folder / "moved")
+
+
+def snapshot(folder: Path) -> Snapshot:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
+
+
+def test_a_moved_folder_is_the_config_of_its_run(run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.run.dir.name == "moved"
+    assert run.data.train.annotations == run.run.dir.parent / "data" / "train.csv"
+    assert load_config(run.run.dir, ["train.lr=0.5"]).train.lr == 0.5
+    done = runs.command("train", run.run.dir)
+    assert done.returncode == 0, done.stderr
+    assert "already trained, nothing to do: " in done.stderr
+    assert str(run.run.dir / "checkpoints") in done.stderr
+    with pytest.raises(ConfigError, match=r"a folder without config\.yaml"):
+        load_config(tmp_path)
+
+
+def test_paths_in_the_folder_move_with_it_and_names_stay_names(tmp_path: Path) -> None:
+    run = tmp_path / "$a" / "run"
+    (run / "data").mkdir(parents=True)
+    nested = {"run": {"dir": str(run)}, "data": {"root": str(run / "data"), "classes": "kinetics400"}}
+    nested |= {"train": {"init": "vit_base_patch16_224"}, "parallel": {"ranks": 4, "shard": "1/2"}}  # type: ignore[dict-item]
+    record_config(make_config(nested))
+    shutil.move(tmp_path / "$a", tmp_path / "b")
+    moved = load_config(tmp_path / "b" / "run")
+    assert moved.data.root == tmp_path / "b" / "run" / "data"
+    assert (str(moved.data.classes), moved.train.init) == ("kinetics400", "vit_base_patch16_224")
+    assert moved.parallel.ranks is None and moved.parallel.shard is None
+
+
+def test_a_later_stage_changes_its_own_section_alone(run: Config, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.run.dir, copy)
+    before = yaml.safe_load((copy / RUN_CONFIG).read_text())
+    assert runs.command("label", copy, "label.none_right=cheapest", "evaluate.spatial_crops=2").returncode == 0
+    after = yaml.safe_load((copy / RUN_CONFIG).read_text())
+    assert after["label"] == before["label"] | {"none_right": "cheapest"}
+    assert {k: v for k, v in after.items() if k not in ("label", "run")} == {
+        k: v for k, v in before.items() if k not in ("label", "run")
+    }
+    assert runs.command("evaluate", copy, "evaluate.batch=2", "evaluate.speed_clips=0").returncode == 0
+    assert yaml.safe_load((copy / RUN_CONFIG).read_text()) == after
+
+
+def test_commands_that_read_write_nothing(run: Config) -> None:
+    folder = run.run.dir
+    before = snapshot(folder.parent)
+    video = next(folder.parent.glob("data/val/*.mp4"))
+    for words in (
+        ("predict", folder, video),
+        ("flops", folder),
+        ("plan", folder, "--gpus", 2, "plan.macs_per_s=1e9"),
+        ("launch", folder, "--dry-run"),
+        ("index", "--check", folder),
+    ):
+        done = runs.command(*words)
+        assert done.returncode == 0, done.stderr
+        assert snapshot(folder.parent) == before, words
+
+
+def test_a_call_that_fails_leaves_no_folder(run: Config, tmp_path: Path) -> None:
+    bad, weights = tmp_path / "bad.csv", tmp_path / "weights.safetensors"
+    bad.write_text((run.run.dir.parent / "data" / "train.csv").read_text() + "train/00000.mp4 99\n")
+    save_file({"cls_token": torch.zeros(1, 1, 8)}, weights)
+    fresh = tmp_path / "new" / "run"
+    for words, message in (
+        (("train", "data.train.annotations=nowhere.csv"), "nowhere.csv does not exist"),
+        (("train", f"data.train.annotations={bad}"), "99"),
+        (("train", f"train.init={weights}"), "weights.safetensors"),
+        (("train", "train.init=nowhere.pth"), "nowhere.pth: no such file"),
+        (("label",), "run `videoadapt train` first"),
+        (("evaluate",), "run `videoadapt train` first"),
+        (("assign",), "run `videoadapt label`"),
+        (("predict", "a.mp4"), "run `videoadapt train` first"),
+    ):
+        verb, *rest = words
+        done = runs.command(verb, run.run.dir, *rest, f"run.dir={fresh}")
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr.splitlines()[-1]
+        assert not fresh.parent.exists(), words
+
+
+def test_other_initial_weights_are_refused_once_the_run_has_begun(run: Config, tmp_path: Path) -> None:
+    copy, weights = tmp_path / "run", tmp_path / "a.safetensors"
+    shutil.copytree(run.run.dir, copy)
+    [newest] = (
+        path for path in (copy / "checkpoints").glob("step-*") if path.name in (copy / "checkpoints/last").read_text()
+    )
+    shutil.copy(newest, weights)
+    begun = [f"run.dir={tmp_path / 'begun'}", f"train.init={weights}", "train.ema=null"]
+    train(load_config(copy, begun))
+    weights.rename(tmp_path / "b.safetensors")
+    train(load_config(tmp_path / "begun", [f"train.init={tmp_path / 'b.safetensors'}"]))  # the same content elsewhere
+    train(load_config(tmp_path / "begun"))  # the file is gone
+    config = (tmp_path / "begun" / RUN_CONFIG).read_bytes()
+    save_file({"x": torch.zeros(1)}, weights)
+    for other in (f"train.init={weights}", "train.init=null", "train.init=nowhere.pth"):
+        with pytest.raises(CheckpointError, match=r"train\.init: the run began with"):
+            train(load_config(tmp_path / "begun", [other]))
+    assert (tmp_path / "begun" / RUN_CONFIG).read_bytes() == config
