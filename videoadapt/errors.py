@@ -50,11 +50,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 3 * _SHOWN else f"{text[: 3 * _SHOWN]}..."
 
 
-def few(names: Iterable[object], limit: int = 5) -> str:
+def plural(number: int, noun: str) -> str:
+    """Returns a number with its noun: `1 video`, `2 videos`, `2 classes`."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number} {noun}{ending}"
+
+
+def few(names: Iterable[object], limit: int = 5, separator: str = ", ") -> str:
     """Returns the first names of a list for a message, and the number of the others: `a, b, c, d, e and 7 more`."""
     texts = list(map(str, names))
     more = len(texts) - limit
-    return ", ".join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(message: object) -> str:

@@ -85,7 +85,7 @@ def test_a_file_whose_process_is_killed_is_read_again_alone(tmp_path: Path, caps
     assert isinstance(message, NotProbed)
     assert message == "the process that read it was killed (SIGKILL; the memory may be full)"
     assert results == {path: path for path in paths if path != paths[2]}
-    assert "2 files are read again, each alone" in capsys.readouterr().err
+    assert "2 files to read again, each alone" in capsys.readouterr().err
 
 
 def test_a_dead_fork_server_is_reported_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

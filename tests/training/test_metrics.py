@@ -99,7 +99,7 @@ def test_damaged_lines_are_removed_with_a_message(
     path.write_bytes(b"\n".join([first, damage, third, b""]))
     record(tmp_path, 3, 4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 3, 4]
-    assert "metrics.jsonl: 1 damaged lines are removed, the first is line 2" in capfd.readouterr().err
+    assert "metrics.jsonl: removed 1 damaged line, the first is line 2" in capfd.readouterr().err
 
 
 def test_a_step_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:

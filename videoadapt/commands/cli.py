@@ -22,7 +22,7 @@ import typer
 from typer.completion import completion_init
 
 from videoadapt.commands.failure import FAILURES, INPUT_WRONG, fail, is_failure
-from videoadapt.errors import RunError, UserError
+from videoadapt.errors import RunError, UserError, few
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 from videoadapt.runtime.slurm import rank_env, slurm_job
 
@@ -372,7 +372,7 @@ def predict(
     result = predict_files(_load(config, overrides), paths, policy).to_json()
     _show(result, as_json, print_predictions)
     if result["failed"]:  # after the table: one bad file does not hide the results of the others
-        raise UserError("; ".join(row["cause"] for row in result["failed"]))
+        raise UserError(few((row["cause"] for row in result["failed"]), separator="; "))
 
 
 @bench.command("data")

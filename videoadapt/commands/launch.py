@@ -25,7 +25,7 @@ from videoadapt.commands.failure import FAILURES, fail, is_failure
 from videoadapt.commands.stage import run_stage
 from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config, make_config
-from videoadapt.errors import ConfigError, RunError
+from videoadapt.errors import ConfigError, RunError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.results import Result
 from videoadapt.runtime.slurm import cancel
@@ -379,7 +379,7 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
             stderr_to_stdout=True,
         )
         handle = executor.submit(StageCall(job, config))
-        say(f"{job.stage}: {job.ranks} ranks; log: {handle.paths.stdout}")
+        say(f"{job.stage}: {plural(job.ranks, 'rank')}; log: {handle.paths.stdout}")
         try:
             handle.results()
         except (FailedJobError, UncompletedJobError) as error:

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.results import Result
@@ -151,6 +151,6 @@ def _restart_file(job: SlurmJob, run: Path) -> Path:
 
 def _out_of_restarts(job: SlurmJob, options: JobConfig) -> str:
     return (
-        f"job {job.id} was restarted {job.restarts} times, and slurm.max_restarts is {options.max_restarts}. "
+        f"job {job.id} was restarted {plural(job.restarts, 'time')}, and slurm.max_restarts is {options.max_restarts}. "
         "Everything saved is intact: submit the job again to continue"
     )

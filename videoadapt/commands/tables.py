@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from videoadapt.errors import plural
 from videoadapt.runtime.console import duration, macs, percent, print_table, say
 from videoadapt.runtime.files import Summary
 
@@ -40,7 +41,7 @@ def print_index(summary: Summary) -> None:
         )
         for name, split in summary["splits"].items()
     ]
-    title = f"Manifest {summary['manifest']}, of {summary['classes']} classes"
+    title = f"Manifest {summary['manifest']}, of {plural(summary['classes'], 'class')}"
     print_table(title, (*columns, "shortest / median / longest s"), rows)
     if summary["readers"]:
         readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
@@ -108,11 +109,11 @@ def print_train(summary: Summary) -> None:
     columns, title = ("point", "loss", "top-1 %"), "Last epoch, on the training clips"
     if validation:
         columns += ("validation loss", "validation top-1 %", "validation top-5 %")
-        title += f", and on {validation['read']} videos of {validation['videos']}"
+        title += f", and on {plural(validation['read'], 'video')} of {validation['videos']}"
     print_table(title, columns, rows)
     say(
-        f"{summary['steps']} steps; {summary['clips_per_s']:.1f} clips/s, "
-        f"{summary['wait_fraction']:.0%} of the time waiting for data; {summary['skipped']} clips skipped; "
+        f"{plural(summary['steps'], 'step')}; {summary['clips_per_s']:.1f} clips/s, "
+        f"{summary['wait_fraction']:.0%} of the time waiting for data; {plural(summary['skipped'], 'clip')} skipped; "
         f"checkpoint {summary['checkpoint']}"
     )
     if best:
@@ -140,9 +141,9 @@ def print_label(summary: Summary) -> None:
         (point, percent(v["right"]), v["labelled"], percent(v["labelled"] / total))
         for point, v in summary["points"].items()
     ]
-    title = f"Labels of {total} clips, source {summary['source']}"
+    title = f"Labels of {plural(total, 'clip')}, source {summary['source']}"
     print_table(title, ("point", "right %", "labelled", "labelled %"), rows)
-    say(f"no point is right on {summary['none_right_clips']} clips (rule: {summary['none_right']})")
+    say(f"no point is right on {plural(summary['none_right_clips'], 'clip')} (rule: {summary['none_right']})")
     for failure in summary["failed"]:  # all of them: each is a clip less for the assigner
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
 
@@ -181,14 +182,14 @@ def print_evaluate(summary: Summary) -> None:
         "saved %",
         "clips/s",
     )
-    title = f"{summary['listed']} videos listed, {summary['scored']} read; each: {summary['views']}"
+    title = f"{plural(summary['listed'], 'video')} listed, {summary['scored']} read; each: {summary['views']}"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
     say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")
     if summary.get("selected_on_val"):
         say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
     counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
-    say(f"manifest {summary['manifest']}; {len(summary['failed'])} videos failed, counted as {counted}")
+    say(f"manifest {summary['manifest']}; {plural(len(summary['failed']), 'video')} failed, counted as {counted}")
     for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
     _say_more(len(summary["failed"]), "see evaluate.json")
@@ -224,10 +225,6 @@ def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -
         # None: `evaluate.speed_clips` is 0, so the speed was not measured.
         "-" if policy["clips_per_s"] is None else f"{policy['clips_per_s']:.1f}",
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _say_hardest_classes(summary: Summary) -> None:
@@ -268,7 +265,7 @@ def print_compare(summary: Summary) -> None:
         )
     a, b = summary["runs"]
     columns = ("policy", "A top-1 %", "B top-1 %", "A - B (95 %)", "right in A only", "right in B only", "p")
-    print_table(f"A = {a}, B = {b}, on the {summary['common']} videos of both", columns, rows)
+    print_table(f"A = {a}, B = {b}, on the {plural(summary['common'], 'video')} of both", columns, rows)
     failed = f"failed videos: {summary['failed_count_as']}"
     if summary["manifests"][0] == summary["manifests"][1]:
         # Equal manifests list the same videos. Their files can still differ, for example after a new encoding.
@@ -297,7 +294,7 @@ def print_flops(summary: Summary) -> None:
         for point in summary["points"]
     ]
     columns = ("point", "embedding", "temporal", "spatial", "MLP", "head", "per view", "per video")
-    title = f"MACs (multiply-adds; the FLOPs of the papers), {_count(summary['views_per_video'], 'view')} per video"
+    title = f"MACs (multiply-adds; the FLOPs of the papers), {plural(summary['views_per_video'], 'view')} per video"
     print_table(title, columns, rows)
     if summary["assigner_macs"] is not None:  # None: with a single point there is nothing to assign
         fraction = summary["assigner_macs"] / summary["points"][0]["macs_per_view"]  # the first point is the costliest

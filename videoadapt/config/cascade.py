@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from videoadapt.config.points import Point
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, few
 
 Measure = Literal["probability", "margin", "entropy"]  # measure of the confidence in the top class
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -52,7 +52,7 @@ def parse_cascade_spec(text: str, known: Sequence[str]) -> CascadeSpec:
     if match is None or not valid_points or measure not in MEASURES or max(thresholds, default=0.0) > 1.0:
         raise ConfigError(
             f"cascade {text!r}: expected POINT,POINT,...:THRESHOLDS[:MEASURE] with different points of this model "
-            f"({', '.join(known)}), thresholds from 0 to 1 such as 0.6, or cost=0.4, and a measure of "
+            f"({few(known)}), thresholds from 0 to 1 such as 0.6, or cost=0.4, and a measure of "
             f"{', '.join(MEASURES)}"
         )
     if thresholds and len(thresholds) not in (1, len(points) - 1):

@@ -40,7 +40,7 @@ from videoadapt.config.sections import (
     TrainConfig,
     is_path,
 )
-from videoadapt.errors import ConfigError, shown
+from videoadapt.errors import ConfigError, few, shown
 
 Values: TypeAlias = dict[str, Any]  # sections, keys and values as YAML gives them, not yet checked
 S = TypeVar("S", bound=Section)
@@ -138,7 +138,7 @@ def _check_validation(data: DataConfig, train: TrainConfig, model: ModelConfig) 
     if name not in names or (slash and point not in model.points):
         raise ConfigError(
             f"train.best_metric: expected {' or '.join(names)}, alone or with a point of the model "
-            f"({', '.join(model.points)}), such as {names[0]}/{model.points[-1]}, got {shown(train.best_metric)}"
+            f"({few(model.points)}), such as {names[0]}/{model.points[-1]}, got {shown(train.best_metric)}"
         )
 
 
@@ -175,7 +175,7 @@ def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
     expected = sorted(map(str, lengths), key=int, reverse=True)
     if sorted(given) != sorted(expected):
         raise ConfigError(
-            f"parallel.groups: {groups}: expected each length of model.points ({', '.join(expected)}) once, as a key "
+            f"parallel.groups: {groups}: expected each length of model.points ({few(expected)}) once, as a key "
             "or in one such as 10+7. The points with keep < 1 are trained in the group of their length, which has "
             "their teacher"
         )

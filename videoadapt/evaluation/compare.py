@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, few
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
 from videoadapt.runtime.files import Summary
@@ -85,7 +85,7 @@ class _Evaluated:
         known = list(self.summary["policies"])
         unknown = [policy for policy in policies if policy not in known]
         if unknown:
-            raise UserError(f"{folder}: has no policy {unknown[0]}; it has {', '.join(known)}")
+            raise UserError(f"{folder}: has no policy {unknown[0]}; it has {few(known)}")
         self.policies = policies or known
         self.videos = self.table.loc[known[0]].index  # every policy has a row for every listed video
 
@@ -106,7 +106,7 @@ def _pairs(sides: _Sides, names: tuple[str, str]) -> list[tuple[str, str]]:
     pairs = [(policy, policy) for policy in ours if policy in theirs]
     if not pairs:
         raise UserError(
-            f"{names[0]} has the policies {', '.join(ours)}, {names[1]} has {', '.join(theirs)}: none in common; "
+            f"{names[0]} has the policies {few(ours)}, {names[1]} has {few(theirs)}: none in common; "
             "name one of each as FOLDER:POLICY"
         )
     return pairs

@@ -23,7 +23,7 @@ from videoadapt.data.index.text import normalised
 from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.readers import FrameReader, VideoReader, open_video
 from videoadapt.data.video.suffixes import is_known, is_media
-from videoadapt.errors import ConfigError, UserError, VideoError
+from videoadapt.errors import ConfigError, UserError, VideoError, plural
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import average_views
@@ -292,7 +292,7 @@ def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
         return stored
     names = read_classes(data.classes).names
     if len(names) != count:
-        raise ConfigError(f"data.classes: {data.classes} has {len(names)} classes, but the model has {count}")
+        raise ConfigError(f"data.classes: {data.classes} has {plural(len(names), 'class')}, but the model has {count}")
     given, own = list(map(normalised, names)), list(map(normalised, stored))
     if given != own and set(given) == set(own):
         number = next(number for number, pair in enumerate(zip(given, own, strict=True)) if pair[0] != pair[1])

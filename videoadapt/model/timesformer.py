@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point, canonical
 from videoadapt.config.sections import ModelConfig
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, few
 from videoadapt.model.attention import has_kernel
 from videoadapt.model.block import Block, Branch
 from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
@@ -179,7 +179,7 @@ class TimeSformer(nn.Module):
 
     def _check(self, clips: Tensor, key: str) -> None:
         if key not in self.points:
-            raise UserError(f"point {key}: this model has the points {', '.join(self.points)}")
+            raise UserError(f"point {key}: this model has the points {few(self.points)}")
         config = self.config
         expected = (3, config.num_frames, config.size, config.size)
         if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:  # noqa: PLR2004

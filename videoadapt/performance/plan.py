@@ -15,7 +15,7 @@ import torch
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import ConfigError, UserError
+from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.performance.forecast import (
     Forecast,
     LinearTime,
@@ -137,7 +137,8 @@ def _require_possible(config: Config, gpus: int) -> None:
 
 def _too_many_ranks(config: Config, gpus: int) -> UserError:
     return UserError(
-        f"--gpus: {gpus} ranks, but a micro-batch has only {config.train.batch // config.train.accumulate} clips "
+        f"--gpus: {plural(gpus, 'rank')}, but a micro-batch has only "
+        f"{plural(config.train.batch // config.train.accumulate, 'clip')} "
         "(train.batch / train.accumulate); take fewer ranks, or raise train.batch"
     )
 
@@ -290,14 +291,14 @@ def print_plan(summary: PlanSummary) -> None:
         # The layout without groups and the config's groups are shown too, also beyond the limit.
         if number < _SHOWN or row.groups in {"null", summary.groups_of_the_config}
     ]
-    title = f"{summary.gpus} ranks ({summary.device}), a step of {summary.clips} clips: predicted"
+    title = f"{plural(summary.gpus, 'rank')} ({summary.device}), a step of {plural(summary.clips, 'clip')}: predicted"
     columns = ("parallel.groups", "step ms", "communication ms", "clips/s", "busy %", "GPU-hours", "GiB per rank")
     print_table(title, columns, [_cells(row) for row in rows])
     print(f"Passes: {_source_of_times(summary)}; decoding is not part of a step")
     if summary.clips_an_epoch is None:
         print("GPU-hours: set plan.clips, or make the run's manifest with `videoadapt index`")
     else:
-        print(f"GPU-hours: {summary.epochs} epochs of {summary.clips_an_epoch} clips")
+        print(f"GPU-hours: {plural(summary.epochs, 'epoch')} of {plural(summary.clips_an_epoch, 'clip')}")
     current = summary.groups_of_the_config
     if current is not None and current != summary.recommended:
         print(f"current: parallel.groups={current}")
@@ -308,7 +309,7 @@ def _source_of_times(summary: PlanSummary) -> str:
     if summary.measured_at_clips is None:
         return f"computed from {summary.macs_per_s:.3g} MACs per second (plan.macs_per_s), nothing measured"
     few, many = summary.measured_at_clips
-    return f"measured on this machine with {few} and {many} clips, medians of {_ROUNDS} rounds"
+    return f"measured on this machine with {few} and {plural(many, 'clip')}, medians of {_ROUNDS} rounds"
 
 
 def _cells(row: LayoutRow) -> tuple[str, ...]:

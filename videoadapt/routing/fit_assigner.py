@@ -18,7 +18,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import TrainConfig
 from videoadapt.data.index.manifest import load_or_index
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, plural
 from videoadapt.model.checkpoint import (
     Checkpoints,
     load_tensors,
@@ -149,7 +149,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     kept = max(1, round(len(order) * config.assign.select))
     select, fit = clips.take(np.sort(order[:kept])), clips.take(np.sort(order[kept:]))
     if not len(fit.labels):
-        raise UserError(f"assign: {len(order)} labelled clips are too few to fit and to choose a threshold")
+        raise UserError(f"assign: {plural(len(order), 'labelled clip')}: too few to fit and to choose a threshold")
     assigner, step = _fit(fit, config, checkpoints)
     costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)  # (points,), costliest first
     # Rounded up. The thumbnails of all clips may not fit into memory together.

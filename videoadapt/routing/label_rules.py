@@ -16,7 +16,7 @@ import pandas as pd
 
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.sections import Average
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, few
 
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
@@ -134,7 +134,7 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
     predictions = table.pivot(index=["video", "clip"], columns="point", values="prediction")
     missing = set(points) - set(predictions.columns)
     if missing:
-        raise UserError(f"label table: has no outcomes for the points {', '.join(sorted(missing))}; run `label` again")
+        raise UserError(f"label table: has no outcomes for the points {few(sorted(missing))}; run `label` again")
     # With `teacher`, the costliest point is the truth.
     wanted = predictions[points[0]] if source == "teacher" else table.groupby(["video", "clip"])["truth"].first()
     # (clips, points) == (clips, 1); the two tables may list the clips in different orders
@@ -151,7 +151,7 @@ def confidence_matrix(table: pd.DataFrame, points: Sequence[str], measure: Measu
     column = f"confidence_{measure}"
     missing = set(points) - set(table["point"]) if column in table else set(points)
     if missing:
-        raise UserError(f"label table: has no confidences at {', '.join(sorted(missing))}; run `label` again")
+        raise UserError(f"label table: has no confidences at {few(sorted(missing))}; run `label` again")
     matrix: Floats = table.pivot(index=["video", "clip"], columns="point", values=column)[list(points)].to_numpy()
     return matrix
 

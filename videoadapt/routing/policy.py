@@ -19,7 +19,7 @@ from videoadapt.config.cascade import CascadeSpec, Measure, parse_cascade_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.points import canonical
 from videoadapt.config.sections import AssignConfig, ModelConfig
-from videoadapt.errors import CheckpointError, UserError, few
+from videoadapt.errors import CheckpointError, UserError, few, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, require_same, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, restore_assigner
@@ -114,8 +114,8 @@ class Policy(ABC):
         """
         if self.assigner is not None and self.assigner.head.out_features != len(model.config.points):
             raise UserError(
-                f"policy {self.name}: its assigner knows {self.assigner.head.out_features} points, the model has "
-                f"{len(model.config.points)}: {', '.join(model.config.points)}"
+                f"policy {self.name}: its assigner knows {plural(self.assigner.head.out_features, 'point')}, the "
+                f"model has {len(model.config.points)}: {few(model.config.points)}"
             )
 
     def record(self) -> Mapping[str, object]:
@@ -251,8 +251,8 @@ class Assigned(OnePointPolicy):
     def _check_points(self, points: tuple[str, ...]) -> None:
         if self.points != points:
             raise CheckpointError(
-                f"policy assigned: its assigner was fitted for the points {', '.join(self.points)}, the model has "
-                f"{', '.join(points)}; run `label` and `assign` again"
+                f"policy assigned: its assigner was fitted for the points {few(self.points)}, the model has "
+                f"{few(points)}; run `label` and `assign` again"
             )
 
 
@@ -357,7 +357,7 @@ def _numbers(policy: Policy, wanted: Sequence[str], points: Sequence[str]) -> li
     missing = [point for point in wanted if point not in points]
     if missing:
         raise UserError(
-            f"policy {policy.name}: the model has no point {missing[0]}; this model has the points {', '.join(points)}"
+            f"policy {policy.name}: the model has no point {missing[0]}; this model has the points {few(points)}"
         )
     return [points.index(point) for point in wanted]
 

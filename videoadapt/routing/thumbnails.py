@@ -24,9 +24,9 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import RunError, UserError
+from videoadapt.errors import RunError, UserError, plural
 from videoadapt.routing.label_rules import Bools
-from videoadapt.runtime.console import Bar, plural, say
+from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.signals import StopRequest
 
@@ -175,7 +175,8 @@ class ThumbnailFile:
 
     def _no_space(self, why: str) -> str:
         return (
-            f"{self.path}: {why}, it needs {self._bytes / 1e9:.2f} GB for the thumbnails of {self._shape[0]} clips; "
+            f"{self.path}: {why}, it needs {self._bytes / 1e9:.2f} GB for the thumbnails of "
+            f"{plural(self._shape[0], 'clip')}; "
             "free some, or lower assign.frames or assign.size"
         )
 

@@ -172,12 +172,6 @@ def macs(value: float) -> str:
     return f"{value:.0f}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Returns a number with its noun: `1 video`, `2 videos`, `2 classes`."""
-    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{number} {noun}{ending}"
-
-
 def percent(value: float) -> str:
     """Formats a fraction in per cent, with one decimal and without a sign: 0.7534 is `75.3`."""
     return f"{100 * value:.1f}"

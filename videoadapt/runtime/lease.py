@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from videoadapt.config.load import Config
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import remove_abandoned
 from videoadapt.runtime.ranks import broadcast_result, rank, wait_for_file
@@ -238,7 +238,7 @@ def _remove_abandoned_files(run: Path) -> None:
     folders = [run, *chain.from_iterable(run.glob(pattern) for pattern in _STATE_FOLDERS)]
     removed = [path for folder in folders for path in remove_abandoned(folder)]
     if removed:
-        say(f"removed {len(removed)} temporary files of processes that were killed, such as {removed[0]}")
+        say(f"removed {plural(len(removed), 'temporary file')} of processes that were killed, such as {removed[0]}")
 
 
 def _read_owner(file: IO[str]) -> Owner | None:

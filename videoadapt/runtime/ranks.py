@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videoadapt.config.load import Config
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, few, plural
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
 from videoadapt.runtime.slurm import RankEnv, rank_env, slurm_job
 
@@ -173,7 +173,8 @@ def _require_world_size(env: RankEnv, expected: int | None, environment: Mapping
     if expected is not None and expected != env.world:
         launcher = "no launcher started it" if env.launcher == "none" else f"{env.launcher} started it"
         raise RunError(
-            f"parallel.ranks: expected {expected} ranks, but this process is one of {env.world} ({launcher}); start it "
+            f"parallel.ranks: expected {plural(expected, 'rank')}, but this process is one of {env.world} "
+            f"({launcher}); start it "
             f"with srun --ntasks={expected} or torchrun --nproc-per-node"
         )
 
@@ -195,8 +196,8 @@ def _select_gpu(env: RankEnv, config: Config) -> str | None:
     index = gpu_index(env.local_rank, count)
     if index is None:
         raise RunError(
-            f"{socket.gethostname()}: local rank {env.local_rank} finds {count} GPUs; start one rank for each GPU. If "
-            "the node has more, SLURM hides them from this rank: set slurm.gpu_bind to none or single:1"
+            f"{socket.gethostname()}: local rank {env.local_rank} finds {plural(count, 'GPU')}; start one rank for "
+            "each GPU. If the node has more, SLURM hides them from this rank: set slurm.gpu_bind to none or single:1"
         )
     torch.cuda.set_device(index)
     return str(torch.cuda.get_device_properties(index).uuid)
@@ -305,7 +306,7 @@ def _missing_message(missing: Sequence[int], world: int, join_s: float) -> str:
 
 
 def _comma_list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+    return few(numbers)
 
 
 def gpu_conflict(gpus: Sequence[tuple[str, str | None]]) -> str:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, plural
 from videoadapt.training.draws import point_probabilities
 
 
@@ -44,7 +44,7 @@ class GroupPlan:
         return next(group for group in self.groups if rank in group.ranks)
 
     def __str__(self) -> str:
-        return "; ".join(f"{', '.join(group.points)}: {len(group.ranks)} ranks" for group in self.groups)
+        return "; ".join(f"{', '.join(group.points)}: {plural(len(group.ranks), 'rank')}" for group in self.groups)
 
 
 def split_evenly(clips: int, ranks: int, *, pairs: bool = False) -> list[range]:
@@ -85,8 +85,8 @@ def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPl
         plan = consecutive_groups([(points_of(key, points), count) for key, count in groups.items()], points)
         if plan.ranks != ranks:
             raise ConfigError(
-                f"parallel.groups: {groups} needs {plan.ranks} ranks, but this job has {ranks}; start {plan.ranks}, or "
-                "set parallel.groups=auto"
+                f"parallel.groups: {groups} needs {plural(plan.ranks, 'rank')}, but this job has {ranks}; start "
+                f"{plan.ranks}, or set parallel.groups=auto"
             )
     _require_clips_for_all(plan, config)
     return plan
@@ -99,8 +99,8 @@ def _require_clips_for_all(plan: GroupPlan, config: Config) -> None:
     units = clips // 2 if config.data.mixes else clips  # pairs are not split
     if largest > units:
         raise ConfigError(
-            f"train.batch: {config.train.batch} clips in {config.train.accumulate} micro-batches leave nothing for "
-            f"some of the {largest} ranks of a group"
+            f"train.batch: {plural(config.train.batch, 'clip')} in {plural(config.train.accumulate, 'micro-batch')} "
+            f"leave nothing for some of the {largest} ranks of a group"
             f"{' (mixup and cutmix need two clips each)' if config.data.mixes else ''}; "
             "raise train.batch, or lower train.accumulate"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from videoadapt.config.load import Config
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, plural
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, replacing
 from videoadapt.runtime.results import Result, Table
@@ -121,7 +121,7 @@ def _lines_up_to(path: Path, step: int, step_of: Callable[[str], float | None]) 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     damaged = [number for number, line in enumerate(lines, start=1) if step_of(line) is None]
     if damaged and damaged != [len(lines)]:  # a crash tears the last line only, whose step is trained again
-        say(f"{path}: {len(damaged)} damaged lines are removed, the first is line {damaged[0]}")
+        say(f"{path}: removed {plural(len(damaged), 'damaged line')}, the first is line {damaged[0]}")
     with replacing(path) as temporary:
         kept = (f"{line}\n" for line in lines if (of := step_of(line)) is not None and of <= step)
         temporary.write_text("".join(kept), encoding="utf-8")

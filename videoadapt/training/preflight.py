@@ -15,7 +15,7 @@ import torch
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure, TrainClips
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, few, plural
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import print_table, say
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
@@ -154,7 +154,7 @@ def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
     """
     found = []
     if len({report.manifest for report in reports}) > 1:
-        listed = ", ".join(f"{one.manifest} on {one.node} (rank {number})" for number, one in enumerate(reports))
+        listed = few(f"{one.manifest} on {one.node} (rank {number})" for number, one in enumerate(reports))
         found.append(
             f"the nodes see different manifests: {listed}; run.dir and the lists of videos must be the same everywhere"
         )
@@ -177,6 +177,6 @@ def warnings(reports: Sequence[NodeReport]) -> list[str]:
         return []
     first = reports[short[0]]
     return [
-        f"rank {', '.join(map(str, short))}: {first.workers} workers share {first.cpus} CPUs; ask for more CPUs per "
-        "task (slurm.cpus_per_task), or lower data.workers"
+        f"rank {few(short)}: {plural(first.workers, 'worker')} share {plural(first.cpus, 'CPU')}; ask for more CPUs "
+        "per task (slurm.cpus_per_task), or lower data.workers"
     ]

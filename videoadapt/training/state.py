@@ -38,7 +38,7 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     ),
     "data": ("root", "train", "val", "validate", "classes", "reader", "workers", "timeout_s"),
 }
-_LISTED_ROWS = 8  # clips with a bad loss that a message names; a whole batch would fill the screen
+_LISTED_ROWS = 5  # clips with a bad loss that a message names; a whole batch would fill the screen
 
 
 @dataclass

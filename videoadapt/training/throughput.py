@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from videoadapt.data.clips.loader import Batch
+from videoadapt.errors import plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.machine import CpuLimit, cpu_limit
 
@@ -46,18 +47,24 @@ class Throughput:
             on_gpu: Whether training runs on a GPU, so that workers have the CPUs to themselves.
         """
         busy_s = max(self.seconds - self.waited_s, _LEAST_S)
-        readers = f"{workers} workers deliver" if workers else "reading in the main process delivers"
-        cpus = f"{limit.cpus} CPUs ({limit.source})"
+        readers = (
+            f"{plural(workers, 'worker')} {'delivers' if workers == 1 else 'deliver'}"
+            if workers
+            else "reading in the main process delivers"
+        )
+        cpus = f"{plural(limit.cpus, 'CPU')} ({limit.source})"
         # CPU seconds of reading, per second of training. Workers read all the time; the main process reads while it
         # "waits".
         wanted = math.ceil((workers * self.seconds if workers else self.waited_s) / busy_s)
         if not on_gpu:
             advice = f"Training and reading share {cpus}: more workers would slow the steps. Ask for more CPUs, or"
         elif wanted <= limit.cpus:
-            advice = f"About {wanted} workers would suffice, and the job has {cpus}: set data.workers={wanted}, or"
+            advice = (
+                f"About {plural(wanted, 'worker')} would suffice, and the job has {cpus}: set data.workers={wanted}, or"
+            )
         else:
             advice = (
-                f"About {wanted} workers would suffice, but the job has {cpus}: ask for more CPUs per task "
+                f"About {plural(wanted, 'worker')} would suffice, but the job has {cpus}: ask for more CPUs per task "
                 "(data.workers=auto uses them all), or"
             )
         return (

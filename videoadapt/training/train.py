@@ -18,12 +18,13 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.index.manifest import Manifest, load_or_index
+from videoadapt.errors import plural
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.facts import require_normalisation
 from videoadapt.model.weights.load import load_weights
 from videoadapt.model.weights.sources import source_digest
-from videoadapt.runtime.console import Bar, plural, say
+from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, pick_device, worker_count

@@ -23,7 +23,7 @@ from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, plural
 from videoadapt.model.checkpoint import Checkpoint, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import percent, say
@@ -190,7 +190,8 @@ def describe(validation: Validation, seconds: float, state: State) -> str:
     which = "the best so far" if best is validation else f"the best was epoch {best.epoch}" if best else "not finite"
     failed = f", {len(validation.failed)} cannot be read" if validation.failed else ""
     return (
-        f"epoch {validation.epoch}/{config.train.epochs}, {validation.read} videos of {validation.videos}{failed}, "
+        f"epoch {validation.epoch}/{config.train.epochs}, {plural(validation.read, 'video')} of "
+        f"{validation.videos}{failed}, "
         f"{seconds:.1f} s: {'; '.join(map(at, config.model.points))} ({which} by {best_metric(config)})"
     )
 

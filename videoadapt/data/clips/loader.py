@@ -21,7 +21,7 @@ from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips
 from videoadapt.data.clips.token_labels import TokenLabels, collate_label_maps
 from videoadapt.data.clips.workers import read_items
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import RunError, UserError
+from videoadapt.errors import RunError, UserError, plural
 from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
@@ -80,8 +80,8 @@ def steps_per_epoch(manifest: Manifest, config: Config) -> int:
     videos = len(_train_rows(manifest))
     if videos < config.train.batch:
         raise UserError(
-            f"train.batch: {config.train.batch} clips a step, but only {videos} train videos can be read; lower "
-            "train.batch or add videos"
+            f"train.batch: {plural(config.train.batch, 'clip')} a step, but only {plural(videos, 'train video')} can "
+            "be read; lower train.batch or add videos"
         )
     return videos // config.train.batch
 

@@ -25,7 +25,7 @@ from videoadapt.data.index.media_kinds import select_kind
 from videoadapt.data.index.probe_pool import readable_files
 from videoadapt.data.index.sources import AnnotationEntry, AnnotationSource, Split
 from videoadapt.data.index.text import nfc, normalised, read_text, require_usable
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, plural
 from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
@@ -165,8 +165,8 @@ def _classes(
         raise ConfigError(f"{origin}: a class is named twice")
     if file.names and len(file.names) != config.model.num_classes:
         raise ConfigError(
-            f"model.num_classes: is {config.model.num_classes}, but {origin} has {len(file.names)} classes; change it, "
-            f"or name all classes in data.classes, which may be {', '.join(CLASS_SETS)}"
+            f"model.num_classes: is {config.model.num_classes}, but {origin} has {plural(len(file.names), 'class')}; "
+            f"change it, or name all classes in data.classes, which may be {', '.join(CLASS_SETS)}"
             f"{f'; {without}' if without else ''}"
         )
     require_usual_order(file.names, origin)

@@ -29,7 +29,7 @@ from videoadapt.data.index.sources import Split
 from videoadapt.data.index.summary import IndexSummary, summary
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
-from videoadapt.errors import RunError, UserError
+from videoadapt.errors import RunError, UserError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_table, write_json, write_table
 from videoadapt.runtime.machine import worker_count
@@ -410,7 +410,7 @@ def _row_of(video: ListedVideo, result: ProbeResult) -> Row:
         info, status, cause = _NO_INFO, "broken", result
     elif video.frames not in (None, result.frames):  # frames of an incomplete folder would be at wrong times
         info, status = result, "broken"
-        cause = f"the list states {video.frames} frames, the folder has {result.frames}"
+        cause = f"the list states {plural(video.frames, 'frame')}, the folder has {result.frames}"
     else:
         info, status, cause = result, "ok", ""
     values = _info_values(info)

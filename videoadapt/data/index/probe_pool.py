@@ -32,7 +32,7 @@ from videoadapt.data.video.files import cause_of, reason
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, VideoInfo, probe
 from videoadapt.data.video.verify import verify
-from videoadapt.errors import RunError, VideoError
+from videoadapt.errors import RunError, VideoError, plural
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, StopRequest
 
@@ -185,7 +185,7 @@ def run_on_files(
             else:
                 yield path, result
     for cause, count in Counter(result for result in ended.values() if isinstance(result, NotProbed)).items():
-        say(f"{cause}; {count} files are read again, each alone")
+        say(f"{cause}; {plural(count, 'file')} to read again, each alone")
     for path in ended:
         yield path, _run_alone(path, function, timeout_s)
 

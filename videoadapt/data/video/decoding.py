@@ -18,7 +18,7 @@ import numpy as np
 from videoadapt.data.video.frame_times import usable_times
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import open_container, shows_display_times
-from videoadapt.errors import VideoError
+from videoadapt.errors import VideoError, plural
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -232,7 +232,7 @@ def frames_by_count(source: Source, wanted: Collection[int]) -> Iterator[tuple[i
         if number == last:
             return
         number += 1
-    raise VideoError(f"{source.path}: ended after {number} frames, before frame {last}")
+    raise VideoError(f"{source.path}: ended after {plural(number, 'frame')}, before frame {last}")
 
 
 def decode(codec: VideoCodecContext, packets: Iterable[Packet[VideoStream] | None]) -> Iterator[Decoded]:

@@ -27,7 +27,7 @@ from videoadapt.data.video.files import reason
 from videoadapt.data.video.images import errors_named_after, image_files, read_image
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import VideoInfo, check_unchanged, probe, upright
-from videoadapt.errors import UserError, VideoError
+from videoadapt.errors import UserError, VideoError, plural
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -170,7 +170,8 @@ class DecordReader(VideoReader):
         self.num_frames = len(self._video)
         if self.num_frames != info.frames:  # a frame number would then mean different frames in the two readers
             raise VideoError(
-                f"{path}: decord finds {self.num_frames} frames in it, PyAV {info.frames}; use reader auto or pyav"
+                f"{path}: decord finds {plural(self.num_frames, 'frame')} in it, PyAV {info.frames}; use reader auto "
+                "or pyav"
             )
 
     def frames(self, indices: Indices) -> np.ndarray:
@@ -304,7 +305,7 @@ def _times(path: Path, info: VideoInfo, limits: Limits) -> np.ndarray | None:
 
 
 def _changed(path: Path, frames: int, frames_before: int) -> VideoError:
-    return VideoError(f"{path}: has {frames} frames, but had {frames_before} when it was probed")
+    return VideoError(f"{path}: has {plural(frames, 'frame')}, but had {frames_before} when it was probed")
 
 
 def _checked(path: Path, indices: Indices, total: int) -> np.ndarray:

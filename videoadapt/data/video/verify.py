@@ -15,7 +15,7 @@ from videoadapt.data.video.decoding import decode, open_source
 from videoadapt.data.video.images import image_files, read_image
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import VideoInfo, probe
-from videoadapt.errors import VideoError
+from videoadapt.errors import VideoError, plural
 
 
 def verify(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
@@ -69,5 +69,5 @@ def _describe(damaged: list[bool], frames: int) -> str:
     if len(damaged) < frames:
         found.append(f"ends after {len(damaged)} of {frames} frames")
     if len(damaged) > frames:
-        found.append(f"{len(damaged)} frames come out of {frames}")
+        found.append(f"{plural(len(damaged), 'frame')} decoded of {frames}")
     return "; ".join(found)

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from videoadapt.config.sections import ModelConfig, Resample, WhichWeights
-from videoadapt.errors import CheckpointError
+from videoadapt.errors import CheckpointError, plural
 from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.facts import Normalisation, require_layout, stated_normalisation
@@ -139,7 +139,7 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
     config, label = model.config, weights.label
     if (layout.width, layout.depth) != (config.width, config.depth):
         raise CheckpointError(
-            f"{label}: the file has width {layout.width} and {layout.depth} blocks, "
+            f"{label}: the file has width {layout.width} and {plural(layout.depth, 'block')}, "
             f"the model {config.width} and {config.depth}; set model.width and model.depth"
         )
     if weights.heads not in (None, config.heads):
@@ -211,7 +211,7 @@ def _row(name: str, entry: Entry, tensor: Tensor, *, copied: bool, each: bool) -
 
 def _size(name: str, tensor: Tensor) -> str:
     if name == "time_embed":
-        return f"{len(tensor)} frames"
+        return plural(len(tensor), "frame")
     side = round(len(tensor) ** 0.5) if name.startswith("pos_embed") else tensor.shape[-1]
     return f"{side} x {side}"
 
@@ -278,7 +278,7 @@ def _resample_kernel(kernel: Tensor, shape: torch.Size, resample: Resample) -> T
 
 def _misfit(base: str, theirs: Tensor, ours: Tensor) -> str:
     if base.startswith(("head", "aux_head")):
-        return f"the file has {len(theirs)} classes, the model {len(ours)}"
+        return f"the file has {plural(len(theirs), 'class')}, the model {len(ours)}"
     return f"{tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the model"
 
 
