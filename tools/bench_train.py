@@ -1,6 +1,6 @@
 """Times optimizer steps at several lengths: by one rank, by groups of ranks, and beside separate models.
 
-    python tools/bench_train.py CONFIG rounds=5 batch=4 lengths=[14,7,10] [section.key=value ...] [--json]
+    python tools/bench_train.py CONFIG rounds=5 batch=4 'lengths=[14,7,10]' [section.key=value ...] [--json]
 
 The clips are random and already in memory: decoding is not part of a step. Cases that need more cores or GPUs than
 this machine has are predicted as `videoadapt plan` predicts them. Results are printed, and written to DIR/train.json.
