@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them
     from videoadapt.data.index.check import CheckResult
 
 # Limits that keep a result on one screen
-_FAILURES_SHOWN = 10
+_FAILURES_SHOWN = 5
 _CAUSES_SHOWN = 4
 _LEFT_OUT_SHOWN = 5
 _EXAMPLES_SHOWN = 2
@@ -144,8 +144,9 @@ def print_label(summary: Summary) -> None:
     title = f"Labels of {plural(total, 'clip')}, source {summary['source']}"
     print_table(title, ("point", "right %", "labelled", "labelled %"), rows)
     say(f"no point is right on {plural(summary['none_right_clips'], 'clip')} (rule: {summary['none_right']})")
-    for failure in summary["failed"]:  # all of them: each is a clip less for the assigner
+    for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
+    _say_more(len(summary["failed"]), "see label.json")
 
 
 def print_assign(summary: Summary) -> None:
@@ -189,14 +190,15 @@ def print_evaluate(summary: Summary) -> None:
     if summary.get("selected_on_val"):
         say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
     counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
-    say(f"manifest {summary['manifest']}; {plural(len(summary['failed']), 'video')} failed, counted as {counted}")
+    failed = f"{plural(len(summary['failed']), 'video')} failed, counted as {counted}"
+    say(f"manifest {summary['manifest']}; {failed if summary['failed'] else 'all videos could be read'}")
     for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
     _say_more(len(summary["failed"]), "see evaluate.json")
     _say_hardest_classes(summary)
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
-    else:
+    elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
         say("no assigner yet: run `videoadapt label` and `videoadapt assign` to add the policies assigned and random")
     say(
         "MACs are multiply-adds (the FLOPs of the papers) and include the assigner; "

@@ -30,7 +30,7 @@ from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
 _SEEDS = 1 << 63  # `seed_of` returns numbers in [0, 2^63)
-_MAX_SHOWN = 10  # names in a message
+_MAX_SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
