@@ -17,7 +17,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import RunError, UserError
+from videoadapt.errors import RunError, UserError, plural
 from videoadapt.evaluation.outcomes import Outcome, PolicyRow, Population, outcomes_of, policy_rows, write_tables
 from videoadapt.model.checkpoint import Checkpoint, Guard, weights_digest
 from videoadapt.model.timesformer import TimeSformer
@@ -106,7 +106,9 @@ class EvaluationSummary(Result):
             for name, row in self.policies.items()
         ]
         columns = ("policy", "top-1 % (95 %)", "to costliest", "MACs/video", "saved %", "clips/s")
-        return Table(f"{self.listed} videos of {self.split}, {self.scored} read; each: {self.views}", columns, rows)
+        return Table(
+            f"{plural(self.listed, 'video')} of {self.split}, {self.scored} read; each: {self.views}", columns, rows
+        )
 
 
 def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSummary | ShardResult:
@@ -176,7 +178,7 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
     if scores is not None and not len(scores.rows):
         first = scores.failures[0]
         raise UserError(
-            f"data.val.annotations: none of {len(rows)} videos could be scored; {first.path}: {first.cause}"
+            f"data.val.annotations: none of {plural(len(rows), 'video')} could be scored; {first.path}: {first.cause}"
         )
     return scores
 
@@ -187,7 +189,7 @@ def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:
     # Without the id: folders of classes often hold train/a/1.png and val/a/1.png.
     count = trained_clips(checkpoint, videos, ("source", "content"))
     if count:
-        say(f"{count} of the {len(videos)} videos of the val split were in the training of {checkpoint.path}")
+        say(f"{count} of the {plural(len(videos), 'video')} of the val split were in the training of {checkpoint.path}")
     return count
 
 

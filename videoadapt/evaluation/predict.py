@@ -93,7 +93,7 @@ class Predictions(Result):
     def table(self) -> Table:
         """Returns the best class, the points and the cost of each video."""
         rows = [(p.path, p.classes[0], f"{p.probabilities[0]:.2f}", " ".join(p.points), macs(p.macs)) for p in self]
-        title = f"{len(self)} videos, {len(self.failed)} failed; policy {self.policy}"
+        title = f"{plural(len(self), 'video')}, {len(self.failed)} failed; policy {self.policy}"
         return Table(title, ("video", "class", "probability", "points", "MACs"), rows)
 
 

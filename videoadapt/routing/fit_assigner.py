@@ -112,9 +112,8 @@ class AssignSummary(Result):
             ("MACs saved %", percent(self.macs_saved)),
             *((f"clips at {point} %", percent(fraction)) for point, fraction in self.mix.items()),
         ]
-        title = (
-            f"fitted to {self.clips_fitted} clips; figures of {self.clips_selecting} others, which chose the threshold"
-        )
+        fitted = plural(self.clips_fitted, "clip")
+        title = f"fitted to {fitted}; figures of {self.clips_selecting} others, which chose the threshold"
         return Table(title, ("", ""), rows)
 
 

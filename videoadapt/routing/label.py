@@ -10,7 +10,7 @@ import pandas as pd
 
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, plural
 from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
@@ -50,7 +50,9 @@ class LabelSummary(Result):
     def table(self) -> Table:
         """Returns, for each point, how often it is right and how many clips have it as their label."""
         rows = [(point, percent(v.right), v.labelled) for point, v in self.points.items()]
-        return Table(f"labels of {self.clips} clips, source {self.source}", ("point", "right %", "labelled"), rows)
+        return Table(
+            f"labels of {plural(self.clips, 'clip')}, source {self.source}", ("point", "right %", "labelled"), rows
+        )
 
 
 def label(config: Config) -> LabelSummary | ShardResult:

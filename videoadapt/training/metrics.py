@@ -204,7 +204,7 @@ class TrainSummary(Result):
             )
             for point, v in self.points.items()
         ]
-        title = f"{self.steps} steps, {self.epochs} epochs of {self.clips} clips"
+        title = f"{plural(self.steps, 'step')}, {plural(self.epochs, 'epoch')} of {plural(self.clips, 'clip')}"
         return Table(title, ("point", "train loss", "train top-1 %", "validation top-1 %"), rows)
 
     @classmethod

@@ -7,9 +7,10 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -104,6 +105,8 @@ def train(config: Config) -> TrainSummary:
                     write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter).to_json())
         summary = broadcast_result(lambda: TrainSummary.read(summary_file))
         if finished:
+            # The folder may have moved since the summary was written.
+            summary = replace(summary, checkpoint=str(checkpoints.folder / Path(summary.checkpoint or "").name))
             say_finished(summary)
         return summary
 

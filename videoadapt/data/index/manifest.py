@@ -111,9 +111,8 @@ class Manifest:
         return len(self._arrow)
 
     def __repr__(self) -> str:
-        return (
-            f"<Manifest {self.hash}: {len(self)} videos of {len(self.classes)} classes, {len(self.readable)} readable>"
-        )
+        size = f"{plural(len(self), 'video')} of {plural(len(self.classes), 'class')}"
+        return f"<Manifest {self.hash}: {size}, {len(self.readable)} readable>"
 
     def _repr_html_(self) -> str:
         columns = ("split", "videos", "readable", "missing", "broken", "hours")
@@ -128,7 +127,7 @@ class Manifest:
             for name, videos in splits
             if len(videos)
         ]
-        return html_table(Table(f"manifest {self.hash}, of {len(self.classes)} classes", columns, rows))
+        return html_table(Table(f"manifest {self.hash}, of {plural(len(self.classes), 'class')}", columns, rows))
 
     def __getitem__(self, column: str) -> np.ndarray:
         """Returns a column, (rows,): object for text, int64 or float64 for numbers."""
