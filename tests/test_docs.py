@@ -56,13 +56,6 @@ def test_every_block_has_a_language_that_says_what_it_is() -> None:
             assert not COMMAND.search(block.text), f"{block}: a command in a block that is not `bash`"
 
 
-def test_zsh_can_run_every_line() -> None:
-    """zsh takes brackets for a pattern of file names, and refuses a pattern without a file."""
-    for block in (block for blocks in BLOCKS.values() for block in blocks if block.language == "bash"):
-        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", block.text)
-        assert not re.search(r"=\S*[\[\]*?{]", unquoted), f"{block}: brackets without quotes"
-
-
 def test_the_list_names_what_the_pages_have() -> None:
     assert set(PAGES) <= set(NAMES)
     for name, page in PAGES.items():
