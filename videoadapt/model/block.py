@@ -182,9 +182,7 @@ class Block(nn.Module):
             x = self._temporal_with_kernel(x)
         else:  # other kernels want contiguous sequences, and D numbers of a token are moved faster than 3 D
             x = self.temporal_attn(rearrange(x, "b t n d -> (b n) t d"))  # (B N, T, D)
-            if (
-                self.drops_sequences
-            ):  # a dropped position still gets the bias of `temporal_fc`, as in their code
+            if self.drops_sequences:  # a dropped position still gets the bias of `temporal_fc`, as in their code
                 x = self.drop_path(x)
             x = rearrange(self.temporal_fc(x), "(b n) t d -> b t n d", b=patches.shape[0])  # (B, T, N, D)
         x = self.temporal_scale(x)

@@ -202,7 +202,8 @@ def require_startable(config: Config, checkpoints: Checkpoints) -> None:
     if config.train.init and not checkpoints.exist():
         with torch.device("meta"):  # shapes without memory: the weights themselves are loaded after indexing
             model = TimeSformer(config.model)
-        load_weights(model, config.train.init, which=config.train.weights, resample=config.train.resample)
+        report = load_weights(model, config.train.init, which=config.train.weights, resample=config.train.resample)
+        require_normalisation(config.model, config.train.init, report.normalisation)
 
 
 def say_finished(summary: TrainSummary) -> None:
