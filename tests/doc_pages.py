@@ -92,6 +92,7 @@ PAGES = {
         replaced={
             "data.root=/data/k400": "data.root=data",
             " ...": "",
+            "--data videos --weights vit_small_patch14_dinov2.safetensors": "--data data",
             '"model.points=[14,7]"': '"model.points=[14,7]", "model.width=96", "model.depth=2"',
         },
         copies={"runs/demo": "runs/mine", "a.mp4": "video.mp4", "b.mkv": "video.mp4", "clip.mp4": "video.mp4"},
@@ -106,6 +107,18 @@ PAGES = {
         replaced={"fixed:14": "fixed:8"},
         copies={"runs/a": "runs/mine", "runs/b": "runs/mine"},
         not_run={"videoadapt train configs/revit_deit_s_in1k.yaml": IMAGENET},
+    ),
+    "docs/finetune.md": Page(
+        small=SMALL_STAGES,
+        replaced={
+            "--data videos --weights vit_small_patch14_dinov2.safetensors": (
+                "--data data data.holdout=0.4 data.workers=0 model.width=32 model.heads=2 model.depth=2 "
+                "model.num_frames=2 model.size=64 'model.points=[4,2]'"
+            ),
+            "clip.mp4": "video.mp4",
+            "nproc-per-node=4": "nproc-per-node=2",
+        },
+        not_run={"videoadapt launch": "needs a cluster; tests/commands/test_slurm_jobs.py submits"},
     ),
     "docs/points.md": Page(
         small=f"{SMALL_MODEL} model.drop_blocks=[1] model.num_frames=1",
