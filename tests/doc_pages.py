@@ -78,6 +78,7 @@ SMALL_DATA = (
     "data.classes=data/classes.txt data.workers=0 data.holdout=0.4 model.num_classes=12"
 )
 SMALL_MODEL = "model.width=32 model.heads=2 model.depth=2 model.num_frames=2 model.stride_frames=2"
+SMALL_IMAGE_MODEL = f"{SMALL_MODEL} model.num_frames=1 model.drop_blocks=[1] assign.frames=1"
 SMALL_STAGES = (
     "run.device=cpu run.precision=fp32 train.init=null train.epochs=1 train.warmup_epochs=0 train.batch=8 "
     "train.schedule=cosine train.milestones=[] assign.epochs=1 assign.size=32 assign.frames=2 assign.stages=1 "
@@ -121,7 +122,7 @@ PAGES = {
         not_run={"videoadapt launch": "needs a cluster; tests/commands/test_slurm_jobs.py submits"},
     ),
     "docs/points.md": Page(
-        small=f"{SMALL_MODEL} model.drop_blocks=[1] model.num_frames=1",
+        small=SMALL_IMAGE_MODEL,
         replaced={"rounds=15 'batches=[1,8]'": "rounds=1 'batches=[1]'"},
     ),
     "docs/reference.md": Page(
@@ -159,7 +160,7 @@ PAGES = {
     ),
     "docs/results/bench_data.md": Page(not_run={"videoadapt bench data": MINUTES}),
     "docs/results/bench_points.md": Page(
-        small=f"{SMALL_MODEL} model.drop_blocks=[1]",
+        small=SMALL_IMAGE_MODEL,
         replaced={"rounds=7": "rounds=1", "rounds=5": "rounds=1", "batches=[8]": "batches=[1]"},
     ),
     "docs/results/bench_train.md": Page(not_run={"python tools/bench_train.py": MINUTES}),
