@@ -98,19 +98,19 @@ def _extra_options(value: Any) -> Any:
 
 def _require_free(name: str) -> None:
     """Raises an error for an option of sbatch that has a key of its own, or that videoadapt sets."""
-    if not re.fullmatch("[a-z][a-z-]+", name):
+    if not re.fullmatch("[a-z][a-z0-9-]+", name):
         raise PydanticCustomError(
             "option", "expected long names of sbatch's options without dashes before them, such as nodelist"
         )
     for key in JobConfig.model_fields.keys() - {"extra", "setup", "srun", "python", "max_restarts"}:
         # sbatch accepts the beginning of a name for the name.
-        if sbatch_name(key).startswith(name):
+        if _sbatch_name(key).startswith(name):
             raise PydanticCustomError("option", f"--{name} has a key of its own, slurm.{key}")
     if any(option.startswith(name) for option in _SET_BY_LAUNCH):
         raise PydanticCustomError("option", f"--{name} is set by videoadapt launch")
 
 
-def sbatch_name(key: str) -> str:
+def _sbatch_name(key: str) -> str:
     """Returns the name of the option of sbatch that a key of `slurm` sets."""
     return _SBATCH_NAMES.get(key, key.replace("_", "-"))
 
