@@ -93,9 +93,12 @@ class Slurm:
 
     def wait_for_restart(self, job: str, *changes: str) -> None:
         wait_until(lambda: self.state(job) == "PENDING", 60, lambda: "the job to be requeued")
-        wait_until(
-            lambda: self.start_now(job, *changes) or self.state(job) == "RUNNING", 60, lambda: f"{job} to start again"
-        )
+
+        def started() -> bool:
+            self.start_now(job, *changes)
+            return self.state(job) == "RUNNING"
+
+        wait_until(started, 60, lambda: f"{job} to start again")
 
     def wait_for_steps(self, config: Config, more: int) -> None:
         """Waits until a run has made some more steps than now."""
