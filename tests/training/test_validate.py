@@ -231,6 +231,6 @@ def validation(epoch: int, **values: float | None) -> Validation:
 
 def test_the_first_of_equal_validations_is_best_and_patience_counts_from_it(tmp_path: Path) -> None:
     config = runs.config(tmp_path, tmp_path / "run", train={"patience": 2, "best_metric": "top1"})
-    made = [validation(1, top1_8=0.5, top1_6=0.1), validation(2, top1_8=0.4, top1_6=0.2), validation(3, top1_8=None)]
+    made = [validation(1, top1_8=0.5, top1_6=0.25), validation(2, top1_8=0.25, top1_6=0.5), validation(3, top1_8=None)]
     assert best_validation(made, config) is made[0]  # by the mean over points
     assert [out_of_patience(made[:count], config) for count in range(4)] == [False, False, False, True]
