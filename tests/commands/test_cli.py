@@ -202,7 +202,7 @@ def test_a_label_out_of_range(run: Config, tmp_path: Path) -> None:
 def test_a_split_without_a_readable_video(run: Config, tmp_path: Path) -> None:
     empty = tmp_path / "empty.csv"
     empty.write_text("a.mp4 0\nb.mp4 1\n")
-    message = refused("evaluate", file_of(run), f"run.dir={tmp_path / 'r'}", f"data.val.annotations={empty}")
+    message = refused("train", file_of(run), f"run.dir={tmp_path / 'r'}", f"data.val.annotations={empty}")
     assert "data.val: none of the 2 videos" in message
 
 

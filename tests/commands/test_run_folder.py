@@ -63,6 +63,14 @@ def test_paths_in_the_folder_move_with_it_and_names_stay_names(tmp_path: Path) -
     assert moved.parallel.ranks is None and moved.parallel.shard is None
 
 
+def test_a_config_that_a_person_has_written_is_never_changed(tmp_path: Path) -> None:
+    own = "# my notes\nrun:\n  dir: elsewhere\n"
+    (tmp_path / RUN_CONFIG).write_text(own)
+    assert load_config(tmp_path).run.dir == Path("elsewhere")
+    record_config(load_config(tmp_path, [f"run.dir={tmp_path}"]))
+    assert (tmp_path / RUN_CONFIG).read_text() == own
+
+
 def test_a_later_stage_changes_its_own_section_alone(run: Config, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run.run.dir, copy)

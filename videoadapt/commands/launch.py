@@ -127,8 +127,19 @@ def launch(config: Config, words: Sequence[str]) -> LaunchResult:
     """
     jobs = jobs_of(config)
     _warn_of_idle_gpus(jobs)
+    _warn_of_absent_inputs(config)
     submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
     return LaunchResult(config.launch.cluster, submitted)
+
+
+def _warn_of_absent_inputs(config: Config) -> None:
+    """Prints which inputs this machine does not have: a job without them fails after it has waited in the queue."""
+    data = config.data
+    given = {"data.train.annotations": data.train.annotations, "data.val.annotations": data.val.annotations}
+    given |= {"data.root": data.root, "data.token_labels": data.token_labels, "run.checkpoint": config.run.checkpoint}
+    for name, path in given.items():
+        if path is not None and path not in map(Path, ("best", "last")) and not path.exists():
+            say(f"{name}: {path} is not on this machine; the jobs need it on their nodes")
 
 
 def plan_launch(config: Config, words: Sequence[str]) -> LaunchPlan:
@@ -145,6 +156,7 @@ def plan_launch(config: Config, words: Sequence[str]) -> LaunchPlan:
         raise ConfigError("launch.cluster: local has no jobs to show; leave --dry-run or launch.cluster=local out")
     jobs = jobs_of(config)
     _warn_of_idle_gpus(jobs)
+    _warn_of_absent_inputs(config)
     planned: list[PlannedJob] = []
     for number, job in enumerate(jobs, start=1):
         before = planned[-1].name if planned else None

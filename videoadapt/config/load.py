@@ -47,6 +47,7 @@ S = TypeVar("S", bound=Section)
 S2 = TypeVar("S2", WrittenDict, WrittenList)
 
 RUN_CONFIG = "config.yaml"  # the config in a run folder, which its stages write (`runtime/run_config.py`)
+RUN_MARK = "# Written by videoadapt: the config of this run (docs/run_folder.md).\n"  # its first line
 _MAX_MAP_CLASSES = 2048  # float16 represents each integer up to this one exactly
 _MAX_ERRORS = 8  # wrong fields that one message names
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255  # Linux' limits of a path and of each name in it
@@ -227,14 +228,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     dollar sign keeps the first: `$$NAME` is the text `$NAME`.
 
     Args:
-        path: The YAML file, or a run folder. `run.dir` is then this folder, also if it was moved since.
+        path: The YAML file, or a folder with `config.yaml`. If a run has recorded it, `run.dir` is this folder, also if
+            it was moved since.
         overrides: Texts `section.key=value`. A value in brackets or quotes is YAML; every other value is text, which
             the type of the key gives its meaning. They replace values of the file. Later texts replace earlier ones.
 
     Raises:
         ConfigError: A file cannot be read, or fields are wrong. The message names the file and the wrong fields.
     """
-    values = _read_run(Path(path)) if Path(path).is_dir() else _read_with_base(Path(path))
+    values = _read_folder(Path(path)) if Path(path).is_dir() else _read_with_base(Path(path))
     for override in overrides:
         _apply_override(values, override)
     return make_config(_expand(values, "", Config), str(path))
@@ -361,13 +363,23 @@ def _map_paths(value: Any, kind: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _read_run(folder: Path) -> Values:
-    """Reads the config of a run folder. Paths below the folder's recorded place are moved to its present place."""
+def is_recorded(path: Path) -> bool:
+    """Returns whether a stage has written this config into a run folder, and not a person."""
+    try:
+        return read_text(path, MAX_CONFIG_BYTES).startswith(RUN_MARK)
+    except (OSError, ValueError):  # ValueError: no UTF-8
+        return False
+
+
+def _read_folder(folder: Path) -> Values:
+    """Reads the config in a folder. Paths below the recorded place of a run are moved to its present place."""
     if not (folder / RUN_CONFIG).exists():
         raise ConfigError(
             f"{folder}: a folder without {RUN_CONFIG}; expected a YAML file, or the folder of a run, in which `index` "
             f"or `train` has written {RUN_CONFIG}"
         )
+    if not is_recorded(folder / RUN_CONFIG):
+        return _read_with_base(folder / RUN_CONFIG)
     values = _read_yaml(folder / RUN_CONFIG)
     run = values.setdefault("run", {})
     if not isinstance(run, dict):

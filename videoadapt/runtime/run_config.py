@@ -3,14 +3,23 @@
 It is the config of the model that the folder holds. `train` writes it, and so does `index` as long as there is no
 checkpoint. Later stages do not change what `train` has recorded. `label` and `assign` replace their own section,
 because later stages need the files that these settings made. `evaluate` changes nothing, because it can be run in many
-ways. A stage that finds no config writes its own.
+ways. A stage that finds no config writes its own. A `config.yaml` that a person has written is never changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from videoadapt.config.load import RUN_CONFIG, Config, dump_config, load_config, make_config, with_absolute_paths
+from videoadapt.config.load import (
+    RUN_CONFIG,
+    RUN_MARK,
+    Config,
+    dump_config,
+    is_recorded,
+    load_config,
+    make_config,
+    with_absolute_paths,
+)
 from videoadapt.errors import ConfigError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
@@ -19,13 +28,17 @@ from videoadapt.runtime.files import replacing
 def record_config(config: Config, sections: Collection[str] | None = None) -> None:
     """Writes a config into its run folder, with absolute paths and without what belongs to one job alone.
 
-    Prints a message, and writes nothing, if the new sections do not fit the recorded ones.
+    Prints a message, and writes nothing, if the new sections do not fit the recorded ones, or if a person has written
+    the file.
 
     Args:
         config: The config of the stage.
         sections: The sections that replace those of a config that is already there. None: all.
     """
     path = config.run.dir / RUN_CONFIG
+    if path.exists() and not is_recorded(path):
+        say(f"{path}: written by hand, so it is not changed; later commands need the same overrides as this one")
+        return
     try:
         recorded = _for_any_job(config)
         if sections is not None and path.exists():
@@ -34,7 +47,7 @@ def record_config(config: Config, sections: Collection[str] | None = None) -> No
     except ConfigError as error:
         say(f"{path}: not changed ({error}); later commands need the same overrides as this one")
         return
-    text = dump_config(recorded)
+    text = RUN_MARK + dump_config(recorded)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
