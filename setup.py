@@ -38,6 +38,9 @@ EXTRAS = {
         "mkdocs-material>=9.6",
     ],
     "test": [
+        "ipykernel>=6.20",  # runs docs/python.ipynb
+        "nbclient>=0.8",
+        "nbformat>=5.7",
         "pytest>=8",
         "pytest-cov>=7",
         "coverage>=7.10",  # measures the processes that the tests start

@@ -121,6 +121,8 @@ PAGES = {
         },
         not_run={"videoadapt launch": "needs a cluster; tests/commands/test_slurm_jobs.py submits"},
     ),
+    "docs/python.ipynb": Page(blocks_not_run={"": "tests/test_python.py runs it in a kernel"}),
+    "docs/python.md": Page(copies={"config.yaml": "CONFIG", "clip.mp4": "video.mp4"}),
     "docs/points.md": Page(
         small=SMALL_IMAGE_MODEL,
         replaced={"rounds=15 'batches=[1,8]'": "rounds=1 'batches=[1]'"},

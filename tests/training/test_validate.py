@@ -96,7 +96,7 @@ def test_validations_change_no_bit_of_the_training(data: Path, indexed: Path, tm
     config = make(data, indexed, tmp_path, train=RECIPE | {"validate_every": 0})
     summary = train(config)
     assert same_bits(config, trained)
-    assert summary.validation is summary.best is None
+    assert (summary.validation, summary.best) == (None, None)
     assert not (config.run.dir / "validation.jsonl").exists()
     with pytest.raises(CheckpointError, match="best: names no checkpoint; train with train.validate_every"):
         trained_checkpoint(with_checkpoint(config, "best"))
