@@ -55,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("python")
     data = runs.make_data(folder / "data")
     (data / "train" / "00000.mp4").write_bytes(b"no video")
-    config = runs.config(data, folder / "run", data={"holdout": 0.0})
+    config = runs.config(data, folder / "run", data={"holdout": 0.0}, label={"source": "train"})
     state = State.start(config, load_or_index(config))
     train_checkpoints(config.run.dir).save(0, *state.saved())
     (config.run.dir / "config.yaml").write_text(dump_config(config))
@@ -64,20 +64,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_stages_are_silent_and_work_in_any_thread(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
-    config = run.model_copy(update={"label": run.label.model_copy(update={"source": "train"})})
     found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(va.label(config, progress=False)))
+    thread = threading.Thread(target=lambda: found.append(va.label(run, progress=False)))
     thread.start()
     thread.join()
     [labels] = found
     assert isinstance(labels, va.LabelSummary)
     assert labels.clips == runs.SIZES["train"] - 1
     assert capsys.readouterr() == ("", "")
-    va.label(config)
+    va.label(run)
     assert "label: 47/47 videos" in capsys.readouterr().err  # nothing stays silent
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
     assert repr(labels) == "<LabelSummary: labels of 47 clips, source train>"
-    assert labels._repr_html_().count("<tr>") == 1 + len(config.model.points)
+    assert labels._repr_html_().count("<tr>") == 1 + len(run.model.points)
     with pytest.raises(va.UserError, match=r"parallel\.shard: va\.label returns the result of all shards"):
         va.label(run.model_copy(update={"parallel": run.parallel.model_copy(update={"shard": "0/2"})}))
 

@@ -243,20 +243,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def as_config(source: ConfigSource) -> Config:
-    """Returns a config as it is, or loads it from a YAML file or from the `config.yaml` of a run folder.
-
-    A run folder may have moved since: `run.dir` is the folder that is given.
-
-    Raises:
-        ConfigError: The file cannot be read, or fields are wrong.
-    """
-    if isinstance(source, Config):
-        return source
-    path = Path(source)
-    if not path.is_dir():
-        return load_config(path)
-    config = load_config(path / "config.yaml")
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": path})})
+    """Returns a config as it is, or loads it from a YAML file or a run folder; see `load_config`."""
+    return source if isinstance(source, Config) else load_config(source)
 
 
 def make_config(values: Values, origin: str = "config") -> Config:
