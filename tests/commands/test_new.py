@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import small_runs as runs
+from videoadapt.commands.new import parts_that_fit, template_lines
 from videoadapt.commands.recommend import MachineFacts, recommend
-from videoadapt.config.load import load_config
+from videoadapt.config.load import load_config, make_config
 from videoadapt.data.index.survey import Spread, Survey, survey
 from videoadapt.errors import UserError
 from videoadapt.model.weights.facts import Normalisation, WeightsFacts
+from videoadapt.performance.memory import training_memory
 
 SMALL = [
     "train.epochs=1",
@@ -167,3 +170,22 @@ def test_training_on_two_cores_ends_in_ten_minutes(clips: int, kind: str) -> Non
     chosen = recommend(facts(clips, kind=kind), VIT_S, LAPTOP)
     assert chosen.seconds["train"] < 600
     assert chosen.settings["train.epochs"].value >= 4
+
+
+def test_a_step_is_split_until_it_fits_into_the_memory() -> None:
+    model = {"width": 16, "heads": 1, "depth": 1, "size": 32, "points": ["2"], "num_frames": 1, "num_classes": 2}
+    config = make_config({"model": model, "train": {"batch": 8, "optimizer": "adamw"}, "run": {"device": "cpu"}})
+    whole = training_memory(config, torch.device("cpu")).bytes(["2"], 8)
+    assert parts_that_fit(config, 2 * whole).value == 1
+    assert parts_that_fit(config, whole).value > 1
+    assert parts_that_fit(config, 1).value == 8  # at least one clip
+
+
+def test_a_wrong_setting_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    for word, message in (("train.foo=1", "train.foo"), ("model.drop_path=0.1", "does not write this key")):
+        done = runs.command("new", tmp_path / "run", "--data", tmp_path, word)
+        assert done.returncode == 2 and message in done.stderr
+    written = {key for key, _ in template_lines()}
+    for weights in (VIT_S, None):
+        for kind in ("videos", "images"):
+            assert recommend(facts(180, kind=kind), weights, LAPTOP).settings.keys() <= written

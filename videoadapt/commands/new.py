@@ -9,25 +9,32 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from videoadapt.commands.recommend import MachineFacts, Setting, recommend
-from videoadapt.config.load import config_folder, dump_value, load_config, make_config
+from videoadapt.commands.recommend import MachineFacts, Recommendation, Setting, recommend
+from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
+from videoadapt.performance.memory import training_memory
 from videoadapt.performance.timing import bf16_is_fast, training_macs_per_s
 from videoadapt.runtime.console import duration, print_table, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.machine import available_cpus, pick_device
 
-_LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):(?P<value> .*)?")  # of the template; comments have their own lines
+_TEMPLATE = config_folder() / "finetune_template.yaml"
+_LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):.*")  # of the template; comments have their own lines
+_PAGES = "# Change what you like. docs/finetune.md says how to choose, docs/config.md has all keys."
+_FEW_EPOCHS = 4
+_MEMORY_USED = 0.8  # of a GPU's memory, at most: the prediction does not count what CUDA itself needs
 
 
 @dataclass(frozen=True)
@@ -59,61 +66,89 @@ def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequenc
     if path.exists():
         raise UserError(f"{path} exists, and is never overwritten; name another folder, or move it away")
     given = _given(overrides)
-    found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"))
     facts = None if weights is None else weights_facts(_source(weights))
+    found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"))
     machine = measure_machine(found, facts)
     chosen = recommend(found, facts, machine)
-    fixed = {
+    settings = {
+        **chosen.settings,
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
-        "train.init": Setting(
-            None if weights is None else _source(weights), "" if weights else "no weights were given"
-        ),
-        "data.kind": Setting(given.get("data.kind", "auto"), ""),
+        "train.init": Setting(weights and _source(weights), "" if weights else "no weights were given"),
     }
-    settings = {**chosen.settings, **fixed}
-    text = fill_template(settings)
-    if overrides:
-        text = fill_template(settings | _overridden(text, overrides, given))
-    make_config(parse_yaml(text), str(path))  # before anything is written
+    header = f"# Written by `videoadapt new` on {date.today()}: fine-tuning on {os.path.abspath(data)}."
+    text = _checked(header, settings, overrides, machine, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in {**found.files, "config.yaml": text}.items():
         with replacing(path.parent / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
     return NewRun(
-        path,
-        replace(found, files={}),
-        facts.label if facts else None,
-        machine,
-        chosen.seconds,
-        _notes(found, facts),
-        _commands(path, found),
+        config=path,
+        data=replace(found, files={}),
+        weights=facts.label if facts else None,
+        machine=machine,
+        seconds=chosen.seconds,
+        notes=_notes(found, facts, chosen),
+        commands=_commands(path, found),
     )
 
 
-def fill_template(settings: Mapping[str, Setting]) -> str:
-    """Returns the template with other values, and the reason of each behind it.
+def _checked(
+    header: str, settings: dict[str, Setting], overrides: Sequence[str], machine: MachineFacts, path: Path
+) -> str:
+    """Returns the text of the config: with the user's settings, and in parts that fit into the memory of a GPU.
 
     Raises:
-        ConfigError: The template has no line for a key.
+        ConfigError: The user's settings contradict each other or the chosen ones.
     """
-    sections: list[str] = []
-    lines, left = [], dict(settings)
-    for line in (config_folder() / "finetune_template.yaml").read_text(encoding="utf-8").splitlines():
-        match = _LINE.fullmatch(line)
-        if match is None:
-            lines.append(line)
-            continue
-        sections[len(match["indent"]) // 2 :] = [match["key"]]
-        setting = left.pop(key := ".".join(sections), None)
+    text = fill_template(settings, header)
+    if overrides:
+        settings = settings | _overridden(text, overrides)
+        text = fill_template(settings, header)
+    config = make_config(parse_yaml(text), str(path))
+    if machine.device == "cuda" and "train.accumulate" not in _given(overrides):
+        fitting = parts_that_fit(config, torch.cuda.get_device_properties(0).total_memory)
+        text = fill_template(settings | {"train.accumulate": fitting}, header)
+    return text
+
+
+def fill_template(settings: Mapping[str, Setting], header: str) -> str:
+    """Returns the template with other values, and the reason of each behind it.
+
+    Args:
+        settings: The values by key; a key that is left out keeps the template's value.
+        header: A comment in place of the template's.
+    """
+    lines = [header, _PAGES]
+    for key, line in template_lines():
+        setting = settings.get(key)
         if setting is not None:
             reason = f"  # {setting.reason}" if setting.reason else ""
-            line = f"{match['indent']}{match['key']}: {dump_value(key, setting.value)}{reason}"
+            line = f"{line.partition(':')[0]}: {dump_value(key, setting.value)}{reason}"
         lines.append(line)
-    if left:
-        raise ConfigError(
-            f"{', '.join(left)}: not in the template of `videoadapt new`; add it to config.yaml when it is written"
-        )
     return "\n".join(lines) + "\n"
+
+
+def template_lines() -> list[tuple[str, str]]:
+    """Returns the key, empty for comments, and the text of each line below the template's header."""
+    lines = _TEMPLATE.read_text(encoding="utf-8").splitlines()
+    begin = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    sections: list[str] = []
+    found = []
+    for line in lines[begin:]:
+        if match := _LINE.fullmatch(line):
+            sections[len(match["indent"]) // 2 :] = [match["key"]]
+        found.append((".".join(sections) if match else "", line))
+    return found
+
+
+def parts_that_fit(config: Config, memory_bytes: int) -> Setting:
+    """Returns the fewest micro-batches of a step whose activations fit into the memory of a device."""
+    memory = training_memory(config, pick_device(config.run.device))
+    parts, clips = 1, config.train.batch
+    while clips // parts > 1 and memory.bytes(config.model.points, clips // parts) > _MEMORY_USED * memory_bytes:
+        parts *= 2
+    needed = memory.bytes(config.model.points, clips // parts) / 2**30
+    return Setting(parts, f"a part takes about {needed:.1f} of {memory_bytes / 2**30:.0f} GiB")
 
 
 def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
@@ -161,8 +196,11 @@ def _describe(data: Survey) -> str:
     return f"{seconds}, {data.fps.low:.3g} to {data.fps.high:.3g} frames a second, {short}, {opened}"
 
 
-def _notes(data: Survey, weights: WeightsFacts | None) -> list[str]:
+def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation) -> list[str]:
     notes = list(data.notes)
+    epochs = chosen.settings["train.epochs"].value
+    if epochs < _FEW_EPOCHS:
+        notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more time (train.epochs)")
     if data.unreadable:
         notes.append(
             f"{len(data.unreadable)} of the {data.opened} files that were opened cannot be read, the first: "
@@ -194,19 +232,27 @@ def _source(weights: str) -> str:
 
 
 def _given(overrides: Sequence[str]) -> dict[str, str]:
-    return {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
+    """Returns the values of overrides by key, as text.
+
+    Raises:
+        ConfigError: A key or its value is wrong, or the template has no line for the key.
+    """
+    load_config(_TEMPLATE, overrides)
+    given = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
+    unknown = sorted(given.keys() - {key for key, _ in template_lines()})
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: `videoadapt new` does not write this key; add it to config.yaml afterwards")
+    return given
 
 
-def _overridden(text: str, overrides: Sequence[str], given: Mapping[str, str]) -> dict[str, Setting]:
-    """Returns the settings that a user gave, checked as in a command."""
-    import tempfile
-
+def _overridden(text: str, overrides: Sequence[str]) -> dict[str, Setting]:
+    """Returns the settings that a user gave, with the types of a config."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(text, encoding="utf-8")
         values: Any = load_config(path, overrides).model_dump(mode="json")
     found = {}
-    for key in given:
+    for key in _given(overrides):
         value = values
         for name in key.split("."):
             value = value[name]

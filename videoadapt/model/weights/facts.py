@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import timm
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,8 @@ from videoadapt.model.checkpoint import KEY
 from videoadapt.model.weights.layouts import SUPERVIT, Layout, recognise
 from videoadapt.model.weights.sources import Weights, read_weights
 
+Rgb: TypeAlias = tuple[float, float, float]
+
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TIMESFORMER = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 _HEAD_WIDTH = 64  # of every published ViT; tensor shapes do not show it
@@ -28,8 +30,8 @@ _DENSE_HEAD = 0.25  # LV-ViT's weight of the head on patches
 class Normalisation(NamedTuple):
     """Mean and deviation of RGB values in [0, 1] with which weights were trained."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Rgb
+    std: Rgb
     origin: str  # who says so, for messages
 
 
@@ -193,14 +195,19 @@ def _of_folder(folder: Path) -> Normalisation | None:
         except (OSError, ValueError):
             continue
         found = values.get(inner) if inner and isinstance(values, dict) else values
-        if isinstance(found, Mapping) and (both := _three(found.get(mean)), _three(found.get(std))) and all(both):
-            return Normalisation(*both, f"its {name}")  # type: ignore[arg-type]
+        if isinstance(found, Mapping):
+            both = _rgb(found.get(mean)), _rgb(found.get(std))
+            if both[0] and both[1]:
+                return Normalisation(both[0], both[1], f"its {name}")
     return None
 
 
-def _three(values: Any) -> tuple[float, ...] | None:
-    numbers = isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)  # noqa: PLR2004 - RGB
-    return tuple(map(float, values)) if numbers else None
+def _rgb(values: Any) -> Rgb | None:
+    try:
+        red, green, blue = map(float, values)
+    except (TypeError, ValueError):
+        return None
+    return red, green, blue
 
 
 def _of_timm(name: str, *, is_file: bool) -> Normalisation | None:
@@ -210,4 +217,5 @@ def _of_timm(name: str, *, is_file: bool) -> Normalisation | None:
     if settings is None:
         return None
     origin = f"timm's settings of {stem}{', the name of the file' if is_file else ''}"
-    return Normalisation(settings.mean, settings.std, origin)
+    mean, std = _rgb(settings.mean), _rgb(settings.std)
+    return Normalisation(mean, std, origin) if mean and std else None
