@@ -220,7 +220,8 @@ def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation) -
 
 
 def _commands(config: Path, data: Survey) -> list[str]:
-    shown = shlex.quote(os.path.relpath(config) if config.is_relative_to(Path.cwd()) else str(config))
+    folder = config.parent  # a folder with a config.yaml stands for it
+    shown = shlex.quote(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))
     verbs = ("train", "label", "assign", "evaluate")
     sample = "PHOTO.jpg" if data.kind == "images" else "CLIP.mp4"
     return [*(f"videoadapt {verb} {shown}" for verb in verbs), f"videoadapt predict {shown} {sample}"]
