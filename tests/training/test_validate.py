@@ -26,7 +26,7 @@ from videoadapt.training.state import State
 from videoadapt.training.train import train
 from videoadapt.training.validate import ValidationVideos, Validator, describe, say_failed, selected_on_val
 
-RECIPE = {"epochs": 3, "save_steps": 0, "best_metric": "loss/6"}
+RECIPE = {"epochs": 3, "save_steps": 0, "validate_every": 1, "best_metric": "loss/6"}
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,11 @@ def test_a_share_of_val_is_the_same_for_every_seed_and_holdout_is_another_split(
     ("sections", "message"),
     [
         (
-            {"data": {"validate": "holdout", "holdout": 0.0}, "label": {"source": "train"}},
+            {
+                "data": {"validate": "holdout", "holdout": 0.0},
+                "label": {"source": "train"},
+                "train": {"validate_every": 1},
+            },
             "data.validate: holdout needs",
         ),
         ({"train": {"best_metric": "top1/14"}}, r"train.best_metric: expected top1 or top5 or loss, .*8, 6, 4"),
@@ -230,7 +234,7 @@ def validation(epoch: int, **values: float | None) -> Validation:
 
 
 def test_the_first_of_equal_validations_is_best_and_patience_counts_from_it(tmp_path: Path) -> None:
-    config = runs.config(tmp_path, tmp_path / "run", train={"patience": 2, "best_metric": "top1"})
+    config = runs.config(tmp_path, tmp_path / "run", train={"patience": 2, "best_metric": "top1", "validate_every": 1})
     made = [validation(1, top1_8=0.5, top1_6=0.25), validation(2, top1_8=0.25, top1_6=0.5), validation(3, top1_8=None)]
     assert best_validation(made, config) is made[0]  # by the mean over points
     assert [out_of_patience(made[:count], config) for count in range(4)] == [False, False, False, True]
