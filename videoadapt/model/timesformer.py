@@ -62,7 +62,10 @@ class TimeSformer(nn.Module):
 
     Args:
         config: The model's section of the config.
-        class_names: The names of the classes in label order, to name predictions; may be empty.
+        class_names: The names of the classes in label order; may be empty.
+
+    Attributes:
+        class_names: As given; a loaded model has those of its training. `class_names[i]` names the class of `logits[i]`.
 
     Example:
         >>> model = TimeSformer(ModelConfig(points=("14", "7")))
