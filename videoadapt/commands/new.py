@@ -22,7 +22,7 @@ from videoadapt.commands.recommend import MachineFacts, Recommendation, Setting,
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
-from videoadapt.errors import ConfigError, UserError
+from videoadapt.errors import UserError
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
 from videoadapt.performance.timing import bf16_is_fast, training_macs_per_s
@@ -115,17 +115,29 @@ def fill_template(settings: Mapping[str, Setting], header: str) -> str:
     """Returns the template with other values, and the reason of each behind it.
 
     Args:
-        settings: The values by key; a key that is left out keeps the template's value.
+        settings: The values by key. A key that is left out keeps the template's value; one that the template does not
+            have comes at the end of its section.
         header: A comment in place of the template's.
     """
-    lines = [header, _PAGES]
+    written, lines = set(), [header, _PAGES]
     for key, line in template_lines():
-        setting = settings.get(key)
-        if setting is not None:
-            reason = f"  # {setting.reason}" if setting.reason else ""
-            line = f"{line.partition(':')[0]}: {dump_value(key, setting.value)}{reason}"
-        lines.append(line)
+        written.add(key)
+        lines.append(_line(line.partition(":")[0], key, settings[key]) if key in settings else line)
+    for key, setting in settings.items():
+        section, _, name = key.partition(".")
+        if key in written:
+            continue
+        if f"{section}:" not in lines:
+            lines.append(f"{section}:")
+        inside = range(lines.index(f"{section}:") + 1, len(lines))
+        end = next((number for number in inside if not lines[number].startswith(" ")), len(lines))
+        lines.insert(end, _line(f"  {name}", key, setting))
     return "\n".join(lines) + "\n"
+
+
+def _line(name: str, key: str, setting: Setting) -> str:
+    reason = f"  # {setting.reason}" if setting.reason else ""
+    return f"{name}: {dump_value(key, setting.value)}{reason}"
 
 
 def template_lines() -> list[tuple[str, str]]:
@@ -236,14 +248,10 @@ def _given(overrides: Sequence[str]) -> dict[str, str]:
     """Returns the values of overrides by key, as text.
 
     Raises:
-        ConfigError: A key or its value is wrong, or the template has no line for the key.
+        ConfigError: A key or its value is wrong.
     """
     load_config(_TEMPLATE, overrides)
-    given = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
-    unknown = sorted(given.keys() - {key for key, _ in template_lines()})
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: `videoadapt new` does not write this key; add it to config.yaml afterwards")
-    return given
+    return {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
 
 
 def _overridden(text: str, overrides: Sequence[str]) -> dict[str, Setting]:

@@ -25,12 +25,14 @@ _FROM_SCRATCH = {
     "qkv_bias": True,
 }
 _TIME_INIT_STD = 0.5  # from scratch: with zero the order of frames is hardly learnt (docs/log.md)
+# Settings of a checkpoint of ours that other data need anew.
+_CHOSEN = {"size", "num_frames", "stride_frames", "fps", "mean", "std", "points", "temporal"}
 
 _LONGEST_CLIP_S = 8.5  # that of TimeSformer on Kinetics: 8 frames, 32 apart, at 30 a second
 _LENGTHS = (14, 10, 7)  # largest lengths to consider, in patches per side
 _FEW_CLIPS = 500  # below: fine-tuning all blocks forgets more than it learns
 _IMBALANCED = 2.0  # largest class / smallest class
-_TRAIN_BUDGET_S = {"cpu": 450.0, "cuda": 3600.0}  # for training, without reading
+_TRAIN_BUDGET_S = {"cpu": 540.0, "cuda": 3600.0}  # for training, without reading
 _BACKWARD = 2  # MACs of a backward pass / those of the forward pass
 _VALIDATION = 0.15  # time of an epoch's validation / time of its training, at most
 _NEARLY_ALL = 0.7  # of val: then all of it
@@ -86,7 +88,9 @@ def recommend(data: Survey, weights: WeightsFacts | None, machine: MachineFacts)
     few = data.clips("train") < _FEW_CLIPS
     holdout = 0.3 if few else 0.2
     stage1 = round(data.clips("train") * (1 - holdout))
-    chosen = _choose_input(data, model, machine, stage1, few=few, pretrained=weights is not None)
+    # Image weights lack the layers between frames. Frozen blocks would keep random ones.
+    can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
+    chosen = _choose_input(data, model, machine, stage1, few=few, can_freeze=can_freeze)
     settings = {
         "run.precision": Setting(machine.precision, f"the faster one on {machine.name}"),
         **_data_settings(data, machine, chosen, holdout, few),
@@ -110,12 +114,12 @@ def points_of(length: int) -> list[int]:
 
 
 def _choose_input(
-    data: Survey, model: Mapping[str, Any], machine: MachineFacts, clips: int, *, few: bool, pretrained: bool
+    data: Survey, model: Mapping[str, Any], machine: MachineFacts, clips: int, *, few: bool, can_freeze: bool
 ) -> _Input:
     """Returns the largest input, and the fewest frozen blocks, with which enough epochs fit into the time."""
     depth = model["depth"]
-    least, most = (8, 20) if few else (4, 15)
-    freezes = ([depth // 2] if few else [0]) + [depth * 3 // 4] if pretrained else [0]
+    least, most = (6, 20) if few else (4, 15)
+    freezes = [depth // 2 if few else 0, depth * 3 // 4] if can_freeze else [0]
     for frames, length in _inputs(data, model):
         for frozen in freezes:
             macs = _macs(model, data, frames, length)
@@ -199,6 +203,11 @@ def _model_settings(
     source = "the weights" if weights else "a small model: there are no weights"
     settings = {f"model.{key}": Setting(value, "") for key, value in model.items() if key in _FROM_SCRATCH}
     settings["model.width"] = Setting(model["width"], f"from {source}; so are the next six")
+    default = ModelConfig().model_dump(mode="json")
+    rare = {key: value for key, value in model.items() if key not in _CHOSEN and value != default[key]}
+    settings |= {
+        f"model.{key}": Setting(value, "from the weights") for key, value in rare.items() if key not in _FROM_SCRATCH
+    }
     if weights and weights.normalisation:
         mean, std, origin = weights.normalisation
         settings["model.mean"] = Setting(list(mean), f"by {origin}")
@@ -230,6 +239,10 @@ def _model_settings(
         f"{seconds.high:.1f} s (short, usual, long)",
     )
     settings["model.temporal"] = Setting(True, "")
+    if weights is None:
+        settings["model.time_init_std"] = Setting(
+            _TIME_INIT_STD, "random weights: with 0 the order of frames is hardly learnt"
+        )
     return settings
 
 
@@ -261,14 +274,22 @@ def _train_settings(
     }
     if weights is None:
         settings["train.lr"] = Setting(0.001, "random weights need a higher rate than pretrained ones")
+        settings["train.layer_decay"] = Setting(1.0, "random weights: all blocks must learn")
+        settings["train.freeze"] = Setting(None, "")
         return settings
     settings["train.lr"] = Setting(_lr(batch), "low: pretrained weights are easily destroyed")
     settings["train.layer_decay"] = Setting(0.75, "blocks near the input change least")
     why = (
         f"the first {chosen.frozen} of {weights.model['depth']} blocks keep the weights: faster, and safer on few clips"
     )
-    settings["train.freeze"] = Setting(chosen.frozen or None, why if chosen.frozen else "enough clips and time")
+    settings["train.freeze"] = Setting(chosen.frozen or None, why if chosen.frozen else _why_free(data))
     return settings
+
+
+def _why_free(data: Survey) -> str:
+    if data.kind == "videos":
+        return "image weights have no layers between frames: all blocks must learn them"
+    return "enough clips and time"
 
 
 def _lr(batch: int) -> float:
