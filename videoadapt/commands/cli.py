@@ -109,19 +109,17 @@ ConfigFile = Annotated[Path, typer.Argument(help=_CONFIG_HELP, show_default=Fals
 OptionalConfig = Annotated[Path | None, typer.Argument(help=_CONFIG_HELP, show_default=False, metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="section.key=value ...", show_default=False, metavar="[KEY=VALUE]...", autocompletion=_complete_key
-    ),
+    typer.Argument(help="section.key=value ...", show_default=False, metavar="KEY=VALUE", autocompletion=_complete_key),
 ]
 VideosAndOverrides = Annotated[
-    list[str], typer.Argument(help="Video files, and section.key=value.", metavar="VIDEO...")
+    list[str], typer.Argument(help="Videos, folders of videos, and section.key=value.", metavar="VIDEO")
 ]
 SettingsAndOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings of the benchmark (rounds=15, batches=[1,8] ...), and section.key=value of the config.",
         show_default=False,
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
     ),
 ]
 SettingsAndVideos = Annotated[
@@ -130,7 +128,7 @@ SettingsAndVideos = Annotated[
         help="Settings of the benchmark (rounds=5, clips=6 per round ...), and video files to read instead of "
         "generated ones.",
         show_default=False,
-        metavar="[KEY=VALUE]... [VIDEO]...",
+        metavar="KEY=VALUE|VIDEO",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
@@ -357,8 +355,8 @@ def predict(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS [default: assigned if the run has an assigner, "
-            "otherwise fixed at the costliest point]"
+            help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS. Default: assigned if the run has an assigner, "
+            "otherwise fixed at the costliest point."
         ),
     ] = None,
     as_json: Json = False,

@@ -374,9 +374,10 @@ def is_recorded(path: Path) -> bool:
 def _read_folder(folder: Path) -> Values:
     """Reads the config in a folder. Paths below the recorded place of a run are moved to its present place."""
     if not (folder / RUN_CONFIG).exists():
+        runs = sorted(path.parent for path in folder.glob(f"*/{RUN_CONFIG}"))
         raise ConfigError(
             f"{folder}: a folder without {RUN_CONFIG}; expected a YAML file, or the folder of a run, in which `index` "
-            f"or `train` has written {RUN_CONFIG}"
+            f"or `train` has written {RUN_CONFIG}{f', such as {few(runs)}' if runs else ''}"
         )
     if not is_recorded(folder / RUN_CONFIG):
         return _read_with_base(folder / RUN_CONFIG)
