@@ -11,6 +11,7 @@ import array
 import atexit
 import gc
 import json
+import multiprocessing.process
 import os
 import runpy
 import socket
@@ -104,6 +105,7 @@ def _serve(address: str) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.chdir(folder)
+    multiprocessing.process.ORIGINAL_DIR = folder  # type: ignore[attr-defined] # the folder of new processes
     os.environ.clear()
     os.environ |= environment
     _end(_code_of(program, words))

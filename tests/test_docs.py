@@ -73,8 +73,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, server: CommandServer) -> Path:
-    """A folder with data, a finished run on it, its config and a video, all by relative paths."""
-    folder = tmp_path_factory.mktemp("docs")
+    """A folder `kept` with data, a finished run on it, its config and a video, and `page`, where it was made.
+
+    Each page runs in a copy named `page`: a manifest has absolute paths, and would be made again elsewhere.
+    """
+    parent = tmp_path_factory.mktemp("docs")
+    folder = parent / "page"
     generate(folder / "data", VIDEOS, seed=3, workers=1)
     for name in ("configs", "tools", "slurm", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
@@ -86,17 +90,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, server: CommandServer) ->
         "tests/test_docs.py", 0, "bash", "for v in train label assign evaluate; do videoadapt $v CONFIG; done"
     )
     run_shell(block, block.text, folder, shell_of(server, Page()))
-    return folder
+    shutil.move(folder, parent / "kept")
+    return parent
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if any(executed(settings(name), b) for b in BLOCKS[name])])
 def test_the_blocks_of_a_page_run(
-    name: str, server: CommandServer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, server: CommandServer, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = settings(name)
-    folder = tmp_path / "page"
-    shutil.copytree(prepared, folder, symlinks=True)
+    folder = prepared / "page"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(prepared / "kept", folder, symlinks=True)
     for target, source in page.copies.items():
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)

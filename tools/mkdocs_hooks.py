@@ -6,9 +6,11 @@ page of its own, so that the links work without a repository on the web, too.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -46,8 +48,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Rewrites the links of a page, which are relative to its file in the repository."""
     uri = page.file.src_uri
     if uri.startswith(f"{SOURCES}/"):
-        return markdown
-    origin = next((Path(name) for name, page_uri in PAGES.items() if page_uri == uri), Path("docs", uri))
+        origin = Path(uri).relative_to(SOURCES).with_suffix("")
+        if origin.suffix != ".ipynb":  # code
+            return markdown
+    else:
+        origin = next((Path(name) for name, page_uri in PAGES.items() if page_uri == uri), Path("docs", uri))
 
     def rewritten(link: re.Match[str]) -> str:
         path = _target(origin, link[2])
@@ -75,7 +80,7 @@ def _uri(path: Path) -> str:
     """The source name that a path of the repository has on the site."""
     if path.as_posix() in PAGES:
         return PAGES[path.as_posix()]
-    if path.parts[0] == "docs" and (ROOT / path).is_file():
+    if path.parts[0] == "docs" and (ROOT / path).is_file() and path.suffix != ".ipynb":
         return path.relative_to("docs").as_posix()
     return f"{SOURCES}/{path.as_posix()}.md"
 
@@ -90,4 +95,11 @@ def _shown(path: Path) -> str:
     if (ROOT / path).is_dir():
         return title + "".join(f"- `{each.name}`\n" for each in sorted((ROOT / path).iterdir()) if each.is_file())
     content = (ROOT / path).read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        return "\n\n".join(map(_cell, json.loads(content)["cells"]))
     return f"{title}``````{LANGUAGES.get(path.suffix, 'text')}\n{content}\n``````\n"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    return text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```"
