@@ -148,7 +148,8 @@ def test_a_folder_is_a_data_set_and_a_video_that_fails_is_never_replaced(run: Co
         copy = tmp_path / f"class {row.label}" / Path(row.path).name
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(Path(row.path).read_bytes())
-    unnamed = run.model_copy(update={"data": run.data.model_copy(update={"classes": None})})
+    model = run.model.model_copy(update={"num_classes": len({row.label for row in rows})})  # those of the folder
+    unnamed = run.model_copy(update={"data": run.data.model_copy(update={"classes": None}), "model": model})
     before = sorted(tmp_path.rglob("*"))
     dataset = va.ClipDataset(tmp_path, unnamed, views="evaluation", on_error="return")
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
