@@ -170,7 +170,7 @@ def test_settings_follow_data_and_machine() -> None:
 @pytest.mark.parametrize(("clips", "kind"), [(180, "videos"), (180, "images"), (1600, "images")])
 def test_training_on_two_cores_ends_in_ten_minutes(clips: int, kind: str) -> None:
     chosen = recommend(facts(clips, kind=kind), VIT_S, LAPTOP)
-    assert chosen.seconds["train"] < 600
+    assert chosen.seconds["train"] <= 600
     assert chosen.settings["train.epochs"].value >= 4
 
 

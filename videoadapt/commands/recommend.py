@@ -32,7 +32,7 @@ _LONGEST_CLIP_S = 8.5  # that of TimeSformer on Kinetics: 8 frames, 32 apart, at
 _LENGTHS = (14, 10, 7)  # largest lengths to consider, in patches per side
 _FEW_CLIPS = 500  # below: fine-tuning all blocks forgets more than it learns
 _IMBALANCED = 2.0  # largest class / smallest class
-_TRAIN_BUDGET_S = {"cpu": 540.0, "cuda": 3600.0}  # for training, without reading
+_TRAIN_BUDGET_S = {"cpu": 600.0, "cuda": 3600.0}  # for training, without reading
 _BACKWARD = 2  # MACs of a backward pass / those of the forward pass
 _VALIDATION = 0.15  # time of an epoch's validation / time of its training, at most
 _NEARLY_ALL = 0.7  # of val: then all of it
@@ -118,7 +118,7 @@ def _choose_input(
 ) -> _Input:
     """Returns the largest input, and the fewest frozen blocks, with which enough epochs fit into the time."""
     depth = model["depth"]
-    least, most = (6, 20) if few else (4, 15)
+    least, most = (5, 20) if few else (4, 15)
     freezes = [depth // 2 if few else 0, depth * 3 // 4] if can_freeze else [0]
     for frames, length in _inputs(data, model):
         for frozen in freezes:
@@ -200,9 +200,9 @@ def _model_settings(
 ) -> dict[str, Setting]:
     size = chosen.length * model["patch"]
     short = int(data.short_side.middle)
-    source = "the weights" if weights else "a small model: there are no weights"
+    why = "from the weights; so are the next six" if weights else "small, because there are no weights"
     settings = {f"model.{key}": Setting(value, "") for key, value in model.items() if key in _FROM_SCRATCH}
-    settings["model.width"] = Setting(model["width"], f"from {source}; so are the next six")
+    settings["model.width"] = Setting(model["width"], why)
     default = ModelConfig().model_dump(mode="json")
     rare = {key: value for key, value in model.items() if key not in _CHOSEN and value != default[key]}
     settings |= {
@@ -270,7 +270,7 @@ def _train_settings(
         ),
         "train.epochs": Setting(chosen.epochs, f"about {minutes:.0f} min on {machine.name}, without reading"),
         "train.batch": Setting(batch, f"{max(1, clips // batch)} steps an epoch"),
-        "train.warmup_epochs": Setting(1 if chosen.epochs > 4 else 0.5, ""),  # noqa: PLR2004
+        "train.warmup_epochs": Setting(1 if chosen.epochs > 8 else 0.5, ""),  # noqa: PLR2004
     }
     if weights is None:
         settings["train.lr"] = Setting(0.001, "random weights need a higher rate than pretrained ones")
@@ -294,7 +294,7 @@ def _why_free(data: Survey) -> str:
 
 def _lr(batch: int) -> float:
     """Returns a rate that grows with the root of the batch, as is usual for Adam."""
-    return float(f"{1e-4 * (batch / 16) ** 0.5:.1g}")
+    return float(f"{1e-4 * (batch / 8) ** 0.5:.2g}")
 
 
 def _batch(clips: int, data: Survey, machine: MachineFacts) -> int:
