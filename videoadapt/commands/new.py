@@ -67,7 +67,7 @@ def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequenc
         raise UserError(f"{path} exists, and is never overwritten; name another folder, or move it away")
     given = _given(overrides)
     facts = None if weights is None else weights_facts(_source(weights))
-    found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"))
+    found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"), given.get("data.classes"))
     machine = measure_machine(found, facts)
     chosen = recommend(found, facts, machine)
     settings = {
@@ -76,7 +76,10 @@ def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequenc
         "train.init": Setting(weights and _source(weights), "" if weights else "no weights were given"),
     }
     header = f"# Written by `videoadapt new` on {date.today()}: fine-tuning on {os.path.abspath(data)}."
-    text = _checked(header, settings, overrides, machine, path)
+    # The survey has used data.classes; a drawn val split comes with a file of its own.
+    text = _checked(
+        header, settings, [word for word in overrides if not word.startswith("data.classes")], machine, path
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in {**found.files, "config.yaml": text}.items():
         with replacing(path.parent / name) as temporary:
@@ -183,7 +186,7 @@ def print_new(result: NewRun) -> None:
     """Prints what was found, how long the stages take, and what to run next."""
     data = result.data
     rows = [
-        (split, sum(counts), sum(map(bool, counts)), f"{min(filter(None, counts))} to {max(counts)}")
+        (split, sum(counts), sum(map(bool, counts)), _range(counts))
         for split, counts in data.counts.items()
         if any(counts)
     ]
@@ -197,6 +200,12 @@ def print_new(result: NewRun) -> None:
         say(f"note: {note}")
     say(f"written: {result.config}; its comments have the reasons. Next:")
     print("\n".join(result.commands))
+
+
+def _range(counts: Sequence[int]) -> str:
+    """Returns the videos of the smallest and the largest class."""
+    least, most = min(filter(None, counts)), max(counts)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _describe(data: Survey) -> str:

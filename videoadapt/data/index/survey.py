@@ -85,7 +85,7 @@ class Survey:
         return max(present) / min(present)
 
 
-def survey(folder: Path, beside: Path, kind: str = "auto") -> Survey:
+def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None = None) -> Survey:
     """Looks at a folder of data.
 
     Args:
@@ -93,6 +93,7 @@ def survey(folder: Path, beside: Path, kind: str = "auto") -> Survey:
             `train.csv` and `val.csv`. A file is a list without a val split.
         beside: The folder of the future config, where `files` will be.
         kind: `data.kind`, for a folder with videos and images.
+        classes: `data.classes`, in place of a file of class names in the folder.
 
     Raises:
         UserError: There are no videos, only one class, videos and images, or classes in val that train does not have;
@@ -100,6 +101,8 @@ def survey(folder: Path, beside: Path, kind: str = "auto") -> Survey:
         RunError: The processes that read the videos were killed.
     """
     found, notes = find_sources(folder)
+    if classes is not None:
+        found = replace(found, classes=Path(classes))
     with tempfile.TemporaryDirectory(prefix="videoadapt-new-") as name:
         temporary = Path(name)
         files: dict[str, str] = {}
@@ -229,9 +232,7 @@ def _require_classes(videos: Sequence[ListedVideo], classes: Sequence[str]) -> N
     unknown = sorted(labels["val"] - labels["train"])
     if unknown:
         shown = ", ".join(classes[number] for number in unknown[:_MAX_SHOWN])
-        raise UserError(
-            f"--data: val has {len(unknown)} classes without a video in train: {shown}; add videos, or move some"
-        )
+        raise UserError(f"--data: val has classes without a video in train: {shown}; add videos, or move some")
 
 
 def _opened(videos: Sequence[ListedVideo], config: Config, cache: Path) -> dict[str, ProbeResult]:
