@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import resource
 import sys
 import tempfile
@@ -148,6 +149,16 @@ def test_the_help_fits_on_a_screen() -> None:
     for verb in "demo index train label assign evaluate launch flops plan predict bench".split():
         assert f" {verb} " in done.stdout
     assert "VIDEOADAPT_TRACEBACK=1" in done.stdout
+
+
+def test_versions_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"videoadapt \S+, torch \S+, Python 3\.\S+\n", runs.command("--version").stdout)
+    for shell in ("bash", "zsh", "fish"):
+        assert "_VIDEOADAPT_COMPLETE" in runs.command("--show-completion", shell).stdout
+    monkeypatch.setenv("_VIDEOADAPT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "videoadapt train a.yaml train.lr")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert runs.command().stdout.split() == ["train.lr="]
 
 
 def test_json_is_alone_on_stdout(run: Config) -> None:
