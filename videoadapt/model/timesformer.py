@@ -65,7 +65,8 @@ class TimeSformer(nn.Module):
         class_names: The names of the classes in label order; may be empty.
 
     Attributes:
-        class_names: As given; a loaded model has those of its training. `class_names[i]` names the class of `logits[i]`.
+        class_names: As given; a loaded model has those of its training. `class_names[i]` names the class of
+            `logits[i]`.
 
     Example:
         >>> model = TimeSformer(ModelConfig(points=("14", "7")))
