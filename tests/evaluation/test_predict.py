@@ -184,7 +184,7 @@ def test_predictions_have_the_names_of_data_classes(run: Config, tmp_path: Path)
     assert set(prediction.classes) == {"sit down", "stand up"}
     assert predict(load_model(run.run.dir), image(run), data=named.data)[0].classes[0] in {"sit down", "stand up"}
     for text, message in {
-        "a\n": "has 1 classes, but the model has 2",
+        "a\n": "has 1 class, but the model has 2",
         "b\na\n": "class 0 .* is 'b', but .* 'a'",
     }.items():
         names.write_text(text)
@@ -202,7 +202,7 @@ def test_a_folder_of_videos_stands_for_its_videos_and_other_inputs_get_advice(ru
     assert found.left_out == [str(tmp_path / name) for name in ("b.jpg", "val.txt", "@eaDir")]
     inputs = ["https://example.org/a.mp4", "rtsp://cam/1", str(tmp_path / "val.txt")]
     causes = [row["cause"] for row in predict_files(run, inputs, None).failed]
-    assert all(cause.endswith("download the address, or record the camera to a file") for cause in causes[:2])
+    assert all(cause.endswith("download it, or record the camera to a file") for cause in causes[:2])
     assert causes[2].endswith("; expected video files, not a list of them")
 
 
