@@ -254,7 +254,7 @@ def test_ranks_validate_each_video_once(forked: ForkedRanks, data: Path, indexed
 @pytest.mark.slow
 def test_groups_with_class_weights_and_frozen_blocks_equal_one_rank(trained: Trainer) -> None:
     """Also with a learning rate of its own for each layer."""
-    sections = {
+    sections: dict[str, dict] = {
         "loss": {"class_weights": "balanced"},
         "train": {"freeze": 1, "init": "unused", "layer_decay": 0.7},
     }
