@@ -167,7 +167,7 @@ def test_the_tool_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     macs = point_macs(tiny(tmp_path).model)
     assert rows["sequential {8, 4}"].flops_bound == pytest.approx((macs["8"] + macs["4"]) / macs["8"], rel=1e-3)
     assert "groups {8, 4}, 2 ranks" in rows
-    assert "1 clips" in result["left_out"]["no groups {8, 4}, 2 ranks"]
+    assert "1 clip" in result["left_out"]["no groups {8, 4}, 2 ranks"]
     assert [len(each["points"]) for each in result["lengths"]] == [1, 2]
     assert result["lengths"][1]["parameters"] < 0.6 * result["lengths"][1]["separate_parameters"]
     print_bench_train(result)

@@ -85,7 +85,7 @@ def test_groups_are_ordered_by_cost_for_every_order_in_the_config() -> None:
         (("10",), [2]),
         (("7",), [3]),
     ]
-    assert str(plan) == "14: 2 ranks; 10: 1 ranks; 7: 1 ranks"
+    assert str(plan) == "14: 2 ranks; 10: 1 rank; 7: 1 rank"
     assert points_of("10+7", POINTS) == ("10", "7")
 
 
