@@ -106,7 +106,12 @@ def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [({}, "no folder per class"), ({"cat": 3}, "one class, cat"), ({"cat": 0, "dog": 0}, "lists no video")],
+    [
+        ({}, "no folder per class"),
+        ({"cat": 3}, "one class, cat"),
+        ({"cat": 0, "dog": 0}, "lists no video"),
+        ({"a": 1, "b": 1}, "one video for each"),
+    ],
 )
 def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, counts: dict[str, int], message: str) -> None:
     (tmp_path / "data").mkdir()

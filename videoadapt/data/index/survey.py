@@ -295,8 +295,11 @@ def _draw_val(videos: Sequence[ListedVideo]) -> list[ListedVideo]:
         by_class.setdefault(video.label, []).append(video)
     drawn = []
     for members in by_class.values():
-        first = len(members) - round(_VAL_FRACTION * len(members))  # a class of one or two videos stays in train
+        to_val = max(1, round(_VAL_FRACTION * len(members))) if len(members) > 1 else 0
+        first = len(members) - to_val
         drawn += members[:first] + [video._replace(split="val") for video in members[first:]]
+    if all(video.split == "train" for video in drawn):
+        raise UserError("--data: there is only one video for each class; some are needed to train, others to measure")
     return drawn
 
 
