@@ -106,7 +106,8 @@ def print_train(summary: Summary) -> None:
         # Sampled training (`train.draw`) can leave a point out of a whole epoch; it has no loss then.
         trained = (f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else ("not drawn", "-")
         rows.append((point, *trained, *(_validated_cells(validation["values"], point) if validation else ())))
-    columns, title = ("point", "loss", "top-1 %"), "Last epoch, on the training clips"
+    columns: tuple[str, ...] = ("point", "loss", "top-1 %")
+    title = "Last epoch, on the training clips"
     if validation:
         columns += ("validation loss", "validation top-1 %", "validation top-5 %")
         title += f", and on {plural(validation['read'], 'video')} of {validation['videos']}"
