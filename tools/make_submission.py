@@ -16,7 +16,6 @@ from pathlib import Path
 import pandas as pd
 
 from videoadapt.data.index.find_files import video_id
-from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
 from videoadapt.runtime.files import write_csv
 
@@ -62,15 +61,13 @@ def submission(run: Path, policy: str | None, top: int) -> pd.DataFrame:
     if chosen not in policies:
         raise UserError(f"--policy {chosen}: this evaluation has {', '.join(policies)}")
     videos = videos[videos["policy"] == chosen]  # one row per video, in the order of the manifest
-    # A video that could not be read has none, so the largest number is the number that the evaluation kept.
-    most = int(videos["best"].map(len).max())
+    most = sum(column.startswith("best_") for column in videos)
     if not 1 <= top <= most:
         raise UserError(f"--top {top}: expected 1 to {most}, the number of classes that the evaluation kept")
-    names = Manifest.load(run / "manifest.parquet").classes
-    return pd.DataFrame([_cells(row, names, top) for row in videos.to_dict("records")])
+    return pd.DataFrame([_cells(row, top) for row in videos.to_dict("records")])
 
 
-def _cells(row: dict, names: tuple[str, ...], top: int) -> dict[str, object]:
+def _cells(row: dict, top: int) -> dict[str, object]:
     """Returns the cells of a video by column."""
     cells: dict[str, object] = {"video": row["video"]}
     _, youtube = video_id(row["video"])
@@ -78,9 +75,9 @@ def _cells(row: dict, names: tuple[str, ...], top: int) -> dict[str, object]:
         start, end = row["video"].split("_")[-2:]  # Kinetics names: ID_000024_000034
         cells |= {"youtube_id": youtube, "time_start": int(start), "time_end": int(end)}
     for rank in range(top):
-        known = rank < len(row["best"])  # a video that could not be read has no best classes
-        cells[f"label_{rank + 1}"] = names[row["best"][rank]] if known else None
-        cells[f"score_{rank + 1}"] = round(float(row["p_best"][rank]), 6) if known else None
+        name = row[f"best_{rank + 1}"]  # a video that could not be read has none
+        cells[f"label_{rank + 1}"] = name if pd.notna(name) else None
+        cells[f"score_{rank + 1}"] = round(float(row[f"p_{rank + 1}"]), 6) if pd.notna(name) else None
     return cells
 
 

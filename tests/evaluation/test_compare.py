@@ -20,13 +20,13 @@ from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.intervals import mcnemar
 
 A_ONLY, B_ONLY, BOTH, NONE = 15, 5, 60, 20
-TRUTH = 3
+TRUTH, OTHER = "juggling", "archery"
 
 
 def evaluated(folder: Path, right: dict[str, bool | None], **summary: object) -> str:
     """The files of an evaluation. `right` says whether the policy `fixed:14` is right on a video; None: it failed."""
     rows = [
-        ("fixed:14", video, TRUTH, -1 if ok is None else TRUTH if ok else 0, bool(ok), ok is None)
+        ("fixed:14", video, TRUTH, None if ok is None else TRUTH if ok else OTHER, bool(ok), ok is None)
         for video, ok in right.items()
     ]
     table = pd.DataFrame(rows, columns=["policy", "video", "truth", "prediction", "right", "failed"])
@@ -121,9 +121,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, right: tuple[d
     unread = dict.fromkeys(right[0])
     with pytest.raises(UserError, match="no video was read by both"):
         compare(a, evaluated(tmp_path / "e", unread, failed_count_as="exclude"))
-    renumbered = Path(evaluated(tmp_path / "d", right[0])) / "evaluate" / "videos.parquet"
-    pd.read_parquet(renumbered).assign(truth=1).to_parquet(renumbered)
-    with pytest.raises(UserError, match="the same classes in the same order"):
+    renamed = Path(evaluated(tmp_path / "d", right[0])) / "evaluate" / "videos.parquet"
+    pd.read_parquet(renamed).assign(truth=OTHER).to_parquet(renamed)
+    with pytest.raises(UserError, match="its class is juggling in one run and archery in the other"):
+        compare(a, str(tmp_path / "d"))
+    pd.read_parquet(renamed).assign(truth=1).to_parquet(renamed)  # as an older version wrote it
+    with pytest.raises(UserError, match="with numbers of classes and not their names; run `evaluate` again"):
         compare(a, str(tmp_path / "d"))
 
 

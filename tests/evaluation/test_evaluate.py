@@ -25,11 +25,13 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
+from videoadapt.routing.policy import Policy
 from videoadapt.routing.scores import VIDEOS_PER_SHARD
 from videoadapt.training.state import State
 
 BROKEN = "broken.mp4"
 POINTS = 3
+BEST, P_BEST = ([f"{name}_{number}" for number in range(1, 6)] for name in ("best", "p"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def table(config: Config, name: str) -> pd.DataFrame:
 
 def timeless(summary: dict) -> dict:
     """A summary without times and memory, which differ from run to run."""
-    kept = {key: value for key, value in summary.items() if key not in {"seconds", "peak_memory_bytes"}}
+    kept = {key: value for key, value in summary.items() if key not in {"seconds", "stages", "peak_memory_bytes"}}
     policies = {name: row | {"clips_per_s": None} for name, row in kept["policies"].items()}
     return kept | {"policies": policies}
 
@@ -104,8 +106,8 @@ def test_ranks_batches_and_workers_change_no_number(
     expected, summary = alone
     np.testing.assert_allclose(logits(config), logits(expected), atol=1e-5)
     ours, theirs = table(config, "videos"), table(expected, "videos")
-    pd.testing.assert_frame_equal(ours.drop(columns="p_best"), theirs.drop(columns="p_best"))
-    np.testing.assert_allclose(np.concatenate(ours["p_best"]), np.concatenate(theirs["p_best"]), atol=1e-5)
+    pd.testing.assert_frame_equal(ours.drop(columns=P_BEST), theirs.drop(columns=P_BEST))
+    np.testing.assert_allclose(ours[P_BEST], theirs[P_BEST], atol=1e-5)
     assert timeless(json.loads(done.stdout)) == timeless(summary)  # printed once, by the first rank
 
 
@@ -130,7 +132,10 @@ def test_a_video_is_the_mean_of_its_views(alone: tuple[Config, dict]) -> None:
     videos = table(config, "videos")
     here = videos[(videos["policy"] == "fixed:6") & ~videos["failed"]]
     truths = {
-        row.video: row.p_best[list(row.best).index(row.truth)] for row in here.itertuples() if row.truth in row.best
+        row["video"]: row[p]
+        for _, row in here.iterrows()
+        for best, p in zip(BEST, P_BEST, strict=True)
+        if row[best] == row["truth"]
     }
     assert len(truths) > 5  # noqa: PLR2004
     np.testing.assert_allclose(list(truths.values()), mean[list(truths)], atol=1e-9)
@@ -138,11 +143,7 @@ def test_a_video_is_the_mean_of_its_views(alone: tuple[Config, dict]) -> None:
 
 def test_logits_of_all_views_can_be_averaged(alone: tuple[Config, dict], tmp_path: Path) -> None:
     """TimeSformer's public code adds the logits of all views of a video."""
-    shutil.copytree(alone[0].run.dir, tmp_path / "run")
-    changed = {"run": {"dir": tmp_path / "run"}, "evaluate": {"average": "logits"}}
-    config = alone[0].model_copy(
-        update={name: getattr(alone[0], name).model_copy(update=values) for name, values in changed.items()}
-    )
+    config = of_run(alone[0], tmp_path / "run", average="logits")
     sums: dict[int, np.ndarray] = {}
     for shard in sorted((tmp_path / "run").glob("scores/evaluate-*/part-*.npz")):
         with np.load(shard) as stored:
@@ -154,13 +155,14 @@ def test_logits_of_all_views_can_be_averaged(alone: tuple[Config, dict], tmp_pat
             sums[row] = sums.get(row, 0) + views[:, 0].astype(np.float64).sum(0)
     found = evaluate(config).to_json()  # reads no video, since all logits are stored
     assert (found["views"], alone[1]["views"]) == ("2 clips x 3 crops, logits averaged", "2 clips x 3 crops")
-    names = load_or_index(config)["video"]
+    manifest = load_or_index(config)
+    names, classes = manifest["video"], np.array(manifest.classes)
     videos = table(config, "videos")
     videos = videos[videos["policy"] == "fixed:8"].set_index("video")
     for row, total in sums.items():
         expected = np.exp(total / 6) / np.exp(total / 6).sum()  # 2 clips x 3 crops
-        assert videos.loc[names[row], "best"].tolist() == np.argsort(-total)[:5].tolist()
-        np.testing.assert_allclose(videos.loc[names[row], "p_best"], np.sort(expected)[::-1][:5], atol=1e-9)
+        assert videos.loc[names[row], BEST].tolist() == classes[np.argsort(-total)[:5]].tolist()
+        np.testing.assert_allclose(videos.loc[names[row], P_BEST].tolist(), np.sort(expected)[::-1][:5], atol=1e-9)
     assert len(sums) == 69  # noqa: PLR2004
 
 
@@ -173,6 +175,94 @@ def test_the_class_table_follows_from_the_videos(alone: tuple[Config, dict]) -> 
         assert here["top1"].mean() == pytest.approx(row["mean_class"])
         assert here["top1"].is_monotonic_increasing
         assert ((here["top1_low"] <= here["top1"] + 1e-9) & (here["top1"] <= here["top1_high"] + 1e-9)).all()
+
+
+def test_every_table_has_the_names_of_classes(alone: tuple[Config, dict]) -> None:
+    config, _ = alone
+    folder, manifest = config.run.dir / "evaluate", load_or_index(alone[0])
+    truth = dict(zip(manifest["video"], np.array(manifest.classes)[manifest["label"]], strict=True))
+    for name in ("views", "clips", "videos"):
+        found = table(config, name)
+        assert (found["truth"] == found["video"].map(truth)).all()
+    videos, confusion = table(config, "videos"), pd.read_csv(folder / "confusion.csv")
+    read = videos[(videos["policy"] == "fixed:8") & ~videos["failed"]]
+    shown = confusion[confusion["policy"] == "fixed:8"].set_index(["truth", "prediction"])
+    assert shown["videos"].to_dict() == read.groupby(["truth", "prediction"]).size().to_dict()
+    assert shown["fraction"].groupby("truth").sum().to_numpy() == pytest.approx(1)
+    with np.load(folder / "logits.npz") as stored:
+        assert stored["logits"].shape == (69 * 2 * 3, POINTS, 12) == (len(stored["video"]), POINTS, 12)
+        assert np.array_equal(stored["logits"], logits(config).reshape(-1, POINTS, 12))
+        assert stored["points"].tolist() == ["8", "6", "4"] and stored["classes"].tolist() == list(manifest.classes)
+        assert [truth[video] for video in stored["video"]] == stored["truth"].tolist()
+        assert stored["crop"].tolist() == [0, 1, 2] * 138 and stored["clip"][:6].tolist() == [0, 0, 0, 1, 1, 1]
+        assert Path(str(stored["path"][0])).name == stored["video"][0]
+
+
+def of_run(config: Config, run: Path, **evaluate_keys: object) -> Config:
+    """The config of a copy of an evaluated run, with other keys in `evaluate`."""
+    shutil.copytree(config.run.dir, run)
+    changed = {"run": {"dir": run}, "evaluate": evaluate_keys}
+    return config.model_copy(update={s: getattr(config, s).model_copy(update=keys) for s, keys in changed.items()})
+
+
+def test_nan_logits_are_no_answer_and_a_cascade_goes_on(alone: tuple[Config, dict], tmp_path: Path) -> None:
+    """Finite weights can overflow in bf16. `argmax` of NaN is 0, a class like any other."""
+    config = of_run(alone[0], tmp_path / "run", cascade=("6,8:0",))
+    shards = sorted((tmp_path / "run").glob("scores/evaluate-*/part-*.npz"))
+    with np.load(shards[0]) as stored:
+        arrays = dict(stored)
+    arrays["logits"][:, :, 1] = np.nan  # point 6
+    np.savez(shards[0].open("wb"), **arrays)
+    nan_videos = len(set(arrays["rows"].tolist()))
+    policies = evaluate(config)["policies"]
+    assert {name: row["nan_videos"] for name, row in policies.items()} == {
+        "fixed:8": 0, "fixed:6": nan_videos, "fixed:4": 0, "cascade:6,8:0": 0, "oracle": 0}  # fmt: skip
+    videos = table(config, "videos").set_index(["policy", "video"])
+    names = load_or_index(config)["video"][np.unique(arrays["rows"])]
+    missing = videos.loc[[("fixed:6", name) for name in names]]
+    assert missing["prediction"].isna().all() and not missing["right"].any() and not missing["failed"].any()
+    clips = table(config, "clips").set_index(["policy", "video"])
+    assert set(clips.loc[[("cascade:6,8:0", name) for name in names], "point"]) == {"8"}
+    assert "NaN" not in (tmp_path / "run" / "evaluate" / "evaluate.json").read_text()
+
+
+def test_the_speed_is_measured_in_bounded_time_and_once(
+    alone: tuple[Config, dict], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = of_run(alone[0], tmp_path / "run", speed_clips=4, speed_repeats=2)
+    first = evaluate(config)
+    assert (first["speed"]["clips"], first["speed"]["rounds"]) == (4, 2)
+    assert all(row["clips_per_s"] > 0 for row in first["policies"].values())
+    again = evaluate(config)
+    assert again["speed"] == first["speed"]
+    assert "speed: kept from" in capsys.readouterr().err
+
+    def evaluated(**keys: object) -> dict:
+        changed = config.evaluate.model_copy(update=keys)
+        return evaluate(config.model_copy(update={"evaluate": changed}))
+
+    assert evaluated(batch=3)["speed"]["measured"]["batch"] == 3  # noqa: PLR2004 - another batch, measured again
+    none = evaluated(speed_seconds=1e-6)  # not even one clip
+    assert (none["speed"]["clips_per_s"], none["policies"]["fixed:8"]["clips_per_s"]) == ({}, None)
+    assert evaluated(speed_seconds=0)["speed"] is None
+
+
+def test_too_little_time_for_all_clips_measures_fewer(
+    alone: tuple[Config, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that counts passes: each takes a second per clip and point."""
+    now = [0.0]
+
+    def route(model: object, views: np.ndarray, policy: Policy, **options: object) -> None:
+        now[0] += len(views)
+
+    monkeypatch.setattr("videoadapt.evaluation.speed.route", route)
+    monkeypatch.setattr("videoadapt.evaluation.speed.time.perf_counter", lambda: now[0])
+    config = of_run(alone[0], tmp_path / "run", speed_clips=64, speed_seconds=50)
+    speed = evaluate(config)["speed"]
+    # 4 policies (3 fixed, the oracle) take 4 s a clip, after 3 s for a clip at each point; half of the rest is planned.
+    assert (speed["clips"], speed["rounds"], speed["seconds"]) == (5, 1, 43)
+    assert speed["clips_per_s"] == dict.fromkeys(["fixed:8", "fixed:6", "fixed:4", "oracle"], 1)
 
 
 def test_only_videos_that_could_not_be_read_are_tried_again(numbered_videos: Path, tmp_path: Path) -> None:
@@ -260,7 +350,7 @@ def test_a_summary_never_stands_beside_tables_of_another_evaluation(
     def full_disk(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("videoadapt.evaluation.outcomes.write_csv", full_disk)
+    monkeypatch.setattr("videoadapt.evaluation.result_tables.write_csv", full_disk)
     with pytest.raises(OSError, match="No space"):
         evaluate(config)
     with pytest.raises(UserError, match="run `videoadapt evaluate` first"):

@@ -187,7 +187,10 @@ def print_evaluate(summary: Summary) -> None:
     title = f"{plural(summary['listed'], 'video')} listed, {summary['scored']} read; each: {summary['views']}"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     print_table(title, columns, rows)
-    say("* on the Pareto front: no policy but the oracle has a higher top-1 at no more MACs, or the same at fewer MACs")
+    say(
+        "* on the Pareto front: none has a higher top-1 at no more MACs, or the same at fewer MACs; random and oracle "
+        "take no part"
+    )
     if summary.get("selected_on_val"):
         say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
     counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
@@ -196,15 +199,15 @@ def print_evaluate(summary: Summary) -> None:
     for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")
     _say_more(len(summary["failed"]), "see evaluate.json")
+    _say_nan(summary["policies"])
     _say_hardest_classes(summary)
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
         say("no assigner yet: run `videoadapt label` and `videoadapt assign` to add the policies assigned and random")
-    say(
-        "MACs are multiply-adds (the FLOPs of the papers) and include the assigner; "
-        "clips/s covers assigner, routing and model, without decoding"
-    )
+    say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")
+    _say_speed(summary["speed"])
+    say("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["stages"].items()))
 
 
 def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -> tuple[str, ...]:
@@ -225,8 +228,34 @@ def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -
         macs(policy["macs_per_view"]),
         macs(policy["macs_per_video"]),
         percent(policy["macs_saved"]),
-        # None: `evaluate.speed_clips` is 0, so the speed was not measured.
+        # None: the speed was not measured, or the policy had no pass in time.
         "-" if policy["clips_per_s"] is None else f"{policy['clips_per_s']:.1f}",
+    )
+
+
+def _say_nan(policies: Mapping[str, Mapping[str, Any]]) -> None:
+    counts = {name: row["nan_videos"] for name, row in policies.items() if row["nan_videos"]}
+    if counts:
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+        say(
+            f"NaN probabilities, counted as wrong, in videos: {shown}; the weights are finite, so an activation "
+            "overflows: try run.precision=fp32"
+        )
+
+
+def _say_speed(speed: Mapping[str, Any] | None) -> None:
+    """Prints what was measured for the column `clips/s`, and what it covers."""
+    if speed is None:
+        say("clips/s: not measured (evaluate.speed_seconds or evaluate.speed_clips is 0)")
+        return
+    of = f" of {speed['clips_wanted']}" if speed["clips"] < speed["clips_wanted"] else ""
+    limit = f"; evaluate.speed_seconds={speed['limit_s']:g} allows no more" if of else ""
+    if not speed["clips_per_s"]:
+        say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
+        return
+    say(
+        f"clips/s: assigner, routing and model, without decoding; {plural(speed['rounds'], 'round')} over "
+        f"{plural(speed['clips'], 'clip')}{of}, in {duration(speed['seconds'])} on {speed['date']}{limit}"
     )
 
 

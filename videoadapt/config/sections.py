@@ -565,10 +565,14 @@ class EvaluateConfig(Section):
     """Views of a forward pass."""
     failed: Literal["wrong", "exclude"] = "wrong"
     """A video that cannot be read counts as `wrong`, or is left out of all figures (`exclude`)."""
+    speed_seconds: Annotated[float, Field(ge=0.0, le=1e6)] = 60.0
+    """Longest time for measuring the speed, in seconds, for all policies together. 0 = not measured. If the time does
+    not suffice for `evaluate.speed_clips`, fewer clips are measured. It is exceeded by one pass of one policy at most.
+    """
     speed_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 64
-    """Clips for measuring the speed. 0 = not measured."""
+    """Most clips for measuring the speed. 0 = not measured."""
     speed_repeats: Count = 3
-    """Rounds of the measurement of speed, after one to warm up."""
+    """Most rounds of the measurement of speed, after one to warm up. In a round, each policy runs all clips once."""
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`
     (docs/points.md)."""

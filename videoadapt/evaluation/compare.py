@@ -118,13 +118,12 @@ def _counting(sides: _Sides) -> str:
 
 def _compared(sides: _Sides, pair: tuple[str, str], common: list[str]) -> ComparedPolicies:
     a, b = (side.table.loc[policy].loc[common] for side, policy in zip(sides, pair, strict=True))
-    differ = a["truth"] != b["truth"]  # (videos,); equal names may have other numbers in another list of classes
+    differ = a["truth"] != b["truth"]  # (videos,)
     if differ.any():
         video = differ.idxmax()  # the first video that differs
         ours, theirs = a.loc[video, "truth"], b.loc[video, "truth"]
         raise UserError(
-            f"{video}: its class is number {ours} in one run and {theirs} in the other; "
-            "the runs must have the same classes in the same order"
+            f"{video}: its class is {ours} in one run and {theirs} in the other; the runs must have the same classes"
         )
     if _counting(sides) == "exclude":
         readable = ~(a["failed"] | b["failed"])  # the test is paired: both runs need an answer

@@ -11,7 +11,7 @@ import pandas as pd
 from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import Summary, write_csv, write_json
@@ -127,14 +127,12 @@ def clip_report(
     Args:
         config: The config of an evaluated run.
         policies: The rows of its `evaluate.json`, by policy name.
-        class_names: Names of all classes, which the tables have by number.
+        class_names: Names of all classes, in their order.
     """
     folder = config.run.dir / "report"
     clips = read_evaluated_table(config.run.dir, "clips", ["policy", "truth", "point", "macs"])
     videos = read_evaluated_table(config.run.dir, "videos", ["policy", "failed", "macs"])
-    # The assigned policy has a difference to random routing, a cascade records its thresholds.
-    adaptive = [name for name, row in policies.items() if {"difference_to_random", "thresholds"} & row.keys()]
-    policy = next(iter([*adaptive, *policies]))
+    policy = reported_policy(policies)
     clips = clips[clips["policy"] == policy].drop(columns="policy")
     videos = videos[(videos["policy"] == policy) & ~videos["failed"]].drop(columns="policy")
     classes = class_mix(clips, config.model.points, class_names)
@@ -153,15 +151,19 @@ def clip_report(
 def class_mix(clips: pd.DataFrame, points: tuple[str, ...], names: tuple[str, ...]) -> pd.DataFrame:
     """Returns, per class: number of clips, mean MACs of a clip, and the fraction of clips at each point.
 
+    The rows are in the order of `names`. Classes without clips get no row.
+
     Args:
         clips: The rows of one policy in `clips.parquet`.
         points: The points of the model; each becomes a column.
         names: Names of all classes.
     """
     rows = []
-    for label, group in clips.groupby("truth"):  # classes without clips get no row
+    groups = dict(iter(clips.groupby("truth")))
+    for name in filter(groups.__contains__, names):
+        group = groups[name]
         mix = {point: float((group["point"] == point).mean()) for point in points}
-        row = {"class": names[label], "clips": len(group), "macs_per_clip": float(group["macs"].mean())}
+        row = {"class": name, "clips": len(group), "macs_per_clip": float(group["macs"].mean())}
         rows.append(row | mix)
     return pd.DataFrame(rows)
 

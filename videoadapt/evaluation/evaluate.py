@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
-from videoadapt.data.clips.datasets import EvalVideos, VideoViews
-from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import RunError, UserError, plural
-from videoadapt.evaluation.outcomes import Outcome, PolicyRow, Population, outcomes_of, policy_rows, write_tables
+from videoadapt.errors import UserError, plural
+from videoadapt.evaluation.logits_file import write_logits
+from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
+from videoadapt.evaluation.result_tables import write_tables
+from videoadapt.evaluation.speed import Speed, measure_speed
 from videoadapt.model.checkpoint import Checkpoint, Guard, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_inputs import label_inputs
-from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
-from videoadapt.routing.router import route
 from videoadapt.routing.scores import (
     Scores,
     files_digest,
@@ -33,7 +32,7 @@ from videoadapt.routing.scores import (
     score,
     trained_checkpoint,
 )
-from videoadapt.runtime.console import Bar, macs, percent, say
+from videoadapt.runtime.console import macs, percent, say
 from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
@@ -79,6 +78,10 @@ class EvaluationSummary(Result):
     assigner_macs: int | None  # MACs for one clip; None without an assigner
     policies: dict[str, PolicyRow]
     hardest_classes: list[ClassRow]
+    classes: int  # classes of the manifest
+    speed: Speed | None  # how the speed was measured; None if `evaluate.speed_seconds` or `speed_clips` is 0
+    stages: dict[str, float]  # seconds of scoring, of measuring the speed, and of writing tables
+    date: str
     peak_memory_bytes: int | None
     seconds: float = 0.0
 
@@ -90,6 +93,7 @@ class EvaluationSummary(Result):
                 {"class": row.name, "videos": row.videos, "top1": row.top1, "taken_for": row.taken_for}
                 for row in self.hardest_classes
             ],
+            "speed": asdict(self.speed) if self.speed else None,
         }
 
     def table(self) -> Table:
@@ -114,9 +118,10 @@ class EvaluationSummary(Result):
 def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSummary | ShardResult:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
-    Writes tables per view, clip and video (Parquet) and per class (CSV), and `evaluate.json`, into `evaluate/` of the
-    run folder. Every listed video counts; `evaluate.failed` decides how a failed one counts. The ranks of a job share
-    the videos; their number changes no result. A shard (`parallel.shard`) only scores its videos.
+    Writes tables per view, clip and video (Parquet), per class and of confusions (CSV), the logits (`logits.npz`) and
+    `evaluate.json` into `evaluate/` of the run folder. Every listed video counts; `evaluate.failed` decides how a failed
+    one counts. The ranks of a job share the videos; their number changes no result. A shard (`parallel.shard`) only
+    scores its videos.
 
     Args:
         config: The run's config.
@@ -143,14 +148,24 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
         trained_on = _trained_on(checkpoint, manifest)
         if assigned is not None:
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
+        before = time.monotonic()
         scores = _score(model, manifest, assigned, config)
+        scoring_s = time.monotonic() - before
         if scores is None:
             return ShardResult(str(config.parallel.shard))
 
         def write() -> EvaluationSummary:
             every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
             found = _summary(
-                model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
+                model,
+                manifest,
+                scores,
+                every,
+                guard,
+                config=config,
+                trained_on=trained_on,
+                selected=selected,
+                scoring_s=scoring_s,
             )
             summary = replace(found, seconds=round(time.monotonic() - start, 1))
             with guard():
@@ -203,15 +218,21 @@ def _summary(
     config: Config,
     trained_on: int | None,
     selected: str | None,
+    scoring_s: float,
 ) -> EvaluationSummary:
     points = model.config.points
     population = _population(manifest, scores)
     outcomes = outcomes_of(scores, policies, config)
-    speeds = _speeds(model, manifest, scores, outcomes, config)
+    before = time.monotonic()
+    speed = measure_speed(model, manifest, scores, outcomes, config)
+    measured = time.monotonic()
+    folder = config.run.dir / "evaluate"
     with guard():
         # The old summary is removed first: if writing the tables fails, it must not stand beside the new tables.
-        (config.run.dir / "evaluate" / "evaluate.json").unlink(missing_ok=True)
+        (folder / "evaluate.json").unlink(missing_ok=True)
         classes = write_tables(config, scores, population, outcomes)
+        write_logits(folder / "logits.npz", scores, population, dict(enumerate(manifest["path"])), points)
+    stages = {"score": scoring_s, "speed": measured - before, "tables": time.monotonic() - measured}
     evaluated = config.evaluate
     return EvaluationSummary(
         split="val",
@@ -231,8 +252,12 @@ def _summary(
         views=describe_views(config),
         macs_per_view=point_macs(config.model),
         assigner_macs=assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
-        policies=policy_rows(outcomes, population, speeds, config),
+        policies=policy_rows(outcomes, population, speed.clips_per_s if speed else {}, config),
         hardest_classes=_hardest(classes),
+        classes=len(manifest.classes),
+        speed=speed,
+        stages={name: round(seconds, 1) for name, seconds in stages.items()},
+        date=datetime.date.today().isoformat(),
         peak_memory_bytes=peak_memory_bytes(),
     )
 
@@ -302,56 +327,3 @@ def _policies(
         choice = assigned.choose(Evidence(len(scores.rows), points, scores.assigned))
         policies += [assigned, Random(mix_of(choice, len(points)), config.run.seed, imitates=assigned.name)]
     return [*policies, *further, Oracle()]
-
-
-def _speeds(
-    model: TimeSformer, manifest: Manifest, scores: Scores, outcomes: list[Outcome], config: Config
-) -> dict[str, float]:
-    """Measures each policy's clips per second on the same random clips: assigner, routing and model, without decoding.
-
-    Policies run in turn, so that a slow moment of the machine affects all of them. The median of
-    `evaluate.speed_repeats` rounds counts, after one round to warm up.
-    """
-    count = min(config.evaluate.speed_clips, len(scores.rows))
-    if not count:
-        return {}
-    drawn = np.sort(np.random.default_rng(config.run.seed).permutation(len(scores.rows))[:count])
-    views, thumbnails = _decoded(manifest, scores, drawn, config)
-    seconds: dict[str, list[float]] = {outcome.policy.name: [] for outcome in outcomes}
-    rounds = config.evaluate.speed_repeats + 1
-    with Bar("speed", total=rounds * len(outcomes), unit="passes") as bar:
-        for _ in range(rounds):
-            for outcome in outcomes:
-                start = time.perf_counter()
-                route(
-                    model,
-                    views,
-                    outcome.policy,
-                    batch=config.evaluate.batch,
-                    thumbnails=thumbnails,
-                    right=scores.right[drawn],
-                    average=config.evaluate.average,
-                )
-                seconds[outcome.policy.name].append(time.perf_counter() - start)
-                bar.step(1, outcome.policy.name)
-    return {name: count / float(np.median(times[1:])) for name, times in seconds.items()}  # the first pass warms up
-
-
-def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decodes some of the scored clips: views `(clips, crops, C, T, S, S)` and thumbnails `(clips, C, A, s, s)`."""
-    dataset = EvalVideos(
-        manifest,
-        config,
-        temporal_views=config.evaluate.temporal_views,
-        spatial_crops=config.evaluate.spatial_crops,
-    )
-    rows = list(dict.fromkeys(scores.rows[drawn].tolist()))  # each video once, in order
-    videos = {video.video: video for video in stream(dataset, rows) if isinstance(video, VideoViews)}
-    missing = [row for row in rows if row not in videos]
-    if missing:
-        raise RunError(
-            f"evaluate: {manifest.row(missing[0]).path} was readable when it was scored, and cannot be read now; run "
-            "`evaluate` again"
-        )
-    wanted = [(videos[row], clip) for row, clip in zip(scores.rows[drawn], scores.clips[drawn], strict=True)]
-    return torch.stack([v.views[c] for v, c in wanted]), torch.stack([v.thumbnails[c] for v, c in wanted])

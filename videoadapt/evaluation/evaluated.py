@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
+from videoadapt.errors import UserError
 from videoadapt.runtime.files import Summary, read_json, read_parquet
 
 _REMEDY = "run `videoadapt evaluate` first"
@@ -31,4 +33,23 @@ def read_evaluated_table(run: Path, name: str, columns: Collection[str]) -> pd.D
     Raises:
         UserError: The file is missing or damaged, or has not the columns.
     """
-    return read_parquet(run / "evaluate" / f"{name}.parquet", _REMEDY, columns)
+    path = run / "evaluate" / f"{name}.parquet"
+    table = read_parquet(path, _REMEDY, columns)
+    if "truth" in table and is_numeric_dtype(table["truth"]):
+        raise UserError(
+            f"{path}: of an older version, with numbers of classes and not their names; run `evaluate` again"
+        )
+    return table
+
+
+def reported_policy(policies: Mapping[str, Mapping[str, object]]) -> str:
+    """Returns the policy that figures and the clip-level report are about.
+
+    It is the assigned policy; without one, the first cascade; without both, the costliest point.
+
+    Args:
+        policies: The rows of `evaluate.json`, by policy name.
+    """
+    # The assigned policy has a difference to random routing, a cascade records its thresholds.
+    adaptive = [name for name, row in policies.items() if {"difference_to_random", "thresholds"} & row.keys()]
+    return next(iter([*adaptive, *policies]))

@@ -1,4 +1,4 @@
-"""The report on each policy: accuracies with intervals, costs, and tables per view, clip, video and class."""
+"""The report on each policy: accuracies with intervals, and costs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
-import pyarrow as pa
-from pyarrow import parquet
 
 from videoadapt.config.cascade import Measure
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
-from videoadapt.routing.label_rules import Bools, Choice, Floats, mean_of_views, probabilities_of_mean, softmax
+from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats, mean_of_views, probabilities_of_mean
 from videoadapt.routing.policy import Evidence, Policy, mix_of
 from videoadapt.routing.router import clip_macs, decide
-from videoadapt.routing.scores import Scored, Scores
-from videoadapt.runtime.files import replacing, write_csv, write_parquet
+from videoadapt.routing.scores import Scores
 
 TOP = 5  # classes kept for each video, and the k of top-k accuracy
-Names = npt.NDArray[np.object_]  # the video of each clip, `(clips,)`
 Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its interval
 
 
@@ -54,6 +48,7 @@ class Outcome:
         policy: The policy.
         choice: Number of the point where each clip ends, `(clips,)`.
         best: The best classes of each video, best first, `(scored videos, k)`; k is 5, or the number of classes.
+            `NO_CLASS` for a video whose probabilities are NaN.
         p_best: Their probabilities, means over all views of a video.
         macs: MACs of each clip, `(clips,)`: all crops at all points that ran, and the assigner.
         assigner_macs: MACs of the assigner for one clip, 0 without one.
@@ -107,7 +102,9 @@ class PolicyRow:
         mix: Fraction of the clips that end at each point.
         clips_per_s: Measured speed, None if it was not measured.
         record: Further fields that the policy records.
-        pareto: No other policy is cheaper and as accurate, or more accurate and no costlier.
+        nan_videos: Videos that were read, and whose probabilities are NaN. They count as wrong.
+        pareto: No other policy is cheaper and as accurate, or more accurate and no costlier. The oracle and random
+            routing take no part.
         difference_to_random: Top-1 minus the top-1 of random routing with the same mix; None without that policy.
     """
 
@@ -118,6 +115,7 @@ class PolicyRow:
     mix: dict[str, float]
     clips_per_s: float | None
     record: Mapping[str, object]
+    nan_videos: int = 0
     pareto: bool = False
     difference_to_random: Interval | None = None
 
@@ -136,6 +134,7 @@ class PolicyRow:
             "mix": self.mix,
             "clips_per_s": self.clips_per_s,
             **self.record,
+            "nan_videos": self.nan_videos,
             "pareto": self.pareto,
         }
         if self.difference_to_random is not None:
@@ -199,7 +198,9 @@ def _best(clips: Floats, rows: Choice, average: Average) -> tuple[Choice, Floats
     probabilities = probabilities_of_mean(sums / counts[:, None], average)
     # A stable sort gives equal probabilities the order of the classes, on every machine.
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
-    return best, np.take_along_axis(probabilities, best, axis=1)
+    p_best = np.take_along_axis(probabilities, best, axis=1)
+    # The order of NaN means nothing: class 0 would be the best.
+    return np.where(np.isnan(probabilities).any(1, keepdims=True), NO_CLASS, best), p_best
 
 
 def policy_rows(
@@ -228,11 +229,12 @@ def policy_rows(
             mix=dict(zip(config.model.points, mix_of(outcome.choice, len(config.model.points)), strict=True)),
             clips_per_s=speeds.get(name),
             record=outcome.policy.record(),
+            nan_videos=int((outcome.best[:, 0] == NO_CLASS).sum()),
         )
         for name, outcome in by_name.items()
     }
-    # A policy that reads the truth cannot be used on new clips, so it takes no place on the front.
-    known = [name for name, outcome in by_name.items() if "truth" not in outcome.policy.needs]
+    # The oracle reads the truth, and random routing is a control: nobody would use them on new clips.
+    known = [name for name, outcome in by_name.items() if not outcome.policy.needs & {"truth", "population"}]
     front = pareto_front(
         [rows[name].costs.macs_per_video for name in known], [rows[name].accuracies.top1 for name in known]
     )
@@ -304,130 +306,3 @@ def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:
     truth = population.truth[population.scored]
     right[population.scored] = (outcome.best[:, :top] == truth[:, None]).any(1)  # (scored videos,)
     return right
-
-
-def write_tables(config: Config, scores: Scores, population: Population, outcomes: list[Outcome]) -> pd.DataFrame:
-    """Writes `views.parquet` (per view and point), and `clips.parquet`, `videos.parquet`, `classes.csv` (per policy).
-
-    Args:
-        config: The run's config; the tables go to `evaluate/` in its folder.
-        scores: The scores of all clips.
-        population: The listed videos.
-        outcomes: The outcomes of all policies.
-
-    Returns:
-        The table of classes, as `class_table` makes it.
-    """
-    folder, points = config.run.dir / "evaluate", config.model.points
-    scored = zip(dict.fromkeys(scores.rows.tolist()), population.scored, strict=True)
-    names = {row: population.videos[position] for row, position in scored}
-    with replacing(folder / "views.parquet") as temporary, parquet.ParquetWriter(temporary, _VIEWS) as writer:
-        for shard in scores.shards():  # the table of views is as long as the logits, so it is written in pieces
-            writer.write_table(pa.Table.from_pandas(_view_table(shard, names, points), _VIEWS, preserve_index=False))
-    videos = np.array([names[row] for row in scores.rows], dtype=object)
-    write_parquet(folder / "clips.parquet", pd.concat(_clip_table(o, scores, videos, points) for o in outcomes))
-    table = pd.concat(_video_table(outcome, population, videos) for outcome in outcomes)
-    write_parquet(folder / "videos.parquet", table)
-    classes = class_table(table, population.classes, config.evaluate.failed)
-    write_csv(folder / "classes.csv", classes)
-    return classes
-
-
-_VIEWS = pa.schema(
-    [
-        ("video", pa.string()),
-        *((name, pa.int64()) for name in ("clip", "crop")),
-        ("point", pa.string()),
-        *((name, pa.int64()) for name in ("truth", "prediction")),
-        ("p_true", pa.float64()),
-    ]
-)
-
-
-def _view_table(shard: Scored, names: dict[int, str], points: tuple[str, ...]) -> pd.DataFrame:
-    clips, crops = shard.logits.shape[:2]
-    probabilities = softmax(shard.logits)  # (clips, crops, points, classes)
-    p_true = np.take_along_axis(probabilities, shard.truth[:, None, None, None], axis=3)  # (clips, crops, points, 1)
-    size = crops * len(points)  # rows of a clip: its crops, and for each crop all points
-    return pd.DataFrame(
-        {
-            "video": np.repeat(np.array([names[row] for row in shard.rows], dtype=object), size),
-            "clip": np.repeat(shard.clips, size),
-            "crop": np.tile(np.repeat(np.arange(crops), len(points)), clips),
-            "point": np.tile(np.array(points, dtype=object), clips * crops),
-            "truth": np.repeat(shard.truth, size),
-            "prediction": probabilities.argmax(-1).ravel(),
-            "p_true": p_true.ravel(),
-        }
-    )
-
-
-def _clip_table(outcome: Outcome, scores: Scores, videos: Names, points: tuple[str, ...]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "policy": outcome.policy.name,
-            "video": videos,
-            "clip": scores.clips,
-            "start_s": scores.starts_s,
-            "truth": scores.truth,
-            "point": np.array(points, dtype=object)[outcome.choice],
-            "macs": outcome.macs,
-        }
-    )
-
-
-def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.DataFrame:
-    """Returns one row per listed video. A failed video has prediction -1, cost 0 and empty lists of best classes."""
-    prediction = np.full(len(population.videos), -1)  # -1: no class has this number
-    prediction[population.scored] = outcome.best[:, 0]
-    best: list[list[int]] = [[] for _ in population.videos]
-    p_best: list[list[float]] = [[] for _ in population.videos]
-    for position, classes, probabilities in zip(population.scored, outcome.best, outcome.p_best, strict=True):
-        best[position], p_best[position] = classes.tolist(), probabilities.tolist()
-    # A video costs the sum over its clips.
-    macs = pd.Series(outcome.macs).groupby(videos).sum().reindex(population.videos, fill_value=0.0)
-    return pd.DataFrame(
-        {
-            "policy": outcome.policy.name,
-            "video": population.videos,
-            "truth": population.truth,
-            "prediction": prediction,
-            "right": prediction == population.truth,
-            "failed": prediction < 0,
-            "best": best,
-            "p_best": p_best,
-            "macs": macs.to_numpy(),
-        }
-    )
-
-
-def class_table(videos: pd.DataFrame, classes: Sequence[str], failed: str) -> pd.DataFrame:
-    """Returns, per policy and class: videos, top-1 with its Wilson interval, and the most frequent wrong answer.
-
-    Args:
-        videos: The table of `videos.parquet`.
-        classes: Names of all classes.
-        failed: `evaluate.failed`: how failed videos count.
-
-    Returns:
-        The table, the worst classes of each policy first.
-    """
-    counted = videos if failed == "wrong" else videos[~videos["failed"]]
-    rows = []
-    for (policy, label), group in counted.groupby(["policy", "truth"], sort=False):
-        low, high = wilson(int(group["right"].sum()), len(group))
-        wrong = group.loc[~group["right"] & ~group["failed"], "prediction"].mode()  # a failed video has no answer
-        rows.append(
-            {
-                "policy": policy,
-                "class": classes[label],
-                "videos": len(group),
-                "top1": float(group["right"].mean()),
-                "top1_low": low,
-                "top1_high": high,
-                "taken_for": classes[wrong.iloc[0]] if len(wrong) else "",
-            }
-        )
-    table = pd.DataFrame(rows)
-    order = {policy: number for number, policy in enumerate(counted["policy"].unique())}
-    return table.sort_values(["policy", "top1", "class"], key=lambda c: c.map(order) if c.name == "policy" else c)

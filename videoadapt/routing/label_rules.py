@@ -22,6 +22,8 @@ Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 Choice = npt.NDArray[np.int64]
 
+NO_CLASS = -1  # stands for the prediction where a probability is NaN; equals no truth
+
 # The splits whose clips each source of labels uses.
 LABEL_SPLITS = {"train": ("train",), "holdout": ("holdout",), "teacher": ("train", "holdout")}
 
@@ -53,6 +55,14 @@ def mean_of_views(logits: Floats, axis: int | tuple[int, ...], average: Average)
 def probabilities_of_mean(means: Floats, average: Average) -> Floats:
     """Returns the probabilities `(..., classes)` of a mean of views; see `mean_of_views`."""
     return softmax(means) if average == "logits" else means
+
+
+def predictions(probabilities: Floats) -> Choice:
+    """Returns the number of the best class, `(..., classes)` to `(...)`.
+
+    `NO_CLASS` where a probability is NaN, as after an overflow in bf16. `argmax` would name the first NaN, class 0.
+    """
+    return np.where(np.isnan(probabilities).any(-1), NO_CLASS, probabilities.argmax(-1))
 
 
 def confidence(probabilities: Floats, measure: Measure) -> Floats:
@@ -97,7 +107,7 @@ def outcome_table(
         which do not read the truth.
     """
     count = len(truth)
-    prediction = probabilities.argmax(-1)  # (clips, points)
+    prediction = predictions(probabilities)  # (clips, points)
     p_true = np.take_along_axis(probabilities, truth[:, None, None], axis=2)[..., 0]  # (clips, points)
     others = probabilities.copy()
     np.put_along_axis(others, truth[:, None, None], -np.inf, axis=2)  # so that max finds the best wrong class
@@ -131,15 +141,16 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
     Raises:
         UserError: The table has no outcomes for a point.
     """
-    predictions = table.pivot(index=["video", "clip"], columns="point", values="prediction")
-    missing = set(points) - set(predictions.columns)
+    answers = table.pivot(index=["video", "clip"], columns="point", values="prediction")
+    missing = set(points) - set(answers.columns)
     if missing:
         raise UserError(f"label table: has no outcomes for the points {few(sorted(missing))}; run `label` again")
     # With `teacher`, the costliest point is the truth.
-    wanted = predictions[points[0]] if source == "teacher" else table.groupby(["video", "clip"])["truth"].first()
+    wanted = answers[points[0]] if source == "teacher" else table.groupby(["video", "clip"])["truth"].first()
     # (clips, points) == (clips, 1); the two tables may list the clips in different orders
-    right = predictions[list(points)].to_numpy() == wanted.loc[predictions.index].to_numpy()[:, None]
-    return predictions.index.to_frame(index=False), right
+    given = answers[list(points)].to_numpy()
+    right = (given == wanted.loc[answers.index].to_numpy()[:, None]) & (given != NO_CLASS)
+    return answers.index.to_frame(index=False), right
 
 
 def confidence_matrix(table: pd.DataFrame, points: Sequence[str], measure: Measure) -> Floats:

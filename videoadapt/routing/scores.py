@@ -30,7 +30,7 @@ from videoadapt.data.video.files import reason
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.label_rules import Bools, Floats, confidences
+from videoadapt.routing.label_rules import Bools, Floats, confidences, predictions
 from videoadapt.routing.router import assign_probabilities, clip_probabilities, view_logits
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
@@ -178,18 +178,11 @@ def score(
     )
     weights = weights_digest(model)
     # Whatever changes a score is in the folder's name, so that other scores are never resumed or mixed in.
-    settings = [
-        VERSION,
-        model.config.model_dump(mode="json"),
-        manifest.hash,
-        files_digest(manifest, rows),
-        list(map(int, rows)),
-        [temporal_views, config.evaluate.spatial_crops, config.evaluate.crop_pct, config.data.interpolation],
-        [config.data.sampling, config.evaluate.single_clip, config.evaluate.crop_offset, config.data.antialias],
-        [config.data.reader, str(model.head.weight.dtype)],
-        [weights, weights_digest(assigner) if assigner else None],
-    ]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    thumbnails = [weights_digest(assigner), config.assign.frames, config.assign.size] if assigner else None
+    digest = Inputs.of(config, manifest.hash, weights, "run", "data", "model", "evaluate").digest(
+        *(VERSION, files_digest(manifest, rows), list(map(int, rows)), temporal_views, thumbnails),
+        without=["evaluate.average"],  # applied to stored logits
+    )
     chunks = [list(rows[i : i + VIDEOS_PER_SHARD]) for i in range(0, len(rows), VIDEOS_PER_SHARD)]
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
     number, count = config.parallel.shard_of
@@ -332,7 +325,7 @@ def _load(files: Sequence[Path], weights: str, average: Average) -> Scores:
         failures += _failures(arrays)
         if "rows" in arrays:
             probabilities = _scored(arrays).probabilities(average)
-            arrays["right"] = probabilities.argmax(-1) == arrays["truth"][:, None]  # (clips, points)
+            arrays["right"] = predictions(probabilities) == arrays["truth"][:, None]  # (clips, points)
             for measure, values in confidences(probabilities).items():
                 arrays[measure] = values
             # Without the logits, which may not fit into memory together.

@@ -7,9 +7,7 @@ SIGBUS, and a file that was cut off would be continued with black frames.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
-import json
 import os
 import shutil
 import zlib
@@ -28,10 +26,13 @@ from videoadapt.errors import RunError, UserError, plural
 from videoadapt.routing.label_rules import Bools
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import read_json, write_json
+from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.signals import StopRequest
 
 _LARGE_BYTES = 1e9  # a file above it is announced
 SAVE_EVERY = 500  # thumbnails; after an interruption at most so many are read again
+# Settings of the model's views. A thumbnail is the whole frame.
+_CROPS = ("evaluate.average", "evaluate.spatial_crops", "evaluate.crop_offset", "evaluate.crop_pct")
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # by file systems that cannot reserve space
 
 
@@ -58,16 +59,8 @@ def read_thumbnails(
     dataset = EvalVideos(manifest, config, temporal_views=1, spatial_crops=1, views=False)
     shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
     # Whatever changes a thumbnail is in the file's name.
-    key = [
-        manifest.hash,
-        rows.tolist(),
-        shape,
-        config.data.reader,
-        config.data.sampling,
-        config.evaluate.single_clip,
-        config.model.model_dump(mode="json"),
-    ]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    inputs = Inputs.of(config, manifest.hash, None, "data", "model", "evaluate")
+    digest = inputs.digest(rows.tolist(), shape, without=_CROPS)
     file = ThumbnailFile(config.run.dir / "assigner" / f"thumbnails-{digest}.npy", shape)
     file.open()
     numbers = np.flatnonzero(~file.found)

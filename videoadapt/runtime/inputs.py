@@ -7,6 +7,8 @@ differences.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,7 @@ _FREE: dict[str, tuple[str, ...]] = {
         *("short_side", "crop_area", "flip", "rand_augment", "color_jitter", "erase", "mixup", "cutmix", "mix_token"),
         *("token_labels", "validate"),
     ),
-    "evaluate": ("temporal_views", "batch", "failed", "speed_clips", "speed_repeats", "cascade"),
+    "evaluate": ("temporal_views", "batch", "failed", "speed_seconds", "speed_clips", "speed_repeats", "cascade"),
     "label": ("none_right",),
 }
 
@@ -61,6 +63,27 @@ class Inputs:
     def to_json(self) -> dict[str, Any]:
         """Returns the record as JSON values."""
         return {"manifest": self.manifest, "weights": self.weights, "settings": self.settings}
+
+    def digest(self, *further: Any, without: Collection[str] = ()) -> str:
+        """Returns 12 hex digits of the record, for the name of a file that holds what was made from it.
+
+        Keys at their defaults do not count: a new key, whose default keeps the behaviour from before it, changes no
+        name.
+
+        Args:
+            further: JSON values that the file depends on beside the record.
+            without: Keys that the file does not depend on, such as `evaluate.average`.
+        """
+        changed = []
+        for section, values in sorted(self.settings.items()):
+            defaults = getattr(Config(), section).model_dump(mode="json")
+            changed += [
+                (f"{section}.{key}", value)
+                for key, value in sorted(values.items())
+                if value != defaults[key] and f"{section}.{key}" not in without
+            ]
+        content = json.dumps([self.manifest, self.weights, changed, *further])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """Compares the inputs with those that another stage has recorded, as far as both have them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 from collections.abc import Mapping
@@ -109,6 +110,21 @@ def available_cpus() -> int:
 def worker_count(workers: Literal["auto"] | int) -> int:
     """Returns the number of worker processes for `data.workers`; `auto` is one for each available CPU."""
     return available_cpus() if workers == "auto" else workers
+
+
+def cpu_model() -> str:
+    """Returns the model name of the CPU; of other systems than Linux, what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # psutil does not give the model name
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the model name of a GPU or of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def peak_memory_bytes() -> int:

@@ -9,22 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from videoadapt.runtime.machine import cpu_limit, peak_memory_bytes
+from videoadapt.runtime.machine import cpu_limit, cpu_model, peak_memory_bytes
 
 
 def machine() -> dict[str, str | int]:
     """Returns the CPU model, the number of CPUs that this process may use, and the system, as JSON files hold them."""
     return {"cpu": cpu_model(), "cpus": cpu_limit().cpus, "system": platform.platform()}
-
-
-def cpu_model() -> str:
-    """Returns the model name of the CPU; of other systems than Linux, what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # psutil does not give the model name
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
