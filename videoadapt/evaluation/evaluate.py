@@ -119,9 +119,9 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Writes tables per view, clip and video (Parquet), per class and of confusions (CSV), the logits (`logits.npz`) and
-    `evaluate.json` into `evaluate/` of the run folder. Every listed video counts; `evaluate.failed` decides how a failed
-    one counts. The ranks of a job share the videos; their number changes no result. A shard (`parallel.shard`) only
-    scores its videos.
+    `evaluate.json` into `evaluate/` of the run folder. Every listed video counts; `evaluate.failed` decides how a
+    failed one counts. The ranks of a job share the videos; their number changes no result. A shard (`parallel.shard`)
+    only scores its videos.
 
     Args:
         config: The run's config.

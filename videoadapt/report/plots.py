@@ -1,24 +1,73 @@
-"""Figures of a run: the curves of its training, the cost of clips, and accuracy against cost."""
+"""Figures of a run: the curves of its training, accuracy against cost, confusions, and the cost of clips.
+
+Each figure is written twice: `NAME.png` for light pages and `NAME_dark.png` for dark ones. Both have a background of
+their own, so that either is readable everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
 from videoadapt.runtime.console import macs
 from videoadapt.runtime.files import read_json, replacing
 
-MOST_CLASSES = 40  # more names than this overlap on the axis
+MOST_CLASSES = 40  # bars of classes; more names than this are too small to read
+MOST_PAIRS = 25  # bars of confused classes
+MATRIX_CLASSES = 30  # with more classes, the cells of a matrix are too small to read
 DPI = 110
 CURVE_BINS = 20  # points of a training curve
-MARKERS = {"assigned": "*", "random": "x", "oracle": "^", "cascade": "s"}  # by the kind of policy; a dot for others
+_VIRIDIS = (0.2, 0.9)  # the part of this colour map that can be told from both backgrounds
+_NAME_HEIGHT = 0.045  # of the axes: the distance of two names beside them
+_NAME_LENGTH = 32  # characters of a class name on an axis
+_BACKGROUND, _TEXT, _LINE = "#15181d", "#e4e7eb", "#8b949e"
+_DARK = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), _BACKGROUND),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), _TEXT
+    ),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "legend.edgecolor"), _LINE),
+}
+# Marker and colour by the kind of policy. The colours have a contrast of 3 or more on both backgrounds.
+_KINDS = {
+    "fixed": ("o", "#3f8fd2"),
+    "cascade": ("s", "#c9781f"),
+    "assigned": ("*", "#dc4a4a"),
+    "random": ("X", "#868e96"),
+    "oracle": ("^", "#3c9a5f"),
+}
+_OTHER_KIND = ("D", "#9a6fd0")
+
+
+def draw_evaluation(run: Path) -> list[Path]:
+    """Draws accuracy against cost, and the confusions, of an evaluated run.
+
+    Args:
+        run: The run folder, with the files of `evaluate`.
+
+    Returns:
+        The PNG files written, in `evaluate/` of the run folder.
+    """
+    folder = run / "evaluate"
+    evaluated = read_evaluation(run, ["listed"])
+    policies, title = evaluated["policies"], heading(run, evaluated)
+    policy = reported_policy(policies)
+    confusion = pd.read_csv(folder / "confusion.csv", dtype={"truth": str, "prediction": str}, keep_default_na=False)
+    confusion = confusion[confusion["policy"] == policy]
+    return [
+        *save_figure(folder / "accuracy_cost.png", lambda: plot_accuracy_cost(policies, title)),
+        *save_figure(folder / "confusion.png", lambda: plot_confusion(confusion, f"{title}; policy {policy}")),
+    ]
 
 
 def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
@@ -35,86 +84,210 @@ def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
         return []
     report = run / "report"
     clips = pd.read_csv(report / "clips.csv", dtype={"point": str})  # a point such as 14 is a name, not a number
-    classes = pd.read_csv(report / "classes.csv", dtype={"class": str})
+    classes = pd.read_csv(report / "classes.csv", dtype={"class": str}, keep_default_na=False)
     evaluated = read_json(run / "evaluate" / "evaluate.json", "run `videoadapt evaluate` first", ["policies"])
     points, policy = tuple(summary["clips"]["mix"]), summary["clips"]["policy"]
-    save_figure(report / "clips.png", plot_clip_costs(clips, classes, points, policy))
-    save_figure(report / "accuracy_cost.png", plot_accuracy_cost(evaluated["policies"]))
-    return [report / "clips.png", report / "accuracy_cost.png"]
+    title = f"{heading(run, evaluated)}; policy {policy}"
+    return save_figure(report / "clips.png", lambda: plot_clip_costs(clips, classes, points, title))
 
 
-def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], policy: str) -> Figure:
+def heading(run: Path, evaluated: Mapping[str, Any]) -> str:
+    """Returns the title of a figure: run, split, number of videos and date, as far as `evaluate.json` has them."""
+    split = f"split {evaluated.get('split', 'val')}"
+    count = f"{evaluated['listed']} videos" if "listed" in evaluated else ""
+    return ", ".join(filter(None, [run.name, split, count, evaluated.get("date", "")]))
+
+
+def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], title: str) -> Figure:
     """Plots the points that one policy gave to clips.
 
     Args:
         clips: A row per clip: `point`, and `macs` of all its crops with the assigner.
         classes: A row per class: `class`, `macs_per_clip`, and per point the fraction of clips that got it.
         points: The points of the model, costliest first.
-        policy: The name of the policy.
+        title: The title of the figure.
 
     Returns:
-        On the left how many clips got each point, on the right the mix of points in the `MOST_CLASSES` costliest
-        classes.
+        On the left how many clips got each point, on the right the mix of points in the classes, costliest first. Of
+        more than `MOST_CLASSES` classes, half of these bars are the costliest and half the cheapest classes.
     """
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    shown = classes.sort_values("macs_per_clip", ascending=False, kind="stable")
+    if len(shown) > MOST_CLASSES:
+        shown = pd.concat([shown.head(MOST_CLASSES // 2), shown.tail(MOST_CLASSES // 2)])
+    figure = Figure(figsize=(11, max(4.5, 1.4 + 0.19 * len(shown))), layout="constrained")
+    figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2)
-    steps = [i / max(len(points) - 1, 1) for i in range(len(points))]  # 0 for the costliest point, 1 for the cheapest
-    colours = dict(zip(points, matplotlib.colormaps["viridis"](steps), strict=True))
+    shades = matplotlib.colormaps["viridis"](np.linspace(*_VIRIDIS, len(points)))
+    colours = dict(zip(points, shades, strict=True))
     for point in points:
         costs = clips.loc[clips["point"] == point, "macs"]
         if len(costs):
             left.bar(f"{point}\n{macs(costs.mean())}", len(costs), color=colours[point])
-    left.axhline(0, color="black", linewidth=0.5)
-    left.set(xlabel="point, MACs of a clip (all crops, assigner included)", ylabel="clips", title=f"policy {policy}")
-    shown = classes.sort_values("macs_per_clip", ascending=False).head(MOST_CLASSES)
-    bottom = pd.Series(0.0, index=shown.index)  # the bars of a class stand on one another, costliest point at the foot
+    left.set(xlabel="point, MACs of a clip (all crops, assigner included)", ylabel="clips", title="clips at each point")
+    foot = pd.Series(0.0, index=shown.index)  # the bars of a class stand on one another, costliest point at the foot
+    names = [_short(name) for name in shown["class"].astype(str)]
+    places = range(len(shown))  # not the names: two long names may be cut to the same text
     for point in points:
-        right.bar(shown["class"].astype(str), shown[point], bottom=bottom, color=colours[point], label=point)
-        bottom += shown[point]
-    right.set(xlabel="class, costliest first", ylabel="fraction of clips", ylim=(0, 1), title="mix of points per class")
-    right.tick_params(axis="x", labelsize=7, rotation=90)
+        right.barh(places, shown[point], left=foot, color=colours[point], label=point)
+        foot += shown[point]
+    right.set_yticks(places, names)
+    right.invert_yaxis()
+    some = f"the costliest and the cheapest {MOST_CLASSES // 2} of {len(classes)} classes"
+    which = some if len(classes) > MOST_CLASSES else "classes, costliest first"
+    right.set(xlabel="fraction of clips", xlim=(0, 1), title=which)
+    if len(classes) > MOST_CLASSES:
+        right.axhline(MOST_CLASSES // 2 - 0.5, color=matplotlib.rcParams["axes.edgecolor"], linestyle="--")
+    right.tick_params(axis="y", labelsize=8)
     right.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]]) -> Figure:
+def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     """Plots accuracy against cost, one mark per policy.
 
     Args:
         policies: For each policy's name: `macs_per_clip`, `top1` with its 95 % interval `top1_low` and `top1_high`
             (between 0 and 1), and `pareto`: whether no other policy is both cheaper and more accurate.
+        title: The title of the figure.
 
     Returns:
         Top-1 in percent, with its interval, against the mean MACs of a clip. A line joins the Pareto front.
     """
-    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.5, max(4.8, 2 + 0.21 * len(policies))), layout="constrained")
     axes = figure.subplots()
     front = sorted((row["macs_per_clip"], 100 * row["top1"]) for row in policies.values() if row["pareto"])
-    axes.plot(*zip(*front, strict=True), color="0.7", zorder=1, label="Pareto front")
+    axes.plot(*zip(*front, strict=True), color=_LINE, zorder=1, label="Pareto front")
     for name, row in policies.items():
+        marker, colour = _kind(name)
         below, above = 100 * (row["top1"] - row["top1_low"]), 100 * (row["top1_high"] - row["top1"])
-        marker = MARKERS.get(name.partition(":")[0], "o")
-        size = 12 if marker == "*" else 7  # a star looks smaller than a disc of its size
+        size = 13 if marker == "*" else 7  # a star looks smaller than a disc of its size
         axes.errorbar(
             row["macs_per_clip"],
             100 * row["top1"],
             [[below], [above]],
             fmt=marker,
+            color=colour,
             markersize=size,
             capsize=3,
+            elinewidth=1,
             label=name,
         )
-    axes.set(xlabel="mean MACs of a clip (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
+    axes.set(title=title, xlabel="mean MACs of a clip (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
+    axes.title.set_fontsize(11)
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    axes.margins(x=0.1, y=0.12)
     axes.grid(alpha=0.3)
+    axes.legend(handles=axes.lines[:1], loc="lower left", bbox_to_anchor=(1.03, -0.16), fontsize=8, frameon=False)
+    _label_marks(axes, policies)
     return figure
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """Writes a figure as a PNG file, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+def _label_marks(axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the names of the policies beside the axes, the most accurate at the top, and joins them to their marks.
+
+    Beside the marks, the names of many policies would cover marks and one another.
+    """
+    low, high = axes.get_ylim()
+    order = sorted(policies, key=lambda name: (policies[name]["top1"], policies[name]["macs_per_clip"]))
+    places = spread([(100 * policies[name]["top1"] - low) / (high - low) for name in order], _NAME_HEIGHT)
+    for name, place in zip(order, places, strict=True):
+        axes.annotate(
+            _short(name),
+            (policies[name]["macs_per_clip"], 100 * policies[name]["top1"]),
+            (1.05, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=_kind(name)[1],
+            arrowprops={"arrowstyle": "-", "color": _LINE, "linewidth": 0.5, "alpha": 0.7, "shrinkB": 6},
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Moves ascending places apart: neighbours are at least `gap` apart, and the last is at most 1.
+
+    Args:
+        places: Places between 0 and 1, ascending.
+        gap: The smallest distance of two neighbours.
+
+    Returns:
+        The new places. Places that are far enough from one another stay, apart from those that made room.
+    """
+    moved = list(places)
+    for number in range(1, len(moved)):
+        moved[number] = max(moved[number], moved[number - 1] + gap)
+    ceiling = 1.0
+    for number in reversed(range(len(moved))):
+        moved[number] = ceiling = min(moved[number], ceiling)
+        ceiling -= gap
+    return moved
+
+
+def _kind(policy: str) -> tuple[str, str]:
+    """Returns the marker and the colour of a policy."""
+    return _KINDS.get(policy.partition(":")[0], _OTHER_KIND)
+
+
+def plot_confusion(confusion: pd.DataFrame, title: str) -> Figure:
+    """Plots which classes one policy confuses.
+
+    Args:
+        confusion: The rows of one policy in `confusion.csv`.
+        title: The title of the figure.
+
+    Returns:
+        The matrix of classes, up to `MATRIX_CLASSES` of them. With more, the `MOST_PAIRS` most frequent confusions.
+    """
+    classes = sorted({*confusion["truth"], *confusion["prediction"]} - {""})
+    return _matrix(confusion, classes, title) if len(classes) <= MATRIX_CLASSES else _pairs(confusion, classes, title)
+
+
+def _matrix(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
+    # A video with NaN probabilities has no prediction: it is missing in its row, whose sum is then below 100 %.
+    matrix = confusion.pivot(index="truth", columns="prediction", values="fraction")
+    cells = 100 * matrix.reindex(index=classes, columns=classes).fillna(0.0).to_numpy()  # (truth, prediction)
+    side = 2.8 + 0.36 * len(classes)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cells, cmap="viridis", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, label="% of the videos of the class", shrink=0.8)
+    names = [_short(name) for name in classes]
+    axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(classes)), names, fontsize=8)
+    for row, column in np.argwhere(cells >= 0.5):  # noqa: PLR2004 - smaller ones would be shown as 0
+        value = cells[row, column]
+        colour = "black" if value > 60 else "white"  # noqa: PLR2004 - the colour map ends in yellow
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlabel="prediction", ylabel="class")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _pairs(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
+    wrong = confusion[confusion["truth"] != confusion["prediction"]]
+    shown = wrong.sort_values(["videos", "fraction"], ascending=False, kind="stable").head(MOST_PAIRS)
+    figure = Figure(figsize=(9.5, 2 + 0.24 * max(len(shown), 4)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(shown))
+    bars = axes.barh(places, shown["videos"], color=_KINDS["fixed"][1])
+    axes.bar_label(bars, [f"{100 * fraction:.0f} %" for fraction in shown["fraction"]], padding=3, fontsize=8)
+    names = [
+        f"{_short(truth)}  →  {_short(answer) if answer else 'NaN'}"
+        for truth, answer in zip(shown["truth"], shown["prediction"], strict=True)
+    ]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    count = f"{len(shown)} most frequent of {len(wrong)} confusions among {len(classes)} classes"
+    axes.set(xlabel="videos, and % of the videos of the class", title=f"class → prediction: the {count}")
+    axes.title.set_fontsize(9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
 
 
 def draw_curves(run: Path) -> Path:
@@ -126,10 +299,14 @@ def draw_curves(run: Path) -> Path:
     per_epoch = summary["steps"] / summary["epochs"]
     if len(validations):  # a run that stopped early has fewer epochs than its config
         per_epoch = validations["step"].iloc[-1] / validations["epoch"].iloc[-1]
-    figure = plot_curves(metrics, validations, tuple(summary["points"]), per_epoch, summary.get("best"))
-    figure.suptitle(f"run {run.name}, {summary['clips']} training videos, {datetime.now():%Y-%m-%d}", fontsize=10)
-    save_figure(curves, figure)
-    return curves
+    title = f"{run.name}, {summary['clips']} training videos, {datetime.now():%Y-%m-%d}"
+
+    def plot() -> Figure:
+        figure = plot_curves(metrics, validations, tuple(summary["points"]), per_epoch, summary.get("best"))
+        figure.suptitle(title, fontsize=11)
+        return figure
+
+    return save_figure(curves, plot)[0]
 
 
 def plot_curves(
@@ -152,11 +329,11 @@ def plot_curves(
         Dashed lines for the training clips, full lines for validations. Training sees augmented clips, and the loss of
         its students includes distillation, so that the two kinds of lines differ at the same accuracy.
     """
-    figure = Figure(figsize=(11, 4.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = zip(figure.subplots(1, 2), (("loss", 1, "loss"), ("top1", 100, "top-1 %")), strict=True)
     width = max(1, len(metrics) // CURVE_BINS)  # single steps have few clips, so their values jump
     binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean()
-    shades = matplotlib.colormaps["viridis"]([0.85 * i / max(len(points) - 1, 1) for i in range(len(points))])
+    shades = matplotlib.colormaps["viridis"](np.linspace(*_VIRIDIS, len(points)))
     for axes, (name, factor, label) in panels:
         for point, colour in zip(points, shades, strict=True):
             column = f"{name}/{point}"
@@ -168,7 +345,15 @@ def plot_curves(
                 axes.plot([], [], "--", color=colour, label=point)
         if best is not None and best["metric"].startswith(f"{name}/"):  # a mean over points has no line
             value = factor * validations.loc[validations["epoch"] == best["epoch"], best["metric"]]
-            axes.plot([best["epoch"]], value, "o", ms=11, mfc="none", mec="black", label="best checkpoint")
+            axes.plot(
+                [best["epoch"]],
+                value,
+                "o",
+                ms=11,
+                mfc="none",
+                mec=matplotlib.rcParams["text.color"],
+                label="best checkpoint",
+            )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -178,3 +363,21 @@ def plot_curves(
     axes.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     figure.supxlabel(kinds, fontsize=9)
     return figure
+
+
+def save_figure(path: Path, plot: Callable[[], Figure]) -> list[Path]:
+    """Writes a figure as PNG files, one for light and one for dark pages, each whole or not at all.
+
+    Args:
+        path: The file for light pages. `_dark` is added to the name of the other.
+        plot: Makes the figure. It is called once for each file, since colours are chosen when a figure is made.
+
+    Returns:
+        Both files.
+    """
+    files = [path, path.with_stem(f"{path.stem}_dark")]
+    for file, colours in zip(files, ({}, _DARK), strict=True):
+        # matplotlib's own defaults: a `matplotlibrc` of the user would change sizes and colours.
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **colours}), replacing(file) as temporary:
+            plot().savefig(temporary, format="png", dpi=DPI)
+    return files
