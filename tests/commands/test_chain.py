@@ -126,7 +126,7 @@ def test_the_clip_report_adds_up(run: Config) -> None:
     assert report["macs_per_clip"]["p95"] == pytest.approx(np.quantile(clips["macs"], 0.95))
     assert sum(report["mix"].values()) == pytest.approx(1)
     assert sum(row["clips"] for row in report["classes"]) == len(clips)
-    assert [path.name for path in drawn] == ["clips.png", "accuracy_cost.png"]
+    assert [path.name for path in drawn] == ["clips.png", "clips_dark.png"]
     for path in drawn:
         Image.open(path).verify()  # raises for a torn file
 

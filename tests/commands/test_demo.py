@@ -33,7 +33,7 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     assert list(summary["stages"]) == ["generate", "index", "train", "label", "assign", "evaluate", "flops"]
     assert summary["seconds"] >= sum(summary["stages"].values()) - 1
     assert [level["videos"] for level in summary["levels"].values()] == [12, 6, 6]
-    for name in ("accuracy_cost.png", "report/clips.png"):
+    for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png", "report/clips.png"):
         Image.open(tmp_path / name).verify()  # raises for a torn file
 
     capsys.readouterr()

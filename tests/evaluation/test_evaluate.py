@@ -214,7 +214,7 @@ def test_nan_logits_are_no_answer_and_a_cascade_goes_on(alone: tuple[Config, dic
     arrays["logits"][:, :, 1] = np.nan  # point 6
     np.savez(shards[0].open("wb"), **arrays)
     nan_videos = len(set(arrays["rows"].tolist()))
-    policies = evaluate(config)["policies"]
+    policies = evaluate(config).to_json()["policies"]
     assert {name: row["nan_videos"] for name, row in policies.items()} == {
         "fixed:8": 0, "fixed:6": nan_videos, "fixed:4": 0, "cascade:6,8:0": 0, "oracle": 0}  # fmt: skip
     videos = table(config, "videos").set_index(["policy", "video"])
@@ -230,16 +230,16 @@ def test_the_speed_is_measured_in_bounded_time_and_once(
     alone: tuple[Config, dict], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = of_run(alone[0], tmp_path / "run", speed_clips=4, speed_repeats=2)
-    first = evaluate(config)
+    first = evaluate(config).to_json()
     assert (first["speed"]["clips"], first["speed"]["rounds"]) == (4, 2)
     assert all(row["clips_per_s"] > 0 for row in first["policies"].values())
-    again = evaluate(config)
+    again = evaluate(config).to_json()
     assert again["speed"] == first["speed"]
     assert "speed: kept from" in capsys.readouterr().err
 
     def evaluated(**keys: object) -> dict:
         changed = config.evaluate.model_copy(update=keys)
-        return evaluate(config.model_copy(update={"evaluate": changed}))
+        return evaluate(config.model_copy(update={"evaluate": changed})).to_json()
 
     assert evaluated(batch=3)["speed"]["measured"]["batch"] == 3  # noqa: PLR2004 - another batch, measured again
     none = evaluated(speed_seconds=1e-6)  # not even one clip
@@ -259,7 +259,7 @@ def test_too_little_time_for_all_clips_measures_fewer(
     monkeypatch.setattr("videoadapt.evaluation.speed.route", route)
     monkeypatch.setattr("videoadapt.evaluation.speed.time.perf_counter", lambda: now[0])
     config = of_run(alone[0], tmp_path / "run", speed_clips=64, speed_seconds=50)
-    speed = evaluate(config)["speed"]
+    speed = evaluate(config).to_json()["speed"]
     # One clip takes 6 s at each point twice, and 4 s in a round of 4 policies. A round may take half of the other 44 s.
     # Two rounds end in time, and the first one warms up.
     assert (speed["clips"], speed["rounds"], speed["seconds"]) == (5, 1, 46)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 from videoadapt.report.plots import (
     DPI,
     MOST_CLASSES,
+    MOST_PAIRS,
     draw_costs,
+    draw_evaluation,
+    heading,
     plot_accuracy_cost,
     plot_clip_costs,
+    plot_confusion,
     plot_curves,
-    save_figure,
+    spread,
 )
 
 POINTS = ("14", "10", "7")
@@ -49,11 +58,13 @@ POLICIES = {  # not in the order of their costs
 }
 
 
-def bars(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    """Height and foot of each bar, from left to right, by colour."""
+def bars(axes: Axes, across: bool = False) -> dict[str, list[tuple[float, float]]]:
+    """Length and foot of each bar by colour: from left to right, or from top to bottom if the bars lie `across`."""
     found: dict[str, list[tuple[float, float]]] = {}
     for patch in axes.patches:
-        found.setdefault(to_hex(patch.get_facecolor()), []).append((patch.get_height(), patch.get_y()))  # type: ignore[attr-defined]
+        assert isinstance(patch, Rectangle)
+        bar = (patch.get_width(), patch.get_x()) if across else (patch.get_height(), patch.get_y())
+        found.setdefault(to_hex(patch.get_facecolor()), []).append(bar)
     return found
 
 
@@ -67,34 +78,42 @@ def legend(axes: Axes) -> list[str]:
     return [text.get_text() for text in shown.get_texts()]
 
 
+TITLE = "demo, split val, 70 videos, 2026-11-27"
+
+
 def test_a_bar_counts_the_clips_of_each_point_that_was_used() -> None:
-    left, _ = plot_clip_costs(CLIPS, CLASSES, POINTS, "assigned").axes
+    figure = plot_clip_costs(CLIPS, CLASSES, POINTS, TITLE)
+    left, _ = figure.axes
     assert [height for ((height, _),) in bars(left).values()] == [2, 5]
     assert tick_labels(left) == ["14\n10 G", "7\n2 G"]
-    assert left.get_title() == "policy assigned"
+    assert figure.get_suptitle() == TITLE
 
 
 def test_the_mix_of_a_class_stacks_its_points_costliest_class_first() -> None:
-    left, right = plot_clip_costs(CLIPS, CLASSES, POINTS, "assigned").axes
-    assert tick_labels(right) == ["archery", "juggling", "bowling"]
-    by_point = dict(zip(POINTS, bars(right).values(), strict=True))
+    left, right = plot_clip_costs(CLIPS, CLASSES, POINTS, TITLE).axes
+    assert [label.get_text() for label in right.get_yticklabels()] == ["archery", "juggling", "bowling"]
+    assert right.yaxis_inverted()
+    by_point = dict(zip(POINTS, bars(right, across=True).values(), strict=True))
     assert by_point["14"] == [(0.75, 0), (0.25, 0), (0, 0)]
     assert by_point["10"] == [(0, 0.75), (0, 0.25), (0, 0)]
     assert by_point["7"] == [(0.25, 0.75), (0.75, 0.25), (1, 0)]
     assert legend(right) == list(POINTS)
-    colours = list(bars(right))  # a point has the same colour on both sides
+    colours = list(bars(right, across=True))  # a point has the same colour on both sides
     assert list(bars(left)) == [colours[0], colours[2]]
 
 
-def test_of_many_classes_the_costliest_are_shown() -> None:
-    count = MOST_CLASSES + 5
+def test_of_many_classes_the_costliest_and_the_cheapest_are_shown() -> None:
+    count, half = 400, MOST_CLASSES // 2
     classes = pd.DataFrame({"class": range(count), "macs_per_clip": np.arange(count) * 1e9, "14": 0.5, "7": 0.5})
-    _, right = plot_clip_costs(CLIPS, classes, ("14", "7"), "assigned").axes
-    assert tick_labels(right) == [str(number) for number in range(count - 1, 4, -1)]
+    _, right = plot_clip_costs(CLIPS, classes, ("14", "7"), TITLE).axes
+    shown = [int(label.get_text()) for label in right.get_yticklabels()]
+    assert shown == [*range(count - 1, count - 1 - half, -1), *range(half - 1, -1, -1)]
+    assert right.get_title() == "the costliest and the cheapest 20 of 400 classes"
 
 
 def test_each_policy_is_marked_with_its_interval() -> None:
-    (axes,) = plot_accuracy_cost(POLICIES).axes
+    (axes,) = plot_accuracy_cost(POLICIES, TITLE).axes
+    assert axes.get_title() == TITLE
     marks = {str(c.get_label()): c for c in axes.containers if isinstance(c, ErrorbarContainer)}
     assert list(marks) == list(POLICIES)
     for name, row in POLICIES.items():
@@ -103,35 +122,76 @@ def test_each_policy_is_marked_with_its_interval() -> None:
         assert np.array(line.get_data()).ravel() == pytest.approx([row["macs_per_clip"], 100 * row["top1"]])
         (low, high) = interval.get_segments()[0][:, 1]
         assert (low, high) == pytest.approx((100 * row["top1_low"], 100 * row["top1_high"]))
-    assert {"Pareto front", *POLICIES} == set(legend(axes))
+    assert legend(axes) == ["Pareto front"]
+    assert {text.get_text() for text in axes.texts} == set(POLICIES)
+
+
+def test_the_names_of_many_policies_cover_neither_marks_nor_one_another() -> None:
+    rng = np.random.default_rng(0)
+    many = {f"cascade:{n}@0.5,14@0.7:cost=0.4": policy(n * 1e9, rng.uniform(0.6, 0.8), pareto=n < 9) for n in range(20)}
+    figure = plot_accuracy_cost(many, TITLE)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # of the text alone, without its line
+    assert all(box.x0 > axes.bbox.x1 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1 + 9 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@given(st.lists(st.floats(0, 1), max_size=20).map(sorted))
+def test_places_are_spread(places: list[float]) -> None:
+    moved = spread(places, 0.045)
+    assert all(after - before >= 0.045 - 1e-9 for before, after in itertools.pairwise(moved))
+    assert max(moved, default=0) <= 1 and min(moved, default=0) >= 0
+    if all(after - before >= 0.045 for before, after in itertools.pairwise(places)):
+        assert moved == places
+
+
+def test_confusions_of_few_classes_are_a_matrix_and_of_many_a_list() -> None:
+    rows = [("a", "a", 3, 0.75), ("a", "b", 1, 0.25), ("b", "b", 4, 0.8), ("b", "", 1, 0.2)]  # "": NaN
+    confusion = pd.DataFrame(rows, columns=["truth", "prediction", "videos", "fraction"])
+    axes, _ = plot_confusion(confusion, TITLE).axes
+    assert axes.images[0].get_array().tolist() == [[75, 25], [0, 80]]  # type: ignore[union-attr]
+    assert [t.get_text() for t in axes.texts] == ["75", "25", "80"]
+    classes = [f"class number {n} with a long name of its own" for n in range(400)]
+    wrong = [(name, classes[n - 1], n % 50, 0.02 * (n % 50)) for n, name in enumerate(classes) if n % 50]
+    (axes,) = plot_confusion(pd.DataFrame(wrong, columns=confusion.columns), TITLE).axes
+    assert len(axes.patches) == MOST_PAIRS
+    assert (
+        axes.get_yticklabels()[0].get_text() == "class number 49 with a long nam…  →  class number 48 with a long nam…"
+    )
+    assert axes.patches[0].get_width() == 49  # type: ignore[attr-defined]  # noqa: PLR2004
 
 
 def test_the_line_joins_the_pareto_front_in_the_order_of_cost() -> None:
-    (axes,) = plot_accuracy_cost(POLICIES).axes
+    (axes,) = plot_accuracy_cost(POLICIES, TITLE).axes
     front = next(line for line in axes.lines if line.get_label() == "Pareto front")
     assert np.array(front.get_data()).T == pytest.approx(np.array([[2e9, 60], [4e9, 75], [10e9, 80]]))
 
 
 def test_without_a_pareto_front_policies_are_still_marked() -> None:
-    (axes,) = plot_accuracy_cost({"random": policy(4e9, 0.65, pareto=False)}).axes
-    assert legend(axes) == ["random"]
+    (axes,) = plot_accuracy_cost({"random": policy(4e9, 0.65, pareto=False)}, TITLE).axes
+    assert [text.get_text() for text in axes.texts] == ["random"]
 
 
-def test_a_run_gets_both_figures_of_full_size(tmp_path: Path) -> None:
+def test_each_figure_is_written_for_light_and_for_dark_pages(tmp_path: Path) -> None:
     for name, table in (("clips", CLIPS), ("classes", CLASSES)):
         (tmp_path / "report").mkdir(exist_ok=True)
         table.to_csv(tmp_path / "report" / f"{name}.csv", index=False)
     (tmp_path / "evaluate").mkdir()
-    (tmp_path / "evaluate" / "evaluate.json").write_text(json.dumps({"policies": POLICIES}))
+    evaluated = {"policies": POLICIES, "listed": 70, "split": "val", "date": "2026-11-27"}
+    (tmp_path / "evaluate" / "evaluate.json").write_text(json.dumps(evaluated))
+    rows = [(name, "a", "a", 3, 1.0) for name in POLICIES]
+    table = pd.DataFrame(rows, columns=["policy", "truth", "prediction", "videos", "fraction"])
+    table.to_csv(tmp_path / "evaluate" / "confusion.csv", index=False)
     summary = {"clips": {"mix": {"14": 2 / 7, "10": 0.0, "7": 5 / 7}, "policy": "assigned"}}
-    clips, accuracy = draw_costs(tmp_path, summary)
-    assert (clips, accuracy) == (tmp_path / "report" / "clips.png", tmp_path / "report" / "accuracy_cost.png")
-    save_figure(tmp_path / "clips.png", plot_clip_costs(CLIPS, CLASSES, POINTS, "assigned"))
-    save_figure(tmp_path / "accuracy_cost.png", plot_accuracy_cost(POLICIES))
-    for path, inches in ((clips, (11, 4.5)), (accuracy, (8.5, 4.8))):
-        with Image.open(path) as image, Image.open(tmp_path / path.name) as expected:
-            assert image.size == tuple(int(DPI * side) for side in inches)
-            assert np.array_equal(np.asarray(image), np.asarray(expected))  # the same tables
+    files = [*draw_costs(tmp_path, summary), *draw_evaluation(tmp_path)]
+    names = [f"{name}{dark}.png" for name in ("clips", "accuracy_cost", "confusion") for dark in ("", "_dark")]
+    assert [file.name for file in files] == names
+    for light, dark in zip(files[::2], files[1::2], strict=True):
+        with Image.open(light) as a, Image.open(dark) as b:
+            assert a.size == b.size and min(a.size) > 2 * DPI
+            assert a.convert("L").getpixel((0, 0)) == 255 and b.convert("L").getpixel((0, 0)) < 40  # type: ignore[operator]  # noqa: PLR2004
+    assert heading(tmp_path / "demo", evaluated) == TITLE
 
 
 def test_a_run_without_an_evaluation_gets_no_figures(tmp_path: Path) -> None:

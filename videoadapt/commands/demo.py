@@ -18,7 +18,7 @@ from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.evaluated import read_evaluated_table
-from videoadapt.report.plots import draw_costs, draw_curves, plot_accuracy_cost, save_figure
+from videoadapt.report.plots import draw_costs, draw_curves, draw_evaluation
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.runtime.console import say
@@ -83,7 +83,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
     evaluation = timed("evaluate", lambda: evaluate(config)).to_json()
     costs = timed("flops", lambda: flops(config))
     draw_costs(config.run.dir, costs)
-    save_figure(config.run.dir / "accuracy_cost.png", plot_accuracy_cost(evaluation["policies"]))
+    draw_evaluation(config.run.dir)
     total_s = round(time.monotonic() - start, 1)
     summary = DemoSummary(total_s, seconds, evaluation["policies"], level_table(config))
     write_json(config.run.dir / "summary.json", asdict(summary))

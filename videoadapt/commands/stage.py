@@ -20,7 +20,7 @@ from videoadapt.config.load import Config
 from videoadapt.errors import RunError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
-from videoadapt.runtime.results import Result
+from videoadapt.runtime.results import Result, ShardResult
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
@@ -63,6 +63,8 @@ def run_stage(stage: Stage, config: Config) -> Result:
             result = _function(stage)(config)
             if stage == "train" and rank_env(os.environ).rank == 0:
                 draw_new_curves(config.run.dir)
+            if stage == "evaluate" and rank_env(os.environ).rank == 0 and not isinstance(result, ShardResult):
+                draw_figures_of_evaluation(config.run.dir)
             if job is not None and rank_env(os.environ).rank == 0:
                 _restart_file(job, config.run.dir).unlink(missing_ok=True)
             return result
@@ -82,6 +84,14 @@ def draw_new_curves(run: Path) -> None:
     from videoadapt.report.plots import draw_curves  # here, since importing matplotlib takes a second
 
     say(f"curves: {draw_curves(run)}")
+
+
+def draw_figures_of_evaluation(run: Path) -> None:
+    """Draws accuracy against cost, and the confusions, of an evaluation that has just ended."""
+    from videoadapt.report.plots import draw_evaluation  # here, since importing matplotlib takes a second
+
+    files = [file for file in draw_evaluation(run) if not file.stem.endswith("_dark")]
+    say(f"figures: {', '.join(map(str, files))} (also as *_dark.png)")
 
 
 def _function(stage: Stage) -> Callable[[Config], Result]:

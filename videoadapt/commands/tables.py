@@ -438,5 +438,5 @@ def print_demo(result: DemoResult) -> None:
     print_table("By level of difficulty: mean assigned length, and top-1 %", columns, rows)
     say("Each level (stripe period and contrast) was designed to need more tokens than the level before it.")
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary.stages.items())
-    files = f"{result.folder / 'summary.json'}, {result.folder / 'accuracy_cost.png'}"
+    files = f"{result.folder / 'summary.json'}, {result.folder / 'evaluate' / 'accuracy_cost.png'}"
     say(f"{summary.seconds:.0f} s in total ({stages}); see {files}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from videoadapt.commands.stage import draw_new_curves
+from videoadapt.commands.stage import draw_figures_of_evaluation, draw_new_curves
 from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.index.manifest import index as run_index
@@ -131,7 +131,9 @@ def evaluate(config: ConfigSource, policies: Sequence[Policy] = (), *, progress:
     """
     loaded = _whole(as_config(config), "evaluate")
     with progress_shown(progress):
-        return _not_shard(run_evaluate(loaded, policies))
+        summary = _not_shard(run_evaluate(loaded, policies))
+        draw_figures_of_evaluation(loaded.run.dir)
+    return summary
 
 
 def _whole(config: Config, verb: str) -> Config:

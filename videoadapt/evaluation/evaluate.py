@@ -150,24 +150,18 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
         before = time.monotonic()
         scores = _score(model, manifest, assigned, config)
-        scoring_s = time.monotonic() - before
+        scoring_s = round(time.monotonic() - before, 1)
         if scores is None:
             return ShardResult(str(config.parallel.shard))
 
         def write() -> EvaluationSummary:
             every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
             found = _summary(
-                model,
-                manifest,
-                scores,
-                every,
-                guard,
-                config=config,
-                trained_on=trained_on,
-                selected=selected,
-                scoring_s=scoring_s,
+                model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
             )
-            summary = replace(found, seconds=round(time.monotonic() - start, 1))
+            summary = replace(
+                found, stages={"score": scoring_s} | found.stages, seconds=round(time.monotonic() - start, 1)
+            )
             with guard():
                 write_json(path, summary.to_json())
             return summary
@@ -218,7 +212,6 @@ def _summary(
     config: Config,
     trained_on: int | None,
     selected: str | None,
-    scoring_s: float,
 ) -> EvaluationSummary:
     points = model.config.points
     population = _population(manifest, scores)
@@ -232,7 +225,7 @@ def _summary(
         (folder / "evaluate.json").unlink(missing_ok=True)
         classes = write_tables(config, scores, population, outcomes)
         write_logits(folder / "logits.npz", scores, population, dict(enumerate(manifest["path"])), points)
-    stages = {"score": scoring_s, "speed": measured - before, "tables": time.monotonic() - measured}
+    stages = {"speed": measured - before, "tables": time.monotonic() - measured}
     evaluated = config.evaluate
     return EvaluationSummary(
         split="val",

@@ -1,4 +1,4 @@
-"""The figures of an evaluated run: the cost of clips, and accuracy against cost.
+"""The figures of a run: curves, accuracy against cost, confusions, and the cost of clips.
 
 May use every room below it, from `evaluation` down.
 Read first: `plots.py`.

@@ -95,7 +95,7 @@ def heading(run: Path, evaluated: Mapping[str, Any]) -> str:
     """Returns the title of a figure: run, split, number of videos and date, as far as `evaluate.json` has them."""
     split = f"split {evaluated.get('split', 'val')}"
     count = f"{evaluated['listed']} videos" if "listed" in evaluated else ""
-    return ", ".join(filter(None, [run.name, split, count, evaluated.get("date", "")]))
+    return ", ".join(filter(None, [run.resolve().name, split, count, evaluated.get("date", "")]))
 
 
 def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], title: str) -> Figure:
