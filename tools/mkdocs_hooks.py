@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 SOURCES = "source"  # the folder of the site with the pages of linked files
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sbatch": "bash", ".json": "json"}
-LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+LINK = re.compile(r"""(\]\(|\ssrc(?:set)?=")([^)\s#"]+)(#[^)\s"]*)?(\)|")""")  # of Markdown, and of a <picture>
 # Room for code of 120 characters and for wide tables, which scroll on their own where the screen is narrow.
 STYLE = """
 .md-grid { max-width: 78rem; }
