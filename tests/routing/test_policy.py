@@ -182,6 +182,17 @@ def test_outcomes_are_read_from_a_table_in_any_order(
     assert agrees[:, 0].all()
 
 
+@pytest.mark.parametrize("names", [None, np.array(["a", "b", None], dtype=object)])
+def test_nan_probabilities_are_right_for_no_class_and_for_no_teacher(names: np.ndarray | None) -> None:
+    probabilities = np.full((2, 3, 2), 0.5)  # (clips, points, classes)
+    probabilities[0] = np.nan
+    table = outcome_table(["u", "v"], np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64), probabilities, POINTS)
+    if names is not None:  # as `label` writes it
+        table = table.assign(**{column: names[table[column]] for column in ("truth", "prediction")})
+    for source in ("train", "teacher"):
+        assert right_matrix(table, POINTS, source=source)[1].tolist() == [[False] * 3, [True] * 3]
+
+
 def test_labels_from_the_teacher_need_no_truth() -> None:
     probabilities = softmax(np.random.default_rng(0).normal(size=(6, 3, 4)))
     tables = [

@@ -115,6 +115,9 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         outcome_table(names[shard.rows].tolist(), shard.clips, shard.truth, shard.probabilities(average), points)
         for shard in scores.shards()
     )
+    classes = np.array([*manifest.classes, None], dtype=object)  # None stands at the place of `NO_CLASS`
+    for column in ("truth", "prediction"):
+        table[column] = classes[table[column]]
     clips, right = right_matrix(table, points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
     clips["label"] = labels

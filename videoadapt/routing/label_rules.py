@@ -130,7 +130,8 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
     """Reads where the model is right from a table of outcomes.
 
     Args:
-        table: The table, in any order; it may have further points.
+        table: The table, in any order; it may have further points. Classes are numbers, or names as in the table of
+            `label`.
         points: The points of the model.
         source: The label source. With `teacher`, a point is right where it agrees with the costliest point; the truth
             is not read.
@@ -149,7 +150,8 @@ def right_matrix(table: pd.DataFrame, points: Sequence[str], *, source: str = "t
     wanted = answers[points[0]] if source == "teacher" else table.groupby(["video", "clip"])["truth"].first()
     # (clips, points) == (clips, 1); the two tables may list the clips in different orders
     given = answers[list(points)].to_numpy()
-    right = (given == wanted.loc[answers.index].to_numpy()[:, None]) & (given != NO_CLASS)
+    answered = pd.notna(given) & (given != NO_CLASS)
+    right = (given == wanted.loc[answers.index].to_numpy()[:, None]) & answered
     return answers.index.to_frame(index=False), right
 
 
