@@ -185,8 +185,9 @@ def _labelled_clips(config: Config) -> LabelledClips:
         raise UserError(
             f"{path}: the labels are of source {made_from}, but label.source is {config.label.source}; run `label`"
         )
+    weights = _digest_of_model(config)  # checks the device and the checkpoint: indexing may take hours
     manifest = load_or_index(config)
-    inputs = label_inputs(config, manifest.hash, _digest_of_model(config))
+    inputs = label_inputs(config, manifest.hash, weights)
     require_same_label_inputs(config.run.dir, inputs)
     clips, right = right_matrix(read_outcomes(config.run.dir), config.model.points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
