@@ -13,7 +13,6 @@ import gc
 import json
 import multiprocessing.process
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 PROGRAMS = ("videoadapt", "python", "torchrun")
 SMALL = "DOCS_SMALL"  # an environment variable: overrides for every command that takes a config, one a line
@@ -166,7 +165,11 @@ def _call(program: str, words: list[str]) -> None:
     elif program == "python" and words[0].endswith(".py"):
         sys.argv = words
         sys.path[0] = str(Path(words[0]).resolve().parent)
-        runpy.run_path(words[0], run_name="__main__")
+        script = ModuleType("__main__")
+        script.__file__ = words[0]
+        # Not `runpy`: the objects that the script's processes send back belong to the second name.
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = script
+        exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), vars(script))  # noqa: S102 - our own script
     elif program == "python":
         os.execv(sys.executable, [sys.executable, *words])
     else:
