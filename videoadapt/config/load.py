@@ -385,13 +385,12 @@ def _read_folder(folder: Path) -> Values:
     run = values.setdefault("run", {})
     if not isinstance(run, dict):
         return values  # the check of the values names this error
-    recorded, present = run.get("dir"), str(_escaped(str(folder), Path))
+    recorded, present = str(run.get("dir")), str(_escaped(str(folder), Path))
 
     def moved(text: str) -> str:
         return present + text[len(recorded) :] if text.startswith(f"{recorded}/") else text
 
-    if isinstance(recorded, str):
-        _map_paths(values, Config, moved)
+    _map_paths(values, Config, moved)
     run["dir"] = present
     return values
 
