@@ -360,7 +360,10 @@ def plot_curves(
     kinds = "dashed: training clips"
     if len(validations):
         kinds += f"; full: {validations['read'].iloc[-1]} videos of {validations['videos'].iloc[-1]}"
-    axes.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    # One legend for both panels: the best checkpoint is marked in one of them.
+    labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
+    entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}
+    axes.legend(entries.values(), entries, title="point", loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     figure.supxlabel(kinds, fontsize=9)
     return figure
 
