@@ -43,6 +43,7 @@ EXTRAS = {
         "nbformat>=5.7",
         "pytest>=8",
         "pytest-cov>=7",
+        "jsonschema>=4.21",  # checks the configs against their schema, as editors do
         "coverage>=7.10",  # measures the processes that the tests start
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
@@ -80,7 +81,7 @@ setup(
     package_data={
         "videoadapt": ["py.typed"],
         "videoadapt.data.index": ["kinetics*.txt"],
-        "videoadapt.configs": ["*.yaml", "ablations/*.yaml"],
+        "videoadapt.configs": ["*.yaml", "ablations/*.yaml", "schema.json"],
     },
     # `pip install -e .` puts the checkout itself on the import path. setuptools' default is an import finder that comes
     # last: from the parent folder of a clone, `import videoadapt` would find the clone's folder, a namespace package.

@@ -16,7 +16,16 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A config file or an override is wrong. The message names the field."""
+    """A config file or an override is wrong. The message names the field.
+
+    Attributes:
+        excerpt: The line that is not valid YAML, and below it a caret at the place. Empty for other errors. It is no
+            part of the message, which is one line.
+    """
+
+    def __init__(self, message: str, excerpt: str = "") -> None:
+        super().__init__(message)
+        self.excerpt = excerpt
 
 
 class VideoError(UserError):

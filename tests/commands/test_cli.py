@@ -192,6 +192,45 @@ def test_an_unknown_key_names_the_nearest_known_key(run: Config) -> None:
     assert "unknown key train.epoch; did you mean train.epochs?" in refused("train", file_of(run), "train.epoch=3")
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("--epochs", "3"), "write train.epochs=3 or assign.epochs=3"),
+        (("--train.epochs=3",), "write train.epochs=3"),
+        (("--model-points", "[8,6]"), "write 'model.points=[8,6]'"),
+        (("--precision",), "write run.precision=..."),
+        (("--jso",), "--json"),
+    ],
+)
+def test_an_unknown_option_names_the_override_that_it_was_meant_to_be(words: tuple[str, ...], meant: str) -> None:
+    done = runs.command("train", CONFIGS / "demo.yaml", *words)
+    assert done.returncode == 2
+    assert meant in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_an_override_without_its_section_is_refused_with_the_section() -> None:
+    assert "did you mean train.epochs=3 or assign.epochs=3?" in refused("train", CONFIGS / "demo.yaml", "epochs=3")
+
+
+def test_invalid_yaml_is_shown_with_a_caret_below_the_error(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("run:\n  dir: a: b\n")
+    assert "line 2, column 9" in refused("train", config)
+    assert runs.command("train", config).stderr.endswith("\n    dir: a: b\n          ^\n")
+
+
+def test_the_verb_config_explains_keys() -> None:
+    text = runs.command("config", "train.epochs").stdout
+    assert "  train.epochs = 15\n" in text
+    assert "integer from 1 to 1,000,000" in text
+    assert "Passes over the train split." in text
+    assert "assign.epochs" in runs.command("config", "epochs").stdout
+    assert "data.train" not in runs.command("config", "train").stdout
+    assert json.loads(runs.command("config", "train.epochs", "--json").stdout)["default"] == 15
+    assert "did you mean train.epochs?" in refused("config", "trian.epochs")
+    assert "`videoadapt config model` lists the keys" in refused("config", "model.lenght")
+
+
 def test_contradictions_are_refused_before_any_work(run: Config, tmp_path: Path) -> None:
     folder = tmp_path / "fresh"
     line = ("train", file_of(run), f"run.dir={folder}")

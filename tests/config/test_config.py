@@ -91,10 +91,10 @@ def test_a_single_point_needs_no_list() -> None:
     ("values", "unknown", "meant"),
     [
         ({"model": {"depht": 3}}, "model.depht", "model.depth"),
-        ({"tran": {"epochs": 3}}, "tran", "train"),
-        ({"train": {"learning_rate": 1}}, "train.learning_rate", "train."),
+        ({"tran": {"epochs": 3}}, "tran", "train?"),
+        ({"train": {"learning_rate": 1}}, "train.learning_rate", "train.lr?"),
         ({"data": {"train": {"annotation": "a"}}}, "data.train.annotation", "data.train.annotations"),
-        ({"epochs": 3}, "epochs", "train.epochs"),
+        ({"epochs": 3}, "epochs", "train.epochs or assign.epochs?"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_suggests_another(values: dict[str, Any], unknown: str, meant: str) -> None:
@@ -297,11 +297,39 @@ def test_a_missing_file_or_base_is_an_error_that_names_it(tmp_path: Path) -> Non
         assert "gone.yaml" in str(error.value) or path == tmp_path
 
 
-@pytest.mark.parametrize("text", ["model: {depth: 3", "a:\n\t- b", "model: !!python/object:os.system {}", "a: b: c"])
-def test_invalid_yaml_is_an_error_of_one_line_with_the_file(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"a\.yaml: not valid YAML") as error:
+@pytest.mark.parametrize(
+    ("text", "message", "excerpt"),
+    [
+        ("model: {depth: 3", "line 1, column 17: expected ',' or '}'", "  model: {depth: 3\n         ^"),
+        ("a:\n\t- b", "line 2, column 1: .*indent with spaces", "   - b\n  ^"),
+        (
+            "model: !!python/object:os.system {}",
+            "line 1, column 8: the tag",
+            "  model: !!python/object:os.system {}\n         ^",
+        ),
+        ("a: b: c", "line 1, column 5: .*needs quotes", "  a: b: c\n      ^"),
+        ("run:\n  dir: 'a\n  seed: 3\n", "from line 2 on", "    dir: 'a\n         ^"),
+        ("train:\n  lr: 1\n epochs: 3", "line 3, column 2: .*same column", "   epochs: 3\n   ^"),
+        ("run: {seed: 1}\nrun: {seed: 2}", "line 2, column 1: the key 'run'", "  run: {seed: 2}\n  ^"),
+    ],
+)
+def test_invalid_yaml_is_an_error_of_one_line_with_the_place_and_a_caret(
+    tmp_path: Path, text: str, message: str, excerpt: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"a\.yaml: not valid YAML: .*{message}") as error:
         load_config(write(tmp_path / "a.yaml", text))
     assert "\n" not in str(error.value)
+    assert error.value.excerpt == excerpt
+
+
+def test_a_section_whose_keys_are_comments_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "train: {epochs: 3}\ndata: {train: {annotations: a.csv}}\n")
+    text = "base: base.yaml\ntrain:\n  # epochs: 4\ndata:\n  train:\nmodel:\n"
+    config = load_config(write(tmp_path / "a.yaml", text))
+    assert (config.train.epochs, config.data.train.annotations) == (3, Path("a.csv"))
+    assert config.model == Config().model
+    with pytest.raises(ConfigError, match="train: expected a section of keys, each as `key: value`"):
+        load_config(write(tmp_path / "b.yaml", "train:\n  epochs:3\n"))
 
 
 def test_a_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -158,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise KeyboardInterrupt
         sys.exit(code)
     except USAGE_ERROR as error:  # prints the usage of the verb with the error
+        _suggest_override(error, sys.argv[1:] if arguments is None else arguments)
         error.show()
         sys.exit(INPUT_WRONG)
     except FAILURES as error:
@@ -167,6 +170,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to continue from the saved state", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _suggest_override(error: Any, words: Sequence[str]) -> None:
+    """Names in the error of an unknown option the override that it was meant to be: train.epochs=3 for `--epochs 3`."""
+    option = getattr(error, "option_name", "")
+    if not hasattr(error, "possibilities"):  # another usage error; typer does not export the class of this one
+        return
+    from videoadapt.config.load import known_keys
+    from videoadapt.config.suggest import suggest_keys
+
+    keys = suggest_keys(option.lstrip("-").replace("-", "_"), known_keys())
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    values += [value for word, value in pairwise(words) if word == option and not value.startswith("-")]
+    if overrides := [shlex.quote(f"{key}={values[0] if values else '...'}") for key in keys if "." in key]:
+        error.possibilities = []  # options that are spelt alike
+        error.message = f"{error.message}. A key of the config has no dashes: write {' or '.join(overrides)}"
 
 
 @app.command()
@@ -371,6 +390,24 @@ def predict(
     _show(result, as_json, print_predictions)
     if result["failed"]:  # after the table: one bad file does not hide the results of the others
         raise UserError(few((row["cause"] for row in result["failed"]), separator="; "))
+
+
+@app.command("config")
+def config_keys(
+    key: Annotated[
+        str | None,
+        typer.Argument(help="A key, a section, or a name in any section. Default: all keys.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema for editors instead.")] = False,
+) -> None:
+    """Print what a key of a config means, its values and its default."""
+    from videoadapt.commands.tables import print_keys
+    from videoadapt.config.reference import describe, editor_schema, find_keys, schema_of
+
+    if as_json:
+        _print_json(schema_of(key) if key else editor_schema())
+    else:
+        print_keys(find_keys(key) if key else describe())
 
 
 @bench.command("data")

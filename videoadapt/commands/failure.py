@@ -41,4 +41,6 @@ def fail(error: Exception) -> NoReturn:
     message = f"{lack if _is_out_of_memory(error) else ''}{error}"
     # One line: log files of many ranks are searched with grep.
     print(f"error{where}: " + one_line(message), file=sys.stderr)
+    if excerpt := getattr(error, "excerpt", ""):
+        print(excerpt, file=sys.stderr)
     sys.exit(INPUT_WRONG if isinstance(error, UserError) else RUN_FAILED)

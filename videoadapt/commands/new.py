@@ -122,7 +122,8 @@ def fill_template(settings: Mapping[str, Setting], header: str) -> str:
             have comes at the end of its section.
         header: A comment in place of the template's.
     """
-    written, lines = set(), [header, _PAGES]
+    schema = f"# yaml-language-server: $schema={config_folder() / 'schema.json'}"  # for editors
+    written, lines = set(), [schema, header, _PAGES]
     for key, line in template_lines():
         written.add(key)
         lines.append(_line(line.partition(":")[0], key, settings[key]) if key in settings else line)

@@ -7,6 +7,8 @@ to stdout, sentences to stderr: `videoadapt VERB > file` keeps the tables alone.
 from __future__ import annotations
 
 import shlex
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +20,28 @@ from videoadapt.runtime.files import Summary
 if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them at most
     from videoadapt.commands.demo import DemoResult
     from videoadapt.commands.launch import LaunchPlan, LaunchResult
+    from videoadapt.config.reference import SectionKeys
     from videoadapt.data.index.check import CheckResult
 
+_TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
 # Limits that keep a result on one screen
 _FAILURES_SHOWN = 5
 _CAUSES_SHOWN = 4
 _LEFT_OUT_SHOWN = 5
 _EXAMPLES_SHOWN = 2
 _CLASSES_SHOWN = 20  # an even number: half of them the costliest, half the cheapest
+
+
+def print_keys(sections: Sequence[SectionKeys]) -> None:
+    """Prints keys of a config under their sections: `KEY = DEFAULT`, the values, and the description."""
+    width = min(shutil.get_terminal_size().columns, _TEXT_WIDTH)
+    for section in sections:
+        print(textwrap.fill(f"{section.name}: {section.description}", width) + "\n")
+        for key in section.keys:
+            print(f"  {key.name} = {key.default}")
+            for paragraph in (key.values, key.description):
+                print(textwrap.fill(paragraph, width, initial_indent="      ", subsequent_indent="      "))
+            print()
 
 
 def print_index(summary: Summary) -> None:

@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -43,6 +44,17 @@ _SET_BY_LAUNCH = (
     "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "array", "dependency", "kill-on-invalid-dep",
     "parsable", "wrap", "wait", "test-only", "chdir",
 )  # fmt: skip
+# What people may write for values that a validator brings into the form of the type; for editors and the reference.
+_TIME_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": 1_000_000}, {"type": "string", "pattern": r"^\d[\d:-]*$"}]
+}
+_MAIL_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "array", "items": {"type": "string", "enum": list(get_args(MailType))}}, {"type": "string"}]
+}
+_EXTRA_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]},
+}
 _ASSIGN_MINUTES = 240  # the assigner is a small network on small frames
 
 
@@ -159,9 +171,12 @@ class JobConfig(Section):
     """Text that SLURM keeps with the job (`--comment`)."""
     mail: Annotated[str, _written_as(r"\S+", "one address")] | None = None
     """Address that SLURM writes to (`--mail-user`). null = no mail."""
-    mail_type: Annotated[tuple[MailType, ...], BeforeValidator(_mail_types)] = ("END", "FAIL")
+    mail_type: Annotated[tuple[MailType, ...], BeforeValidator(_mail_types), WithJsonSchema(_MAIL_SCHEMA)] = (
+        "END",
+        "FAIL",
+    )
     """Events that SLURM writes to `mail` about (`--mail-type`), such as `END,FAIL,REQUEUE`."""
-    time_minutes: Annotated[Count, BeforeValidator(_slurm_minutes)] = 1440
+    time_minutes: Annotated[Count, BeforeValidator(_slurm_minutes), WithJsonSchema(_TIME_SCHEMA)] = 1440
     """Limit of one start (`--time`); shortly before it, the job saves and is requeued. A number is minutes; or a time
     as sbatch writes it, such as 4:00:00 or 1-12."""
     nodes: Count = 1
@@ -181,7 +196,7 @@ class JobConfig(Section):
     """CPUs of a rank (`--cpus-per-task`). The data workers of a task share them."""
     mem_gb: Count | None = None
     """Memory of each node in GB (`--mem`)."""
-    extra: Annotated[dict[str, str | None], BeforeValidator(_extra_options)] = {}
+    extra: Annotated[dict[str, str | None], BeforeValidator(_extra_options), WithJsonSchema(_EXTRA_SCHEMA)] = {}
     """Further options of sbatch by their long names, such as {exclusive: true, nodelist: n07, mem-per-gpu: 32G}. true =
     an option without a value; false = not given."""
     setup: tuple[str, ...] = ()

@@ -6,18 +6,18 @@ that a contradiction between two fields is an error before any work starts.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from videoadapt.config.cascade import parse_cascade_spec
 from videoadapt.config.jobs import SlurmConfig
@@ -39,7 +39,9 @@ from videoadapt.config.sections import (
     Section,
     TrainConfig,
     is_path,
+    is_section,
 )
+from videoadapt.config.suggest import suggest_keys
 from videoadapt.errors import ConfigError, few, shown
 
 Values: TypeAlias = dict[str, Any]  # sections, keys and values as YAML gives them, not yet checked
@@ -298,16 +300,15 @@ def dump_value(key: str, value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def known_keys(section: type[BaseModel] = Config) -> list[str]:
+def known_keys(section: type[Section] = Config) -> list[str]:
     """Returns all keys of a config (or of one section), as `section.key`."""
     return list(_walk_keys(section, ""))
 
 
-def _walk_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def _walk_keys(section: type[Section], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
-        # `get_origin`: for Python 3.10, list[int] is an instance of `type`, but no class.
-        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
+        if is_section(kind):
             yield from _walk_keys(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
@@ -328,9 +329,9 @@ def _error_message(kind: type[Section], error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         field = field[:_MAX_NAME_BYTES]
-        candidates = [*kind.model_fields, *known_keys(kind)]
-        nearest = difflib.get_close_matches(field, candidates, n=1, cutoff=0.0)[0]  # 0.0: always gives one
-        return f"unknown key {field}; did you mean {nearest}?"
+        return f"unknown key {field}; {remedy_for_key(field, kind)}"
+    if error["type"] == "model_type":
+        return f"{field}: expected a section of keys, each as `key: value` in its own line, got {shown(error['input'])}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":  # raised by our own checks, whose messages name the field and the value
         return message
@@ -395,6 +396,17 @@ def _read_folder(folder: Path) -> Values:
     return values
 
 
+def remedy_for_key(wrong: str, kind: type[Section] = Config) -> str:
+    """Returns what to do about an unknown key: a similar one, or where to find all."""
+    known = known_keys(kind)
+    if similar := suggest_keys(wrong, known):
+        return f"did you mean {' or '.join(similar)}?"
+    if kind is not Config:
+        return f"the keys are {', '.join(known)}"
+    section = wrong.partition(".")[0]
+    return f"`videoadapt config{f' {section}' if section in Config.model_fields else ''}` lists the keys"
+
+
 def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:
     """Reads a file and its `base:` files. `children` are the files whose `base:` led to this one."""
     if path.resolve() in children:
@@ -416,8 +428,8 @@ def _read_yaml(path: Path) -> Values:
         content = parse_yaml(read_text(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
-    except ValueError as error:  # UnicodeDecodeError is one, too
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:  # YamlError, or UnicodeDecodeError
+        raise ConfigError(f"{path}: not valid YAML: {error}", getattr(error, "excerpt", "")) from None
     values = {} if content is None else content  # an empty file
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `train:`, got {shown(values)}")
@@ -425,11 +437,14 @@ def _read_yaml(path: Path) -> Values:
 
 
 def _merge(base: Values, values: Values) -> Values:
-    """Merges sections key by key. Every other value, lists included, is replaced."""
+    """Merges sections key by key. Every other value, lists included, is replaced. An empty section changes nothing."""
     merged = dict(base)
     for key, value in values.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and isinstance(value, dict | None):
+            merged[key] = _merge(old, value or {})
+        else:
+            merged[key] = value
     return merged
 
 
@@ -450,6 +465,9 @@ def _parse_override(override: str, min_keys: int, example: str, kind: type[Secti
     """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
+    if equals and min_keys > 1 == len(keys) and (similar := [k for k in suggest_keys(path, known_keys()) if "." in k]):
+        meant = " or ".join(shlex.quote(f"{key}={text}") for key in similar)
+        raise ConfigError(f"override {shown(override)}: a key has its section before it; did you mean {meant}?")
     if not equals or not min_keys <= len(keys) <= MAX_DEPTH or not all(keys):
         form = "section.key=value" if min_keys > 1 else "key=value"
         raise ConfigError(f"override {shown(override)}: expected {form}, such as {example}")
@@ -472,8 +490,7 @@ def _type_of(keys: Sequence[str], kind: Any) -> Any:
 @cache
 def _types(kind: Any) -> dict[str, Any]:
     """Returns the types of the fields of a section by name; nothing for any other type."""
-    is_section = get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section)  # as in `_walk_keys`
-    return get_type_hints(kind, include_extras=True) if is_section else {}
+    return get_type_hints(kind, include_extras=True) if is_section(kind) else {}
 
 
 def _expand(value: Any, field: str, kind: Any) -> Any:

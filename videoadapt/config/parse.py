@@ -26,6 +26,20 @@ _MAX_NODES = 20_000  # values of a config, with each alias counted as often as i
 NULLS = frozenset({"", "~", "null", "Null", "NULL"})  # of YAML 1.2
 _NULL, _MERGE = "null", "<<"
 _STRING = "string"  # tags of our own; YAML's have URLs
+_REMEDIES = {  # for the problems in PyYAML's words whose cause is mostly this
+    "found character '\\t' that cannot start any token": "indent with spaces instead of tabs",
+    "mapping values are not allowed here": "a text that contains `: ` needs quotes, and a key ends with a colon",
+    "could not find expected ':'": "a key ends with a colon and a space",
+    "expected <block end>, but found '<block mapping start>'": "all keys of a section begin in the same column",
+}
+
+
+class YamlError(ValueError):
+    """A text is not valid YAML. The message is one line; `excerpt` is the line of the text with a caret below it."""
+
+    def __init__(self, message: str, excerpt: str = "") -> None:
+        super().__init__(message)
+        self.excerpt = excerpt
 
 
 class WrittenList(list[Any]):
@@ -77,16 +91,32 @@ def parse_yaml(text: str) -> Any:
     """Returns the content of a YAML document: dicts, lists, text and None. Numbers stay text.
 
     Raises:
-        ValueError: The text is not valid YAML, repeats a key, has tags, is nested too deeply, or has too many values.
-            The message is one line.
+        YamlError: The text is not valid YAML, repeats a key, has tags, is nested too deeply, or has too many values.
     """
     try:
         node = _Loader(text).get_single_node()
         return None if node is None else _value(node, text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise YamlError("nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        raise _yaml_error(error) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError(f"line {line}: {ascii(text[error.position])} is not allowed in YAML") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # Overflow: "\UFFFFFFFF" is no character
-        raise ValueError(" ".join(str(error).split())) from None
+        raise YamlError(" ".join(str(error).split())) from None
+
+
+def _yaml_error(error: yaml.MarkedYAMLError) -> YamlError:
+    """Returns an error of PyYAML in one line, with its place, and the excerpt apart."""
+    mark, problem = error.problem_mark, str(error.problem)
+    assert mark is not None  # all errors of the parser, and our own, have one
+    remedy = f"; {_REMEDIES[problem]}" if problem in _REMEDIES else ""
+    begin = f" ({error.context}, from line {error.context_mark.line + 1} on)" if error.context_mark else ""
+    at_end = mark.buffer is None or mark.buffer[mark.pointer] == "\0"  # the place of interest is where it began
+    snippet = (error.context_mark if at_end and error.context_mark else mark).get_snippet(indent=2) or ""
+    excerpt = "\n".join("".join(c if c.isprintable() else " " for c in line) for line in snippet.split("\n"))
+    return YamlError(f"line {mark.line + 1}, column {mark.column + 1}: {problem}{begin}{remedy}", excerpt)
 
 
 def parse_json(text: str) -> Any:

@@ -6,7 +6,7 @@ import re
 import warnings
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -59,6 +59,12 @@ def is_path(annotation: Any) -> bool:
     return annotation is Path or IS_PATH in metadata or any(map(is_path, get_args(annotation)))
 
 
+def is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    """Returns whether a field of this type is a section."""
+    # `get_origin`: for Python 3.10, list[int] is an instance of `type`, but no class.
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section)
+
+
 def _members(annotation: Any) -> list[Any]:
     """Returns the types of a union, or the type itself, without what `Annotated` adds to them."""
     if get_origin(annotation) is Annotated:
@@ -98,9 +104,13 @@ class Section(BaseModel):
     def _type_decides(cls, value: Any, info: ValidationInfo) -> Any:
         """Gives what was written the meaning that the type of the field asks for.
 
-        A field of text or of a path takes numbers and lists as they were written; a list of texts takes one text.
+        A field of text or of a path takes numbers and lists as they were written; a list of texts takes one text; a
+        section without keys has its defaults.
         """
-        members = _members(cls.model_fields[info.field_name or ""].annotation)
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value is None and is_section(annotation):
+            return {}  # a section whose keys are all comments
+        members = _members(annotation)
         if str in members or Path in members:
             if isinstance(value, (WrittenList, WrittenDict)) and value.text:
                 return value.text
