@@ -246,7 +246,7 @@ def test_overrides_are_yaml_and_replace_the_values_of_the_file(tmp_path: Path) -
     assert (config.run.dir, config.data.val.annotations) == (Path("runs/x=y"), Path("v.csv"))
 
 
-@pytest.mark.parametrize("override", ["train.epochs", "epochs=3", "=3", "train.=3", "", "train"])
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "train.=3", "", "train"])
 def test_an_override_of_another_form_is_an_error_with_an_example(tmp_path: Path, override: str) -> None:
     path = write(tmp_path / "a.yaml", "")
     with pytest.raises(ConfigError, match=r"section\.key=value, such as train\.epochs=5"):
@@ -292,7 +292,7 @@ def test_a_base_that_is_not_a_name_is_an_error(tmp_path: Path, base: str) -> Non
 
 def test_a_missing_file_or_base_is_an_error_that_names_it(tmp_path: Path) -> None:
     for path in (tmp_path / "gone.yaml", write(tmp_path / "a.yaml", "base: gone.yaml\n"), tmp_path):
-        with pytest.raises(ConfigError, match=r"cannot read this config: (No such file|Is a directory)") as error:
+        with pytest.raises(ConfigError, match=r"cannot read this config: No such file|a folder without config\.yaml") as error:
             load_config(path)
         assert "gone.yaml" in str(error.value) or path == tmp_path
 
