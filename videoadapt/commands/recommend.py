@@ -277,7 +277,7 @@ def _train_settings(
         settings["train.layer_decay"] = Setting(1.0, "random weights: all blocks must learn")
         settings["train.freeze"] = Setting(None, "")
         return settings
-    settings["train.lr"] = Setting(_lr(batch), "low: pretrained weights are easily destroyed")
+    settings["train.lr"] = Setting(_lr(batch, frozen=chosen.frozen > 0), "low: pretrained weights are easily destroyed")
     settings["train.layer_decay"] = Setting(0.75, "blocks near the input change least")
     why = (
         f"the first {chosen.frozen} of {weights.model['depth']} blocks keep the weights: faster, and safer on few clips"
@@ -292,9 +292,12 @@ def _why_free(data: Survey) -> str:
     return "enough clips and time"
 
 
-def _lr(batch: int) -> float:
-    """Returns a rate that grows with the root of the batch, as is usual for Adam."""
-    return float(f"{1e-4 * (batch / 8) ** 0.5:.2g}")
+def _lr(batch: int, *, frozen: bool) -> float:
+    """Returns a rate that grows with the root of the batch, as is usual for Adam.
+
+    The last blocks alone bear more than all blocks: the first ones lose what they have learnt (docs/log.md).
+    """
+    return float(f"{(2.5e-4 if frozen else 1e-4) * (batch / 8) ** 0.5:.2g}")
 
 
 def _batch(clips: int, data: Survey, machine: MachineFacts) -> int:
