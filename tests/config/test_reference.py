@@ -28,7 +28,8 @@ def errors(text: str) -> list[str]:
 def test_the_page_and_the_schema_are_what_the_fields_say() -> None:
     remedy = "run python tools/write_config_reference.py"
     assert writer.PAGE.read_text(encoding="utf-8") == writer.page(describe()), remedy
-    assert SCHEMA_FILE.read_text(encoding="utf-8") == writer.schema(), remedy
+    # Versions of pydantic differ in the order of the names.
+    assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == json.loads(writer.schema()), remedy
 
 
 def test_every_key_is_described_in_sentences() -> None:
