@@ -1,4 +1,4 @@
-"""Writes docs/config.md and the JSON schema of configs from the fields in videoadapt/config/sections.py.
+"""Writes docs/config.md and the JSON schema of configs from the fields in videoadapt/config/sections.py and jobs.py.
 
     python tools/write_config_reference.py
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 HEAD = """\
 # Config keys
 
-<!-- Written by tools/write_config_reference.py. Edit the docstrings in videoadapt/config/sections.py instead. -->
+<!-- Written by tools/write_config_reference.py. Edit the docstrings in videoadapt/config instead. -->
 
 All keys of a config, by section, with their defaults. [reference.md](reference.md#configs) says how configs are
 written: `base`, overrides, variables of the environment. On the command line:

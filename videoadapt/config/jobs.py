@@ -55,6 +55,11 @@ _EXTRA_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": {"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]},
 }
+# What may be written, for editors: a value need not be text.
+_EXTRA_SCHEMA = {
+    "type": "object",
+    "additionalProperties": {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]},
+}
 _ASSIGN_MINUTES = 240  # the assigner is a small network on small frames
 
 
