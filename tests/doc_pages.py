@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HISTORY = {"docs/log.md", "CHANGELOG.md"}  # dated texts keep the commands of their day
-LANGUAGES = {"bash", "python", "yaml", ""}  # "": output, and trees of folders
+LANGUAGES = {"bash", "python", "yaml", "text", ""}  # the last two: output, and trees of folders
 # A command that hides in a block without language, or in one of another language.
 COMMAND = re.compile(r"^\s*\$? ?(videoadapt|python3?|make|pip|torchrun|sbatch|srun|export) \S", re.MULTILINE)
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
