@@ -31,7 +31,7 @@ _VIRIDIS = (0.2, 0.9)  # the part of this colour map that can be told from both 
 _NAME_HEIGHT = 0.045  # of the axes: the distance of two names beside them
 _NAME_LENGTH = 32  # characters of a class name on an axis
 _BACKGROUND, _TEXT, _LINE = "#15181d", "#e4e7eb", "#8b949e"
-_DARK = {
+_DARK: dict[Any, Any] = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), _BACKGROUND),
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), _TEXT
@@ -199,7 +199,10 @@ def _label_marks(axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:
             va="center",
             fontsize=8,
             color=_kind(name)[1],
-            arrowprops={"arrowstyle": "-", "color": _LINE, "linewidth": 0.5, "alpha": 0.7, "shrinkB": 6},
+            arrowprops={
+                **{"arrowstyle": "-", "color": _LINE, "linewidth": 0.5, "alpha": 0.7},
+                **{"relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 6},  # from the left end of the name
+            },
         )
 
 
@@ -379,8 +382,10 @@ def save_figure(path: Path, plot: Callable[[], Figure]) -> list[Path]:
         Both files.
     """
     files = [path, path.with_stem(f"{path.stem}_dark")]
-    for file, colours in zip(files, ({}, _DARK), strict=True):
-        # matplotlib's own defaults: a `matplotlibrc` of the user would change sizes and colours.
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **colours}), replacing(file) as temporary:
+    # matplotlib's own defaults: a `matplotlibrc` of the user would change sizes and colours. `rc_context` does not
+    # restore the backend, which is that of the user's notebook.
+    light: dict[Any, Any] = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+    for file, colours in zip(files, (light, light | _DARK), strict=True):
+        with matplotlib.rc_context(colours), replacing(file) as temporary:
             plot().savefig(temporary, format="png", dpi=DPI)
     return files
