@@ -100,6 +100,7 @@ PAGES = {
         not_run={
             "make demo": "CI runs the demo as tests/commands/test_demo.py",
             "make test": "CI runs it",
+            "python3 -m venv": "tests/test_install.py makes an environment",
             "pip install": "tests/test_install.py installs the checkout",
         },
     ),

@@ -172,6 +172,15 @@ def test_settings_follow_data_and_machine() -> None:
     assert recommend(uneven, VIT_S, LAPTOP).settings["loss.class_weights"].value == "balanced"
 
 
+def test_more_time_allows_a_larger_input() -> None:
+    usual, long = recommend(facts(180), VIT_S, LAPTOP), recommend(facts(180), VIT_S, LAPTOP, minutes=1000)
+    assert long.settings["model.size"].value > usual.settings["model.size"].value
+    assert usual.larger
+    assert long.larger is None
+    named = float(usual.larger.split("--minutes ")[1].rstrip(")"))
+    assert recommend(facts(180), VIT_S, LAPTOP, minutes=named).larger != usual.larger
+
+
 @pytest.mark.parametrize(("clips", "kind"), [(180, "videos"), (180, "images"), (1600, "images")])
 def test_training_on_two_cores_ends_in_ten_minutes(clips: int, kind: str) -> None:
     chosen = recommend(facts(clips, kind=kind), VIT_S, LAPTOP)

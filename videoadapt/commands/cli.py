@@ -217,13 +217,20 @@ def new(
         str | None,
         typer.Option(help="Pretrained weights: a file, a folder, or the name of a timm model.", show_default=False),
     ] = None,
+    *,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help="Time that training may take [default: 10 on a CPU, 60 on a GPU].", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Look at your data, and write a config for fine-tuning on them."""
     from videoadapt.commands.new import new as run
     from videoadapt.commands.new import print_new
 
-    _show(run(folder, data, weights, overrides or []), as_json, print_new)
+    _show(run(folder, data, weights, overrides or [], minutes=minutes), as_json, print_new)
 
 
 @app.command()

@@ -33,6 +33,7 @@ from videoadapt.runtime.machine import available_cpus, pick_device
 _TEMPLATE = config_folder() / "finetune_template.yaml"
 _LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):.*")  # of the template; comments have their own lines
 _PAGES = "# Change what you like. docs/finetune.md says how to choose, docs/config.md has all keys."
+_OF_VIDEOS = ("data.short_side", "model.stride_frames", "model.fps")  # a config for images does without them
 _FEW_EPOCHS = 4
 _MEMORY_USED = 0.8  # of a GPU's memory, at most: the prediction does not count what CUDA itself needs
 
@@ -46,11 +47,19 @@ class NewRun:
     weights: str | None  # names the source and its layout
     machine: MachineFacts
     seconds: dict[str, float]  # by stage, without reading the videos
+    minutes: float  # for training; the settings were chosen for it
     notes: list[str]
     commands: list[str]  # what to run next
 
 
-def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequence[str] = ()) -> NewRun:
+def new(
+    folder: Path,
+    data: Path,
+    weights: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    minutes: float | None = None,
+) -> NewRun:
     """Writes `config.yaml` for a run on a folder of data.
 
     Args:
@@ -58,6 +67,7 @@ def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequenc
         data: The data; see `survey`.
         weights: A file, a folder, or the name of a timm model.
         overrides: Texts `section.key=value`; they replace what would be chosen.
+        minutes: The time that training may take; see `recommend`.
 
     Raises:
         UserError: `folder` has a config already, or the data or the weights cannot be used. Nothing is written then.
@@ -69,7 +79,7 @@ def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequenc
     facts = None if weights is None else weights_facts(_source(weights))
     found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"), given.get("data.classes"))
     machine = measure_machine(found, facts)
-    chosen = recommend(found, facts, machine)
+    chosen = recommend(found, facts, machine, minutes)
     settings = {
         **chosen.settings,
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
@@ -90,6 +100,7 @@ def new(folder: Path, data: Path, weights: str | None = None, overrides: Sequenc
         weights=facts.label if facts else None,
         machine=machine,
         seconds=chosen.seconds,
+        minutes=chosen.minutes,
         notes=_notes(found, facts, chosen),
         commands=_commands(path, found),
     )
@@ -124,9 +135,17 @@ def fill_template(settings: Mapping[str, Setting], header: str) -> str:
     """
     schema = f"# yaml-language-server: $schema={config_folder() / 'schema.json'}"  # for editors
     written, lines = set(), [schema, header, _PAGES]
+    images = "model.temporal" in settings and not settings["model.temporal"].value
+    left_out = {key for key in _OF_VIDEOS if images and key not in settings}
+    comments: list[str] = []  # that stand above the next key
     for key, line in template_lines():
         written.add(key)
-        lines.append(_line(line.partition(":")[0], key, settings[key]) if key in settings else line)
+        if not key:
+            comments.append(line)
+            continue
+        if key not in left_out:
+            lines += [*comments, _line(line.partition(":")[0], key, settings[key]) if key in settings else line]
+        comments = []
     for key, setting in settings.items():
         section, _, name = key.partition(".")
         if key in written:
@@ -196,7 +215,8 @@ def print_new(result: NewRun) -> None:
     say(f"weights: {result.weights or 'none, the model starts from random ones'}")
     times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
     rate = f"{result.machine.macs_per_s / 1e9:.0f} GMACs/s in {result.machine.precision}"
-    say(f"time on {result.machine.name} ({rate}, measured now), without reading: {times}")
+    say(f"time on {result.machine.name} ({rate}, measured now) if nothing else runs: {times}, and reading of files")
+    say(f"settings are chosen for {result.minutes:g} min of training (--minutes)")
     for note in result.notes:
         say(f"note: {note}")
     say(f"written: {result.config}; its comments have the reasons. Next:")
@@ -215,14 +235,16 @@ def _describe(data: Survey) -> str:
     if data.kind == "images":
         return f"{short} (small / usual / large), {opened}"
     seconds = f"{data.seconds.low:.1f} / {data.seconds.middle:.1f} / {data.seconds.high:.1f} s (short / usual / long)"
-    return f"{seconds}, {data.fps.low:.3g} to {data.fps.high:.3g} frames a second, {short}, {opened}"
+    return f"durations {seconds}, {data.fps.low:.3g} to {data.fps.high:.3g} frames a second, {short}, {opened}"
 
 
 def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation) -> list[str]:
     notes = list(data.notes)
+    if chosen.larger:
+        notes.append(f"with more time: {chosen.larger}")
     epochs = chosen.settings["train.epochs"].value
     if epochs < _FEW_EPOCHS:
-        notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more time (train.epochs)")
+        notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more --minutes")
     if data.unreadable:
         notes.append(
             f"{len(data.unreadable)} of the {data.opened} files that were opened cannot be read, the first: "

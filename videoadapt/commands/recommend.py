@@ -5,6 +5,7 @@ All functions are pure. Each setting has its reason, which `videoadapt new` writ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -32,7 +33,7 @@ _LONGEST_CLIP_S = 8.5  # that of TimeSformer on Kinetics: 8 frames, 32 apart, at
 _LENGTHS = (14, 10, 7)  # largest lengths to consider, in patches per side
 _FEW_CLIPS = 500  # below: fine-tuning all blocks forgets more than it learns
 _IMBALANCED = 2.0  # largest class / smallest class
-_TRAIN_BUDGET_S = {"cpu": 600.0, "cuda": 3600.0}  # for training, without reading
+_TRAIN_MINUTES = {"cpu": 10.0, "cuda": 60.0}  # for training, without reading, unless the user gives another time
 _BACKWARD = 2  # MACs of a backward pass / those of the forward pass
 _VALIDATION = 0.15  # time of an epoch's validation / time of its training, at most
 _NEARLY_ALL = 0.7  # of val: then all of it
@@ -63,6 +64,8 @@ class Recommendation:
 
     settings: dict[str, Setting]  # by key, such as `train.lr`
     seconds: dict[str, float]  # by stage, without reading the videos
+    minutes: float  # for training; the settings were chosen for it
+    larger: str | None  # what more time allows, in words; None: no larger input
 
 
 class _Input(NamedTuple):
@@ -76,25 +79,30 @@ class _Input(NamedTuple):
     validated: float  # share of val in the validation of an epoch
 
 
-def recommend(data: Survey, weights: WeightsFacts | None, machine: MachineFacts) -> Recommendation:
-    """Returns settings for a run that ends in some ten minutes on a CPU, and in about an hour on a GPU.
+def recommend(
+    data: Survey, weights: WeightsFacts | None, machine: MachineFacts, minutes: float | None = None
+) -> Recommendation:
+    """Returns settings for a run whose training ends in a given time.
 
     Args:
         data: What the data are.
         weights: What the weights need; None without weights.
         machine: The machine that will train.
+        minutes: The time for training, without reading. None: 10 on a CPU, 60 on a GPU.
     """
+    minutes = minutes or _TRAIN_MINUTES[machine.device]
     model = dict(weights.model if weights else _FROM_SCRATCH)
     few = data.clips("train") < _FEW_CLIPS
     holdout = 0.3 if few else 0.2
     stage1 = round(data.clips("train") * (1 - holdout))
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
-    chosen = _choose_input(data, model, machine, stage1, few=few, can_freeze=can_freeze)
+    options = _options(data, model, machine, stage1, minutes, few=few, can_freeze=can_freeze)
+    chosen = next((option for option in options if option.epochs >= _least(few)), options[-1])
     settings = {
         "run.precision": Setting(machine.precision, f"the faster one on {machine.name}"),
         **_data_settings(data, machine, chosen, holdout, few),
-        **_model_settings(data, weights, model, chosen),
+        **_model_settings(data, weights, model, chosen, minutes),
         **_train_settings(data, weights, machine, chosen, stage1),
         **_later_settings(data, machine),
     }
@@ -105,7 +113,9 @@ def recommend(data: Survey, weights: WeightsFacts | None, machine: MachineFacts)
         "label": (data.clips("train") - stage1) * pass_s,
         "evaluate": data.clips("val") * pass_s + _SPEED_S,
     }
-    return Recommendation(settings, seconds)
+    before = options[: options.index(chosen)]
+    larger = before[-1] if before else None
+    return Recommendation(settings, seconds, minutes, larger and _describe(larger, data, model["patch"], _least(few)))
 
 
 def points_of(length: int) -> list[int]:
@@ -113,23 +123,42 @@ def points_of(length: int) -> list[int]:
     return sorted({length, max(2, round(0.7 * length)), max(1, round(0.5 * length))}, reverse=True)
 
 
-def _choose_input(
-    data: Survey, model: Mapping[str, Any], machine: MachineFacts, clips: int, *, few: bool, can_freeze: bool
-) -> _Input:
-    """Returns the largest input, and the fewest frozen blocks, with which enough epochs fit into the time."""
-    depth = model["depth"]
-    least, most = (5, 20) if few else (4, 15)
+def _least(few: bool) -> int:
+    """Returns the epochs that a run should have at least."""
+    return 5 if few else 4
+
+
+def _options(
+    data: Survey,
+    model: Mapping[str, Any],
+    machine: MachineFacts,
+    clips: int,
+    minutes: float,
+    *,
+    few: bool,
+    can_freeze: bool,
+) -> list[_Input]:
+    """Returns inputs with the epochs that the time allows, the largest input with the fewest frozen blocks first."""
+    depth, most = model["depth"], 20 if few else 15
     freezes = [depth // 2 if few else 0, depth * 3 // 4] if can_freeze else [0]
+    options = []
     for frames, length in _inputs(data, model):
         for frozen in freezes:
             macs = _macs(model, data, frames, length)
             train_macs = macs * clips * (1 + _BACKWARD * (1 - frozen / depth))
             share = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
             epoch_s = (train_macs + share * macs * data.clips("val")) / machine.macs_per_s
-            epochs = int(_TRAIN_BUDGET_S[machine.device] / epoch_s)
-            if epochs >= least:
-                return _Input(frames, length, frozen, min(epochs, most), epoch_s, share)
-    return _Input(frames, length, frozen, max(1, epochs), epoch_s, share)
+            epochs = min(max(1, int(60 * minutes / epoch_s)), most)
+            options.append(_Input(frames, length, frozen, epochs, epoch_s, share))
+    return options
+
+
+def _describe(option: _Input, data: Survey, patch: int, epochs: int) -> str:
+    """Returns an input, and the time that training with it takes, in words."""
+    frames = "" if data.kind == "images" else f"{option.frames} frames of "
+    frozen = f"{option.frozen} blocks frozen" if option.frozen else "nothing frozen"
+    minutes = math.ceil(epochs * option.epoch_s / 60)
+    return f"{frames}{option.length * patch} pixels, {frozen}, {epochs} epochs in {minutes} min (--minutes {minutes})"
 
 
 def _inputs(data: Survey, model: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
@@ -183,7 +212,7 @@ def _validated(data: Survey, chosen: _Input) -> Setting:
     if chosen.validated > _NEARLY_ALL:
         return Setting("val", "")
     share = max(0.01, round(chosen.validated, 2))
-    return Setting(share, f"{round(share * data.clips('val'))} of them after each epoch: all would take too long")
+    return Setting(share, f"{round(share * data.clips('val'))} of them after each epoch, a tenth to a sixth of the time")
 
 
 def _per_class(data: Survey) -> str:
@@ -196,7 +225,7 @@ def _text(path: object) -> str | None:
 
 
 def _model_settings(
-    data: Survey, weights: WeightsFacts | None, model: Mapping[str, Any], chosen: _Input
+    data: Survey, weights: WeightsFacts | None, model: Mapping[str, Any], chosen: _Input, minutes: float
 ) -> dict[str, Setting]:
     size = chosen.length * model["patch"]
     short = int(data.short_side.middle)
@@ -215,8 +244,9 @@ def _model_settings(
     else:
         settings["model.mean"] = Setting([0.485, 0.456, 0.406], "ImageNet's: nothing states another")
         settings["model.std"] = Setting([0.229, 0.224, 0.225], "")
+    limit = f"as large as {minutes:g} min of training allow"
     settings["model.size"] = Setting(
-        size, f"{chosen.length} patches of {model['patch']}; the short side of the data: {short}"
+        size, f"{chosen.length} patches of {model['patch']}, {limit}; the short side of the data: {short}"
     )
     points = points_of(chosen.length)
     settings["model.points"] = Setting(points, "costs of about 1, 1/2 and 1/4")
@@ -224,7 +254,6 @@ def _model_settings(
     settings |= _crops(data, size)
     if data.kind == "images":
         settings["model.num_frames"] = Setting(1, "images")
-        settings["model.stride_frames"] = Setting(1, "")
         settings["model.temporal"] = Setting(False, "images")
         return settings
     covered = min(data.seconds.low, _LONGEST_CLIP_S)
@@ -232,7 +261,7 @@ def _model_settings(
     stride = max(1, round(covered * fps / chosen.frames))
     seconds = data.seconds
     settings["model.fps"] = Setting(fps, f"the usual rate of these videos ({data.fps.low:.3g} to {data.fps.high:.3g})")
-    settings["model.num_frames"] = Setting(chosen.frames, "as many as the time allows")
+    settings["model.num_frames"] = Setting(chosen.frames, f"as many as {minutes:g} min of training allow")
     settings["model.stride_frames"] = Setting(
         stride,
         f"a clip covers {chosen.frames * stride / fps:.1f} s; videos last {seconds.low:.1f} / {seconds.middle:.1f} / "
@@ -249,7 +278,6 @@ def _model_settings(
 def _crops(data: Survey, size: int) -> dict[str, Setting]:
     if data.kind == "images":
         return {
-            "data.short_side": Setting(None, "images: crop_area instead"),
             "data.crop_area": Setting([0.4, 1.0], "objects of many sizes"),
         }
     largest = max(size, round(1.3 * size))
@@ -288,7 +316,7 @@ def _train_settings(
 
 def _why_free(data: Survey) -> str:
     if data.kind == "videos":
-        return "image weights have no layers between frames: all blocks must learn them"
+        return "image weights have no attention over time: all blocks must learn it"
     return "enough clips and time"
 
 
