@@ -180,7 +180,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "config.yaml").write_text("model: {size: 32, points: [2]}\n")
     for words, message in (
-        (["none.yaml", "rounds=1"], "none.yaml: cannot read this config"),
+        (["none.yaml", "rounds=1"], "none.yaml: no such config"),
         (["config.yaml", "rounds=none", "train.batch=2"], "error: bench_train: rounds"),
     ):
         monkeypatch.setattr(sys, "argv", ["bench_train.py", str(tmp_path / words[0]), *words[1:]])

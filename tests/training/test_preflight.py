@@ -127,7 +127,7 @@ def test_a_node_that_cannot_read_the_videos_stops_the_run(tmp_path: Path) -> Non
 
 
 def test_the_estimated_size_of_checkpoints_is_their_size(tmp_path: Path) -> None:
-    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1})
+    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1, "validate_every": 1})
     train(config)
     files = list(train_checkpoints(config.run.dir).folder.glob("step-*"))
     assert len(files) == config.train.keep_checkpoints

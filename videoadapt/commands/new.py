@@ -240,6 +240,9 @@ def _describe(data: Survey) -> str:
 
 def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation) -> list[str]:
     notes = list(data.notes)
+    load, cpus = os.getloadavg()[0], available_cpus()  # of the last minute; this process is a part of it
+    if load > cpus + 1:
+        notes.append(f"the machine is busy ({load:.0f} processes want its {cpus} CPUs): expect longer times")
     if chosen.larger:
         notes.append(f"with more time: {chosen.larger}")
     epochs = chosen.settings["train.epochs"].value

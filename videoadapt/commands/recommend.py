@@ -212,7 +212,7 @@ def _validated(data: Survey, chosen: _Input) -> Setting:
     if chosen.validated > _NEARLY_ALL:
         return Setting("val", "")
     share = max(0.01, round(chosen.validated, 2))
-    return Setting(share, f"{round(share * data.clips('val'))} of them after each epoch, a tenth to a sixth of the time")
+    return Setting(share, f"{round(share * data.clips('val'))} of them after each epoch, at most a sixth of the time")
 
 
 def _per_class(data: Survey) -> str:

@@ -426,6 +426,8 @@ def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:
 def _read_yaml(path: Path) -> Values:
     try:
         content = parse_yaml(read_text(path, MAX_CONFIG_BYTES))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config or run folder") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this config: {error.strerror}") from None
     except ValueError as error:  # YamlError, or UnicodeDecodeError

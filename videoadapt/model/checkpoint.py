@@ -311,7 +311,7 @@ def require_same(
             for key, recorded, present in differ
         )
         raise CheckpointError(
-            f"{path}: this checkpoint is of another architecture or run: {listed}. "
+            f"{path}: this checkpoint was trained with other settings: {listed}. "
             "Use another run.dir, or the checkpoint's values"
         )
 

@@ -118,6 +118,8 @@ def trained_checkpoint(config: Config) -> Checkpoint:
     else:
         source = config.run.dir if chosen is None or chosen == Path("last") else chosen
         found = find_checkpoint(source, train_checkpoints)
+        if source == config.run.dir and not (source / "train.json").exists():
+            say(f"{found.path}: the training of this run is not finished")
     differences = Inputs.of(config, None, None, "data").differences({"settings": found.meta})
     if differences:
         say(f"{found.path}: was trained with other settings: {'; '.join(differences)}")

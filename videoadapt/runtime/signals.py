@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from videoadapt.runtime.console import say
+
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit is near; `sbatch --signal` chooses one of them
 JOB_SIGNALS = (signal.SIGTERM, *WARNINGS)  # SIGTERM: the job is cancelled or preempted
 
@@ -77,7 +79,9 @@ class StopRequest:
             self._outer.received = self.received
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self.requested:
+                raise KeyboardInterrupt
+            say("\nstopping once the work of this step is saved; Ctrl-C again stops at once")  # a step may be long
         if self.received not in WARNINGS:  # SIGTERM may follow a warning, which requests a requeue and so must stay
             self.received = signal.Signals(number)

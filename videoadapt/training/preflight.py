@@ -74,6 +74,14 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
 
 
 def _print_reports(reports: Sequence[NodeReport]) -> None:
+    if len(reports) == 1:
+        (one,) = reports
+        workers = plural(one.workers, "worker") if one.workers else "no workers"
+        say(
+            f"preflight: {one.gpu if one.gpu != 'none' else plural(one.cpus, 'CPU')}; {workers} to read videos, "
+            f"{one.clips_per_s:.1f} clips/s each; {one.free_bytes / 1e9:.0f} GB of disk free; manifest {one.manifest}"
+        )
+        return
     columns = "rank,node,GPU,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest".split(",")
     rows = [
         (

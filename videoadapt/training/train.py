@@ -151,7 +151,7 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
             if stopping or validator.is_due() or state.step % save_steps == 0 or state.step == last_step:
                 _save(state, role, checkpoints)  # before a validation: it may be interrupted, or find this one the best
             if stopping and state.step < last_step:
-                say(f"stopped at step {state.step} of {last_step}; run the same command again to continue")
+                say(f"stopped and saved at step {state.step} of {last_step}")
                 stop.stop()
             if validator.is_due():
                 _validate(validator, role, checkpoints, metrics, meter, stop, bar)
@@ -176,7 +176,7 @@ def _validate(  # noqa: PLR0917 - what the loop has
     state, start = validator.state, time.monotonic()
     validation = validator.validate(stop, partial(bar.step, 0))
     if validation is None:
-        say(f"stopped in the validation after step {state.step}; run the same command again to continue with it")
+        say(f"stopped in the validation after step {state.step}, which is saved; the validation will be repeated")
         stop.stop()
     state.validations.append(validation)
     seconds = time.monotonic() - start

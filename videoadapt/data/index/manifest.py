@@ -241,7 +241,19 @@ def load_or_index(config: Config) -> Manifest:
     require_readable(manifest, config)  # before anything is written: the disk may not be mounted
     require_probed(manifest)
     _write(manifest, counts, config)
+    _say_suspicious(counts, config)
     return manifest
+
+
+def _say_suspicious(counts: IndexSummary, config: Config) -> None:
+    """Prints in one line what makes an evaluation unreliable; `index` prints all that it has found."""
+    leaks = counts.leaks.same_id.count + counts.leaks.same_source.count + counts.leaks.same_content.count
+    equal = counts.duplicates.same_content.count
+    if leaks or equal:
+        say(
+            f"{plural(leaks, 'leak')} between splits, {plural(equal, 'group')} of files with the same content: see "
+            f"{index_path(config)}"
+        )
 
 
 def index_folder(folder: Path, config: Config) -> Manifest:
