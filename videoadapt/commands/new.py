@@ -25,7 +25,8 @@ from videoadapt.data.index.survey import Survey, survey
 from videoadapt.errors import UserError
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
-from videoadapt.performance.timing import bf16_is_fast, training_macs_per_s
+from videoadapt.performance.timing import bf16_is_fast, time_of, training_macs_per_s
+from videoadapt.routing.assigner import Assigner
 from videoadapt.runtime.console import duration, print_table, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.machine import available_cpus, pick_device
@@ -87,7 +88,7 @@ def new(
     }
     header = f"# Written by `videoadapt new` on {date.today()}: fine-tuning on {os.path.abspath(data)}."
     # The survey has used data.classes; a drawn val split comes with a file of its own.
-    text = _checked(
+    config, text = _checked(
         header, settings, [word for word in overrides if not word.startswith("data.classes")], machine, path
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def new(
         data=replace(found, files={}),
         weights=facts.label if facts else None,
         machine=machine,
-        seconds=chosen.seconds,
+        seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}),
         minutes=chosen.minutes,
         notes=_notes(found, facts, chosen),
         commands=_commands(path, found),
@@ -108,8 +109,8 @@ def new(
 
 def _checked(
     header: str, settings: dict[str, Setting], overrides: Sequence[str], machine: MachineFacts, path: Path
-) -> str:
-    """Returns the text of the config: with the user's settings, and in parts that fit into the memory of a GPU.
+) -> tuple[Config, str]:
+    """Returns the config and its text: with the user's settings, and in parts that fit into the memory of a GPU.
 
     Raises:
         ConfigError: The user's settings contradict each other or the chosen ones.
@@ -122,7 +123,7 @@ def _checked(
     if machine.device == "cuda" and "train.accumulate" not in _given(overrides):
         fitting = parts_that_fit(config, torch.cuda.get_device_properties(0).total_memory)
         text = fill_template(settings | {"train.accumulate": fitting}, header)
-    return text
+    return config, text
 
 
 def fill_template(settings: Mapping[str, Setting], header: str) -> str:
@@ -200,6 +201,21 @@ def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
     speed = training_macs_per_s(config, clips=8 if frames == 1 else 2)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpus} CPU core{'s' if cpus > 1 else ''}"
     return MachineFacts(device.type, name, cpus, precision, speed)  # type: ignore[arg-type]
+
+
+def _assign_s(config: Config, clips: int) -> float:
+    """Returns the time that fitting the assigner to the holdout of so many clips takes, by a step on this machine."""
+    settings, device = config.assign, pick_device(config.run.device)
+    assigner = Assigner(settings, len(config.model.points)).to(device)
+    shape = (settings.batch, 3, settings.frames, settings.size, settings.size)
+    thumbnails = torch.zeros(shape, dtype=torch.uint8, device=device)
+    seconds = time_of(lambda: assigner(thumbnails).sum().backward(), device)
+    return seconds * settings.epochs * max(1, round(config.data.holdout * clips) // settings.batch)
+
+
+def _by_stage(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Returns the times in the order in which the stages run."""
+    return {stage: seconds[stage] for stage in ("train", "label", "assign", "evaluate")}
 
 
 def print_new(result: NewRun) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,13 +92,20 @@ def training_macs_per_s(config: Config, clips: int) -> float:
         clips: Clips of a pass.
     """
     stopwatch = Stopwatch(config, (clips, clips + 1))
-    stopwatch.measure()  # the warm-up
-    begin, begin_cpu = now(stopwatch.device), time.process_time()
-    stopwatch.measure()
-    seconds = now(stopwatch.device) - begin
-    if stopwatch.device.type == "cpu":
-        seconds = (time.process_time() - begin_cpu) / torch.get_num_threads()
+    seconds = time_of(stopwatch.measure, stopwatch.device)
     return 3 * (2 * clips + 1) * sum(point_macs(config.model).values()) / seconds  # backward: twice the forward pass
+
+
+def time_of(work: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds of the second call of a function: on a CPU, those of an otherwise idle machine.
+
+    They are the time that the threads work, so other programs do not change it much.
+    """
+    work()  # the warm-up
+    begin, begin_cpu = now(device), time.process_time()
+    work()
+    seconds = now(device) - begin
+    return (time.process_time() - begin_cpu) / torch.get_num_threads() if device.type == "cpu" else seconds
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -184,7 +184,7 @@ def describe(validation: Validation, seconds: float, state: State) -> str:
     def at(point: str) -> str:
         loss, top1 = validation.values[f"loss/{point}"], validation.values[f"top1/{point}"]
         top1_text = "-" if top1 is None else f"{percent(top1)} %"
-        return f"{point}: top-1 {top1_text}, loss {'not finite' if loss is None else f'{loss:.3f}'}"
+        return f"point {point}: top-1 {top1_text}, loss {'not finite' if loss is None else f'{loss:.3f}'}"
 
     best = best_validation(state.validations, config)
     which = "the best so far" if best is validation else f"the best was epoch {best.epoch}" if best else "not finite"
