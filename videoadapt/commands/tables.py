@@ -180,6 +180,12 @@ def print_assign(summary: Summary) -> None:
         ("cost of the assigner per clip", cost),
     ]
     print_table("Assigner", ("on the clips that selected its threshold", ""), rows)
+    if summary["macs_saved"] <= 0:
+        clips = summary["clips_selecting"]
+        say(
+            f"the assigner saves nothing: every cheaper mix loses more than assign.tolerance on {plural(clips, 'clip')}, "
+            f"of which one is {100 / clips:.2g} %. Label more clips, or allow a larger loss"
+        )
 
 
 def print_evaluate(summary: Summary) -> None:

@@ -241,7 +241,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = _read_folder(Path(path)) if Path(path).is_dir() else _read_with_base(Path(path))
     for override in overrides:
         _apply_override(values, override)
-    return make_config(_expand(values, "", Config), str(path))
+    return make_config(_expand(values, "", Config), f"{path} or the overrides" if overrides else str(path))
 
 
 def as_config(source: ConfigSource) -> Config:

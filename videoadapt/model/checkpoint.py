@@ -290,7 +290,13 @@ def train_checkpoints(run: Path, keep: int = 2, guard: Guard = nullcontext) -> C
 
 
 def require_same(
-    path: Path, ours: Section, theirs: Mapping[str, Any], name: str, *, free: tuple[str, ...] = ()
+    path: Path,
+    ours: Section,
+    theirs: Mapping[str, Any],
+    name: str,
+    *,
+    free: tuple[str, ...] = (),
+    otherwise: str = "use another run.dir",
 ) -> None:
     """Checks that a section of the config equals the section in a checkpoint, by `different_settings`.
 
@@ -300,6 +306,7 @@ def require_same(
         theirs: The section in the checkpoint, as JSON values.
         name: The name of the section in the config, such as `model`.
         free: Fields that may differ.
+        otherwise: What to do to keep the present values, for the message.
 
     Raises:
         CheckpointError: Fields differ; the message names each of them with both values.
@@ -312,7 +319,7 @@ def require_same(
         )
         raise CheckpointError(
             f"{path}: this checkpoint was trained with other settings: {listed}. "
-            "Use another run.dir, or the checkpoint's values"
+            f"Use the checkpoint's values, or {otherwise}"
         )
 
 

@@ -318,8 +318,10 @@ def _resume(
             path.replace(aside / path.name)
         return 0
     # These two only choose the threshold, which is computed again after every fit.
-    require_same(found.path, config.assign, found.value("assign", dict), "assign", free=("select", "tolerance"))
-    require_same(found.path, config.label, found.value("label", dict), "label")
+    anew = f"move {found.path.parent} away, and a new assigner is fitted"
+    free = ("select", "tolerance")
+    require_same(found.path, config.assign, found.value("assign", dict), "assign", free=free, otherwise=anew)
+    require_same(found.path, config.label, found.value("label", dict), "label", otherwise=anew)
     load_tensors(assigner, found.tensors_under("model"), found.path)
     restore_optimizer(assigner, optimizer, found)
     return min(found.value("step", int), config.assign.epochs)
