@@ -183,8 +183,8 @@ def print_assign(summary: Summary) -> None:
     if summary["macs_saved"] <= 0:
         clips = summary["clips_selecting"]
         say(
-            f"the assigner saves nothing: every cheaper mix loses more than assign.tolerance on {plural(clips, 'clip')}, "
-            f"of which one is {100 / clips:.2g} %. Label more clips, or allow a larger loss"
+            "the assigner saves nothing: every cheaper mix loses more than assign.tolerance on these "
+            f"{plural(clips, 'clip')}, of which one is {100 / clips:.2g} %. Label more clips, or allow a larger loss"
         )
 
 
