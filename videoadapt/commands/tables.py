@@ -122,12 +122,18 @@ def print_train(summary: Summary) -> None:
         # Sampled training (`train.draw`) can leave a point out of a whole epoch; it has no loss then.
         trained = (f"{v['loss']:.3f}", percent(v["top1"])) if v["loss"] is not None else ("not drawn", "-")
         rows.append((point, *trained, *(_validated_cells(validation["values"], point) if validation else ())))
-    columns: tuple[str, ...] = ("point", "loss", "top-1 %")
+    columns: tuple[str, ...] = ("point", "training loss", "top-1 %")
     title = "Last epoch, on the training clips"
     if validation:
         columns += ("validation loss", "validation top-1 %", "validation top-5 %")
         title += f", and on {plural(validation['read'], 'video')} of {validation['videos']}"
+        if all(row[-1] == "-" for row in rows):  # five classes or fewer
+            columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(title, columns, rows)
+    if validation:
+        say(
+            "the training loss includes distillation, smoothing and class weights; the validation loss has none of them"
+        )
     say(
         f"{plural(summary['steps'], 'step')}; {summary['clips_per_s']:.1f} clips/s, "
         f"{summary['wait_fraction']:.0%} of the time waiting for data; {plural(summary['skipped'], 'clip')} skipped; "
@@ -137,7 +143,8 @@ def print_train(summary: Summary) -> None:
         early = "stopped early (train.patience); " if summary["stopped_early"] else ""
         say(
             f"{early}validations took {duration(summary['validation_s'])}; the best checkpoint by {best['metric']} "
-            f"({best['value']:.3f}) is that of epoch {best['epoch']}: run.checkpoint=best selects it"
+            f"({best['value']:.3f}) is that of epoch {best['epoch']}"
+            + (", the last one" if best["step"] == summary["steps"] else ": run.checkpoint=best selects it")
         )
 
 
@@ -208,7 +215,11 @@ def print_evaluate(summary: Summary) -> None:
     )
     title = f"{plural(summary['listed'], 'video')} listed, {summary['scored']} read; each: {summary['views']}"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
-    print_table(title, columns, rows)
+    print_table(title, *_without_needless(columns, rows))
+    say(
+        f"always answering with the largest class, {summary['largest_class']}: "
+        f"{percent(summary['largest_class_fraction'])} %"
+    )
     say(
         "* on the Pareto front: none has a higher top-1 at no more MACs, or the same at fewer MACs; random and oracle "
         "take no part"
@@ -230,6 +241,18 @@ def print_evaluate(summary: Summary) -> None:
     say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")
     _say_speed(summary["speed"])
     say("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["stages"].items()))
+
+
+def _without_needless(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns columns and rows without the columns that have no values, or those of another column."""
+    cells = {name: [row[number] for row in rows] for number, name in enumerate(columns)}
+    needless = {name for name, values in cells.items() if set(values) == {"-"}}
+    if cells["MACs/view"] == cells["MACs/video"]:
+        needless.add("MACs/view")
+    kept = tuple(name for name in columns if name not in needless)
+    return kept, [tuple(cells[name][number] for name in kept) for number in range(len(rows))]
 
 
 def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -> tuple[str, ...]:

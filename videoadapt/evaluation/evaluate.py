@@ -67,6 +67,8 @@ class EvaluationSummary(Result):
     trained_on: int | None  # videos of the split that the model was trained on; None if its checkpoint does not say
     selected_on_val: str | None  # how the split had a part in the choice of the checkpoint; see `selected_on_val`
     listed: int  # videos of the split
+    largest_class: str  # of the listed videos
+    largest_class_fraction: float  # the top-1 of a model that always answers with it
     scored: int  # videos that could be read
     failed: list[dict[str, str]]  # path and cause of the others
     failed_count_as: str  # `wrong` or `exclude`
@@ -226,7 +228,8 @@ def _summary(
         classes = write_tables(config, scores, population, outcomes)
         write_logits(folder / "logits.npz", scores, population, dict(enumerate(manifest["path"])), points)
     stages = {"speed": measured - before, "tables": time.monotonic() - measured}
-    evaluated = config.evaluate
+    evaluated, labels = config.evaluate, manifest.split("val")["label"]
+    largest = np.bincount(labels).argmax()
     return EvaluationSummary(
         split="val",
         manifest=manifest.hash,
@@ -236,6 +239,8 @@ def _summary(
         trained_on=trained_on,
         selected_on_val=selected,
         listed=len(population.videos),
+        largest_class=manifest.classes[int(largest)],
+        largest_class_fraction=float((labels == largest).mean()),
         scored=len(population.scored),
         failed=population.failed,
         failed_count_as=evaluated.failed,

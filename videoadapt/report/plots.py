@@ -27,6 +27,7 @@ MOST_PAIRS = 25  # bars of confused classes
 MATRIX_CLASSES = 30  # with more classes, the cells of a matrix are too small to read
 DPI = 110
 CURVE_BINS = 20  # points of a training curve
+_STEPS_AVERAGED = 50  # of the training curves, at most, in short runs
 _VIRIDIS = (0.2, 0.9)  # the part of this colour map that can be told from both backgrounds
 _NAME_HEIGHT = 0.045  # of the axes: the distance of two names beside them
 _NAME_LENGTH = 32  # characters of a class name on an axis
@@ -334,7 +335,8 @@ def plot_curves(
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = zip(figure.subplots(1, 2), (("loss", 1, "loss"), ("top1", 100, "top-1 %")), strict=True)
-    width = max(1, len(metrics) // CURVE_BINS)  # single steps have few clips, so their values jump
+    # Single steps have few clips, so their values jump.
+    width = max(1, len(metrics) // CURVE_BINS, min(int(per_epoch / 2), _STEPS_AVERAGED))
     binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean()
     shades = matplotlib.colormaps["viridis"](np.linspace(*_VIRIDIS, len(points)))
     for axes, (name, factor, label) in panels:
@@ -360,7 +362,7 @@ def plot_curves(
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    kinds = "dashed: training clips"
+    kinds = "dashed: training clips, augmented; their loss includes distillation, smoothing and class weights"
     if len(validations):
         kinds += f"; full: {validations['read'].iloc[-1]} videos of {validations['videos'].iloc[-1]}"
     # One legend for both panels: the best checkpoint is marked in one of them.
