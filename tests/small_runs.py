@@ -73,7 +73,7 @@ def values(data: Path, run: Path) -> dict:
             "clip_grad": 1.0,
             "ema": 0.9,
             "save_steps": 2,
-            "validate_every": 0,  # a fifth of the time of such a run; tests of validation set it
+            "validate_every": 0,  # tests of validation set it
         },
         "label": {"source": "holdout"},
         "assign": {"frames": 2, "size": 32, "channel_multiplier": 0.25, "stages": 2, "epochs": 2, "batch": 8},

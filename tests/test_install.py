@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = "import videoadapt as va; print(va.__file__); va.__all__"  # a namespace package has neither
+PROGRAM = "import videoadapt as va; print(va.__file__); va.__version__"  # a namespace package has neither
 
 
 @pytest.mark.slow

@@ -283,7 +283,7 @@ def test_a_run_has_one_owner_and_a_number_of_restarts(slurm: Slurm) -> None:
     wait_until(lambda: steps(config) > before, 60, lambda: "the new start to continue")
     slurm.cluster.run("scancel", "--signal=USR2", job)
     assert slurm.wait(job) == "FAILED"
-    assert f"job {job} was restarted 1 times, and slurm.max_restarts is 1" in slurm.log(config, job)
+    assert f"job {job} was restarted 1 time, and slurm.max_restarts is 1" in slurm.log(config, job)
     assert steps(config) > before
     assert handle.get_info(mode="force")["State"] == "FAILED"
     assert handle.done(force_check=True)

@@ -310,7 +310,7 @@ def test_the_error_of_an_unknown_policy_lists_the_known_ones(text: str) -> None:
 
 
 def test_the_error_of_assigned_without_an_assigner_names_the_verb() -> None:
-    with pytest.raises(UserError, match="videoadapt assign CONFIG"):
+    with pytest.raises(UserError, match="run `videoadapt label` and `videoadapt assign` first"):
         parse_policy("assigned", None, MODEL)
 
 

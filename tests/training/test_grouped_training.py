@@ -238,7 +238,9 @@ def test_ranks_validate_each_video_once(forked: ForkedRanks, data: Path, indexed
     found = []
     for count in (1, 3):
         folder = tmp_path / str(count)
-        config = runs.config(data, folder / "run", data={"validate": 0.9}, evaluate={"batch": 3})
+        config = runs.config(
+            data, folder / "run", data={"validate": 0.9}, evaluate={"batch": 3}, train={"validate_every": 1}
+        )
         shutil.copytree(indexed, config.run.dir)
         (folder / "config.yaml").write_text(dump_config(config))
         forked.run(grouped_steps.save_validation, count, folder)

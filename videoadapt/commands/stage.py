@@ -78,8 +78,8 @@ def run_stage(stage: Stage, config: Config) -> Result:
 
 def draw_new_curves(run: Path) -> None:
     """Draws the curves of a training that has just ended; an old training has them already."""
-    curves = run / "curves.png"
-    if curves.exists() and curves.stat().st_mtime >= (run / "train.json").stat().st_mtime:
+    curves, summary = run / "curves.png", run / "train.json"
+    if not summary.exists() or (curves.exists() and curves.stat().st_mtime >= summary.stat().st_mtime):
         return
     from videoadapt.report.plots import draw_curves  # here, since importing matplotlib takes a second
 
