@@ -6,6 +6,7 @@ their own, so that either is readable everywhere.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
@@ -22,6 +24,8 @@ from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
 from videoadapt.runtime.console import macs
 from videoadapt.runtime.files import read_json, replacing
 
+Box = npt.NDArray[np.float64]  # (2, 2): the lower left corner, and the upper right one
+
 MOST_CLASSES = 40  # bars of classes; more names than this are too small to read
 MOST_PAIRS = 25  # bars of confused classes
 MATRIX_CLASSES = 30  # with more classes, the cells of a matrix are too small to read
@@ -29,6 +33,9 @@ DPI = 110
 CURVE_BINS = 20  # points of a training curve
 _STEPS_AVERAGED = 50  # of the training curves, at most, in short runs
 _VIRIDIS = (0.2, 0.9)  # the part of this colour map that can be told from both backgrounds
+_FEW = 8  # policies whose names stand at their marks
+_PLOTTED = (0.85, 0.8)  # of the figure: the size of the axes, about
+_MARK = 7.0  # half of a mark's size, in points
 _NAME_HEIGHT = 0.045  # of the axes: the distance of two names beside them
 _NAME_LENGTH = 32  # characters of a class name on an axis
 _BACKGROUND, _TEXT, _LINE = "#15181d", "#e4e7eb", "#8b949e"
@@ -178,9 +185,53 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(x=0.1, y=0.12)
     axes.grid(alpha=0.3)
-    axes.legend(handles=axes.lines[:1], loc="lower left", bbox_to_anchor=(1.03, -0.16), fontsize=8, frameon=False)
-    _label_marks(axes, policies)
+    if len(policies) <= _FEW:
+        axes.legend(handles=axes.lines[:1], loc="best", fontsize=8, frameon=False)
+        _name_marks(figure, axes, policies)
+    else:
+        axes.legend(handles=axes.lines[:1], loc="lower left", bbox_to_anchor=(1.03, -0.16), fontsize=8, frameon=False)
+        _label_marks(axes, policies)
     return figure
+
+
+def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the names of a few policies at their marks, each at the corner where it covers least."""
+    low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
+    size = figure.get_size_inches() * 72 * _PLOTTED  # of the axes, in points
+
+    def place(row: Mapping[str, Any], key: str) -> Box:
+        return (np.array([row["macs_per_clip"], 100 * row[key]]) - low) / (high - low) * size
+
+    marks = {name: place(row, "top1") for name, row in policies.items()}
+    taken = [np.array([mark - _MARK, mark + _MARK]) for mark in marks.values()]
+    taken += [np.array([place(row, "top1_low") - 1, place(row, "top1_high") + 1]) for row in policies.values()]
+    for name, mark in marks.items():
+        extent = np.array([0.6 * 8 * len(_short(name)), 10.0])  # of a text of size 8
+        boxes = []
+        for right, up in itertools.product((True, False), (8.0, -18.0, 20.0, -30.0)):
+            corner = mark + (8.0 if right else -8.0 - extent[0], up)
+            boxes.append(np.array([corner, corner + extent]))
+        covered = [sum(_overlap(box, other) for other in taken) + _outside(box, size) for box in boxes]
+        box = boxes[int(np.argmin(covered))]
+        taken.append(box)
+        axes.annotate(
+            _short(name),
+            (policies[name]["macs_per_clip"], 100 * policies[name]["top1"]),
+            tuple(box[0] - mark),
+            textcoords="offset points",
+            fontsize=8,
+            color=_kind(name)[1],
+        )
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Returns the area that two boxes share."""
+    return float(np.prod(np.clip(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0, None)))
+
+
+def _outside(box: Box, size: Box) -> float:
+    """Returns the area of a box outside the axes."""
+    return float(np.prod(box[1] - box[0])) - _overlap(box, np.array([np.zeros(2), size]))
 
 
 def _label_marks(axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:
@@ -262,7 +313,7 @@ def _matrix(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
         value = cells[row, column]
         colour = "black" if value > 60 else "white"  # noqa: PLR2004 - the colour map ends in yellow
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set(xlabel="prediction", ylabel="class")
+    axes.set(xlabel="prediction", ylabel="true class")
     figure.suptitle(title, fontsize=11)
     return figure
 
