@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
@@ -16,12 +17,14 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
-from videoadapt.runtime.console import percent
+from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.trained_clips import require_held_out
+
+_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         table[column] = classes[table[column]]
     clips, right = right_matrix(table, points, source=config.label.source)
     labels = choose_labels(right, config.label.none_right)
+    if config.label.source != "teacher":  # which asks for agreement, not for the truth
+        costliest = table[table["point"] == points[0]]
+        note = guessing_note(costliest["truth"], costliest["prediction"])
+        if note:
+            say(f"point {points[0]}: {note}; an assigner has little to learn from these labels")
     clips["label"] = labels
     summary = LabelSummary(
         source=config.label.source,
@@ -137,3 +145,22 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         inputs=label_inputs(config, manifest.hash, scores.model).to_json(),
     )
     return {"outcomes": table, "labels": clips}, summary
+
+
+def guessing_note(truth: pd.Series, prediction: pd.Series) -> str | None:
+    """Returns in words that a model is not proven to be better than guessing; None if it is.
+
+    Guessing is to answer always with the largest class. The test is an exact binomial one, one-sided at 5 %.
+
+    Args:
+        truth: The class of each clip.
+        prediction: The model's answer for each clip.
+    """
+    counts, right = truth.value_counts(), int((truth == prediction).sum())
+    largest = counts.iloc[0] / len(truth)
+    if largest < 1 and binomtest(right, len(truth), largest, alternative="greater").pvalue < _SIGNIFICANT:
+        return None
+    return (
+        f"right on {percent(right / len(truth))} % of {plural(len(truth), 'clip')}, which is not significantly more "
+        f"than always answering with {counts.index[0]} ({percent(largest)} %)"
+    )
