@@ -78,6 +78,7 @@ def test_the_data_of_the_demo_is_in_its_run_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # 3 minutes on 2 fast cores, 12 on slow ones
 @pytest.mark.skipif("VIDEOADAPT_DEMO" not in os.environ, reason="minutes of training; .ci/run sets VIDEOADAPT_DEMO")
 def test_the_demo_keeps_its_promise_at_its_real_recipe(tmp_path: Path) -> None:
     """The README's claim, with margins that the log's seeds 1 to 3 leave."""
