@@ -516,7 +516,7 @@ def test_the_order_of_points_does_not_matter() -> None:
     points = ["14", "12", "14@0.7"]
     late, early = (ModelConfig(points=points, drop_blocks=blocks) for blocks in ([11], [2, 3, 4]))
     assert late.points != early.points
-    both = r"run: model\.drop_blocks is \[11\] in the checkpoint, \[2, 3, 4\] in the config\. Use"
+    both = r"settings: model\.drop_blocks is \[11\] in the checkpoint, \[2, 3, 4\] in the config\. Use the"
     with pytest.raises(CheckpointError, match=both):
         require_same(Path("old"), early, late.model_dump(mode="json"), "model")
     with pytest.raises(CheckpointError, match=r"model\.points is \['14', '12', '14@0.7'\] in the checkpoint"):

@@ -178,7 +178,7 @@ def test_an_unreadable_video_is_counted_and_listed(
     say_failed(state.validations)
     say_failed([found, found])
     assert capsys.readouterr().err.count(f"not validated: {bad}") == 1
-    assert "11 videos of val, 1 cannot be read, 2.5 s: 8: top-1" in describe(found, 2.5, state)
+    assert "11 videos of val, 1 cannot be read, 2.5 s: point 8: top-1" in describe(found, 2.5, state)
     table["path"] = str(bad)
     with pytest.raises(RunError, match="none of the 12 videos of val can be read; the first: .*bad.mp4"):
         Validator.of(State.start(config, Manifest(table, state.manifest.classes)), 5).validate(StopRequest(), print)
