@@ -71,7 +71,7 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
         seconds[name] = round(time.monotonic() - before, 1)
         return result
 
-    say(f"videoadapt demo: takes 3 to 6 minutes on 2 cores with AVX-512, more on others; all files are in {config.run.dir}")
+    say(f"videoadapt demo: 3 to 6 minutes on 2 cores with AVX-512, more on others; all files are in {config.run.dir}")
     data = config.run.dir / "data"
     workers = worker_count(config.data.workers)
     timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=workers))
