@@ -9,6 +9,10 @@ so that nothing is transposed.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,12 @@ from einops import rearrange
 from torch import Tensor
 
 LONGEST = 128  # frames; above it, a tile would no longer fit into registers
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's wheels for Linux bring it
+# torch's wheels for Linux bring Triton. Before the first call it compiles C, which minimal containers cannot.
+_HAS_TRITON = (
+    importlib.util.find_spec("triton") is not None
+    and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

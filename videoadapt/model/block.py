@@ -126,7 +126,7 @@ class Block(nn.Module):
         return self._mlp_branch(prefix, patches, length)
 
     def fused(self, x: Tensor, before: Branch | None, shape: Shape, length: int, kept: int) -> tuple[Tensor, Branch]:
-        """Runs the block with the kernel `add_norm`, which add a branch and normalise in one pass.
+        """Runs the block with the kernel `add_norm`, which adds a branch and normalises in one pass.
 
         Args:
             x: All tokens `(B, P + T N, D)`, prefix first.
