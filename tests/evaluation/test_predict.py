@@ -24,9 +24,9 @@ from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.predict import predict, predict_files
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_macs
+from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import NO_POINT, Evidence, OnePointPolicy, Policy
-from videoadapt.routing.router import decide
 from videoadapt.training.state import State
 
 POINTS = ("4", "3", "2")

@@ -19,9 +19,10 @@ from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.outcomes import pareto_front
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.decide import clip_macs, decide
 from videoadapt.routing.label_rules import Choice, confidence, confidence_matrix, fit_threshold, outcome_table, softmax
 from videoadapt.routing.policy import Cascade, Evidence, Fixed, parse_cascade
-from videoadapt.routing.router import clip_macs, decide, route
+from videoadapt.routing.router import route
 
 GRID = ("14", "12", "14@0.7", "8@0.5")
 MODEL = ModelConfig(points=GRID, num_frames=1, temporal=False)

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from videoadapt.config.sections import AssignConfig, ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.routing.assigner import Assigner
+from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import (
     cheapest_sufficient,
     choose_labels,
@@ -25,7 +26,6 @@ from videoadapt.routing.label_rules import (
     softmax,
 )
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Random, mix_of, parse_policy
-from videoadapt.routing.router import decide
 
 POINTS = ("14", "10", "7")
 MODEL = ModelConfig(points=POINTS)

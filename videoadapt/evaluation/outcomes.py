@@ -11,9 +11,9 @@ from videoadapt.config.cascade import Measure
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
+from videoadapt.routing.decide import clip_macs, decide
 from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats, mean_of_views, probabilities_of_mean
 from videoadapt.routing.policy import Evidence, Policy, mix_of
-from videoadapt.routing.router import clip_macs, decide
 from videoadapt.routing.scores import Scores
 
 TOP = 5  # classes kept for each video, and the k of top-k accuracy

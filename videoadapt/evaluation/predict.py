@@ -25,10 +25,11 @@ from videoadapt.data.video.readers import FrameReader, VideoReader, open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError, plural
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.decide import clip_macs
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import average_views
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
-from videoadapt.routing.router import clip_macs, route
+from videoadapt.routing.router import route
 from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.console import Bar, macs, progress_shown
 from videoadapt.runtime.results import Result, Table

@@ -1,6 +1,6 @@
 """Policies: rules that give each clip its operating point.
 
-A policy is one class in this module. `routing.router.decide` runs every policy, on stored answers and on the model.
+A policy is one class in this module. `routing.decide.decide` runs every policy, on stored answers and on the model.
 Points are numbered as in `model.points`: 0 is the costliest, the last is the cheapest.
 """
 
