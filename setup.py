@@ -41,6 +41,7 @@ EXTRAS = {
         "ipykernel>=6.20",  # runs docs/python.ipynb
         "nbclient>=0.8",
         "nbformat>=5.7",
+        "playwright>=1.49",  # drives the distribution's Chromium; tests/browser.py
         "pytest>=8",
         "pytest-cov>=7",
         "jsonschema>=4.21",  # checks the configs against their schema, as editors do

@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests: threads, hypothesis, the real footage, a SLURM cluster, and `need`."""
+"""Fixtures and settings of all tests: threads, hypothesis, the real footage, a SLURM cluster, a browser, and `need`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,7 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+import browser as browsers  # noqa: E402
 import slurm_cluster  # noqa: E402
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # The models of the tests are too small for more threads. With pytest-xdist, each process has one core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
@@ -71,6 +75,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
     started.start()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium, for `browsers.visit`. It ends with the module: it holds the event loop of the thread."""
+    need("playwright", "pages are tested in a browser; pip install playwright")
+    absent = f"no browser: none of {', '.join(browsers.PROGRAMS)} is on PATH (apt-get install chromium)"
+    program = need(browsers.find() or False, absent)
+    with browsers.launched(program) as started:
+        yield started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
