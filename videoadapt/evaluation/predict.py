@@ -98,12 +98,12 @@ class Predictions(Result):
         return Table(title, ("video", "class", "probability", "points", "MACs"), rows)
 
 
-class _Predictor(NamedTuple):
+class Predictor(NamedTuple):
     """All that the prediction of a video needs."""
 
     model: TimeSformer
     policy: Policy
-    config: Config
+    config: Config  # `assign` is that of the policy's assigner, if it has one
     names: Sequence[str]
     top: int  # classes of a prediction
 
@@ -163,7 +163,7 @@ def predict(  # noqa: PLR0913 - settings, by name
         else:
             given = {"evaluate": evaluate, "data": data}
             changed = {section: value for section, value in given.items() if value is not None}
-            predictor = _of_run(as_config(model).model_copy(update=changed), policy, top)
+            predictor = predictor_of_run(as_config(model).model_copy(update=changed), policy, top)
         found, left_out = _found(videos, fps, predictor.config)
         result = Predictions(predictor.policy.name, [], [], left_out)
         _predict_all(predictor, found, result, on_error)
@@ -172,7 +172,7 @@ def predict(  # noqa: PLR0913 - settings, by name
 
 def _of_model(
     model: TimeSformer, policy: str | Policy | None, evaluate: EvaluateConfig, data: DataConfig, top: int
-) -> _Predictor:
+) -> Predictor:
     if policy == "assigned":
         raise UserError("policy 'assigned': a model has no assigner; give its run, or policy=va.Assigned.load(RUN)")
     chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy
@@ -186,7 +186,8 @@ def _of_model(
     return _predictor(model, chosen or Fixed(model.config.points[0]), config, top)
 
 
-def _of_run(config: Config, policy: str | Policy | None, top: int) -> _Predictor:
+def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> Predictor:
+    """Loads what the predictions of a run need; see `predict` for the arguments and errors."""
     if isinstance(policy, str) and policy != "assigned":
         parse_policy(policy, None, config.model, config.run.dir)  # a wrong text is refused before the model is loaded
     model = inference_model(config)
@@ -200,12 +201,12 @@ def _of_run(config: Config, policy: str | Policy | None, top: int) -> _Predictor
     return _predictor(model, parse_policy(text, None, model.config, config.run.dir, model), config, top)
 
 
-def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> _Predictor:
+def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> Predictor:
     if not checked:  # a second check would print its warnings twice
         policy.check(model)
     if policy.assigner is not None:  # thumbnails are cut as in the assigner's fit
         config = config.model_copy(update={"assign": policy.assigner.config})
-    return _Predictor(model, policy, config, _class_names(model, config.data), top)
+    return Predictor(model, policy, config, _class_names(model, config.data), top)
 
 
 def _found(videos: Videos, fps: float | None, config: Config) -> tuple[list[_Video], list[str]]:
@@ -264,7 +265,7 @@ def _in_memory(name: str, frames: np.ndarray, fps: float | None, config: Config)
 
 
 def _predict_all(
-    predictor: _Predictor, videos: Sequence[_Video], result: Predictions, on_error: Literal["raise", "list"]
+    predictor: Predictor, videos: Sequence[_Video], result: Predictions, on_error: Literal["raise", "list"]
 ) -> None:
     """Adds the predictions of the videos to the result, and those that fail to its list if `on_error` says so."""
     with progress_shown(len(videos) > 1), Bar("predict", total=len(videos), unit="videos") as bar:
@@ -304,24 +305,36 @@ def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
     return names
 
 
-def _predict_one(predictor: _Predictor, video: _Video) -> Prediction:
-    model, policy, config, names, top = predictor
-    crops, average = config.evaluate.spatial_crops, config.evaluate.average
+def _predict_one(predictor: Predictor, video: _Video) -> Prediction:
+    evaluate = predictor.config.evaluate
     with video.open() as reader:
         views, thumbnails, _ = read_views(
             reader,
-            config,
-            temporal_views=config.evaluate.temporal_views,
-            spatial_crops=crops,
-            thumbnails=policy.assigner is not None,
+            predictor.config,
+            temporal_views=evaluate.temporal_views,
+            spatial_crops=evaluate.spatial_crops,
+            thumbnails=predictor.policy.assigner is not None,
         )
-    # `views` are (clips, crops, C, T, S, S), `thumbnails` are (clips, C, A, s, s).
+    return predict_views(predictor, video.name, views, thumbnails)
+
+
+def predict_views(predictor: Predictor, name: str, views: Tensor, thumbnails: Tensor) -> Prediction:
+    """Predicts a video whose views are read.
+
+    Args:
+        predictor: The model, its policy and their settings.
+        name: The `path` of the prediction.
+        views: uint8 `(clips, crops, C, T, S, S)`.
+        thumbnails: uint8 `(clips, C, A, s, s)`; not used by a policy without an assigner.
+    """
+    model, policy, config, names, top = predictor
+    crops, average = config.evaluate.spatial_crops, config.evaluate.average
     routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails, average=average)
     probabilities = average_views(routed.logits, (0, 1), average)  # (clips, crops, classes) to (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
     clip_costs, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
     return Prediction(
-        path=video.name,
+        path=name,
         classes=tuple(names[i] for i in best),
         probabilities=tuple(float(probabilities[i]) for i in best),
         points=tuple(config.model.points[i] for i in routed.choice),

@@ -20,6 +20,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, TypeVar
@@ -187,23 +188,38 @@ def run_on_files(
     for cause, count in Counter(result for result in ended.values() if isinstance(result, NotProbed)).items():
         say(f"{cause}; {plural(count, 'file')} to read again, each alone")
     for path in ended:
-        yield path, _run_alone(path, function, timeout_s)
+        yield path, run_alone(path, function, timeout_s)
 
 
-def _run_alone(path: str, function: Callable[[str], Result], timeout_s: float) -> Result | str:
-    """Calls a function for a file in a process of its own; see `run_on_files`.
+def run_alone(
+    path: str,
+    function: Callable[[str], Result],
+    timeout_s: float,
+    *,
+    preload: Sequence[str] = (),
+    stop: Connection | None = None,
+) -> Result | str:
+    """Calls a function for a file in a process of its own, which ends with it; see `run_on_files`.
 
     Not in a pool: pebble reports a broken pool if its only process dies at once.
+
+    Args:
+        path: The file.
+        function: As in `run_on_files`.
+        timeout_s: Time limit in seconds.
+        preload: Further modules that the fork server imports, if this process has not started it yet.
+        stop: Ends the process as soon as this connection can be read, or its other end is closed.
     """
-    context: Any = fork_server(function, _PRELOADED)
+    context: Any = fork_server(function, [*_PRELOADED, *preload])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call_and_send, args=(sender, function, path), daemon=True)
     try:
         with _warning_signals_blocked():
             process.start()
         sender.close()  # so that `recv` ends with the process
-        if not receiver.poll(timeout_s):
-            return _too_slow(timeout_s)
+        ready = wait_for_any([receiver, *([stop] if stop is not None else [])], timeout_s)
+        if receiver not in ready:
+            return NotProbed("reading it was stopped") if ready else _too_slow(timeout_s)
         result: Result | str = receiver.recv()
         return result
     except (EOFError, OSError) as error:
