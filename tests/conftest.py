@@ -82,7 +82,9 @@ def browser() -> Iterator[Browser]:
     """A headless Chromium, for `browsers.visit`. It ends with the module: it holds the event loop of the thread."""
     need("playwright", "pages are tested in a browser; pip install playwright")
     absent = f"no browser: none of {', '.join(browsers.PROGRAMS)} is on PATH (apt-get install chromium)"
-    program = need(browsers.find() or False, absent)
+    program = browsers.find()
+    need(program is not None, absent)  # `need` imports a text as a module
+    assert program is not None
     with browsers.launched(program) as started:
         yield started
 
