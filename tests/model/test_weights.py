@@ -379,7 +379,7 @@ def test_a_resized_kernel_gives_a_resized_patch_the_same_token() -> None:
     assert found["patch_embed.proj.7.weight"] == "resampled"
     patch = torch.randn(6, 3, 4, 4)
     large = F.interpolate(patch, size=(8, 8), mode="bicubic", antialias=True)
-    actual = ours.patch_embed.proj["7"](large, 8)[:, 0]
+    actual = ours.patch_embed.proj["7"](large[:, :, None], 8)[:, 0, 0]  # clips of one frame, one patch
     torch.testing.assert_close(actual, theirs.patch_embed.proj(patch)[:, :, 0, 0], atol=1e-4, rtol=0)
 
 
