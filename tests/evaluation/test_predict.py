@@ -26,7 +26,7 @@ from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_d
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_macs
 from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice
-from videoadapt.routing.policy import NO_POINT, Evidence, OnePointPolicy, Policy
+from videoadapt.routing.policy import NO_STEP, Evidence, OnePointPolicy, Policy, Step
 from videoadapt.training.state import State
 
 POINTS = ("4", "3", "2")
@@ -129,12 +129,9 @@ class SecondOpinion(Policy):
 
     def next(self, evidence: Evidence, last: Choice) -> Choice:
         cheapest = len(evidence.points) - 1
-        margin = evidence.confidence["margin"][:, cheapest]
-        again = np.where((last == cheapest) & ~(margin > self.doubt), 0, NO_POINT)
-        return np.where(last == NO_POINT, cheapest, again)
-
-    def visits(self, point: str) -> tuple[str, ...]:
-        return ("2",) if point == "2" else ("2", point)
+        margin = evidence.confidence["margin"]
+        again = np.where((last == cheapest) & ~(margin > self.doubt), 0, NO_STEP)
+        return np.where(last == NO_STEP, cheapest, again)
 
     def record(self) -> dict[str, object]:
         return {"doubt": self.doubt}
@@ -326,18 +323,21 @@ class Broken(Policy):
     def next(self, evidence: Evidence, last: Choice) -> Choice:
         return self.following(last)
 
+    def steps(self, points: tuple[str, ...], views: int) -> tuple[Step, ...]:
+        return Step(0, 0, 1), Step(0, 1, 2), Step(1, 0, 1), Step(0, 1, 2)  # the last one is not of the mean before
+
 
 @pytest.mark.parametrize(
     ("following", "message"),
     [
-        (lambda last: np.full_like(last, NO_POINT), "ends a clip before its first point"),
-        (lambda last: np.zeros_like(last), "runs a point twice on a clip"),
-        (lambda last: np.where(last == NO_POINT, 2, np.where(last == 2, 0, NO_POINT)), "`visits` does not name"),
+        (lambda last: np.full_like(last, NO_STEP), "ends a unit before its first step"),
+        (lambda last: np.zeros_like(last), "runs a step twice on a unit"),
+        (lambda last: np.where(last < 3, last + 1, NO_STEP), "step 3 continues after view 1, which has not run"),
     ],
 )
 def test_a_policy_that_breaks_its_own_rules_is_found_out(following: Callable[[Choice], Choice], message: str) -> None:
     with pytest.raises(ValueError, match=f"policy broken: {message}"):
-        decide(Broken(following), Evidence(3, POINTS), lambda _rows, _number: {})
+        decide(Broken(following), Evidence(3, POINTS), lambda _rows, _step: {})
 
 
 def test_nan_probabilities_of_an_assigner_give_the_costliest_point() -> None:

@@ -19,9 +19,9 @@ from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.outcomes import pareto_front
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.decide import clip_macs, decide
+from videoadapt.routing.decide import Decision, clip_macs, decide, views_run
 from videoadapt.routing.label_rules import Choice, confidence, confidence_matrix, fit_threshold, outcome_table, softmax
-from videoadapt.routing.policy import Cascade, Evidence, Fixed, parse_cascade
+from videoadapt.routing.policy import Cascade, Evidence, Fixed, Policy, Step, parse_cascade
 from videoadapt.routing.router import route
 
 GRID = ("14", "12", "14@0.7", "8@0.5")
@@ -49,9 +49,26 @@ def test_confidences_are_between_0_and_1_and_follow_their_definitions(logits: li
     assert confidence(np.full(4, 0.25), "entropy") == pytest.approx(0)
 
 
-def ends(policy: Cascade, confidences: np.ndarray) -> Choice:
-    """Where clips of stored confidences `(clips, points of GRID)` end."""
-    return decide(policy, Evidence(len(confidences), GRID), lambda rows, n: {m: confidences[rows, n] for m in MEASURES})
+def decided(policy: Policy, confidences: np.ndarray) -> Decision:
+    """The decision on clips of stored confidences `(clips, points of GRID)`."""
+
+    def stored(rows: Choice, step: Step) -> dict[Measure, np.ndarray]:
+        return {measure: confidences[rows, step.point] for measure in MEASURES}
+
+    return decide(policy, Evidence(len(confidences), GRID, views=3), stored)
+
+
+def ends(policy: Policy, confidences: np.ndarray) -> Choice:
+    """The points where these clips end."""
+    return decided(policy, confidences).points
+
+
+def costs_of(policy: Policy, confidences: np.ndarray) -> np.ndarray:
+    """The MACs of these clips, of 3 crops each."""
+    ran = views_run(policy, decided(policy, confidences), len(GRID), clips=1, crops=3)
+    macs, assigner = clip_macs(policy, ran, MODEL)
+    assert assigner == 0
+    return macs
 
 
 @given(sure, st.tuples(st.floats(0, 1), st.floats(0, 1)))
@@ -59,9 +76,7 @@ def test_a_clip_ends_at_the_first_sure_point_and_pays_for_all_points_before(
     confidences: np.ndarray, thresholds: tuple[float, float]
 ) -> None:
     policy = Cascade(CASCADE, thresholds, "margin")
-    choice = ends(policy, confidences)
-    costs, assigner = clip_macs(policy, choice, MODEL, crops=3)
-    assert assigner == 0
+    choice, costs = ends(policy, confidences), costs_of(policy, confidences)
     for row, chosen, cost in zip(confidences, choice, costs, strict=True):
         ran = ["8@0.5"]
         if not row[3] >= thresholds[0]:  # so that NaN goes on
@@ -69,10 +84,8 @@ def test_a_clip_ends_at_the_first_sure_point_and_pays_for_all_points_before(
             if not row[1] >= thresholds[1]:
                 ran.append("14")
         assert GRID[chosen] == ran[-1]
-        assert policy.visits(GRID[chosen]) == tuple(ran)
         assert cost == 3 * sum(MACS[point] for point in ran)
-    fixed, _ = clip_macs(Fixed("12"), np.ones_like(choice), MODEL, crops=3)
-    assert (fixed == 3 * MACS["12"]).all()
+    assert (costs_of(Fixed("12"), confidences) == 3 * MACS["12"]).all()
 
 
 def test_a_nan_confidence_is_never_sure() -> None:
@@ -99,8 +112,7 @@ def test_a_fitted_threshold_is_the_highest_within_the_mean_cost(confidences: np.
 
     def cost(threshold: float) -> float:
         policy = Cascade(CASCADE, (threshold, threshold))
-        macs, _ = clip_macs(policy, ends(policy, confidences), MODEL, crops=1)
-        return float(macs.mean()) / MACS["8@0.5"]
+        return float(costs_of(policy, confidences).mean()) / 3 / MACS["8@0.5"]
 
     least = cost(0.0)  # clips of NaN go on at every threshold
     if least > mean_cost:
@@ -180,9 +192,12 @@ def test_clips_that_go_on_fill_new_batches_and_each_answer_is_that_of_its_last_p
     routed = route(model, views, policy, batch=8)
     assert set(routed.choice) == {0, 1, 2}
     expected = decide(
-        policy, Evidence(23, config.points), lambda rows, n: dict.fromkeys(MEASURES, confidences[rows, n])
+        policy,
+        Evidence(23, config.points, views=2),
+        lambda rows, step: dict.fromkeys(MEASURES, confidences[rows, step.point]),
     )
-    assert routed.choice.tolist() == expected.tolist()
+    assert routed.choice.tolist() == expected.points.tolist()
+    assert np.array_equal(routed.decision.ran, expected.ran)
     np.testing.assert_allclose(routed.logits, every[np.arange(23), routed.choice], rtol=1e-4, atol=1e-5)
     ran = {"2": 23, "4@0.5": int((routed.choice != 2).sum()), "4": int((routed.choice == 0).sum())}
     for point, clips in ran.items():

@@ -276,7 +276,7 @@ def test_no_policy_is_more_often_right_than_the_oracle(right: np.ndarray, data: 
 
 def test_the_oracle_needs_the_truth() -> None:
     with pytest.raises(UserError, match="videoadapt evaluate"):
-        decide(Oracle(), Evidence(3, POINTS), lambda _rows, _number: {})
+        decide(Oracle(), Evidence(3, POINTS), lambda _rows, _step: {})
 
 
 @given(st.data(), st.integers(1, 10))

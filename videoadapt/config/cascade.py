@@ -1,4 +1,4 @@
-"""Parses cascades as users write them: `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4:margin`.
+"""Parses cascades as users write them: `8@0.5,14@0.7:0.6`, `8@0.5,14@0.7:cost=0.4:margin` or `14:views:0.9`.
 
 The parsed text is data only. `routing.policy.Cascade` is the policy that runs it.
 """
@@ -24,39 +24,55 @@ _THRESHOLDS = re.compile(rf"cost=(?P<cost>{_NUMBER})|(?P<list>{_NUMBER}(?:,{_NUM
 class CascadeSpec:
     """The fields of a cascade's text."""
 
-    points: tuple[str, ...]  # two or more, in the order in which they run
-    thresholds: tuple[float, ...]  # one for each point but the last; empty if `cost` is given
+    points: tuple[str, ...]  # in the order in which they run; two or more, or one with `views`
+    thresholds: tuple[float, ...]  # one for each point but the last, or for each with `views`; empty with `cost`
     cost: float | None  # mean cost to fit a threshold to, as a fraction of the costliest point's cost
     measure: Measure
+    views: bool = False  # whether it goes over the views of a video, too
 
 
-def parse_cascade_spec(text: str, known: Sequence[str]) -> CascadeSpec:
-    """Parses `POINT,POINT,...:THRESHOLDS[:MEASURE]`.
+def parse_cascade_spec(text: str, known: Sequence[str], views: int | None = None) -> CascadeSpec:
+    """Parses `POINT,POINT,...:[views:]THRESHOLDS[:MEASURE]`.
 
     Args:
-        text: THRESHOLDS is one number for all points, one number for each point but the last (comma-separated), or
-            `cost=NUMBER`. MEASURE is one of `MEASURES`; the default is `probability`.
+        text: With `views:`, the cascade goes over the views of a video, too, and one point is enough. THRESHOLDS is one
+            number for all points, one number for each point but the last (for each point with `views:`;
+            comma-separated), or `cost=NUMBER` (not with `views:`). MEASURE is one of `MEASURES`; the default is
+            `probability`.
         known: The points of the model, as `model.points` lists them.
+        views: Views of a video; None if they are not known.
 
     Raises:
-        ConfigError: The text has another form, a point is not in `known` or appears twice, a threshold is above 1, or
-            the number of thresholds does not match the number of points.
+        ConfigError: The text has another form, a point is not in `known` or appears twice, a threshold is above 1, the
+            number of thresholds does not match the number of points, or a video has a single view.
     """
     listed, _, rest = text.partition(":")
-    threshold_text, _, measure_text = rest.partition(":")
+    over_views = rest.startswith("views:")
+    threshold_text, _, measure_text = rest.removeprefix("views:").partition(":")
     measure = measure_text or "probability"
     points = tuple(str(Point.parse(point)) for point in listed.split(","))
     match = _THRESHOLDS.fullmatch(threshold_text)
     thresholds = [float(value) for value in match["list"].split(",")] if match and match["list"] else []
-    valid_points = set(points) <= set(known) and len(set(points)) == len(points) > 1
+    valid_points = set(points) <= set(known) and len(set(points)) == len(points) > (not over_views)
     if match is None or not valid_points or measure not in MEASURES or max(thresholds, default=0.0) > 1.0:
         raise ConfigError(
             f"cascade {text!r}: expected POINT,POINT,...:THRESHOLDS[:MEASURE] with different points of this model "
             f"({few(known)}), thresholds from 0 to 1 such as 0.6, or cost=0.4, and a measure of "
-            f"{', '.join(MEASURES)}"
+            f"{', '.join(MEASURES)}; over views POINT,...:views:THRESHOLDS[:MEASURE]"
         )
-    if thresholds and len(thresholds) not in (1, len(points) - 1):
-        raise ConfigError(f"cascade {text!r}: expected 1 threshold or {len(points) - 1}, got {len(thresholds)}")
+    if over_views and match["cost"]:
+        raise ConfigError(
+            f"cascade {text!r}: cost= is fitted on the label table, which has no single views; give thresholds"
+        )
+    if over_views and views == 1:
+        raise ConfigError(
+            f"cascade {text!r}: goes over the views of a video, which has one; raise evaluate.temporal_views or "
+            "evaluate.spatial_crops"
+        )
+    wanted = len(points) - (not over_views)
+    if thresholds and len(thresholds) not in (1, wanted):
+        raise ConfigError(f"cascade {text!r}: expected 1 threshold or {wanted}, got {len(thresholds)}")
     if len(thresholds) == 1:
-        thresholds *= len(points) - 1  # one number applies to every point but the last
-    return CascadeSpec(points, tuple(thresholds), float(match["cost"]) if match["cost"] else None, measure)
+        thresholds *= wanted  # one number applies to every point that has a threshold
+    cost = float(match["cost"]) if match["cost"] else None
+    return CascadeSpec(points, tuple(thresholds), cost, measure, over_views)

@@ -104,7 +104,7 @@ class Config(Section):
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
         _check_teachers(self.model, self.loss, self.train)
         _check_distillation(self.model, self.loss)
-        _check_cascades(self.evaluate.cascade, self.model.points)
+        _check_cascades(self.evaluate, self.model.points)
         return self
 
     def __repr__(self) -> str:
@@ -215,9 +215,10 @@ def _check_distillation(model: ModelConfig, loss: LossConfig) -> None:
         )
 
 
-def _check_cascades(texts: Sequence[str], points: Sequence[str]) -> None:
+def _check_cascades(evaluate: EvaluateConfig, points: Sequence[str]) -> None:
+    texts = evaluate.cascade
     for text in texts:
-        parse_cascade_spec(text, points)
+        parse_cascade_spec(text, points, evaluate.temporal_views * evaluate.spatial_crops)
     if len(set(texts)) < len(texts):
         raise ConfigError(f"evaluate.cascade: expected different cascades, got {list(texts)}")
 

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from videoadapt.config.cascade import Measure
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
-from videoadapt.routing.decide import clip_macs, decide
-from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats, mean_of_views, probabilities_of_mean
-from videoadapt.routing.policy import Evidence, Policy, mix_of
+from videoadapt.routing.decide import clip_ends, clip_macs, views_run
+from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats
+from videoadapt.routing.policy import Policy, mix_of
+from videoadapt.routing.replay import StoredAnswers, answers, points_in_answer
 from videoadapt.routing.scores import Scores
 
 TOP = 5  # classes kept for each video, and the k of top-k accuracy
@@ -46,11 +46,13 @@ class Outcome:
 
     Attributes:
         policy: The policy.
-        choice: Number of the point where each clip ends, `(clips,)`.
+        choice: Number of the point where each clip ends, `(clips,)`; -1 for a clip that a cascade over views did not
+            run.
         best: The best classes of each video, best first, `(scored videos, k)`; k is 5, or the number of classes.
             `NO_CLASS` for a video whose probabilities are NaN.
-        p_best: Their probabilities, means over all views of a video.
-        macs: MACs of each clip, `(clips,)`: all crops at all points that ran, and the assigner.
+        p_best: Their probabilities, means over the views of a video that ran.
+        ran: How many views of each clip ran at each point, `(clips, points)`.
+        macs: MACs of each clip, `(clips,)`: all views that ran, at all points, and the assigner.
         assigner_macs: MACs of the assigner for one clip, 0 without one.
     """
 
@@ -58,6 +60,7 @@ class Outcome:
     choice: Choice
     best: Choice
     p_best: Floats
+    ran: Choice
     macs: Floats
     assigner_macs: int
 
@@ -88,6 +91,7 @@ class Costs:
     macs_per_clip: float
     macs_per_video: float
     macs_per_video_without_assigner: float
+    views_per_video: float  # views that ran, counted once for each point
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class PolicyRow:
         difference_to_costliest: Top-1 minus the top-1 of the fixed costliest point.
         costs: Mean costs.
         macs_saved: 1 minus the mean cost of a clip over that at the fixed costliest point.
-        mix: Fraction of the clips that end at each point.
+        mix: Fraction of the clips that end at each point. A cascade over views does not run all clips: the rest is at
+            no point.
         clips_per_s: Measured speed, None if it was not measured.
         record: Further fields that the policy records.
         nan_videos: Videos that were read, and whose probabilities are NaN. They count as wrong.
@@ -150,52 +155,43 @@ def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> l
         policies: The policies, in the order of the result.
         config: The run's config.
     """
-    evidence = Evidence(len(scores.rows), config.model.points, scores.assigned, scores.right)
-
-    def stored(rows: Choice, number: int) -> Mapping[Measure, Floats]:
-        return {measure: values[rows, number] for measure, values in scores.confidence.items()}
-
     # The same `decide` as on the model, so that an evaluation and a prediction route clips alike.
-    choices = [decide(policy, evidence, stored) for policy in policies]
-    best = _best_of_videos(scores, choices, config.evaluate.average)
+    stored = StoredAnswers(scores, config)
+    decisions = [stored.decide(policy) for policy in policies]
+    views = {"clips": scores.clips_per_video, "crops": config.evaluate.spatial_crops}
+    counted = [points_in_answer(p, decided, **views) for p, decided in zip(policies, decisions, strict=True)]
+    all_best = _best_of_videos(scores, counted, config.evaluate.average)
     outcomes = []
-    for policy, choice, (classes, probabilities) in zip(policies, choices, best, strict=True):
-        macs, assigner = clip_macs(policy, choice, config.model, crops=config.evaluate.spatial_crops)
-        outcomes.append(Outcome(policy, choice, classes, probabilities, macs.astype(np.float64), assigner))
+    for policy, decision, best in zip(policies, decisions, all_best, strict=True):
+        ran = views_run(policy, decision, len(config.model.points), **views)
+        macs, assigner = clip_macs(policy, ran, config.model)
+        ends = clip_ends(policy, decision, **views)
+        outcomes.append(Outcome(policy, ends, *best, ran, macs.astype(np.float64), assigner))
     return outcomes
 
 
-def _best_of_videos(scores: Scores, choices: list[Choice], average: Average) -> list[tuple[Choice, Floats]]:
-    """Returns, by policy, the best classes of each video and their probabilities, both `(videos, k)`."""
-    found: list[list[tuple[Choice, Floats]]] = [[] for _ in choices]
-    first = 0  # position of the shard's first clip among all clips
+def _best_of_videos(scores: Scores, counted: Sequence[Choice], average: Average) -> list[tuple[Choice, Floats]]:
+    """Returns, by policy, the best classes of each video and their probabilities, both `(videos, k)`.
+
+    Args:
+        scores: The scores.
+        counted: By policy, the points of the views in the answers, `(videos, views)`; see `points_in_answer`.
+        average: How views are averaged.
+    """
+    found: list[list[tuple[Choice, Floats]]] = [[] for _ in counted]
+    first = 0  # position of the shard's first video among all videos
     for shard in scores.shards():  # read once for all policies; a shard holds whole videos
-        means = mean_of_views(shard.logits, 1, average)  # over crops, (clips, points, classes)
-        clips = np.arange(len(shard.rows))
-        for parts, choice in zip(found, choices, strict=True):
-            parts.append(_best(means[clips, choice[first + clips]], shard.rows, average))
-        first += len(clips)
+        videos = np.arange(len(shard.rows) // scores.clips_per_video)
+        for parts, points in zip(found, counted, strict=True):
+            parts.append(_best(answers(shard, videos, points[first + videos], average)))
+        first += len(videos)
     return [
         (np.concatenate(classes), np.concatenate(p)) for classes, p in (zip(*parts, strict=True) for parts in found)
     ]
 
 
-def _best(clips: Floats, rows: Choice, average: Average) -> tuple[Choice, Floats]:
-    """Returns the best classes of each video and their probabilities.
-
-    Args:
-        clips: Mean of each clip over its crops, `(clips, classes)`; see `mean_of_views`.
-        rows: Manifest row of each clip's video, `(clips,)`.
-        average: What `clips` are means of.
-
-    Returns:
-        Both `(videos, k)`.
-    """
-    _, video, counts = np.unique(rows, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(counts), clips.shape[1]))
-    np.add.at(sums, video, clips)  # unlike `sums[video] +=`, adds every clip of a video
-    # All clips have the same number of crops, so this is the mean over all views: (videos, classes).
-    probabilities = probabilities_of_mean(sums / counts[:, None], average)
+def _best(probabilities: Floats) -> tuple[Choice, Floats]:
+    """Returns the best classes of each video and their probabilities: `(videos, classes)` to twice `(videos, k)`."""
     # A stable sort gives equal probabilities the order of the classes, on every machine.
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
     p_best = np.take_along_axis(probabilities, best, axis=1)
@@ -290,6 +286,7 @@ def _costs(outcome: Outcome, population: Population, config: Config) -> Costs:
         macs_per_clip=float(outcome.macs.mean()),
         macs_per_video=float(outcome.macs.sum() / videos),
         macs_per_video_without_assigner=float(model.sum() / videos),
+        views_per_video=float(outcome.ran.sum() / videos),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
+from videoadapt.config.views import view_order
 from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.index.class_files import read_classes
 from videoadapt.data.index.find_files import media_below
@@ -25,9 +26,9 @@ from videoadapt.data.video.readers import FrameReader, VideoReader, open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError, plural
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.decide import clip_macs
+from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_inputs import label_inputs
-from videoadapt.routing.label_rules import average_views
+from videoadapt.routing.label_rules import running_answers
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
 from videoadapt.routing.router import route
 from videoadapt.routing.scores import inference_model
@@ -50,8 +51,9 @@ class Prediction:
         path: The file; `frames` for frames in memory.
         classes: Names of the best classes, best first.
         probabilities: Their probabilities, means over all views of the video.
-        points: The point where each clip ends.
+        points: The point where each clip ends; of a cascade over views, the point where the video ends.
         macs: MACs of all views at all points that they ran, and of the assigner.
+        views: Views that ran, counted once for each point.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Prediction:
     probabilities: tuple[float, ...]
     points: tuple[str, ...]
     macs: int
+    views: int
 
     def __repr__(self) -> str:
         return (
@@ -204,6 +207,11 @@ def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> P
 def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> Predictor:
     if not checked:  # a second check would print its warnings twice
         policy.check(model)
+    if policy.unit == "video" and config.evaluate.temporal_views * config.evaluate.spatial_crops == 1:
+        raise UserError(
+            f"policy {policy.name}: goes over the views of a video, which has one; raise evaluate.temporal_views or "
+            "evaluate.spatial_crops"
+        )
     if policy.assigner is not None:  # thumbnails are cut as in the assigner's fit
         config = config.model_copy(update={"assign": policy.assigner.config})
     return Predictor(model, policy, config, _class_names(model, config.data), top)
@@ -329,16 +337,22 @@ def predict_views(predictor: Predictor, name: str, views: Tensor, thumbnails: Te
     """
     model, policy, config, names, top = predictor
     crops, average = config.evaluate.spatial_crops, config.evaluate.average
+    clips, of_video = len(views), view_order(len(views), crops)
+    if policy.unit == "video":
+        views = views.flatten(0, 1)[of_video][None]  # (1, clips * crops, C, T, S, S)
     routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails, average=average)
-    probabilities = average_views(routed.logits, (0, 1), average)  # (clips, crops, classes) to (classes,)
+    logits = routed.logits.reshape(1, clips * crops, -1)  # (1, views, classes)
+    logits = logits[:, of_video] if policy.unit == "clip" else logits[:, : routed.decision.stops[0]]
+    probabilities = running_answers(logits, average)[0, -1]  # (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
-    clip_costs, _ = clip_macs(policy, routed.choice, config.model, crops=crops)
+    ran = views_run(policy, routed.decision, len(config.model.points), clips=clips, crops=crops)
     return Prediction(
         path=name,
         classes=tuple(names[i] for i in best),
         probabilities=tuple(float(probabilities[i]) for i in best),
         points=tuple(config.model.points[i] for i in routed.choice),
-        macs=int(clip_costs.sum()),
+        macs=int(clip_macs(policy, ran, config.model)[0].sum()),
+        views=int(ran.sum()),
     )
 
 

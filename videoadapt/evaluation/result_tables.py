@@ -96,7 +96,8 @@ def _clip_table(
             "clip": scores.clips,
             "start_s": scores.starts_s,
             "truth": classes[scores.truth],
-            "point": np.array(points, dtype=object)[outcome.choice],
+            "point": np.array([*points, None], dtype=object)[outcome.choice],  # None: -1, a clip that did not run
+            "views": outcome.ran.sum(1),  # counted once for each point
             "macs": outcome.macs,
         }
     )
@@ -118,7 +119,8 @@ def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.
     failed[population.scored] = False
     right[population.scored] = outcome.best[:, 0] == population.truth[population.scored]
     # A video costs the sum over its clips.
-    macs = pd.Series(outcome.macs).groupby(videos).sum().reindex(population.videos, fill_value=0.0)
+    of_clips = pd.DataFrame({"views": outcome.ran.sum(1), "macs": outcome.macs})
+    costs = of_clips.groupby(videos).sum().reindex(population.videos, fill_value=0)
     return pd.DataFrame(
         {
             "policy": outcome.policy.name,
@@ -127,7 +129,8 @@ def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.
             "prediction": best["best_1"],
             "right": right,
             "failed": failed,
-            "macs": macs.to_numpy(),
+            "views": costs["views"].to_numpy(),
+            "macs": costs["macs"].to_numpy(),
             **best,
         }
     )

@@ -71,6 +71,7 @@ def measure_speed(
     count = min(limits.speed_clips, len(scores.rows))
     if not count or not limits.speed_seconds:
         return None
+    outcomes = [outcome for outcome in outcomes if outcome.policy.unit == "clip"]  # the drawn clips are no videos
     drawn = np.random.default_rng(config.run.seed).permutation(len(scores.rows))[:count]
     file = scores.files[0].with_name("speed.json")
     measured = _measured(model, drawn, outcomes, config)
@@ -233,11 +234,9 @@ def _clip_count(
     outcomes: Sequence[Outcome], rows: Choice, point_s: Mapping[str, float], points: Sequence[str], clock: _Clock
 ) -> int:
     """Returns how many of the decoded clips a first round can take."""
-    seconds = np.zeros(len(rows))  # of each clip, over all policies
-    for outcome in outcomes:
-        ends, inverse = np.unique(outcome.choice[rows], return_inverse=True)
-        by_end = [sum(point_s[point] for point in outcome.policy.visits(points[end])) for end in ends.tolist()]
-        seconds += np.array(by_end)[inverse]
+    # Of each clip, over all policies: views that ran at each point, in units of all crops of a clip.
+    crops = outcomes[0].ran.max()  # the first policy is a fixed point
+    seconds = sum(o.ran[rows] @ np.array([point_s[point] for point in points]) / crops for o in outcomes)
     fitting = np.searchsorted(np.cumsum(seconds), clock.left_s * _FIRST_ROUND, side="right")
     return max(1, int(fitting))
 

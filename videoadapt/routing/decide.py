@@ -1,4 +1,4 @@
-"""Decides which points each clip runs, one round after the other, and computes the cost of each clip.
+"""Decides which steps each unit runs, one round after the other, and adds up what they cost.
 
 `decide` is the only place where a policy acts. `evaluate` feeds it stored answers, `predict` feeds it the model.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,56 +14,82 @@ import numpy.typing as npt
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import ModelConfig
+from videoadapt.config.views import view_order
 from videoadapt.errors import UserError
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_rules import Bools, Choice, Floats
-from videoadapt.routing.policy import NO_POINT, Evidence, Policy
+from videoadapt.routing.policy import NO_STEP, Evidence, Policy, Step
 
-# Runs some clips (row numbers) at one point (its number) and returns their confidences by measure, `(rows,)`
-RunPoint = Callable[[Choice, int], Mapping[Measure, Floats]]
+# Runs a step on some units (row numbers) and returns the confidences of their answers by measure, `(rows,)`
+RunStep = Callable[[Choice, Step], Mapping[Measure, Floats]]
 
 
-def decide(policy: Policy, evidence: Evidence, run: RunPoint) -> Choice:
-    """Gives each clip its points, one round after the other, until the policy ends every clip.
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided on some units.
+
+    Attributes:
+        steps: The steps that a unit may run, `Policy.steps`.
+        end: Number of the step where each unit ends, `(units,)`.
+        ran: Which steps each unit ran, `(units, steps)`.
+    """
+
+    steps: tuple[Step, ...]
+    end: Choice
+    ran: Bools
+
+    @property
+    def points(self) -> Choice:
+        """Number of the point where each unit ends, `(units,)`."""
+        return np.array([step.point for step in self.steps])[self.end]
+
+    @property
+    def stops(self) -> Choice:
+        """How many views each unit's answer is the mean of, `(units,)`."""
+        return np.array([step.stop for step in self.steps])[self.end]
+
+
+def decide(policy: Policy, evidence: Evidence, run: RunStep) -> Decision:
+    """Gives each unit its steps, one round after the other, until the policy ends every unit.
 
     Args:
         policy: The rule.
-        evidence: The known facts before the model runs. `confidence` is ignored: the policy sees the confidence
-            of a clip only at the points that the clip has run.
-        run: Runs clips at a point. It is called once for each point of a round, costliest first.
+        evidence: The known facts before the model runs. `confidence` is ignored: the policy sees the confidence of
+            answers that the unit has paid for.
+        run: Runs a step on units. It is called once for each step of a round, in the order of the steps.
 
     Returns:
-        Number of the point where each clip ends, `(clips,)`.
+        The decision.
 
     Raises:
         UserError: The policy needs the truth, and `evidence` does not have it.
-        ValueError: The policy breaks its own rules: it ends a clip before its first point, runs a point twice on a
-            clip, or runs other points than `visits` returns.
+        ValueError: The policy breaks its own rules: it ends a unit before its first step, runs a step twice on a unit,
+            or continues a mean over views that the unit has not run.
     """
     _require_evidence(policy, evidence)
-    shape = (evidence.clips, len(evidence.points))
-    # NaN where a clip has not run a point: a policy cannot read answers that it has not paid for.
-    seen = {measure: np.full(shape, np.nan) for measure in MEASURES} if "confidence" in policy.needs else {}
-    ran = np.zeros(shape, dtype=bool)
-    last = np.full(evidence.clips, NO_POINT)
-    active = np.arange(evidence.clips)  # rows of the clips that have not ended
+    steps = policy.steps(evidence.points, evidence.views)
+    measures = MEASURES if "confidence" in policy.needs else ()
+    seen = {measure: np.full(evidence.count, np.nan) for measure in measures}  # after the last step of each unit
+    ran = np.zeros((evidence.count, len(steps)), dtype=bool)
+    last = np.full(evidence.count, NO_STEP)
+    active = np.arange(evidence.count)  # rows of the units that have not ended
     while len(active):
-        following = policy.next(replace(evidence, confidence=seen).take(active), last[active])  # (active clips,)
-        if ((following == NO_POINT) & (last[active] == NO_POINT)).any():
-            raise ValueError(f"policy {policy.name}: ends a clip before its first point")
-        goes_on = following != NO_POINT
+        following = policy.next(replace(evidence, confidence=seen).take(active), last[active])  # (active units,)
+        if ((following == NO_STEP) & (last[active] == NO_STEP)).any():
+            raise ValueError(f"policy {policy.name}: ends a unit before its first step")
+        goes_on = following != NO_STEP
         active, following = active[goes_on], following[goes_on]
         if ran[active, following].any():  # without this check a wrong policy would run for ever
-            raise ValueError(f"policy {policy.name}: runs a point twice on a clip")
+            raise ValueError(f"policy {policy.name}: runs a step twice on a unit")
         for number in np.unique(following).tolist():
-            rows = active[following == number]  # all clips of a point at once, so that their batches are full
-            confidences_here = run(rows, number)
+            rows = active[following == number]  # all units of a step at once, so that their batches are full
+            _require_continued(policy, steps, number, last[rows])
+            found = run(rows, steps[number])
             for measure, values in seen.items():
-                values[rows, number] = confidences_here[measure]
+                values[rows] = found[measure]
         ran[active, following] = True
         last[active] = following
-    _require_visits(policy, evidence.points, last, ran)
-    return last
+    return Decision(steps, last, ran)
 
 
 def _require_evidence(policy: Policy, evidence: Evidence) -> None:
@@ -73,30 +99,62 @@ def _require_evidence(policy: Policy, evidence: Evidence) -> None:
         raise ValueError(f"policy {policy.name}: needs the assigner's probabilities of the clips")
 
 
-def _require_visits(policy: Policy, points: tuple[str, ...], ended: Choice, ran: Bools) -> None:
-    """Checks that `visits` names exactly the points that ran, since costs are sums over `visits`."""
-    for number in np.unique(ended).tolist():
-        visited = np.isin(points, policy.visits(points[number]))  # (points,)
-        if (ran[ended == number] != visited).any():
-            raise ValueError(f"policy {policy.name}: `visits` does not name the points that its clips ran")
+def _require_continued(policy: Policy, steps: tuple[Step, ...], number: int, last: Choice) -> None:
+    """Checks that the units of a step which continues a mean ran the step before it."""
+    point, start, _ = steps[number]
+    if start and any(before < 0 or steps[before][::2] != (point, start) for before in np.unique(last).tolist()):
+        raise ValueError(f"policy {policy.name}: step {number} continues after view {start}, which has not run")
 
 
-def clip_macs(policy: Policy, ended: Choice, model: ModelConfig, *, crops: int) -> tuple[npt.NDArray[np.int64], int]:
-    """Returns the MACs of each clip, given the point where it ends. All costs of policies come from here.
+def views_run(policy: Policy, decision: Decision, points: int, *, clips: int, crops: int) -> npt.NDArray[np.int64]:
+    """Returns how many views of each clip ran at each point. All costs of policies follow from this.
 
     Args:
         policy: The policy that decided.
-        ended: Number of the point where each clip ends, `(clips,)`.
-        model: The model's config.
-        crops: Crops of a clip; the model runs on each, the assigner once on the clip.
+        decision: Its decision.
+        points: Number of points of the model.
+        clips: Clips of a video.
+        crops: Crops of a clip.
 
     Returns:
-        The MACs of each clip, `(clips,)`: all crops at all points that it has run, and the assigner. Then the MACs of
+        `(clips of all units, points)`. For a policy about videos, the clips of the first video come first.
+    """
+    videos = policy.unit == "video"
+    # The clip of each view of a unit, in the order in which they run.
+    clip_of = np.array(view_order(clips, crops)) // crops if videos else np.zeros(crops, np.int64)
+    ran = np.zeros((len(decision.end), clips if videos else 1, points), np.int64)
+    for number, (point, start, stop) in enumerate(decision.steps):
+        for clip, count in zip(*np.unique(clip_of[start:stop], return_counts=True), strict=True):
+            ran[:, clip, point] += count * decision.ran[:, number]
+    return ran.reshape(-1, points)
+
+
+def clip_macs(policy: Policy, ran: npt.NDArray[np.int64], model: ModelConfig) -> tuple[npt.NDArray[np.int64], int]:
+    """Returns the MACs of each clip.
+
+    Args:
+        policy: The policy that decided.
+        ran: How many views of each clip ran at each point, from `views_run`, `(clips, points)`.
+        model: The model's config.
+
+    Returns:
+        The MACs of each clip, `(clips,)`: all views that ran, at all points, and the assigner once. Then the MACs of
         the assigner alone, 0 for a policy without one.
     """
-    macs, points = point_macs(model), model.points
-    ends, inverse = np.unique(ended, return_inverse=True)  # (different ends,), (clips,)
-    # The cost depends on the end only, so it is computed once for each end and not once for each clip.
-    macs_by_end = [crops * sum(macs[point] for point in policy.visits(points[end])) for end in ends.tolist()]
-    assigner = assigner_macs(policy.assigner.config, len(points)) if policy.assigner is not None else 0
-    return np.array(macs_by_end, dtype=np.int64)[inverse] + assigner, assigner
+    assigner = assigner_macs(policy.assigner.config, len(model.points)) if policy.assigner is not None else 0
+    return ran @ np.array(list(point_macs(model).values())) + assigner, assigner
+
+
+def clip_ends(policy: Policy, decision: Decision, *, clips: int, crops: int) -> Choice:
+    """Returns the number of the point where each clip ends, `(clips of all units,)`; -1 for a clip that did not run.
+
+    For a policy about videos it is the point of the clip's last view. See `views_run` for the arguments.
+    """
+    if policy.unit == "clip":
+        return decision.points
+    clip_of = np.array(view_order(clips, crops)) // crops
+    ends = np.full((len(decision.end), clips), -1)
+    for number, (point, start, stop) in enumerate(decision.steps):  # a later step overwrites an earlier one
+        for clip in np.unique(clip_of[start:stop]):
+            ends[decision.ran[:, number], clip] = point
+    return ends.reshape(-1)

@@ -43,18 +43,36 @@ def average_views(logits: Floats, axis: int | tuple[int, ...], average: Average)
         average: `probabilities`: the mean of the views' probabilities. `logits`: the softmax of their mean logits, as
             in TimeSformer's code.
     """
-    return probabilities_of_mean(mean_of_views(logits, axis, average), average)
+    return probabilities_of_mean(values_to_average(logits, average).mean(axis), average)
 
 
-def mean_of_views(logits: Floats, axis: int | tuple[int, ...], average: Average) -> Floats:
-    """Returns the mean of some views, of probabilities or of logits; `probabilities_of_mean` makes it probabilities."""
-    means: Floats = (logits.astype(np.float64) if average == "logits" else softmax(logits)).mean(axis)
-    return means
+def values_to_average(logits: Floats, average: Average) -> Floats:
+    """Returns the values of views whose mean is taken: probabilities or logits, in float64."""
+    return logits.astype(np.float64) if average == "logits" else softmax(logits)
 
 
 def probabilities_of_mean(means: Floats, average: Average) -> Floats:
-    """Returns the probabilities `(..., classes)` of a mean of views; see `mean_of_views`."""
+    """Returns the probabilities `(..., classes)` of a mean of `values_to_average`."""
     return softmax(means) if average == "logits" else means
+
+
+def running_answers(logits: Floats, average: Average) -> Floats:
+    """Returns the probabilities of the first view, of the first two together, and so on, in float64.
+
+    The mean over all views of a video is the last of them wherever it is needed, so that a policy which has run all
+    views gives the answer of another one to the bit.
+
+    Args:
+        logits: Logits of the views of units in the order in which they run (`config.views.view_order`),
+            `(units, views, ..., classes)`.
+        average: As in `average_views`.
+
+    Returns:
+        `(units, views, ..., classes)`.
+    """
+    values = values_to_average(logits, average)
+    counts = np.arange(1, values.shape[1] + 1).reshape(-1, *(1,) * (values.ndim - 2))  # (views, 1, ..., 1)
+    return probabilities_of_mean(np.cumsum(values, axis=1) / counts, average)  # `cumsum` adds view after view
 
 
 def predictions(probabilities: Floats) -> Choice:

@@ -1,6 +1,8 @@
-"""Policies: rules that give each clip its operating point.
+"""Policies: rules that give each clip its operating point, or each video its points and views.
 
-A policy is one class in this module. `routing.decide.decide` runs every policy, on stored answers and on the model.
+A policy is one class in this module. It decides step by step: a step runs some views of a unit at one point, and a unit
+is a clip or a video. `Policy.next` is a pure function of a few facts about each unit. It may be called on any units
+together: `routing.decide.decide` calls it on all of them in rounds, a queue may call it on those that have just run.
 Points are numbered as in `model.points`: 0 is the costliest, the last is the cheapest.
 """
 
@@ -10,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -36,51 +38,77 @@ from videoadapt.routing.label_rules import (
 from videoadapt.runtime.console import say
 from videoadapt.runtime.inputs import Inputs
 
-NO_POINT = -1  # stands for: the clip has run no point yet, or it stops here
+NO_STEP = -1  # stands for: the unit has run no step yet, or it ends here
+Unit = Literal["clip", "video"]
 Need = Literal["assigner", "confidence", "truth", "population"]
 # Fields of `assign` that only fitting uses. A loaded assigner may have been fitted with other values.
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The facts about `clips` clips that a policy may read. Every array is `(clips, points)`; None if it is not known.
+class Step(NamedTuple):
+    """One run of the model: the views `start` to `stop` of a unit at one point.
+
+    The answer of a unit after a step is the mean over its views 0 to `stop` at this point. A step with `start` above 0
+    continues the step that ran the views before at the same point; a step with `start` 0 begins a new mean.
 
     Attributes:
-        clips: Number of clips.
-        points: The points of the model, costliest first.
-        assigned: The assigner's probability that a point is the clip's label.
-        right: Whether the model is right on the clip at a point.
-        confidence: The model's confidence at a point, by measure. NaN at the points that the clip has not run.
+        point: Number of the point.
+        start: The first view, in the order in which views run (`config.views.view_order`).
+        stop: The view after the last one.
     """
 
-    clips: int
+    point: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The facts about some units that a policy may read; None if a fact is not known.
+
+    Attributes:
+        count: Number of units: clips, or videos, by `Policy.unit`.
+        points: The points of the model, costliest first.
+        assigned: The assigner's probability that a point is the clip's label, `(units, points)`.
+        right: Whether the model is right on the clip at a point, `(units, points)`.
+        confidence: The model's confidence in the unit's answer after its last step, by measure, `(units,)`. NaN before
+            the first step, and where an answer is NaN.
+        views: Views of a unit: the crops of a clip, or all views of a video.
+    """
+
+    count: int
     points: tuple[str, ...]
     assigned: Floats | None = None
     right: Bools | None = None
     confidence: Mapping[Measure, Floats] = field(default_factory=dict)
+    views: int = 1
 
     def take(self, rows: Choice) -> Evidence:
-        """Returns the evidence on some of the clips, in the order of `rows`."""
-        return Evidence(
-            len(rows),
-            self.points,
-            None if self.assigned is None else self.assigned[rows],
-            None if self.right is None else self.right[rows],
-            {measure: values[rows] for measure, values in self.confidence.items()},
+        """Returns the evidence on some of the units, in the order of `rows`."""
+        return replace(
+            self,
+            count=len(rows),
+            assigned=None if self.assigned is None else self.assigned[rows],
+            right=None if self.right is None else self.right[rows],
+            confidence={measure: values[rows] for measure, values in self.confidence.items()},
         )
 
 
 class Policy(ABC):
-    """A rule that gives each clip its point. A subclass defines `name` and `next`; the rest has defaults.
+    """A rule that gives each unit its steps. A subclass defines `name` and `next`; the rest has defaults.
+
+    With the defaults, a unit is a clip, and the steps are the points: step i runs all crops of the clip at point i.
 
     Attributes:
+        unit: What the rule decides about: a `clip` with all its crops, or a `video` with all its views. A rule about
+            videos has no assigner.
         needs: The evidence that the rule reads. `assigner` and `confidence` come from the model and the clip alone.
             `truth` is only known in an evaluation. `population`: the choice for a clip depends on the other clips.
         assigner: The network whose probabilities the rule reads, and whose cost every clip pays.
         imitates: Name of the policy whose mix of points this one copies. An evaluation reports their difference.
     """
 
+    unit: Unit = "clip"
     needs: frozenset[Need] = frozenset()
     assigner: Assigner | None = None
     imitates: str | None = None
@@ -92,19 +120,24 @@ class Policy(ABC):
 
     @abstractmethod
     def next(self, evidence: Evidence, last: Choice) -> Choice:
-        """Chooses the point that each clip runs next, or ends the clip.
+        """Chooses the step that each unit runs next, or ends the unit. Units do not influence each other.
 
         Args:
-            evidence: The known facts about the clips, with the answers at the points that they have run.
-            last: Number of the point that each clip ran last, `(clips,)`; `NO_POINT` before the first.
+            evidence: The known facts about the units.
+            last: Number of the step that each unit ran last, `(units,)`; `NO_STEP` before the first.
 
         Returns:
-            Number of the next point of each clip, `(clips,)`; `NO_POINT` ends the clip at its last point.
+            Number of the next step of each unit, `(units,)`; `NO_STEP` ends the unit with the answer of its last step.
         """
 
-    def visits(self, point: str) -> tuple[str, ...]:
-        """Returns the points that a clip has run when it ends at `point`, in the order in which they ran."""
-        return (point,)
+    def steps(self, points: tuple[str, ...], views: int) -> tuple[Step, ...]:
+        """Returns all steps that a unit may run; `next` returns their numbers.
+
+        Args:
+            points: The points of the model.
+            views: Views of a unit.
+        """
+        return tuple(Step(number, 0, views) for number in range(len(points)))
 
     def check(self, model: TimeSformer) -> None:
         """Checks that the policy fits a model, before any clip is read.
@@ -131,10 +164,10 @@ class OnePointPolicy(Policy):
         """Returns the number of the point of each clip, `(clips,)`."""
 
     def next(self, evidence: Evidence, last: Choice) -> Choice:
-        """Returns the chosen points, then `NO_POINT`."""
-        if (last == NO_POINT).all():  # the first round: all clips run their only point in the same round
+        """Returns the chosen points, then `NO_STEP`."""
+        if (last == NO_STEP).all():  # in rounds: all clips run their only point in the first round
             return self.choose(evidence)
-        return np.full(evidence.clips, NO_POINT)
+        return np.where(last == NO_STEP, self.choose(evidence), NO_STEP)  # a queue may mix new clips and others
 
 
 @dataclass(frozen=True)
@@ -150,7 +183,7 @@ class Fixed(OnePointPolicy):
 
     def choose(self, evidence: Evidence) -> Choice:
         """Returns the same point for all clips."""
-        return np.full(evidence.clips, _numbers(self, (self.point,), evidence.points)[0])
+        return np.full(evidence.count, _numbers(self, (self.point,), evidence.points)[0])
 
     def check(self, model: TimeSformer) -> None:
         """Raises `UserError` if the model does not have the point."""
@@ -258,53 +291,66 @@ class Assigned(OnePointPolicy):
 
 @dataclass(frozen=True)
 class Cascade(Policy):
-    """Early exit: points run one after the other until the confidence of an answer is high enough (SuperViT, Fig. 2).
+    """Early exit: steps run one after the other until the confidence of an answer is high enough (SuperViT, Fig. 2).
 
-    A clip ends at the first point whose confidence is at least that point's threshold. The last point has no
-    threshold: every clip that reaches it ends there. A NaN confidence is below every threshold, so that the clip goes
-    on to the next point. A clip pays for every point that it has run.
+    A cascade over points decides about clips: a step runs all crops of a clip at the next point. A cascade over views
+    decides about videos. It runs the centre view at each point in turn, and then, at the last point, the further views
+    one by one; see `config.views.view_order`. The answer is then the mean over the views that ran at the last point.
+
+    A unit ends at the first step whose confidence is at least the threshold. The last step has no threshold: every unit
+    that reaches it ends there. A NaN confidence is below every threshold, so the unit goes on to the next step. A unit
+    pays for every step that it has run.
 
     Attributes:
         points: The points in the order in which they run.
-        thresholds: One for each point but the last.
+        thresholds: One for each point but the last; with `views`, one for each point. The threshold of the last point
+            is then that of each view there.
         measure: How confidence is measured; see `label_rules.confidence`.
         text: The text that the cascade was parsed from; it becomes the name.
+        views: Whether the cascade goes over views, too.
     """
 
     points: tuple[str, ...]
     thresholds: tuple[float, ...]
     measure: Measure = "probability"
     text: str = field(default="", compare=False)
+    views: bool = False
     needs = frozenset({"confidence"})
 
     def __post_init__(self) -> None:
-        if len(self.thresholds) != len(self.points) - 1:
+        wanted = len(self.points) - (not self.views)
+        if len(self.thresholds) != wanted:
+            but = "" if self.views else " but the last"
             raise UserError(
-                f"cascade {self.points}: expected {len(self.points) - 1} thresholds, one for each point but the last, "
-                f"got {len(self.thresholds)}"
+                f"cascade {self.points}: expected {plural(wanted, 'threshold')}, one for each point{but}, got "
+                f"{len(self.thresholds)}"
             )
 
     @property
     def name(self) -> str:
         """`cascade:` and the parsed text; without a text, the points, exact thresholds and measure."""
-        written = f"{','.join(self.points)}:{','.join(map(str, self.thresholds))}:{self.measure}"
+        over = "views:" if self.views else ""
+        written = f"{','.join(self.points)}:{over}{','.join(map(str, self.thresholds))}:{self.measure}"
         return f"cascade:{self.text or written}"
 
-    def next(self, evidence: Evidence, last: Choice) -> Choice:
-        """Returns the first point, then the point after the last one for clips whose confidence is too low."""
-        numbers = _numbers(self, self.points, evidence.points)
-        following = np.full(evidence.clips, NO_POINT)
-        following[last == NO_POINT] = numbers[0]  # the last point of the cascade is in no pair below: clips end there
-        for number, after, threshold in zip(numbers, numbers[1:], self.thresholds, strict=False):
-            rows = np.flatnonzero(last == number)
-            # `>=` is False for NaN. `<` would be False as well, and would end the clip without a usable answer.
-            sure = evidence.confidence[self.measure][rows, number] >= threshold
-            following[rows] = np.where(sure, NO_POINT, after)
-        return following
+    @property
+    def unit(self) -> Unit:  # type: ignore[override]
+        """`video` for a cascade over views, otherwise `clip`."""
+        return "video" if self.views else "clip"
 
-    def visits(self, point: str) -> tuple[str, ...]:
-        """Returns all points up to `point`."""
-        return self.points[: self.points.index(point) + 1]
+    def next(self, evidence: Evidence, last: Choice) -> Choice:
+        """Returns the step after the last one for units whose confidence is too low."""
+        final = len(self.steps(evidence.points, evidence.views)) - 1
+        limits = np.array([*self.thresholds, np.inf])  # the last entry: before the first step no unit is sure
+        # `>=` is False for NaN. `<` would be False as well, and would end the unit without a usable answer.
+        sure = evidence.confidence[self.measure] >= limits[np.minimum(last, len(self.thresholds) - 1)]
+        return np.where((last == final) | sure, NO_STEP, last + 1)  # `NO_STEP` + 1 is the first step
+
+    def steps(self, points: tuple[str, ...], views: int) -> tuple[Step, ...]:
+        """Returns the steps in the order in which they run."""
+        numbers = _numbers(self, self.points, points)
+        first = [Step(number, 0, 1 if self.views else views) for number in numbers]
+        return (*first, *(Step(numbers[-1], view, view + 1) for view in range(1, views) if self.views))
 
     def check(self, model: TimeSformer) -> None:
         """Raises `UserError` if the model does not have one of the points."""
@@ -334,7 +380,7 @@ class Random(OnePointPolicy):
     def choose(self, evidence: Evidence) -> Choice:
         """Returns the points in random order; the counts follow the mix, rounded to sum to the number of clips."""
         # Rounding the sums, not the fractions: the counts then add up to all clips.
-        edges = np.rint(np.cumsum(self.mix) / np.sum(self.mix) * evidence.clips).astype(np.int64)
+        edges = np.rint(np.cumsum(self.mix) / np.sum(self.mix) * evidence.count).astype(np.int64)
         counts = np.diff(edges, prepend=0)  # (points,)
         return np.random.default_rng(self.seed).permutation(np.repeat(np.arange(len(self.mix)), counts))
 
@@ -363,8 +409,13 @@ def _numbers(policy: Policy, wanted: Sequence[str], points: Sequence[str]) -> li
 
 
 def mix_of(choice: Choice, points: int) -> tuple[float, ...]:
-    """Returns the fraction of the clips at each point, from the number of each clip's point, `(clips,)`."""
-    return tuple(np.bincount(choice, minlength=points) / max(len(choice), 1))  # zeros if there are no clips
+    """Returns the fraction of the clips at each point.
+
+    Args:
+        choice: Number of each clip's point, `(clips,)`; -1 for a clip that did not run, which is at no point.
+        points: Number of points.
+    """
+    return tuple(np.bincount(choice[choice >= 0], minlength=points) / max(len(choice), 1))  # zeros without clips
 
 
 def parse_policy(
@@ -417,7 +468,7 @@ def parse_cascade(text: str, model: ModelConfig, run: Path | None, weights: nn.M
     if spec.cost is not None:
         fitted = _fitted_threshold(spec, spec.cost, model, run, weights)
         thresholds = (fitted,) * (len(spec.points) - 1)  # one threshold serves every point but the last
-    return Cascade(spec.points, thresholds, spec.measure, text)
+    return Cascade(spec.points, thresholds, spec.measure, text, spec.views)
 
 
 def _fitted_threshold(

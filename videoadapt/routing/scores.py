@@ -23,6 +23,7 @@ import torch
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
+from videoadapt.config.views import view_order
 from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
@@ -30,7 +31,7 @@ from videoadapt.data.video.files import reason
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.label_rules import Bools, Floats, confidences, predictions
+from videoadapt.routing.label_rules import Bools, Floats, confidences, predictions, running_answers
 from videoadapt.routing.router import assign_probabilities, clip_probabilities, view_logits
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
@@ -67,6 +68,16 @@ class Scored:
         """Returns the probabilities of each clip, averaged over its crops, `(n, points, classes)`."""
         return clip_probabilities(self.logits, average)
 
+    def by_video(self) -> Floats:
+        """Returns the logits of the views of each video in the order in which they run.
+
+        Returns:
+            `(videos, views, points, classes)`; see `config.views.view_order`.
+        """
+        clips = len(self.rows) // max(len(np.unique(self.rows)), 1)  # all videos have the same number
+        views = self.logits.reshape(-1, clips * self.logits.shape[1], *self.logits.shape[2:])
+        return views[:, view_order(clips, self.logits.shape[1])]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -96,12 +107,44 @@ class Scores:
     model: str
     files: Sequence[Path]
 
+    @property
+    def clips_per_video(self) -> int:
+        """Number of clips of a video, the same for all."""
+        return len(self.rows) // max(len(np.unique(self.rows)), 1)
+
     def shards(self) -> Iterator[Scored]:
         """Yields the scores with their logits, one shard after the other, in order."""
         for file in self.files:
             arrays = _read(file)
             if "rows" in arrays:  # a shard whose videos all failed has no scores
                 yield _scored(arrays)
+
+
+@dataclass(frozen=True)
+class ViewScores:
+    """How the answer to each scored video develops while its views run, at each point.
+
+    Attributes:
+        right: Whether the mean over the views 0 to v is right, `(videos, views, points)`, views in the order in which
+            they run.
+        confidence: The confidence of this mean, by measure, `(videos, views, points)`.
+    """
+
+    right: Bools
+    confidence: Mapping[Measure, Floats]
+
+
+def view_scores(scores: Scores, average: Average) -> ViewScores:
+    """Reads the logits of all shards and returns what a cascade over views sees of them."""
+    right: list[Bools] = []
+    sure: dict[Measure, list[Floats]] = {measure: [] for measure in MEASURES}
+    for shard in scores.shards():
+        probabilities = running_answers(shard.by_video(), average)  # (videos, views, points, classes)
+        truth = shard.truth[:: scores.clips_per_video]
+        right.append(predictions(probabilities) == truth[:, None, None])
+        for measure, values in confidences(probabilities).items():
+            sure[measure].append(values)
+    return ViewScores(np.concatenate(right), {measure: np.concatenate(values) for measure, values in sure.items()})
 
 
 def trained_checkpoint(config: Config) -> Checkpoint:
