@@ -29,7 +29,12 @@ def thumbnails(clips: int, **changes: Any) -> Tensor:
     return torch.randint(0, 256, (clips, 3, frames, size, size), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize("changes", [{}, {"frames": 1}, {"stages": 1}, {"stages": 7}, {"channel_multiplier": 0.5}])
+FAMILIES: list[dict[str, Any]] = [{}, {"family": "convolutions"}]
+
+
+@pytest.mark.parametrize(
+    "changes", [*FAMILIES, {"frames": 1}, {"stages": 1}, {"stages": 7}, {"channel_multiplier": 0.5}]
+)
 def test_each_clip_gets_one_distribution_over_the_points(changes: dict[str, Any]) -> None:
     found = small(4, **changes).probabilities(thumbnails(5, **changes))
     assert found.shape == (5, 4)
@@ -37,8 +42,9 @@ def test_each_clip_gets_one_distribution_over_the_points(changes: dict[str, Any]
     assert torch.allclose(found.sum(-1), torch.ones(5))
 
 
-def test_a_decision_does_not_depend_on_the_other_clips() -> None:
-    assigner, clips = small(), thumbnails(5)
+@pytest.mark.parametrize("changes", FAMILIES)
+def test_a_decision_does_not_depend_on_the_other_clips(changes: dict[str, Any]) -> None:
+    assigner, clips = small(**changes), thumbnails(5)
     together = assigner.probabilities(clips)
     alone = torch.cat([assigner.probabilities(clip[None]) for clip in clips])
     assert torch.allclose(together, alone, atol=1e-5)
@@ -52,8 +58,20 @@ def test_the_order_of_the_frames_does_not_matter_but_motion_does() -> None:
     assert not torch.allclose(moving, assigner(still), atol=1e-4)
 
 
-def test_still_frames_have_a_finite_gradient() -> None:
-    assigner = small().train()
+@pytest.mark.parametrize("changes", [*FAMILIES, {"stages": 7}])
+def test_the_copy_for_inference_decides_alike_without_batch_norms(changes: dict[str, Any]) -> None:
+    assigner, clips = small(**changes), thumbnails(4)
+    before = {name: tensor.clone() for name, tensor in assigner.state_dict().items()}
+    quick = assigner.for_inference()
+    torch.testing.assert_close(quick(clips), assigner(clips), atol=1e-5, rtol=1e-5)
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in assigner.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in quick.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in assigner.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", FAMILIES)
+def test_still_frames_have_a_finite_gradient(changes: dict[str, Any]) -> None:
+    assigner = small(**changes).train()
     still = thumbnails(4)[:, :, :1].expand(-1, -1, 3, -1, -1)
     assigner(still).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in assigner.parameters())
@@ -63,7 +81,7 @@ def test_narrower_nets_smaller_frames_and_fewer_frames_cost_less() -> None:
     full = assigner_macs(AssignConfig(), 3)
     assert assigner_macs(AssignConfig(channel_multiplier=0.25), 3) < full
     assert assigner_macs(AssignConfig(size=64), 3) < full
-    head = 2 * Assigner(AssignConfig(), 3).net.num_features * 3
+    head = Assigner(AssignConfig(), 3).head.weight.numel()
     assert assigner_macs(AssignConfig(frames=2), 3) - head == pytest.approx((full - head) / 2)
 
 

@@ -1,10 +1,13 @@
-"""The token-length assigner: a small EfficientNet-B0 that predicts a clip's label from a few small frames.
+"""The token-length assigner: a small network that predicts a clip's label from a few small frames.
 
-It decides once per clip, and the crops of the clip share the decision (ReViT, section 3.3, decides once per image).
+Two families: EfficientNet-B0 on each frame (ReViT), or a few convolutions on all frames at once. The assigner decides
+once per clip, and the crops of the clip share the decision (ReViT, section 3.3, decides once per image).
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from videoadapt.config.sections import AssignConfig
@@ -30,35 +34,66 @@ B0_STAGES = (
     "ir_r1_k3_s1_e6_c320_se0.25",
 )
 STEM_CHANNELS = 32
+FIRST_CHANNELS = (
+    32  # of the family `convolutions`, times `assign.channel_multiplier`; each further one has twice as many
+)
+
+
+class Convolutions(nn.Sequential):
+    """Convolutions with stride 2 on a stack of frames, `(B, C * A, s, s)` to features `(B, num_features)`.
+
+    The frames are channels, so the first convolution can take their differences, which show motion, and every layer
+    runs once for a clip and not once for each frame.
+
+    Args:
+        config: Number of frames, number of convolutions, and their width.
+    """
+
+    def __init__(self, config: AssignConfig) -> None:
+        layers: list[nn.Module] = []
+        channels = 3 * config.frames
+        for stage in range(config.stages):
+            wider = max(1, round(FIRST_CHANNELS * config.channel_multiplier)) * 2**stage
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
+            channels = wider
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.num_features = channels
+
+
+def _efficientnet(config: AssignConfig) -> nn.Module:
+    # timm takes a second to import, and most commands need no assigner
+    from timm.models._efficientnet_builder import decode_arch_def, round_channels
+    from timm.models.efficientnet import EfficientNet
+
+    rounded = partial(round_channels, multiplier=config.channel_multiplier)
+    return EfficientNet(
+        block_args=decode_arch_def([[stage] for stage in B0_STAGES[: config.stages]]),
+        num_features=rounded(1280),
+        stem_size=STEM_CHANNELS,
+        round_chs_fn=rounded,
+        act_layer=nn.SiLU,
+        num_classes=0,  # no head: the network returns features
+    )
 
 
 class Assigner(nn.Module):
-    """A small EfficientNet on each frame, then one linear head on the frames' mean and standard deviation.
+    """A small network and a linear head.
 
-    The standard deviation shows motion, which the mean hides.
+    `efficientnet` sees each frame alone; the head gets the frames' mean and standard deviation, since the standard
+    deviation shows motion, which the mean hides. `convolutions` see all frames together.
 
     Args:
-        config: Number and size of the frames, and width and depth of the network.
+        config: Family, width and depth of the network, and number and size of the frames.
         points: Number of points to choose from.
     """
 
     def __init__(self, config: AssignConfig, points: int) -> None:
         super().__init__()
-        # timm takes a second to import, and most commands need no assigner
-        from timm.models._efficientnet_builder import decode_arch_def, round_channels
-        from timm.models.efficientnet import EfficientNet
-
-        rounded = partial(round_channels, multiplier=config.channel_multiplier)
         self.config = config
-        self.net = EfficientNet(
-            block_args=decode_arch_def([[stage] for stage in B0_STAGES[: config.stages]]),
-            num_features=rounded(1280),
-            stem_size=STEM_CHANNELS,
-            round_chs_fn=rounded,
-            act_layer=nn.SiLU,
-            num_classes=0,  # no head: the network returns features
-        )
-        self.head = nn.Linear(2 * self.net.num_features, points)
+        by_frame = config.family == "efficientnet"
+        self.net = _efficientnet(config) if by_frame else Convolutions(config)
+        features = int(self.net.num_features)  # type: ignore[arg-type]
+        self.head = nn.Linear(2 * features if by_frame else features, points)
 
     def forward(self, thumbnails: Tensor) -> Tensor:
         """Returns logits, `(B, points)`.
@@ -66,6 +101,11 @@ class Assigner(nn.Module):
         Args:
             thumbnails: uint8 `(B, C, A, s, s)`: A frames of each clip.
         """
+        if self.config.family == "convolutions":
+            stack = thumbnails.flatten(1, 2)  # (B, C A, s, s)
+            # Centred, in one pass over the pixels. The first batch norm divides by their scale.
+            logits: Tensor = self.head(self.net(stack.to(self.head.weight.dtype).sub_(127.5)))
+            return logits  # (B, points)
         frames = rearrange(thumbnails, "b c a h w -> (b a) c h w")  # the network sees each frame alone
         x = self.net(frames.to(self.head.weight.dtype) / 127.5 - 1.0)  # 0..255 to -1..1; (B A, features)
         x = rearrange(x, "(b a) f -> b a f", b=thumbnails.shape[0])  # (B, A, features)
@@ -77,6 +117,25 @@ class Assigner(nn.Module):
     def probabilities(self, thumbnails: Tensor) -> Tensor:
         """Returns the probability of each point to be the clip's label, float32 `(B, points)`; see `forward`."""
         return self(thumbnails).float().softmax(-1)
+
+    def for_inference(self) -> Assigner:
+        """Returns a copy in eval mode that computes the same up to rounding, about 2.5 times as fast on CPUs.
+
+        Each batch norm is folded into the convolution before it, and the weights lie as the fastest kernels want them.
+        """
+        copied = copy.deepcopy(self).eval()
+        _fold_batch_norms(copied.net)
+        return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Folds each BatchNorm into the convolution before it, in place. `torch.fx` would miss timm's own BatchNorm."""
+    for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, getattr(norm, "act", nn.Identity()))  # timm's holds the activation, too
+    for child in module.children():
+        _fold_batch_norms(child)
 
 
 @lru_cache(maxsize=16)  # the pass takes 0.2 s, and every prediction asks for it

@@ -153,7 +153,8 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)  # (points,), costliest first
     # Rounded up. The thumbnails of all clips may not fit into memory together.
     batches = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
-    probabilities = np.concatenate([assign_probabilities(assigner, select.batch(batch)) for batch in batches])
+    quick = assigner.for_inference()
+    probabilities = np.concatenate([assign_probabilities(quick, select.batch(batch)) for batch in batches])
     threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
     checkpoints.save(step + 1, _tensors(assigner, None), _meta(config, fit) | {"threshold": threshold})
     choice = cheapest_sufficient(probabilities, threshold)

@@ -232,7 +232,8 @@ def score(
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
     number, count = config.parallel.shard_of
     mine = slice(number * world_size() + rank(), None, count * world_size())  # every (jobs x ranks)-th shard
-    stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
+    quick = None if assigner is None else assigner.for_inference()
+    stopped = _score_shards(dataset, model, quick, list(zip(files, chunks, strict=True))[mine], config, name=name)
     if any_requested(stopped):  # all ranks stop together: one that goes on would wait for shards that never come
         stopped.stop()
     return None if config.parallel.shard else _load(files, weights, config.evaluate.average)
