@@ -32,12 +32,16 @@ REQUIREMENTS = [
     "typer>=0.20",  # 0.12.4 fails with click 8.5; between the two, nothing was tried to the end
 ]
 
+SERVE = ["Jinja2>=3.1", "starlette>=0.41", "uvicorn>=0.32"]
+
 EXTRAS = {
+    "serve": SERVE,
     "docs": [
         "mkdocs>=1.6,<2",  # 2 has neither hooks nor themes of others
         "mkdocs-material>=9.6",
     ],
     "test": [
+        *SERVE,
         "ipykernel>=6.20",  # runs docs/python.ipynb
         "nbclient>=0.8",
         "nbformat>=5.7",
@@ -81,6 +85,7 @@ setup(
     package_dir={"videoadapt": "videoadapt", "videoadapt.configs": "configs"},
     package_data={
         "videoadapt": ["py.typed"],
+        "videoadapt.commands.serve": ["*.html", "page.css", "page.js"],
         "videoadapt.data.index": ["kinetics*.txt"],
         "videoadapt.configs": ["*.yaml", "ablations/*.yaml", "schema.json"],
     },

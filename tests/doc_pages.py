@@ -153,6 +153,14 @@ PAGES = {
             "videoadapt evaluate configs/": "needs models trained on ImageNet",
         },
     ),
+    "docs/serve.md": Page(
+        not_run={
+            "pip install": "tests/test_install.py installs the checkout",
+            "videoadapt serve": "runs until Ctrl-C; tests/commands/test_serve.py opens the page",
+            "python tools/serve_screenshots.py": "needs the demo's run",
+        },
+        blocks_not_run={"import videoadapt": "tests/commands/test_serve.py runs it in a process of its own"},
+    ),
     "docs/slurm.md": Page(
         replaced={"srun --cpus-per-task=16 ": ""},
         not_run={

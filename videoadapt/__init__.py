@@ -12,6 +12,7 @@ Stages: functions that take a Config, a YAML file or a run folder, and return a 
     assign    -> AssignSummary        stage 2: fits the network that predicts it
     evaluate  -> EvaluationSummary    accuracy, cost and speed of every policy
     predict   -> Predictions          classes, points and cost of videos, a sequence of Prediction
+    serve     -> PageServer           a local page that shows the answer of every point to a video
 
 Configs
     load_config, Config, Point        a checked config; an operating point
@@ -43,6 +44,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME` has the same names
+    from videoadapt.commands.serve.server import PageServer as PageServer
+    from videoadapt.commands.serve.server import serve as serve
     from videoadapt.commands.verbs import assign as assign
     from videoadapt.commands.verbs import evaluate as evaluate
     from videoadapt.commands.verbs import index as index
@@ -99,6 +102,8 @@ _HOME = {  # the module of each public name
     "UserError": "errors",
     "VideoError": "errors",
     "EvaluationSummary": "evaluation.evaluate",
+    "PageServer": "commands.serve.server",
+    "serve": "commands.serve.server",
     "Prediction": "evaluation.predict",
     "Predictions": "evaluation.predict",
     "predict": "evaluation.predict",

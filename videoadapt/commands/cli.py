@@ -399,6 +399,18 @@ def predict(
         raise UserError(few((row["cause"] for row in result["failed"]), separator="; "))
 
 
+@app.command()
+def serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    policy: Annotated[str | None, typer.Option(help="As in `videoadapt predict`.")] = None,
+) -> None:
+    """Open a local page: drop in a video, see the chosen point, why, and what each point says."""
+    from videoadapt.commands.serve.server import serve as run
+
+    run(_load(config, overrides), policy)
+
+
 @app.command("config")
 def config_keys(
     key: Annotated[

@@ -37,6 +37,7 @@ from videoadapt.config.sections import (
     PlanConfig,
     RunConfig,
     Section,
+    ServeConfig,
     TrainConfig,
     is_path,
     is_section,
@@ -74,6 +75,7 @@ class Config(Section):
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     parallel: ParallelConfig = ParallelConfig()
+    serve: ServeConfig = ServeConfig()
     launch: LaunchConfig = LaunchConfig()
     slurm: SlurmConfig = SlurmConfig()
 

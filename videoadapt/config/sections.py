@@ -635,3 +635,20 @@ class LaunchConfig(Section):
     """Where: SLURM, or `local` = on this machine, one stage after the other."""
     shards: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Jobs in the array of label and of evaluate. 1 = no array."""
+
+
+class ServeConfig(Section):
+    """The local page of `videoadapt serve`, and what it accepts."""
+
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8765
+    """Port of the page on this machine, which no other machine can reach. 0 = any free port."""
+    max_mb: Annotated[float, Field(ge=1e-3, le=1e5)] = 200.0
+    """Largest file that the page accepts, in megabytes."""
+    max_seconds: Seconds = 120.0
+    """Longest video that the page accepts, in seconds."""
+    timeout_s: Seconds = 60.0
+    """Seconds in which a video must have been read. After that it is refused."""
+    readers: Annotated[int, Field(ge=1, le=64)] = 2
+    """Videos that are read at the same time, each in a process of its own. The model runs on one after the other."""
+    queue: Annotated[int, Field(ge=1, le=10_000)] = 32
+    """Most videos that the page handles or keeps waiting. Further ones are refused until one is answered."""
