@@ -44,7 +44,7 @@ from videoadapt.model.attention import attend_over_time
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.routing.policy import Fixed, Random
-from videoadapt.routing.router import route
+from videoadapt.routing.router import Router
 from videoadapt.training.groups import make_plan
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.state import State
@@ -408,7 +408,7 @@ def step(machine: Machine, result: Result) -> None:
 
 
 def routed(machine: Machine, result: Result) -> None:
-    """Times `route` over uint8 clips on the host, beside the same passes over normalised clips on the device."""
+    """Times `Router.run` over uint8 clips on the host, beside the same passes over normalised clips on the device."""
     model, count, batch = machine.config(big=True).model, 192 if machine.on_gpu else 6, machine.batches[-1]
     network = TimeSformer(model).to(machine.device, torch.bfloat16).eval()
     views = torch.randint(0, 256, (count, 1, 3, model.num_frames, model.size, model.size), dtype=torch.uint8)
@@ -418,7 +418,8 @@ def routed(machine: Machine, result: Result) -> None:
     }
     mix = tuple(1 / len(model.points) for _ in model.points)
     for policy in (*map(Fixed, model.points), Random(mix)):
-        clip_s = machine.seconds(lambda: route(network, views, policy, batch=batch), 0.1) / count  # noqa: B023
+        router = Router(network, policy, batch=batch)
+        clip_s = machine.seconds(lambda: router.run(views), 0.1) / count  # noqa: B023 - called in this pass
         pass_s = alone_s[policy.point] if isinstance(policy, Fixed) else statistics.mean(alone_s.values())
         result[policy.name] = {
             "clips_per_s": 1 / clip_s,

@@ -29,6 +29,8 @@ Data
 
 Policies: rules that give each clip its point
     Fixed, Assigned, Cascade, Random, Oracle
+    Router                            runs clips in memory, or of a stream, by a policy; clips of a point share batches
+    read_clips, ClipViews             the views and thumbnails of a video, for a Router
 
 Errors, with a message of one line
     UserError                         wrong input; ConfigError, VideoError and CheckpointError are kinds of it
@@ -55,6 +57,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.config.load import load_config as load_config
     from videoadapt.config.points import Point as Point
     from videoadapt.data.clips.clip_dataset import ClipDataset as ClipDataset
+    from videoadapt.data.clips.clip_dataset import ClipViews as ClipViews
+    from videoadapt.data.clips.clip_dataset import read_clips as read_clips
     from videoadapt.data.clips.views import preprocess as preprocess
     from videoadapt.data.index.manifest import Manifest as Manifest
     from videoadapt.data.video.readers import open_video as open_video
@@ -79,6 +83,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.routing.policy import Fixed as Fixed
     from videoadapt.routing.policy import Oracle as Oracle
     from videoadapt.routing.policy import Random as Random
+    from videoadapt.routing.router import Router as Router
     from videoadapt.training.metrics import TrainSummary as TrainSummary
 
 __version__ = "0.1.0"
@@ -93,6 +98,8 @@ _HOME = {  # the module of each public name
     "load_config": "config.load",
     "Point": "config.points",
     "ClipDataset": "data.clips.clip_dataset",
+    "ClipViews": "data.clips.clip_dataset",
+    "read_clips": "data.clips.clip_dataset",
     "preprocess": "data.clips.views",
     "Manifest": "data.index.manifest",
     "open_video": "data.video.readers",
@@ -119,6 +126,7 @@ _HOME = {  # the module of each public name
     "Fixed": "routing.policy",
     "Oracle": "routing.policy",
     "Random": "routing.policy",
+    "Router": "routing.router",
     "TrainSummary": "training.metrics",
 }
 # No `__all__`: `help(videoadapt)` would print the whole text of every class in it, 2,700 lines.

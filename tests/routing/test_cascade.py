@@ -22,7 +22,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import Decision, clip_macs, decide, views_run
 from videoadapt.routing.label_rules import Choice, confidence, confidence_matrix, fit_threshold, outcome_table, softmax
 from videoadapt.routing.policy import Cascade, Evidence, Fixed, Policy, Step, parse_cascade
-from videoadapt.routing.router import route
+from videoadapt.routing.router import Router
 
 GRID = ("14", "12", "14@0.7", "8@0.5")
 MODEL = ModelConfig(points=GRID, num_frames=1, temporal=False)
@@ -183,13 +183,13 @@ def test_clips_that_go_on_fill_new_batches_and_each_answer_is_that_of_its_last_p
     )  # fmt: skip
     model = TimeSformer(config).eval()
     views = torch.randint(0, 256, (23, 2, 3, 1, 16, 16), dtype=torch.uint8)
-    every = np.stack([route(model, views, Fixed(point), batch=7).logits for point in config.points], axis=1)
+    every = np.stack([Router(model, Fixed(point), batch=7).run(views).logits for point in config.points], axis=1)
     confidences = confidence(softmax(every).mean(2), measure)  # (clips, points)
     middle = float(np.median(confidences[:, 2]))
     policy = Cascade(("2", "4@0.5", "4"), (middle, float(np.median(confidences[:, 1]))), measure)
     batches: list[tuple[str, int]] = []
     model.register_forward_pre_hook(lambda _module, given: batches.append((given[1], len(given[0]))))
-    routed = route(model, views, policy, batch=8)
+    routed = Router(model, policy, batch=8).run(views)
     assert set(routed.choice) == {0, 1, 2}
     expected = decide(
         policy,
@@ -209,7 +209,7 @@ def test_clips_that_go_on_fill_new_batches_and_each_answer_is_that_of_its_last_p
 def test_a_cascade_ends_early_where_all_clips_are_sure() -> None:
     config = ModelConfig(width=16, depth=1, heads=2, patch=4, size=16, num_frames=1, temporal=False, points=("4", "2"))
     views = torch.zeros((3, 1, 3, 1, 16, 16), dtype=torch.uint8)
-    routed = route(TimeSformer(config).eval(), views, Cascade(("2", "4"), (0.0,)), batch=8)
+    routed = Router(TimeSformer(config).eval(), Cascade(("2", "4"), (0.0,)), batch=8).run(views)
     assert routed.choice.tolist() == [1, 1, 1]
 
 

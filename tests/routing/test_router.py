@@ -14,11 +14,12 @@ from torch import Tensor
 
 from videoadapt.config.sections import AssignConfig, ModelConfig
 from videoadapt.data.clips.views import normalise
+from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Choice, cheapest_sufficient, last_true
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, OnePointPolicy, Oracle, Policy, Random
-from videoadapt.routing.router import assign_probabilities, route, view_logits
+from videoadapt.routing.router import Router, assign_probabilities
 
 CONFIG = ModelConfig(
     width=16, depth=2, heads=2, patch=4, size=16, num_frames=2, num_classes=5, points=("4", "3", "2"), init_std=0.3
@@ -73,6 +74,7 @@ class Given(OnePointPolicy):
     """A policy with a choice that the test gives."""
 
     name = "given"
+    needs = frozenset({"population"})
 
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
@@ -94,7 +96,7 @@ def test_results_differ_between_points_and_clips_so_that_a_mistake_shows() -> No
 @settings(max_examples=40)
 @given(hnp.arrays(np.int64, CLIPS, elements=st.integers(0, 2)), st.integers(1, 30))
 def test_routed_results_are_those_of_each_clip_alone_in_order(choice: np.ndarray, batch: int) -> None:
-    routed = route(model(), views(), Given(choice), batch=batch)
+    routed = Router(model(), Given(choice), batch=batch).run(views())
     assert np.array_equal(routed.choice, choice)
     assert routed.logits.dtype == np.float32
     assert np.allclose(routed.logits, expected(choice), atol=1e-5)
@@ -112,7 +114,7 @@ def test_every_policy_is_routed_by_what_it_chooses(batch: int) -> None:
     ]
     assert len(set(policies[-1][1].tolist())) > 1
     for policy, choice in policies:
-        routed = route(model(), views(), policy, batch=batch, thumbnails=thumbnails(), right=right)
+        routed = Router(model(), policy, batch=batch).run(views(), thumbnails=thumbnails(), right=right)
         assert np.array_equal(routed.choice, choice), policy.name
         assert np.allclose(routed.logits, expected(choice), atol=1e-5), policy.name
 
@@ -120,8 +122,8 @@ def test_every_policy_is_routed_by_what_it_chooses(batch: int) -> None:
 def test_the_order_of_the_clips_changes_the_order_of_the_results_alone() -> None:
     order = np.random.default_rng(1).permutation(CLIPS)
     policy = Assigned(assigner(), CONFIG.points, 0.6)
-    straight = route(model(), views(), policy, batch=4, thumbnails=thumbnails())
-    mixed = route(model(), views()[order], policy, batch=4, thumbnails=thumbnails()[order])
+    straight = Router(model(), policy, batch=4).run(views(), thumbnails=thumbnails())
+    mixed = Router(model(), policy, batch=4).run(views()[order], thumbnails=thumbnails()[order])
     assert np.array_equal(mixed.choice, straight.choice[order])
     assert np.allclose(mixed.logits, straight.logits[order], atol=1e-5)
 
@@ -129,23 +131,14 @@ def test_the_order_of_the_clips_changes_the_order_of_the_results_alone() -> None
 def test_routing_in_half_precision_gives_float32_results_near_the_exact_ones() -> None:
     half = TimeSformer(CONFIG).eval()
     half.load_state_dict(model().state_dict())
-    routed = route(half.bfloat16(), views(), Fixed("4"), batch=4)
+    routed = Router(half.bfloat16(), Fixed("4"), batch=4).run(views())
     assert routed.logits.dtype == np.float32
     assert np.allclose(routed.logits, expected(np.zeros(CLIPS, dtype=np.int64)), atol=0.3)
 
 
 def test_one_clip_and_none_at_a_point() -> None:
-    routed = route(model(), views()[:1], Fixed("2"), batch=8)
+    routed = Router(model(), Fixed("2"), batch=8).run(views()[:1])
     assert np.allclose(routed.logits, alone()[:1, :, 2], atol=1e-5)
-
-
-def test_view_logits_do_not_depend_on_the_batch() -> None:
-    flat = views().flatten(0, 1)
-    whole = view_logits(model(), flat, "3", batch=100)
-    assert whole.shape == (CLIPS * CROPS, 5)
-    assert not whole.requires_grad
-    for batch in (1, 5, CLIPS * CROPS):
-        assert torch.allclose(view_logits(model(), flat, "3", batch=batch), whole, atol=1e-5)
 
 
 def test_assign_probabilities_are_the_assigners() -> None:
@@ -156,5 +149,5 @@ def test_assign_probabilities_are_the_assigners() -> None:
 
 
 def test_a_policy_with_an_assigner_needs_thumbnails() -> None:
-    with pytest.raises(ValueError, match="policy assigned: needs the clips' thumbnails"):
-        route(model(), views(), Assigned(assigner(), CONFIG.points), batch=4)
+    with pytest.raises(UserError, match="policy assigned: needs the clips' thumbnails"):
+        Router(model(), Assigned(assigner(), CONFIG.points), batch=4).run(views())

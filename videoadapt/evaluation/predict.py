@@ -17,7 +17,8 @@ from torch import Tensor
 from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, LossConfig
 from videoadapt.config.views import view_order
-from videoadapt.data.clips.datasets import read_views
+from videoadapt.data.clips.clip_dataset import ClipViews
+from videoadapt.data.clips.datasets import Failure, read_views
 from videoadapt.data.index.class_files import read_classes
 from videoadapt.data.index.find_files import media_below
 from videoadapt.data.index.text import normalised
@@ -30,7 +31,7 @@ from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import running_answers
 from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
-from videoadapt.routing.router import route
+from videoadapt.routing.router import RoutedVideo, Router
 from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.console import Bar, macs, progress_shown
 from videoadapt.runtime.results import Result, Table
@@ -276,10 +277,13 @@ def _predict_all(
     predictor: Predictor, videos: Sequence[_Video], result: Predictions, on_error: Literal["raise", "list"]
 ) -> None:
     """Adds the predictions of the videos to the result, and those that fail to its list if `on_error` says so."""
+    routed = router_of(predictor).stream(_read(predictor, video) for video in videos)
     with progress_shown(len(videos) > 1), Bar("predict", total=len(videos), unit="videos") as bar:
-        for video in videos:
+        for video, found in zip(videos, routed, strict=True):
             try:
-                prediction = _predict_one(predictor, video)
+                if not isinstance(found, RoutedVideo):
+                    raise VideoError(str(found)) if isinstance(found, Failure) else found
+                prediction = prediction_of(predictor, video.name, found)
                 if on_error == "list" and math.isnan(prediction.probabilities[0]):  # JSON has no NaN
                     raise VideoError(f"{video.name}: the model's probabilities are NaN")
                 result.predictions.append(prediction)
@@ -288,6 +292,23 @@ def _predict_all(
                     raise
                 result.failed.append({"path": video.name, "cause": f"{error}{_hint(video.name)}"})
             bar.step()
+
+
+def _read(predictor: Predictor, video: _Video) -> ClipViews | VideoError:
+    """Returns the views of a video, or the reason why it cannot be read."""
+    evaluate = predictor.config.evaluate
+    try:
+        with video.open() as reader:
+            views, thumbnails, _ = read_views(
+                reader,
+                predictor.config,
+                temporal_views=evaluate.temporal_views,
+                spatial_crops=evaluate.spatial_crops,
+                thumbnails=predictor.policy.assigner is not None,
+            )
+    except VideoError as error:
+        return error
+    return ClipViews(views, thumbnails)
 
 
 def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
@@ -313,17 +334,10 @@ def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
     return names
 
 
-def _predict_one(predictor: Predictor, video: _Video) -> Prediction:
+def router_of(predictor: Predictor) -> Router:
+    """Returns the router of a predictor."""
     evaluate = predictor.config.evaluate
-    with video.open() as reader:
-        views, thumbnails, _ = read_views(
-            reader,
-            predictor.config,
-            temporal_views=evaluate.temporal_views,
-            spatial_crops=evaluate.spatial_crops,
-            thumbnails=predictor.policy.assigner is not None,
-        )
-    return predict_views(predictor, video.name, views, thumbnails)
+    return Router(predictor.model, predictor.policy, batch=evaluate.batch, average=evaluate.average)
 
 
 def predict_views(predictor: Predictor, name: str, views: Tensor, thumbnails: Tensor) -> Prediction:
@@ -335,22 +349,28 @@ def predict_views(predictor: Predictor, name: str, views: Tensor, thumbnails: Te
         views: uint8 `(clips, crops, C, T, S, S)`.
         thumbnails: uint8 `(clips, C, A, s, s)`; not used by a policy without an assigner.
     """
+    (routed,) = router_of(predictor).stream([ClipViews(views, thumbnails)])
+    assert isinstance(routed, RoutedVideo), "only a video that could not be read has no result"
+    return prediction_of(predictor, name, routed)
+
+
+def prediction_of(predictor: Predictor, name: str, routed: RoutedVideo) -> Prediction:
+    """Returns the prediction for a video that has run."""
     model, policy, config, names, top = predictor
-    crops, average = config.evaluate.spatial_crops, config.evaluate.average
-    clips, of_video = len(views), view_order(len(views), crops)
-    if policy.unit == "video":
-        views = views.flatten(0, 1)[of_video][None]  # (1, clips * crops, C, T, S, S)
-    routed = route(model, views, policy, batch=config.evaluate.batch, thumbnails=thumbnails, average=average)
+    clips, crops = routed.item.views.shape[:2]
     logits = routed.logits.reshape(1, clips * crops, -1)  # (1, views, classes)
-    logits = logits[:, of_video] if policy.unit == "clip" else logits[:, : routed.decision.stops[0]]
-    probabilities = running_answers(logits, average)[0, -1]  # (classes,)
+    if policy.unit == "clip":
+        logits = logits[:, view_order(clips, crops)]  # the order of a video's views, in which their mean is taken
+    else:
+        logits = logits[:, : routed.decision.stops[0]]
+    probabilities = running_answers(logits, config.evaluate.average)[0, -1]  # (classes,)
     best = (-probabilities).argsort(kind="stable")[:top]  # equal probabilities in the order of the classes
     ran = views_run(policy, routed.decision, len(config.model.points), clips=clips, crops=crops)
     return Prediction(
         path=name,
         classes=tuple(names[i] for i in best),
         probabilities=tuple(float(probabilities[i]) for i in best),
-        points=tuple(config.model.points[i] for i in routed.choice),
+        points=tuple(model.config.points[i] for i in routed.choice),
         macs=int(clip_macs(policy, ran, config.model)[0].sum()),
         views=int(ran.sum()),
     )

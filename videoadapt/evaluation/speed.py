@@ -22,7 +22,7 @@ from videoadapt.evaluation.outcomes import Outcome
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_rules import Bools, Choice
 from videoadapt.routing.policy import Fixed, Policy
-from videoadapt.routing.router import route
+from videoadapt.routing.router import Router
 from videoadapt.routing.scores import Scores
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import read_json, write_json
@@ -205,16 +205,10 @@ def _rounds(
 
 def _pass_s(model: TimeSformer, clips: _Clips, policy: Policy, config: Config) -> float:
     """Returns the seconds in which a policy runs all clips once."""
+    router = Router(model, policy, batch=config.evaluate.batch, average=config.evaluate.average)
     start = time.perf_counter()
-    route(  # returns logits on the CPU, so that a GPU has finished by then
-        model,
-        clips.views,
-        policy,
-        batch=config.evaluate.batch,
-        thumbnails=clips.thumbnails,
-        right=clips.right,
-        average=config.evaluate.average,
-    )
+    # Returns logits on the CPU, so that a GPU has finished by then.
+    router.run(clips.views, thumbnails=clips.thumbnails, right=clips.right)
     return time.perf_counter() - start
 
 

@@ -1,12 +1,13 @@
 """Decides which steps each unit runs, one round after the other, and adds up what they cost.
 
-`decide` is the only place where a policy acts. `evaluate` feeds it stored answers, `predict` feeds it the model.
+`rounds` is the only place where a policy acts. `decide` feeds it stored answers, `Router` feeds it the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +50,53 @@ class Decision:
         return np.array([step.stop for step in self.steps])[self.end]
 
 
+class Request(NamedTuple):
+    """Units that must run a step in this round."""
+
+    rows: Choice  # row numbers of the units
+    step: Step
+
+
 def decide(policy: Policy, evidence: Evidence, run: RunStep) -> Decision:
     """Gives each unit its steps, one round after the other, until the policy ends every unit.
 
     Args:
         policy: The rule.
+        evidence: As in `rounds`.
+        run: Runs a step on units. It is called once for each step of a round, in the order of the steps.
+
+    Returns:
+        The decision.
+
+    Raises:
+        UserError: As in `rounds`.
+        ValueError: As in `rounds`.
+    """
+    generator = rounds(policy, evidence)
+    try:
+        requests = next(generator)
+        while True:
+            requests = generator.send([run(rows, step) for rows, step in requests])
+    except StopIteration as end:
+        decision: Decision = end.value
+        return decision
+
+
+def rounds(
+    policy: Policy, evidence: Evidence
+) -> Generator[list[Request], Sequence[Mapping[Measure, Floats]], Decision]:
+    """Yields, round after round, the steps that units must run, until the policy ends every unit.
+
+    A generator, so that its user may run the requests of several groups of units in the same batches.
+
+    Args:
+        policy: The rule.
         evidence: The known facts before the model runs. `confidence` is ignored: the policy sees the confidence of
             answers that the unit has paid for.
-        run: Runs a step on units. It is called once for each step of a round, in the order of the steps.
+
+    Yields:
+        The requests of a round, in the order of the steps. The caller sends the confidences of the units' answers by
+        measure, `(rows,)`, for each request.
 
     Returns:
         The decision.
@@ -73,23 +113,26 @@ def decide(policy: Policy, evidence: Evidence, run: RunStep) -> Decision:
     ran = np.zeros((evidence.count, len(steps)), dtype=bool)
     last = np.full(evidence.count, NO_STEP)
     active = np.arange(evidence.count)  # rows of the units that have not ended
-    while len(active):
+    while True:
         following = policy.next(replace(evidence, confidence=seen).take(active), last[active])  # (active units,)
         if ((following == NO_STEP) & (last[active] == NO_STEP)).any():
             raise ValueError(f"policy {policy.name}: ends a unit before its first step")
         goes_on = following != NO_STEP
         active, following = active[goes_on], following[goes_on]
+        if not len(active):
+            return Decision(steps, last, ran)
         if ran[active, following].any():  # without this check a wrong policy would run for ever
             raise ValueError(f"policy {policy.name}: runs a step twice on a unit")
+        requests = []
         for number in np.unique(following).tolist():
             rows = active[following == number]  # all units of a step at once, so that their batches are full
             _require_continued(policy, steps, number, last[rows])
-            found = run(rows, steps[number])
+            requests.append(Request(rows, steps[number]))
+        for (rows, _), found in zip(requests, (yield requests), strict=True):
             for measure, values in seen.items():
                 values[rows] = found[measure]
         ran[active, following] = True
         last[active] = following
-    return Decision(steps, last, ran)
 
 
 def _require_evidence(policy: Policy, evidence: Evidence) -> None:

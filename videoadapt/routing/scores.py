@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.load import Config
@@ -31,8 +30,9 @@ from videoadapt.data.video.files import reason
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.label_rules import Bools, Floats, confidences, predictions, running_answers
-from videoadapt.routing.router import assign_probabilities, clip_probabilities, view_logits
+from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, predictions, running_answers
+from videoadapt.routing.policy import NO_STEP, Evidence, Policy
+from videoadapt.routing.router import RoutedVideo, Router, clip_probabilities
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.inputs import Inputs
@@ -232,8 +232,7 @@ def score(
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
     number, count = config.parallel.shard_of
     mine = slice(number * world_size() + rank(), None, count * world_size())  # every (jobs x ranks)-th shard
-    quick = None if assigner is None else assigner.for_inference()
-    stopped = _score_shards(dataset, model, quick, list(zip(files, chunks, strict=True))[mine], config, name=name)
+    stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
     if any_requested(stopped):  # all ranks stop together: one that goes on would wait for shards that never come
         stopped.stop()
     return None if config.parallel.shard else _load(files, weights, config.evaluate.average)
@@ -251,6 +250,7 @@ def _score_shards(
     """Writes shards, given as (file, manifest rows), until all are complete or a stop is requested."""
     unread = [_unread(file, chunk) for file, chunk in shards]
     wanted = list(itertools.chain.from_iterable(unread))
+    router = Router(model, _EveryPoint(assigner), batch=config.evaluate.batch)
     videos = stream(dataset, wanted)  # one stream for all shards, so that the workers never run out of work
     total = sum(len(chunk) for _, chunk in shards)
     with StopRequest() as stop, Bar(name, total=total, unit="videos", start=total - len(wanted)) as bar:
@@ -259,11 +259,13 @@ def _score_shards(
                 continue
             found = [_earlier(file)]
             failures: list[Failure] = []
-            for batch in _batches(itertools.islice(videos, len(rows)), config.evaluate.batch):
-                whole = [video for video in batch if isinstance(video, VideoViews)]
-                failures += [video for video in batch if isinstance(video, Failure)]
-                found.append(_scores_of(whole, model, assigner, config.evaluate.batch) if whole else {})
-                bar.step(len(batch))
+            # Batches do not cross shards, so that the contents of a shard do not depend on the number of ranks.
+            for result in router.stream(itertools.islice(videos, len(rows))):
+                if isinstance(result, RoutedVideo):
+                    found.append(_scores_of(result))
+                elif isinstance(result, Failure):
+                    failures.append(result)
+                bar.step()
             _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
     return stop
 
@@ -293,36 +295,30 @@ def _unread(file: Path, chunk: list[int]) -> list[int]:
         return chunk
 
 
-def _batches(videos: Iterable[VideoViews | Failure], views: int) -> Iterator[list[VideoViews | Failure]]:
-    """Yields the videos in lists that hold `views` views, or a few more. One list is in memory at a time."""
-    batch: list[VideoViews | Failure] = []
-    count = 0
-    for video in videos:
-        batch.append(video)
-        count += video.views.shape[0] * video.views.shape[1] if isinstance(video, VideoViews) else 0  # clips * crops
-        if count >= views:
-            yield batch
-            batch, count = [], 0
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class _EveryPoint(Policy):
+    """Every clip at every point."""
+
+    assigner: Assigner | None = None
+    name = "every point"
+
+    def next(self, evidence: Evidence, last: Choice) -> Choice:
+        """Returns the point after the last one; `NO_STEP` is one less than the first point."""
+        return np.where(last + 1 < len(evidence.points), last + 1, NO_STEP)
 
 
-def _scores_of(videos: list[VideoViews], model: TimeSformer, assigner: Assigner | None, batch: int) -> Arrays:
-    views = torch.cat([video.views for video in videos])  # (clips, crops, C, T, S, S)
-    flat = views.flatten(0, 1)  # (clips * crops, C, T, S, S)
-    logits = torch.stack(
-        [view_logits(model, flat, p, batch=batch) for p in model.config.points], dim=1
-    )  # (clips * crops, points, classes)
-    counts = [len(video.starts_s) for video in videos]  # clips of each video
+def _scores_of(result: RoutedVideo) -> Arrays:
+    video: VideoViews = result.item
+    clips = len(video.starts_s)
     arrays: Arrays = {
-        "rows": np.repeat([video.video for video in videos], counts),
-        "clips": np.concatenate([np.arange(count) for count in counts]),
-        "starts_s": np.concatenate([video.starts_s for video in videos]).astype(np.float64),
-        "truth": np.repeat([video.label for video in videos], counts),
-        "logits": logits.unflatten(0, views.shape[:2]).numpy(),  # (clips, crops, points, classes)
+        "rows": np.repeat(video.video, clips),
+        "clips": np.arange(clips),
+        "starts_s": np.array(video.starts_s, np.float64),
+        "truth": np.repeat(video.label, clips),
+        "logits": np.stack([result.by_point[point] for point in sorted(result.by_point)], axis=2),
     }
-    if assigner is not None:
-        arrays["assigned"] = assign_probabilities(assigner, torch.cat([video.thumbnails for video in videos]))
+    if result.assigned is not None:
+        arrays["assigned"] = result.assigned
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""`ClipDataset`: the clips of a data set for a training loop of one's own, with torch's `DataLoader`."""
+"""Clips for code of one's own: `ClipDataset` for torch's `DataLoader`, `read_clips` for a `Router`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from videoadapt.config.load import Config, ConfigSource, as_config
-from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
+from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews, read_views
 from videoadapt.data.index.manifest import Manifest, index_folder, manifest_path
 from videoadapt.data.index.sources import Split
+from videoadapt.data.video.limits import Limits
+from videoadapt.data.video.readers import open_video
 from videoadapt.errors import UserError, VideoError
 from videoadapt.runtime.console import say
 
@@ -40,6 +44,40 @@ class SampleBatch(NamedTuple):
     label: Tensor
     path: list[str]
     failures: list[Failure]
+
+
+class ClipViews(NamedTuple):
+    """The views of a video in memory, an item of `va.Router`.
+
+    Attributes:
+        views: uint8 `(K, X, C, T, S, S)`: X crops of each of K clips. Of one clip `(X, C, T, S, S)` or `(C, T, S, S)`.
+        thumbnails: uint8 `(K, C, A, s, s)`, small whole frames for the assigner.
+        right: Whether the model is right on each clip at each point, bool `(K, points)`, for policies that need the
+            truth.
+    """
+
+    views: Tensor
+    thumbnails: Tensor | None = None
+    right: npt.NDArray[np.bool_] | None = None
+
+
+def read_clips(video: str | Path, config: ConfigSource) -> ClipViews:
+    """Reads the views and thumbnails of a video as an evaluation does, for `va.Router`.
+
+    Args:
+        video: The path of a video, of an image, or of a folder of frames.
+        config: A `Config`, a YAML file or a run folder: model input, views, and the size of thumbnails.
+
+    Raises:
+        VideoError: The video cannot be read.
+    """
+    config = as_config(config)
+    with open_video(video, config.data.reader, limits=Limits.of(config.data)) as reader:
+        evaluate = config.evaluate
+        views, thumbnails, _ = read_views(
+            reader, config, temporal_views=evaluate.temporal_views, spatial_crops=evaluate.spatial_crops
+        )
+    return ClipViews(views, thumbnails)
 
 
 class ClipDataset(Dataset[Sample | Failure]):
