@@ -26,6 +26,7 @@ from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.routing.policy import Policy
+from videoadapt.routing.router import Router
 from videoadapt.routing.scores import VIDEOS_PER_SHARD
 from videoadapt.training.state import State
 
@@ -253,10 +254,10 @@ def test_too_little_time_for_all_clips_measures_fewer(
     """On a clock that counts passes: each takes a second per clip and point."""
     now = [0.0]
 
-    def route(model: object, views: np.ndarray, policy: Policy, **options: object) -> None:
+    def run(router: Router, views: np.ndarray, **options: object) -> None:
         now[0] += len(views)
 
-    monkeypatch.setattr("videoadapt.evaluation.speed.route", route)
+    monkeypatch.setattr(Router, "run", run)
     monkeypatch.setattr("videoadapt.evaluation.speed.time.perf_counter", lambda: now[0])
     config = of_run(alone[0], tmp_path / "run", speed_clips=64, speed_seconds=50)
     speed = evaluate(config).to_json()["speed"]
