@@ -30,7 +30,8 @@ from videoadapt.errors import VideoError
 from videoadapt.evaluation.predict import Prediction, Predictor, predict_views
 from videoadapt.evaluation.reasons import Look, looks_of, reason
 from videoadapt.routing.label_rules import Floats, average_views
-from videoadapt.routing.router import view_logits
+from videoadapt.routing.policy import Fixed
+from videoadapt.routing.router import Router
 
 TOP = 3  # classes of each point's answer
 MAX_PICTURES = 16  # of a clip
@@ -235,8 +236,7 @@ def warm_up(predictor: Predictor) -> None:
 
 def _logits(predictor: Predictor, point: str, views: Tensor) -> Floats:
     """Returns the logits of views, `(clips, crops, C, T, S, S)`, at a point: `(clips, crops, classes)`."""
-    batch = predictor.config.evaluate.batch
-    return view_logits(predictor.model, views.flatten(0, 1), point, batch=batch).unflatten(0, views.shape[:2]).numpy()
+    return Router(predictor.model, Fixed(point), batch=predictor.config.evaluate.batch).run([views]).logits
 
 
 def _answer(predictor: Predictor, point: str, logits: Floats, seconds: float) -> PointAnswer:
