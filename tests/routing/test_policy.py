@@ -304,7 +304,8 @@ def test_policies_by_name() -> None:
 @pytest.mark.parametrize("text", ["", "fixed", "fixed:8", "fixed:", "oracle", "random", "assigned:14", "Assigned"])
 def test_the_error_of_an_unknown_policy_lists_the_known_ones(text: str) -> None:
     with pytest.raises(
-        UserError, match=r"expected assigned, cascade:POINTS:THRESHOLDS or fixed:POINT, .* the points 14, 10, 7$"
+        UserError,
+        match=r"expected assigned, cascade:POINTS:\[views:\]THRESHOLDS or fixed:POINT, .* the points 14, 10, 7$",
     ):
         parse_policy(text, Assigned(ASSIGNER, POINTS), MODEL)
 

@@ -381,8 +381,8 @@ def predict(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS. Default: assigned if the run has an assigner, "
-            "otherwise fixed at the costliest point."
+            help="assigned, fixed:POINT or cascade:POINTS:[views:]THRESHOLDS. Default: assigned if the run has an "
+            "assigner, otherwise fixed at the costliest point."
         ),
     ] = None,
     as_json: Json = False,

@@ -587,8 +587,8 @@ class EvaluateConfig(Section):
     speed_repeats: Count = 3
     """Most rounds of the measurement of speed, after one to warm up. In a round, each policy runs all clips once."""
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
-    """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`
-    (docs/points.md)."""
+    """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`; over
+    the views of a video `14:views:0.9` (docs/points.md)."""
 
 
 class ParallelConfig(Section):

@@ -142,9 +142,9 @@ def predict(  # noqa: PLR0913 - settings, by name
             uint8 RGB `(F, H, W, 3)`, array or tensor; or a list of these. An iterable of frames `(H, W, 3)`, such as a
             generator, is one video: it is read to its end. Images are one video each if the model's clips have one
             frame.
-        policy: `"assigned"`, `"fixed:14"`, `"cascade:7,14:0.6"` (see `parse_cascade`), or a policy such as
-            `Assigned.load("runs/demo")`. None: `assigned` if a run is given and has an assigner, otherwise the
-            costliest point.
+        policy: `"assigned"`, `"fixed:14"`, `"cascade:7,14:0.6"`, `"cascade:14:views:0.9"` (see `parse_cascade`), or a
+            policy such as `Assigned.load("runs/demo")`. None: `assigned` if a run is given and has an assigner,
+            otherwise the costliest point.
         fps: Frames per second of frames in memory.
         evaluate: How views are cut, as the `evaluate` section of a config. None: as the run, or the defaults.
         data: How videos are read and resized, as the `data` section of a config. None: as the run, or the defaults.

@@ -445,8 +445,8 @@ def parse_policy(
             f"policy assigned: {run or 'the run'} has no assigner; run `videoadapt label` and `videoadapt assign` first"
         )
     raise UserError(
-        f"policy {text!r}: expected assigned, cascade:POINTS:THRESHOLDS or fixed:POINT, and the model has the points "
-        f"{few(model.points)}"
+        f"policy {text!r}: expected assigned, cascade:POINTS:[views:]THRESHOLDS or fixed:POINT, and the model has the "
+        f"points {few(model.points)}"
     )
 
 
