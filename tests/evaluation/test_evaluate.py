@@ -25,7 +25,6 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
-from videoadapt.routing.policy import Policy
 from videoadapt.routing.router import Router
 from videoadapt.routing.scores import VIDEOS_PER_SHARD
 from videoadapt.training.state import State

@@ -23,7 +23,7 @@ from videoadapt.routing.decide import Decision, clip_ends, clip_macs, decide, vi
 from videoadapt.routing.label_rules import Choice, Floats, confidences, running_answers, softmax
 from videoadapt.routing.policy import NO_STEP, Cascade, Evidence, Fixed, Policy, Step
 from videoadapt.routing.replay import answers, points_in_answer
-from videoadapt.routing.router import route, view_logits
+from videoadapt.routing.router import Router
 from videoadapt.routing.scores import Scored
 
 POINTS = ("4", "3", "2")
@@ -154,10 +154,10 @@ def test_the_model_is_asked_for_what_stored_answers_decide(
 ) -> None:
     clips, crops = protocol
     videos, count = 7, clips * crops
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (videos, count, 3, 2, 16, 16), dtype=torch.uint8, generator=generator)
-    every = np.stack([view_logits(model(), pixels.flatten(0, 1), p, batch=64).numpy() for p in POINTS], axis=1)
-    every = every.reshape(videos, count, 3, 5)
+    shape = (videos, clips, crops, 3, 2, 16, 16)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    in_order = pixels.flatten(1, 2)[:, view_order(clips, crops)]  # (videos, views, C, T, S, S)
+    every = np.stack([Router(model(), Fixed(p), batch=64).run(in_order).logits for p in POINTS], axis=2)
     # Thresholds that lie between the confidences of the videos, so that some end and others go on.
     first = confidences(running_answers(every, "probabilities"))[measure][:, 0 if views else -1]  # (videos, points)
     between = tuple(float(np.quantile(first[:, POINTS.index(point)], 0.4)) for point in points)
@@ -171,7 +171,7 @@ def test_the_model_is_asked_for_what_stored_answers_decide(
     assert len(set(expected.end.tolist())) > 1
     seen: list[tuple[str, int]] = []
     handle = model().register_forward_pre_hook(lambda _module, given: seen.append((given[1], len(given[0]))))
-    routed = route(model(), pixels, policy, batch=8)
+    routed = Router(model(), policy, batch=8).run(pixels if views else in_order)
     handle.remove()
     assert routed.decision.end.tolist() == expected.end.tolist()
     assert np.array_equal(routed.decision.ran, expected.ran)
