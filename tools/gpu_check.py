@@ -49,6 +49,7 @@ from videoadapt.training.groups import make_plan
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
+from videoadapt.training.step_report import StepReport
 
 Result = dict[str, Any]  # the result of one part; becomes JSON
 
@@ -184,7 +185,7 @@ def resume(machine: Machine, result: Result) -> None:
     training.load_or_index = lambda _: manifest  # type: ignore[assignment]
     training.preflight = lambda *_: None
 
-    def interrupted(state: State, *rest: Any) -> dict[str, float]:
+    def interrupted(state: State, *rest: Any) -> StepReport:
         if state.step == INTERRUPTED_STEP:
             raise KeyboardInterrupt
         return train_step(state, *rest)
@@ -193,7 +194,7 @@ def resume(machine: Machine, result: Result) -> None:
     keys |= {"ema": 0.9, "clip_grad": 1.0}
     ends = []
     with tempfile.TemporaryDirectory() as folder:
-        runs: dict[str, list[Callable[..., dict[str, float]]]]
+        runs: dict[str, list[Callable[..., StepReport]]]
         runs = {"whole": [train_step], "resumed": [interrupted, train_step]}
         for name, attempts in runs.items():
             model = SMALL | {"drop_path": 0.2}

@@ -60,7 +60,7 @@ def trained(config: Config, manifest: Manifest, steps: int, dtype: torch.dtype) 
     role = RankRole.from_plan(config, state.model, make_plan(config, world_size(), {}))
     values = {}
     for step in range(steps):
-        values = train_step(state, role, batches(config, role, step))
+        values = train_step(state, role, batches(config, role, step)).read(state)
         state.step += 1
     share_statistics(state.model, role.plan)
     named = dict(state.model.named_parameters())

@@ -22,7 +22,7 @@ from forked_ranks import ForkedRanks
 from rank_jobs import Ranks
 from videoadapt.config.load import Config, dump_config, load_config
 from videoadapt.data.clips.datasets import Clip, Failure, TrainClips
-from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
+from videoadapt.data.clips.loader import steps_per_epoch, train_batches
 from videoadapt.data.clips.token_labels import SHAPE, label_map_file
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.model.checkpoint import train_checkpoints
@@ -30,7 +30,7 @@ from videoadapt.runtime.ranks import rank, ranks, world_size
 from videoadapt.training.exchange import ClipExchange
 from videoadapt.training.groups import make_plan
 from videoadapt.training.state import State
-from videoadapt.training.step import RankRole
+from videoadapt.training.step_report import StepReport
 
 LAYOUTS = {"2, 1": {"8": 2, "6+4": 1}, "1, 1, 1": {"8": 1, "6": 1, "4": 1}}
 RANKS = 3
@@ -148,12 +148,12 @@ def train_in_both_forms(folder: str) -> None:
     """Trains FOLDER/own, then FOLDER/shared, which is stopped by a signal to rank 1 after two steps and continued."""
     step, path = training.train_step, Path(folder)
 
-    def step_with_signal(state: State, role: RankRole, batches: list[Batch]) -> dict[str, float]:
+    def step_with_signal(state: State, *rest: Any) -> StepReport:
         sent = path / "sent"
         if state.config.parallel.decode == "shared" and state.step == 2 and rank() == 1 and not sent.exists():
             sent.touch()
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, role, batches)
+        return step(state, *rest)
 
     training.train_step = step_with_signal  # type: ignore[assignment] # only in this process, which ends
     for form in ("own", "shared"):

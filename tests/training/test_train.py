@@ -145,7 +145,7 @@ def test_parameters_of_lengths_that_are_not_drawn_do_not_move(data: Path, tmp_pa
             parameter.add_(torch.randn_like(parameter) * 0.05)
     for state.step in range(8):
         before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-        values = train_step(state, alone(state), batches)
+        values = train_step(state, alone(state), batches).read(state)
         lengths = {point.partition("@")[0] for point in drawn_points(config, state.step)}
         assert {key.removeprefix("loss/") for key in values if key.startswith("loss/")} == set(
             drawn_points(config, state.step)
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(data: Path,
         state.model.head.weight[0, 0] = float("nan")
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     with pytest.raises(RunError, match=r"step 0, point 8: the loss is not finite .*rows \["):
-        train_step(state, alone(state), batches)
+        train_step(state, alone(state), batches).read(state)
     for name, parameter in state.model.named_parameters():
         assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
@@ -187,7 +187,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(data: P
     state.model.cls_token.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     with pytest.raises(RunError, match="gradient is not finite"):
-        train_step(state, alone(state), batches)
+        train_step(state, alone(state), batches).read(state)
     assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
 
 

@@ -458,5 +458,5 @@ def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, check
         parameter = parameters.get(parameter_name)
         if parameter is None or value.numel() not in (1, parameter.numel()):
             raise CheckpointError(f"{checkpoint.path}: tensor optimizer/{name} does not fit this architecture")
-        # torch keeps the step count on the CPU and reads it there; on a GPU each step would wait for the device.
-        optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)
+        # The step count, too: fused optimizers keep it on the device.
+        optimizer.state[parameter][key] = value.to(parameter.device)

@@ -420,6 +420,26 @@ def any_requested(stop: StopRequest) -> bool:
     return agreed is not None
 
 
+def stop_flags(stop: StopRequest) -> list[float]:
+    """Returns a 1 at the signal that this rank has received, and zeros. The sums over ranks go to `agree_on_stop`."""
+    return [float(signal is stop.received) for signal in _STOP_SIGNALS[1:]]
+
+
+def agree_on_stop(stop: StopRequest, flags: Sequence[float]) -> bool:
+    """Sets `stop.received` to the signal of highest priority that any rank had received; returns if there is one.
+
+    A signal that arrived meanwhile is kept: it is in the flags of the next step.
+
+    Args:
+        stop: The request of this rank.
+        flags: The sums over ranks of `stop_flags`.
+    """
+    for number, count in zip(_STOP_SIGNALS[1:], flags, strict=True):  # in ascending priority
+        if count:
+            stop.received = number
+    return any(flags)
+
+
 def all_gather(value: T) -> list[T]:
     """Returns the values of all ranks, in rank order, on every rank.
 

@@ -49,7 +49,8 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
     """Returns AdamW or SGD with two parameter groups: with weight decay, and without.
 
     With `train.layer_decay`, each layer has these two groups, with the factor of its rate as `lr_scale`, a key that
-    timm's schedules read. Frozen parameters are in no group.
+    timm's schedules read. Frozen parameters are in no group. The optimizers are torch's fused ones: one kernel moves
+    all parameters, and leaves all as they are if the attribute `found_inf`, a tensor, is 1.
 
     Args:
         named: The parameters with their names, as `module.named_parameters()` gives them.
@@ -68,8 +69,15 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
             groups[layer, decays(name, parameter, config.decay)]["params"].append(parameter)
     filled = [group for group in groups.values() if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas)
-    return torch.optim.SGD(filled, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, fused=True)
+    sgd = torch.optim.SGD(filled, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:
+        # Zeros give the same first step as no momentum. The fused kernel fails where some parameters have momentum and
+        # others, of lengths that are drawn for the first time, have none (torch 2.12).
+        for group in filled:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def make_schedule(

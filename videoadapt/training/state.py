@@ -63,11 +63,9 @@ class Tally:
         self.videos.append(videos)
 
     def sums(self) -> Tensor:
-        """Returns the sum of the losses, the number of correct clips, and the number of clips: (3,) float64, CPU."""
-        if not self.loss:  # this rank does not train the point
-            return torch.zeros(3, dtype=torch.float64)
+        """Returns the sum of the losses, the number of correct clips, and the number of clips: (3,) float64."""
         loss, right = torch.cat(self.loss).double(), torch.cat(self.right).double()  # (clips of the step,)
-        return torch.stack([loss.sum(), right.sum(), torch.tensor(float(len(loss)), device=loss.device)]).cpu()
+        return torch.stack([loss.sum(), right.sum(), loss.new_full((), len(loss))])
 
     def require_finite(self, point: str, step: int) -> None:
         """Raises RunError, with the manifest rows of the clips, if a loss is NaN or infinite."""
@@ -190,14 +188,14 @@ class State:
             )
         self.init_digest = recorded if isinstance(recorded, str) else self.init_digest
 
-    def list_skipped(self, failures: Iterable[Failure]) -> None:
+    def list_skipped(self, step: int, failures: Iterable[Failure]) -> None:
         """Appends the clips that could not be read in a step to `skipped.jsonl`."""
         for failure in failures:
             with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, "path": failure.path, "cause": failure.cause}) + "\n")
+                file.write(json.dumps({"step": step, "path": failure.path, "cause": failure.cause}) + "\n")
 
     def note(self, values: dict[str, float], meter: ThroughputMeter) -> str:
-        """Returns the text that the progress bar shows after a step; `values` come from `train_step`."""
+        """Returns the text that the progress bar shows after a step; `values` come from `StepReport.read`."""
         points = [point for point in self.config.model.points if f"top1/{point}" in values]  # drawn in this step
         top1 = "/".join(f"{values[f'top1/{p}']:.2f}" for p in points)
         drawn = f" at {'/'.join(points)}" if self.config.train.draw == "sampled" else ""

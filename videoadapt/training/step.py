@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from videoadapt.config.load import Config
@@ -20,11 +21,11 @@ from videoadapt.config.points import Point
 from videoadapt.data.clips.augment import mix
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.views import normalise
-from videoadapt.errors import RunError
 from videoadapt.model.timesformer import Heads, TimeSformer, compiled
 from videoadapt.runtime.machine import precision_dtype
-from videoadapt.runtime.ranks import all_reduce_sum, rank, world_size
+from videoadapt.runtime.ranks import all_reduce_sum, rank, stop_flags, world_size
 from videoadapt.runtime.seeds import seed_of
+from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.ddp import no_gradient_sync, sum_gradients, synchronise_batch_norms
 from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import TeacherLogits
@@ -32,6 +33,7 @@ from videoadapt.training.freeze import set_training_mode
 from videoadapt.training.groups import Group, GroupPlan
 from videoadapt.training.losses import Targets, make_targets, point_loss
 from videoadapt.training.state import State, Tally
+from videoadapt.training.step_report import StepReport
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ class RankRole:
         return self.group.positions(rank(), clips, pairs=pairs)
 
 
-def train_step(state: State, role: RankRole, micro_batches: Sequence[Batch]) -> dict[str, float]:
-    """Trains one global batch and moves the parameters once.
+def train_step(
+    state: State, role: RankRole, micro_batches: Sequence[Batch], stop: StopRequest | None = None
+) -> StepReport:
+    """Trains one global batch and moves the parameters once. On a GPU it only queues the work.
 
     The points are drawn by `train.draw`. Parameters that no drawn point uses do not move. Each rank backpropagates the
     sum of its clips' losses divided by `train.batch`, and gradients are summed over micro-batches and ranks. The result
@@ -93,12 +97,11 @@ def train_step(state: State, role: RankRole, micro_batches: Sequence[Batch]) -> 
         state: The model, the optimizer and the counters; changed in place. `state.step` stays as it is.
         role: The role of this rank.
         micro_batches: The clips of this rank, in `train.accumulate` micro-batches.
+        stop: The signal that this rank has received travels to the others with the report. None: no signal.
 
     Returns:
-        `loss/POINT` and `top1/POINT` of each drawn point, means over the clips of all ranks; `grad_norm`; `lr`.
-
-    Raises:
-        RunError: A loss or the gradient is not finite. Nothing is changed.
+        The report, whose numbers may be on their way. If a loss or the gradient is not finite, reading it raises
+        `RunError`, and the step has changed nothing.
     """
     config, model = state.config, state.model
     # Drop path uses torch's global random generator. A seed for each step makes resuming exact without saving the
@@ -108,18 +111,20 @@ def train_step(state: State, role: RankRole, micro_batches: Sequence[Batch]) -> 
     set_training_mode(model, config.train.freeze)
     model.activation_checkpointing = config.train.activation_checkpointing
     state.optimizer.zero_grad(set_to_none=True)  # not to zero: a parameter with a zero gradient would still decay
+    statistics = [buffer.clone() for buffer in model.buffers()]  # of BatchNorms; a forward pass moves them
     tallies = {point: Tally() for point in drawn_points(config, state.step)}
     for number, batch in enumerate(micro_batches):
         _backpropagate(batch, number, role, state, tallies)
     # All groups read the same videos, so failures are counted in the teacher's group only.
     failures = [failure for batch in micro_batches for failure in batch.failures] if role.teaches else []
-    values = _sums_over_ranks(state, tallies, len(failures))
-    grad_norm = _clip_gradients(state)
-    state.optimizer.step()
-    if state.ema is not None:
-        state.ema.update(model)
-    state.list_skipped(failures)
-    return values | {"grad_norm": grad_norm, "lr": max(group["lr"] for group in state.optimizer.param_groups)}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad or float("inf"))
+    sums = _sums_over_ranks(tallies, [len(failures), *stop_flags(stop or StopRequest())], norm)
+    is_bad = (~sums.isfinite().all()).float()  # 1 or 0, on the device: the host does not wait for it
+    _move_parameters(state, statistics, is_bad)
+    on_host = sums.to("cpu", non_blocking=True)  # pinned
+    arrived = torch.cuda.current_stream(sums.device).record_event() if sums.is_cuda else None
+    lr = max(group["lr"] for group in state.optimizer.param_groups)
+    return StepReport(state.step, tallies, on_host, arrived, lr, failures)
 
 
 class _Inputs(NamedTuple):
@@ -252,29 +257,49 @@ def _prepare(batch: Batch, number: int, state: State) -> _Inputs:
     return _Inputs(clips, labels, torch.ones(len(batch.labels), device=device), positions)
 
 
-def _sums_over_ranks(state: State, tallies: dict[str, Tally], failures: int) -> dict[str, float]:
-    """Returns loss and top-1 of each point over all ranks, and counts failures. Raises RunError for a bad loss."""
-    rows = [tally.sums() for tally in tallies.values()]  # each (3,): loss, correct clips, clips
-    sums = all_reduce_sum(torch.stack([*rows, torch.tensor([0.0, 0.0, failures])]))  # (points + 1, 3)
-    # After the sum over ranks, so that all ranks see that a loss is not finite and stop at the same step.
-    for point, tally in tallies.items():
-        tally.require_finite(point, state.step)
-    if not torch.isfinite(sums).all():
-        raise RunError(f"step {state.step}: the loss of another rank is not finite; its message names the clips")
-    state.skipped += int(sums[-1, 2])
-    loss, correct, clips = sums[:-1].T.tolist()
-    # max(n, 1): all clips of a point may have failed.
-    values = {f"loss/{p}": value / max(n, 1) for p, value, n in zip(tallies, loss, clips, strict=True)}
-    return values | {f"top1/{p}": value / max(n, 1) for p, value, n in zip(tallies, correct, clips, strict=True)}
+def _sums_over_ranks(tallies: dict[str, Tally], counts: Sequence[float], norm: Tensor) -> Tensor:
+    """Returns the sums of `StepReport`, on the device of `norm`.
+
+    The sum over ranks comes before the parameters move, so that all ranks see that a loss is not finite.
+
+    Args:
+        tallies: The losses of this rank's clips, by drawn point.
+        counts: Further numbers that are summed over ranks.
+        norm: The norm of the gradient, the same on all ranks, ().
+    """
+    rows = [
+        tally.sums() if tally.loss else norm.new_zeros(3, dtype=torch.float64) for tally in tallies.values()
+    ]  # each (3,): loss, right clips, clips; zeros at a point that this rank does not train
+    found = torch.cat([*rows, torch.tensor(counts, dtype=torch.float64).to(norm.device, non_blocking=True)])
+    return torch.cat([all_reduce_sum(found), norm.double().view(1)])
 
 
-def _clip_gradients(state: State) -> float:
-    """Clips the norm of all gradients to `train.clip_grad` and returns it. Raises RunError if it is not finite."""
-    limit = state.config.train.clip_grad or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    if not torch.isfinite(norm):
-        raise RunError(
-            f"step {state.step}: the gradient is not finite, although the losses are; nothing was changed by this "
-            "step. Lower train.lr, or set run.precision=fp32"
-        )
-    return float(norm)
+def _move_parameters(state: State, statistics: Sequence[Tensor], is_bad: Tensor) -> None:
+    """Moves the parameters and their moving average. If the step is bad, nothing moves.
+
+    Args:
+        state: Changed in place.
+        statistics: The buffers of the model before the step.
+        is_bad: 1 if a loss or the gradient is not finite, else 0, ().
+    """
+    # torch's fused optimizers skip a step by this attribute, on the device. `torch.amp.GradScaler` sets it, too.
+    state.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+    state.optimizer.step()
+    for buffer, before in zip(state.model.buffers(), statistics, strict=True):
+        buffer.copy_(torch.where(is_bad > 0, before, buffer))
+    if state.ema is not None:
+        update_average(state.ema, state.model, is_bad)
+
+
+@torch.no_grad()
+def update_average(ema: ModelEmaV3, model: nn.Module, is_bad: Tensor) -> None:
+    """Moves an average of weights and buffers towards a model, as timm's `update`; stays if `is_bad` is 1."""
+    pairs = list(zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    averages, values = [average for average, _ in floats], [value for _, value in floats]
+    steps = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(steps, (1.0 - ema.decay) * (1.0 - is_bad))
+    torch._foreach_add_(averages, steps)
+    for average, value in pairs:
+        if not average.is_floating_point():  # the number of batches of a BatchNorm, which `is_bad` has kept
+            average.copy_(value)

@@ -30,7 +30,7 @@ from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, pick_device, worker_count
 from videoadapt.runtime.ranks import (
-    any_requested,
+    agree_on_stop,
     broadcast_result,
     rank,
     rank0_then_all,
@@ -57,6 +57,7 @@ from videoadapt.training.optim import make_schedule
 from videoadapt.training.preflight import preflight
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
+from videoadapt.training.step_report import Reports, StepReport
 from videoadapt.training.throughput import ThroughputMeter
 from videoadapt.training.tracker import open_tracker, require_tracker
 from videoadapt.training.validate import Validator, describe, say_failed
@@ -132,30 +133,35 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
     meter = ThroughputMeter(worker_count(config.data.workers), state.device, len(role.group.ranks))
     schedule = make_schedule(state.optimizer, config.train, per_epoch)
     validator = Validator.of(state, per_epoch)
-    steps = meter.timed(_save_if_reading_fails(_read_steps(state, role), state, role, checkpoints))
     _announce(state, role, checkpoints)
     bar = Bar("train", total=last_step * config.train.batch, unit="clips", start=state.step * config.train.batch)
     writer = closing(_open_metrics(validator)) if rank() == 0 else nullcontext()
     with writer as metrics, StopRequest() as stop, bar:
+
+        def take(report: StepReport) -> bool:
+            values = report.read(state)
+            if metrics is not None:  # rank 0; its values are sums over all ranks
+                metrics.write(report.step + 1, values | meter.rates())
+            bar.step(config.train.batch, state.note(values, meter))
+            return agree_on_stop(stop, report.stop_flags)  # every rank stops if any rank received a signal
+
+        reports = Reports(state.device, take)
+        steps = meter.timed(_save_if_reading_fails(_read_steps(state, role), state, role, checkpoints, reports))
         if validator.is_due():  # the run was interrupted before or in a validation
             _validate(validator, role, checkpoints, metrics, meter, stop, bar)
         while not out_of_patience(state.validations, config) and (micro_batches := next(steps, None)) is not None:
             schedule.step_update(state.step)  # from the step alone, so that a resumed run has the same rates
-            values = train_step(state, role, micro_batches)
+            report = train_step(state, role, micro_batches, stop)
             state.step += 1
-            if metrics is not None:  # rank 0; its values are sums over all ranks
-                metrics.write(state.step, values | meter.rates())
-            note = state.note(values, meter)
-            bar.step(config.train.batch, note)
-            stopping = any_requested(stop)  # an all-reduce: every rank stops if any rank received a signal
+            stopping = reports.add(report)
             if stopping or validator.is_due() or state.step % save_steps == 0 or state.step == last_step:
+                stopping |= reports.take_all()  # raises if a step was bad: nothing is saved after it
                 _save(state, role, checkpoints)  # before a validation: it may be interrupted, or find this one the best
             if stopping and state.step < last_step:
                 say(f"stopped and saved at step {state.step} of {last_step}")
                 stop.stop()
             if validator.is_due():
                 _validate(validator, role, checkpoints, metrics, meter, stop, bar)
-                bar.step(0, note)
     return meter
 
 
@@ -273,7 +279,7 @@ def _read_steps(state: State, role: RankRole) -> Iterator[list[Batch]]:
 
 
 def _save_if_reading_fails(
-    steps: Iterator[list[Batch]], state: State, role: RankRole, checkpoints: Checkpoints
+    steps: Iterator[list[Batch]], state: State, role: RankRole, checkpoints: Checkpoints, reports: Reports
 ) -> Iterator[list[Batch]]:
     """Yields the same steps. If the next step cannot be read, saves the steps trained so far and raises the error.
 
@@ -284,6 +290,7 @@ def _save_if_reading_fails(
     try:
         yield from steps
     except Exception:
+        reports.take_all()  # raises instead if a step was bad
         if state.step > start and not has_foreign_statistics(state.model, role.plan) and rank() == 0:
             checkpoints.save(state.step, *state.saved())
             say(f"saved at step {state.step}; run the same command again to continue")

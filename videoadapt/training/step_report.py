@@ -1,0 +1,114 @@
+"""The sums of a step on their way from the device to the host, which reads them a step later.
+
+On a GPU, `train_step` only queues work. If the host read a loss at once, it would wait until the GPU is idle, and the
+GPU would then wait for the host to queue the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from videoadapt.data.clips.datasets import Failure
+from videoadapt.errors import RunError
+from videoadapt.training.state import State, Tally
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step has found. The numbers may still be on their way.
+
+    Attributes:
+        step: Number of the step, from 0.
+        tallies: The losses of this rank's clips, by drawn point.
+        sums: Over all ranks, float64, on the host: loss, right clips and clips of each point; clips that could not be
+            read; how many ranks have received each stop signal; the norm of the gradient.
+        arrived: Recorded behind the copy of `sums` on a GPU; None on a CPU.
+        lr: The highest learning rate of the step.
+        failures: The clips that could not be read, in the ranks of the costliest point.
+    """
+
+    step: int
+    tallies: Mapping[str, Tally]
+    sums: Tensor
+    arrived: torch.cuda.Event | None
+    lr: float
+    failures: list[Failure]
+
+    @property
+    def stop_flags(self) -> list[float]:
+        """How many ranks had received each stop signal; known after `read`."""
+        flags: list[float] = self.sums[3 * len(self.tallies) + 1 : -1].tolist()
+        return flags
+
+    def read(self, state: State) -> dict[str, float]:
+        """Waits for the numbers and returns them.
+
+        Args:
+            state: Counts and lists the clips that could not be read.
+
+        Returns:
+            `loss/POINT` and `top1/POINT` of each drawn point, means over the clips of all ranks; `grad_norm`; `lr`.
+
+        Raises:
+            RunError: A loss or the gradient was not finite. The step changed nothing.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        points = self.sums[: 3 * len(self.tallies)].view(-1, 3)
+        skipped, grad_norm = int(self.sums[points.numel()]), float(self.sums[-1])
+        if not points.isfinite().all():  # sums over ranks: all of them stop at the same step
+            for point, tally in self.tallies.items():
+                tally.require_finite(point, self.step)
+            raise RunError(f"step {self.step}: the loss of another rank is not finite; its message names the clips")
+        if not math.isfinite(grad_norm):
+            raise RunError(
+                f"step {self.step}: the gradient is not finite, although the losses are; nothing was changed by this "
+                "step. Lower train.lr, or set run.precision=fp32"
+            )
+        state.skipped += skipped
+        state.list_skipped(self.step, self.failures)
+        loss, correct, clips = points.T.tolist()
+        # max(n, 1): all clips of a point may have failed.
+        values = {f"loss/{p}": value / max(n, 1) for p, value, n in zip(self.tallies, loss, clips, strict=True)}
+        values |= {f"top1/{p}": value / max(n, 1) for p, value, n in zip(self.tallies, correct, clips, strict=True)}
+        return values | {"grad_norm": grad_norm, "lr": self.lr}
+
+
+class Reports:
+    """The reports that were not read yet: none on a CPU, that of the latest step on a GPU."""
+
+    def __init__(self, device: torch.device, take: Callable[[StepReport], bool]) -> None:
+        """Creates an empty queue.
+
+        Args:
+            device: The device of the model.
+            take: Reads a report; returns whether training stops.
+        """
+        self._late = 1 if device.type == "cuda" else 0  # steps
+        self._take = take
+        self._waiting: deque[StepReport] = deque()
+
+    def add(self, report: StepReport) -> bool:
+        """Adds the report of a step that was queued just now, and takes those that are due.
+
+        Returns:
+            Whether training stops.
+        """
+        self._waiting.append(report)
+        return self._take_until(self._late)
+
+    def take_all(self) -> bool:
+        """Takes all reports, so that the state is that of the latest step. Returns whether training stops."""
+        return self._take_until(0)
+
+    def _take_until(self, left: int) -> bool:
+        stops = False
+        while len(self._waiting) > left:
+            stops |= self._take(self._waiting.popleft())
+        return stops
