@@ -16,7 +16,7 @@ import torch
 
 import small_runs as runs
 from videoadapt.config.load import make_config
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, UserError
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.routing.label import label
@@ -45,6 +45,18 @@ def test_a_lease_is_released(tmp_path: Path) -> None:
         with Lease.acquire(tmp_path, "train") as lease, lease.lock():
             assert json.loads((tmp_path / "train.owner").read_text())["pid"] == os.getpid()
         assert (tmp_path / "train.owner").read_text() == ""
+
+
+def test_a_call_that_fails_leaves_no_owner_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "label.owner").touch()  # of an earlier call
+    for stage, left in (("evaluate", ["label.owner"]), ("label", ["label.owner"])):
+        with pytest.raises(UserError), Lease.acquire(tmp_path, stage):
+            raise UserError("no video")
+        assert os.listdir(tmp_path) == left
+    with pytest.raises(UserError), Lease.acquire(tmp_path / "new" / "run", "train") as lease:
+        (lease.path.parent / "kept").touch()
+        raise UserError("no video")
+    assert os.listdir(tmp_path / "new" / "run") == ["kept"]
 
 
 def test_a_second_run_is_an_immediate_error_that_names_the_owner(tmp_path: Path) -> None:

@@ -102,14 +102,14 @@ class Lease:
     def acquire(cls, folder: Path, stage: str) -> Iterator[Lease]:
         """Makes this process the owner of a stage until the end of the `with` block.
 
-        It replaces an owner that has ended, or that is an earlier start of this SLURM job. After an exception, the
-        folder is removed again if this call has made it and nothing else is in it.
+        It replaces an owner that has ended, or that is an earlier start of this SLURM job. After an exception, what
+        this call has made is removed again: the owner file, and the folder if nothing else is in it.
 
         Raises:
             RunError: Another process is the owner and may be running, or the folder cannot be written.
         """
         lease = cls(folder, stage)
-        made = [each for each in (folder, *folder.parents) if not each.exists()]  # innermost first
+        made = [each for each in (lease.path, folder, *folder.parents) if not each.exists()]  # innermost first
         with lease._locked_file() as file:
             previous = _read_owner(file)
             if previous is not None and previous != lease.owner:
@@ -143,11 +143,11 @@ class Lease:
             yield
 
     def _remove_unused(self, made: list[Path]) -> None:
-        """Removes the folders that this call has made, if nothing is in them but the owner file."""
-        if made and os.listdir(made[0]) == [self.path.name]:
+        """Removes the owner file and the folders that this call has made; folders only if nothing else is in them."""
+        if made:
             self.path.unlink()
-            with suppress(OSError):  # another run has put something into a folder further up
-                for folder in made:
+            with suppress(OSError):  # this run, or another one, has put something into the folder
+                for folder in made[1:]:
                     folder.rmdir()
 
     def _require_replaceable(self, previous: Owner) -> None:
