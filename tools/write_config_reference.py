@@ -26,6 +26,7 @@ written: `base`, overrides, variables of the environment. On the command line:
 videoadapt config train.epochs   # one key
 videoadapt config slurm          # a section
 videoadapt config frames         # a name in any section
+videoadapt config distillation   # no name of a key: a word of the descriptions
 videoadapt config                # everything
 videoadapt config --json         # the JSON schema
 ```

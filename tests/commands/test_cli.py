@@ -227,7 +227,10 @@ def test_the_verb_config_explains_keys() -> None:
     assert "assign.epochs" in runs.command("config", "epochs").stdout
     assert "data.train" not in runs.command("config", "train").stdout
     assert json.loads(runs.command("config", "train.epochs", "--json").stdout)["default"] == 15
+    found = runs.command("config", "distillation").stdout  # no name of a key: a word of descriptions
+    assert "  loss.tau = 1\n" in found and "train.epochs" not in found
     assert "did you mean train.epochs?" in refused("config", "trian.epochs")
+    assert "unknown key zebra" in refused("config", "zebra")
     assert "`videoadapt config model` lists the keys" in refused("config", "model.lenght")
 
 

@@ -415,7 +415,7 @@ def serve(
 def config_keys(
     key: Annotated[
         str | None,
-        typer.Argument(help="A key, a section, or a name in any section. Default: all keys.", show_default=False),
+        typer.Argument(help="A key, a section, a name in any section, or a word of the descriptions. Default: all keys.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema for editors instead.")] = False,
 ) -> None:

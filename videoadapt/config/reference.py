@@ -63,21 +63,25 @@ def describe() -> list[SectionKeys]:
 def find_keys(word: str) -> list[SectionKeys]:
     """Returns a key, all keys of a section, or the keys of this name in all sections, under their sections.
 
+    If none is named so, the keys are returned that have the word in a part of their name, or in their description.
+
     Args:
-        word: `train.epochs`, `train`, `data.val` or `epochs`.
+        word: `train.epochs`, `train`, `data.val`, `epochs`, or a word such as `overfit`.
 
     Raises:
-        ConfigError: There is no such key and no such section.
+        ConfigError: There is no such key and no such section, and no key has the word.
     """
+    in_text = re.compile(rf"\b{re.escape(word)}", re.IGNORECASE)
     for is_meant in (
-        lambda name: f"{name}.".startswith(f"{word}."),
-        lambda name: f"{word}.".startswith(f"{name}."),  # slurm.stages.train.nodes is described with slurm.stages
-        lambda name: f".{word}." in f".{name}.",  # only if no section has this name: `train` is not `data.train`
+        lambda key: f"{key.name}.".startswith(f"{word}."),
+        lambda key: f"{word}.".startswith(f"{key.name}."),  # slurm.stages.train.nodes is described with slurm.stages
+        lambda key: f".{word}." in f".{key.name}.",  # only if no section has this name: `train` is not `data.train`
+        lambda key: word in key.name or in_text.search(key.description),
     ):
         found = [
             SectionKeys(each.name, each.description, keys)
             for each in describe()
-            if (keys := tuple(key for key in each.keys if is_meant(key.name)))
+            if (keys := tuple(key for key in each.keys if is_meant(key)))
         ]
         if found:
             return found
