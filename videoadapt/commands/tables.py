@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them
 _TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
 # Limits that keep a result on one screen
 _FAILURES_SHOWN = 5
+_HARDEST_SHOWN, _NAME_LENGTH = 3, 32  # classes in a line, and the characters of a name in it
 _CAUSES_SHOWN = 4
 _LEFT_OUT_SHOWN = 5
 _EXAMPLES_SHOWN = 2
@@ -304,13 +305,18 @@ def _say_speed(speed: Mapping[str, Any] | None) -> None:
     )
 
 
+def _short(name: str) -> str:
+    """Returns the name of a class, cut after `_NAME_LENGTH` characters."""
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 3]}..."
+
+
 def _say_hardest_classes(summary: Summary) -> None:
     if not summary["hardest_classes"]:
         return
     hardest = ", ".join(
-        f"{row['class']} {percent(row['top1'])} %"
-        + (f" (most often predicted as {row['taken_for']})" if row["taken_for"] else "")
-        for row in summary["hardest_classes"]
+        f"{_short(row['class'])} {percent(row['top1'])} %"
+        + (f" (most often predicted as {_short(row['taken_for'])})" if row["taken_for"] else "")
+        for row in summary["hardest_classes"][:_HARDEST_SHOWN]
     )
     policy = next(iter(summary["policies"]))  # the first policy, fixed at the costliest point
     say(f"hardest classes of {policy}: {hardest}; all classes: evaluate/classes.csv")
