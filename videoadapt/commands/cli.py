@@ -387,7 +387,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print classes, chosen points and cost of video files."""
+    """Print classes, chosen points and cost of video files. Exit code 2: a file could not be read; the others are."""
     from videoadapt.commands.tables import print_predictions
     from videoadapt.evaluation.predict import predict_files
 
