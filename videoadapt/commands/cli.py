@@ -387,7 +387,10 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print classes, chosen points and cost of video files. Exit code 2: a file could not be read; the others are."""
+    """Print classes, chosen points and cost of video files.
+
+    Exit code 2, after the table: a file could not be read.
+    """
     from videoadapt.commands.tables import print_predictions
     from videoadapt.evaluation.predict import predict_files
 
@@ -405,7 +408,7 @@ def serve(
     overrides: Overrides = None,
     policy: Annotated[str | None, typer.Option(help="As in `videoadapt predict`.")] = None,
 ) -> None:
-    """Open a local page: drop in a video, see the chosen point, why, and what each point says."""
+    """Open a local page that explains the answer to a video."""
     from videoadapt.commands.serve.server import serve as run
 
     run(_load(config, overrides), policy)
@@ -415,7 +418,10 @@ def serve(
 def config_keys(
     key: Annotated[
         str | None,
-        typer.Argument(help="A key, a section, a name in any section, or a word of the descriptions. Default: all keys.", show_default=False),
+        typer.Argument(
+            help="A key, a section, a name in any section, or a word of the descriptions. Default: all keys.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema for editors instead.")] = False,
 ) -> None:
