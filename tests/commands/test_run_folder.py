@@ -75,7 +75,9 @@ def test_a_later_stage_changes_its_own_section_alone(run: Config, tmp_path: Path
     copy = tmp_path / "run"
     shutil.copytree(run.run.dir, copy)
     before = yaml.safe_load((copy / RUN_CONFIG).read_text())
-    assert runs.command("label", copy, "label.none_right=cheapest", "evaluate.spatial_crops=2").returncode == 0
+    done = runs.command("label", copy, "label.none_right=cheapest", "evaluate.spatial_crops=2")
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == f"next: videoadapt assign {copy}"
     after = yaml.safe_load((copy / RUN_CONFIG).read_text())
     assert after["label"] == before["label"] | {"none_right": "cheapest"}
     assert {k: v for k, v in after.items() if k not in ("label", "run")} == {

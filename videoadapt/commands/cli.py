@@ -473,7 +473,20 @@ def _show_stage(stage: Stage, config: Config, as_json: bool, print_result: Calla
 
     result = run_stage(stage, config)
     # One shard of an array job has no table: its result only names the shard.
-    _show(result.to_json(), as_json or isinstance(result, ShardResult), print_result)
+    as_json = as_json or isinstance(result, ShardResult)
+    _show(result.to_json(), as_json, print_result)
+    if not as_json and (following := _following(stage, config)):
+        from videoadapt.runtime.console import say
+
+        say(f"next: videoadapt {following} {shlex.quote(str(config.run.dir))}")
+
+
+def _following(stage: Stage, config: Config) -> Stage | None:
+    """Returns the stage after this one; a model of one point needs no labels."""
+    if stage == "train":
+        return "label" if len(config.model.points) > 1 else "evaluate"
+    following: dict[Stage, Stage] = {"label": "assign", "assign": "evaluate"}
+    return following.get(stage)
 
 
 def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
