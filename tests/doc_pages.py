@@ -122,6 +122,17 @@ PAGES = {
         },
         not_run={"videoadapt launch": "needs a cluster; tests/commands/test_slurm_jobs.py submits"},
     ),
+    "docs/calibrate.md": Page(
+        small=SMALL_STAGES,
+        replaced={
+            "data.calibrate=0.1": "data.calibrate=0.3",
+            "calibrate.eps=0.01": "calibrate.eps=0.9 calibrate.delta=0.5",
+            "clip.mp4": "video.mp4",
+        },
+        not_run={
+            "python tools/simulate_calibration.py": MINUTES,
+        },
+    ),
     "docs/python.ipynb": Page(blocks_not_run={"": "tests/test_python.py runs it in a kernel"}),
     "docs/python.md": Page(copies={"config.yaml": "CONFIG", "clip.mp4": "video.mp4"}),
     "docs/points.md": Page(

@@ -10,6 +10,7 @@ Stages: functions that take a Config, a YAML file or a run folder, and return a 
     train     -> TrainSummary         stage 1: trains one model at all points
     label     -> LabelSummary         stage 2: the cheapest point at which the model is right, for every clip
     assign    -> AssignSummary        stage 2: fits the network that predicts it
+    calibrate -> CalibrateSummary     the cheapest policy that keeps a promise on accuracy or cost
     evaluate  -> EvaluationSummary    accuracy, cost and speed of every policy
     predict   -> Predictions          classes, points and cost of videos, a sequence of Prediction
     serve     -> PageServer           a local page that shows the answer of every point to a video
@@ -28,7 +29,7 @@ Data
     open_video                        opens a video; `frames` returns frames by number
 
 Policies: rules that give each clip its point
-    Fixed, Assigned, Cascade, Random, Oracle
+    Fixed, Mixture, Assigned, Cascade, Random, Oracle
     Router                            runs clips in memory, or of a stream, by a policy; clips of a point share batches
     read_clips, ClipViews             the views and thumbnails of a video, for a Router
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.commands.serve.server import PageServer as PageServer
     from videoadapt.commands.serve.server import serve as serve
     from videoadapt.commands.verbs import assign as assign
+    from videoadapt.commands.verbs import calibrate as calibrate
     from videoadapt.commands.verbs import evaluate as evaluate
     from videoadapt.commands.verbs import index as index
     from videoadapt.commands.verbs import label as label
@@ -76,11 +78,13 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.model.timesformer import build_model as build_model
     from videoadapt.model.weights.load import load_weights as load_weights
     from videoadapt.routing.assigner import load_assigner as load_assigner
+    from videoadapt.routing.calibrate import CalibrateSummary as CalibrateSummary
     from videoadapt.routing.fit_assigner import AssignSummary as AssignSummary
     from videoadapt.routing.label import LabelSummary as LabelSummary
     from videoadapt.routing.policy import Assigned as Assigned
     from videoadapt.routing.policy import Cascade as Cascade
     from videoadapt.routing.policy import Fixed as Fixed
+    from videoadapt.routing.policy import Mixture as Mixture
     from videoadapt.routing.policy import Oracle as Oracle
     from videoadapt.routing.policy import Random as Random
     from videoadapt.routing.router import Router as Router
@@ -90,6 +94,7 @@ __version__ = "0.1.0"
 
 _HOME = {  # the module of each public name
     "assign": "commands.verbs",
+    "calibrate": "commands.verbs",
     "evaluate": "commands.verbs",
     "index": "commands.verbs",
     "label": "commands.verbs",
@@ -119,11 +124,13 @@ _HOME = {  # the module of each public name
     "build_model": "model.timesformer",
     "load_weights": "model.weights.load",
     "load_assigner": "routing.assigner",
+    "CalibrateSummary": "routing.calibrate",
     "AssignSummary": "routing.fit_assigner",
     "LabelSummary": "routing.label",
     "Assigned": "routing.policy",
     "Cascade": "routing.policy",
     "Fixed": "routing.policy",
+    "Mixture": "routing.policy",
     "Oracle": "routing.policy",
     "Random": "routing.policy",
     "Router": "routing.router",

@@ -542,6 +542,22 @@ def test_holdout_depends_on_ids_and_seed_not_on_the_order_of_the_list(tmp_path: 
     assert held_out(names, fraction=0.0) == set()
 
 
+def test_the_calibration_split_shares_no_video_with_holdout_and_both_keep_theirs(tmp_path: Path) -> None:
+    train = write_list(tmp_path / "train.txt", [(f"v{i}.mp4", 0) for i in range(400)])
+
+    def splits(**fractions: float) -> dict[str, set[str]]:
+        listed = list_videos(config_of(train=train, **fractions)).videos
+        return {name: {v.video for v in listed if v.split == name} for name in ("train", "holdout", "calibrate")}
+
+    both = splits(holdout=0.25, calibrate=0.25)
+    assert sum(map(len, both.values())) == 400  # every video is in one split
+    assert 0.17 < len(both["calibrate"]) / 400 < 0.33
+    assert splits(holdout=0.5, calibrate=0.25)["calibrate"] == both["calibrate"]
+    assert splits(holdout=0.25)["holdout"] == splits(holdout=0.25, calibrate=0.5)["holdout"] == both["holdout"]
+    with pytest.raises(ConfigError, match=r"data\.calibrate: 0\.5 and data\.holdout 0\.5 leave no video of train"):
+        splits(holdout=0.5, calibrate=0.5)
+
+
 def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> None:
     rows = [("a", f"{n:011d}", start, start + 10, "train") for n in range(50) for start in (0, 10, 20)]
     listed = listing_of(1, train=write_csv(tmp_path / "train.csv", rows), holdout=0.5).videos

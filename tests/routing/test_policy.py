@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from videoadapt.routing.label_rules import (
     right_matrix,
     softmax,
 )
-from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Random, mix_of, parse_policy
+from videoadapt.routing.policy import Assigned, Evidence, Fixed, Mixture, Oracle, Random, mix_of, parse_policy
 
 POINTS = ("14", "10", "7")
 MODEL = ModelConfig(points=POINTS)
@@ -299,13 +300,20 @@ def test_policies_by_name() -> None:
     assert parse_policy("fixed:10", None, MODEL) == Fixed("10")
     assert parse_policy("fixed:10@1.0", None, MODEL) == Fixed("10")
     assert parse_policy("assigned", assigned, MODEL) is assigned
+    assert parse_policy("assigned:0.9", assigned, MODEL) == replace(assigned, threshold=0.9, text="assigned:0.9")
+    mixture = parse_policy("mixture:14,7@1.0:0.25", None, MODEL)
+    assert mixture == Mixture(("14", "7"), 0.25)
+    assert mixture.name == "mixture:14,7:0.25"
 
 
-@pytest.mark.parametrize("text", ["", "fixed", "fixed:8", "fixed:", "oracle", "random", "assigned:14", "Assigned"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "fixed", "fixed:8", "fixed:", "oracle", "random", "assigned:14", "Assigned", "mixture:14,7", "mixture:14:0.5"],
+)
 def test_the_error_of_an_unknown_policy_lists_the_known_ones(text: str) -> None:
     with pytest.raises(
         UserError,
-        match=r"expected assigned, cascade:POINTS:\[views:\]THRESHOLDS or fixed:POINT, .* the points 14, 10, 7$",
+        match=r"expected assigned, cascade:POINTS:\[views:\]THRESHOLDS, fixed:POINT, mixture:.* the points 14, 10, 7$",
     ):
         parse_policy(text, Assigned(ASSIGNER, POINTS), MODEL)
 

@@ -10,15 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 from torch import Tensor
 
 from videoadapt.config.sections import AssignConfig, ModelConfig
-from videoadapt.data.clips.views import normalise
+from videoadapt.data.clips.views import normalise, pixel_draws
 from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Choice, cheapest_sufficient, last_true
-from videoadapt.routing.policy import Assigned, Evidence, Fixed, OnePointPolicy, Oracle, Policy, Random
+from videoadapt.routing.policy import Assigned, Evidence, Fixed, Mixture, OnePointPolicy, Oracle, Policy, Random
 from videoadapt.routing.router import Router, assign_probabilities
 
 CONFIG = ModelConfig(
@@ -117,6 +118,17 @@ def test_every_policy_is_routed_by_what_it_chooses(batch: int) -> None:
         routed = Router(model(), policy, batch=batch).run(views(), thumbnails=thumbnails(), right=right)
         assert np.array_equal(routed.choice, choice), policy.name
         assert np.allclose(routed.logits, expected(choice), atol=1e-5), policy.name
+
+
+def test_a_mixture_gives_each_clip_its_point_by_its_pixels_alone() -> None:
+    policy = Mixture(("4", "2"), 0.4)
+    routed = Router(model(), policy, batch=4).run(views())
+    assert set(routed.choice.tolist()) == {0, 2}
+    for clip in range(CLIPS):
+        assert Router(model(), policy, batch=1).run(views()[clip : clip + 1]).choice == routed.choice[clip]
+    assert np.allclose(routed.logits, expected(routed.choice), atol=1e-5)
+    draws = pixel_draws(torch.randint(0, 256, (2000, 1, 3, 1, 4, 4), dtype=torch.uint8))
+    assert stats.kstest(draws, "uniform").pvalue > 1e-4
 
 
 def test_the_order_of_the_clips_changes_the_order_of_the_results_alone() -> None:

@@ -13,7 +13,13 @@ from videoadapt.config.load import make_config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
 from videoadapt.model.checkpoint import Checkpoint
-from videoadapt.training.trained_clips import TENSOR, clip_keys, require_held_out, trained_clips
+from videoadapt.training.trained_clips import (
+    TENSOR,
+    clip_keys,
+    require_held_out,
+    require_unseen,
+    trained_clips,
+)
 
 CLIPS = 8
 COLUMNS: dict[str, Any] = {
@@ -52,6 +58,17 @@ def test_clips_of_the_training_are_refused_with_their_number(same: dict[str, str
     expected = r"label\.source: holdout .* 2 of the 3 clips .*; since then run\.seed changed from 3 to 0\. Undo"
     with pytest.raises(UserError, match=expected):
         require_held_out(trained, manifest({2, 3, 4}, source="youtube", **same), CONFIG)
+
+
+def test_a_calibration_on_clips_of_a_fit_is_refused_with_their_number() -> None:
+    trained = checkpoint(manifest({1, 2}, source="youtube"), seed=3)
+    table = manifest(set(), source="youtube").table
+    table.loc[[1, 2], "split"] = "calibrate"
+    require_unseen(trained, Manifest(table, ("a",)), CONFIG)
+    table.loc[[3, 4], "split"] = "calibrate"
+    expected = r"data\.calibrate: .* 2 of the 4 clips .*; since then run\.seed changed from 3 to 0\. Undo"
+    with pytest.raises(UserError, match=expected):
+        require_unseen(trained, Manifest(table, ("a",)), CONFIG)
 
 
 def test_unknown_clips_are_not_taken_for_trained_ones() -> None:

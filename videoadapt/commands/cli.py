@@ -298,9 +298,24 @@ def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
 
 
 @app.command()
+def calibrate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Choose the cheapest policy that keeps a promise on accuracy or cost."""
+    from videoadapt.commands.tables import print_calibrate
+    from videoadapt.routing.calibrate import calibrate as run
+    from videoadapt.runtime.results import ShardResult
+
+    result = run(_load(config, overrides))
+    _show(result.to_json(), as_json or isinstance(result, ShardResult), print_calibrate)
+
+
+@app.command()
 def evaluate(
     config: OptionalConfig = None,
     overrides: Overrides = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="A further policy: its text, or the file of `calibrate`.", show_default=False),
+    ] = None,
     against: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -319,7 +334,8 @@ def evaluate(
 
         _show(compare(*against), as_json, print_compare)
     else:
-        _show_stage("evaluate", _load(_required(config), overrides), as_json, print_evaluate)
+        further = [policy] if policy else []
+        _show_stage("evaluate", _load(_required(config), overrides), as_json, print_evaluate, further)
 
 
 @app.command()
@@ -381,8 +397,8 @@ def predict(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="assigned, fixed:POINT or cascade:POINTS:[views:]THRESHOLDS. Default: assigned if the run has an "
-            "assigner, otherwise fixed at the costliest point."
+            help="assigned, fixed:POINT, cascade:POINTS:[views:]THRESHOLDS or the file of `calibrate`. Default: "
+            "assigned if the run has an assigner, otherwise fixed at the costliest point."
         ),
     ] = None,
     as_json: Json = False,
@@ -467,11 +483,13 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Config:
     return load_config(path, overrides or [])
 
 
-def _show_stage(stage: Stage, config: Config, as_json: bool, print_result: Callable[[Summary], None]) -> None:
+def _show_stage(
+    stage: Stage, config: Config, as_json: bool, print_result: Callable[[Summary], None], policies: Sequence[str] = ()
+) -> None:
     from videoadapt.commands.stage import run_stage
     from videoadapt.runtime.results import ShardResult
 
-    result = run_stage(stage, config)
+    result = run_stage(stage, config, policies)
     # One shard of an array job has no table: its result only names the shard.
     as_json = as_json or isinstance(result, ShardResult)
     _show(result.to_json(), as_json, print_result)

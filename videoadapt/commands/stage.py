@@ -10,7 +10,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +30,7 @@ _END_TIMEOUT_S = 600.0  # SLURM kills a job sooner: its grace time is rarely mor
 _TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 
 
-def run_stage(stage: Stage, config: Config) -> Result:
+def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Result:
     """Runs a stage to its end. In a SLURM job, a signal makes the stage save first.
 
     - SIGUSR1 or SIGUSR2 (the time limit is near): rank 0 requeues the job, at most `slurm.max_restarts` times. If two
@@ -41,6 +41,7 @@ def run_stage(stage: Stage, config: Config) -> Result:
     Args:
         stage: The stage to run.
         config: The config of the run.
+        policies: Texts or files of further policies, for `evaluate`.
 
     Returns:
         The result of the stage.
@@ -60,7 +61,8 @@ def run_stage(stage: Stage, config: Config) -> Result:
             signal.signal(number, signal.SIG_IGN)
     with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
-            result = _function(stage)(config)
+            function = _function(stage)
+            result = function(config, policies) if policies else function(config)
             if stage == "train" and rank_env(os.environ).rank == 0:
                 draw_new_curves(config.run.dir)
             if stage == "evaluate" and rank_env(os.environ).rank == 0 and not isinstance(result, ShardResult):
@@ -94,7 +96,7 @@ def draw_figures_of_evaluation(run: Path) -> None:
     say(f"figures: {', '.join(map(str, files))} (also as *_dark.png)")
 
 
-def _function(stage: Stage) -> Callable[[Config], Result]:
+def _function(stage: Stage) -> Callable[..., Result]:
     """Imports a stage and returns its function."""
     if stage == "train":
         from videoadapt.training.train import train

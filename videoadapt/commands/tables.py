@@ -177,23 +177,111 @@ def print_label(summary: Summary) -> None:
 def print_assign(summary: Summary) -> None:
     """Prints accuracy and cost of the assigner on the clips that selected its threshold."""
     mix = ", ".join(f"{point}: {percent(v)} %" for point, v in summary["mix"].items())
+    points_lost = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in summary["difference"]))
     accuracy = f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}"
     cost = f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point"
     rows = [
         ("clips: fitted / selecting", f"{summary['clips_fitted']} / {summary['clips_selecting']}"),
-        ("threshold", f"{summary['threshold']:.3f}"),
+        ("threshold", f"{summary['threshold']:.3f}, {summary['rule']}"),
+        ("tells easy clips from hard ones: AUC (95 %)", "{:.2f} ({:.2f} to {:.2f})".format(*summary["auc"])),
         ("accuracy: assigned / costliest %", accuracy),
+        ("difference in points (95 %)", points_lost),
         ("MACs saved %", percent(summary["macs_saved"])),
         ("mix", mix),
         ("cost of the assigner per clip", cost),
     ]
     print_table("Assigner", ("on the clips that selected its threshold", ""), rows)
-    if summary["macs_saved"] <= 0:
-        clips = summary["clips_selecting"]
-        say(
-            "the assigner saves nothing: every cheaper mix loses more than assign.tolerance on these "
-            f"{plural(clips, 'clip')}, of which one is {100 / clips:.2g} %. Label more clips, or allow a larger loss"
+    for sentence in _assigner_in_words(summary):
+        say(sentence)
+
+
+def _assigner_in_words(summary: Summary) -> list[str]:
+    """Returns what the selecting clips prove about an assigner, and what one point for all clips would do."""
+    clips, confidence = plural(summary["clips_selecting"], "clip"), percent(summary["confidence"])
+    at_most = f"with confidence {confidence} % it loses at most {percent(summary['loss_at_most'])} points"
+    needed = summary["clips_needed"]
+    could = (
+        f"about {needed} clips can prove assign.tolerance" if needed else "no number of clips proves a tolerance of 0"
+    )
+    one = f"{100 / summary['clips_selecting']:.2g} points"
+    found = {
+        "proven": f"the threshold is proven on {clips}: {at_most}",
+        "estimated": (
+            f"the threshold is an estimate from {clips}, one of which is {one}, and no guarantee: {at_most}; {could}; "
+            "`videoadapt calibrate` chooses with a guarantee"
+        ),
+        "none": (
+            f"the assigner saves nothing: {clips}, one of which is {one}, support no cheaper mix within "
+            f"assign.tolerance; {could}. Label more clips, allow a larger loss, or use one point for all clips"
+        ),
+    }
+    sentences = [found[summary["rule"]]]
+    if summary["auc"][1] <= 0.5:  # noqa: PLR2004 - of guessing
+        sentences.append("the assigner is not proven to tell easy clips from hard ones better than guessing")
+    used = [point for point, fraction in summary["mix"].items() if fraction > 0]
+    if len(used) == 1 and summary["rule"] != "none":
+        sentences.append(f"every clip gets point {used[0]}: policy fixed:{used[0]} does the same without an assigner")
+    for point, fixed in summary["fixed"].items():
+        low, value, high = (100 * fixed["difference"][i] for i in (1, 0, 2))
+        sentences.append(
+            f"fixed:{point} for all clips: saves {percent(fixed['macs_saved'])} %, {value:+.1f} points ({low:+.1f} to "
+            f"{high:+.1f}); chance alone differs so with probability {fixed['p_value']:.2g}"
         )
+    return sentences
+
+
+def print_calibrate(summary: Summary) -> None:
+    """Prints the chosen policy beside the fixed points, or how many videos a choice needs."""
+    curve = {point["policy"]: point for point in summary["curve"]}
+    fixed = [name for name in curve if name.startswith("fixed:")]
+    chosen = summary["chosen"]
+    rows = [
+        (
+            name + " (chosen)" * (name == chosen),
+            percent(point["accuracy"]),
+            f"{percent(point['loss'])} (to {percent(point['loss_upper'])})",
+            f"{percent(point['cost'])} (to {percent(point['cost_upper'])})",
+            "yes" if point["valid"] else "no",
+        )
+        for name, point in curve.items()
+        if name in {*fixed, chosen}
+    ]
+    confidence = percent(1 - summary["delta"])
+    columns = ("policy", "top-1 %", f"loss % (to, {confidence} %)", f"cost % (to, {confidence} %)", "keeps the promise")
+    videos = plural(summary["videos"], "video")
+    print_table(f"{videos} of the split calibrate; loss and cost against fixed:{summary['costliest']}", columns, rows)
+    say(f"promise: {summary['promise']}; orders by {summary['ordered_by']}")
+    if chosen is None:
+        say(_no_policy(summary, videos))
+    else:
+        best, times = curve[summary["best_fixed"]], summary["ms_estimate"]
+        say(
+            f"chosen: {chosen}, which saves {percent(1 - curve[chosen]['cost'])} % of the MACs; the best fixed point "
+            f"that keeps the promise, {summary['best_fixed']}, saves {percent(1 - best['cost'])} %"
+        )
+        if times:
+            say(
+                "time of a clip, an estimate from the speeds of the fixed points and no promise: "
+                f"{times[chosen]:.3g} ms, at the costliest point {times['fixed:' + summary['costliest']]:.3g} ms"
+            )
+    for failure in summary["failed"][:_FAILURES_SHOWN]:
+        say(f"left out: {failure['path']}: {failure['cause']}")
+    _say_more(len(summary["failed"]), "see calibrate/calibrate.json")
+
+
+def _no_policy(summary: Summary, videos: str) -> str:
+    """Returns in words that no policy keeps the promise, and what would help."""
+    if summary["max_cost"] is not None:
+        return f"no policy keeps this promise with {videos}: raise calibrate.cost or calibrate.delta"
+    if summary["needed"] is None:
+        return (
+            f"no policy keeps this promise with {videos}, and more of them would not help: even the safest policies "
+            "lose more; raise calibrate.eps"
+        )
+    return (
+        f"no policy keeps this promise with {videos}; about {summary['needed']} are needed: raise data.calibrate (and "
+        "train again), calibrate.eps or calibrate.delta"
+    )
 
 
 def print_evaluate(summary: Summary) -> None:

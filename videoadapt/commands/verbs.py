@@ -20,6 +20,8 @@ from videoadapt.data.index.manifest import index as run_index
 from videoadapt.errors import UserError
 from videoadapt.evaluation.evaluate import EvaluationSummary
 from videoadapt.evaluation.evaluate import evaluate as run_evaluate
+from videoadapt.routing.calibrate import CalibrateSummary
+from videoadapt.routing.calibrate import calibrate as run_calibrate
 from videoadapt.routing.fit_assigner import AssignSummary
 from videoadapt.routing.fit_assigner import assign as run_assign
 from videoadapt.routing.label import LabelSummary
@@ -113,12 +115,35 @@ def assign(config: ConfigSource, *, progress: bool = True) -> AssignSummary:
         return run_assign(as_config(config))
 
 
-def evaluate(config: ConfigSource, policies: Sequence[Policy] = (), *, progress: bool = True) -> EvaluationSummary:
+def calibrate(config: ConfigSource, *, progress: bool = True) -> CalibrateSummary:
+    """Chooses the cheapest policy that keeps a promise, on the videos of `data.calibrate` (docs/calibrate.md).
+
+    Args:
+        config: A `Config`, a YAML file, or a run folder.
+        progress: Show bars and messages.
+
+    Returns:
+        The promise, the chosen policy, and the whole curve of accuracy and cost.
+
+    Raises:
+        ConfigError: `data.calibrate` is 0.
+        UserError: No video of the split can be read, or something was fitted to some of them.
+        CheckpointError: There is no model, or the run's assigner does not fit it.
+        KeyboardInterrupt: Ctrl-C; the videos that are scored stay scored.
+    """
+    loaded = _whole(as_config(config), "calibrate")
+    with progress_shown(progress):
+        return _not_shard(run_calibrate(loaded))
+
+
+def evaluate(
+    config: ConfigSource, policies: Sequence[Policy | str] = (), *, progress: bool = True
+) -> EvaluationSummary:
     """Measures accuracy, cost and speed of all policies on the split `val`.
 
     Args:
         config: A `Config`, a YAML file, or a run folder.
-        policies: Further policies to evaluate.
+        policies: Further policies to evaluate: policies, their texts, or the file that `calibrate` wrote.
         progress: Show bars and messages.
 
     Returns:

@@ -26,6 +26,7 @@ from videoadapt.config.points import Point
 from videoadapt.config.sections import (
     TOP5,
     AssignConfig,
+    CalibrateConfig,
     DataConfig,
     EvaluateConfig,
     IndexConfig,
@@ -73,6 +74,7 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
     label: LabelConfig = LabelConfig()
     assign: AssignConfig = AssignConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     parallel: ParallelConfig = ParallelConfig()
     serve: ServeConfig = ServeConfig()
@@ -86,6 +88,11 @@ class Config(Section):
         if self.label.source == "holdout" and self.data.holdout == 0.0:
             raise ConfigError(
                 "label.source: holdout needs data.holdout above 0, the fraction of the clips kept out of stage 1"
+            )
+        if self.data.holdout + self.data.calibrate >= 1.0:
+            raise ConfigError(
+                f"data.calibrate: {self.data.calibrate:g} and data.holdout {self.data.holdout:g} leave no video "
+                "of train for stage 1; expected a sum below 1"
             )
         _check_validation(self.data, self.train, self.model)
         if isinstance(self.train.freeze, int) and self.train.freeze > self.model.depth:

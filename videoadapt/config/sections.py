@@ -179,6 +179,9 @@ class DataConfig(Section):
     holdout: Fraction = 0.0
     """Fraction of the train split that stage 1 does not train on, for `label.source: holdout` and
     `data.validate: holdout`. 0 = none."""
+    calibrate: Fraction = 0.0
+    """Fraction of the train split that `calibrate` alone uses: nothing is fitted to these videos. They are other videos
+    than those of `data.holdout`. 0 = none."""
     validate: ValidateOn = "val"  # type: ignore[assignment] # BaseModel has a method of this name
     """Videos of the validation while training (`train.validate_every`): the val split, the clips of `data.holdout`, or
     a fraction of the val split, such as 0.2, with the same videos in every run."""
@@ -554,6 +557,19 @@ class AssignConfig(Section):
     """Fraction of the labelled clips that are not trained on. On them the threshold is chosen."""
     tolerance: Fraction = 0.005
     """Accuracy that may be lost on these clips, compared with the costliest point: 0.005 is half a percentage point."""
+
+
+class CalibrateConfig(Section):
+    """The promise of `calibrate`, on the videos of `data.calibrate` (docs/calibrate.md)."""
+
+    eps: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Most accuracy that the policy may lose against the costliest point: 0.01 is one percentage point. The cheapest
+    such policy is chosen."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Probability that the promise may be broken: 0.1 is a confidence of 90 %."""
+    cost: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Promise a cost instead: the mean MACs of a video are at most this fraction of the costliest point's. The most
+    accurate such policy is chosen. null = promise `calibrate.eps`."""
 
 
 class EvaluateConfig(Section):

@@ -24,7 +24,18 @@ from videoadapt.model.checkpoint import Checkpoint, Guard, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_inputs import label_inputs
-from videoadapt.routing.policy import Assigned, Evidence, Fixed, Oracle, Policy, Random, mix_of, parse_cascade
+from videoadapt.routing.policy import (
+    Assigned,
+    Evidence,
+    Fixed,
+    Oracle,
+    Policy,
+    Random,
+    mix_of,
+    parse_cascade,
+    parse_policy,
+)
+from videoadapt.routing.policy_file import PolicyFile, is_policy_file
 from videoadapt.routing.scores import (
     Scores,
     files_digest,
@@ -81,6 +92,7 @@ class EvaluationSummary(Result):
     policies: dict[str, PolicyRow]
     hardest_classes: list[ClassRow]
     classes: int  # classes of the manifest
+    promises: dict[str, str]  # of the policies that come from a file of `calibrate`, by their names
     speed: Speed | None  # how the speed was measured; None if `evaluate.speed_seconds` or `speed_clips` is 0
     stages: dict[str, float]  # seconds of scoring, of measuring the speed, and of writing tables
     date: str
@@ -117,7 +129,7 @@ class EvaluationSummary(Result):
         )
 
 
-def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSummary | ShardResult:
+def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> EvaluationSummary | ShardResult:
     """Evaluates the fixed, assigned, random, cascade and oracle policies on the val split.
 
     Writes tables per view, clip and video (Parquet), per class and of confusions (CSV), the logits (`logits.npz`) and
@@ -127,7 +139,7 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
 
     Args:
         config: The run's config.
-        policies: Further policies to evaluate.
+        policies: Further policies: policies, their texts, or the file that `calibrate` wrote.
 
     Returns:
         The contents of `evaluate.json`, or the name of the shard.
@@ -145,11 +157,15 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
         selected = selected_on_val(checkpoint, chosen=config.run.checkpoint not in (None, Path("last")))
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
         cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
-        _require_usable(policies, cascades, model, assigned)  # before indexing and scoring, which may take hours
+        further, promises = _further(policies, cascades, assigned, model, config)
+        _require_usable(further, cascades, model, assigned)  # before indexing and scoring, which may take hours
         manifest = rank0_then_all(lambda: load_or_index(config))
         trained_on = _trained_on(checkpoint, manifest)
         if assigned is not None:
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
+        for text in filter(is_policy_file, policies):
+            now = Inputs.of(config, manifest.hash, None, "run", "data", "model", "evaluate")
+            PolicyFile.read(Path(text)).say_other_inputs(Path(text), now, config.evaluate.temporal_views)
         before = time.monotonic()
         scores = _score(model, manifest, assigned, config)
         scoring_s = round(time.monotonic() - before, 1)
@@ -157,10 +173,11 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
             return ShardResult(str(config.parallel.shard))
 
         def write() -> EvaluationSummary:
-            every = _policies(model.config.points, scores, assigned, [*cascades, *policies], config)
+            every = _policies(model.config.points, scores, assigned, [*cascades, *further], config)
             found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
             )
+            found = replace(found, promises=promises)
             summary = replace(
                 found, stages={"score": scoring_s} | found.stages, seconds=round(time.monotonic() - start, 1)
             )
@@ -169,6 +186,31 @@ def evaluate(config: Config, policies: Sequence[Policy] = ()) -> EvaluationSumma
             return summary
 
         return broadcast_result(write)
+
+
+def _further(
+    policies: Sequence[Policy | str],
+    cascades: Sequence[Policy],
+    assigned: Assigned | None,
+    model: TimeSformer,
+    config: Config,
+) -> tuple[list[Policy], dict[str, str]]:
+    """Returns the further policies, and the promises of those that come from a file.
+
+    A text or file whose policy is evaluated anyway adds none.
+    """
+    known = {*(Fixed(point).name for point in model.config.points), *(policy.name for policy in cascades)}
+    further: list[Policy] = []
+    promises = {}
+    for given in policies:
+        policy = given
+        if isinstance(policy, str):
+            policy = parse_policy(policy, assigned, model.config, config.run.dir, model)
+        if is_policy_file(given):
+            promises[policy.name] = PolicyFile.read(Path(given)).promise
+        if not isinstance(given, str) or policy.name not in known | {"assigned"}:
+            further.append(policy)
+    return further, promises
 
 
 def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
@@ -253,6 +295,7 @@ def _summary(
         policies=policy_rows(outcomes, population, speed.clips_per_s if speed else {}, config),
         hardest_classes=_hardest(classes),
         classes=len(manifest.classes),
+        promises={},
         speed=speed,
         stages={name: round(seconds, 1) for name, seconds in stages.items()},
         date=datetime.date.today().isoformat(),
@@ -288,7 +331,7 @@ def _require_usable(
     further: Sequence[Policy], cascades: Sequence[Policy], model: TimeSformer, assigned: Assigned | None
 ) -> None:
     """Raises an error if a further policy does not fit the run."""
-    names = [*(Fixed(point).name for point in model.config.points), Assigned.name, Random.name, Oracle.name]
+    names = [*(Fixed(point).name for point in model.config.points), "assigned", Random.name, Oracle.name]
     names += [policy.name for policy in cascades]
     digest = weights_digest(assigned.assigner) if assigned is not None else None
     for policy in further:

@@ -30,7 +30,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import running_answers
-from videoadapt.routing.policy import Assigned, Fixed, Policy, parse_policy
+from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner, parse_policy
 from videoadapt.routing.router import RoutedVideo, Router
 from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.console import Bar, macs, progress_shown
@@ -142,9 +142,9 @@ def predict(  # noqa: PLR0913 - settings, by name
             uint8 RGB `(F, H, W, 3)`, array or tensor; or a list of these. An iterable of frames `(H, W, 3)`, such as a
             generator, is one video: it is read to its end. Images are one video each if the model's clips have one
             frame.
-        policy: `"assigned"`, `"fixed:14"`, `"cascade:7,14:0.6"`, `"cascade:14:views:0.9"` (see `parse_cascade`), or a
-            policy such as `Assigned.load("runs/demo")`. None: `assigned` if a run is given and has an assigner,
-            otherwise the costliest point.
+        policy: `"assigned"`, `"fixed:14"`, `"cascade:7,14:0.6"`, `"cascade:14:views:0.9"` (see `parse_policy`), the
+            file that `calibrate` wrote, or a policy such as `Assigned.load("runs/demo")`. None: `assigned` if a run is
+            given and has an assigner, otherwise the costliest point.
         fps: Frames per second of frames in memory.
         evaluate: How views are cut, as the `evaluate` section of a config. None: as the run, or the defaults.
         data: How videos are read and resized, as the `data` section of a config. None: as the run, or the defaults.
@@ -177,9 +177,9 @@ def predict(  # noqa: PLR0913 - settings, by name
 def _of_model(
     model: TimeSformer, policy: str | Policy | None, evaluate: EvaluateConfig, data: DataConfig, top: int
 ) -> Predictor:
-    if policy == "assigned":
-        raise UserError("policy 'assigned': a model has no assigner; give its run, or policy=va.Assigned.load(RUN)")
-    chosen = parse_policy(policy, None, model.config) if isinstance(policy, str) else policy
+    if isinstance(policy, str) and needs_assigner(policy):
+        raise UserError(f"policy {policy!r}: a model has no assigner; give its run, or policy=va.Assigned.load(RUN)")
+    chosen = parse_policy(policy, None, model.config, weights=model) if isinstance(policy, str) else policy
     config = Config(
         model=model.config,
         assign=AssignConfig(frames=1),
@@ -192,17 +192,17 @@ def _of_model(
 
 def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> Predictor:
     """Loads what the predictions of a run need; see `predict` for the arguments and errors."""
-    if isinstance(policy, str) and policy != "assigned":
+    if isinstance(policy, str) and not needs_assigner(policy):
         parse_policy(policy, None, config.model, config.run.dir)  # a wrong text is refused before the model is loaded
     model = inference_model(config)
     if policy is not None and not isinstance(policy, str):
         return _predictor(model, policy, config, top)
-    assigned = Assigned.for_model(config.run.dir, model) if policy in (None, "assigned") else None
+    assigned = Assigned.for_model(config.run.dir, model) if policy is None or needs_assigner(policy) else None
     if assigned is not None:
         assigned.say_other_inputs(label_inputs(config, None, None))
-        return _predictor(model, assigned, config, top, checked=True)
-    text = policy or f"fixed:{model.config.points[0]}"
-    return _predictor(model, parse_policy(text, None, model.config, config.run.dir, model), config, top)
+    text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
+    chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
+    return _predictor(model, chosen, config, top, checked=assigned is not None)
 
 
 def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> Predictor:

@@ -140,6 +140,11 @@ def _require_evidence(policy: Policy, evidence: Evidence) -> None:
         raise UserError(f"policy {policy.name}: needs the true classes, which only `videoadapt evaluate` knows")
     if "assigner" in policy.needs and evidence.assigned is None:
         raise ValueError(f"policy {policy.name}: needs the assigner's probabilities of the clips")
+    if "pixels" in policy.needs and evidence.draws is None:
+        raise UserError(
+            f"policy {policy.name}: an older version made the scores of these clips, without draws by their pixels; "
+            "remove the folder scores/ of the run, and run this again"
+        )
 
 
 def _require_continued(policy: Policy, steps: tuple[Step, ...], number: int, last: Choice) -> None:

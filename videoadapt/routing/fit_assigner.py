@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from torch import Tensor
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import TrainConfig
-from videoadapt.data.index.manifest import load_or_index
+from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError, plural
 from videoadapt.model.checkpoint import (
     Checkpoints,
@@ -40,14 +41,25 @@ from videoadapt.routing.label_rules import (
     Choice,
     cheapest_sufficient,
     choose_labels,
-    choose_threshold,
     right_matrix,
 )
+from videoadapt.routing.learn_then_test import videos_needed
 from videoadapt.routing.router import assign_probabilities
 from videoadapt.routing.scores import inference_model
+from videoadapt.routing.threshold import (
+    FixedPoint,
+    Interval,
+    Rule,
+    difference,
+    fixed_points,
+    largest_loss,
+    over_random,
+    separation,
+    supported_threshold,
+)
 from videoadapt.routing.thumbnails import read_thumbnails
 from videoadapt.runtime.console import Bar, percent, say
-from videoadapt.runtime.files import write_json
+from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import pick_device
@@ -55,6 +67,9 @@ from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.results import Result, Table
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.optim import make_optimizer, make_schedule
+from videoadapt.training.trained_clips import TENSOR, keys_of
+
+SELECTING = "selecting.parquet"  # the assigner's probabilities on the clips that chose its threshold
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,8 @@ class LabelledClips:
         labels: Number of each clip's label, `(n,)`.
         right: Whether the model is right, `(n, points)`.
         inputs: What the labels depend on.
+        keys: `trained_clips.keys_of` all labelled clips, those that choose the threshold included.
+        names: Columns `video` and `clip`, a row for each of the n clips.
     """
 
     thumbnails: npt.NDArray[np.uint8]
@@ -74,10 +91,13 @@ class LabelledClips:
     labels: Choice
     right: Bools
     inputs: Inputs
+    keys: Tensor
+    names: pd.DataFrame
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
         """Returns some of the clips."""
-        return LabelledClips(self.thumbnails, self.rows[rows], self.labels[rows], self.right[rows], self.inputs)
+        names = self.names.iloc[rows]
+        return replace(self, rows=self.rows[rows], labels=self.labels[rows], right=self.right[rows], names=names)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Returns the thumbnails of some of the clips, uint8 `(B, C, A, s, s)`."""
@@ -95,6 +115,14 @@ class AssignSummary(Result):
     clips_fitted: int
     clips_selecting: int  # clips that chose the threshold
     threshold: float
+    rule: Rule  # what the threshold rests on; see `Threshold`
+    confidence: float  # of a proof
+    clips_needed: int | None  # about how many selecting clips prove `assign.tolerance`, if none is lost; None: none do
+    auc: Interval  # see `separation`
+    loss_at_most: float  # clips on which the costliest point is right and the assigned one wrong, with `confidence`
+    difference: Interval  # accuracy minus the costliest point's
+    over_random: Interval  # accuracy minus that of random routing with the same mix
+    fixed: dict[str, FixedPoint]  # what one point for all clips would save and lose
     label_accuracy: float  # the most probable label is the label
     accuracy: float  # the model's accuracy at the assigned points
     accuracy_costliest: float  # the model's accuracy at the costliest point
@@ -110,6 +138,8 @@ class AssignSummary(Result):
             ("accuracy, assigned %", percent(self.accuracy)),
             ("accuracy, costliest point %", percent(self.accuracy_costliest)),
             ("MACs saved %", percent(self.macs_saved)),
+            ("threshold", f"{self.threshold:.3f}, {self.rule}"),
+            ("AUC", "{:.2f} ({:.2f} to {:.2f})".format(*self.auc)),
             *((f"clips at {point} %", percent(fraction)) for point, fraction in self.mix.items()),
         ]
         fitted = plural(self.clips_fitted, "clip")
@@ -121,7 +151,8 @@ def assign(config: Config) -> AssignSummary:
     """Fits the assigner on the run's label table, and resumes from its newest checkpoint.
 
     A fraction `assign.select` of the clips is set aside. On them the threshold is chosen that saves most while it loses
-    at most `assign.tolerance` of the costliest point's accuracy. One rank does all work.
+    at most `assign.tolerance` of the costliest point's accuracy: by proof where the clips suffice for one, otherwise by
+    estimate (`supported_threshold`). One rank does all work.
 
     Args:
         config: The run's config.
@@ -155,16 +186,31 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     batches = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
     quick = assigner.for_inference()
     probabilities = np.concatenate([assign_probabilities(quick, select.batch(batch)) for batch in batches])
-    threshold = choose_threshold(probabilities, select.right, costs, tolerance=config.assign.tolerance)
-    checkpoints.save(step + 1, _tensors(assigner, None), _meta(config, fit) | {"threshold": threshold})
+    macs, delta = assigner_macs(config.assign, len(points)), config.calibrate.delta
+    tolerance = config.assign.tolerance
+    found = supported_threshold(
+        probabilities, select.right, costs, assigner_cost=macs, tolerance=tolerance, delta=delta
+    )
+    threshold = found.value
+    checkpoints.save(
+        step + 1, _tensors(assigner, None) | {TENSOR: fit.keys}, _meta(config, fit) | {"threshold": threshold}
+    )
     choice = cheapest_sufficient(probabilities, threshold)
-    macs = assigner_macs(config.assign, len(points))
+    right = select.right[np.arange(kept), choice]  # (clips,)
     summary = AssignSummary(
         clips_fitted=len(fit.labels),
         clips_selecting=len(select.labels),
         threshold=threshold,
+        rule=found.rule,
+        confidence=1 - delta,
+        clips_needed=videos_needed(0.0, tolerance, delta),
+        auc=separation(probabilities, select.right),
+        loss_at_most=largest_loss(select.right, choice, delta),
+        difference=difference(right, select.right[:, 0]),
+        over_random=over_random(select.right, choice),
+        fixed=fixed_points(select.right, costs, points),
         label_accuracy=float((probabilities.argmax(-1) == select.labels).mean()),
-        accuracy=float(select.right[np.arange(kept), choice].mean()),
+        accuracy=float(right.mean()),
         accuracy_costliest=float(select.right[:, 0].mean()),  # column 0 is the costliest point
         macs_saved=float(1 - (costs[choice].mean() + macs) / costs[0]),
         mix={point: float((choice == i).mean()) for i, point in enumerate(points)},
@@ -173,6 +219,8 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
         seconds=round(time.monotonic() - start, 1),
     )
     with checkpoints.guard():
+        frame = select.names.reset_index(drop=True).join(pd.DataFrame(probabilities, columns=list(points)))
+        write_parquet(config.run.dir / "assigner" / SELECTING, frame)
         write_json(config.run.dir / "assigner" / "assign.json", summary.to_json())
     return summary
 
@@ -200,7 +248,11 @@ def _labelled_clips(config: Config) -> LabelledClips:
     used = labels >= 0  # -1: a clip without a label
     rows = np.array([row_of[video] for video in clips["video"]])[used]
     thumbnails, found = read_thumbnails(manifest, rows, config)
-    return LabelledClips(thumbnails, np.flatnonzero(found), labels[used][found], right[used][found], inputs)
+    keys = keys_of(Manifest(manifest.table.iloc[rows], manifest.classes))
+    names = clips[used][found]
+    return LabelledClips(
+        thumbnails, np.flatnonzero(found), labels[used][found], right[used][found], inputs, keys, names
+    )
 
 
 def _digest_of_model(config: Config) -> str | None:

@@ -8,6 +8,7 @@ Points are numbered as in `model.points`: 0 is the costliest, the last is the ch
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,12 +36,14 @@ from videoadapt.routing.label_rules import (
     fit_threshold,
     last_true,
 )
+from videoadapt.routing.policy_file import SUFFIX, PolicyFile, is_policy_file
 from videoadapt.runtime.console import say
 from videoadapt.runtime.inputs import Inputs
 
+_DECIMAL = re.compile(r"\d{0,2}\.?\d{1,20}(e-?\d{1,2})?")
 NO_STEP = -1  # stands for: the unit has run no step yet, or it ends here
 Unit = Literal["clip", "video"]
-Need = Literal["assigner", "confidence", "truth", "population"]
+Need = Literal["assigner", "confidence", "pixels", "truth", "population"]
 # Fields of `assign` that only fitting uses. A loaded assigner may have been fitted with other values.
 FITTING = ("epochs", "batch", "lr", "weight_decay", "loss", "mu", "select", "tolerance")
 
@@ -74,6 +77,7 @@ class Evidence:
         confidence: The model's confidence in the unit's answer after its last step, by measure, `(units,)`. NaN before
             the first step, and where an answer is NaN.
         views: Views of a unit: the crops of a clip, or all views of a video.
+        draws: A number in [0, 1) for each clip, by its pixels, `(units,)`; see `pixel_draws`.
     """
 
     count: int
@@ -82,6 +86,7 @@ class Evidence:
     right: Bools | None = None
     confidence: Mapping[Measure, Floats] = field(default_factory=dict)
     views: int = 1
+    draws: Floats | None = None
 
     def take(self, rows: Choice) -> Evidence:
         """Returns the evidence on some of the units, in the order of `rows`."""
@@ -91,6 +96,7 @@ class Evidence:
             assigned=None if self.assigned is None else self.assigned[rows],
             right=None if self.right is None else self.right[rows],
             confidence={measure: values[rows] for measure, values in self.confidence.items()},
+            draws=None if self.draws is None else self.draws[rows],
         )
 
 
@@ -102,7 +108,7 @@ class Policy(ABC):
     Attributes:
         unit: What the rule decides about: a `clip` with all its crops, or a `video` with all its views. A rule about
             videos has no assigner.
-        needs: The evidence that the rule reads. `assigner` and `confidence` come from the model and the clip alone.
+        needs: The evidence that the rule reads. `assigner`, `confidence` and `pixels` come from the model and the clip.
             `truth` is only known in an evaluation. `population`: the choice for a clip depends on the other clips.
         assigner: The network whose probabilities the rule reads, and whose cost every clip pays.
         imitates: Name of the policy whose mix of points this one copies. An evaluation reports their difference.
@@ -191,6 +197,38 @@ class Fixed(OnePointPolicy):
 
 
 @dataclass(frozen=True)
+class Mixture(OnePointPolicy):
+    """Two points: a fraction of all clips at the second one, the rest at the first one.
+
+    Which clips these are depends on their pixels alone, as if drawn at random. A clip therefore gets the same point in
+    every batch and every run.
+
+    Attributes:
+        points: The two points.
+        fraction: The fraction of the clips at the second point.
+    """
+
+    points: tuple[str, str]
+    fraction: float
+    needs = frozenset({"pixels"})
+
+    @property
+    def name(self) -> str:
+        """`mixture:14,7:0.3`."""
+        return f"mixture:{','.join(self.points)}:{self.fraction:g}"
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Returns the second point for clips whose draw is below the fraction."""
+        assert evidence.draws is not None, "`decide` checks that the evidence in `needs` is present"
+        first, second = _numbers(self, self.points, evidence.points)
+        return np.where(evidence.draws < self.fraction, second, first)
+
+    def check(self, model: TimeSformer) -> None:
+        """Raises `UserError` if the model does not have one of the points."""
+        _numbers(self, self.points, model.config.points)
+
+
+@dataclass(frozen=True)
 class Assigned(OnePointPolicy):
     """The cheapest point that suffices with a probability of at least `threshold`, by the assigner.
 
@@ -203,6 +241,7 @@ class Assigned(OnePointPolicy):
         threshold: Between 0 and 1, or 2 for "always the costliest point".
         weights: `weights_digest` of the model whose labels the assigner was fitted to; None if unknown.
         inputs: What these labels depend on, by `Inputs.to_json`; None if unknown.
+        text: The name.
     """
 
     assigner: Assigner = field()  # `field` hides the default None of the base class
@@ -210,8 +249,17 @@ class Assigned(OnePointPolicy):
     threshold: float = 0.5
     weights: str | None = None
     inputs: Mapping[str, Any] | None = field(default=None, compare=False)
-    name = "assigned"
+    text: str = "assigned"
     needs = frozenset({"assigner"})
+
+    @property
+    def name(self) -> str:
+        """`assigned`, or `assigned:0.7` with a threshold other than the fitted one."""
+        return self.text
+
+    def at(self, threshold: float) -> Assigned:
+        """Returns the same policy with another threshold, which becomes part of the name."""
+        return replace(self, threshold=threshold, text=f"assigned:{threshold:g}")
 
     @classmethod
     def load(cls, source: str | Path) -> Assigned:
@@ -421,33 +469,62 @@ def mix_of(choice: Choice, points: int) -> tuple[float, ...]:
 def parse_policy(
     text: str, assigned: Assigned | None, model: ModelConfig, run: Path | None = None, weights: nn.Module | None = None
 ) -> Policy:
-    """Parses the policies that need no truth: `assigned`, `fixed:POINT` or `cascade:...` (see `parse_cascade`).
+    """Parses the policies that need no truth.
+
+    These are `assigned` or `assigned:THRESHOLD`, `fixed:POINT`, `mixture:POINT,POINT:FRACTION`, `cascade:...` (see
+    `parse_cascade`), or the file that `calibrate` wrote.
 
     Args:
-        text: The policy as a user writes it.
+        text: The policy as a user writes it, or the path of a file.
         assigned: The policy that the text `assigned` means; None if there is no assigner.
         model: The model's config.
         run: As in `parse_cascade`.
-        weights: As in `parse_cascade`.
+        weights: As in `parse_cascade`. The file of a policy is compared with them too.
 
     Raises:
         UserError: The text is none of these, or names a point that the model does not have.
+        CheckpointError: The file is of other weights.
     """
+    if is_policy_file(text):
+        file = Path(text)
+        text = PolicyFile.read(file).text_for(file, weights, assigned.assigner if assigned else None)
     kind, _, point = text.partition(":")
     if kind == "fixed" and canonical(point) in model.points:
         return Fixed(canonical(point))
     if kind == "cascade":
         return parse_cascade(point, model, run, weights)
-    if kind == "assigned" and not point and assigned is not None:
-        return assigned
-    if text == "assigned":
+    if kind == "mixture" and (mixture := _parse_mixture(point, model.points)):
+        return mixture
+    if kind == "assigned" and (not point or _is_fraction(point)):
+        if assigned is not None:
+            return assigned.at(float(point)) if point else assigned
         raise UserError(
             f"policy assigned: {run or 'the run'} has no assigner; run `videoadapt label` and `videoadapt assign` first"
         )
     raise UserError(
-        f"policy {text!r}: expected assigned, cascade:POINTS:[views:]THRESHOLDS or fixed:POINT, and the model has the "
-        f"points {few(model.points)}"
+        f"policy {text!r}: expected assigned, cascade:POINTS:[views:]THRESHOLDS, fixed:POINT, "
+        f"mixture:POINT,POINT:FRACTION or a file of `calibrate` ({SUFFIX}), and the model has the points "
+        f"{few(model.points)}"
     )
+
+
+def needs_assigner(text: str) -> bool:
+    """Returns whether the policy of a text, or of a file, reads an assigner."""
+    written = PolicyFile.read(Path(text)).policy if is_policy_file(text) else text
+    return written.partition(":")[0] == "assigned"
+
+
+def _parse_mixture(text: str, known: Sequence[str]) -> Mixture | None:
+    """Returns the mixture of `POINT,POINT:FRACTION`; None if the text has another form."""
+    listed, _, fraction = text.partition(":")
+    points = [canonical(point) for point in listed.split(",")]
+    if len(points) != 2 or not set(points) <= set(known) or not _is_fraction(fraction):  # noqa: PLR2004
+        return None
+    return Mixture((points[0], points[1]), float(fraction))
+
+
+def _is_fraction(text: str) -> bool:
+    return bool(_DECIMAL.fullmatch(text)) and 0 <= float(text) <= 1
 
 
 def parse_cascade(text: str, model: ModelConfig, run: Path | None, weights: nn.Module | None = None) -> Cascade:

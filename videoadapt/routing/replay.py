@@ -97,7 +97,7 @@ class StoredAnswers:
         if policy.unit == "video":
             clips = scores.clips_per_video
             return decide(policy, Evidence(len(scores.rows) // clips, points, views=clips * crops), self._of_videos)
-        evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right, views=crops)
+        evidence = Evidence(len(scores.rows), points, scores.assigned, scores.right, views=crops, draws=scores.draws)
         return decide(policy, evidence, self._of_clips)
 
     def _of_clips(self, rows: Choice, step: Step) -> Mapping[Measure, Floats]:

@@ -19,7 +19,7 @@ from videoadapt.config.cascade import Measure
 from videoadapt.config.sections import Average
 from videoadapt.data.clips.clip_dataset import ClipViews
 from videoadapt.data.clips.datasets import Failure
-from videoadapt.data.clips.views import preprocess
+from videoadapt.data.clips.views import pixel_draws, preprocess
 from videoadapt.errors import UserError, VideoError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.arrivals import Arrival, Arrivals, Item
@@ -368,7 +368,9 @@ class _Flow:
         if len(counts) > 1:
             raise UserError(f"Router: expected the same number of views in every item, got {counts}")
         assigned = router._assigned([arrival.thumbnails for arrival in read]) if read else None
-        evidence = Evidence(len(units), self._points, assigned, _right(read), views=counts[0] if units else 1)
+        draws = _draws(read) if "pixels" in router.policy.needs else None
+        count = counts[0] if units else 1
+        evidence = Evidence(len(units), self._points, assigned, _right(read), views=count, draws=draws)
         self._inside += sum(arrival.size for arrival in arrivals)
         if units:
             self._window = max(2 * self._most, min(self._window, _WINDOW_BYTES // units[0][0].numel()))
@@ -426,6 +428,10 @@ class _Flow:
             return {}
         logits = group.answers[request.step.point][request.rows, : request.step.stop]  # (rows, views, classes)
         return confidences(unit_probabilities(logits, self._router.policy.unit, self._router.average))
+
+
+def _draws(arrivals: Sequence[Arrival]) -> Floats:
+    return np.concatenate([np.empty(0), *(pixel_draws(each.views) for each in arrivals if each.views is not None)])
 
 
 def _right(arrivals: Sequence[Arrival]) -> Bools | None:

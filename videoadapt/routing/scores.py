@@ -25,6 +25,7 @@ from videoadapt.config.sections import Average
 from videoadapt.config.views import view_order
 from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
+from videoadapt.data.clips.views import pixel_draws
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.video.files import reason
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
@@ -91,6 +92,7 @@ class Scores:
         right: Whether the model is right on each clip at each point, by the average over crops, `(n, points)`.
         confidence: The model's confidence at each point, by measure, `(n, points)`.
         assigned: The assigner's probabilities, `(n, points)`; None without an assigner.
+        draws: `pixel_draws` of each clip, `(n,)`; None in scores of an older version.
         failures: The videos that could not be read.
         model: `weights_digest` of the model.
         files: The files of the shards, in order.
@@ -103,6 +105,7 @@ class Scores:
     right: Bools
     confidence: Mapping[Measure, Floats]
     assigned: Floats | None
+    draws: Floats | None
     failures: list[Failure]
     model: str
     files: Sequence[Path]
@@ -204,7 +207,7 @@ def score(
         manifest: The manifest.
         rows: Manifest rows of the videos, ascending.
         config: The run's config.
-        name: `label` or `evaluate`; begins the folder's name.
+        name: `label`, `evaluate` or `calibrate`; begins the folder's name.
         temporal_views: Clips of a video.
         assigner: Scored on the clips' thumbnails as well.
 
@@ -316,6 +319,7 @@ def _scores_of(result: RoutedVideo) -> Arrays:
         "starts_s": np.array(video.starts_s, np.float64),
         "truth": np.repeat(video.label, clips),
         "logits": np.stack([result.by_point[point] for point in sorted(result.by_point)], axis=2),
+        "draws": pixel_draws(video.views),
     }
     if result.assigned is not None:
         arrays["assigned"] = result.assigned
@@ -334,7 +338,8 @@ def _joined(found: Sequence[Arrays]) -> Arrays:
     full = [arrays for arrays in found if arrays]
     if not full:
         return {}
-    joined = {key: np.concatenate([arrays[key] for arrays in full]) for key in full[0]}
+    shared = set.intersection(*map(set, full))  # scores of an older version have fewer arrays
+    joined = {key: np.concatenate([arrays[key] for arrays in full]) for key in sorted(shared)}
     order = np.lexsort([joined["clips"], joined["rows"]])  # by row, then by clip
     return {key: values[order] for key, values in joined.items()}
 
@@ -377,6 +382,8 @@ def _load(files: Sequence[Path], weights: str, average: Average) -> Scores:
     def joined(key: str) -> Any:
         return np.concatenate(kept[key]) if key in kept else np.empty(0, np.int64)
 
+    whole = len(kept.get("draws", [])) == len(kept.get("rows", []))  # shards of an older version have no draws
+
     return Scores(
         rows=joined("rows"),
         clips=joined("clips"),
@@ -385,6 +392,7 @@ def _load(files: Sequence[Path], weights: str, average: Average) -> Scores:
         right=joined("right"),
         confidence={measure: joined(measure) for measure in MEASURES},
         assigned=joined("assigned") if "assigned" in kept else None,
+        draws=joined("draws") if whole else None,
         failures=failures,
         model=weights,
         files=files,

@@ -23,9 +23,9 @@ _FREE: dict[str, tuple[str, ...]] = {
     "run": ("dir", "seed", "device", "checkpoint"),
     "model": ("drop_path", "drop_path_unit", "init_std", "time_init_std"),
     "data": (
-        *("root", "train", "val", "classes", "kind", "holdout", "workers", "timeout_s", "max_pixels", "max_frames"),
-        *("short_side", "crop_area", "flip", "rand_augment", "color_jitter", "erase", "mixup", "cutmix", "mix_token"),
-        *("token_labels", "validate"),
+        *("root", "train", "val", "classes", "kind", "holdout", "calibrate", "workers", "timeout_s", "max_pixels"),
+        *("max_frames", "short_side", "crop_area", "flip", "rand_augment", "color_jitter", "erase", "mixup", "cutmix"),
+        *("mix_token", "token_labels", "validate"),
     ),
     "evaluate": ("temporal_views", "batch", "failed", "speed_seconds", "speed_clips", "speed_repeats", "cascade"),
     "label": ("none_right",),

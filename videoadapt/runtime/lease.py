@@ -29,12 +29,18 @@ _STATE_FOLDERS = (
     "labels",
     "assigner",
     "scores/*",
+    "calibrate",
     "evaluate",
     "report",
     "restarts",
 )  # of a run
 # The sections of `config.yaml` that a stage replaces when it has succeeded. `train` records all when it begins.
-_OWN_SECTIONS: dict[str, tuple[str, ...]] = {"label": ("label",), "assign": ("assign",), "evaluate": ()}
+_OWN_SECTIONS: dict[str, tuple[str, ...]] = {
+    "label": ("label",),
+    "assign": ("assign",),
+    "calibrate": (),
+    "evaluate": (),
+}
 _ACTIVE_STATES = {"RUNNING", "COMPLETING", "SUSPENDED"}  # SLURM states in which processes of the job may still exist
 
 

@@ -27,7 +27,12 @@ Keys = dict[str, npt.NDArray[np.int64]]
 
 def clip_keys(manifest: Manifest) -> Tensor:
     """Returns the keys of all readable clips of the train split, sorted int64: what a checkpoint records."""
-    keys = _keys(manifest.split("train").readable)
+    return keys_of(manifest.split("train").readable)
+
+
+def keys_of(videos: Manifest) -> Tensor:
+    """Returns the keys of all rows, sorted int64."""
+    keys = _keys(videos)
     return torch.from_numpy(np.unique(np.concatenate(list(keys.values()))))
 
 
@@ -81,9 +86,43 @@ def require_held_out(checkpoint: Checkpoint, manifest: Manifest, config: Config)
         )
 
 
+def require_unseen(checkpoint: Checkpoint, manifest: Manifest, config: Config) -> None:
+    """Checks that no clip of the split `calibrate` was in the training of a model or of an assigner.
+
+    Prints a message if that cannot be found out, because an older version wrote the checkpoint.
+
+    Args:
+        checkpoint: The checkpoint of the model, or of the assigner, which also records the clips of its threshold.
+        manifest: The present manifest.
+        config: The run's config.
+
+    Raises:
+        UserError: Some of them were.
+    """
+    unseen = manifest.split("calibrate")
+    count = trained_clips(checkpoint, unseen)
+    if count is None and checkpoint.meta.get("manifest") != manifest.hash:
+        say(
+            f"{checkpoint.path}: an older version wrote it, without the clips of its training; whether clips of the "
+            "split calibrate were among them cannot be found out"
+        )
+    if count:
+        changed = _redrawn(checkpoint, config)
+        raise UserError(
+            f"data.calibrate: a calibration needs clips that nothing was fitted to, but {count} of the {len(unseen)} "
+            f"clips of the split calibrate were in the training of {checkpoint.path}"
+            f"{'; since then ' + ', '.join(changed) if changed else ''}. Undo the change, or train again in another "
+            "run.dir"
+        )
+
+
 def _redrawn(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """Returns the changes of the settings that draw the split `holdout`."""
-    now = {("run", "seed"): config.run.seed, ("data", "holdout"): config.data.holdout}
+    """Returns the changes of the settings that draw the splits `holdout` and `calibrate`."""
+    now = {
+        ("run", "seed"): config.run.seed,
+        ("data", "holdout"): config.data.holdout,
+        ("data", "calibrate"): config.data.calibrate,
+    }
     sections = {name: values for name, values in checkpoint.meta.items() if isinstance(values, dict)}
     then = {(section, key): sections.get(section, {}).get(key) for section, key in now}
     return [

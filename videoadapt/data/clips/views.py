@@ -5,11 +5,13 @@ Resizing is skipped where the size already fits.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -101,6 +103,24 @@ def thumbnail(frames: np.ndarray, *, frames_kept: int, size: int) -> Tensor:
     """
     images = to_tchw(frames[spread(len(frames), frames_kept)])
     return to_cthw(F.resize(images, [size, size], antialias=True))
+
+
+def pixel_draws(views: Tensor) -> npt.NDArray[np.float64]:
+    """Returns a number for each clip that looks random and depends on the clip's pixels alone.
+
+    A policy that mixes two points draws with it, so that a clip gets the same point in every batch and every run.
+
+    Args:
+        views: uint8 `(clips, crops, C, T, S, S)`.
+
+    Returns:
+        Numbers in [0, 1), float64 `(clips,)`: a checksum of the middle frame of the middle crop.
+    """
+    clips, crop_count, _, frames, *_ = views.shape
+    middle = views[:, crop_count // 2, :, frames // 2].cpu().contiguous()  # (clips, C, S, S)
+    # BLAKE2 rather than CRC-32: images that differ in few bits still give independent numbers.
+    digests = (hashlib.blake2b(middle[clip].numpy().tobytes(), digest_size=6).digest() for clip in range(clips))
+    return np.array([int.from_bytes(digest, "big") / 2**48 for digest in digests], dtype=np.float64)
 
 
 def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -49,8 +49,9 @@ def list_videos(config: Config) -> Listing:
     """Lists all videos of `data.train` and `data.val` in the order of the annotations.
 
     Video files of Kinetics and Something-Something tables are searched by name below `data.root`, or below the table's
-    folder if `data.root` is not set. A fraction `data.holdout` of the train videos gets the split `holdout`. A hash of
-    seed and source selects them, so the order of the list does not matter. Missing files are listed too.
+    folder if `data.root` is not set. A fraction `data.holdout` of the train videos gets the split `holdout`, and
+    another fraction `data.calibrate` the split `calibrate`. A hash of seed and source selects them, so the order of the
+    list does not matter. Missing files are listed too.
 
     Raises:
         ConfigError: Annotations cannot be used. The message names file, line and label.
@@ -74,8 +75,8 @@ def list_videos(config: Config) -> Listing:
     ]
     listed, id_notes = require_same_content(listed)
     videos, repeated = drop_repeated(listed)
-    if config.data.holdout:
-        videos = [_hold_out(video, config) for video in videos]
+    if config.data.holdout or config.data.calibrate:
+        videos = [_draw_split(video, config) for video in videos]
     notes += [*label_notes, *lookup.notes(), *id_notes, *(source.note for source in sources.values())]
     return Listing(
         videos=videos,
@@ -99,10 +100,11 @@ def fingerprint(config: Config) -> str:
     data = config.data
     sources = {split: _content(path, split, _root(path, config)) for split, path in _annotations(config).items()}
     file = None if data.classes is None else read_classes(data.classes)
-    drawn = (data.holdout, config.run.seed) if data.holdout else None  # without holdout the seed changes nothing
+    drawn = (data.holdout, config.run.seed) if data.holdout else None  # without a draw the seed changes nothing
     parts: list[Any] = [sources, file and file.names, config.model.num_classes, drawn]
     # Settings that are not at their default, so that manifests of earlier versions stay valid.
     parts += [first for first in (file and file.first,) if first] + [kind for kind in (data.kind,) if kind != "auto"]
+    parts += [("calibrate", data.calibrate, config.run.seed)] if data.calibrate else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -231,7 +233,12 @@ def _passed_over(sources: Mapping[Split, AnnotationSource]) -> dict[str, list[st
     return kinds
 
 
-def _hold_out(video: ListedVideo, config: Config) -> ListedVideo:
+def _draw_split(video: ListedVideo, config: Config) -> ListedVideo:
     # Drawn by source: two clips of one YouTube video are nearly the same, and must not be in two splits.
     drawn = seed_of("holdout", config.run.seed, video.source or video.video) / _SEEDS
-    return video._replace(split="holdout") if video.split == "train" and drawn < config.data.holdout else video
+    if video.split != "train":
+        return video
+    # The two splits begin at the two ends, so that a change of one fraction leaves the videos of the other.
+    if drawn < config.data.holdout:
+        return video._replace(split="holdout")
+    return video._replace(split="calibrate") if drawn >= 1 - config.data.calibrate else video

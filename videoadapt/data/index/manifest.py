@@ -25,7 +25,7 @@ from videoadapt.config.sections import SplitConfig
 from videoadapt.data.index.annotations import fingerprint, list_videos
 from videoadapt.data.index.identity import ListedVideo
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files
-from videoadapt.data.index.sources import Split
+from videoadapt.data.index.sources import DRAWN, Split
 from videoadapt.data.index.summary import IndexSummary, summary
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, ReaderName, VideoInfo
@@ -267,7 +267,13 @@ def index_folder(folder: Path, config: Config) -> Manifest:
         ConfigError: The folder is not one folder per class, or does not fit `data.classes` or `model.num_classes`.
         RunError: The processes that read the videos were killed.
     """
-    source = {"train": SplitConfig(annotations=folder), "val": SplitConfig(), "root": None, "holdout": 0.0}
+    source = {
+        "train": SplitConfig(annotations=folder),
+        "val": SplitConfig(),
+        "root": None,
+        "holdout": 0.0,
+        "calibrate": 0.0,
+    }
     with TemporaryDirectory() as scratch:  # for the cache of `probe_files`
         run = config.run.model_copy(update={"dir": Path(scratch)})
         data = config.data.model_copy(update=source)
@@ -286,11 +292,13 @@ def require_readable(manifest: Manifest, config: Config) -> None:
         videos = manifest.split(split)
         if len(videos.readable):
             continue
-        if not len(videos):  # only a draw of holdout leaves a split empty: annotations without a video are refused
+        if not len(videos):  # only a draw leaves a split empty: annotations without a video are refused
+            key = split if split in DRAWN else "holdout" if config.data.holdout else "calibrate"
+            fraction = getattr(config.data, key)
             total = len(manifest) - len(manifest.split("val"))
             raise UserError(
-                f"data.holdout: with a fraction of {config.data.holdout:g}, none of the {total} videos of {source} is "
-                f"in the split {split}; change data.holdout, or draw again with another run.seed"
+                f"data.{key}: with a fraction of {fraction:g}, none of the {total} videos of {source} is "
+                f"in the split {split}; change data.{key}, or draw again with another run.seed"
             )
         count = Counter(videos["status"])
         first = videos.row(0)
@@ -329,9 +337,10 @@ def manifest_path(run: Path) -> Path:
 
 
 def _sources(config: Config) -> dict[Split, Path]:
-    """Returns the annotations of each split of the config. `holdout` has the annotations of `train`."""
+    """Returns the annotations of each split of the config. Those drawn from `train` have its annotations."""
     train, val = config.data.train.annotations, config.data.val.annotations
-    given: dict[Split, Path | None] = {"train": train, "val": val, "holdout": train if config.data.holdout else None}
+    given: dict[Split, Path | None] = {"train": train, "val": val}
+    given |= {split: train for split in DRAWN if getattr(config.data, split)}
     return {split: path for split, path in given.items() if path is not None}
 
 

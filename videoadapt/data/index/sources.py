@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 
 from videoadapt.data.video.suffixes import MediaKind
 
-Split = Literal["train", "val", "holdout"]
+Split = Literal["train", "val", "holdout", "calibrate"]
 
-# Names of a split in tables and folders. `holdout` is drawn from `train` and never named in annotations.
+# Splits that are drawn from `train`, by the fractions in `data` of the same names.
+DRAWN: tuple[Split, ...] = ("holdout", "calibrate")
+# Names of a split in tables and folders. Those in `DRAWN` are never named in annotations.
 SPLIT_NAMES: dict[Split, frozenset[str]] = {
     "train": frozenset({"train"}),
     "val": frozenset({"val", "validate", "validation"}),

@@ -1,0 +1,112 @@
+"""What few clips prove about an assigner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from videoadapt.routing.label_rules import Bools, Floats, cheapest_sufficient
+from videoadapt.routing.threshold import (
+    COSTLIEST,
+    difference,
+    fixed_points,
+    largest_loss,
+    over_random,
+    separation,
+    supported_threshold,
+)
+
+COSTS = np.array([10.0, 5.0, 2.0])
+
+
+def clips(count: int, *, skill: float, seed: int = 0) -> tuple[Floats, Bools]:
+    """Clips of which half are easy; with skill 1 an assigner knows which, with 0 it guesses."""
+    rng = np.random.default_rng(seed)
+    easy = rng.random(count) < 0.5
+    knows = np.where(easy, 0.99, 0.01)
+    cheap = skill * knows + (1 - skill) * rng.random(count)
+    right = np.stack([rng.random(count) < 0.97, np.ones(count, bool), easy], axis=1)
+    right[:, 1] = right[:, 0]
+    return np.stack([1 - cheap, np.zeros(count), cheap], axis=1), right
+
+
+def test_many_clips_prove_a_threshold() -> None:
+    probabilities, right = clips(2000, skill=1.0)
+    found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, tolerance=0.005, delta=0.1)
+    assert found.rule == "proven"
+    choice = cheapest_sufficient(probabilities, found.value)
+    assert COSTS[choice].mean() < 7
+    assert largest_loss(right, choice, 0.1) <= 0.005
+
+
+def test_too_few_clips_for_a_proof_give_an_estimate() -> None:
+    probabilities, right = clips(390, skill=1.0)
+    found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, tolerance=0.005, delta=0.1)
+    assert found.rule == "estimated"
+    assert COSTS[cheapest_sufficient(probabilities, found.value)].mean() < 7
+
+
+def test_one_clip_may_be_lost_where_a_clip_is_more_than_the_tolerance() -> None:
+    probabilities, right = clips(98, skill=1.0)
+    right[np.flatnonzero(right[:, 2] & right[:, 0])[0], 2] = False  # the assigner takes one hard clip for an easy one
+    found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, tolerance=0.005, delta=0.1)
+    assert found.rule == "estimated"
+    choice = cheapest_sufficient(probabilities, found.value)
+    assert (right[:, 0] & ~right[np.arange(98), choice]).sum() == 1
+
+
+@pytest.mark.parametrize(("count", "skill"), [(40, 1.0), (98, 0.0), (390, 0.0)])
+def test_few_clips_and_a_guessing_assigner_support_nothing(count: int, skill: float) -> None:
+    probabilities, right = clips(count, skill=skill)
+    found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, tolerance=0.005, delta=0.1)
+    assert (found.value, found.rule) == (COSTLIEST, "none")
+
+
+def test_an_assigner_that_costs_more_than_it_saves_is_not_supported() -> None:
+    probabilities, right = clips(2000, skill=1.0)
+    found = supported_threshold(probabilities, right, COSTS, assigner_cost=6.0, tolerance=0.005, delta=0.1)
+    assert found.rule == "none"
+
+
+def test_the_interval_of_the_separation_covers_the_true_one() -> None:
+    """Scores of easy and hard clips from two normal distributions, whose AUC is known."""
+    rng, true, covered = np.random.default_rng(0), 0.7602, 0  # Phi(1 / sqrt(2))
+    for _ in range(400):
+        easy = np.arange(60) < 20
+        score = rng.normal(easy * 1.0, 1.0)
+        _, low, high = separation(np.stack([-score, score], axis=1), np.stack([easy, easy], axis=1))
+        covered += low <= true <= high
+    assert covered / 400 > 0.92
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_perfect_separation_has_an_interval(sign: int) -> None:
+    easy = np.arange(30) < 10
+    value, low, high = separation(sign * np.stack([~easy, easy], axis=1).astype(float), np.stack([easy] * 2, axis=1))
+    assert value == (sign > 0)
+    assert high - low > 0.05
+    assert separation(np.ones((3, 2)), np.ones((3, 2), bool)) == (0.5, 0.0, 1.0)
+
+
+def test_differences_have_intervals_that_cover() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(500):
+        costliest = rng.random(80) < 0.9
+        right = np.where(rng.random(80) < 0.1, ~costliest, costliest)  # true difference: 0.1 * (0.1 - 0.9)
+        _, low, high = difference(right, costliest)
+        covered += low <= -0.08 <= high
+    assert covered / 500 > 0.92
+
+
+def test_fixed_points_and_random_routing_are_compared() -> None:
+    probabilities, right = clips(400, skill=1.0)
+    found = fixed_points(right, COSTS, ("14", "10", "7"))
+    assert list(found) == ["10", "7"]
+    assert found["10"].difference[0] == 0
+    assert found["10"].p_value == 1.0
+    assert found["7"].macs_saved == pytest.approx(0.8)
+    assert found["7"].p_value < 1e-6
+    choice = cheapest_sufficient(probabilities, 0.9)
+    value, low, _ = over_random(right, choice)
+    assert value > low > 0.1
+    assert largest_loss(right, np.zeros(400, np.int64), 0.1) == 0.0

@@ -1,0 +1,99 @@
+"""The file of a calibrated policy: its text, the promise, and the weights and videos that the promise belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from torch import nn
+
+from videoadapt.errors import CheckpointError, UserError
+from videoadapt.model.checkpoint import weights_digest
+from videoadapt.runtime.console import say
+from videoadapt.runtime.files import read_json, write_json
+from videoadapt.runtime.inputs import Inputs
+
+SUFFIX = ".json"  # how a file is told from the text of a policy
+_REMEDY = "make it with `videoadapt calibrate`"
+
+
+def is_policy_file(policy: object) -> TypeGuard[str]:
+    """Returns whether a policy is given as the path of a file."""
+    return isinstance(policy, str) and policy.endswith(SUFFIX)
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """The contents of `calibrate/policy.json`; the names are its keys.
+
+    Attributes:
+        policy: The policy as text; see `parse_policy`.
+        promise: The promise in words.
+        weights: `weights_digest` of the model.
+        assigner: `weights_digest` of the assigner that the policy reads; None if it reads none.
+        manifest: `Manifest.hash` of the videos that the calibration split was drawn from.
+        videos: Videos of the calibration split.
+        temporal_views: Clips of a video.
+        inputs: What the calibration depends on, by `Inputs.to_json`.
+    """
+
+    policy: str
+    promise: str
+    weights: str
+    assigner: str | None
+    manifest: str
+    videos: int
+    temporal_views: int
+    inputs: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> PolicyFile:
+        """Reads a file that `write` wrote.
+
+        Raises:
+            UserError: The file is missing, damaged, or no policy.
+        """
+        keys = list(cls.__dataclass_fields__)
+        content = read_json(path, _REMEDY, keys)
+        texts = [content[key] for key in ("policy", "promise", "weights", "manifest")]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(content["inputs"], dict):
+            raise UserError(f"{path}: not the file of a policy; {_REMEDY}")
+        return cls(**{key: content[key] for key in keys})
+
+    def write(self, path: Path) -> None:
+        """Writes the file; an interrupted call leaves no unfinished one."""
+        write_json(path, asdict(self))
+
+    def text_for(self, path: Path, model: nn.Module | None, assigner: nn.Module | None) -> str:
+        """Returns the text of the policy, once it is clear that the promise belongs to these weights.
+
+        Args:
+            path: The file, for messages.
+            model: The model; None: weights are not compared.
+            assigner: The assigner of the run; None if there is none.
+
+        Raises:
+            CheckpointError: The policy was calibrated with another model, or with another assigner.
+        """
+        if model is None:
+            return self.policy
+        pairs = [("model", self.weights, weights_digest(model))]
+        if self.assigner is not None:
+            pairs.append(("assigner", self.assigner, weights_digest(assigner) if assigner is not None else "none"))
+        for name, then, now in pairs:
+            if then != now:
+                raise CheckpointError(
+                    f"{path}: was calibrated with another {name} (weights {then}, now {now}; another run.precision "
+                    "changes them too), so its promise does not hold here; run `videoadapt calibrate` for this one"
+                )
+        return self.policy
+
+    def say_other_inputs(self, path: Path, now: Inputs, temporal_views: int) -> None:
+        """Prints how the videos and views differ from those of the calibration; the promise may not hold for these."""
+        found = now.differences(self.inputs)
+        if self.temporal_views != temporal_views:
+            found.append(f"evaluate.temporal_views: {self.temporal_views} then, {temporal_views} now")
+        if found:
+            say(f"{path}: the promise of this policy may not hold here, other inputs: {'; '.join(found)}")

@@ -1,0 +1,173 @@
+"""What a few clips prove about an assigner: which threshold they support, and how well it tells clips apart.
+
+All functions are pure. Clips of this module are those that the assigner was not fitted on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import optimize, stats
+
+from videoadapt.routing.label_rules import Bools, Choice, Floats, cheapest_sufficient, choose_threshold
+from videoadapt.routing.learn_then_test import loss_p_values, loss_upper, valid_in_order
+
+COSTLIEST = 2.0  # a threshold that no probability reaches: every clip gets the costliest point
+FEWEST = 50  # clips. With fewer, one clip is more than two points of accuracy, and no threshold can be chosen
+_BESIDE = 1e-9
+_Z = float(stats.norm.ppf(0.975))  # of 95 % intervals
+Rule = Literal["proven", "estimated", "none"]
+Interval = tuple[float, float, float]  # a value, and the lower and upper end of its 95 % interval
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """What one point for all clips would save and lose against the costliest one. The names are keys of `assign.json`.
+
+    `p_value` is the exact one of McNemar's test: how likely chance alone makes such a difference in accuracy.
+    """
+
+    macs_saved: float
+    difference: Interval  # accuracy minus the costliest point's
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold, and what it rests on.
+
+    `proven`: the loss is at most the tolerance, with the wanted confidence. `estimated`: it is so on these clips alone.
+    `none`: no threshold that saves is supported, and every clip gets the costliest point.
+    """
+
+    value: float
+    rule: Rule
+
+
+def supported_threshold(
+    probabilities: Floats, right: Bools, costs: Floats, *, assigner_cost: float, tolerance: float, delta: float
+) -> Threshold:
+    """Chooses the threshold that saves most, as far as the clips support it.
+
+    First by proof: thresholds are tested from the safest on, as in `calibrate`. If no threshold that saves is proven,
+    by estimate: the cheapest one that loses at most `tolerance` on these clips, or one clip where a clip is more than
+    that. An estimate needs `FEWEST` clips, and an assigner that tells easy clips from hard ones.
+
+    Args:
+        probabilities: The assigner's probabilities, `(clips, points)`.
+        right: Whether the model is right, `(clips, points)`.
+        costs: Cost of each point, `(points,)`, in any unit.
+        assigner_cost: Cost of the assigner, in the same unit.
+        tolerance: Accuracy that may be lost.
+        delta: 1 minus the confidence of a proof.
+    """
+    clips = len(right)
+    grid = np.linspace(0.995, 0.5, 100)  # from the safest threshold on
+    choices = [cheapest_sufficient(probabilities, float(threshold)) for threshold in grid]
+    lost = np.array([(right[:, 0] & ~right[np.arange(clips), choice]).sum() for choice in choices])
+    saves = np.array([costs[choice].mean() + assigner_cost < costs[0] for choice in choices])
+    proven = np.flatnonzero(valid_in_order(loss_p_values(lost, clips, tolerance), delta) & saves)
+    if len(proven):
+        return Threshold(float(grid[proven[-1]]), "proven")  # the last one is the cheapest: costs fall along the grid
+    _, low, _ = separation(probabilities, right)
+    if clips >= FEWEST and low > 0.5:  # noqa: PLR2004 - of guessing
+        value = choose_threshold(probabilities, right, costs, tolerance=max(tolerance, 1 / clips))
+        if costs[cheapest_sufficient(probabilities, value)].mean() + assigner_cost < costs[0]:
+            return Threshold(value, "estimated")
+    return Threshold(COSTLIEST, "none")
+
+
+def separation(probabilities: Floats, right: Bools) -> Interval:
+    """Returns how well the assigner tells clips on which the cheapest point is right from the others.
+
+    It is the area under the ROC curve (AUC): the probability that of two clips, one of each kind, the assigner finds
+    the easy one easier. 0.5 is guessing. The interval is Newcombe's (2006, method 5), which stays inside 0 and 1 and
+    has a width also where no pair is in the wrong order.
+
+    Args:
+        probabilities: The assigner's probabilities, `(clips, points)`.
+        right: Whether the model is right, `(clips, points)`.
+
+    Returns:
+        The AUC and its interval; 0.5 between 0 and 1 if all clips are of one kind.
+    """
+    score, easy = probabilities[:, -1], right[:, -1]
+    m, n = int(easy.sum()), int((~easy).sum())
+    if not m or not n:
+        return 0.5, 0.0, 1.0
+    found = float(stats.mannwhitneyu(score[easy], score[~easy]).statistic) / (m * n)
+    pairs = (m + n) / 2 - 1
+
+    def distance(area: float) -> float:
+        spread = 1 + pairs * (1 - area) / (2 - area) + pairs * area / (1 + area)
+        return (found - area) ** 2 - _Z**2 * area * (1 - area) * spread / (m * n)
+
+    # Just beside the AUC itself, the distance is negative. At 0 and at 1 it would be a root, but not an end.
+    low = 0.0 if found == 0 else float(optimize.brentq(distance, 0.0, found - _BESIDE))
+    high = 1.0 if found == 1 else float(optimize.brentq(distance, found + _BESIDE, 1.0))
+    return found, low, high
+
+
+def difference(right: Bools, costliest: Bools) -> Interval:
+    """Returns the accuracy minus the costliest point's on the same clips, with a 95 % interval.
+
+    Agresti and Min (2005): half a clip is added to each kind of outcome, so that the interval is never a point.
+
+    Args:
+        right: Whether the answer on each clip is right, `(clips,)`.
+        costliest: Whether the costliest point's is, `(clips,)`.
+    """
+    won, lost, clips = int((right & ~costliest).sum()), int((costliest & ~right).sum()), len(right)
+    centre = (won - lost) / (clips + 2)
+    half = _Z * math.sqrt((won + lost + 1) / (clips + 2) - centre**2) / math.sqrt(clips + 2)
+    return (won - lost) / clips, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def over_random(right: Bools, choice: Choice) -> Interval:
+    """Returns the accuracy minus the mean accuracy of random routing with the same mix, with a 95 % interval.
+
+    Args:
+        right: Whether the model is right, `(clips, points)`.
+        choice: Number of the point of each clip, `(clips,)`.
+    """
+    clips, points = right.shape
+    mix = np.bincount(choice, minlength=points) / clips
+    gains = right[np.arange(clips), choice] - right @ mix  # (clips,)
+    half = _Z * float(gains.std(ddof=1)) / math.sqrt(clips) if clips > 1 else 1.0
+    return float(gains.mean()), float(gains.mean()) - half, float(gains.mean()) + half
+
+
+def fixed_points(right: Bools, costs: Floats, points: Sequence[str]) -> dict[str, FixedPoint]:
+    """Returns what each point but the costliest would save and lose, if all clips had it.
+
+    Args:
+        right: Whether the model is right, `(clips, points)`.
+        costs: Cost of each point, `(points,)`.
+        points: The points, costliest first.
+    """
+    found = {}
+    for number, point in enumerate(points[1:], start=1):
+        won = int((right[:, number] & ~right[:, 0]).sum())
+        lost = int((right[:, 0] & ~right[:, number]).sum())
+        p_value = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+        saved = float(1 - costs[number] / costs[0])
+        found[point] = FixedPoint(saved, difference(right[:, number], right[:, 0]), p_value)
+    return found
+
+
+def largest_loss(right: Bools, choice: Choice, delta: float) -> float:
+    """Returns the upper bound, with confidence 1 - delta, of how often the costliest point is right and this one wrong.
+
+    Args:
+        right: Whether the model is right, `(clips, points)`.
+        choice: Number of the point of each clip, `(clips,)`.
+        delta: 1 minus the confidence.
+    """
+    lost = right[:, 0] & ~right[np.arange(len(choice)), choice]
+    if (choice == 0).all():
+        return 0.0
+    return float(loss_upper(np.array([lost.sum()]), len(choice), delta)[0])
