@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
+from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, config_folder, load_config
-from videoadapt.config.points import Point
 from videoadapt.data.index.manifest import index
 from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
@@ -100,16 +100,20 @@ def demo_config(overrides: Sequence[str] = ()) -> Config:
 
 
 def level_table(config: Config) -> dict[str, dict[str, float]]:
-    """Returns, for each level of difficulty: `videos`, `mean_length` (of the assigned points), top-1 of each policy."""
+    """Returns, for each level of difficulty: `videos`, `mean_cost`, and top-1 of each policy.
+
+    `mean_cost` is the mean MACs of the assigned points, as a fraction of the costliest point's.
+    """
     levels = pd.read_csv(config.run.dir / "data" / "levels.csv").set_index("path")["level"]
     clips = read_evaluated_table(config.run.dir, "clips", ["policy", "video", "point"])
     videos = read_evaluated_table(config.run.dir, "videos", ["policy", "video", "right"])
     clips = clips[clips["policy"] == "assigned"]
-    lengths = clips["point"].map(lambda point: Point.parse(point).length)
+    macs = point_macs(config.model)
+    costs = clips["point"].map(macs) / max(macs.values())
     table: dict[str, dict[str, float]] = {}
     for level in (level.name for level in LEVELS):
         of_level = videos[videos["video"].map(levels) == level]
         row = {"videos": float(of_level["video"].nunique())}
-        row["mean_length"] = float(np.mean(lengths[clips["video"].map(levels) == level]))
+        row["mean_cost"] = float(np.mean(costs[clips["video"].map(levels) == level]))
         table[level] = row | of_level.groupby("policy", sort=False)["right"].mean().to_dict()
     return table

@@ -570,11 +570,11 @@ def print_demo(result: DemoResult) -> None:
     policies = list(summary.policies)
     rows = [
         # The table holds floats; `videos` is a count.
-        (level, int(row["videos"]), f"{row['mean_length']:.2f}", *(percent(row[policy]) for policy in policies))
+        (level, int(row["videos"]), percent(row["mean_cost"]), *(percent(row[policy]) for policy in policies))
         for level, row in summary.levels.items()
     ]
-    columns = ("level", "videos", "mean length", *policies)
-    print_table("By level of difficulty: mean assigned length, and top-1 %", columns, rows)
+    columns = ("level", "videos", "MACs %", *policies)
+    print_table("By level of difficulty: mean MACs of the assigned points in % of the costliest, and top-1 %", columns, rows)
     say("Each level (stripe period and contrast) was designed to need more tokens than the level before it.")
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary.stages.items())
     files = f"{result.folder / 'summary.json'}, {result.folder / 'evaluate' / 'accuracy_cost.png'}"

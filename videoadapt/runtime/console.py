@@ -37,6 +37,7 @@ console = Console(stderr=True, highlight=False, quiet=rank_env(os.environ).rank 
 
 # Of a context, not of the process: a thread that shows no progress does not silence the others.
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
+_without_advice: ContextVar[bool] = ContextVar("without_advice", default=False)
 
 
 @contextmanager
@@ -59,6 +60,25 @@ def say(message: str) -> None:
         return
     # No markup: paths and points may contain square brackets. No wrapping: log files are searched line by line.
     console.print(message, markup=False, soft_wrap=True)
+
+
+def advise(message: str) -> None:
+    """Prints what the user may want to change, or to know before a long run: `say`, except inside `advice_hidden`."""
+    if not _without_advice.get():
+        say(message)
+
+
+@contextmanager
+def advice_hidden() -> Iterator[None]:
+    """Hides the messages of `advise` inside the `with` block, in the calling thread alone.
+
+    The demo is too short for advice on speed, and its first readers do not know the words yet.
+    """
+    token = _without_advice.set(True)
+    try:
+        yield
+    finally:
+        _without_advice.reset(token)
 
 
 class Bar:

@@ -17,7 +17,7 @@ from videoadapt.data.clips.datasets import Failure, TrainClips
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError, few, plural
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.runtime.console import print_table, say
+from videoadapt.runtime.console import advise, print_table
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
 from videoadapt.runtime.ranks import all_gather, rank
 from videoadapt.training.groups import GroupPlan, split_evenly
@@ -61,13 +61,13 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
     if rank() == 0:
         _print_reports(reports)
         for warning in warnings(reports):
-            say(warning)
+            advise(warning)
     found = faults(reports, checkpoints_bytes(config))
     if found:  # on every rank, so that all stop
         raise RunError("preflight: " + "; ".join(found))
     if rank() == 0:
         slowest_s = max(report.decoding_s for report in reports)
-        say(
+        advise(
             f"decoding the clips of a step takes {slowest_s:.2f} s on the slowest rank; if computing the step takes "
             "less, training waits for videos"
         )
@@ -77,7 +77,7 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
     if len(reports) == 1:
         (one,) = reports
         workers = plural(one.workers, "worker") if one.workers else "no workers"
-        say(
+        advise(
             f"preflight: {one.gpu if one.gpu != 'none' else plural(one.cpus, 'CPU')}; {workers} to read videos, "
             f"{one.clips_per_s:.1f} clips/s each; {one.free_bytes / 1e9:.0f} GB of disk free; manifest {one.manifest}"
         )

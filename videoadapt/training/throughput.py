@@ -11,7 +11,7 @@ import torch
 
 from videoadapt.data.clips.loader import Batch
 from videoadapt.errors import plural
-from videoadapt.runtime.console import say
+from videoadapt.runtime.console import advise
 from videoadapt.runtime.machine import CpuLimit, cpu_limit
 
 _LEAST_S = 1e-9  # avoids a division by zero where no time has passed
@@ -137,6 +137,6 @@ class ThroughputMeter:
         if self._window_steps < self.WINDOW_STEPS or window.seconds < self.WINDOW_S:
             return
         if self._warm and window.wait_fraction > self._tolerated_fraction:
-            say(window.starvation_warning(self._workers, cpu_limit(), on_gpu=self._on_gpu))
+            advise(window.starvation_warning(self._workers, cpu_limit(), on_gpu=self._on_gpu))
             self._tolerated_fraction = window.wait_fraction + self.WARN_AGAIN
         self._window_start, self._window_steps, self._warm = self.since_start(), 0, True
