@@ -11,7 +11,7 @@ import pytest
 from videoadapt.config.load import make_config
 from videoadapt.errors import ConfigError
 from videoadapt.evaluation.intervals import median_interval
-from videoadapt.performance.bench.points import bench_points, markdown, speeds
+from videoadapt.performance.bench.points import at_best_batches, bench_points, markdown, speeds
 
 MODEL = {
     **{"width": 16, "depth": 2, "heads": 2, "patch": 4, "size": 16, "num_frames": 1, "temporal": False},
@@ -21,7 +21,8 @@ MODEL = {
 
 def test_speeds_are_relative_to_the_costliest_point_of_the_same_round() -> None:
     rounds = [{"14": 8.0 * noise, "14@0.5": 4.0 * noise, "7": 2.0 * noise} for noise in (1.0, 3.0, 2.0)]
-    rows = {row.point: row for row in speeds(rounds, {"14": 400, "14@0.5": 200, "7": 50}, batch=4)}
+    macs = {"14": 400, "14@0.5": 200, "7": 50}
+    rows = {row.point: row for row in speeds(rounds, macs, dict.fromkeys(macs, 4))}
     assert rows["14"].speed == rows["14"].kept == [1, 1, 1]
     assert rows["14@0.5"].speed == [2, 2, 2]
     assert rows["14@0.5"].kept == [1, 1, 1]
@@ -30,9 +31,17 @@ def test_speeds_are_relative_to_the_costliest_point_of_the_same_round() -> None:
     assert rows["7"].clips_per_s == 1
 
 
+def test_each_point_is_compared_at_its_own_best_batch() -> None:
+    one = {2: [{"14": 4.0, "7": 1.0}] * 3, 8: [{"14": 20.0, "7": 2.0}] * 3}  # 0.5 and 0.4 clips/s; 2 and 4
+    costliest, cheap = at_best_batches(one, {"14": 400, "7": 40})
+    assert (costliest.batch, costliest.clips_per_s, costliest.kept) == (2, 0.5, [1, 1, 1])
+    assert (cheap.batch, cheap.clips_per_s, cheap.speed) == (8, 4, [8, 8, 8])
+    assert cheap.kept == pytest.approx([0.8, 0.8, 0.8])
+
+
 def test_the_table_marks_points_that_miss_the_target() -> None:
     rounds = [{"14": 8.0, "7": 2.0}]
-    table = markdown(speeds(rounds, {"14": 400, "7": 50}, batch=4)).splitlines()
+    table = markdown(speeds(rounds, {"14": 400, "7": 50}, {"14": 4, "7": 4})).splitlines()
     assert table[2].endswith("| 1.00 (1.00 to 1.00) | met |")
     assert table[3].endswith("| 4.00 (4.00 to 4.00) | 8.00 | 0.50 (0.50 to 0.50) | missed |")
 
@@ -49,7 +58,8 @@ def test_every_point_is_measured_at_every_batch(tmp_path: Path) -> None:
         assert row["clips_per_s"] == pytest.approx(row["batch"] / median)
         assert row["kept"] == pytest.approx([speed * row["macs"] / result["rows"][0]["macs"] for speed in row["speed"]])
     assert json.loads((tmp_path / "points.json").read_text()) == result
-    assert len((tmp_path / "points.md").read_text().splitlines()) == 2 + 6
+    assert [row["point"] for row in result["best"]] == list(config.model.points)
+    assert len((tmp_path / "points.md").read_text().splitlines()) == (2 + 6) + 3 + (2 + 3)
     with pytest.raises(ConfigError, match="bench points: unknown key batch; did you mean batches"):
         bench_points(config, ["batch=3"])
 

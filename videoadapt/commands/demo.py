@@ -21,7 +21,7 @@ from videoadapt.evaluation.evaluated import read_evaluated_table
 from videoadapt.report.plots import draw_costs, draw_curves, draw_evaluation
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
-from videoadapt.runtime.console import say
+from videoadapt.runtime.console import advice_hidden, say
 from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.machine import worker_count
 from videoadapt.training.train import train
@@ -61,8 +61,12 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
     Raises:
         UserError: The run folder holds a run with another config.
     """
+    with advice_hidden():
+        return _demo(demo_config(overrides), sizes or SPLITS)
+
+
+def _demo(config: Config, sizes: dict[str, int]) -> DemoResult:
     start = time.monotonic()
-    config = demo_config(overrides)
     seconds: dict[str, float] = {}
 
     def timed(name: str, stage: Callable[[], Result]) -> Result:
@@ -71,10 +75,10 @@ def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> 
         seconds[name] = round(time.monotonic() - before, 1)
         return result
 
-    say(f"videoadapt demo: 3 to 6 minutes on 2 cores with AVX-512, more on others; all files are in {config.run.dir}")
+    say(f"videoadapt demo: about 4 minutes on 2 cores with AVX-512, more on others; all files are in {config.run.dir}")
     data = config.run.dir / "data"
     workers = worker_count(config.data.workers)
-    timed("generate", lambda: generate(data, sizes or SPLITS, seed=config.run.seed, workers=workers))
+    timed("generate", lambda: generate(data, sizes, seed=config.run.seed, workers=workers))
     timed("index", lambda: index(config))
     timed("train", lambda: train(config))
     draw_curves(config.run.dir)

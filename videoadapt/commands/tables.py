@@ -574,7 +574,9 @@ def print_demo(result: DemoResult) -> None:
         for level, row in summary.levels.items()
     ]
     columns = ("level", "videos", "MACs %", *policies)
-    print_table("By level of difficulty: mean MACs of the assigned points in % of the costliest, and top-1 %", columns, rows)
+    print_table(
+        "By level of difficulty: mean MACs of the assigned points, in % of the costliest; top-1 %", columns, rows
+    )
     say("Each level (stripe period and contrast) was designed to need more tokens than the level before it.")
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary.stages.items())
     files = f"{result.folder / 'summary.json'}, {result.folder / 'evaluate' / 'accuracy_cost.png'}"

@@ -1,7 +1,8 @@
 """`videoadapt bench points`: measures the speed of each point of a model and compares it with the ratio of MACs.
 
 The points take turns, so that noise on the machine meets all of them. The speed of a point is relative to the costliest
-point in the same round. Clips are random and already in memory: decoding, normalising and routing are not measured.
+point in the same round. Clips are random uint8 on the device: normalising and resizing are measured, decoding and
+routing are not. A second table has each point at its own best batch, as the router runs it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import datetime
 import os
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, parse_settings
 from videoadapt.config.sections import Count, Section
+from videoadapt.data.clips.views import preprocess
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.bench.machine import machine, print_machine, versions
@@ -29,6 +32,7 @@ from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
 from videoadapt.runtime.machine import pick_device, precision_dtype
 
+BEST = "Each point at its own best batch"
 TARGET = 0.85  # least fraction of the speed that the MACs promise, for a point that counts as fast
 
 
@@ -42,7 +46,10 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class PointRow:
-    """One point at one batch size in `points.json`. Lists are a median over rounds and its 95 % interval."""
+    """One point at one batch size in `points.json`. Lists are a median over rounds and its 95 % interval.
+
+    In the rows of `best`, the costliest point of the comparison runs at its own best batch, too.
+    """
 
     point: str
     batch: int
@@ -71,15 +78,16 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> Summary:
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)  # random weights: the time of a pass does not depend on them
     model = TimeSformer(config.model).to(device, precision_dtype(config.run.precision)).eval()
-    rows: list[PointRow] = []
-    total = len(settings.batches) * (1 + settings.rounds)
-    with Bar("bench points", total=total, unit="rounds") as bar:
-        for batch in settings.batches:
-            rounds = []
-            for number in range(1 + settings.rounds):
-                rounds.append(_round(model, batch, number))
+    rounds: dict[int, list[dict[str, float]]] = {batch: [] for batch in settings.batches}
+    with Bar("bench points", total=len(rounds) * (1 + settings.rounds), unit="rounds") as bar:
+        for number in range(1 + settings.rounds):  # batch sizes take turns as well, for the rows of `best`
+            for batch, measured in rounds.items():
+                measured.append(_round(model, batch, number))
                 bar.step(note=f"{batch} clips")
-            rows += speeds(rounds[1:], point_macs(config.model), batch)  # the first round is a warm-up
+    counted = {batch: measured[1:] for batch, measured in rounds.items()}  # the first round is a warm-up
+    macs = point_macs(config.model)
+    rows = [row for batch, measured in counted.items() for row in speeds(measured, macs, dict.fromkeys(macs, batch))]
+    best = at_best_batches(counted, macs)
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": machine() | {"device": device.type, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
@@ -88,18 +96,19 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> Summary:
         "config": config.model_dump(mode="json"),
         "target": TARGET,
         "rows": [dataclasses.asdict(row) for row in rows],
+        "best": [dataclasses.asdict(row) for row in best],
     }
     write_json(settings.dir / "points.json", result)
     with replacing(settings.dir / "points.md") as temporary:
-        temporary.write_text(markdown(rows), encoding="utf-8")
+        temporary.write_text(f"{markdown(rows)}\n{BEST}:\n\n{markdown(best)}", encoding="utf-8")
     return result
 
 
 def _round(model: TimeSformer, batch: int, number: int) -> dict[str, float]:
     """Measures the seconds of a forward pass by point."""
-    config, weight = model.config, model.head.weight
+    config, device = model.config, model.head.weight.device
     shape = (batch, 3, config.num_frames, config.size, config.size)  # B C T H W
-    clips = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     # Another order in each round: a point profits from the caches and suffers from the heat of the one before it.
     order = random.Random(number).sample(config.points, len(config.points))
     return {point: _seconds(model, clips, point) for point in order}
@@ -108,17 +117,34 @@ def _round(model: TimeSformer, batch: int, number: int) -> dict[str, float]:
 @torch.inference_mode()
 def _seconds(model: TimeSformer, clips: Tensor, point: str) -> float:
     begin = now(clips.device)
-    model(clips, point)
+    model(preprocess(model, clips), point)
     return now(clips.device) - begin
 
 
-def speeds(rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], batch: int) -> list[PointRow]:
+def at_best_batches(rounds: Mapping[int, Sequence[Mapping[str, float]]], macs: Mapping[str, int]) -> list[PointRow]:
+    """Returns the row of each point at the batch of its highest median of clips per second, costliest point first.
+
+    Args:
+        rounds: Seconds of a forward pass by point, for each round, by batch; round n is measured at all batches.
+        macs: As in `speeds`.
+    """
+    best = {
+        point: min(rounds, key=lambda batch: statistics.median(by[point] for by in rounds[batch]) / batch)
+        for point in macs
+    }
+    count = len(next(iter(rounds.values())))
+    return speeds([{p: rounds[batch][n][p] for p, batch in best.items()} for n in range(count)], macs, best)
+
+
+def speeds(
+    rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], batches: Mapping[str, int]
+) -> list[PointRow]:
     """Returns a row for each point, costliest first.
 
     Args:
         rounds: Seconds of a forward pass by point, for each round.
         macs: MACs of a clip by point, costliest first.
-        batch: Clips of a forward pass.
+        batches: Clips of a forward pass by point.
     """
     costliest = next(iter(macs))
     rows = []
@@ -126,13 +152,14 @@ def speeds(rounds: Sequence[Mapping[str, float]], macs: Mapping[str, int], batch
         promised = macs[costliest] / cost
         # Ratios are taken within a round and not between medians: noise that slows a round down cancels out.
         seconds = median_interval([by_point[point] for by_point in rounds])
-        speed = median_interval([by_point[costliest] / by_point[point] for by_point in rounds])
+        clips = batches[point] / batches[costliest]
+        speed = median_interval([clips * by_point[costliest] / by_point[point] for by_point in rounds])
         rows.append(
             PointRow(
                 point=point,
-                batch=batch,
+                batch=batches[point],
                 macs=cost,
-                clips_per_s=batch / seconds[0],
+                clips_per_s=batches[point] / seconds[0],
                 seconds=list(seconds),
                 speed=list(speed),
                 promised=promised,
@@ -189,3 +216,4 @@ def print_bench_points(result: Mapping[str, Any]) -> None:
         f"costliest point; the target is {result['target']:g} of the speed that the MACs promise\n"
     )
     print(markdown([PointRow(**row) for row in result["rows"]]))
+    print(f"{BEST}:\n\n{markdown([PointRow(**row) for row in result['best']])}")
