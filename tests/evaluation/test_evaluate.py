@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,15 @@ import pytest
 import small_runs as runs
 from processes import finished, torchrun
 from video_files import numbered, write_list, write_video
+from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, dump_config
+from videoadapt.data.clips.clip_dataset import ClipViews
 from videoadapt.data.index.manifest import index, load_or_index
 from videoadapt.errors import UserError
 from videoadapt.evaluation.compare import compare
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
-from videoadapt.routing.router import Router
+from videoadapt.routing.router import Routed, Router
 from videoadapt.routing.scores import VIDEOS_PER_SHARD
 from videoadapt.training.state import State
 
@@ -233,6 +236,13 @@ def test_the_speed_is_measured_in_bounded_time_and_once(
     first = evaluate(config).to_json()
     assert (first["speed"]["clips"], first["speed"]["rounds"]) == (4, 2)
     assert all(row["clips_per_s"] > 0 for row in first["policies"].values())
+    for row in first["speed"]["policies"].values():
+        assert row["stages_s"].keys() == {"decode", "preprocess", "transfer", "assign", "route", "model"}
+        model_s = 1 / row["clips_per_s"]
+        assert 0 < row["stages_s"]["model"] < 3 * model_s and row["stages_s"]["decode"] > 0
+        low, high = row["routed_efficiency"][1:]
+        assert low <= row["routed_efficiency"][0] <= high
+        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["end_to_end_clips_per_s"] > 0
     again = evaluate(config).to_json()
     assert again["speed"] == first["speed"]
     assert "speed: kept from" in capsys.readouterr().err
@@ -251,19 +261,28 @@ def test_too_little_time_for_all_clips_measures_fewer(
     alone: tuple[Config, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock that counts passes: each takes a second per clip and point."""
-    now = [0.0]
+    now, run = [0.0], Router.run
 
-    def run(router: Router, views: np.ndarray, **options: object) -> None:
-        now[0] += len(views)
+    def counted(router: Router, items: Sequence[ClipViews]) -> Routed:
+        now[0] += sum(len(item.views) for item in items)
+        return run(router, items)
 
-    monkeypatch.setattr(Router, "run", run)
-    monkeypatch.setattr("videoadapt.evaluation.speed.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Router, "run", counted)
+    monkeypatch.setattr("videoadapt.evaluation.speed_passes.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("videoadapt.evaluation.speed.end_to_end", lambda *_, **_settings: [[2.0], [2.0], [2.0], [4.0]])
     config = of_run(alone[0], tmp_path / "run", speed_clips=64, speed_seconds=50)
     speed = evaluate(config).to_json()["speed"]
-    # One clip takes 6 s at each point twice, and 4 s in a round of 4 policies. A round may take half of the other 44 s.
-    # Two rounds end in time, and the first one warms up.
-    assert (speed["clips"], speed["rounds"], speed["seconds"]) == (5, 1, 46)
+    # One video, of two clips, takes 12 s at each point twice, and 8 s in a round of 4 policies. A round may take a
+    # quarter of the other 38 s. Two rounds end in the 21 s that are theirs, and the first one warms up. Then the clips
+    # run one by one.
+    assert (speed["clips"], speed["clips_wanted"], speed["rounds"], speed["seconds"]) == (2, 64, 1, 36)
     assert speed["clips_per_s"] == dict.fromkeys(["fixed:8", "fixed:6", "fixed:4", "oracle"], 1)
+    for name, row in speed["policies"].items():
+        assert row["speedup"] == [1, 1, 1] and row["routed_efficiency"] == [1 / row["macs_ratio"]] * 3
+        assert row["end_to_end_efficiency"][0] == pytest.approx((1 + (name == "oracle")) / row["macs_ratio"])
+        assert (row["p50_ms"], row["p95_ms"]) == (1000, 1000)
+    macs = point_macs(config.model)
+    assert speed["policies"]["fixed:4"]["macs_ratio"] == pytest.approx(macs["8"] / macs["4"])
 
 
 def test_only_videos_that_could_not_be_read_are_tried_again(numbered_videos: Path, tmp_path: Path) -> None:

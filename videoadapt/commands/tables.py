@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from videoadapt.commands.speed_table import print_speed
 from videoadapt.errors import plural
 from videoadapt.runtime.console import duration, macs, percent, print_table, say
 from videoadapt.runtime.files import Summary
@@ -328,7 +329,7 @@ def print_evaluate(summary: Summary) -> None:
     elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
         say("no assigner yet: run `videoadapt label` and `videoadapt assign` to add the policies assigned and random")
     say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")
-    _say_speed(summary["speed"])
+    print_speed(summary["speed"])
     say("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["stages"].items()))
 
 
@@ -375,22 +376,6 @@ def _say_nan(policies: Mapping[str, Mapping[str, Any]]) -> None:
             f"NaN probabilities, counted as wrong, in videos: {shown}; the weights are finite, so an activation "
             "overflows: try run.precision=fp32"
         )
-
-
-def _say_speed(speed: Mapping[str, Any] | None) -> None:
-    """Prints what was measured for the column `clips/s`, and what it covers."""
-    if speed is None:
-        say("clips/s: not measured (evaluate.speed_seconds or evaluate.speed_clips is 0)")
-        return
-    of = f" of {speed['clips_wanted']}" if speed["clips"] < speed["clips_wanted"] else ""
-    limit = f"; evaluate.speed_seconds={speed['limit_s']:g} allows no more" if of else ""
-    if not speed["clips_per_s"]:
-        say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
-        return
-    say(
-        f"clips/s: assigner, routing and model, without decoding; {plural(speed['rounds'], 'round')} over "
-        f"{plural(speed['clips'], 'clip')}{of}, in {duration(speed['seconds'])} on {speed['date']}{limit}"
-    )
 
 
 def _short(name: str) -> str:

@@ -590,8 +590,9 @@ class EvaluateConfig(Section):
     """Mean over the views of a video: of their probabilities, or the softmax of the mean of their logits."""
     crop_pct: Annotated[float, Field(ge=0.01, le=1.0)] = 1.0
     """Side of the crop divided by the short side of the resized frame. DeiT: 0.875. 1 = no border."""
-    batch: Count = 16
-    """Views of a forward pass."""
+    batch: Literal["auto"] | Count = "auto"
+    """Views of a forward pass. `auto`: by the size of the point, and by the free memory of a GPU; when the speed is
+    measured, the fastest of a few sizes."""
     failed: Literal["wrong", "exclude"] = "wrong"
     """A video that cannot be read counts as `wrong`, or is left out of all figures (`exclude`)."""
     speed_seconds: Annotated[float, Field(ge=0.0, le=1e6)] = 60.0
@@ -600,7 +601,7 @@ class EvaluateConfig(Section):
     """
     speed_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 64
     """Most clips for measuring the speed. 0 = not measured."""
-    speed_repeats: Count = 3
+    speed_repeats: Count = 7
     """Most rounds of the measurement of speed, after one to warm up. In a round, each policy runs all clips once."""
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`; over

@@ -1,36 +1,73 @@
-"""The speed of policies in clips per second, measured within a time limit and kept beside the scores."""
+"""The measured cost of policies: speed, latency, time by stage and energy, within a time limit.
+
+The result is kept beside the scores.
+"""
 
 from __future__ import annotations
 
 import datetime
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from videoadapt.config.load import Config
+from videoadapt.data.clips.clip_dataset import ClipViews
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError, UserError
+from videoadapt.evaluation.intervals import median_interval
 from videoadapt.evaluation.outcomes import Outcome
+from videoadapt.evaluation.speed_passes import (
+    Bench,
+    Pass,
+    TimeLimit,
+    best_batches,
+    end_to_end,
+    interleaved,
+    latencies,
+    seconds_of_points,
+    streaming,
+)
+from videoadapt.model.batches import batch_sizes
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.label_rules import Bools, Choice
-from videoadapt.routing.policy import Fixed, Policy
-from videoadapt.routing.router import Router
+from videoadapt.routing.label_rules import Choice
+from videoadapt.routing.policy import Policy, Random, mix_of
 from videoadapt.routing.scores import Scores
-from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.machine import device_name
 
 _DECODING = 1 / 3  # of the time limit: the rest is for the passes
-_SLOW = 20  # a pass of one clip that takes 1 / _SLOW of the time left is not repeated
-_FIRST_ROUND = 1 / 2  # of the time left: its duration is an estimate, and each policy must have its pass in time
+_SLOW = 1 / 20  # a pass of one clip that takes more of the time left is not repeated
+_FIRST_ROUND = 1 / 4  # of the time left: its duration is an estimate, and each policy must have its pass in time
+_SEARCH = 1 / 10  # of the time left, for batch sizes
+_LATENCY = 1 / 10  # of the time left, for clips one by one
+_FILES = 1 / 3  # of the time left, for the rounds from files to logits
+STAGES = ("decode", "preprocess", "transfer", "assign", "route", "model")
+Interval = tuple[float, float, float]  # a median over rounds, and the lower and upper end of its 95 % interval
+
+
+@dataclass(frozen=True)
+class PolicySpeed:
+    """The measured cost of one policy. The names are keys of `evaluate.json`; None: the time did not suffice."""
+
+    clips_per_s: float  # decoded clips to logits on the CPU
+    end_to_end_clips_per_s: float | None  # files to logits
+    speedup: Interval  # time of the fixed costliest point in the same round / time of this policy
+    macs_ratio: float  # MACs of the fixed costliest point / MACs of this policy, on the measured clips
+    routed_efficiency: Interval  # speedup / macs_ratio
+    end_to_end_efficiency: Interval | None  # the same from files to logits
+    p50_ms: float | None  # of a clip alone, at batch 1
+    p95_ms: float | None
+    stages_s: dict[str, float]  # seconds per clip; on a GPU its own time for `STAGES` but `decode` and `route`
+    stages_cpu_s: dict[str, float]  # processor seconds per clip of this process, over all threads
+    joules_per_clip: float | None  # of the GPU, or of the CPU sockets; None where the machine does not tell it
+    batches: dict[str, int]  # views of a forward pass, by point
 
 
 @dataclass(frozen=True)
@@ -38,6 +75,7 @@ class Speed:
     """What was measured, and the result. The names are keys of `evaluate.json`."""
 
     clips_per_s: dict[str, float]  # by policy; a policy that had no pass in time is missing
+    policies: dict[str, PolicySpeed]  # more of these policies
     clips: int  # measured clips; each policy runs all of them in a pass
     clips_wanted: int  # `evaluate.speed_clips`, or all clips if there are fewer
     rounds: int  # rounds that count; the median of their times is the result
@@ -50,7 +88,7 @@ class Speed:
 def measure_speed(
     model: TimeSformer, manifest: Manifest, scores: Scores, outcomes: Sequence[Outcome], config: Config
 ) -> Speed | None:
-    """Measures each policy's clips per second on the same random clips: assigner, routing and model, without decoding.
+    """Measures the cost of each policy on the same random videos.
 
     A result of an earlier call is used again, if it measured the same: it lies beside the scores, as `speed.json`.
 
@@ -68,13 +106,13 @@ def measure_speed(
         RunError: A video could be read while it was scored, and cannot be read now.
     """
     limits = config.evaluate
-    count = min(limits.speed_clips, len(scores.rows))
+    videos = np.unique(scores.rows)  # a policy may need all clips of a video
+    count = min(-(-limits.speed_clips // scores.clips_per_video), len(videos))
     if not count or not limits.speed_seconds:
         return None
-    outcomes = [outcome for outcome in outcomes if outcome.policy.unit == "clip"]  # the drawn clips are no videos
-    drawn = np.random.default_rng(config.run.seed).permutation(len(scores.rows))[:count]
+    drawn = np.random.default_rng(config.run.seed).permutation(videos)[:count]
     file = scores.files[0].with_name("speed.json")
-    measured = _measured(model, drawn, outcomes, config)
+    measured = _measured(model, scores, drawn, outcomes, config)
     kept = _kept(file, measured)
     if kept is not None:
         return kept
@@ -83,7 +121,9 @@ def measure_speed(
     return speed
 
 
-def _measured(model: TimeSformer, drawn: Choice, outcomes: Sequence[Outcome], config: Config) -> dict[str, Any]:
+def _measured(
+    model: TimeSformer, scores: Scores, drawn: Choice, outcomes: Sequence[Outcome], config: Config
+) -> dict[str, Any]:
     """Returns what a measurement depends on. Weights, views and assigner are in the name of the scores' folder."""
     weight, limits = model.head.weight, config.evaluate
     return {
@@ -95,7 +135,7 @@ def _measured(model: TimeSformer, drawn: Choice, outcomes: Sequence[Outcome], co
         "limits": [limits.speed_seconds, limits.speed_clips, limits.speed_repeats],
         "drawn": drawn.tolist(),
         # The points of the drawn clips: a name does not contain fitted thresholds.
-        "policies": {outcome.policy.name: outcome.choice[drawn].tolist() for outcome in outcomes},
+        "policies": {o.policy.name: o.choice[np.isin(scores.rows, drawn)].tolist() for o in outcomes},
     }
 
 
@@ -104,7 +144,9 @@ def _kept(file: Path, measured: Mapping[str, Any]) -> Speed | None:
     if not file.exists():
         return None
     try:
-        speed = Speed(**read_json(file, "the speed is measured again", list(Speed.__dataclass_fields__)))
+        content = read_json(file, "the speed is measured again", list(Speed.__dataclass_fields__))
+        rows = {name: PolicySpeed(**row) for name, row in content["policies"].items()}
+        speed = Speed(**content | {"policies": rows})
     except (UserError, TypeError) as error:
         say(str(error))
         return None
@@ -112,35 +154,6 @@ def _kept(file: Path, measured: Mapping[str, Any]) -> Speed | None:
         return None
     say(f"speed: kept from {speed.date}; without {file} it is measured again")
     return speed
-
-
-class _Clock:
-    """The time limit of a measurement, from now on."""
-
-    def __init__(self, limit_s: float) -> None:
-        self._start = time.perf_counter()
-        self._limit_s = limit_s
-
-    @property
-    def spent_s(self) -> float:
-        return time.perf_counter() - self._start
-
-    @property
-    def left_s(self) -> float:
-        return self._limit_s - self.spent_s
-
-
-@dataclass(frozen=True)
-class _Clips:
-    """The decoded clips of a measurement; each field has one entry per clip."""
-
-    rows: Choice  # positions among the scored clips
-    views: Tensor  # uint8 (clips, crops, C, T, S, S)
-    thumbnails: Tensor  # uint8 (clips, C, A, s, s)
-    right: Bools  # (clips, points)
-
-    def first(self, count: int) -> _Clips:
-        return _Clips(self.rows[:count], self.views[:count], self.thumbnails[:count], self.right[:count])
 
 
 def _measure(
@@ -153,111 +166,146 @@ def _measure(
     config: Config,
     measured: dict[str, Any],
 ) -> Speed:
-    limits, clock = config.evaluate, _Clock(config.evaluate.speed_seconds)
-    decoded = _decoded(manifest, scores, drawn, config, clock)
-    point_s = _seconds_of_points(model, decoded.first(1), config, clock)
-    clips = (
-        decoded.first(_clip_count(outcomes, decoded.rows, point_s, model.config.points, clock))
-        if point_s
-        else decoded.first(0)
-    )
-    times = _rounds(model, clips, outcomes, config, clock) if point_s else [[] for _ in outcomes]
-    # The first round warms up: it counts if there is no other. Only whole rounds count, if there is one.
-    counted = [passes[1 : min(map(len, times))] or passes for passes in times]
-    count = len(clips.rows)
+    limit = TimeLimit(config.evaluate.speed_seconds)
+    evaluate = config.evaluate
+    videos = EvalVideos(manifest, config, temporal_views=evaluate.temporal_views, spatial_crops=evaluate.spatial_crops)
+    items = _decoded(videos, scores, drawn, limit)
+    decode_s = limit.spent_s / (len(items) * scores.clips_per_video)
+    bench = Bench(model, items, batch_sizes(model, config.evaluate.batch), config)
+    bench = _within_time(bench, scores, outcomes, drawn, limit)
+    policies, rows = _on_these(scores, outcomes, drawn[: len(bench.items)]), drawn[: len(bench.items)].tolist()
+    passes: list[list[Pass]] = [[] for _ in policies]
+    alone: list[list[float]] = [[] for _ in policies]  # seconds of clips
+    files: list[list[float]] = [[] for _ in policies]  # clips per second
+    if bench.items:
+        latency_s, files_s = limit.left_s * _LATENCY, limit.left_s * _FILES
+        rounds_limit = TimeLimit(limit.left_s - latency_s - files_s)
+        passes = interleaved(bench, policies, config.evaluate.speed_repeats + 1, rounds_limit)
+        # The first round warms up: it counts if there is no other. Only whole rounds count, if there is one.
+        passes = [done[1 : min(map(len, passes))] or done for done in passes]
+        if all(passes) and limit.left_s > 0:
+            alone = latencies(bench, _streaming(policies, passes), limit, latency_s)
+            files = end_to_end(bench, _streaming(policies, passes), videos, rows, limit_s=files_s)
+    found = {
+        policy.name: _figures(
+            bench, (policy, policies[0]), (done, passes[0]), (speeds, files[0]), alone_s=clip_s, decode_s=decode_s
+        )
+        for policy, done, clip_s, speeds in zip(policies, passes, alone, files, strict=True)
+        if done
+    }
     return Speed(
-        clips_per_s={
-            o.policy.name: count / float(np.median(passes))
-            for o, passes in zip(outcomes, counted, strict=True)
-            if passes
-        },
-        clips=count,
-        clips_wanted=len(drawn),
-        rounds=max(map(len, counted)),
-        seconds=round(clock.spent_s, 1),
-        limit_s=limits.speed_seconds,
+        clips_per_s={name: figures.clips_per_s for name, figures in found.items()},
+        policies=found,
+        clips=bench.clips,
+        clips_wanted=len(drawn) * scores.clips_per_video,
+        rounds=max(map(len, passes)),
+        seconds=round(limit.spent_s, 1),
+        limit_s=config.evaluate.speed_seconds,
         date=datetime.date.today().isoformat(),
         measured=measured,
     )
 
 
-def _rounds(
-    model: TimeSformer, clips: _Clips, outcomes: Sequence[Outcome], config: Config, clock: _Clock
-) -> list[list[float]]:
-    """Returns the seconds of each policy's passes, one policy after the other until the rounds or the time are over.
-
-    Policies run in turn, so that a slow moment of the machine affects all of them.
-    """
-    times: list[list[float]] = [[] for _ in outcomes]
-    rounds = config.evaluate.speed_repeats + 1
-    with Bar("speed", total=rounds * len(outcomes), unit="passes") as bar:
-        for _ in range(rounds):
-            before_s = clock.spent_s
-            for outcome, passes in zip(outcomes, times, strict=True):
-                if clock.left_s <= 0:
-                    return times
-                passes.append(_pass_s(model, clips, outcome.policy, config))
-                bar.step(1, f"{outcome.policy.name}; {len(clips.rows)} clips a pass")
-            if clock.left_s < clock.spent_s - before_s:  # the next round would not end in time, and so not count
-                break
-    return times
-
-
-def _pass_s(model: TimeSformer, clips: _Clips, policy: Policy, config: Config) -> float:
-    """Returns the seconds in which a policy runs all clips once."""
-    router = Router(model, policy, batch=config.evaluate.batch, average=config.evaluate.average)
-    start = time.perf_counter()
-    # Returns logits on the CPU, so that a GPU has finished by then.
-    router.run(clips.views, thumbnails=clips.thumbnails, right=clips.right)
-    return time.perf_counter() - start
-
-
-def _seconds_of_points(model: TimeSformer, clip: _Clips, config: Config, clock: _Clock) -> dict[str, float]:
-    """Returns the seconds of one clip at each point; empty if the time does not suffice for that."""
-    found = {}
-    for point in reversed(model.config.points):  # the cheapest first
-        if clock.left_s <= 0:
-            return {}
-        found[point] = _pass_s(model, clip, Fixed(point), config)
-        if found[point] < clock.left_s / _SLOW:  # a first pass also makes kernels and caches
-            found[point] = _pass_s(model, clip, Fixed(point), config)
-    return found
-
-
-def _clip_count(
-    outcomes: Sequence[Outcome], rows: Choice, point_s: Mapping[str, float], points: Sequence[str], clock: _Clock
-) -> int:
-    """Returns how many of the decoded clips a first round can take."""
-    # Of each clip, over all policies: views that ran at each point, in units of all crops of a clip.
+def _within_time(bench: Bench, scores: Scores, outcomes: Sequence[Outcome], drawn: Choice, limit: TimeLimit) -> Bench:
+    """Returns the bench with as many videos as a first round can take, none if there is no time, and batch sizes."""
+    point_s = seconds_of_points(bench, limit, _SLOW)
+    if not point_s:
+        return replace(bench, items=[])
+    costs = np.array([point_s[point] for point in bench.model.config.points])
     crops = outcomes[0].ran.max()  # the first policy is a fixed point
-    seconds = sum(o.ran[rows] @ np.array([point_s[point] for point in points]) / crops for o in outcomes)
-    fitting = np.searchsorted(np.cumsum(seconds), clock.left_s * _FIRST_ROUND, side="right")
-    return max(1, int(fitting))
+    seconds = np.zeros(len(bench.items))
+    for number, row in enumerate(drawn[: len(bench.items)].tolist()):
+        # Views that ran at each point, in units of all crops of a clip.
+        seconds[number] = sum((o.ran[scores.rows == row] @ costs).sum() / crops for o in outcomes)
+    fitting = np.searchsorted(np.cumsum(seconds), limit.left_s * _FIRST_ROUND, side="right")
+    bench = replace(bench, items=bench.items[: max(1, int(fitting))])
+    if bench.config.evaluate.batch == "auto":
+        bench = replace(bench, batches=best_batches(bench, limit, limit.left_s * _SEARCH))
+    return bench
 
 
-def _decoded(manifest: Manifest, scores: Scores, drawn: Choice, config: Config, clock: _Clock) -> _Clips:
-    """Decodes the drawn clips in their order, at least one, until its fraction of the time is over."""
-    dataset = EvalVideos(
-        manifest,
-        config,
-        temporal_views=config.evaluate.temporal_views,
-        spatial_crops=config.evaluate.spatial_crops,
+def _on_these(scores: Scores, outcomes: Sequence[Outcome], drawn: Choice) -> list[Policy]:
+    """Returns the policies; those that copy another one's mix copy it as it is on these videos."""
+    here = {o.policy.name: o.choice[np.isin(scores.rows, drawn)] for o in outcomes}
+    return [
+        replace(policy, mix=mix_of(here[policy.imitates], len(policy.mix)))
+        if isinstance(policy, Random) and policy.imitates
+        else policy
+        for policy in (outcome.policy for outcome in outcomes)
+    ]
+
+
+def _streaming(policies: Sequence[Policy], passes: Sequence[Sequence[Pass]]) -> list[Policy]:
+    return [streaming(policy, done[-1].routed) for policy, done in zip(policies, passes, strict=True)]
+
+
+def _figures(
+    bench: Bench,
+    policies: tuple[Policy, Policy],
+    passes: tuple[Sequence[Pass], Sequence[Pass]],
+    files: tuple[Sequence[float], Sequence[float]],
+    *,
+    alone_s: Sequence[float],
+    decode_s: float,
+) -> PolicySpeed:
+    """Returns the figures of a policy.
+
+    Args:
+        bench: The measured videos.
+        policies: The policy, and the fixed costliest point.
+        passes: The passes of both, in the same rounds.
+        files: Clips per second from files to logits of both, in the same rounds.
+        alone_s: Seconds of each clip of the policy alone.
+        decode_s: Seconds of decoding a clip.
+    """
+    own, reference = passes
+    ratio = bench.macs(policies[1], reference[-1].routed) / bench.macs(policies[0], own[-1].routed)
+    speedup = median_interval([b.seconds / a.seconds for a, b in zip(own, reference, strict=False)])
+    from_files = [a / b / ratio for a, b in zip(*files, strict=True)]
+    median_s = float(np.median([done.seconds for done in own]))
+    joules = [done.joules for done in own if done.joules is not None]
+    p50, p95 = np.quantile(alone_s, [0.5, 0.95]).tolist() if len(alone_s) else (None, None)
+    low, high = speedup[1] / ratio, speedup[2] / ratio
+    return PolicySpeed(
+        clips_per_s=bench.clips / median_s,
+        end_to_end_clips_per_s=float(np.median(files[0])) if len(files[0]) else None,
+        speedup=speedup,
+        macs_ratio=ratio,
+        routed_efficiency=(speedup[0] / ratio, low, high),
+        end_to_end_efficiency=median_interval(from_files) if from_files else None,
+        p50_ms=None if p50 is None else 1000 * p50,
+        p95_ms=None if p95 is None else 1000 * p95,
+        stages_s=_stages(bench, [done.stages for done in own], [done.seconds for done in own], decode_s),
+        stages_cpu_s={
+            stage: sum(done.cpu_stages.get(stage, 0.0) for done in own) / len(own) / bench.clips
+            for stage in ("preprocess", "transfer", "assign", "model")
+        },
+        joules_per_clip=float(np.mean(joules)) / bench.clips if joules else None,
+        batches=dict(bench.batches),
     )
-    wanted: dict[int, list[int]] = {}  # the drawn clips by manifest row: each video is decoded once
-    for number in drawn.tolist():
-        wanted.setdefault(int(scores.rows[number]), []).append(number)
-    end_s = clock.left_s * (1 - _DECODING)
-    rows: list[int] = []
-    views, thumbnails = [], []
-    for row, video in zip(wanted, stream(dataset, list(wanted)), strict=True):
+
+
+def _stages(
+    bench: Bench, stages: Sequence[Mapping[str, float]], seconds: Sequence[float], decode_s: float
+) -> dict[str, float]:
+    """Returns the mean seconds per clip by stage; `route` is what the others leave of the wall clock."""
+    clips = len(stages) * bench.clips
+    found = {stage: sum(one.get(stage, 0.0) for one in stages) / clips for stage in STAGES}
+    found["route"] = max(0.0, sum(seconds) / clips - sum(found.values()))
+    return found | {"decode": decode_s}
+
+
+def _decoded(videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit) -> list[ClipViews]:
+    """Decodes the drawn videos in their order, at least one, until its fraction of the time is over."""
+    end_s = limit.left_s * (1 - _DECODING)
+    items = []
+    for row, video in zip(drawn.tolist(), stream(videos, drawn.tolist()), strict=True):
         if not isinstance(video, VideoViews):
             raise RunError(
-                f"evaluate: {manifest.row(row).path} was readable when it was scored, and cannot be read now; run "
-                "`evaluate` again"
+                f"evaluate: {videos.manifest.row(row).path} was readable when it was scored, and cannot be read now; "
+                "run `evaluate` again"
             )
-        rows += wanted[row]
-        views += [video.views[clip] for clip in scores.clips[wanted[row]]]
-        thumbnails += [video.thumbnails[clip] for clip in scores.clips[wanted[row]]]
-        if clock.left_s < end_s:
+        items.append(ClipViews(video.views, video.thumbnails, scores.right[scores.rows == row]))
+        if limit.left_s < end_s:
             break
-    return _Clips(np.array(rows), torch.stack(views), torch.stack(thumbnails), scores.right[rows])
+    return items

@@ -21,10 +21,10 @@ from videoadapt.data.clips.clip_dataset import ClipViews
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.clips.views import pixel_draws, preprocess
 from videoadapt.errors import UserError, VideoError
+from videoadapt.model.batches import Batch, batch_sizes
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.arrivals import Arrival, Arrivals, Item
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.batches import Batch, batch_sizes
 from videoadapt.routing.decide import Decision, Request, rounds
 from videoadapt.routing.label_rules import Bools, Choice, Floats, average_views, confidences, running_answers
 from videoadapt.routing.policy import Evidence, Policy, Unit
@@ -81,6 +81,10 @@ class Router:
     are those of running each clip alone, in the order of the clips. A thread reads the source ahead, so that decoding
     and the copies to a GPU overlap with the model. A router has no state between calls.
 
+    Attributes:
+        batches: Views of a forward pass, by point.
+        clock: Measures the time of each stage, if it is set.
+
     Args:
         model: The model in eval mode, of any precision and on any device.
         policy: The rule.
@@ -115,7 +119,7 @@ class Router:
         self.device = model.head.weight.device
         self._assigner = None if policy.assigner is None else policy.assigner.for_inference().to(self.device)
         self._shape = (3, model.config.num_frames, model.config.size, model.config.size)
-        self._clock: StageClock | None = None
+        self.clock: StageClock | None = None
 
     def run(
         self, clips: Tensor | Iterable[Item], *, thumbnails: Tensor | None = None, right: Bools | None = None
@@ -173,7 +177,7 @@ class Router:
         yield from self._results(items, self.max_wait_s)
 
     def _results(self, items: Iterable[Item], max_wait_s: float | None) -> Iterator[RoutedVideo | Failure | VideoError]:
-        in_memory = isinstance(items, _Clips) and self.device.type == "cpu"  # nothing to decode, nothing to copy
+        in_memory = isinstance(items, list | tuple) and self.device.type == "cpu"  # nothing to decode or to copy
         arrivals = Arrivals(
             items,
             shape=self._shape,
@@ -189,7 +193,7 @@ class Router:
             arrivals.close()
 
     def _timed(self, stage: Stage) -> AbstractContextManager[None]:
-        return nullcontext() if self._clock is None else self._clock.of(stage)
+        return nullcontext() if self.clock is None else self.clock.of(stage)
 
     @torch.inference_mode()
     def _pass(self, views: Tensor, point: str) -> Tensor:
@@ -214,20 +218,16 @@ class Router:
             return assign_probabilities(self._assigner, torch.cat(given))
 
 
-class _Clips(list[ClipViews]):
-    """Clips in memory, one item each."""
-
-
-def _split(clips: Tensor, thumbnails: Tensor | None, right: Bools | None) -> _Clips:
+def _split(clips: Tensor, thumbnails: Tensor | None, right: Bools | None) -> list[ClipViews]:
     """Splits tensors of n clips into n items, without copies."""
-    return _Clips(
+    return [
         ClipViews(
             clip[None] if clip.ndim < 6 else clip,  # noqa: PLR2004 - (X, C, T, S, S) is one clip
             None if thumbnails is None else thumbnails[n : n + 1],
             None if right is None else right[n : n + 1],
         )
         for n, clip in enumerate(clips)
-    )
+    ]
 
 
 @dataclass

@@ -34,6 +34,8 @@ from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.metrics import Validation, best_metric, best_validation, out_of_patience
 from videoadapt.training.state import State
 
+_BATCH = 16  # videos of a forward pass, if `evaluate.batch` is `auto`
+
 
 @dataclass(frozen=True)
 class ValidationVideos:
@@ -115,6 +117,8 @@ class Validator:
         """
         assert self.videos is not None, "is_due"
         state, rows, batch = self.state, self.videos.rows, self.state.config.evaluate.batch
+        if batch == "auto":  # the same on every rank, beside the memory of training
+            batch = _BATCH
         model = state.model if state.ema is None else state.ema.module
         model.eval()
         dataset = EvalVideos(state.manifest, state.config, temporal_views=1, spatial_crops=1, thumbnails=False)

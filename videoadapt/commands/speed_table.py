@@ -1,0 +1,82 @@
+"""Prints the measured cost of policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from videoadapt.errors import plural
+from videoadapt.runtime.console import duration, print_table, say
+
+
+def print_speed(speed: Mapping[str, Any] | None) -> None:
+    """Prints the table of measured costs, and what it covers.
+
+    Args:
+        speed: The key `speed` of `evaluate.json`.
+    """
+    if speed is None:
+        say("clips/s: not measured (evaluate.speed_seconds or evaluate.speed_clips is 0)")
+        return
+    of = f" of {speed['clips_wanted']}" if speed["clips"] < speed["clips_wanted"] else ""
+    limit = f"; evaluate.speed_seconds={speed['limit_s']:g} allows no more" if of else ""
+    if not speed["clips_per_s"]:
+        say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
+        return
+    _print_policies(speed["policies"])
+    say(
+        f"clips/s: assigner, routing and model over decoded clips; from files: with decoding; {_covered(speed)}{of}, in "
+        f"{duration(speed['seconds'])} on {speed['date']}{limit}"
+    )
+    say(
+        "efficiency: speed-up / MACs saved, both against the fixed costliest point; 1 = every saved multiply-add saves "
+        "its time"
+    )
+
+
+def _covered(speed: Mapping[str, Any]) -> str:
+    return f"median of {plural(speed['rounds'], 'round')} in turn over {plural(speed['clips'], 'clip')}"
+
+
+def _print_policies(policies: Mapping[str, Mapping[str, Any]]) -> None:
+    columns = [
+        "policy",
+        "clips/s",
+        "speed-up",
+        "by MACs",
+        "efficiency (95 %)",
+        "from files",
+        "alone p50/p95",
+        "time in",
+    ]
+    rows = [_cells(name, policy) for name, policy in policies.items()]
+    if any(policy["joules_per_clip"] is not None for policy in policies.values()):
+        columns.append("J/clip")
+    print_table("measured cost", columns, [row[: len(columns)] for row in rows])
+
+
+def _cells(name: str, policy: Mapping[str, Any]) -> tuple[str, ...]:
+    joules, p50 = policy["joules_per_clip"], policy["p50_ms"]
+    return (
+        name,
+        f"{policy['clips_per_s']:.1f}",
+        f"{policy['speedup'][0]:.2f}",
+        f"{policy['macs_ratio']:.2f}",
+        _interval(policy["routed_efficiency"]),
+        _interval(policy["end_to_end_efficiency"]),
+        "-" if p50 is None else f"{p50:.1f}/{policy['p95_ms']:.1f} ms",
+        _largest(policy["stages_s"]),
+        "-" if joules is None else f"{joules:.2f}",
+    )
+
+
+def _interval(values: Sequence[float] | None) -> str:
+    return "-" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
+def _largest(stages_s: Mapping[str, float]) -> str:
+    """Returns the stages that take most of the time over decoded clips."""
+    routed = {stage: seconds for stage, seconds in stages_s.items() if stage != "decode"}
+    total = sum(routed.values()) or 1.0
+    shares = sorted(((seconds / total, stage) for stage, seconds in routed.items()), reverse=True)
+    return ", ".join(f"{stage} {share:.0%}" for share, stage in shares[:3] if share >= 0.01)  # noqa: PLR2004 - 1 %

@@ -1,0 +1,232 @@
+"""Timed passes of policies over the same decoded videos, from which `speed` computes its figures."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from videoadapt.config.load import Config
+from videoadapt.data.clips.clip_dataset import ClipViews
+from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
+from videoadapt.data.clips.loader import stream
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.decide import clip_macs, views_run
+from videoadapt.routing.label_rules import Choice
+from videoadapt.routing.policy import Evidence, Fixed, OnePointPolicy, Policy
+from videoadapt.routing.router import Routed, Router
+from videoadapt.routing.stage_clock import StageClock
+from videoadapt.runtime.console import Bar
+from videoadapt.runtime.energy import energy_meter
+
+_LONGEST_TRY_S = 1.0  # a batch size whose pass takes longer is not doubled
+
+
+class TimeLimit:
+    """The time limit of a measurement, from now on."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._start = time.perf_counter()
+        self._limit_s = limit_s
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the limit, below 0 after it."""
+        return self._limit_s - self.spent_s
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One policy over all videos once.
+
+    Attributes:
+        seconds: From the decoded videos to the logits on the CPU.
+        stages: Seconds by stage; see `StageClock`.
+        cpu_stages: Processor seconds by stage.
+        joules: Energy of the device; None if it is not known.
+        routed: The decisions.
+    """
+
+    seconds: float
+    stages: Mapping[str, float]
+    cpu_stages: Mapping[str, float]
+    joules: float | None
+    routed: Routed
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all passes share: the model, decoded videos of K clips each, and the views of a forward pass by point."""
+
+    model: TimeSformer
+    items: Sequence[ClipViews]
+    batches: Mapping[str, int]
+    config: Config
+
+    @property
+    def clips(self) -> int:
+        """Number of clips."""
+        return sum(len(item.views) for item in self.items)
+
+    def router(self, policy: Policy, *, alone: bool = False) -> Router:
+        """Returns the router of a policy; `alone` runs view by view."""
+        return Router(self.model, policy, batch=1 if alone else self.batches, average=self.config.evaluate.average)
+
+    def run(self, policy: Policy, items: Sequence[ClipViews] | None = None) -> Pass:
+        """Runs a policy over all videos, or over the given ones, and times it."""
+        router, device = self.router(policy), self.model.head.weight.device
+        router.clock = StageClock(device)
+        meter = energy_meter(device)
+        before_j = meter() if meter else 0.0
+        start = time.perf_counter()
+        routed = router.run(self.items if items is None else items)  # logits on the CPU: a GPU has finished by then
+        seconds = time.perf_counter() - start
+        joules = meter() - before_j if meter else None
+        return Pass(seconds, router.clock.seconds(), router.clock.cpu_seconds(), joules, routed)
+
+    def macs(self, policy: Policy, routed: Routed) -> float:
+        """Returns the MACs of a pass."""
+        clips, crops = self.items[0].views.shape[:2]
+        ran = views_run(policy, routed.decision, len(self.model.config.points), clips=clips, crops=crops)
+        return float(clip_macs(policy, ran, self.model.config)[0].sum())
+
+
+class Replayed(OnePointPolicy):
+    """The choices of another pass, in the same order again and again.
+
+    For policies that cannot stream: those that need the truth, or all clips at once.
+    """
+
+    def __init__(self, policy: Policy, choice: Choice) -> None:
+        self._name, self._choices = policy.name, itertools.cycle(choice.tolist())
+
+    @property
+    def name(self) -> str:
+        """The name of the policy."""
+        return self._name
+
+    def choose(self, evidence: Evidence) -> Choice:
+        """Returns the next choices."""
+        return np.array([next(self._choices) for _ in range(evidence.count)])
+
+
+def streaming(policy: Policy, routed: Routed) -> Policy:
+    """Returns a policy that makes the same choices in a stream."""
+    return Replayed(policy, routed.choice) if policy.needs & {"truth", "population"} else policy
+
+
+def best_batches(bench: Bench, limit: TimeLimit, limit_s: float) -> dict[str, int]:
+    """Returns the fastest batch size of each point: that of `bench`, half of it, or multiples of it.
+
+    Args:
+        bench: The videos, and the sizes to begin with.
+        limit: The time limit of the whole measurement.
+        limit_s: Seconds for the search.
+    """
+    found = dict(bench.batches)
+    views = sum(item.views.shape[0] * item.views.shape[1] for item in bench.items)
+    end_s = limit.left_s - limit_s
+    for point, size in bench.batches.items():
+        best_s = np.inf
+        for tried in (size, size // 2, 2 * size, 4 * size):
+            if not 0 < tried <= views or limit.left_s < end_s:
+                continue
+            items = bench.items[: max(1, -(-tried // (views // len(bench.items))))]
+            one = Bench(bench.model, items, {**bench.batches, point: tried}, bench.config)
+            # Twice: the first pass also makes kernels and caches.
+            seconds = min(one.run(Fixed(point)).seconds for _ in range(2)) / one.clips
+            if seconds < 0.97 * best_s:  # noqa: PLR2004 - a difference that is more than noise
+                best_s, found[point] = seconds, tried
+            if seconds * one.clips > _LONGEST_TRY_S:
+                break
+    return found
+
+
+def interleaved(bench: Bench, policies: Sequence[Policy], rounds: int, limit: TimeLimit) -> list[list[Pass]]:
+    """Returns the passes of each policy, one policy after the other until the rounds or the time are over.
+
+    Policies run in turn, so that a slow moment of the machine affects all of them.
+    """
+    passes: list[list[Pass]] = [[] for _ in policies]
+    with Bar("speed", total=rounds * len(policies), unit="passes") as bar:
+        for _ in range(rounds):
+            before_s = limit.spent_s
+            for policy, done in zip(policies, passes, strict=True):
+                if limit.left_s <= 0:
+                    return passes
+                done.append(bench.run(policy))
+                bar.step(1, f"{policy.name}; {bench.clips} clips a pass")
+            if limit.left_s < limit.spent_s - before_s:  # the next round would not end in time, and so not count
+                break
+    return passes
+
+
+def latencies(bench: Bench, policies: Sequence[Policy], limit: TimeLimit, limit_s: float) -> list[list[float]]:
+    """Returns the seconds per clip of each policy, clip by clip at batch 1, the policies in turn within the time."""
+    routers = [bench.router(policy, alone=True) for policy in policies]
+    found: list[list[float]] = [[] for _ in policies]
+    end_s = limit.left_s - limit_s
+    for item in bench.items:
+        for router, seconds in zip(routers, found, strict=True):
+            start = time.perf_counter()
+            router.run([item])
+            seconds.append((time.perf_counter() - start) / len(item.views))
+        if limit.left_s < end_s:
+            break
+    return found
+
+
+def end_to_end(
+    bench: Bench, policies: Sequence[Policy], videos: EvalVideos, rows: Sequence[int], *, limit_s: float
+) -> list[list[float]]:
+    """Returns clips per second from files to logits, by policy and round, within `limit_s`.
+
+    The time begins with the first decoded video, so that the start of worker processes does not count.
+    """
+    found: list[list[float]] = [[] for _ in policies]
+    limit = TimeLimit(limit_s)
+    while limit.left_s > limit.spent_s / max(1, len(found[0])) and len(found[0]) < bench.config.evaluate.speed_repeats:
+        for policy, speeds in zip(policies, found, strict=True):
+            speeds.append(_from_files(bench, policy, videos, rows))
+    return found
+
+
+def _from_files(bench: Bench, policy: Policy, videos: EvalVideos, rows: Sequence[int]) -> float:
+    start = time.perf_counter()
+
+    def decoded() -> Iterator[VideoViews | Failure]:
+        nonlocal start
+        for number, video in enumerate(stream(videos, rows)):
+            if not number:
+                start = time.perf_counter()
+            yield video
+
+    count = len(list(bench.router(policy).stream(decoded())))
+    return (count - 1) * videos.temporal_views / (time.perf_counter() - start)
+
+
+def seconds_of_points(bench: Bench, limit: TimeLimit, slow: float) -> dict[str, float]:
+    """Returns the seconds of one clip at each point; empty if the time does not suffice for that.
+
+    Args:
+        bench: The videos; the first one is used.
+        limit: The time limit.
+        slow: A pass that takes more than this fraction of the time left is not repeated.
+    """
+    found = {}
+    one = bench.items[:1]
+    for point in reversed(bench.model.config.points):  # the cheapest first
+        if limit.left_s <= 0:
+            return {}
+        found[point] = bench.run(Fixed(point), one).seconds / len(one[0].views)
+        if found[point] < limit.left_s * slow:  # a first pass also makes kernels and caches
+            found[point] = bench.run(Fixed(point), one).seconds / len(one[0].views)
+    return found
