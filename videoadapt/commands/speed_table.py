@@ -25,8 +25,8 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
         return
     _print_policies(speed["policies"])
     say(
-        f"clips/s: assigner, routing and model over decoded clips; from files: with decoding; {_covered(speed)}{of}, in "
-        f"{duration(speed['seconds'])} on {speed['date']}{limit}"
+        f"clips/s: assigner, routing and model over decoded clips; from files: with decoding; {_covered(speed)}{of}, "
+        f"in {duration(speed['seconds'])} on {speed['date']}{limit}"
     )
     say(
         "efficiency: speed-up / MACs saved, both against the fixed costliest point; 1 = every saved multiply-add saves "

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,11 +37,10 @@ def _gpu_meter(index: int) -> Callable[[], float] | None:
 
 
 @cache
-def _nvml():  # type: ignore[no-untyped-def]  # noqa: ANN202 - a module
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml
+def _nvml() -> Any:
+    nvml = import_module("pynvml")
+    nvml.nvmlInit()
+    return nvml
 
 
 def _cpu_meter(rapl: Path) -> Callable[[], float] | None:
