@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import small_runs as runs
+from videoadapt.commands.stage import CurvesWhileTraining
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.views import normalise
@@ -50,8 +51,21 @@ def make(data: Path, indexed: Path, folder: Path, /, **sections: dict) -> Config
 @pytest.fixture(scope="module")
 def trained(data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = make(data, indexed, tmp_path_factory.mktemp("trained"))
-    train(config)
+    train(config, CurvesWhileTraining(config.run.dir, first_s=0.0))
     return config
+
+
+def test_curves_are_drawn_while_training_and_cannot_end_it(
+    trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = [trained.run.dir / "curves.png", trained.run.dir / "curves_dark.png"]
+    assert all(figure.exists() for figure in figures)
+    # After the first validation, and not again after the others: drawing takes long beside these epochs.
+    assert figures[1].stat().st_mtime < (trained.run.dir / "train.json").stat().st_mtime
+    CurvesWhileTraining(tmp_path)()  # it is not time yet
+    assert capsys.readouterr().err == ""
+    CurvesWhileTraining(tmp_path, first_s=0.0)()
+    assert "curves: not drawn while training (FileNotFoundError: " in capsys.readouterr().err
 
 
 def curve(config: Config) -> list[dict[str, Any]]:

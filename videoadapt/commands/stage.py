@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config
-from videoadapt.errors import RunError, plural
+from videoadapt.errors import RunError, one_line, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.results import Result, ShardResult
@@ -78,6 +78,33 @@ def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Res
         _wait_for_end(job, warned, config.run.dir, options)
 
 
+class CurvesWhileTraining:
+    """Draws the curves of a training that goes on, after a validation: the first time after a minute.
+
+    It draws again when the last drawing took at most a fiftieth of the time since.
+
+    Args:
+        run: The run folder.
+        first_s: Seconds before the first drawing: a short training needs none before its end.
+    """
+
+    def __init__(self, run: Path, first_s: float = 60.0) -> None:
+        self.run, self._next_at = run, time.monotonic() + first_s
+
+    def __call__(self) -> None:
+        """Draws, if it is time. An error is printed: it does not end the training."""
+        started = time.monotonic()
+        if started < self._next_at:
+            return
+        from videoadapt.report.plots import draw_curves  # here, since importing matplotlib takes a second
+
+        try:
+            draw_curves(self.run)
+        except Exception as error:
+            say(f"curves: not drawn while training ({type(error).__name__}: {one_line(error)})")
+        self._next_at = time.monotonic() + 50 * (time.monotonic() - started)
+
+
 def draw_new_curves(run: Path) -> None:
     """Draws the curves of a training that has just ended; an old training has them already."""
     curves, summary = run / "curves.png", run / "train.json"
@@ -101,7 +128,7 @@ def _function(stage: Stage) -> Callable[..., Result]:
     if stage == "train":
         from videoadapt.training.train import train
 
-        return train
+        return lambda config: train(config, CurvesWhileTraining(config.run.dir))
     if stage == "label":
         from videoadapt.routing.label import label
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from videoadapt.commands.stage import draw_figures_of_evaluation, draw_new_curves
+from videoadapt.commands.stage import CurvesWhileTraining, draw_figures_of_evaluation, draw_new_curves
 from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.index.manifest import index as run_index
@@ -71,7 +71,7 @@ def train(config: ConfigSource, *, progress: bool = True) -> TrainSummary:
     """
     loaded = as_config(config)
     with progress_shown(progress):
-        summary = run_train(loaded)
+        summary = run_train(loaded, CurvesWhileTraining(loaded.run.dir))
         draw_new_curves(loaded.run.dir)
     return summary
 

@@ -346,15 +346,23 @@ def _short(name: str) -> str:
 
 
 def draw_curves(run: Path) -> Path:
-    """Draws `curves.png` into the folder of a finished training, from its metrics and validations."""
-    summary = read_json(run / "train.json", "run `videoadapt train` again", ["points", "steps", "epochs"])
+    """Draws `curves.png` into the folder of a training, from its metrics and validations.
+
+    A training that is not finished, and has no `train.json` yet, needs a validation.
+    """
     metrics = pd.read_json(run / "metrics.jsonl", lines=True)
+    if (run / "train.json").exists():
+        summary = read_json(run / "train.json", "run `videoadapt train` again", ["points", "steps", "epochs"])
+    else:
+        points = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
+        summary = {"points": points, "steps": len(metrics), "epochs": 1}
     path, curves = run / "validation.jsonl", run / "curves.png"
     validations = pd.read_json(path, lines=True) if path.exists() and path.stat().st_size else pd.DataFrame()
     per_epoch = summary["steps"] / summary["epochs"]
     if len(validations):  # a run that stopped early has fewer epochs than its config
         per_epoch = validations["step"].iloc[-1] / validations["epoch"].iloc[-1]
-    title = f"{run.name}, {summary['clips']} training videos, {datetime.now():%Y-%m-%d}"
+    population = f"{summary['clips']} training videos" if "clips" in summary else f"step {metrics['step'].iloc[-1]}"
+    title = f"{run.name}, {population}, {datetime.now():%Y-%m-%d}"
 
     def plot() -> Figure:
         figure = plot_curves(metrics, validations, tuple(summary["points"]), per_epoch, summary.get("best"))

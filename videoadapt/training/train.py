@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -63,7 +63,7 @@ from videoadapt.training.tracker import open_tracker, require_tracker
 from videoadapt.training.validate import Validator, describe, say_failed
 
 
-def train(config: Config) -> TrainSummary:
+def train(config: Config, after_validation: Callable[[], None] | None = None) -> TrainSummary:
     """Trains the model of a config to the end, from the run's newest checkpoint if there is one.
 
     The ranks of a job share the work by `parallel.groups`; the result is the same for every plan, up to rounding. All
@@ -71,6 +71,7 @@ def train(config: Config) -> TrainSummary:
 
     Args:
         config: The config; `run.dir` receives checkpoints, `metrics.jsonl`, `skipped.jsonl` and `train.json`.
+        after_validation: Called on rank 0 after each validation, whose lines are then in the files.
 
     Returns:
         The content of `train.json`. A finished run is not trained again.
@@ -100,7 +101,7 @@ def train(config: Config) -> TrainSummary:
                 say(f"continuing from {checkpoints.folder} at step {state.step}")
             preflight(config, manifest, plan)
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
-            meter = run_epochs(state, role, checkpoints, per_epoch)
+            meter = run_epochs(state, role, checkpoints, per_epoch, after_validation)
             if rank() == 0:
                 with checkpoints.guard():
                     write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter).to_json())
@@ -112,7 +113,13 @@ def train(config: Config) -> TrainSummary:
         return summary
 
 
-def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch: int) -> ThroughputMeter:
+def run_epochs(
+    state: State,
+    role: RankRole,
+    checkpoints: Checkpoints,
+    per_epoch: int,
+    after_validation: Callable[[], None] | None = None,
+) -> ThroughputMeter:
     """Runs the training loop from `state.step` to the end of the last epoch.
 
     Args:
@@ -120,6 +127,7 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
         role: The role of this rank.
         checkpoints: Where rank 0 saves, every `train.save_steps` steps and at the end.
         per_epoch: Steps of an epoch.
+        after_validation: As in `train`.
 
     Returns:
         The meter, with the throughput since the start of the loop.
@@ -148,7 +156,7 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
         reports = Reports(state.device, take)
         steps = meter.timed(_save_if_reading_fails(_read_steps(state, role), state, role, checkpoints, reports))
         if validator.is_due():  # the run was interrupted before or in a validation
-            _validate(validator, role, checkpoints, metrics, meter, stop, bar)
+            _validate(validator, role, checkpoints, metrics, meter, stop, bar, after_validation)
         while not out_of_patience(state.validations, config) and (micro_batches := next(steps, None)) is not None:
             schedule.step_update(state.step)  # from the step alone, so that a resumed run has the same rates
             report = train_step(state, role, micro_batches, stop)
@@ -161,7 +169,7 @@ def run_epochs(state: State, role: RankRole, checkpoints: Checkpoints, per_epoch
                 say(f"stopped and saved at step {state.step} of {last_step}")
                 stop.stop()
             if validator.is_due():
-                _validate(validator, role, checkpoints, metrics, meter, stop, bar)
+                _validate(validator, role, checkpoints, metrics, meter, stop, bar, after_validation)
     return meter
 
 
@@ -173,6 +181,7 @@ def _validate(  # noqa: PLR0917 - what the loop has
     meter: ThroughputMeter,
     stop: StopRequest,
     bar: Bar,
+    after_validation: Callable[[], None] | None,
 ) -> None:
     """Validates the state that was just saved, and points `best` to its checkpoint if it is the best so far.
 
@@ -186,13 +195,15 @@ def _validate(  # noqa: PLR0917 - what the loop has
         stop.stop()
     state.validations.append(validation)
     seconds = time.monotonic() - start
-    meter.exclude(seconds)
     if metrics is not None:  # rank 0
         metrics.write_validation(validation, seconds)
+        if after_validation is not None:
+            after_validation()
         say(describe(validation, seconds, state))
         say_failed(state.validations)
         if best_validation(state.validations, state.config) is validation:
             checkpoints.mark_best(state.step)
+    meter.exclude(time.monotonic() - start)
     if validator.is_last():
         _save(state, role, checkpoints)  # again: now it records the last validation, too
 
