@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import small_runs as runs
-from videoadapt.commands.new import fill_template, parts_that_fit
+from videoadapt.commands.new import NewRun, fill_template, parts_that_fit, print_new
 from videoadapt.commands.recommend import MachineFacts, Setting, recommend
 from videoadapt.config.load import load_config, make_config
 from videoadapt.config.parse import parse_yaml
@@ -175,10 +175,31 @@ def test_settings_follow_data_and_machine() -> None:
 def test_more_time_allows_a_larger_input() -> None:
     usual, long = recommend(facts(180), VIT_S, LAPTOP), recommend(facts(180), VIT_S, LAPTOP, minutes=1000)
     assert long.settings["model.size"].value > usual.settings["model.size"].value
-    assert usual.larger
-    assert long.larger is None
-    named = float(usual.larger.split("--minutes ")[1].rstrip(")"))
-    assert recommend(facts(180), VIT_S, LAPTOP, minutes=named).larger != usual.larger
+    assert long.alternatives[0].chosen
+    for wanted in usual.alternatives:  # the time in each line of the table leads to this line
+        again = recommend(facts(180), VIT_S, LAPTOP, minutes=wanted.minutes * 1.001)
+        [chosen] = [each for each in again.alternatives if each.chosen]
+        assert chosen.epochs >= chosen.least_epochs
+        assert chosen.minutes <= wanted.minutes
+        assert (again.settings["model.size"].value, again.settings["train.epochs"].value) == (
+            chosen.pixels,
+            chosen.epochs,
+        )
+
+
+def test_a_busy_machine_is_said_with_its_times(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = replace(LAPTOP, slowdown=7.0)
+    chosen = recommend(facts(1600, kind="images"), VIT_S, machine, 10)
+    result = NewRun(
+        Path("c"), facts(1600, kind="images"), None, machine, {"train": 120.0}, 10.0, chosen.alternatives, [], []
+    )
+    print_new(result)
+    printed = capsys.readouterr()
+    assert "if nothing else runs: train 2:00" in printed.err
+    assert "about 7 times as long, train 14:00" in printed.err and "--minutes 1.4" in printed.err
+    assert printed.out.count("*") == 2  # in the title, and at the line that was chosen
+    print_new(replace(result, machine=LAPTOP))
+    assert "busy" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("clips", "kind"), [(180, "videos"), (180, "images"), (1600, "images")])

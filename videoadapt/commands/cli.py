@@ -221,7 +221,9 @@ def new(
     minutes: Annotated[
         float | None,
         typer.Option(
-            min=0.1, help="Time that training may take [default: 10 on a CPU, 60 on a GPU].", show_default=False
+            min=0.1,
+            help="Time for training on this machine if nothing else runs. It decides pixels, frozen blocks and epochs.",
+            show_default="10, or 60 on a GPU",
         ),
     ] = None,
     as_json: Json = False,

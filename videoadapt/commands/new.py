@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from videoadapt.commands.recommend import MachineFacts, Recommendation, Setting, recommend
+from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Recommendation, Setting, recommend
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, plural
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
-from videoadapt.performance.timing import bf16_is_fast, time_of, training_macs_per_s
+from videoadapt.performance.timing import bf16_is_fast, time_of, training_speed
 from videoadapt.routing.assigner import Assigner
 from videoadapt.runtime.console import duration, print_table, say
 from videoadapt.runtime.files import replacing
@@ -36,6 +36,8 @@ _LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):.*")  # of the template; com
 _PAGES = "# Change what you like. docs/finetune.md says how to choose, docs/config.md has all keys."
 _OF_VIDEOS = ("data.short_side", "model.stride_frames", "model.fps")  # a config for images does without them
 _FEW_EPOCHS = 4
+_BUSY = 1.3  # slowdown of the machine from which it is said
+_ROUND_MIN = 10  # minutes from which they are shown whole
 _MEMORY_USED = 0.8  # of a GPU's memory, at most: the prediction does not count what CUDA itself needs
 
 
@@ -47,8 +49,9 @@ class NewRun:
     data: Survey
     weights: str | None  # names the source and its layout
     machine: MachineFacts
-    seconds: dict[str, float]  # by stage, without reading the videos
-    minutes: float  # for training; the settings were chosen for it
+    seconds: dict[str, float]  # by stage, on an idle machine, without reading the videos
+    minutes: float  # for training on an idle machine; the settings were chosen for it
+    alternatives: list[Alternative]  # other inputs, and the time that they take
     notes: list[str]
     commands: list[str]  # what to run next
 
@@ -68,7 +71,7 @@ def new(
         data: The data; see `survey`.
         weights: A file, a folder, or the name of a timm model.
         overrides: Texts `section.key=value`; they replace what would be chosen.
-        minutes: The time that training may take; see `recommend`.
+        minutes: The time that training may take on an idle machine; see `recommend`.
 
     Raises:
         UserError: `folder` has a config already, or the data or the weights cannot be used. Nothing is written then.
@@ -102,7 +105,8 @@ def new(
         machine=machine,
         seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}),
         minutes=chosen.minutes,
-        notes=_notes(found, facts, chosen),
+        alternatives=chosen.alternatives,
+        notes=_notes(found, facts, chosen, machine),
         commands=_commands(path, found),
     )
 
@@ -198,9 +202,9 @@ def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
     model |= {"depth": 2, "num_frames": frames, "temporal": frames > 1, "size": 10 * model["patch"], "num_classes": 10}
     precision = "bf16" if bf16_is_fast(device) else "fp32"
     config = make_config({"run": {"precision": precision}, "model": model | {"points": ["10"]}})
-    speed = training_macs_per_s(config, clips=8 if frames == 1 else 2)
+    speed = training_speed(config, clips=8 if frames == 1 else 2)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpus} CPU core{'s' if cpus > 1 else ''}"
-    return MachineFacts(device.type, name, cpus, precision, speed)  # type: ignore[arg-type]
+    return MachineFacts(device.type, name, cpus, precision, *speed)  # type: ignore[arg-type]
 
 
 def _assign_s(config: Config, clips: int) -> float:
@@ -210,7 +214,7 @@ def _assign_s(config: Config, clips: int) -> float:
     shape = (settings.batch, 3, settings.frames, settings.size, settings.size)
     thumbnails = torch.zeros(shape, dtype=torch.uint8, device=device)
     seconds = time_of(lambda: assigner(thumbnails).sum().backward(), device)
-    return seconds * settings.epochs * max(1, round(config.data.holdout * clips) // settings.batch)
+    return seconds.idle * settings.epochs * max(1, round(config.data.holdout * clips) // settings.batch)
 
 
 def _by_stage(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -229,14 +233,61 @@ def print_new(result: NewRun) -> None:
     print_table(f"Data: {data.kind}, {len(data.classes)} classes", ("split", data.kind, "classes", "of a class"), rows)
     say(_describe(data))
     say(f"weights: {result.weights or 'none, the model starts from random ones'}")
-    times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
+    print_table(_alternatives_title(result), *_alternatives_table(result))
     rate = f"{result.machine.macs_per_s / 1e9:.0f} GMACs/s in {result.machine.precision}"
-    say(f"time on {result.machine.name} ({rate}, measured now) if nothing else runs: {times}, and reading of files")
-    say(f"settings are chosen for {result.minutes:g} min of training (--minutes)")
+    say(f"time on {result.machine.name}, {rate}, if nothing else runs: {_times(result.seconds)}, and reading of files")
+    if result.machine.slowdown > _BUSY:
+        say(_busy(result))
+    say(
+        f"settings are chosen for {result.minutes:g} min of training on an idle machine; another line of the table: "
+        "--minutes with its time"
+    )
     for note in result.notes:
         say(f"note: {note}")
     say(f"written: {result.config}; its comments have the reasons. Next:")
     print("\n".join(result.commands))
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {duration(each)}" for stage, each in seconds.items())
+
+
+def _busy(result: NewRun) -> str:
+    """Returns how long the stages take on the machine as it is at present."""
+    slowdown, load = result.machine.slowdown, os.getloadavg()[0]  # of the last minute; this process is a part of it
+    wanted = f"{load:.0f} processes want its {plural(available_cpus(), 'CPU')}"
+    measured = {"evaluate": SPEED_S}  # it takes no longer on a busy machine
+    seconds = {
+        stage: slowdown * (each - measured.get(stage, 0)) + measured.get(stage, 0)
+        for stage, each in result.seconds.items()
+    }
+    return (
+        f"the machine is busy ({wanted}): at present about {slowdown:.0f} times as long, {_times(seconds)}; "
+        f"for {result.minutes:g} min of training at present: --minutes {max(0.1, result.minutes / slowdown):.1f}"
+    )
+
+
+def _alternatives_title(result: NewRun) -> str:
+    least = result.alternatives[0].least_epochs
+    return f"Inputs; the first whose {least} epochs take at most {result.minutes:g} min is chosen (*)"
+
+
+def _alternatives_table(result: NewRun) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns columns and rows: what the model could see, and how long that takes."""
+    videos = result.data.kind == "videos"
+    rows = [
+        (
+            f"{each.pixels}{' *' if each.chosen else ''}",
+            *((str(each.frames),) if videos else ()),
+            ", ".join(map(str, each.points)),
+            str(each.frozen or "-"),
+            str(each.epochs or "-"),
+            f"{each.minutes:.1f}" if each.minutes < _ROUND_MIN else f"{each.minutes:.0f}",
+        )
+        for each in result.alternatives
+    ]
+    columns = ("pixels", *(("frames",) if videos else ()), "points", "frozen blocks")
+    return (*columns, f"epochs in {result.minutes:g} min", f"min for {result.alternatives[0].least_epochs}"), rows
 
 
 def _range(counts: Sequence[int]) -> str:
@@ -254,13 +305,8 @@ def _describe(data: Survey) -> str:
     return f"durations {seconds}, {data.fps.low:.3g} to {data.fps.high:.3g} frames a second, {short}, {opened}"
 
 
-def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation) -> list[str]:
+def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation, machine: MachineFacts) -> list[str]:
     notes = list(data.notes)
-    load, cpus = os.getloadavg()[0], available_cpus()  # of the last minute; this process is a part of it
-    if load > cpus + 1:
-        notes.append(f"the machine is busy ({load:.0f} processes want its {cpus} CPUs): expect longer times")
-    if chosen.larger:
-        notes.append(f"with more time: {chosen.larger}")
     epochs = chosen.settings["train.epochs"].value
     if epochs < _FEW_EPOCHS:
         notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more --minutes")

@@ -5,13 +5,12 @@ All functions are pure. Each setting has its reason, which `videoadapt new` writ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from videoadapt.config.cost import point_macs
-from videoadapt.config.sections import ModelConfig
+from videoadapt.config.sections import AssignConfig, ModelConfig
 from videoadapt.data.index.survey import Survey
 from videoadapt.model.weights.facts import WeightsFacts
 
@@ -37,7 +36,7 @@ _TRAIN_MINUTES = {"cpu": 10.0, "cuda": 60.0}  # for training, without reading, u
 _BACKWARD = 2  # MACs of a backward pass / those of the forward pass
 _VALIDATION = 0.15  # time of an epoch's validation / time of its training, at most
 _NEARLY_ALL = 0.7  # of val: then all of it
-_SPEED_S = 60.0  # that `evaluate` takes for measuring speed, at most
+SPEED_S = 60.0  # that `evaluate` takes for measuring speed, at most
 
 
 class Setting(NamedTuple):
@@ -55,7 +54,22 @@ class MachineFacts:
     name: str  # for people: `2 CPU cores`, `NVIDIA H100`
     cpus: int
     precision: Literal["fp32", "bf16"]
-    macs_per_s: float  # of training, measured
+    macs_per_s: float  # of training, measured; of an otherwise idle machine
+    slowdown: float = 1.0  # how many times as long as on an idle machine the same work takes at present
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An input that the model could see, and the time that training with it takes on an idle machine."""
+
+    frames: int
+    pixels: int
+    points: list[int]
+    frozen: int  # blocks that keep the weights
+    epochs: int  # that fit into the time; 0: not one
+    minutes: float  # for `least_epochs`
+    least_epochs: int  # that a run should have; the first alternative that allows them is chosen
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -63,9 +77,9 @@ class Recommendation:
     """The settings of a run, and how long its stages take."""
 
     settings: dict[str, Setting]  # by key, such as `train.lr`
-    seconds: dict[str, float]  # by stage, without reading the videos
-    minutes: float  # for training; the settings were chosen for it
-    larger: str | None  # what more time allows, in words; None: no larger input
+    seconds: dict[str, float]  # by stage, without reading the videos, on an idle machine
+    minutes: float  # for training on an idle machine; the settings were chosen for it
+    alternatives: list[Alternative]  # the largest input with the fewest frozen blocks first
 
 
 class _Input(NamedTuple):
@@ -74,7 +88,7 @@ class _Input(NamedTuple):
     frames: int
     length: int  # the largest one
     frozen: int  # blocks that keep the weights
-    epochs: int
+    epochs: int  # that fit into the time; 0: not one
     epoch_s: float  # with validation
     validated: float  # share of val in the validation of an epoch
 
@@ -88,7 +102,7 @@ def recommend(
         data: What the data are.
         weights: What the weights need; None without weights.
         machine: The machine that will train.
-        minutes: The time for training, without reading. None: 10 on a CPU, 60 on a GPU.
+        minutes: The time for training on an idle machine, without reading. None: 10 on a CPU, 60 on a GPU.
     """
     minutes = minutes or _TRAIN_MINUTES[machine.device]
     model = dict(weights.model if weights else _FROM_SCRATCH)
@@ -98,10 +112,11 @@ def recommend(
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
     options = _options(data, model, machine, stage1, minutes, few=few, can_freeze=can_freeze)
-    chosen = next((option for option in options if option.epochs >= _least(few)), options[-1])
+    number = next((n for n, option in enumerate(options) if option.epochs >= _least(few)), len(options) - 1)
+    chosen = options[number]._replace(epochs=max(1, options[number].epochs))
     settings = {
         "run.precision": Setting(machine.precision, f"the faster one on {machine.name}"),
-        **_data_settings(data, machine, chosen, holdout, few),
+        **_data_settings(data, machine, chosen, holdout),
         **_model_settings(data, weights, model, chosen, minutes),
         **_train_settings(data, weights, machine, chosen, stage1),
         **_later_settings(data, machine),
@@ -111,11 +126,12 @@ def recommend(
     seconds = {
         "train": chosen.epochs * chosen.epoch_s,
         "label": (data.clips("train") - stage1) * pass_s,
-        "evaluate": data.clips("val") * pass_s + _SPEED_S,
+        "evaluate": data.clips("val") * pass_s + SPEED_S,
     }
-    before = options[: options.index(chosen)]
-    larger = before[-1] if before else None
-    return Recommendation(settings, seconds, minutes, larger and _describe(larger, data, model["patch"], _least(few)))
+    alternatives = [
+        _alternative(option, model["patch"], _least(few), chosen=n == number) for n, option in enumerate(options)
+    ]
+    return Recommendation(settings, seconds, minutes, alternatives)
 
 
 def points_of(length: int) -> list[int]:
@@ -148,17 +164,22 @@ def _options(
             train_macs = macs * clips * (1 + _BACKWARD * (1 - frozen / depth))
             share = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
             epoch_s = (train_macs + share * macs * data.clips("val")) / machine.macs_per_s
-            epochs = min(max(1, int(60 * minutes / epoch_s)), most)
+            epochs = min(int(60 * minutes / epoch_s), most)
             options.append(_Input(frames, length, frozen, epochs, epoch_s, share))
     return options
 
 
-def _describe(option: _Input, data: Survey, patch: int, epochs: int) -> str:
-    """Returns an input, and the time that training with it takes, in words."""
-    frames = "" if data.kind == "images" else f"{option.frames} frames of "
-    frozen = f"{option.frozen} blocks frozen" if option.frozen else "nothing frozen"
-    minutes = math.ceil(epochs * option.epoch_s / 60)
-    return f"{frames}{option.length * patch} pixels, {frozen}, {epochs} epochs in {minutes} min (--minutes {minutes})"
+def _alternative(option: _Input, patch: int, least: int, *, chosen: bool) -> Alternative:
+    return Alternative(
+        frames=option.frames,
+        pixels=option.length * patch,
+        points=points_of(option.length),
+        frozen=option.frozen,
+        epochs=option.epochs,
+        minutes=least * option.epoch_s / 60,
+        least_epochs=least,
+        chosen=chosen,
+    )
 
 
 def _inputs(data: Survey, model: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
@@ -185,11 +206,14 @@ def _macs(model: Mapping[str, Any], data: Survey, frames: int, length: int) -> i
     return sum(point_macs(_model(model, data, frames, length)).values())
 
 
-def _data_settings(
-    data: Survey, machine: MachineFacts, chosen: _Input, holdout: float, few: bool
-) -> dict[str, Setting]:
+def _data_settings(data: Survey, machine: MachineFacts, chosen: _Input, holdout: float) -> dict[str, Setting]:
     clips = data.clips("train")
-    few_reason = "few clips: the assigner needs enough of them" if few else "enough for the assigner"
+    held_out = round(clips * holdout)
+    choosing = max(1, round(AssignConfig().select * held_out))
+    reason = (
+        f"about {held_out} of {clips}, drawn one by one; {choosing} of them choose what the assigner may save, where "
+        f"one is {100 / choosing:.2g} % of accuracy: it cannot see a smaller loss"
+    )
     settings = {
         "data.train.annotations": Setting(str(data.sources.train), f"{clips} {data.kind}, {_per_class(data)}"),
         "data.val.annotations": Setting(str(data.sources.val), f"{data.clips('val')} {data.kind}"),
@@ -199,7 +223,7 @@ def _data_settings(
         "data.classes": Setting(
             _text(data.sources.classes), "" if data.sources.classes else "the names of the folders"
         ),
-        "data.holdout": Setting(holdout, f"{round(clips * holdout)} of {clips}; {few_reason}"),
+        "data.holdout": Setting(holdout, reason),
         "data.validate": _validated(data, chosen),
     }
     if machine.device == "cpu":
@@ -305,7 +329,13 @@ def _train_settings(
         settings["train.layer_decay"] = Setting(1.0, "random weights: all blocks must learn")
         settings["train.freeze"] = Setting(None, "")
         return settings
-    settings["train.lr"] = Setting(_lr(batch, frozen=chosen.frozen > 0), "low: pretrained weights are easily destroyed")
+    frozen = chosen.frozen > 0
+    settings["train.lr"] = Setting(
+        _lr(batch, frozen=frozen),
+        "for the blocks that are not frozen; they bear more than all blocks together"
+        if frozen
+        else "low: pretrained weights are easily destroyed",
+    )
     settings["train.layer_decay"] = Setting(0.75, "blocks near the input change least")
     why = (
         f"the first {chosen.frozen} of {weights.model['depth']} blocks keep the weights: faster, and safer on few clips"

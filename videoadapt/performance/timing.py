@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -81,11 +82,22 @@ class Stopwatch:
         return PassTime(middle - begin, now(self.device) - middle)
 
 
-def training_macs_per_s(config: Config, clips: int) -> float:
-    """Returns the speed of training on this machine, in MACs of forward and backward passes over all points.
+class Speed(NamedTuple):
+    """A speed of this machine, and how much slower it is at present."""
 
-    On a CPU it is the speed of an otherwise idle machine, by the time that the threads work: other programs do not
-    change it much.
+    macs_per_s: float  # if nothing else runs
+    slowdown: float  # the present time / the time if nothing else runs; 1 on a GPU, where it is not known
+
+
+class WorkTime(NamedTuple):
+    """Seconds of some work."""
+
+    idle: float  # if nothing else runs: on a CPU, the time that the threads work
+    now: float  # as the machine is at present
+
+
+def training_speed(config: Config, clips: int) -> Speed:
+    """Returns the speed of training on this machine: MACs of forward and backward passes over all points.
 
     Args:
         config: Gives the model, the device and the precision. A model of few blocks is as fast as a deep one.
@@ -93,19 +105,22 @@ def training_macs_per_s(config: Config, clips: int) -> float:
     """
     stopwatch = Stopwatch(config, (clips, clips + 1))
     seconds = time_of(stopwatch.measure, stopwatch.device)
-    return 3 * (2 * clips + 1) * sum(point_macs(config.model).values()) / seconds  # backward: twice the forward pass
+    macs = 3 * (2 * clips + 1) * sum(point_macs(config.model).values())  # the backward pass: twice the forward pass
+    return Speed(macs / seconds.idle, max(1.0, seconds.now / seconds.idle))
 
 
-def time_of(work: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds of the second call of a function: on a CPU, those of an otherwise idle machine.
+def time_of(work: Callable[[], object], device: torch.device) -> WorkTime:
+    """Returns the seconds of the second call of a function.
 
-    They are the time that the threads work, so other programs do not change it much.
+    On a CPU, other programs do not change the idle time much, because it is the time that the threads work.
     """
     work()  # the warm-up
     begin, begin_cpu = now(device), time.process_time()
     work()
     seconds = now(device) - begin
-    return (time.process_time() - begin_cpu) / torch.get_num_threads() if device.type == "cpu" else seconds
+    if device.type != "cpu":
+        return WorkTime(seconds, seconds)
+    return WorkTime((time.process_time() - begin_cpu) / torch.get_num_threads(), seconds)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
