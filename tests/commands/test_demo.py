@@ -44,7 +44,9 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     printed = capsys.readouterr()
     titles = ("MACs (multiply-adds", "24 videos listed, 24 read", "By level", f"Labels of {labels['clips']} clips")
     assert [title in printed.out for title in titles] == [True] * 4
-    assert [sum(line.split()[1:2] == [policy] for line in printed.out.splitlines()) for policy in POLICIES] == [2] * len(POLICIES)
+    assert [sum(line.split()[1:2] == [policy] for line in printed.out.splitlines()) for policy in POLICIES] == [
+        2
+    ] * len(POLICIES)
     assert "random routing with the same mix" in printed.err
     shown = printed.err + progress
     assert not re.search("preflight|decoding the clips of a step|loading starves", shown)

@@ -36,8 +36,10 @@ from videoadapt.data.index.probe_pool import run_alone
 from videoadapt.errors import UserError
 from videoadapt.evaluation.explain import explain, read_video
 from videoadapt.evaluation.predict import predictor_of_run
+from videoadapt.evaluation.reasons import reason
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints
+from videoadapt.routing.policy import Fixed, Mixture
 from videoadapt.training.state import State
 
 if TYPE_CHECKING:
@@ -302,7 +304,7 @@ def test_a_cascade_is_explained_by_its_confidences(run: Config) -> None:
     [video] = videos(run, 1)
     read = read_video(str(video), run, thumbnails=False)
     sure = explain(predictor_of_run(run, "fixed:4", 1), "a", read).answers[2].probabilities[0]
-    for thresholds, ends, reason in (
+    for thresholds, ends, words in (
         ((sure - 0.01, 0.9), "4", f"4: confidence {sure:.3f}, at least {sure - 0.01:.3g}, so the clip ends there."),
         ((sure + 0.01, 0.9), "8", f"4: confidence {sure:.3f}, less than {sure + 0.01:.3g}; 6: "),
     ):
@@ -310,7 +312,7 @@ def test_a_cascade_is_explained_by_its_confidences(run: Config) -> None:
         explained = explain(predictor_of_run(run, policy, 1), "a", read)
         [clip] = explained.units
         assert clip.point == ends == explained.prediction.points[0]
-        assert clip.reason.startswith(reason)
+        assert clip.reason.startswith(words)
         assert [seen.point for seen in clip.looks] == ["4", "6", "8"][: 1 if ends == "4" else 3]
         assert explained.prediction.macs == sum(
             answer.macs for answer in explained.answers if ends == "8" or answer.point == "4"
@@ -330,6 +332,12 @@ def test_a_cascade_over_views_is_explained_view_by_view(run: Config) -> None:
     html = answer_html(explained, read, predictor_of_run(config, "cascade:4,8:views:1,1", 1))
     assert html.count("<img ") == 2 * config.model.num_frames
     assert "8, 6 views" in html
+
+
+def test_policies_that_read_no_model_say_so() -> None:
+    assert reason(Fixed("8"), "8", ()) == "The policy runs every clip at 8."
+    drawn = reason(Mixture(("8", "4"), 0.3), "8", ())
+    assert drawn == "The point is drawn from the pixels of the clip: 8, as for 70% of all clips."
 
 
 def test_reading_ends_when_the_page_ends() -> None:

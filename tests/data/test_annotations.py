@@ -546,7 +546,7 @@ def test_the_calibration_split_shares_no_video_with_holdout_and_both_keep_theirs
     train = write_list(tmp_path / "train.txt", [(f"v{i}.mp4", 0) for i in range(400)])
 
     def splits(**fractions: float) -> dict[str, set[str]]:
-        listed = list_videos(config_of(train=train, **fractions)).videos
+        listed = list_videos(config_of(train=train, **fractions)).videos  # type: ignore[arg-type]
         return {name: {v.video for v in listed if v.split == name} for name in ("train", "holdout", "calibrate")}
 
     both = splits(holdout=0.25, calibrate=0.25)

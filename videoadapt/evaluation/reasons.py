@@ -13,7 +13,7 @@ from videoadapt.config.views import view_order
 from videoadapt.errors import plural
 from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice, Floats, confidences, running_answers
-from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Policy, Step
+from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Mixture, Policy, Step
 from videoadapt.routing.router import assign_probabilities
 
 
@@ -94,8 +94,10 @@ def reason(policy: Policy, point: str, looks: tuple[Look, ...]) -> str:
         return _reason_of_assigner(policy, point, next(look for look in looks if look.point == point))
     if isinstance(policy, Cascade):
         return "; ".join(_step_in_words(look, policy, last=look is looks[-1]) for look in looks) + "."
-    fixed = isinstance(policy, Fixed)
-    return f"The policy runs every clip at {point}." if fixed else f"The policy {policy.name} chose {point}."
+    if isinstance(policy, Mixture):
+        fraction = policy.fraction if point == policy.points[1] else 1 - policy.fraction
+        return f"The point is drawn from the pixels of the clip: {point}, as for {fraction:.0%} of all clips."
+    return f"The policy runs every clip at {point}." if isinstance(policy, Fixed) else f"The policy chose {point}."
 
 
 def _reason_of_assigner(policy: Assigned, point: str, look: Look) -> str:
