@@ -37,6 +37,7 @@ VIT_S = WeightsFacts(
     "ViT-S",
     {"width": 384, "depth": 12, "heads": 6, "mlp_ratio": 4.0, "patch": 14, "qkv_bias": True, "layer_scale": 1e-5},
     Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "timm"),
+    "mean and std by timm",
 )
 
 
@@ -191,7 +192,16 @@ def test_a_busy_machine_is_said_with_its_times(capsys: pytest.CaptureFixture[str
     machine = replace(LAPTOP, slowdown=7.0)
     chosen = recommend(facts(1600, kind="images"), VIT_S, machine, 10)
     result = NewRun(
-        Path("c"), facts(1600, kind="images"), None, machine, {"train": 120.0}, 10.0, chosen.alternatives, [], []
+        Path("c"),
+        Path("r"),
+        facts(1600, kind="images"),
+        None,
+        machine,
+        {"train": 120.0},
+        10.0,
+        chosen.alternatives,
+        [],
+        [],
     )
     print_new(result)
     printed = capsys.readouterr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_counts_difference_and_p_value(tmp_path: Path, right: tuple[dict, dict])
     assert difference == pytest.approx(0.10)
     assert low < 0.10 < high
     assert row["p_value"] == pytest.approx(0.041389, abs=1e-6)  # R: binom.test(5, 20)$p.value
+
+
+def test_a_config_stands_for_its_run(tmp_path: Path, right: tuple[dict, dict]) -> None:
+    a, b = evaluated(tmp_path / "a" / "run", right[0]), evaluated(tmp_path / "b", right[1])
+    config = tmp_path / "a" / "config.yaml"  # as `new` leaves it: a config, and its run folder below
+    config.write_text(f"run:\n  dir: {a}\n")
+    expected = compare(a, b)["policies"]
+    for text in (tmp_path / "a", config):
+        assert compare(str(text), b)["policies"] == expected
+        assert compare(f"{text}:fixed:14", b)["policies"] == expected
+    shutil.rmtree(Path(a) / "evaluate")
+    with pytest.raises(UserError, match=r"a/run/evaluate/evaluate.json: .*run `videoadapt evaluate` first"):
+        compare(str(tmp_path / "a"), b)
 
 
 def test_other_views_are_named(tmp_path: Path, right: tuple[dict, dict], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.model.weights.facts import Normalisation, require_normalisation, weights_facts
+from videoadapt.model.weights.facts import Normalisation, describe_origin, require_normalisation, weights_facts
 from videoadapt.model.weights.load import load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,6 +51,14 @@ def test_normalisation_is_what_the_source_states(tmp_path: Path, name: str, besi
     }
     model = TimeSformer(ModelConfig(**facts.model, points=("14",), num_frames=1, temporal=False))
     assert load_weights(model, path.parent if beside else path).filled == 1.0
+
+
+def test_a_file_is_described_by_its_header_and_who_states_its_normalisation(tmp_path: Path) -> None:
+    path = write_vit(tmp_path / "deit_tiny_patch16_224.safetensors")
+    assert "does not say where it is from; mean and std by timm's settings of deit" in weights_facts(str(path)).origin
+    save_file(load_file(path), path, {"format": "pt", "source": "tuned\nfurther"})
+    assert weights_facts(str(path)).origin.startswith("its header says: source: tuned further; mean and std by timm's")
+    assert describe_origin("deit_tiny_patch16_224", None) == "mean and std are not stated"
 
 
 def test_weights_with_another_normalisation_need_a_config_that_states_its_own() -> None:

@@ -323,7 +323,7 @@ def evaluate(
         typer.Option(
             "--compare",
             metavar="RUN_A RUN_B",
-            help="Compare two evaluated runs (FOLDER, or FOLDER:POLICY) instead. Needs no config.",
+            help="Compare two evaluated runs (FOLDER, or FOLDER:POLICY) instead of evaluating one.",
         ),
     ] = None,
     as_json: Json = False,

@@ -46,8 +46,9 @@ class NewRun:
     """A config that was written."""
 
     config: Path
+    run: Path  # the run folder
     data: Survey
-    weights: str | None  # names the source and its layout
+    weights: str | None  # names the source and its layout, and says what the source says of itself
     machine: MachineFacts
     seconds: dict[str, float]  # by stage, on an idle machine, without reading the videos
     minutes: float  # for training on an idle machine; the settings were chosen for it
@@ -100,8 +101,9 @@ def new(
             temporary.write_text(content, encoding="utf-8")
     return NewRun(
         config=path,
+        run=config.run.dir,
         data=replace(found, files={}),
-        weights=facts.label if facts else None,
+        weights=f"{facts.label}; {facts.origin}" if facts else None,
         machine=machine,
         seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}),
         minutes=chosen.minutes,
@@ -244,7 +246,9 @@ def print_new(result: NewRun) -> None:
     )
     for note in result.notes:
         say(f"note: {note}")
-    say(f"written: {result.config}; its comments have the reasons. Next:")
+    folder = result.config.parent
+    say(f"written: {result.config}; its comments have the reasons")
+    say(f"{folder} stands for this config in every command; {result.run}, the run folder, gets all results. Next:")
     print("\n".join(result.commands))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from videoadapt.errors import UserError, few
-from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, run_folder
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
 from videoadapt.runtime.files import Summary
 
@@ -47,7 +47,7 @@ def compare(a: str, b: str) -> Summary:
     runs: if one run left it out, it is left out of both.
 
     Args:
-        a: A run folder, or `FOLDER:POLICY` for one policy.
+        a: A run folder or a config, or `FOLDER:POLICY` for one policy.
         b: The same.
 
     Returns:
@@ -94,9 +94,9 @@ _Sides = tuple[_Evaluated, _Evaluated]
 
 
 def _evaluated(text: str) -> _Evaluated:
-    # Folders and policies may both have a colon in their names, so only a text that is no folder is split.
-    folder, colon, policy = (text, "", "") if Path(text).is_dir() else text.partition(":")
-    return _Evaluated(Path(folder), [policy] if colon else [])
+    # Folders and policies may both have a colon in their names, so only a text that is no path is split.
+    folder, colon, policy = (text, "", "") if Path(text).exists() else text.partition(":")
+    return _Evaluated(run_folder(Path(folder)), [policy] if colon else [])
 
 
 def _pairs(sides: _Sides, names: tuple[str, str]) -> list[tuple[str, str]]:

@@ -8,10 +8,25 @@ from pathlib import Path
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
+from videoadapt.config.load import RUN_CONFIG, load_config
 from videoadapt.errors import UserError
 from videoadapt.runtime.files import Summary, read_json, read_parquet
 
 _REMEDY = "run `videoadapt evaluate` first"
+
+
+def run_folder(path: Path) -> Path:
+    """Returns the run folder that a path stands for, as for every verb.
+
+    Args:
+        path: A run folder, or a config, or the folder of a config whose `run.dir` is elsewhere.
+
+    Raises:
+        ConfigError: The config cannot be read.
+    """
+    if (path / "evaluate").is_dir() or not (path.is_file() or (path / RUN_CONFIG).is_file()):
+        return path
+    return load_config(path).run.dir
 
 
 def read_evaluation(run: Path, keys: Collection[str] = ()) -> Summary:

@@ -22,7 +22,7 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import plural
 from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.model.weights.facts import require_normalisation
+from videoadapt.model.weights.facts import describe_origin, require_normalisation
 from videoadapt.model.weights.load import load_weights
 from videoadapt.model.weights.sources import source_digest
 from videoadapt.runtime.console import Bar, say
@@ -247,6 +247,7 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
         which, resample = config.train.weights, config.train.resample
         report = load_weights(state.model, config.train.init, which=which, resample=resample)
         say(str(report))
+        say(f"{Path(config.train.init).name}: {describe_origin(config.train.init, report.normalisation)}")
         if note := require_normalisation(config.model, config.train.init, report.normalisation):
             say(note)
         state.reset_ema()  # otherwise the moving average would start from the random weights

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from videoadapt.config.parse import MAX_CONFIG_BYTES, parse_json, read_text
 from videoadapt.config.sections import ModelConfig, WhichWeights
-from videoadapt.errors import CheckpointError
+from videoadapt.errors import CheckpointError, one_line
 from videoadapt.model.checkpoint import KEY
 from videoadapt.model.weights.layouts import SUPERVIT, Layout, recognise
 from videoadapt.model.weights.sources import Weights, read_weights
@@ -24,6 +24,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TIMESFORMER = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 _HEAD_WIDTH = 64  # of every published ViT; tensor shapes do not show it
 _LAYER_SCALE = 1e-5  # only the initial value: the weights replace it
+_SAID = 300  # characters of a header that are shown
 _DENSE_HEAD = 0.25  # LV-ViT's weight of the head on patches
 
 
@@ -42,6 +43,7 @@ class WeightsFacts:
     label: str  # names the source and its layout
     model: dict[str, Any]  # keys of the section `model`, without the classes, and their values
     normalisation: Normalisation | None  # None if the source does not state it
+    origin: str  # what the source says of itself, and who states the normalisation; see `describe_origin`
 
 
 def weights_facts(source: str, which: WhichWeights = "ema") -> WeightsFacts:
@@ -60,7 +62,35 @@ def weights_facts(source: str, which: WhichWeights = "ema") -> WeightsFacts:
     label = f"{weights.label} ({layout.kind})"
     own = _own_model(Path(source))
     model = own or _architecture(layout, weights)
-    return WeightsFacts(label, model, stated_normalisation(source, layout))
+    stated = stated_normalisation(source, layout)
+    return WeightsFacts(label, model, stated, describe_origin(source, stated))
+
+
+def describe_origin(source: str | Path, stated: Normalisation | None) -> str:
+    """Returns in one line what a file of weights says of itself, and who states its normalisation.
+
+    A name alone proves little: weights that were trained further often keep the name of those they began with.
+
+    Args:
+        source: A file, a folder or the name of a timm model.
+        stated: The normalisation that the source states.
+    """
+    says = [f"{key}: {value}" for key, value in _header(Path(source)).items() if key not in {KEY, "format"}]
+    header = f"its header says: {one_line('; '.join(says))[:_SAID]}" if says else "it does not say where it is from"
+    known = f"mean and std by {stated.origin}" if stated else "mean and std are not stated"
+    return f"{header}; {known}" if Path(source).exists() else known
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file, or of the one in a folder; empty for every other source."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}  # damage is reported when the tensors are read
 
 
 def require_layout(weights: Weights) -> Layout:
@@ -152,13 +182,11 @@ def _same(stated: Normalisation, model: ModelConfig) -> bool:
 
 def _own_model(path: Path) -> dict[str, Any] | None:
     """Returns the section `model` of one of our checkpoints, without its classes; None for every other source."""
-    if not path.is_file() or path.suffix != ".safetensors":
+    if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-        model = ModelConfig(**header["model"])
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        model = ModelConfig(**json.loads(_header(path).get(KEY, "null"))["model"])
+    except (ValueError, TypeError, KeyError):
         return None  # damage is reported when the tensors are read
     return model.model_dump(mode="json", exclude={"num_classes"})
 
