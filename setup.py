@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "einops>=0.8",
     "pebble>=5.0",  # processes that may hang or crash on a file
     "submitit>=1.5.4",  # before it, `pkg_resources`, which setuptools 82 has removed
+    "Jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pandas>=2.2",
@@ -87,6 +88,7 @@ setup(
         "videoadapt": ["py.typed"],
         "videoadapt.commands.serve": ["*.html", "page.css", "page.js"],
         "videoadapt.data.index": ["kinetics*.txt"],
+        "videoadapt.report": ["template/*", "template/vendor/*"],
         "videoadapt.configs": ["*.yaml", "ablations/*.yaml", "schema.json"],
     },
     # `pip install -e .` puts the checkout itself on the import path. setuptools' default is an import finder that comes

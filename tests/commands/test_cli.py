@@ -145,8 +145,8 @@ assert "submitit" not in sys.modules, "imported by flops"
 def test_the_help_fits_on_a_screen() -> None:
     done = runs.command("--help")
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) <= 30
-    for verb in "demo index train label assign evaluate launch flops plan predict bench".split():
+    assert len(done.stdout.splitlines()) <= 32
+    for verb in "demo index train label assign evaluate launch flops report plan predict bench".split():
         assert f" {verb} " in done.stdout
     assert "VIDEOADAPT_TRACEBACK=1" in done.stdout
 

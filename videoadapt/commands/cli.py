@@ -301,7 +301,7 @@ def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
 
 @app.command()
 def calibrate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Choose the cheapest policy that keeps a promise on accuracy or cost."""
+    """Choose the cheapest policy that keeps a promise on loss or cost."""
     from videoadapt.commands.tables import print_calibrate
     from videoadapt.routing.calibrate import calibrate as run
     from videoadapt.runtime.results import ShardResult
@@ -376,6 +376,24 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
         from videoadapt.runtime.console import say
 
         say("figures: " + ", ".join(map(str, drawn)))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, side by side on one page.", metavar="RUN", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write a page that shows what a run saved at what loss."""
+    from videoadapt.commands.tables import print_report
+    from videoadapt.report.page import report as run
+
+    result = run(*runs)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print_report(result)
 
 
 @app.command()

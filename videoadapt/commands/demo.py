@@ -18,6 +18,7 @@ from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.evaluated import read_evaluated_table
+from videoadapt.report.page import report
 from videoadapt.report.plots import draw_costs, draw_curves, draw_evaluation
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
@@ -88,6 +89,7 @@ def _demo(config: Config, sizes: dict[str, int]) -> DemoResult:
     costs = timed("flops", lambda: flops(config))
     draw_costs(config.run.dir, costs)
     draw_evaluation(config.run.dir)
+    timed("report", lambda: report(config))
     total_s = round(time.monotonic() - start, 1)
     summary = DemoSummary(total_s, seconds, evaluation["policies"], level_table(config))
     write_json(config.run.dir / "summary.json", asdict(summary))

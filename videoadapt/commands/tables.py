@@ -18,11 +18,13 @@ from videoadapt.errors import plural
 from videoadapt.runtime.console import duration, macs, percent, print_table, say
 from videoadapt.runtime.files import Summary
 
-if TYPE_CHECKING:  # importing these takes seconds, and a verb needs one of them at most
+if TYPE_CHECKING:
+    # importing these takes seconds, and a verb needs one of them at most
     from videoadapt.commands.demo import DemoResult
     from videoadapt.commands.launch import LaunchPlan, LaunchResult
     from videoadapt.config.reference import SectionKeys
     from videoadapt.data.index.check import CheckResult
+    from videoadapt.report.page import ReportSummary
 
 _TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
 # Limits that keep a result on one screen
@@ -438,6 +440,13 @@ def print_compare(summary: Summary) -> None:
     say("p: exact two-sided McNemar test on the videos that one run alone gets right; not corrected for many policies")
 
 
+def print_report(summary: ReportSummary) -> None:
+    """Prints the sentence of each run, and where the page is."""
+    for run, sentence in zip(summary.runs, summary.sentences, strict=True):
+        print(f"{run}: {sentence}" if len(summary.runs) > 1 else sentence)
+    print(f"page: {summary.page} ({summary.bytes / 1e6:.1f} MB, {summary.seconds:.0f} s); open it in a browser")
+
+
 def print_flops(summary: Summary) -> None:
     """Prints the MACs of every point by part; after an evaluation, also the MACs of clips, classes and policies."""
     rows = [
@@ -564,5 +573,5 @@ def print_demo(result: DemoResult) -> None:
     )
     say("Each level (stripe period and contrast) was designed to need more tokens than the level before it.")
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary.stages.items())
-    files = f"{result.folder / 'summary.json'}, {result.folder / 'evaluate' / 'accuracy_cost.png'}"
-    say(f"{summary.seconds:.0f} s in total ({stages}); see {files}")
+    say(f"{summary.seconds:.0f} s in total ({stages}); see {result.folder / 'summary.json'}")
+    say(f"Open in a browser: {result.folder / 'report' / 'report.html'}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -39,6 +41,7 @@ def write_tables(config: Config, scores: Scores, population: Population, outcome
     videos = np.array([names[row] for row in scores.rows], dtype=object)
     clips = pd.concat(_clip_table(outcome, scores, videos, classes, points) for outcome in outcomes)
     write_parquet(folder / "clips.parquet", clips)
+    _write_assigner_table(folder / "assigner.parquet", scores, videos, points)
     table = pd.concat(_video_table(outcome, population, videos) for outcome in outcomes)
     write_parquet(folder / "videos.parquet", table)
     by_class = class_table(table, config.evaluate.failed)
@@ -84,6 +87,16 @@ def _view_table(shard: Scored, names: dict[int, str], classes: Names, points: tu
             "p_true": p_true.ravel(),
         }
     )
+
+
+def _write_assigner_table(path: Path, scores: Scores, videos: Names, points: tuple[str, ...]) -> None:
+    """Writes the assigner's probability of each point, `p/POINT`, and the truth about it, `right/POINT`, by clip."""
+    path.unlink(missing_ok=True)  # of an assigner that the run had before
+    if scores.assigned is None:
+        return
+    p = {f"p/{point}": scores.assigned[:, number] for number, point in enumerate(points)}
+    right = {f"right/{point}": scores.right[:, number] for number, point in enumerate(points)}
+    write_parquet(path, pd.DataFrame({"video": videos, "clip": scores.clips, **p, **right}))
 
 
 def _clip_table(

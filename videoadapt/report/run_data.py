@@ -1,0 +1,323 @@
+"""What the page shows of one run: plain dicts and lists, as JSON takes them, from the files of the run folder.
+
+Each function reads one part. A part whose files are missing, as in runs of earlier versions, is None, and the page says
+so in a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from videoadapt.config.load import Config
+from videoadapt.errors import UserError
+from videoadapt.evaluation.costs import flops
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
+from videoadapt.evaluation.intervals import wilson
+from videoadapt.report.sentence import headline
+from videoadapt.runtime.files import Summary, read_json, read_parquet
+
+Part = dict[str, Any]
+
+MATRIX_CLASSES = 24  # with more classes, the cells of a confusion matrix are too small to read
+MOST_PAIRS = 30  # confusions shown where the matrix would be too large
+MOST_FAILED = 200  # broken videos named on the page
+BINS = 10  # of the reliability diagram
+CURVE_BINS = 120  # points of a training curve
+NOT_RUN = "not run"
+_AGAIN = "run `videoadapt report` without this file, or run its stage again"
+
+
+def run_data(config: Config) -> Part:
+    """Reads all that the page shows of a run, apart from the pictures.
+
+    Args:
+        config: The config of the run.
+
+    Returns:
+        `name`, `points` and the parts, each None where the run has no such files.
+
+    Raises:
+        UserError: A file of the run is damaged.
+    """
+    run = config.run.dir
+    costs = flops(config)
+    data: Part = {
+        "name": run.resolve().name,
+        "folder": str(run.resolve()),
+        "points": costs["points"],
+        "views_per_video": costs["views_per_video"],
+        "assigner_macs": costs["assigner_macs"],
+        "population": _population(run),
+        "curves": _curves(run),
+        "calibration": _calibration(run),
+        "stages": _stage_seconds(run),
+        "evaluation": None,
+    }
+    # `flops` has the policies only if the evaluation is one of this model and of these videos.
+    if "policies" in costs:
+        data["evaluation"] = evaluation_data(config)
+    return data
+
+
+def evaluation_data(config: Config) -> Part:
+    """Reads the parts that need an evaluation. The tables of clips and classes are data frames.
+
+    Args:
+        config: The config of an evaluated run.
+    """
+    run = config.run.dir
+    found = read_evaluation(run)
+    policies, points = found["policies"], list(config.model.points)
+    reported = reported_policy(policies)
+    speeds = (found.get("speed") or {}).get("policies") or {}
+    videos = read_evaluated_table(run, "videos", ["policy", "video", "truth", "prediction", "right", "failed", "macs"])
+    clips = read_evaluated_table(run, "clips", ["policy", "video", "clip", "truth", "point", "macs"])
+    right = right_by_point(videos, points)
+    table = clip_table(clips[clips["policy"] == reported], videos[videos["policy"] == reported], right)
+    return {
+        "headline": asdict(headline(policies, reported, speeds.get(reported))),
+        "reported": reported,
+        "costliest": next(iter(policies)),
+        "policies": [policy_row(name, row, speeds.get(name, {})) for name, row in policies.items()],
+        "adaptive": table["point"].nunique() > 1,
+        "clips": table,
+        "classes": class_table(table, right, run, reported, next(iter(policies))),
+        "confusion": confusion(run, reported),
+        "assigner": assigner(run, points, reported, table, right),
+        "facts": {key: found[key] for key in _FACTS if found.get(key) is not None},
+        "failed": found.get("failed", [])[:MOST_FAILED],
+        "failed_count": len(found.get("failed", [])),
+        "speed": _speed_facts(found.get("speed")),
+        "inputs": found.get("inputs"),
+    }
+
+
+_FACTS = (
+    *("split", "manifest", "files", "model", "listed", "scored", "failed_count_as", "views", "trained_on"),
+    *("selected_on_val", "largest_class", "largest_class_fraction", "date", "seconds"),
+)
+
+
+def policy_row(name: str, row: Mapping[str, Any], speed: Mapping[str, Any]) -> Part:
+    """Returns the figures of a policy in the page's words; a figure that was not measured is None."""
+    kept = ("top1", "top1_low", "top1_high", "macs_per_clip", "macs_per_video", "macs_saved", "mix", "pareto")
+    measured = ("speedup", "routed_efficiency", "end_to_end_efficiency", "p50_ms", "p95_ms", "stages_s")
+    return {
+        "name": name,
+        "kind": name.partition(":")[0],
+        **{key: row[key] for key in kept},
+        "difference": row["difference_to_costliest"],
+        "clips_per_s": speed.get("clips_per_s") or row.get("clips_per_s"),
+        **{key: speed.get(key) for key in (*measured, "end_to_end_clips_per_s", "joules_per_clip")},
+    }
+
+
+def right_by_point(videos: pd.DataFrame, points: Sequence[str]) -> pd.DataFrame:
+    """Returns whether each fixed point is right on each video: a row per video, a column per point, costliest first."""
+    fixed = {f"fixed:{point}": point for point in points}
+    rows = videos[videos["policy"].isin(list(fixed))]
+    table = rows.pivot(index="video", columns="policy", values="right").rename(columns=fixed)
+    return table.reindex(columns=list(points)).fillna(False).astype(bool)
+
+
+def clip_table(clips: pd.DataFrame, videos: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row per clip: what it cost, where it ended, what its video was taken for, and each point's verdict.
+
+    Args:
+        clips: The rows of one policy in `clips.parquet`.
+        videos: The rows of the same policy in `videos.parquet`.
+        right: See `right_by_point`.
+    """
+    answers = videos.set_index("video")[["prediction", "right"]]
+    table = clips[["video", "clip", "truth", "point", "macs"]].reset_index(drop=True)
+    table = table.join(answers, on="video")
+    verdicts = right.rename(columns=lambda point: f"right at {point}")
+    table = table.join(verdicts, on="video")
+    # A video whose probabilities are NaN has no prediction, and a clip that a cascade over views left out has no point.
+    for name, blank in (("prediction", ""), ("point", NOT_RUN)):
+        table[name] = table[name].astype(object).where(table[name].notna(), blank)
+    return table[["video", "clip", "truth", "prediction", "right", "point", "macs", *verdicts.columns]]
+
+
+def class_table(clips: pd.DataFrame, right: pd.DataFrame, run: Path, reported: str, costliest: str) -> pd.DataFrame:
+    """Returns a row per class: accuracies of the costliest point and of the policy, their change, cost and mix."""
+    by_policy = pd.read_csv(run / "evaluate" / "classes.csv", dtype={"class": str}, keep_default_na=False)
+    own = by_policy[by_policy["policy"] == reported].set_index("class")
+    fixed = by_policy[by_policy["policy"] == costliest].set_index("class")["top1"]
+    groups = clips.groupby("truth", sort=False)
+    mix = clips.groupby(["truth", "point"]).size().unstack(fill_value=0).reindex(columns=right.columns, fill_value=0)
+    mix = mix.div(mix.sum(axis=1), axis=0).rename(columns=lambda point: f"at {point}")
+    table = own[["videos", "top1", "top1_low", "top1_high", "taken_for"]].join(fixed.rename("top1_costliest"))
+    table["change"] = table["top1"] - table["top1_costliest"]
+    table = table.join(groups["macs"].mean().rename("macs_per_clip")).join(mix)
+    return table.rename_axis("class").reset_index().sort_values(["change", "class"], kind="stable")
+
+
+def confusion(run: Path, policy: str) -> Part | None:
+    """Returns the confusion matrix of a policy, or its most frequent confusions where there are many classes."""
+    path = run / "evaluate" / "confusion.csv"
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path, dtype={"truth": str, "prediction": str}, keep_default_na=False)
+    rows = rows[rows["policy"] == policy]
+    wrong = rows[rows["truth"] != rows["prediction"]].sort_values(
+        ["videos", "fraction"], ascending=False, kind="stable"
+    )
+    pairs = wrong.head(MOST_PAIRS)[["truth", "prediction", "videos", "fraction"]].to_dict("records")
+    names = sorted({*rows["truth"], *rows["prediction"]} - {""})
+    cells = None
+    if len(names) <= MATRIX_CLASSES:
+        place = {name: number for number, name in enumerate(names)}
+        cells = [
+            [place[row.prediction], place[row.truth], round(float(row.fraction), 4), int(row.videos)]
+            for row in rows.itertuples()
+            if row.prediction in place
+        ]
+    return {"classes": names, "cells": cells, "pairs": pairs, "wrong": int(wrong["videos"].sum()), "kinds": len(wrong)}
+
+
+def assigner(run: Path, points: Sequence[str], reported: str, clips: pd.DataFrame, right: pd.DataFrame) -> Part | None:
+    """Returns how the assigner's choices meet the labels, and whether its probabilities can be believed.
+
+    Args:
+        run: The run folder. Without `evaluate/assigner.parquet`, as in older runs, there are no probabilities.
+        points: The points, costliest first.
+        reported: The policy that the page is about.
+        clips: See `clip_table`.
+        right: See `right_by_point`.
+
+    Returns:
+        `cells` counts clips by cheapest right point (or none) and by the point they got. None for other policies.
+    """
+    if reported != "assigned":
+        return None
+    verdicts = right.reindex(clips["video"]).to_numpy(bool)
+    label = np.where(
+        verdicts.any(1), verdicts.shape[1] - 1 - verdicts[:, ::-1].argmax(1), len(points)
+    )  # cheapest right
+    choice = clips["point"].map({point: number for number, point in enumerate(points)}).to_numpy(np.int64)
+    counts = np.zeros((len(points) + 1, len(points)), dtype=np.int64)
+    np.add.at(counts, (label, choice), 1)
+    cells = [[column, row, int(counts[row, column])] for row in range(len(points) + 1) for column in range(len(points))]
+    path = run / "evaluate" / "assigner.parquet"
+    reliability = None
+    if path.exists():
+        names = [f"p/{point}" for point in points]
+        columns = [*names, *(f"right/{point}" for point in points)]
+        table = read_parquet(path, "run `videoadapt evaluate` again", columns)
+        reliability = reliability_of(
+            table[names].to_numpy(float), table[columns[len(points) :]].to_numpy(bool), list(points)
+        )
+    return {"rows": [*points, "none right"], "columns": list(points), "cells": cells, "reliability": reliability}
+
+
+def reliability_of(p: Any, right: Any, points: Sequence[str]) -> list[Part]:
+    """Returns how often a point suffices where the assigner says that it does with some probability.
+
+    A point suffices if it, or a cheaper one, is right: so the assigner's probabilities add up when it chooses.
+
+    Args:
+        p: The assigner's probability of each point to be the label, `(clips, points)`, costliest first.
+        right: Whether each point is right, `(clips, points)`.
+        points: Their names.
+
+    Returns:
+        For each point but the costliest: bins with as many clips each, `p` (mean of what was said), `observed` and its
+        95 % interval `low`, `high`, and `clips`.
+    """
+    said = np.cumsum(p[:, ::-1], axis=1)[:, ::-1]
+    suffices = np.cumsum(right[:, ::-1], axis=1)[:, ::-1] > 0
+    found = []
+    for number in range(1, len(points)):
+        order = np.argsort(said[:, number], kind="stable")
+        bins = []
+        for rows in np.array_split(order[~np.isnan(said[order, number])], BINS):
+            if len(rows):
+                count = int(suffices[rows, number].sum())
+                low, high = wilson(count, len(rows))
+                mean = float(said[rows, number].mean())
+                bins.append({"p": mean, "observed": count / len(rows), "low": low, "high": high, "clips": len(rows)})
+        found.append({"point": points[number], "bins": bins})
+    return found
+
+
+def _population(run: Path) -> Part | None:
+    path = run / "index.json"
+    if not path.exists():
+        return None
+    found = read_json(path, _AGAIN, ["splits", "manifest"])
+    return {"manifest": found["manifest"], "classes": found.get("classes"), "splits": found["splits"]}
+
+
+def _curves(run: Path) -> Part | None:
+    """Returns loss and top-1 of each point while training: means over steps, and the validations."""
+    path, summary = run / "metrics.jsonl", run / "train.json"
+    if not path.exists() or not summary.exists() or not path.stat().st_size:
+        return None
+    trained = read_json(summary, _AGAIN, ["points", "steps", "epochs"])
+    metrics = pd.read_json(path, lines=True)
+    per_epoch = trained["steps"] / max(trained["epochs"], 1) or 1.0
+    width = max(1, len(metrics) // CURVE_BINS)
+    binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean(numeric_only=True)
+    checks, validation = pd.DataFrame(), run / "validation.jsonl"
+    if validation.exists() and validation.stat().st_size:
+        checks = pd.read_json(validation, lines=True)
+    lines = {}
+    for point in trained["points"]:
+        for name in ("loss", "top1"):
+            column = f"{name}/{point}"
+            if column in binned:
+                lines[f"train {column}"] = _pairs(binned["step"] / per_epoch, binned[column])
+            if column in checks:
+                lines[f"val {column}"] = _pairs(checks["epoch"], checks[column])
+    return {"points": list(trained["points"]), "lines": lines, "best": trained.get("best"), "epochs": trained["epochs"]}
+
+
+def _pairs(x: pd.Series, y: pd.Series) -> list[list[float]]:
+    return [[round(float(a), 4), round(float(b), 5)] for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+
+
+def _calibration(run: Path) -> Part | None:
+    path = run / "calibrate" / "calibrate.json"
+    return read_json(path, "run `videoadapt calibrate` again", ["curve"]) if path.exists() else None
+
+
+def _stage_seconds(run: Path) -> list[Part]:
+    """Returns the duration of each stage that says it."""
+    files = {
+        "train": run / "train.json",
+        "label": run / "labels" / "label.json",
+        "assign": run / "assigner" / "assign.json",
+        "calibrate": run / "calibrate" / "calibrate.json",
+        "evaluate": run / "evaluate" / "evaluate.json",
+    }
+    rows = []
+    for stage, path in files.items():
+        found: Summary = read_json(path, _AGAIN) if path.exists() else {}
+        if found.get("seconds"):
+            parts = found.get("stages") or {}
+            rows.append({"stage": stage, "seconds": found["seconds"], "parts": parts, "host": found.get("host", "")})
+    return rows
+
+
+def _speed_facts(speed: Mapping[str, Any] | None) -> Part | None:
+    """Returns how the speed was measured, without the long lists of clips."""
+    if not speed:
+        return None
+    measured = {key: value for key, value in speed.get("measured", {}).items() if not isinstance(value, (list, dict))}
+    kept = {key: speed[key] for key in ("clips", "rounds", "seconds", "date") if key in speed}
+    return {**kept, **measured}
+
+
+def require_run(path: Path) -> Path:
+    """Returns the folder of a run. Raises `UserError` if it is none."""
+    if not path.is_dir():
+        raise UserError(f"{path}: report needs the folder of a run (run.dir), and this is no folder")
+    return path

@@ -1,0 +1,169 @@
+"""The first sentence of the page: what routing saved, at what loss. A bad result is said as plainly as a good one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+_SPACE = "\N{NARROW NO-BREAK SPACE}"
+_LEVEL = f"95{_SPACE}%"
+Tone = Literal["good", "mixed", "bad", "plain"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One large number of the first screen."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The first screen of one run.
+
+    Attributes:
+        sentence: What was saved at what loss.
+        tone: `good` only if something was saved without a significant loss.
+        remarks: What else a reader must know to judge the sentence, a sentence each.
+        figures: The numbers behind it.
+    """
+
+    sentence: str
+    tone: Tone
+    remarks: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+
+
+def points(value: float) -> str:
+    """Returns a difference of two fractions in percentage points, with a sign and a true minus."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def share(value: float) -> str:
+    """Returns a fraction in percent."""
+    return f"{100 * value:.1f}{_SPACE}%".replace("-", "−")
+
+
+def interval(low: float, high: float) -> str:
+    """Returns the ends of an interval of a difference, in percentage points."""
+    return f"{points(low)} to {points(high)}"
+
+
+def headline(policies: Mapping[str, Mapping[str, Any]], reported: str, speed: Mapping[str, Any] | None) -> Headline:
+    """Writes the first screen from the rows of `evaluate.json`.
+
+    Args:
+        policies: The rows by policy name. The first is the fixed costliest point.
+        reported: The policy that the page is about.
+        speed: `speed.policies[reported]`, as far as it was measured.
+    """
+    costliest, row = next(iter(policies)), policies[reported]
+    if reported == costliest:
+        return _fixed_only(policies, reported)
+    change, low, high = row["difference_to_costliest"]
+    faster = speedup(policies, reported, speed)
+    sentence = f"{_name(reported)} {_saving(row['macs_saved'], costliest)} and {_loss(change, low, high)}"
+    lost, saved = high < 0, row["macs_saved"] > 0
+    tone: Tone = "bad" if not saved else "mixed" if lost else "good"
+    remarks = [text for text in (_on_the_clock(faster), _beside_random(policies, row)) if text]
+    if faster and faster[0] <= 1 and tone == "good":
+        tone = "mixed"
+    return Headline(sentence, tone, remarks, _figures(row, faster, speed))
+
+
+def speedup(
+    policies: Mapping[str, Mapping[str, Any]], name: str, speed: Mapping[str, Any] | None
+) -> tuple[float, float | None, float | None] | None:
+    """Returns how many times as fast as the costliest point a policy ran, with its interval where it has one."""
+    if speed and speed.get("speedup"):
+        value, low, high = speed["speedup"]
+        return value, low, high
+    fixed, own = next(iter(policies.values())).get("clips_per_s"), policies[name].get("clips_per_s")
+    return (own / fixed, None, None) if fixed and own else None
+
+
+def _name(policy: str) -> str:
+    named = {"assigned": "The assigner", "calibrated": "The calibrated policy"}
+    return named.get(policy) or f"The policy {policy}"
+
+
+def _saving(saved: float, costliest: str) -> str:
+    against = f"against running every clip at {costliest.removeprefix('fixed:')}"
+    if saved > 0:
+        return f"saved {share(saved)} of the multiply-adds {against}"
+    return f"saved nothing: it took {share(-saved)} more multiply-adds {against}"
+
+
+def _loss(change: float, low: float, high: float) -> str:
+    ends = f"{_LEVEL} interval {interval(low, high)}"
+    if high < 0:
+        return f"lost {100 * -change:.1f} points of top-1 accuracy ({ends})."
+    if low > 0:
+        return f"gained {100 * change:.1f} points of top-1 accuracy ({ends})."
+    if change == low == high == 0:
+        return "gave the same answers."
+    return f"changed top-1 accuracy by {points(change)} points, which is not significant ({ends})."
+
+
+def _on_the_clock(faster: tuple[float, float | None, float | None] | None) -> str:
+    if faster is None:
+        return "Its speed was not measured."
+    value, low, high = faster
+    ends = f" ({_LEVEL} interval {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
+    if value > 1:
+        return f"On the clock it ran {value:.2f} times as fast{ends}."
+    return f"On the clock it was no faster: {value:.2f} times the clips per second{ends}."
+
+
+def _beside_random(policies: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+    if "difference_to_random" not in row or "random" not in policies:
+        return ""
+    change, low, high = row["difference_to_random"]
+    ends = f"{points(change)} points, {_LEVEL} interval {interval(low, high)}"
+    if low > 0:
+        return f"It beats random routing with the same mix of points ({ends})."
+    if high < 0:
+        return f"It is worse than random routing with the same mix of points ({ends})."
+    return f"It is not measurably better than random routing with the same mix of points ({ends})."
+
+
+def _fixed_only(policies: Mapping[str, Mapping[str, Any]], costliest: str) -> Headline:
+    """Returns the first screen of a run without an assigner or cascade: what its fixed points save and lose."""
+    row = policies[costliest]
+    ends = f"{100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}"
+    point, top1 = costliest.removeprefix("fixed:"), share(row["top1"])
+    sentence = f"Nothing is routed in this run: the costliest point, {point}, reaches {top1} top-1 ({_LEVEL}: {ends})."
+    remarks = [
+        f"Running every clip at {name.removeprefix('fixed:')} saves {share(other['macs_saved'])} of the multiply-adds "
+        f"and {_loss(*other['difference_to_costliest'])}"
+        for name, other in policies.items()
+        if name.startswith("fixed:") and name != costliest
+    ]
+    return Headline(sentence, "plain", remarks, [Figure("top-1", top1, f"{_LEVEL}: {ends}")])
+
+
+def _figures(
+    row: Mapping[str, Any],
+    faster: tuple[float, float | None, float | None] | None,
+    speed: Mapping[str, Any] | None,
+) -> list[Figure]:
+    change, low, high = row["difference_to_costliest"]
+    figures = [
+        Figure("multiply-adds saved", share(row["macs_saved"]), "mean over clips, assigner included"),
+        Figure("top-1, in points", points(change), f"{_LEVEL}: {interval(low, high)}"),
+        Figure("top-1", share(row["top1"]), f"{_LEVEL}: {100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}"),
+    ]
+    if faster is not None:
+        value, low_s, high_s = faster
+        ends = (
+            f"{_LEVEL}: {low_s:.2f} to {high_s:.2f}" if low_s is not None and high_s is not None else "of the clips/s"
+        )
+        figures.append(Figure("speed, measured", f"{value:.2f} ×", ends))
+    efficiency = (speed or {}).get("routed_efficiency")
+    if efficiency:
+        value, low_e, high_e = efficiency
+        figures.append(Figure("routed efficiency", f"{value:.2f}", f"{_LEVEL}: {low_e:.2f} to {high_e:.2f}"))
+    return figures
