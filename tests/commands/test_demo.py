@@ -30,7 +30,7 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     assert list(summary["policies"]) == POLICIES
     for row in summary["policies"].values():
         assert {"top1", "top1_low", "top1_high", "macs_per_clip", "clips_per_s"} <= row.keys()
-    assert list(summary["stages"]) == ["generate", "index", "train", "label", "assign", "evaluate", "flops"]
+    assert list(summary["stages"]) == ["generate", "index", "train", "label", "assign", "evaluate", "flops", "report"]
     assert summary["seconds"] >= sum(summary["stages"].values()) - 1
     assert [level["videos"] for level in summary["levels"].values()] == [12, 6, 6]
     for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png", "report/clips.png"):
@@ -48,6 +48,7 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
         2
     ] * len(POLICIES)
     assert "random routing with the same mix" in printed.err
+    assert f"Open in a browser: {tmp_path / 'report' / 'report.html'}" in printed.err
     shown = printed.err + progress
     assert not re.search("preflight|decoding the clips of a step|loading starves", shown)
 
