@@ -2,7 +2,8 @@
 
 Each simulation draws videos from the table, with replacement, and calibrates on them. The true loss and cost of a
 policy are those of the whole table, so that it is known whether a promise was kept. For each `eps`, calibrations have
-the number of videos that `videos_needed` names, and three times as many.
+the number of videos that `videos_needed` names, and three times as many. Costs are those of `configs/demo.yaml`;
+`section.key=value` overrides it where the table is of another model.
 
 `python tools/simulate_calibration.py record RUN FILE` records the table of an evaluated run: where the model is right
 at each point, its confidences, and the assigner's probabilities, on the clips of the label table (which fix the orders)
@@ -147,9 +148,9 @@ def read(file: Path, config: Config) -> tuple[Scores, KnownClips]:
     return scores, known
 
 
-def simulate(file: Path, settings: Settings) -> Iterator[Simulated]:
+def simulate(file: Path, settings: Settings, overrides: Sequence[str] = ()) -> Iterator[Simulated]:
     """Yields the outcome for each eps, with the needed videos and with more."""
-    config = load_config(CONFIG)
+    config = load_config(CONFIG, overrides)
     scores, known = read(file, config)
     assigned = Assigned(Assigner(config.assign, len(config.model.points)).eval(), config.model.points)
     for eps in settings.eps:
@@ -203,7 +204,8 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["record"]:
         record(words[1], Path(words[2]))
         return
-    settings = Settings.parse(words[1:])
+    overrides = [word for word in words[1:] if "." in word.partition("=")[0]]
+    settings = Settings.parse([word for word in words[1:] if word not in overrides])
     rows = [
         (
             f"{100 * row.eps:g}",
@@ -214,7 +216,7 @@ def main(words: Sequence[str]) -> None:
             percent(row.possible),
             percent(row.best_fixed),
         )
-        for row in simulate(Path(words[0]), settings)
+        for row in simulate(Path(words[0]), settings, overrides)
     ]
     columns = ("eps points", "videos", "broken %", "found %", "saved %", "possible %", "best fixed %")
     print_table(f"{settings.draws} calibrations each, delta {settings.delta:g}", columns, rows)
