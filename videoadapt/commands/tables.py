@@ -316,6 +316,8 @@ def print_evaluate(summary: Summary) -> None:
         "* on the Pareto front: none has a higher top-1 at no more MACs, or the same at fewer MACs; random and oracle "
         "take no part"
     )
+    for name, promise in summary.get("promises", {}).items():
+        say(f"{name} is calibrated: {promise}")
     if summary.get("selected_on_val"):
         say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
     counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
