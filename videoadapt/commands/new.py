@@ -22,14 +22,14 @@ from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Re
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
-from videoadapt.errors import UserError, plural
+from videoadapt.errors import UserError
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
 from videoadapt.performance.timing import bf16_is_fast, time_of, training_speed
 from videoadapt.routing.assigner import Assigner
 from videoadapt.runtime.console import duration, print_table, say
 from videoadapt.runtime.files import replacing
-from videoadapt.runtime.machine import available_cpus, pick_device
+from videoadapt.runtime.machine import available_cpus, busy, pick_device
 
 _TEMPLATE = config_folder() / "finetune_template.yaml"
 _LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):.*")  # of the template; comments have their own lines
@@ -258,16 +258,16 @@ def _times(seconds: Mapping[str, float]) -> str:
 
 def _busy(result: NewRun) -> str:
     """Returns how long the stages take on the machine as it is at present."""
-    slowdown, load = result.machine.slowdown, os.getloadavg()[0]  # of the last minute; this process is a part of it
-    wanted = f"{load:.0f} processes want its {plural(available_cpus(), 'CPU')}"
+    slowdown, wanted = result.machine.slowdown, busy()
     measured = {"evaluate": SPEED_S}  # it takes no longer on a busy machine
     seconds = {
         stage: slowdown * (each - measured.get(stage, 0)) + measured.get(stage, 0)
         for stage, each in result.seconds.items()
     }
+    minutes = max(0.1, result.minutes / slowdown)
     return (
-        f"the machine is busy ({wanted}): at present about {slowdown:.0f} times as long, {_times(seconds)}; "
-        f"for {result.minutes:g} min of training at present: --minutes {max(0.1, result.minutes / slowdown):.1f}"
+        f"the machine is busy{f' ({wanted})' if wanted else ''}: at present about {slowdown:.0f} times as long, "
+        f"{_times(seconds)}; for {result.minutes:g} min of training at present: --minutes {minutes:.1f}"
     )
 
 

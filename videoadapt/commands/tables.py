@@ -313,8 +313,12 @@ def print_evaluate(summary: Summary) -> None:
         f"{percent(summary['largest_class_fraction'])} %"
     )
     say(
-        "* on the Pareto front: none has a higher top-1 at no more MACs, or the same at fewer MACs; random and oracle "
-        "take no part"
+        "* on the Pareto front by the measured values, whatever their intervals: none has a higher top-1 at no more "
+        "MACs, or the same at fewer MACs; random and oracle take no part"
+    )
+    say(
+        "random: the mix of points of assigned, by chance; oracle: the cheapest right point, chosen with the true "
+        "class, an upper bound for choosing points"
     )
     for name, promise in summary.get("promises", {}).items():
         say(f"{name} is calibrated: {promise}")
@@ -332,8 +336,11 @@ def print_evaluate(summary: Summary) -> None:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
         say("no assigner yet: run `videoadapt label` and `videoadapt assign` to add the policies assigned and random")
+    _say_against_fixed(summary["policies"])
     say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")
     print_speed(summary["speed"])
+    if summary["speed"] and (wanted := _busy()):
+        say(f"the machine is busy ({wanted}): speeds are lower than alone on it, and their intervals wider")
     say("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["stages"].items()))
 
 
@@ -407,6 +414,32 @@ def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
     # The comparison that shows whether the assigner's choice matters, or only its mix of points.
     difference, low, high = (100 * value for value in policy["difference_to_random"])
     say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
+
+
+def _busy() -> str:
+    from videoadapt.runtime.machine import busy  # it imports torch
+
+    return busy()
+
+
+def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints, of each policy that routes, whether fixed points would do as well for the same or less."""
+    for name, policy in policies.items():
+        if "mixture" not in policy:
+            continue
+        mixture = " and ".join(f"{fraction:.0%} {point}" for point, fraction in policy["mixture"].items())
+        say(f"{name} against {mixture}, by chance, at the same MACs: {_points(policy['difference_to_mixture'])}")
+        fixed = policy["cheaper_fixed"]
+        if fixed is not None:
+            cheaper = percent(1 - policies[fixed]["macs_per_video"] / policy["macs_per_video"])
+            say(
+                f"{fixed} costs {cheaper} % less than {name} and is not significantly less accurate: {name} minus "
+                f"{fixed} {_points(policy['difference_to_cheaper_fixed'])}"
+            )
+
+
+def _points(interval: Sequence[float]) -> str:
+    return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in interval))
 
 
 def print_compare(summary: Summary) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
+from videoadapt.evaluation.against_fixed import AgainstFixed, Interval, Measured, against_fixed
 from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
 from videoadapt.routing.decide import clip_ends, clip_macs, views_run
 from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats
-from videoadapt.routing.policy import Policy, mix_of
+from videoadapt.routing.policy import Fixed, Policy, mix_of
 from videoadapt.routing.replay import StoredAnswers, answers, points_in_answer
 from videoadapt.routing.scores import Scores
 
 TOP = 5  # classes kept for each video, and the k of top-k accuracy
-Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its interval
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class PolicyRow:
         pareto: No other policy is cheaper and as accurate, or more accurate and no costlier. The oracle and random
             routing take no part.
         difference_to_random: Top-1 minus the top-1 of random routing with the same mix; None without that policy.
+        against_fixed: The policy beside the fixed points; None for these, and for policies that nobody would use.
     """
 
     accuracies: Accuracies
@@ -123,6 +124,7 @@ class PolicyRow:
     nan_videos: int = 0
     pareto: bool = False
     difference_to_random: Interval | None = None
+    against_fixed: AgainstFixed | None = None
 
     @property
     def top1(self) -> float:
@@ -144,7 +146,7 @@ class PolicyRow:
         }
         if self.difference_to_random is not None:
             row["difference_to_random"] = self.difference_to_random
-        return row
+        return row | (asdict(self.against_fixed) if self.against_fixed else {})
 
 
 def outcomes_of(scores: Scores, policies: Sequence[Policy], config: Config) -> list[Outcome]:
@@ -215,7 +217,7 @@ def policy_rows(
     """
     counted = np.arange(len(population.videos)) if config.evaluate.failed == "wrong" else population.scored
     by_name = {outcome.policy.name: outcome for outcome in outcomes}
-    # Two fields of a row need all rows, so they are replaced below: `pareto` and `difference_to_random`.
+    # Three fields of a row need all rows, so they are replaced below.
     rows = {
         name: PolicyRow(
             accuracies=_accuracies(outcome, population, counted),
@@ -236,6 +238,14 @@ def policy_rows(
     )
     for name, on_front in zip(known, front, strict=True):
         rows[name] = replace(rows[name], pareto=on_front)
+    measured = {
+        name: Measured(name, float(by_name[name].macs.mean()), _video_right(by_name[name], population, 1)[counted])
+        for name in known
+    }
+    fixed = [measured[name] for name in known if isinstance(by_name[name].policy, Fixed)]
+    for name in known:
+        if not isinstance(by_name[name].policy, Fixed):
+            rows[name] = replace(rows[name], against_fixed=against_fixed(measured[name], fixed))
     for outcome in outcomes:
         imitated = outcome.policy.imitates
         if imitated is not None:

@@ -107,6 +107,12 @@ def available_cpus() -> int:
     return cpu_limit().cpus
 
 
+def busy() -> str:
+    """Returns how many processes want the CPUs, in words, if it is more than the CPUs bear; otherwise empty."""
+    load, cpus = os.getloadavg()[0], available_cpus()  # of the last minute; this process is a part of it
+    return f"{load:.0f} processes want its {cpus} CPUs" if load > cpus + 1 else ""
+
+
 def worker_count(workers: Literal["auto"] | int) -> int:
     """Returns the number of worker processes for `data.workers`; `auto` is one for each available CPU."""
     return available_cpus() if workers == "auto" else workers

@@ -1,0 +1,95 @@
+"""Compares a policy with fixed points: would one cheaper point, or a random mixture of two, have been as good?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from videoadapt.evaluation.intervals import DRAWS, paired_difference
+from videoadapt.routing.label_rules import Bools
+
+Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its 95 % interval
+
+
+class Measured(NamedTuple):
+    """The mean cost of a policy on some videos, and its answers."""
+
+    name: str
+    macs: float
+    right: Bools  # (videos,)
+
+
+@dataclass(frozen=True)
+class AgainstFixed:
+    """A policy beside the fixed points, on the same videos. The names are keys of `evaluate.json`.
+
+    Attributes:
+        mixture: The random mixture of at most two fixed points that costs the same and is the most accurate: the
+            fraction of the clips by policy, such as `{"fixed:14": 0.3, "fixed:7": 0.7}`.
+        difference_to_mixture: Top-1 minus that of the mixture. Routing pays where it is above 0.
+        cheaper_fixed: The most accurate of the fixed points that cost less and are not significantly less accurate;
+            None if there is none.
+        difference_to_cheaper_fixed: Top-1 minus that of this point.
+    """
+
+    mixture: dict[str, float]
+    difference_to_mixture: Interval
+    cheaper_fixed: str | None
+    difference_to_cheaper_fixed: Interval | None
+
+
+def against_fixed(policy: Measured, fixed: Sequence[Measured]) -> AgainstFixed | None:
+    """Compares a policy with fixed points on the same videos.
+
+    Args:
+        policy: The policy.
+        fixed: The fixed points.
+
+    Returns:
+        The comparison; None if the policy costs less than every fixed point.
+    """
+    mixture = _best_mixture(policy.macs, fixed)
+    if mixture is None:
+        return None
+    differences = [(point, paired_difference(policy.right, point.right)) for point in fixed if point.macs < policy.macs]
+    as_good = [(point, each) for point, each in differences if each[1] <= 0]
+    cheaper, difference = min(as_good, key=lambda pair: (pair[1][0], pair[0].macs), default=(None, None))
+    a, b, fraction = mixture
+    return AgainstFixed(
+        mixture={a.name: fraction} | ({b.name: 1 - fraction} if fraction < 1 else {}),
+        difference_to_mixture=_difference_to_mixture(policy, *mixture),
+        cheaper_fixed=cheaper.name if cheaper else None,
+        difference_to_cheaper_fixed=difference,
+    )
+
+
+def _best_mixture(macs: float, fixed: Sequence[Measured]) -> tuple[Measured, Measured, float] | None:
+    """Returns two fixed points and the fraction of the first one, for the most accurate mixture of these MACs."""
+    costliest = max(fixed, key=lambda point: point.macs)
+    if macs >= costliest.macs:
+        return costliest, costliest, 1.0
+    mixtures = [
+        (a, b, (macs - b.macs) / (a.macs - b.macs)) for a, b in product(fixed, fixed) if a.macs > macs >= b.macs
+    ]
+    return max(
+        mixtures, key=lambda each: each[2] * each[0].right.mean() + (1 - each[2]) * each[1].right.mean(), default=None
+    )
+
+
+def _difference_to_mixture(policy: Measured, a: Measured, b: Measured, fraction: float, seed: int = 0) -> Interval:
+    """Returns the top-1 of a policy minus the expected one of a mixture, with a bootstrap interval over videos.
+
+    As in `paired_difference`, half a video is added to each kind of outcome.
+    """
+    gains, counts = [], []
+    for own, of_a, of_b in product((False, True), repeat=3):
+        gains.append(own - fraction * of_a - (1 - fraction) * of_b)
+        counts.append(((policy.right == own) & (a.right == of_a) & (b.right == of_b)).sum())
+    total, smoothed = max(len(policy.right), 1), np.array(counts) + 0.5
+    drawn = np.random.default_rng(seed).multinomial(total, smoothed / smoothed.sum(), DRAWS)  # (DRAWS, 8)
+    low, high = np.quantile(drawn @ np.array(gains) / total, [0.025, 0.975])
+    return float(np.dot(gains, counts) / total), float(low), float(high)
