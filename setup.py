@@ -15,6 +15,8 @@ REQUIREMENTS = [
     "av>=17.1",  # 17.0 crashes when it opens flv with options
     "timm>=1.0.9",
     "einops>=0.8",
+    "huggingface_hub>=0.34",  # folders and repositories of models; timm needs it too
+    "Jinja2>=3.1.2",  # the model card
     "pebble>=5.0",  # processes that may hang or crash on a file
     "submitit>=1.5.4",  # before it, `pkg_resources`, which setuptools 82 has removed
     "Jinja2>=3.1",
@@ -34,8 +36,11 @@ REQUIREMENTS = [
 ]
 
 SERVE = ["Jinja2>=3.1", "starlette>=0.41", "uvicorn>=0.32"]
+# ONNX files. `torch.onnx.export` takes a `custom_translation_table` from torch 2.6 on; the tests ran with 2.12.
+ONNX = ["torch>=2.6", "onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 
 EXTRAS = {
+    "export": ONNX,
     "serve": SERVE,
     "docs": [
         "mkdocs>=1.6,<2",  # 2 has neither hooks nor themes of others
@@ -43,6 +48,7 @@ EXTRAS = {
     ],
     "test": [
         *SERVE,
+        *ONNX,
         "ipykernel>=6.20",  # runs docs/python.ipynb
         "nbclient>=0.8",
         "nbformat>=5.7",

@@ -110,6 +110,10 @@ PAGES = {
         copies={"runs/a": "runs/mine", "runs/b": "runs/mine"},
         not_run={"videoadapt train configs/revit_deit_s_in1k.yaml": IMAGENET},
     ),
+    "docs/export.md": Page(
+        replaced={"export.formats=onnx export.policy=fixed:8": "export.formats=pretrained export.policy=fixed:8"},
+        not_run={"pip install": "tests/test_install.py installs the checkout"},
+    ),
     "docs/finetune.md": Page(
         small=SMALL_STAGES,
         replaced={

@@ -14,6 +14,7 @@ Stages: functions that take a Config, a YAML file or a run folder, and return a 
     evaluate  -> EvaluationSummary    accuracy, cost and speed of every policy
     predict   -> Predictions          classes, points and cost of videos, a sequence of Prediction
     serve     -> PageServer           a local page that shows the answer of every point to a video
+    export    -> ExportSummary        ONNX, torch.export, a folder for the hub, one point for Hugging Face
 
 Configs
     load_config, Config, Point        a checked config; an operating point
@@ -22,6 +23,7 @@ Models
     build_model, TimeSformer          a new model; model(clips, point) returns logits; model.class_names
     load_model, load_assigner         the newest model of a run, and its assigner
     load_weights                      loads pretrained weights into a model
+    AdaptiveModel                     model, assigner and policy: save_pretrained, from_pretrained, predict
 
 Data
     ClipDataset                       clips of a manifest or a folder, for a DataLoader of your own
@@ -52,6 +54,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.commands.verbs import assign as assign
     from videoadapt.commands.verbs import calibrate as calibrate
     from videoadapt.commands.verbs import evaluate as evaluate
+    from videoadapt.commands.verbs import export as export
     from videoadapt.commands.verbs import index as index
     from videoadapt.commands.verbs import label as label
     from videoadapt.commands.verbs import train as train
@@ -73,6 +76,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.evaluation.predict import Prediction as Prediction
     from videoadapt.evaluation.predict import Predictions as Predictions
     from videoadapt.evaluation.predict import predict as predict
+    from videoadapt.exporting.adaptive import AdaptiveModel as AdaptiveModel
+    from videoadapt.exporting.export import ExportSummary as ExportSummary
     from videoadapt.model.checkpoint import load_model as load_model
     from videoadapt.model.timesformer import TimeSformer as TimeSformer
     from videoadapt.model.timesformer import build_model as build_model
@@ -98,6 +103,7 @@ _HOME = {  # the module of each public name
     "assign": "commands.verbs",
     "calibrate": "commands.verbs",
     "evaluate": "commands.verbs",
+    "export": "commands.verbs",
     "index": "commands.verbs",
     "label": "commands.verbs",
     "train": "commands.verbs",
@@ -121,6 +127,8 @@ _HOME = {  # the module of each public name
     "Prediction": "evaluation.predict",
     "Predictions": "evaluation.predict",
     "predict": "evaluation.predict",
+    "AdaptiveModel": "exporting.adaptive",
+    "ExportSummary": "exporting.export",
     "load_model": "model.checkpoint",
     "TimeSformer": "model.timesformer",
     "build_model": "model.timesformer",

@@ -20,6 +20,7 @@ from videoadapt.runtime.files import (
     read_parquet,
     remove_abandoned,
     replacing,
+    replacing_folder,
     write_csv,
     write_json,
     write_parquet,
@@ -188,3 +189,48 @@ def test_a_table_of_an_older_version_is_read_with_a_message(tmp_path: Path, capf
     assert "old.parquet: was written without a checksum, by an older version" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"old\.parquet: damaged, or of another version \(without the column point\)"):
         read_parquet(tmp_path / "old.parquet", "run `label` again", ["video", "point"])
+
+
+# Folders.
+
+
+def test_a_folder_is_replaced_as_a_whole_at_the_end_of_the_block(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "onnx"
+    for name in ("first", "second"):
+        with replacing_folder(path) as temporary:
+            assert temporary.parent == path.parent
+            (temporary / name).write_text(name)
+    assert os.listdir(path.parent) == ["onnx"]
+    assert os.listdir(path) == ["second"]  # no file of the old folder stays
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "onnx"
+    with replacing_folder(path) as temporary:
+        (temporary / "old").write_text("old")
+    with pytest.raises(error), replacing_folder(path) as temporary:
+        (temporary / "new").write_text("half")
+        raise error
+    assert os.listdir(tmp_path) == ["onnx"]
+    assert os.listdir(path) == ["old"]
+
+
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(tmp_path: Path) -> None:
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from videoadapt.runtime.files import replacing_folder
+        with replacing_folder(Path(sys.argv[1])) as temporary:
+            (temporary / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    [abandoned] = tmp_path.iterdir()
+    with replacing_folder(tmp_path / "b") as running:
+        assert not abandoned.exists()
+        assert remove_abandoned(tmp_path) == []
+        assert running.exists()
+    assert os.listdir(tmp_path) == ["b"]

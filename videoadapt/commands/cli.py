@@ -450,6 +450,15 @@ def serve(
     run(_load(config, overrides), policy)
 
 
+@app.command()
+def export(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Write the model for other programs: ONNX, torch.export, a folder for the hub, or one point for Hugging Face."""
+    from videoadapt.commands.tables import print_export
+    from videoadapt.exporting.export import export as run
+
+    _show(run(_load(config, overrides)), as_json, print_export)
+
+
 @app.command("config")
 def config_keys(
     key: Annotated[

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from videoadapt.commands.launch import LaunchPlan, LaunchResult
     from videoadapt.config.reference import SectionKeys
     from videoadapt.data.index.check import CheckResult
+    from videoadapt.exporting.export import ExportSummary
     from videoadapt.report.page import ReportSummary
 
 _TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
@@ -440,6 +441,12 @@ def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _points(interval: Sequence[float]) -> str:
     return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in interval))
+
+
+def print_export(summary: ExportSummary) -> None:
+    """Prints how far each exported graph differs from the model."""
+    table = summary.table()
+    print_table(table.title, table.columns, table.rows)
 
 
 def print_compare(summary: Summary) -> None:

@@ -11,7 +11,7 @@ to other threads, so a stage in another thread runs to its end. Signal handlers 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from videoadapt.commands.stage import CurvesWhileTraining, draw_figures_of_evaluation, draw_new_curves
 from videoadapt.config.load import Config, ConfigSource, as_config
@@ -31,6 +31,9 @@ from videoadapt.runtime.console import progress_shown
 from videoadapt.runtime.results import ShardResult
 from videoadapt.training.metrics import TrainSummary
 from videoadapt.training.train import train as run_train
+
+if TYPE_CHECKING:
+    from videoadapt.exporting.export import ExportSummary
 
 T = TypeVar("T")
 
@@ -159,6 +162,27 @@ def evaluate(
         summary = _not_shard(run_evaluate(loaded, policies))
         draw_figures_of_evaluation(loaded.run.dir)
     return summary
+
+
+def export(config: ConfigSource, *, progress: bool = True) -> ExportSummary:
+    """Writes the model for other programs: ONNX, torch.export, a folder for the hub, or one point for Hugging Face.
+
+    Args:
+        config: A `Config`, a YAML file, or a run folder. Its section `export` says what is written.
+        progress: Show messages.
+
+    Returns:
+        What was written, and how far it differs from the model on real clips.
+
+    Raises:
+        UserError: A package of the extra `export` is missing, or the policy or the point cannot be exported.
+        CheckpointError: There is no model, or the run's assigner does not fit it.
+        RunError: A written graph differs from the model by more than `export.tolerance`.
+    """
+    from videoadapt.exporting.export import export as run_export  # with the hub's library, which no other verb needs
+
+    with progress_shown(progress):
+        return run_export(as_config(config))
 
 
 def _whole(config: Config, verb: str) -> Config:

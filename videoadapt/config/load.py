@@ -29,6 +29,7 @@ from videoadapt.config.sections import (
     CalibrateConfig,
     DataConfig,
     EvaluateConfig,
+    ExportConfig,
     IndexConfig,
     LabelConfig,
     LaunchConfig,
@@ -76,6 +77,7 @@ class Config(Section):
     assign: AssignConfig = AssignConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     parallel: ParallelConfig = ParallelConfig()
     serve: ServeConfig = ServeConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -38,6 +38,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]
 Average = Literal["probabilities", "logits"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # NumPy takes no negative seed, torch none of 64 bits
+Format = Literal["onnx", "torch", "pretrained"]
 Resample = Literal["bicubic", "nearest", "nearest_flat"]
 WhichWeights = Literal["ema", "last"]
 ValidateOn = Literal["val", "holdout"] | Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -606,6 +607,28 @@ class EvaluateConfig(Section):
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`; over
     the views of a video `14:views:0.9` (docs/points.md)."""
+
+
+class ExportConfig(Section):
+    """What `export` writes, and how it is checked (docs/export.md)."""
+
+    formats: Annotated[tuple[Format, ...], BeforeValidator(_as_list)] = ("onnx", "torch", "pretrained")
+    """What is written. `onnx`: each point and the assigner as ONNX, with a router. `torch`: the same graphs of
+    torch.export. `pretrained`: one folder with model, assigner, policy and model card, for `from_pretrained`."""
+    point: str | None = None
+    """A point to cut out as a plain TimeSformer, which Hugging Face's class loads. Nothing else is written then. null =
+    no such cut."""
+    policy: str | None = None
+    """Policy of the exported model, as `predict --policy`. null = the calibrated one if there is one, otherwise the
+    assigner's, otherwise the costliest point."""
+    opset: Annotated[int, Field(ge=18, le=24)] = 18
+    """Version of the ONNX operators. A higher one needs a newer onnxruntime."""
+    clips: Annotated[int, Field(ge=0, le=10_000)] = 8
+    """Clips on which the exported graphs are compared with the model: of the split val, or train without one. 0 =
+    random pixels, where the videos are not at hand."""
+    tolerance: Positive = 1e-4
+    """Largest difference of a logit between an exported graph and the model. A larger one ends `export`, and nothing is
+    written."""
 
 
 class ParallelConfig(Section):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -70,8 +71,45 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder to write to, and puts it in the place of the folder `path` at the end.
+
+    After an exception, or if the process is killed, `path` is unchanged. Files that only the old folder had are gone
+    afterwards, so that no file of an earlier call stays beside those of this one.
+
+    Args:
+        path: The folder to create or replace. Its parent is created if necessary.
+
+    Yields:
+        A hidden folder beside it, locked until the end as in `replacing`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+        for name in filter(Path.is_file, temporary.rglob("*")):
+            with name.open("rb") as file:  # as in `replacing`
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)  # mkdtemp allows the owner only, but colleagues read run folders
+        if path.exists():  # a folder that is not empty cannot be replaced by renaming
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    finally:
+        os.close(handle)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_abandoned(folder: Path) -> list[Path]:
-    """Removes the temporary files of killed processes in a folder, not in its subfolders.
+    """Removes the temporary files and folders of killed processes in a folder, not in its subfolders.
 
     The file of a process that still writes is locked, and stays.
 
@@ -79,16 +117,20 @@ def remove_abandoned(folder: Path) -> list[Path]:
         folder: The folder. It may be missing.
 
     Returns:
-        The files that were removed.
+        What was removed.
     """
     removed = []
     for path in sorted(folder.glob(".*")):
-        if not _TEMPORARY.fullmatch(path.name) or not path.is_file():
+        if not _TEMPORARY.fullmatch(path.name):
             continue
-        with suppress(OSError), path.open("r+b") as file:  # locked, or another process has just removed it
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            removed.append(path)
+        with suppress(OSError):  # locked, or another process has just removed it
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # network file systems lock by writing
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path)
+            finally:
+                os.close(handle)
     return removed
 
 

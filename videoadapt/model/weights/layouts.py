@@ -143,6 +143,22 @@ def from_hugging_face(name: str) -> str:
     return _HF_TOP.get(name, name)
 
 
+def to_hugging_face(base: str) -> str:
+    """Returns the name in Hugging Face's `TimesformerForVideoClassification` for a base name: `from_hugging_face` back.
+
+    Raises:
+        ValueError: Their TimeSformer has no such tensor.
+    """
+    for name, ours in _HF_TOP.items():
+        if ours == base:
+            return name if base.startswith("head.") else f"timesformer.{name}"
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", base)
+    for name, ours in _HF_BLOCK.items():
+        if block and ours == block[2]:
+            return f"timesformer.encoder.layer.{block[1]}.{name}.{block[3]}"
+    raise ValueError(f"{base}: Hugging Face's TimeSformer has no such tensor")
+
+
 def split_positions(name: str, table: Tensor, tokens: Collection[str]) -> dict[str, Entry]:
     """Splits a table of positions into the grid of the patches and the rows of the prefix tokens.
 

@@ -1,0 +1,5 @@
+"""Models for other programs: ONNX graphs with a small router, torch.export programs, and folders for Hugging Face.
+
+May use every room below it: `config`, `runtime`, `model`, `data`, `training`, `routing` and `evaluation`.
+Read first: `export.py`.
+"""

@@ -1,0 +1,260 @@
+"""A model with its assigner and policy as one object, which saves itself to a folder and loads from one or the hub."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard import ModelCard
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from videoadapt.config.load import Config
+from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, ModelConfig
+from videoadapt.errors import CheckpointError, UserError
+from videoadapt.evaluation.predict import Predictions, Videos, predict
+from videoadapt.exporting.card import Facts, model_card
+from videoadapt.model.checkpoint import load_tensors, restore_model, weights_digest
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.assigner import Assigner
+from videoadapt.routing.policy import Assigned, Cascade, Policy, parse_policy
+from videoadapt.routing.scores import trained_checkpoint
+from videoadapt.runtime.files import read_json, replacing, write_json
+from videoadapt.runtime.machine import precision_dtype
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+POLICY_FILE = Path("calibrate") / "policy.json"  # of a run; `calibrate` writes it
+_KEY, _FORMAT = "videoadapt", 1  # key in config.json, and the version of what is below it
+_REMEDY = "save the model again"
+# The keys of two sections that decide which pixels the model sees. The others name places of one machine.
+_EVALUATE = ("temporal_views", "single_clip", "spatial_crops", "crop_offset", "average", "crop_pct")
+_DATA = ("reader", "sampling", "interpolation", "antialias", "max_pixels", "max_frames")
+
+
+class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
+    """A model, its assigner and its policy: all that predicts a video.
+
+    `save_pretrained(folder)` writes `config.json`, `model.safetensors` and a model card; `from_pretrained` loads them
+    from a folder, or from a repository of the Hugging Face hub; `push_to_hub(name)` uploads them.
+
+    Args:
+        model: The model.
+        assigned: The assigner, with its points and its threshold; None if there is none.
+        policy: The policy as text; see `parse_policy`. None: `assigned` with an assigner, otherwise the costliest
+            point.
+        evaluate: How views are cut.
+        data: How videos are read and resized.
+        facts: What the model card says of training and evaluation; see `card.Facts`.
+
+    Example:
+        >>> adaptive = AdaptiveModel.from_run(load_config("runs/mine"))
+        >>> adaptive.save_pretrained("mine")
+        >>> AdaptiveModel.from_pretrained("mine").predict("clip.mp4")
+    """
+
+    def __init__(
+        self,
+        model: TimeSformer,
+        assigned: Assigned | None = None,
+        policy: str | None = None,
+        *,
+        evaluate: EvaluateConfig | None = None,
+        data: DataConfig | None = None,
+        facts: Facts | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.assigned = assigned
+        self.assigner = assigned.assigner if assigned is not None else None  # a module of this one
+        if assigned is not None:
+            assigned.check(model)
+        default = "assigned" if assigned is not None else f"fixed:{model.config.points[0]}"
+        self.policy = parse_policy(policy or default, assigned, model.config)
+        self.evaluate, self.data = evaluate or EvaluateConfig(), data or DataConfig()
+        self.facts = facts or Facts()
+
+    @classmethod
+    def from_run(cls, config: Config, policy: str | None = None) -> AdaptiveModel:
+        """Loads the model of a run, on the CPU in float32, with its assigner, its policy and its evaluation.
+
+        Args:
+            config: The run's config.
+            policy: The policy as text, or a file of `calibrate`. None: `calibrate/policy.json` of the run if it exists,
+                then as in the class.
+
+        Raises:
+            UserError: The policy does not fit the model, or needs the truth.
+            CheckpointError: There is no model, or the assigner or the calibrated policy is of other weights.
+        """
+        run = config.run.dir
+        model = restore_model(trained_checkpoint(config), config.model)
+        # What belongs to the run was made with weights in the run's precision.
+        dtype = precision_dtype(config.run.precision)
+        measured = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+        assigned = Assigned.for_model(run, measured)
+        if policy is None and (run / POLICY_FILE).exists():
+            policy = str(run / POLICY_FILE)
+        chosen = parse_policy(policy, assigned, model.config, run, measured) if policy else None
+        return cls(
+            model,
+            # Its weights are compared; another comparison would print its warnings twice.
+            None if assigned is None else replace(assigned, weights=None, assigner=assigned.assigner.float()),
+            policy_text(chosen) if chosen is not None else None,
+            evaluate=_kept(config.evaluate, _EVALUATE),
+            data=_kept(config.data, _DATA),
+            facts=Facts.of_run(run, measured),
+        )
+
+    def forward(self, clips: Tensor, point: str) -> Tensor:
+        """Returns the logits of normalised clips at a point; see `TimeSformer.forward`."""
+        logits: Tensor = self.model(clips, point)
+        return logits
+
+    def predict(self, videos: Videos, policy: str | None = None, **settings: Any) -> Predictions:
+        """Predicts videos with the policy of the model, and with its views.
+
+        Args:
+            videos: As in `va.predict`.
+            policy: Another policy as text.
+            settings: Further arguments of `va.predict`, such as `fps` and `top`.
+        """
+        chosen = parse_policy(policy, self.assigned, self.model.config) if policy else self.policy
+        return predict(self.model, videos, chosen, evaluate=self.evaluate, data=self.data, **settings)
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """Returns the model card: points, costs, accuracies with intervals, normalisation, and data."""
+        return model_card(self.model, self.assigner, self.policy.name, self.facts)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the contents of `config.json`."""
+        assigned = self.assigned
+        return {
+            _KEY: {
+                "format": _FORMAT,
+                "weights": weights_digest(self),
+                "model": self.model.config.model_dump(mode="json"),
+                "classes": list(self.model.class_names),
+                "policy": policy_text(self.policy),
+                "assigner": None
+                if assigned is None
+                else {
+                    "settings": assigned.assigner.config.model_dump(mode="json"),
+                    "threshold": assigned.threshold,
+                    "inputs": assigned.inputs,
+                },
+                "evaluate": self.evaluate.model_dump(mode="json", include=set(_EVALUATE)),
+                "data": self.data.model_dump(mode="json", include=set(_DATA)),
+                "facts": self.facts.to_json(),
+            }
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The mixin removes an old config.json before, and this writes the new one last, with the digest of the weights:
+        # a folder of an interrupted call is refused when it is loaded.
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with replacing(save_directory / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        write_json(save_directory / CONFIG_FILE, self.settings())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> AdaptiveModel:
+        """Loads a model from a folder of `save_pretrained`, or from a repository of the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: The folder, or the name of the repository, such as `user/model`.
+            settings: As in huggingface_hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Returns:
+            The model on the CPU, in eval mode.
+
+        Raises:
+            UserError: There is no such folder, and the hub does not have it.
+            CheckpointError: A file is damaged, or the files are not of one save.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **settings)
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise UserError(
+                f"{pretrained_model_name_or_path}: no such folder, and not to be had from the hub "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from None
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **settings: Any) -> AdaptiveModel:
+        if Path(model_id).is_dir():
+            return _load(Path(model_id))
+        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        wanted = {name: settings[name] for name in names}
+        files = [hf_hub_download(model_id, name, **wanted) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        return _load(Path(files[0]).parent)
+
+
+def policy_text(policy: Policy) -> str:
+    """Returns a policy as text with all its numbers: a threshold that was fitted stands in place of `cost=`."""
+    if not isinstance(policy, Cascade):
+        return policy.name
+    thresholds = ",".join(f"{threshold:.12f}".rstrip("0").rstrip(".") for threshold in policy.thresholds)
+    over = "views:" if policy.views else ""
+    return f"cascade:{','.join(policy.points)}:{over}{thresholds}:{policy.measure}"
+
+
+def _kept(section: Any, names: tuple[str, ...]) -> Any:
+    """Returns a section with some of its keys, and the others at their defaults."""
+    return type(section)(**section.model_dump(include=set(names)))
+
+
+def _load(folder: Path) -> AdaptiveModel:
+    """Loads a folder that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the files are not of one save.
+        UserError: `config.json` is missing or damaged.
+    """
+    path = folder / CONFIG_FILE
+    content = read_json(path, _REMEDY, [_KEY])[_KEY]
+    if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not of this version of videoadapt; {_REMEDY} with this version")
+    try:
+        adaptive = _built(content)
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: pydantic's, and ours
+        raise CheckpointError(f"{path}: describes no model ({' '.join(str(error).split())[:200]})") from None
+    file = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: does not exist; {_REMEDY}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: torn or not a safetensors file ({str(error)[:200]}); {_REMEDY}") from None
+    load_tensors(adaptive, tensors, file)
+    if weights_digest(adaptive) != content["weights"]:
+        raise CheckpointError(
+            f"{file}: its weights are not those of {CONFIG_FILE}; the save was interrupted. {_REMEDY}"
+        )
+    return adaptive.eval()
+
+
+def _built(content: Mapping[str, Any]) -> AdaptiveModel:
+    """Builds the model that `config.json` describes, with random weights."""
+    model = TimeSformer(ModelConfig(**content["model"]), tuple(map(str, content["classes"])))
+    assigned, recorded = None, content["assigner"]
+    if recorded is not None:
+        points = model.config.points
+        network = Assigner(AssignConfig(**recorded["settings"]), len(points)).eval()
+        # Without the digest of the model's weights, which are not loaded yet.
+        assigned = Assigned(network, points, float(recorded["threshold"]), None, recorded["inputs"])
+    adaptive = AdaptiveModel(
+        model,
+        assigned,
+        content["policy"],
+        evaluate=EvaluateConfig(**content["evaluate"]),
+        data=DataConfig(**content["data"]),
+        facts=Facts.from_json(content["facts"]),
+    )
+    return adaptive

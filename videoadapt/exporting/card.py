@@ -1,0 +1,257 @@
+"""The model card: what a model is, what it costs, how good it was measured to be, and what a user must know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from videoadapt.config.cost import point_macs
+from videoadapt.config.points import Point
+from videoadapt.config.sections import ModelConfig
+from videoadapt.errors import UserError
+from videoadapt.evaluation.evaluated import read_evaluation
+from videoadapt.model.checkpoint import weights_digest
+from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.assigner import Assigner, assigner_macs
+from videoadapt.runtime.console import macs, percent, say
+from videoadapt.runtime.files import read_json
+
+_FIGURES = ("top1", "top1_low", "top1_high", "top5", "macs_per_video")  # of a policy
+
+_LICENCE = """Licence: not stated. Fill in the field `license` at the head of this file before you publish it; the
+licences of the training videos and of the pretrained weights, if any, apply too."""
+
+_CUT_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A plain TimeSformer: point {{ point }} of a model that was trained with videoadapt at the points {{ points }}.
+
+{{ licence }}
+
+## Use
+
+```python
+from transformers import TimesformerForVideoClassification
+model = TimesformerForVideoClassification.from_pretrained("THIS FOLDER OR REPOSITORY")
+```
+
+## Input
+
+Clips of {{ model.num_frames }} RGB frames of {{ side }} x {{ side }} pixels, {{ sampling }}. Pixels in [0, 1] are
+normalised with mean {{ model.mean | list }} and standard deviation {{ model.std | list }}. {{ cost }} MACs per view.
+
+## Accuracy
+{% if row %}
+Measured by `videoadapt evaluate` on {{ facts.scored }} videos of split `{{ facts.split }}`, {{ facts.views }} per
+video: top-1 {{ row[1] }} %, with its 95 % interval. Population: manifest `{{ facts.manifest }}`.
+{% else %}
+Not measured.
+{% endif %}
+Weights of the whole model: `{{ weights }}`.
+"""
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A TimeSformer of {{ points | length }} operating points, trained with videoadapt. Each clip is answered at the point
+that the policy `{{ policy }}` chooses{{ ", with the assigner in this folder" if assigner }}.
+
+{{ licence }}
+
+## Use
+
+```python
+import videoadapt as va
+model = va.AdaptiveModel.from_pretrained("THIS FOLDER OR REPOSITORY")
+model.predict("video.mp4")
+```
+
+## Points
+
+| point | MACs per view |
+| --- | --- |
+{% for point, cost in points.items() -%}
+| {{ point }} | {{ cost }} |
+{% endfor -%}
+{% if assigner %}| assigner, per clip | {{ assigner }} |
+{% endif %}
+{{ parameters }} parameters. MACs are multiply-adds; many papers call them FLOPs.
+
+## Input
+
+Clips of {{ model.num_frames }} RGB frames of {{ model.size }} x {{ model.size }} pixels, {{ sampling }}. Pixels in
+[0, 1] are normalised with mean {{ model.mean | list }} and standard deviation {{ model.std | list }}.
+
+## Accuracy
+{% if rows %}
+Measured by `videoadapt evaluate` on {{ facts.scored }} videos of split `{{ facts.split }}`, {{ facts.views }} per
+video. Population: manifest `{{ facts.manifest }}`. In brackets: 95 % intervals.
+
+| policy | top-1, % | top-5, % | MACs per video |
+| --- | --- | --- | --- |
+{% for row in rows -%}
+| {{ row | join(" | ") }} |
+{% endfor -%}
+{% else %}
+Not measured: the model was not evaluated before it was saved.
+{% endif %}
+{% if facts.seen %}
+{{ facts.seen }} of these videos were in the training, so that the figures are too high.
+{% endif %}
+## Training
+{% if facts.trained_on %}
+Trained on {{ facts.trained_on }} videos of manifest `{{ facts.train_manifest }}` for {{ facts.epochs }} epochs.
+{% else %}
+Not recorded.
+{% endif %}
+Weights: `{{ weights }}`. Classes: {{ model.num_classes }}{{ classes }}.
+"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model's training and evaluation. Everything is empty without them.
+
+    Attributes:
+        trained_on: Videos of the training.
+        epochs: Epochs of the training.
+        train_manifest: `Manifest.hash` of the training.
+        manifest: `Manifest.hash` of the evaluation.
+        split: Split of the evaluation.
+        scored: Videos that count in it.
+        seen: How many of them were in the training.
+        views: Views of a video in words.
+        policies: `_FIGURES` of each policy, by name.
+    """
+
+    trained_on: int = 0
+    epochs: int = 0
+    train_manifest: str = ""
+    manifest: str = ""
+    split: str = ""
+    scored: int = 0
+    seen: int = 0
+    views: str = ""
+    policies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of_run(cls, run: Path, model: TimeSformer) -> Facts:
+        """Reads the facts of a run. Prints a message if its evaluation is of other weights, and leaves it out."""
+        return cls(**_training(run), **_evaluation(run, weights_digest(model)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the facts as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Facts:
+        """Returns the facts of `to_json`.
+
+        Raises:
+            TypeError: The content has other keys.
+        """
+        return cls(**content)
+
+
+def _training(run: Path) -> dict[str, Any]:
+    if not (run / "train.json").exists():
+        return {}
+    found = read_json(run / "train.json", "run `videoadapt train` again", ["clips", "epochs", "manifest"])
+    return {"trained_on": found["clips"], "epochs": found["epochs"], "train_manifest": found["manifest"]}
+
+
+def _evaluation(run: Path, weights: str) -> dict[str, Any]:
+    if not (run / "evaluate" / "evaluate.json").exists():
+        return {}
+    found = read_evaluation(run, ["manifest", "split", "scored", "views", "model"])
+    if found["model"] != weights:
+        say("export: the evaluation of this run is of other weights, so the model card leaves its figures out")
+        return {}
+    policies = {
+        name: {key: row.get(key) for key in _FIGURES}
+        for name, row in found["policies"].items()
+        if name != "oracle"  # it reads the truth
+    }
+    named = {key: found[key] for key in ("manifest", "split", "scored", "views")}
+    return named | {"seen": int(found.get("trained_on") or 0), "policies": policies}
+
+
+def model_card(model: TimeSformer, assigner: Assigner | None, policy: str, facts: Facts) -> ModelCard:
+    """Returns the card of a model, as Markdown with the metadata that the Hugging Face hub reads.
+
+    The licence is left to the user.
+
+    Args:
+        model: The model.
+        assigner: Its assigner.
+        policy: The name of its policy.
+        facts: The figures of its evaluation.
+    """
+    config, names = model.config, model.class_names
+    return ModelCard.from_template(
+        _metadata("videoadapt", config),
+        template_str=_TEMPLATE,
+        licence=_LICENCE,
+        title=f"TimeSformer of {len(config.points)} points, {config.width} x {config.depth}",
+        policy=policy,
+        points={point: macs(cost) for point, cost in point_macs(config).items()},
+        assigner=macs(assigner_macs(assigner.config, len(config.points))) if assigner is not None else "",
+        parameters=macs(sum(parameter.numel() for parameter in model.parameters())),
+        model=config,
+        sampling=_sampling(config),
+        rows=[_row(name, figures) for name, figures in facts.policies.items()],
+        facts=facts,
+        weights=weights_digest(model),
+        classes=f", such as {', '.join(names[:3])}" if names else "",
+    )
+
+
+def cut_card(model: TimeSformer, point: str, facts: Facts) -> ModelCard:
+    """Returns the card of a point that was cut out for Hugging Face's transformers; see `model_card`."""
+    config, figures = model.config, facts.policies.get(f"fixed:{point}")
+    return ModelCard.from_template(
+        _metadata("transformers", config),
+        template_str=_CUT_TEMPLATE,
+        licence=_LICENCE,
+        title=f"TimeSformer, {config.width} x {config.depth}, {point} tokens per side",
+        point=point,
+        points=", ".join(config.points),
+        model=config,
+        side=Point.parse(point).length * config.patch,
+        sampling=_sampling(config),
+        cost=macs(point_macs(config)[point]),
+        row=_row(point, figures) if figures else None,
+        facts=facts,
+        weights=weights_digest(model),
+    )
+
+
+def _metadata(library: str, config: ModelConfig) -> ModelCardData:
+    kind = "video-classification" if config.num_frames > 1 else "image-classification"
+    return ModelCardData(library_name=library, pipeline_tag=kind, tags=["timesformer", "adaptive-inference"])
+
+
+def _sampling(config: ModelConfig) -> str:
+    if config.num_frames == 1:
+        return "one of each image"
+    rate = f"{config.fps:g} frames a second" if config.fps else "the video's own rate"
+    return f"{config.stride_frames} frames apart at {rate}"
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        top1 = f"{percent(figures['top1'])} ({percent(figures['top1_low'])} to {percent(figures['top1_high'])})"
+        top5 = percent(figures["top5"]) if figures["top5"] is not None else "-"
+        return f"`{name}`", top1, top5, macs(figures["macs_per_video"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"model card: the evaluation has no valid figures of {name} ({error})") from None
