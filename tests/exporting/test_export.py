@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_d
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.load import load_weights
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints
+from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.router import assign_probabilities
 from videoadapt.training.state import State
 
 need("onnxruntime", "runs exported graphs")
 
 POINTS = ("8", "6@0.7")  # the second has a distillation token, and drops tokens
-POLICIES = ("assigned", "fixed:8", "fixed:6@0.7", "cascade:6@0.7,8:0.2", "cascade:6@0.7,8:0.03:margin")
+POLICIES = (
+    *("assigned", "assigned:0.2", "fixed:8", "fixed:6@0.7", "mixture:8,6@0.7:0.5"),
+    *("cascade:6@0.7,8:0.2", "cascade:6@0.7,8:0.03:margin"),
+)
 VIDEOS = 4
 
 # Runs in a process that has neither torch nor videoadapt; the folder of the ONNX files is the first argument.
@@ -285,12 +290,30 @@ def test_the_card_has_figures_with_intervals_and_leaves_the_licence_to_the_user(
 
 
 def test_the_policy_of_a_saved_model_has_its_numbers(run: Config, tmp_path: Path) -> None:
-    for policy in ("cascade:6@0.7,8:0.25:margin", "cascade:6@0.7,8:views:0.2,0.000001"):
+    for policy in (
+        "assigned:0.123456789",
+        "mixture:8,6@0.7:0.123456789",
+        "cascade:6@0.7,8:0.25:margin",
+        "cascade:6@0.7,8:views:0.2,0.000001",
+    ):
         adaptive = AdaptiveModel.from_run(run, policy)
         adaptive.save_pretrained(tmp_path)
         assert AdaptiveModel.from_pretrained(tmp_path).policy == adaptive.policy
     with pytest.raises(UserError, match="point"):
         AdaptiveModel.from_run(run, "fixed:7")
+
+
+def test_a_calibrated_policy_is_exported_and_one_of_other_weights_is_refused(run: Config, tmp_path: Path) -> None:
+    copied = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path / "run"})})
+    shutil.copytree(run.run.dir, copied.run.dir)
+    weights = weights_digest(load_model(run.run.dir))
+    calibrated = PolicyFile("fixed:6@0.7", "at most 1 point lost", weights, None, "m", 9, 1, {})
+    calibrated.write(copied.run.dir / "calibrate" / "policy.json")
+    assert AdaptiveModel.from_run(copied).policy.name == "fixed:6@0.7"
+    replace(calibrated, weights="other").write(copied.run.dir / "calibrate" / "policy.json")
+    with pytest.raises(CheckpointError, match="was calibrated with another model"):
+        AdaptiveModel.from_run(copied)
+    assert AdaptiveModel.from_run(copied, "assigned").policy.name == "assigned"
 
 
 def test_a_folder_that_is_not_of_one_save_is_refused(run: Config, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from videoadapt.exporting.card import Facts, model_card
 from videoadapt.model.checkpoint import load_tensors, restore_model, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.policy import Assigned, Cascade, Policy, parse_policy
+from videoadapt.routing.policy import Assigned, Cascade, Mixture, Policy, parse_policy
 from videoadapt.routing.scores import trained_checkpoint
 from videoadapt.runtime.files import read_json, replacing, write_json
 from videoadapt.runtime.machine import precision_dtype
@@ -198,11 +198,18 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
 
 def policy_text(policy: Policy) -> str:
     """Returns a policy as text with all its numbers: a threshold that was fitted stands in place of `cost=`."""
+    if isinstance(policy, Mixture):
+        return f"mixture:{','.join(policy.points)}:{_decimal(policy.fraction)}"
+    if isinstance(policy, Assigned) and policy.name != "assigned":
+        return f"assigned:{_decimal(policy.threshold)}"
     if not isinstance(policy, Cascade):
         return policy.name
-    thresholds = ",".join(f"{threshold:.12f}".rstrip("0").rstrip(".") for threshold in policy.thresholds)
     over = "views:" if policy.views else ""
-    return f"cascade:{','.join(policy.points)}:{over}{thresholds}:{policy.measure}"
+    return f"cascade:{','.join(policy.points)}:{over}{','.join(map(_decimal, policy.thresholds))}:{policy.measure}"
+
+
+def _decimal(value: float) -> str:
+    return f"{value:.12f}".rstrip("0").rstrip(".")  # the text of a policy has no exponents
 
 
 def _kept(section: Any, names: tuple[str, ...]) -> Any:
