@@ -14,6 +14,7 @@ Stages: functions that take a Config, a YAML file or a run folder, and return a 
     evaluate  -> EvaluationSummary    accuracy, cost and speed of every policy
     predict   -> Predictions          classes, points and cost of videos, a sequence of Prediction
     serve     -> PageServer           a local page that shows the answer of every point to a video
+    report    -> ReportSummary        the page that shows what a run saved at what loss
     export    -> ExportSummary        ONNX, torch.export, a folder for the hub, one point for Hugging Face
 
 Configs
