@@ -16,7 +16,7 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_rules import Choice
-from videoadapt.routing.policy import Evidence, Fixed, OnePointPolicy, Policy
+from videoadapt.routing.policy import NO_STEP, Evidence, Fixed, Policy
 from videoadapt.routing.router import Routed, Router
 from videoadapt.routing.stage_clock import StageClock
 from videoadapt.runtime.console import Bar
@@ -99,7 +99,7 @@ class Bench:
         return float(clip_macs(policy, ran, self.model.config)[0].sum())
 
 
-class Replayed(OnePointPolicy):
+class Replayed(Policy):
     """The choices of another pass, in the same order again and again.
 
     For policies that cannot stream: those that need the truth, or all clips at once.
@@ -113,9 +113,11 @@ class Replayed(OnePointPolicy):
         """The name of the policy."""
         return self._name
 
-    def choose(self, evidence: Evidence) -> Choice:
-        """Returns the next choices."""
-        return np.array([next(self._choices) for _ in range(evidence.count)])
+    def next(self, evidence: Evidence, last: Choice) -> Choice:
+        """Returns the next choices, then `NO_STEP`. Each choice is taken once, in the order of the clips."""
+        if (last == NO_STEP).all():
+            return np.array([next(self._choices) for _ in range(evidence.count)])
+        return np.full(evidence.count, NO_STEP)
 
 
 def streaming(policy: Policy, routed: Routed) -> Policy:
