@@ -62,9 +62,9 @@ class Arrival:
 
     def wait(self) -> None:
         """Lets the current stream of the GPU wait for the copy, and keeps the memory while that stream uses it."""
-        if self.copied is None:
+        if self.copied is None or self.views is None:
             return
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(self.views.device)
         stream.wait_event(self.copied)
         for tensor in (self.views, self.thumbnails):
             if tensor is not None:

@@ -118,6 +118,8 @@ class Router:
         self.batches = batch_sizes(model, batch)
         self.device = model.head.weight.device
         self._assigner = None if policy.assigner is None else policy.assigner.for_inference().to(self.device)
+        # The host waits for the assigner, so that it must not stand behind the passes that the GPU has before it.
+        self._aside = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
         self._shape = (3, model.config.num_frames, model.config.size, model.config.size)
         self.clock: StageClock | None = None
 
@@ -204,18 +206,21 @@ class Router:
             logits: Tensor = self.model(clips, point).float()
         return logits
 
-    def _assigned(self, thumbnails: Sequence[Tensor | None]) -> Floats | None:
+    def _assigned(self, arrivals: Sequence[Arrival]) -> Floats | None:
         """Returns the assigner's probabilities of the clips of several videos, `(clips, points)`."""
-        if self._assigner is None:
+        if self._assigner is None or not arrivals:
             return None
-        given = [part for part in thumbnails if part is not None]
-        if len(given) < len(thumbnails):
+        given = [arrival.thumbnails for arrival in arrivals if arrival.thumbnails is not None]
+        if len(given) < len(arrivals):
             raise UserError(
                 f"policy {self.policy.name}: needs the clips' thumbnails; give items with `views` and `thumbnails`, as "
                 "`va.read_clips` returns"
             )
-        with self._timed("assign"):
-            return assign_probabilities(self._assigner, torch.cat(given))
+        with nullcontext() if self._aside is None else torch.cuda.stream(self._aside):
+            for arrival in arrivals:
+                arrival.wait()
+            with self._timed("assign"):
+                return assign_probabilities(self._assigner, torch.cat(given))
 
 
 def _split(clips: Tensor, thumbnails: Tensor | None, right: Bools | None) -> list[ClipViews]:
@@ -367,7 +372,7 @@ class _Flow:
         counts = sorted({len(unit) for unit in units})
         if len(counts) > 1:
             raise UserError(f"Router: expected the same number of views in every item, got {counts}")
-        assigned = router._assigned([arrival.thumbnails for arrival in read]) if read else None
+        assigned = router._assigned(read)
         draws = _draws(read) if "pixels" in router.policy.needs else None
         count = counts[0] if units else 1
         evidence = Evidence(len(units), self._points, assigned, _right(read), views=count, draws=draws)
@@ -402,7 +407,7 @@ class _Flow:
         done = None
         if logits.is_cuda:
             logits = logits.to("cpu", non_blocking=True)
-            done = torch.cuda.current_stream().record_event()
+            done = torch.cuda.current_stream(self._router.device).record_event()
         self._flying.append(_Flying(point, waiting, logits, begun_s, done))
         if done is None:
             self._land()
