@@ -22,6 +22,7 @@ from pyarrow import parquet
 import small_runs as runs
 from video_files import numbered, write_list, write_video
 from videoadapt.commands.cli import main
+from videoadapt.commands.tables import print_index
 from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.index.check import CheckResult, check
 from videoadapt.data.index.manifest import Manifest, index, load_or_index
@@ -121,6 +122,7 @@ def test_duplicates_and_leaks_are_counted_with_examples(tmp_path: Path, one_vide
     assert a in duplicates["listed_twice"]["first"][0]
     copies = [str(folder / name) for name in (f"{b}.mp4", "copy of b.mp4", "second copy.mp4")]
     assert duplicates["same_content"] == {"count": 1, "first": [copies]}  # missing files have no content
+    assert duplicates["other_class"]["count"] == 0
     assert leaks["same_content"] == {"count": 1, "first": [[f"train: {copies[0]}", f"val: {copies[1]}"]]}
     path_c = folder / f"{c}.mp4"
     assert leaks["same_id"] == {"count": 1, "first": [[f"train: {path_c}", f"val: {path_c}"]]}
@@ -128,6 +130,24 @@ def test_duplicates_and_leaks_are_counted_with_examples(tmp_path: Path, one_vide
     assert leaks["same_source"]["first"][0] == [
         f"train: {folder / a}.mp4", f"val: {folder / same_source}.mp4"
     ]  # fmt: skip
+
+
+def test_equal_files_with_different_classes_are_named(
+    tmp_path: Path, one_video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, name in (("train", "a"), ("train", "b"), ("val", "b")):
+        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(one_video, tmp_path / split / name / f"{split}.mp4")
+    (tmp_path / "val" / "a").mkdir()
+    write_video(tmp_path / "val" / "a" / "other.mp4", 4)
+    config = config_of(tmp_path / "run", 2, train=tmp_path / "train", val=tmp_path / "val")
+    index(config)
+    [group] = stored(config)["duplicates"]["other_class"]["first"]
+    names = [("train", "a"), ("train", "b"), ("val", "b")]
+    assert group == [f"{tmp_path / split / name / split}.mp4 ({name})" for split, name in names]
+    print_index(stored(config))
+    printed = capsys.readouterr().err
+    assert "at least one label is wrong: 1" in printed and "remove these videos from one of the splits" in printed
 
 
 def test_equal_file_names_below_two_folders_are_no_leak_but_equal_content_is(tmp_path: Path, one_video: Path) -> None:

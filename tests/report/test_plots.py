@@ -150,7 +150,8 @@ def test_confusions_of_few_classes_are_a_matrix_and_of_many_a_list() -> None:
     rows = [("a", "a", 3, 0.75), ("a", "b", 1, 0.25), ("b", "b", 4, 0.8), ("b", "", 1, 0.2)]  # "": NaN
     confusion = pd.DataFrame(rows, columns=["truth", "prediction", "videos", "fraction"])
     axes, _ = plot_confusion(confusion, TITLE).axes
-    assert axes.images[0].get_array().tolist() == [[75, 25], [0, 80]]  # type: ignore[union-attr]
+    assert axes.images[0].get_array().tolist() == [[75, 25], [None, 80]]  # type: ignore[union-attr]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (5)"]
     assert [t.get_text() for t in axes.texts] == ["75", "25", "80"]
     classes = [f"class number {n} with a long name of its own" for n in range(400)]
     wrong = [(name, classes[n - 1], n % 50, 0.02 * (n % 50)) for n, name in enumerate(classes) if n % 50]
@@ -192,6 +193,7 @@ def test_each_figure_is_written_for_light_and_for_dark_pages(tmp_path: Path) -> 
             assert a.size == b.size and min(a.size) > 2 * DPI
             assert a.convert("L").getpixel((0, 0)) == 255 and b.convert("L").getpixel((0, 0)) < 40  # type: ignore[operator]  # noqa: PLR2004
     assert heading(tmp_path / "demo", evaluated) == TITLE
+    assert heading(tmp_path / "demo" / "run", evaluated | {"kind": "images"}) == TITLE.replace("videos", "images")
 
 
 def test_a_run_without_an_evaluation_gets_no_figures(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from videoadapt.routing.label import guessing_note
+from videoadapt.routing.label import class_mix_note, guessing_note
 
 TRUTH = pd.Series(["fight"] * 28 + ["none"] * 26)
 
@@ -22,3 +23,12 @@ def test_a_model_that_is_no_better_than_guessing_is_named(right: int, noted: boo
 
 def test_one_class_alone_is_always_guessed() -> None:
     assert guessing_note(pd.Series(["a", "a"]), pd.Series(["a", "a"]))
+
+
+def test_another_mix_of_classes_is_named_and_chance_is_not() -> None:
+    classes = ("glass", "metal", "unused")
+    ours, val = (np.repeat([0, 1], counts) for counts in ([270, 40], [700, 230]))
+    note = class_mix_note(ours, val, classes)
+    assert note and "glass is 87.1 % of them, and 75.3 % of val" in note
+    assert class_mix_note(np.repeat([0, 1], [27, 5]), val, classes) is None
+    assert class_mix_note(np.array([], dtype=np.int64), val, classes) is None

@@ -34,6 +34,7 @@ _HARDEST_SHOWN, _NAME_LENGTH = 3, 32  # classes in a line, and the characters of
 _CAUSES_SHOWN = 4
 _LEFT_OUT_SHOWN = 5
 _EXAMPLES_SHOWN = 2
+_MANY_CLASSES = 10  # up to as many, top-5 is left out of tables
 _CLASSES_SHOWN = 20  # an even number: half of them the costliest, half the cheapest
 
 
@@ -51,20 +52,22 @@ def print_keys(sections: Sequence[SectionKeys]) -> None:
 
 def print_index(summary: Summary) -> None:
     """Prints the population of a manifest: videos by split and status, then duplicates and leaks."""
-    columns = ("split", "listed", "readable", "missing", "broken", "damaged", "classes", "hours")
+    columns: tuple[str, ...] = ("split", "listed", "readable", "missing", "broken", "damaged", "classes")
+    images = set(summary["readers"]) == {"image"}
+    if not images:  # images have no duration
+        columns = (*columns, "hours", "shortest / median / longest s")
     rows = [
         (
             name,
             # "ok" is shown as readable: it counts the damaged videos too, because most of their frames can be decoded.
             *(split[key] for key in ("listed", "ok", "missing", "broken", "damaged", "classes")),
-            f"{split['hours']:.2f}",
-            " / ".join(f"{seconds:.1f}" for seconds in split["seconds"]) or "-",  # none is readable
+            *_durations(split, images=images),
         )
         for name, split in summary["splits"].items()
     ]
     title = f"Manifest {summary['manifest']}, of {plural(summary['classes'], 'class')}"
-    print_table(title, (*columns, "shortest / median / longest s"), rows)
-    if summary["readers"]:
+    print_table(title, columns, rows)
+    if summary["readers"] and not images:
         readers = ", ".join(f"{name} {count}" for name, count in summary["readers"].items())
         say(f"videos by exact reader: {readers}; decoded completely to find damage: {summary['verified']}")
     for kind, examples in summary["passed_over"].items():
@@ -78,18 +81,35 @@ def print_index(summary: Summary) -> None:
     _say_examples("listed twice, counted once", duplicates["listed_twice"])
     _say_examples("unused files, because another file has the same name", duplicates["further_files"])
     _say_examples("groups of files with the same content", duplicates["same_content"])
+    _say_examples(
+        "of these, groups with different classes, so that at least one label is wrong", duplicates.get("other_class")
+    )
     _say_examples("leaks between splits, the same video", leaks["same_id"])
     _say_examples("leaks between splits, clips of the same YouTube video", leaks["same_source"])
     _say_examples("leaks between splits, the same content", leaks["same_content"])
+    if any(examples["count"] for examples in leaks.values()):
+        say(
+            "leaks count in the accuracy on val: remove these videos from one of the splits (the list, or the folder), "
+            "before `train`"
+        )
     if not any(examples["count"] for examples in (*duplicates.values(), *leaks.values())):
         say("no duplicates, and no leaks between splits")
 
 
-def _say_examples(name: str, examples: Mapping[str, Any]) -> None:
-    """Prints a count and its first examples; nothing for a count of 0."""
-    if not examples["count"]:
+def _durations(split: Mapping[str, Any], *, images: bool) -> tuple[str, ...]:
+    """Returns the cells of the hours and lengths of a split; none for images."""
+    if images:
+        return ()
+    lengths = " / ".join(f"{seconds:.1f}" for seconds in split["seconds"]) or "-"  # none is readable
+    return f"{split['hours']:.2f}", lengths
+
+
+def _say_examples(name: str, examples: Mapping[str, Any] | None) -> None:
+    """Prints a count and its first examples; nothing for a count of 0, or in a summary of an older version."""
+    if examples is None or not examples["count"]:
         return
-    say(f"{name}: {examples['count']}")
+    more = f" (the first {_EXAMPLES_SHOWN}; index.json has more)" if examples["count"] > _EXAMPLES_SHOWN else ""
+    say(f"{name}: {examples['count']}{more}")
     for item in examples["first"][:_EXAMPLES_SHOWN]:
         # An item is a path or a message, or a group of equal files, which goes on one line.
         say("  " + (item if isinstance(item, str) else "  =  ".join(item[:_EXAMPLES_SHOWN])))
@@ -137,7 +157,9 @@ def print_train(summary: Summary) -> None:
     print_table(title, columns, rows)
     if validation:
         say(
-            "the training loss includes distillation, smoothing and class weights; the validation loss has none of them"
+            "the training loss includes smoothing and class weights, and distillation at all points but the costliest; "
+            "the validation loss has none of them. Never compare training losses of two points, or with those of "
+            "validation"
         )
     say(
         f"{plural(summary['steps'], 'step')}; {summary['clips_per_s']:.1f} clips/s, "
@@ -306,9 +328,14 @@ def print_evaluate(summary: Summary) -> None:
         "saved %",
         "clips/s",
     )
-    title = f"{plural(summary['listed'], 'video')} listed, {summary['scored']} read; each: {summary['views']}"
+    noun = summary.get("kind", "videos").removesuffix("s")
+    title = f"{plural(summary['listed'], noun)} listed, {summary['scored']} read; each: {summary['views']}"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
-    print_table(title, *_without_needless(columns, rows))
+    columns, rows = _without_needless(columns, rows)
+    if summary["classes"] <= _MANY_CLASSES and "top-5 %" in columns:  # nearly every answer is among the best five
+        place = columns.index("top-5 %")
+        columns, rows = columns[:place] + columns[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+    print_table(title, columns, rows)
     say(
         f"always answering with the largest class, {summary['largest_class']}: "
         f"{percent(summary['largest_class_fraction'])} %"
@@ -403,8 +430,8 @@ def _say_hardest_classes(summary: Summary) -> None:
         + (f" (most often predicted as {_short(row['taken_for'])})" if row["taken_for"] else "")
         for row in summary["hardest_classes"][:_HARDEST_SHOWN]
     )
-    policy = next(iter(summary["policies"]))  # the first policy, fixed at the costliest point
-    say(f"hardest classes of {policy}: {hardest}; all classes: evaluate/classes.csv")
+    policy = summary.get("hardest_policy") or next(iter(summary["policies"]))
+    say(f"hardest classes of {policy}: {hardest}; all classes: evaluate/classes.csv; figure: evaluate/confusion.png")
 
 
 def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
@@ -414,6 +441,9 @@ def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
     )
     # The comparison that shows whether the assigner's choice matters, or only its mix of points.
     difference, low, high = (100 * value for value in policy["difference_to_random"])
+    alone = [point for point, fraction in policy["mix"].items() if fraction == 1]
+    if alone:
+        say(f"assigned gives every clip the point {alone[0]}: there is no choice to report, use fixed:{alone[0]}")
     say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
 
 
@@ -546,6 +576,9 @@ def _print_clips(report: Mapping[str, Any]) -> None:
         for row in classes
     ]
     print_table(title, ("class", "clips", "MACs/clip", *points), [overall, *lines])
+    alone = [point for point, fraction in report["mix"].items() if fraction == 1]
+    if alone:
+        say(f"every clip is at the point {alone[0]}, so the mix of points says nothing about the classes")
     say("files: " + ", ".join(report["files"]))
 
 

@@ -16,6 +16,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError, plural
+from videoadapt.evaluation.evaluated import reported_policy
 from videoadapt.evaluation.logits_file import write_logits
 from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
 from videoadapt.evaluation.result_tables import write_tables
@@ -58,7 +59,7 @@ HARDEST = 5  # classes shown; all are in classes.csv
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The figures of the first policy on one class."""
+    """The figures of one policy on one class."""
 
     name: str
     videos: int
@@ -71,6 +72,7 @@ class EvaluationSummary(Result):
     """The contents of `evaluate.json`; the names are its keys."""
 
     split: str
+    kind: str  # of the files of the split: `videos` or `images`
     manifest: str  # hash of the manifest
     files: str  # digest of the files that were read
     model: str  # digest of the weights
@@ -91,6 +93,7 @@ class EvaluationSummary(Result):
     assigner_macs: int | None  # MACs for one clip; None without an assigner
     policies: dict[str, PolicyRow]
     hardest_classes: list[ClassRow]
+    hardest_policy: str  # whose figures these are; see `reported_policy`
     classes: int  # classes of the manifest
     promises: dict[str, str]  # of the policies that come from a file of `calibrate`, by their names
     speed: Speed | None  # how the speed was measured; None if `evaluate.speed_seconds` or `speed_clips` is 0
@@ -242,7 +245,10 @@ def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:
     # Without the id: folders of classes often hold train/a/1.png and val/a/1.png.
     count = trained_clips(checkpoint, videos, ("source", "content"))
     if count:
-        say(f"{count} of the {plural(len(videos), 'video')} of the val split were in the training of {checkpoint.path}")
+        say(
+            f"{count} of the {plural(len(videos), 'video')} of the val split were in the training of "
+            f"{checkpoint.path}, and count in the accuracy; `videoadapt index` lists equal files as leaks"
+        )
     return count
 
 
@@ -272,8 +278,11 @@ def _summary(
     stages = {"speed": measured - before, "tables": time.monotonic() - measured}
     evaluated, labels = config.evaluate, manifest.split("val")["label"]
     largest = np.bincount(labels).argmax()
+    rows = policy_rows(outcomes, population, speed.clips_per_s if speed else {}, config)
+    reported = reported_policy({name: row.to_json() for name, row in rows.items()})
     return EvaluationSummary(
         split="val",
+        kind="images" if set(manifest.split("val").readable["reader"]) == {"image"} else "videos",
         manifest=manifest.hash,
         files=files_digest(manifest, sorted(set(scores.rows.tolist()))),
         model=scores.model,
@@ -292,8 +301,9 @@ def _summary(
         views=describe_views(config),
         macs_per_view=point_macs(config.model),
         assigner_macs=assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,
-        policies=policy_rows(outcomes, population, speed.clips_per_s if speed else {}, config),
-        hardest_classes=_hardest(classes),
+        policies=rows,
+        hardest_classes=_hardest(classes, reported),
+        hardest_policy=reported,
         classes=len(manifest.classes),
         promises={},
         speed=speed,
@@ -320,10 +330,10 @@ def describe_views(config: Config) -> str:
     return ", ".join([text, *(name for name, is_so in changed.items() if is_so)])
 
 
-def _hardest(classes: pd.DataFrame) -> list[ClassRow]:
-    """Returns the worst classes of the first policy. Classes with a single video are left out."""
-    first = classes[(classes["policy"] == classes["policy"].iloc[0]) & (classes["videos"] > 1)]
-    shown = first.head(HARDEST)[["class", "videos", "top1", "taken_for"]]
+def _hardest(classes: pd.DataFrame, policy: str) -> list[ClassRow]:
+    """Returns the worst classes of a policy. Classes with a single video are left out."""
+    own = classes[(classes["policy"] == policy) & (classes["videos"] > 1)]
+    shown = own.head(HARDEST)[["class", "videos", "top1", "taken_for"]]
     return [ClassRow(*row) for row in shown.itertuples(index=False, name=None)]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -102,8 +103,14 @@ def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
 def heading(run: Path, evaluated: Mapping[str, Any]) -> str:
     """Returns the title of a figure: run, split, number of videos and date, as far as `evaluate.json` has them."""
     split = f"split {evaluated.get('split', 'val')}"
-    count = f"{evaluated['listed']} videos" if "listed" in evaluated else ""
-    return ", ".join(filter(None, [run.resolve().name, split, count, evaluated.get("date", "")]))
+    count = f"{evaluated['listed']} {evaluated.get('kind', 'videos')}" if "listed" in evaluated else ""
+    return ", ".join(filter(None, [_name_of(run), split, count, evaluated.get("date", "")]))
+
+
+def _name_of(run: Path) -> str:
+    """Returns the name of a run for titles. The folder `run` beside the config of `new` has the name of its parent."""
+    path = run.resolve()
+    return path.parent.name if path.name == "run" else path.name
 
 
 def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], title: str) -> Figure:
@@ -304,16 +311,21 @@ def _matrix(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
     side = 2.8 + 0.36 * len(classes)
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(cells, cmap="viridis", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axes, label="% of the videos of the class", shrink=0.8)
+    # The root spreads the colours of confusions, most of which are below 15 %; a cell without any stays empty.
+    scale = PowerNorm(0.5, 0, 100)
+    image = axes.imshow(np.ma.masked_equal(cells, 0.0), cmap="viridis", norm=scale)
+    figure.colorbar(image, ax=axes, label="% of the row's class", shrink=0.8, ticks=[1, 5, 10, 25, 50, 100])
+    counts = confusion.groupby("truth")["videos"].sum().reindex(classes, fill_value=0)
     names = [_short(name) for name in classes]
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(classes)), names, fontsize=8)
+    axes.set_yticks(
+        range(len(classes)), [f"{name} ({count})" for name, count in zip(names, counts, strict=True)], fontsize=8
+    )
     for row, column in np.argwhere(cells >= 0.5):  # noqa: PLR2004 - smaller ones would be shown as 0
         value = cells[row, column]
-        colour = "black" if value > 60 else "white"  # noqa: PLR2004 - the colour map ends in yellow
+        colour = "black" if scale(value) > 0.6 else "white"  # noqa: PLR2004 - the colour map ends in yellow
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set(xlabel="prediction", ylabel="true class")
+    axes.set(xlabel="prediction", ylabel="true class (how many)")
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -361,8 +373,8 @@ def draw_curves(run: Path) -> Path:
     per_epoch = summary["steps"] / summary["epochs"]
     if len(validations):  # a run that stopped early has fewer epochs than its config
         per_epoch = validations["step"].iloc[-1] / validations["epoch"].iloc[-1]
-    population = f"{summary['clips']} training videos" if "clips" in summary else f"step {metrics['step'].iloc[-1]}"
-    title = f"{run.name}, {population}, {datetime.now():%Y-%m-%d}"
+    population = f"{summary['clips']} training clips" if "clips" in summary else f"step {metrics['step'].iloc[-1]}"
+    title = f"{_name_of(run)}, {population}, {datetime.now():%Y-%m-%d}"
 
     def plot() -> Figure:
         figure = plot_curves(metrics, validations, tuple(summary["points"]), per_epoch, summary.get("best"))
@@ -421,9 +433,12 @@ def plot_curves(
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    kinds = "dashed: training clips, augmented; their loss includes distillation, smoothing and class weights"
+    kinds = (
+        "dashed: training clips, augmented; their loss includes smoothing, class weights, and distillation at all "
+        "points but the costliest:\nnever compare dashed losses of two points, or with full lines"
+    )
     if len(validations):
-        kinds += f"; full: {validations['read'].iloc[-1]} videos of {validations['videos'].iloc[-1]}"
+        kinds += f"; full: {validations['read'].iloc[-1]} clips, {validations['videos'].iloc[-1]}"
     # One legend for both panels: the best checkpoint is marked in one of them.
     labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
     entries = {label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)}

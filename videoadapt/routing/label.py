@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chi2_contingency
 
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
@@ -128,6 +130,11 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         note = guessing_note(costliest["truth"], costliest["prediction"])
         if note:
             say(f"point {points[0]}: {note}; an assigner has little to learn from these labels")
+    if config.label.source == "holdout":
+        val = manifest.split("val").readable["label"]
+        note = class_mix_note(manifest["label"][scores.rows], val, manifest.classes)
+        if note:
+            say(f"{note}: accuracies here and on val differ for this reason, too")
     clips["label"] = labels
     summary = LabelSummary(
         source=config.label.source,
@@ -145,6 +152,25 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         inputs=label_inputs(config, manifest.hash, scores.model).to_json(),
     )
     return {"outcomes": table, "labels": clips}, summary
+
+
+def class_mix_note(ours: npt.NDArray[np.integer], val: npt.NDArray[np.integer], classes: Sequence[str]) -> str | None:
+    """Returns in words that labelled clips and val have another mix of classes; None if chance explains it.
+
+    Args:
+        ours: Class number of each labelled clip.
+        val: Class number of each video of val.
+        classes: The names of the classes.
+    """
+    counts = np.array([np.bincount(labels, minlength=len(classes)) for labels in (ours, val)])
+    if not counts.sum(1).all() or chi2_contingency(counts[:, counts.any(0)]).pvalue >= _SIGNIFICANT:
+        return None
+    here, there = counts / counts.sum(1, keepdims=True)
+    most = int(np.abs(here - there).argmax())
+    return (
+        f"these clips have another mix of classes than val: {classes[most]} is {percent(here[most])} % of them, and "
+        f"{percent(there[most])} % of val"
+    )
 
 
 def guessing_note(truth: pd.Series, prediction: pd.Series) -> str | None:

@@ -19,6 +19,7 @@ from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import CheckpointError, RunError, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.runtime.console import percent
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.freeze import freeze
 from videoadapt.training.losses import balanced_weights
@@ -197,11 +198,10 @@ class State:
     def note(self, values: dict[str, float], meter: ThroughputMeter) -> str:
         """Returns the text that the progress bar shows after a step; `values` come from `StepReport.read`."""
         points = [point for point in self.config.model.points if f"top1/{point}" in values]  # drawn in this step
-        top1 = "/".join(f"{values[f'top1/{p}']:.2f}" for p in points)
-        drawn = f" at {'/'.join(points)}" if self.config.train.draw == "sampled" else ""
+        top1 = "/".join(percent(values[f"top1/{p}"]) for p in points)
         rates = meter.rates()
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_fraction']:.0%} waiting for data, "
-            f"loss {values[f'loss/{points[0]}']:.2f}, top-1 {top1}{drawn}{skipped}"
+            f"this step at {'/'.join(points)}: loss {values[f'loss/{points[0]}']:.2f}, top-1 {top1} %{skipped}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -55,6 +55,7 @@ class Duplicates:
     listed_twice: Examples
     further_files: Examples  # files that are not used because another has the same name
     same_content: Examples  # groups of files with equal bytes
+    other_class: Examples  # those of these groups whose files have different classes: at least one label is wrong
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> IndexSu
             listed_twice=_examples(listing.repeated),
             further_files=_examples(listing.ignored_files),
             same_content=_groups(readable, "content"),
+            other_class=_other_classes(readable, listing.classes),
         ),
         leaks=Leaks(
             # Only ids of Kinetics clips are the same video everywhere; `a/1.mp4` may exist below two roots.
@@ -160,6 +162,15 @@ def _groups(rows: pd.DataFrame, key: str) -> Examples:
     shared = rows[(rows[key] != "") & rows[key].duplicated(keep=False)]
     files = shared.drop_duplicates([key, "path"])  # one file in two splits is not a duplicate
     groups = [paths for paths in files.groupby(key, sort=False)["path"].agg(list) if len(paths) > 1]
+    return Examples(len(groups), groups[:_EXAMPLES])
+
+
+def _other_classes(rows: pd.DataFrame, classes: Sequence[str]) -> Examples:
+    """Returns groups `path (class)` of files with equal bytes and different classes."""
+    known = rows[rows["content"] != ""].drop_duplicates(["content", "path", "label"])
+    shared = known[known.groupby("content")["label"].transform("nunique") > 1]
+    named = shared["path"] + " (" + shared["label"].map(dict(enumerate(classes))).astype(str) + ")"
+    groups = list(named.groupby(shared["content"], sort=False).agg(list))
     return Examples(len(groups), groups[:_EXAMPLES])
 
 
