@@ -414,6 +414,8 @@
     const option = CHARTS[kind](DATA.runs[run], x, element);
     const chart = echarts.init(element, null, { renderer: "svg" });
     chart.setOption(option);
+    // On paper the style sheet scales the picture to its column; for that it must know its own size.
+    element.querySelector("svg").setAttribute("viewBox", `0 0 ${chart.getWidth()} ${chart.getHeight()}`);
     drawn.set(element, chart);
   }
   function draw(element) {
@@ -431,8 +433,7 @@
   parts.forEach((element) => watcher.observe(element));
   const redraw = () => [...drawn.keys()].forEach((element) => { if (element.offsetParent) drawChart(element); });
   const drawVisible = () => parts.filter((element) => element.offsetParent).forEach(draw);
-  window.addEventListener("beforeprint", () => { drawVisible(); drawn.forEach((chart) => chart.resize()); });
-  window.addEventListener("afterprint", () => drawn.forEach((chart) => chart.resize()));
+  window.addEventListener("beforeprint", drawVisible);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   let settled, width = window.innerWidth;
   window.addEventListener("resize", () => {
