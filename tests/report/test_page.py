@@ -73,6 +73,7 @@ DEAR = row(macs_saved=0.0, difference_to_costliest=[0.0, 0.0, 0.0], clips_per_s=
         ({"clips_per_s": 90.0}, None, "mixed", ["no faster: 0.90 times"]),
         ({"clips_per_s": None}, None, "good", ["speed was not measured"]),
         ({}, {"speedup": [1.6, 1.5, 1.7]}, "good", ["1.60 times as fast (95 % interval 1.50 to 1.70)"]),
+        ({}, {"speedup": [1.3, 0.9, 1.5]}, "mixed", ["not significantly faster: 1.30 times", "0.90 to 1.50"]),
         ({"difference_to_random": [0.2, 0.1, 0.3]}, None, "good", ["beats random routing", "+20.0 points"]),
         ({"difference_to_random": [0.0, -0.1, 0.1]}, None, "good", ["not measurably better than random"]),
         ({"difference_to_random": [-0.2, -0.3, -0.1]}, None, "good", ["worse than random routing"]),

@@ -69,7 +69,7 @@ def headline(policies: Mapping[str, Mapping[str, Any]], reported: str, speed: Ma
     lost, saved = high < 0, row["macs_saved"] > 0
     tone: Tone = "bad" if not saved else "mixed" if lost else "good"
     remarks = [text for text in (_on_the_clock(faster), _beside_random(policies, row)) if text]
-    if faster and faster[0] <= 1 and tone == "good":
+    if faster and (faster[0] if faster[1] is None else faster[1]) <= 1 and tone == "good":
         tone = "mixed"
     return Headline(sentence, tone, remarks, _figures(row, faster, speed))
 
@@ -113,6 +113,8 @@ def _on_the_clock(faster: tuple[float, float | None, float | None] | None) -> st
         return "Its speed was not measured."
     value, low, high = faster
     ends = f" ({_LEVEL} interval {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
+    if low is not None and low <= 1 < value:
+        return f"On the clock it is not significantly faster: {value:.2f} times the clips per second{ends}."
     if value > 1:
         return f"On the clock it ran {value:.2f} times as fast{ends}."
     return f"On the clock it was no faster: {value:.2f} times the clips per second{ends}."
