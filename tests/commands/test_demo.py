@@ -45,7 +45,7 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     titles = ("MACs (multiply-adds", "24 videos listed, 24 read", "By level", f"Labels of {labels['clips']} clips")
     assert [title in printed.out for title in titles] == [True] * 4
     assert [sum(line.split()[1:2] == [policy] for line in printed.out.splitlines()) for policy in POLICIES] == [
-        2
+        3  # accuracy and cost, measured cost, and the summary of costs
     ] * len(POLICIES)
     assert "random routing with the same mix" in printed.err
     assert f"Open in a browser: {tmp_path / 'report' / 'report.html'}" in printed.err
