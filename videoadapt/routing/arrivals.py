@@ -128,6 +128,7 @@ class Arrivals:
         self._ahead, self._clock, self._copying = ahead, clock, copying
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arrived: deque[Arrival] = deque()
+        self._waiting = 0  # views of them
         self._changed = threading.Condition()
         self._ended = self._closed = False
         self._error: BaseException | None = None
@@ -151,7 +152,7 @@ class Arrivals:
         """
         if not self._threaded:
             for item in self._items:
-                self._arrived.append(self._arrival(item))
+                self._append(self._arrival(item))
                 if self._waiting >= most:
                     break
             else:
@@ -169,15 +170,18 @@ class Arrivals:
                 raise self._error
             return taken
 
-    @property
-    def _waiting(self) -> int:
-        return sum(arrival.size for arrival in self._arrived)
-
     def _taken(self, most: int) -> list[Arrival]:
         taken: list[Arrival] = []
-        while self._arrived and sum(arrival.size for arrival in taken) < most:
+        views = 0
+        while self._arrived and views < most:
             taken.append(self._arrived.popleft())
+            views += taken[-1].size
+        self._waiting -= views
         return taken
+
+    def _append(self, arrival: Arrival) -> None:
+        self._arrived.append(arrival)
+        self._waiting += arrival.size
 
     @property
     def ended(self) -> bool:
@@ -196,7 +200,7 @@ class Arrivals:
             for item in itertools.chain(first, self._items):
                 arrival = self._arrival(item)
                 with self._changed:
-                    self._arrived.append(arrival)
+                    self._append(arrival)
                     self._changed.notify_all()
                     while self._waiting >= self._ahead and not self._closed:
                         self._changed.wait()
