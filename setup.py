@@ -16,10 +16,9 @@ REQUIREMENTS = [
     "timm>=1.0.9",
     "einops>=0.8",
     "huggingface_hub>=0.34",  # folders and repositories of models; timm needs it too
-    "Jinja2>=3.1.2",  # the model card
+    "Jinja2>=3.1.2",  # model cards and pages
     "pebble>=5.0",  # processes that may hang or crash on a file
     "submitit>=1.5.4",  # before it, `pkg_resources`, which setuptools 82 has removed
-    "Jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pandas>=2.2",
@@ -35,7 +34,7 @@ REQUIREMENTS = [
     "typer>=0.20",  # 0.12.4 fails with click 8.5; between the two, nothing was tried to the end
 ]
 
-SERVE = ["Jinja2>=3.1", "starlette>=0.41", "uvicorn>=0.32"]
+SERVE = ["starlette>=0.41", "uvicorn>=0.32"]
 # ONNX files. `torch.onnx.export` takes a `custom_translation_table` from torch 2.6 on; the tests ran with 2.12.
 ONNX = ["torch>=2.6", "onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 MAX_MB, MAX_S, QUEUE = 1, 5, 12
 START_S = 300  # a busy machine
+AXE = Path(__file__).parents[1] / "report" / "vendor" / "axe.min.js"
 
 # The function for notebooks returns at once and cleans up at the end of its block; the command blocks.
 PROGRAM = """
@@ -183,6 +184,19 @@ def test_a_video_shows_its_frames_the_chosen_point_and_every_points_answer(
         assert seen.errors == [] and seen.left == []
         assert {urlsplit(url).hostname for url in seen.requests if not url.startswith("data:")} == {"127.0.0.1"}
     assert page.stored() == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1440, False), (390, True)])
+def test_axe_finds_nothing(page: Served, run: Config, browser: Browser, width: int, dark: bool) -> None:
+    [video] = videos(run, 1)
+    # The page's policy forbids scripts of others, such as axe: it is off here.
+    with visit(browser, width=width, dark=dark, bypass_csp=True) as seen:
+        seen.open(page.url)
+        seen.page.set_input_files("#files", video)
+        card(seen, video.name)
+        seen.page.evaluate(AXE.read_text(encoding="utf-8"))
+        found = seen.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        assert [rule["id"] for rule in found["violations"]] == []
 
 
 def test_no_video_and_too_large_a_file_are_refused_in_a_sentence(

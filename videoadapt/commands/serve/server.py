@@ -153,7 +153,6 @@ def _start(config: Config, policy: str | Policy | None, listener: socket.socket)
 
 def _require_packages() -> None:
     try:
-        import jinja2  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
