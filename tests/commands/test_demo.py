@@ -30,7 +30,8 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     assert list(summary["policies"]) == POLICIES
     for row in summary["policies"].values():
         assert {"top1", "top1_low", "top1_high", "macs_per_clip", "clips_per_s"} <= row.keys()
-    assert list(summary["stages"]) == ["generate", "index", "train", "label", "assign", "evaluate", "flops", "report"]
+    stages = ["generate", "index", "train", "label", "assign", "calibrate", "evaluate", "flops", "report"]
+    assert list(summary["stages"]) == stages
     assert summary["seconds"] >= sum(summary["stages"].values()) - 1
     assert [level["videos"] for level in summary["levels"].values()] == [12, 6, 6]
     for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png", "report/clips.png"):
@@ -44,9 +45,8 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     printed = capsys.readouterr()
     titles = ("MACs (multiply-adds", "24 videos listed, 24 read", "By level", f"Labels of {labels['clips']} clips")
     assert [title in printed.out for title in titles] == [True] * 4
-    assert [sum(line.split()[1:2] == [policy] for line in printed.out.splitlines()) for policy in POLICIES] == [
-        3  # accuracy and cost, measured cost, and the summary of costs
-    ] * len(POLICIES)
+    rows = [line.split()[1] for line in printed.out.splitlines() if len(line.split()) > 1]
+    assert min(rows.count(policy) for policy in POLICIES) >= 2  # noqa: PLR2004 - accuracy, and measured cost
     assert "random routing with the same mix" in printed.err
     assert f"Open in a browser: {tmp_path / 'report' / 'report.html'}" in printed.err
     shown = printed.err + progress
@@ -90,7 +90,7 @@ def test_the_demo_keeps_its_promise_at_its_real_recipe(tmp_path: Path) -> None:
     summary = demo([f"run.dir={tmp_path}"]).summary
     assigned = summary.policies["assigned"]
     assert assigned["difference_to_costliest"][0] > -0.01  # the assigner loses less than a point of accuracy
-    assert assigned["macs_saved"] > 0.3
+    assert assigned["macs_saved"] > 0.45
     assert assigned["difference_to_random"][1] > 0.1  # the lower end of the interval
     easy, medium, hard = (level["mean_cost"] for level in summary.levels.values())
     assert easy < 0.3 and medium > 0.5 and hard > 0.5  # the difficulty was built in, and the assigner finds it

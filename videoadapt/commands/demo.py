@@ -1,4 +1,4 @@
-"""The demo: generates videos, then runs every stage on them: index, train, label, assign, evaluate, flops."""
+"""The demo: generates videos, then runs every stage on them, from `index` to `report`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.evaluated import read_evaluated_table
 from videoadapt.report.page import report
 from videoadapt.report.plots import draw_costs, draw_curves, draw_evaluation
+from videoadapt.routing.calibrate import calibrate
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.runtime.console import advice_hidden, say
@@ -27,7 +28,7 @@ from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.machine import worker_count
 from videoadapt.training.train import train
 
-SPLITS = {"train": 5000, "val": 1000}  # videos; `data.holdout` of train is kept out of training, for the labels
+SPLITS = {"train": 5600, "val": 1000}  # videos; `data.holdout` and `data.calibrate` of train are kept out of training
 
 Result = TypeVar("Result")
 
@@ -50,6 +51,7 @@ class DemoResult:
     summary: DemoSummary
     costs: Summary  # the result of `flops`
     evaluation: Summary  # the result of `evaluate`
+    calibration: Summary  # the result of `calibrate`
 
 
 def demo(overrides: Sequence[str] = (), sizes: dict[str, int] | None = None) -> DemoResult:
@@ -85,6 +87,7 @@ def _demo(config: Config, sizes: dict[str, int]) -> DemoResult:
     draw_curves(config.run.dir)
     timed("label", lambda: label(config))
     timed("assign", lambda: assign(config))
+    calibration = timed("calibrate", lambda: calibrate(config)).to_json()
     evaluation = timed("evaluate", lambda: evaluate(config)).to_json()
     costs = timed("flops", lambda: flops(config))
     draw_costs(config.run.dir, costs)
@@ -93,7 +96,7 @@ def _demo(config: Config, sizes: dict[str, int]) -> DemoResult:
     total_s = round(time.monotonic() - start, 1)
     summary = DemoSummary(total_s, seconds, evaluation["policies"], level_table(config))
     write_json(config.run.dir / "summary.json", asdict(summary))
-    return DemoResult(config.run.dir, summary, costs, evaluation)
+    return DemoResult(config.run.dir, summary, costs, evaluation, calibration)
 
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:

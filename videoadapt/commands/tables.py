@@ -635,6 +635,7 @@ def print_demo(result: DemoResult) -> None:
     """Prints costs, policies, accuracy by level of difficulty, and the time of each stage."""
     print_flops(result.costs)  # the cost of a point, before its accuracy
     print_evaluate(result.evaluation)
+    print_calibrate(result.calibration)
     summary = result.summary
     policies = list(summary.policies)
     rows = [
