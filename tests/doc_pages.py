@@ -185,6 +185,7 @@ PAGES = {
             "wandb sync": "needs an account of the tracker",
         },
     ),
+    "docs/results/assigner.md": Page(not_run={"OMP_NUM_THREADS=1 python tools/bench_assigner.py": MINUTES}),
     "docs/results/bench_data.md": Page(not_run={"videoadapt bench data": MINUTES}),
     "docs/results/bench_points.md": Page(
         small=SMALL_IMAGE_MODEL,
