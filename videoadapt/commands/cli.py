@@ -452,7 +452,7 @@ def serve(
 
 @app.command()
 def export(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Write the model for other programs: ONNX, torch.export, a folder for the hub, or one point for Hugging Face."""
+    """Write the model for ONNX, torch.export, the hub, or Hugging Face."""
     from videoadapt.commands.tables import print_export
     from videoadapt.exporting.export import export as run
 
