@@ -188,6 +188,14 @@ def test_more_time_allows_a_larger_input() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("clips", "words"),
+    [(180, "expect no saving"), (1600, "64 of them choose the assigner's"), (20_000, "enough to prove")],
+)
+def test_the_holdout_says_what_its_clips_can_show(clips: int, words: str) -> None:
+    assert words in recommend(facts(clips), VIT_S, LAPTOP).settings["data.holdout"].reason
+
+
 def test_a_busy_machine_is_said_with_its_times(capsys: pytest.CaptureFixture[str]) -> None:
     machine = replace(LAPTOP, slowdown=7.0)
     chosen = recommend(facts(1600, kind="images"), VIT_S, machine, 10)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from videoadapt.config.cost import point_macs
-from videoadapt.config.sections import AssignConfig, ModelConfig
+from videoadapt.config.sections import AssignConfig, CalibrateConfig, ModelConfig
 from videoadapt.data.index.survey import Survey
 from videoadapt.model.weights.facts import WeightsFacts
+from videoadapt.routing.learn_then_test import videos_needed
+from videoadapt.routing.threshold import FEWEST
 
 # A model for training without weights, far smaller than a ViT-S: a large one learns nothing from few clips.
 _FROM_SCRATCH = {
@@ -209,11 +211,7 @@ def _macs(model: Mapping[str, Any], data: Survey, frames: int, length: int) -> i
 def _data_settings(data: Survey, machine: MachineFacts, chosen: _Input, holdout: float) -> dict[str, Setting]:
     clips = data.clips("train")
     held_out = round(clips * holdout)
-    choosing = max(1, round(AssignConfig().select * held_out))
-    reason = (
-        f"about {held_out} of {clips}, drawn one by one; {choosing} of them choose what the assigner may save, where "
-        f"one is {100 / choosing:.2g} % of accuracy: it cannot see a smaller loss"
-    )
+    reason = f"about {held_out} of {clips}, drawn one by one; {_choosing(held_out)}"
     settings = {
         "data.train.annotations": Setting(str(data.sources.train), f"{clips} {data.kind}, {_per_class(data)}"),
         "data.val.annotations": Setting(str(data.sources.val), f"{data.clips('val')} {data.kind}"),
@@ -230,6 +228,18 @@ def _data_settings(data: Survey, machine: MachineFacts, chosen: _Input, holdout:
         workers = max(1, machine.cpus // 2)
         settings["data.workers"] = Setting(workers, f"{machine.name}: the model needs the others")
     return settings
+
+
+def _choosing(held_out: int) -> str:
+    """Returns in words what the clips that choose the assigner's threshold can show."""
+    assign, delta = AssignConfig(), CalibrateConfig().delta
+    choosing = max(1, round(assign.select * held_out))
+    needed = videos_needed(0.0, assign.tolerance, delta)
+    if needed is not None and choosing >= needed:
+        return f"{choosing} of them choose the assigner's threshold: enough to prove assign.tolerance"
+    if choosing < FEWEST:
+        return f"{choosing} of them would choose the assigner's threshold, which takes {FEWEST}: expect no saving"
+    return f"{choosing} of them choose the assigner's threshold, by estimate: a proof takes {needed}"
 
 
 def _validated(data: Survey, chosen: _Input) -> Setting:
