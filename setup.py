@@ -93,7 +93,7 @@ setup(
         "videoadapt": ["py.typed"],
         "videoadapt.commands.serve": ["*.html", "page.css", "page.js"],
         "videoadapt.data.index": ["kinetics*.txt"],
-        "videoadapt.report": ["template/*", "template/vendor/*"],
+        "videoadapt.reporting": ["template/*", "template/vendor/*"],
         "videoadapt.configs": ["*.yaml", "ablations/*.yaml", "schema.json"],
     },
     # `pip install -e .` puts the checkout itself on the import path. setuptools' default is an import finder that comes

@@ -19,7 +19,7 @@ ROOMS = (  # from the lowest to the highest
     "routing",
     "evaluation",
     "exporting",
-    "report",
+    "reporting",
     "performance",
     "commands",
 )

@@ -1,4 +1,4 @@
-"""Fetches the libraries in the report page from npm, and checks them against videoadapt/report/template/vendor.json.
+"""Fetches the libraries in the report page from npm, and checks them against videoadapt/reporting/template/vendor.json.
 
     python tools/update_page_libraries.py            # the listed versions; a file with another checksum is an error
     python tools/update_page_libraries.py --accept   # after a change of a version in vendor.json: writes new checksums
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIST = ROOT / "videoadapt" / "report" / "page" / "vendor.json"
+LIST = ROOT / "videoadapt" / "reporting" / "template" / "vendor.json"
 
 
 def sha256(path: Path) -> str:

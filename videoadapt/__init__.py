@@ -83,8 +83,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.model.timesformer import TimeSformer as TimeSformer
     from videoadapt.model.timesformer import build_model as build_model
     from videoadapt.model.weights.load import load_weights as load_weights
-    from videoadapt.report.page import ReportSummary as ReportSummary
-    from videoadapt.report.page import report as report
+    from videoadapt.reporting.page import ReportSummary as ReportSummary
+    from videoadapt.reporting.page import report as report
     from videoadapt.routing.assigner import load_assigner as load_assigner
     from videoadapt.routing.calibrate import CalibrateSummary as CalibrateSummary
     from videoadapt.routing.fit_assigner import AssignSummary as AssignSummary
@@ -134,8 +134,8 @@ _HOME = {  # the module of each public name
     "TimeSformer": "model.timesformer",
     "build_model": "model.timesformer",
     "load_weights": "model.weights.load",
-    "ReportSummary": "report.page",
-    "report": "report.page",
+    "ReportSummary": "reporting.page",
+    "report": "reporting.page",
     "load_assigner": "routing.assigner",
     "CalibrateSummary": "routing.calibrate",
     "AssignSummary": "routing.fit_assigner",
@@ -157,9 +157,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'videoadapt' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"videoadapt.{_HOME[name]}"), name)
-    # Python then finds the name without calling this function again. `report` stays the room of this name, once that is
-    # imported: the room can be called.
-    globals().setdefault(name, value)
+    globals()[name] = value  # Python then finds the name without calling this function again
     return value
 
 

@@ -21,7 +21,7 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import load_model, train_checkpoints
-from videoadapt.report.plots import draw_costs
+from videoadapt.reporting.plots import draw_costs
 from videoadapt.routing.assigner import assigner_checkpoints, assigner_macs
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label

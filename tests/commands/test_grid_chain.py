@@ -21,7 +21,7 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.predict import predict, predict_files
-from videoadapt.report.plots import draw_costs
+from videoadapt.reporting.plots import draw_costs
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
 from videoadapt.routing.label_rules import last_true

@@ -366,7 +366,7 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Count the MACs of every point and, once evaluated, of every clip."""
     from videoadapt.commands.tables import print_flops
     from videoadapt.evaluation.costs import flops as run
-    from videoadapt.report.plots import draw_costs
+    from videoadapt.reporting.plots import draw_costs
 
     loaded = _load(config, overrides)
     result = run(loaded)
@@ -387,7 +387,7 @@ def report(
 ) -> None:
     """Write a page that shows what a run saved at what loss."""
     from videoadapt.commands.tables import print_report
-    from videoadapt.report.page import report as run
+    from videoadapt.reporting.page import report as run
 
     result = run(*runs)
     if as_json:

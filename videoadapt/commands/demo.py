@@ -18,8 +18,8 @@ from videoadapt.data.synthetic import LEVELS, generate
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.evaluated import read_evaluated_table
-from videoadapt.report.page import report
-from videoadapt.report.plots import draw_costs, draw_curves, draw_evaluation
+from videoadapt.reporting.page import report
+from videoadapt.reporting.plots import draw_costs, draw_curves, draw_evaluation
 from videoadapt.routing.calibrate import calibrate
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label

@@ -96,7 +96,7 @@ class CurvesWhileTraining:
         started = time.monotonic()
         if started < self._next_at:
             return
-        from videoadapt.report.plots import draw_curves  # here, since importing matplotlib takes a second
+        from videoadapt.reporting.plots import draw_curves  # here, since importing matplotlib takes a second
 
         try:
             draw_curves(self.run)
@@ -110,14 +110,14 @@ def draw_new_curves(run: Path) -> None:
     curves, summary = run / "curves.png", run / "train.json"
     if not summary.exists() or (curves.exists() and curves.stat().st_mtime >= summary.stat().st_mtime):
         return
-    from videoadapt.report.plots import draw_curves  # here, since importing matplotlib takes a second
+    from videoadapt.reporting.plots import draw_curves  # here, since importing matplotlib takes a second
 
     say(f"curves: {draw_curves(run)}")
 
 
 def draw_figures_of_evaluation(run: Path) -> None:
     """Draws accuracy against cost, and the confusions, of an evaluation that has just ended."""
-    from videoadapt.report.plots import draw_evaluation  # here, since importing matplotlib takes a second
+    from videoadapt.reporting.plots import draw_evaluation  # here, since importing matplotlib takes a second
 
     files = [file for file in draw_evaluation(run) if not file.stem.endswith("_dark")]
     say(f"figures: {', '.join(map(str, files))} (also as *_dark.png)")

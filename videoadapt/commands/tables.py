@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from videoadapt.config.reference import SectionKeys
     from videoadapt.data.index.check import CheckResult
     from videoadapt.exporting.export import ExportSummary
-    from videoadapt.report.page import ReportSummary
+    from videoadapt.reporting.page import ReportSummary
 
 _TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
 # Limits that keep a result on one screen

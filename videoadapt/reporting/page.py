@@ -28,9 +28,9 @@ from markupsafe import Markup
 from videoadapt.config.load import Config, ConfigSource, as_config, dump_config
 from videoadapt.data.index.manifest import Manifest, manifest_path
 from videoadapt.errors import UserError, plural
-from videoadapt.report.examples import examples
-from videoadapt.report.run_data import MOST_FAILED, Part, run_data
-from videoadapt.report.sentence import points, share
+from videoadapt.reporting.examples import examples
+from videoadapt.reporting.run_data import MOST_FAILED, Part, run_data
+from videoadapt.reporting.sentence import points, share
 from videoadapt.runtime.console import duration, macs
 from videoadapt.runtime.files import Summary, replacing, write_csv, write_parquet
 from videoadapt.runtime.results import Result, Table
@@ -38,7 +38,7 @@ from videoadapt.runtime.results import Result, Table
 PAGE = "report.html"
 SEVERAL = "compare.html"
 MOST_RUNS = 8  # more cannot be told from one another in a chart
-_FOLDER = files("videoadapt.report") / "template"
+_FOLDER = files("videoadapt.reporting") / "template"
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,7 +156,7 @@ def render(data: Sequence[Part], command: str) -> str:
     """
     # Jinja2 escapes every value, `tojson` also for scripts: names of files and classes are other people's texts.
     pages = Environment(
-        loader=PackageLoader("videoadapt.report", "template"),
+        loader=PackageLoader("videoadapt.reporting", "template"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

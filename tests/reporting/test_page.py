@@ -21,9 +21,9 @@ import videoadapt as va
 from browser import visit
 from videoadapt.config.load import make_config
 from videoadapt.errors import UserError
-from videoadapt.report.page import columns, plain, report
-from videoadapt.report.run_data import reliability_of
-from videoadapt.report.sentence import headline
+from videoadapt.reporting.page import columns, plain, report
+from videoadapt.reporting.run_data import reliability_of
+from videoadapt.reporting.sentence import headline
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -147,7 +147,6 @@ def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:
     assert "Reliability" in text and "kept no probabilities" not in text
     clips = pd.read_parquet(run / "report" / "page_clips.parquet")
     assert len(clips) == 12 and {"video", "point", "macs", "right at 8", "right at 4"} <= set(clips)
-    # The same from Python, also when the room of the same name has been imported.
     assert va.report(run).page == page and va.report(run).sentences == report(run).sentences
     # Runs of earlier versions have fewer files.
     for name in ("evaluate/assigner.parquet", "evaluate/confusion.csv", "train.json", "index.json", "manifest.parquet"):

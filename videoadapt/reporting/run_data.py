@@ -20,7 +20,7 @@ from videoadapt.errors import UserError
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
 from videoadapt.evaluation.intervals import wilson
-from videoadapt.report.sentence import headline
+from videoadapt.reporting.sentence import headline
 from videoadapt.runtime.files import Summary, read_json, read_parquet
 
 Part = dict[str, Any]

@@ -16,7 +16,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.report.run_data import NOT_RUN
+from videoadapt.reporting.run_data import NOT_RUN
 
 Part = dict[str, Any]
 

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from videoadapt.report.plots import (
+from videoadapt.reporting.plots import (
     DPI,
     MOST_CLASSES,
     MOST_PAIRS,
