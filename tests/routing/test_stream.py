@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -182,11 +183,34 @@ def test_an_error_of_the_source_follows_the_results_before_it() -> None:
         yield from items()[:5]
         raise RuntimeError("camera unplugged")
 
+    policy = Cascade(("2", "4"), (0.9,))
+    for max_wait_s in (0.0, 1.0, None):  # also where the last clips still wait for a batch
+        found = []
+        with pytest.raises(RuntimeError, match="camera unplugged"):
+            for result in Router(model(), policy, batch=4, max_wait_s=max_wait_s).stream(source()):
+                found.append(result)
+        assert len(found) == 5  # noqa: PLR2004
     found = []
-    with pytest.raises(RuntimeError, match="camera unplugged"):
-        for result in Router(model(), Fixed("2"), batch=4, max_wait_s=0.0).stream(source()):
+    with pytest.raises(UserError, match="got torch.float32"):
+        for result in Router(model(), policy, batch=4).stream([*views()[:5], views()[0].float()]):
             found.append(result)
     assert len(found) == 5  # noqa: PLR2004
+
+
+def test_a_run_keeps_no_item_and_so_decodes_data_sets_of_any_size() -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def source() -> Iterator[torch.Tensor]:
+        nonlocal most
+        for _ in range(200):
+            clip = views()[0, 0].clone()
+            alive.add(clip)
+            most = max(most, len(alive))
+            yield clip
+
+    assert len(Router(model(), Fixed("2"), batch=2).run(source()).logits) == 200  # noqa: PLR2004
+    assert most < 50  # noqa: PLR2004
 
 
 def test_a_stream_that_is_left_early_ends_its_thread() -> None:
@@ -211,6 +235,11 @@ def test_wrong_items_sizes_and_policies_are_refused() -> None:
         list(router.stream(["clip.mp4"]))  # type: ignore[list-item]
     with pytest.raises(UserError, match="same number of views in every item, got \\[1, 2\\]"):
         router.run([views()[0], views()[0, :1]])
+    with pytest.raises(UserError, match="same number of views in every item, got \\[1, 2\\]"):  # of another group, too
+        Router(model(), Fixed("2"), batch=1).run([views()[0], views()[0, :1]])
+    for wrong in ({"thumbnails": thumbnails()[:1]}, {"right": np.ones((3, 3), bool)}):
+        with pytest.raises(UserError, match="of each of the 2 clips of an item, got [13]"):
+            router.run([ClipViews(views()[:2], **wrong)])
     with pytest.raises(UserError, match="depends on all clips; expected Router.run"):
         list(Router(model(), Random((1.0, 0.0, 0.0))).stream(items()))
     with pytest.raises(UserError, match="no clips were given"):
@@ -223,6 +252,8 @@ def test_wrong_items_sizes_and_policies_are_refused() -> None:
         batch_sizes(model(), {"14": 2})
     with pytest.raises(UserError, match="numbers from 1"):
         batch_sizes(model(), 0)
+    with pytest.raises(UserError, match="expected auto, a number.*'large'"):
+        batch_sizes(model(), "large")  # type: ignore[arg-type]
 
 
 def test_automatic_batches_are_larger_for_cheaper_points() -> None:

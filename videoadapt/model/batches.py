@@ -39,7 +39,9 @@ def batch_sizes(model: TimeSformer, batch: Batch = "auto") -> dict[str, int]:
     if isinstance(batch, int):
         sizes = dict.fromkeys(points, batch)
     else:
-        given = {} if batch == "auto" else dict(batch)
+        if isinstance(batch, str) and batch != "auto":
+            raise UserError(f"batch: expected auto, a number, or a number for each point, got {batch!r}")
+        given = {} if isinstance(batch, str) else dict(batch)
         unknown = [point for point in given if point not in points]
         if unknown:
             raise UserError(f"batch: the model has no point {unknown[0]}; it has the points {few(points)}")

@@ -91,9 +91,12 @@ def tensors_of(item: Item, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | Non
             f"Router: expected uint8 views {shape}, with clips and crops in front, got {views.dtype} "
             f"{tuple(views.shape)}"
         )
-    thumbnails = getattr(item, "thumbnails", None)
     for _ in range(_VIDEO - views.ndim):
         views = views[None]
+    thumbnails, right = getattr(item, "thumbnails", None), getattr(item, "right", None)
+    for name, each in (("thumbnails", thumbnails), ("right", right)):
+        if each is not None and len(each) != len(views):
+            raise UserError(f"Router: expected `{name}` of each of the {len(views)} clips of an item, got {len(each)}")
     return views, thumbnails
 
 
@@ -147,16 +150,11 @@ class Arrivals:
             least: Waits until the items that have arrived have so many views, or the source has ended.
             until_s: Waits no longer than to this time of the clock, and then returns nothing.
 
-        Raises:
-            Exception: What reading the source has raised. Earlier items are returned first.
+        Returns:
+            The items; none after the last one, where `raise_error` tells whether the source ended with an error.
         """
         if not self._threaded:
-            for item in self._items:
-                self._append(self._arrival(item))
-                if self._waiting >= most:
-                    break
-            else:
-                self._ended = True
+            self._read_now(most)
             return self._taken(most)
         with self._changed:
             while self._waiting < min(least, self._ahead) and not self._ended:
@@ -166,8 +164,6 @@ class Arrivals:
                 self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
             taken = self._taken(most)
             self._changed.notify_all()
-            if not taken and self._error is not None:
-                raise self._error
             return taken
 
     def _taken(self, most: int) -> list[Arrival]:
@@ -186,13 +182,29 @@ class Arrivals:
     @property
     def ended(self) -> bool:
         """Whether no item will follow."""
-        return self._ended and not self._arrived and self._error is None
+        return self._ended and not self._arrived
+
+    def raise_error(self) -> None:
+        """Raises what reading the source has raised, if it ended so."""
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Lets the thread end after the item that it is reading."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _read_now(self, most: int) -> None:
+        """Reads the source in the calling thread, until `most` views wait."""
+        try:
+            for item in self._items:
+                self._append(self._arrival(item))
+                if self._waiting >= most:
+                    return
+        except Exception as error:  # noqa: BLE001 - raised again after the results of the items before
+            self._error = error
+        self._ended = True
 
     def _read(self, first: list[Item]) -> None:
         """Reads the source in the thread, until `ahead` views wait."""
@@ -206,7 +218,7 @@ class Arrivals:
                         self._changed.wait()
                 if self._closed:
                     break
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that takes the items
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that takes the items, after them
             self._error = error
         finally:
             with self._changed:

@@ -142,20 +142,20 @@ class Router:
             UserError: There is no item, an item does not fit the model, or the policy needs what is not given.
             VideoError: An item is a video that could not be read.
         """
-        results = []
+        decisions, logits = [], []  # without the items, whose views may not fit into memory together
         for result in self._results(clips if not isinstance(clips, Tensor) else _split(clips, thumbnails, right), None):
             if not isinstance(result, RoutedVideo):
                 raise result if isinstance(result, VideoError) else VideoError(f"{result.path}: {result.cause}")
-            results.append(result)
-        if not results:
+            decisions.append(result.decision)
+            logits.append(result.logits)
+        if not decisions:
             raise UserError("Router: no clips were given")
-        decisions = [result.decision for result in results]
         decision = Decision(
             decisions[0].steps,
             np.concatenate([part.end for part in decisions]),
             np.concatenate([part.ran for part in decisions]),
         )
-        return Routed(decision, np.concatenate([result.logits for result in results]))
+        return Routed(decision, np.concatenate(logits))
 
     def stream(self, items: Iterable[Item]) -> Iterator[RoutedVideo | Failure | VideoError]:
         """Yields the result of each item of any source, in order, while it reads the source ahead.
@@ -191,6 +191,7 @@ class Router:
         )
         try:
             yield from _Flow(self, arrivals, max_wait_s).results()
+            arrivals.raise_error()
         finally:
             arrivals.close()
 
@@ -313,6 +314,7 @@ class _Flow:
         self._groups: deque[_Group] = deque()  # in order
         self._flying: deque[_Flying] = deque()
         self._inside = 0  # views in `_groups`
+        self._counts: set[int] = set()  # views of a unit: one number
         self._most = max(sizes.values())
         self._window = _WINDOW * self._most
 
@@ -369,12 +371,13 @@ class _Flow:
             arrival.wait()
         router, videos = self._router, self._router.policy.unit == "video"
         units = [unit for arrival in read for unit in arrival.of_units(videos=videos)]
-        counts = sorted({len(unit) for unit in units})
-        if len(counts) > 1:
-            raise UserError(f"Router: expected the same number of views in every item, got {counts}")
+        # The same in all groups, so that it does not depend on the batches whether a stream is refused.
+        self._counts |= {len(unit) for unit in units}
+        if len(self._counts) > 1:
+            raise UserError(f"Router: expected the same number of views in every item, got {sorted(self._counts)}")
         assigned = router._assigned(read)
         draws = _draws(read) if "pixels" in router.policy.needs else None
-        count = counts[0] if units else 1
+        count = len(units[0]) if units else 1
         evidence = Evidence(len(units), self._points, assigned, _right(read), views=count, draws=draws)
         self._inside += sum(arrival.size for arrival in arrivals)
         if units:
