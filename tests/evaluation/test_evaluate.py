@@ -252,6 +252,8 @@ def test_the_speed_is_measured_in_bounded_time_and_once(
         return evaluate(config.model_copy(update={"evaluate": changed})).to_json()
 
     assert evaluated(batch=3)["speed"]["measured"]["batch"] == 3  # noqa: PLR2004 - another batch, measured again
+    single = evaluated(speed_clips=1)["speed"]  # one video: no speed from files, whose clock begins with the first
+    assert single["clips"] == 2 and single["policies"]["oracle"]["end_to_end_clips_per_s"] is None  # noqa: PLR2004
     none = evaluated(speed_seconds=1e-6)  # not even one clip
     assert (none["speed"]["clips_per_s"], none["policies"]["fixed:8"]["clips_per_s"]) == ({}, None)
     assert evaluated(speed_seconds=0)["speed"] is None

@@ -11,6 +11,7 @@ import pytest
 
 import small_runs as runs
 import videoadapt as va
+from videoadapt.commands.tables import print_calibrate
 from videoadapt.config.cascade import MEASURES
 from videoadapt.config.load import Config, dump_config, load_config, make_config
 from videoadapt.config.sections import CalibrateConfig, ModelConfig
@@ -91,7 +92,7 @@ def test_an_empty_answer_says_how_many_videos_are_needed_and_removes_an_earlier_
         va.predict(run, "x.mp4", policy=str(run.run.dir / "calibrate" / "policy.json"))
 
 
-def test_a_promise_of_cost_chooses_the_most_accurate_policy(run: Config) -> None:
+def test_a_promise_of_cost_chooses_the_most_accurate_policy(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
     config = run.model_copy(update={"calibrate": CalibrateConfig(cost=0.9, delta=0.3)})
     result = calibrate(config)
     assert isinstance(result, va.CalibrateSummary)
@@ -101,6 +102,8 @@ def test_a_promise_of_cost_chooses_the_most_accurate_policy(run: Config) -> None
     chosen = result.point(result.chosen)
     assert chosen is not None
     assert chosen.accuracy == max(point.accuracy for point in valid)
+    print_calibrate(result.to_json() | {"best_fixed": ""})  # a cascade over views may be below the cheapest point
+    assert "no fixed point keeps the promise" in capsys.readouterr().err
 
 
 def test_other_weights_are_refused_and_other_videos_warned_of(
@@ -123,6 +126,9 @@ def test_other_weights_are_refused_and_other_videos_warned_of(
     said = capsys.readouterr().err
     assert "may not hold here, other inputs: the manifest: '222222222222' then" in said
     assert "evaluate.temporal_views: 7 then, 1 now" in said
+    va.predict(run, load_or_index(run).split("val")["path"][0], policy=str(changed))
+    said = capsys.readouterr().err
+    assert "may not hold here, other inputs: evaluate.temporal_views: 7 then, 1 now" in said
     changed.write_text(json.dumps({"policy": "fixed:8"}))
     with pytest.raises(UserError, match=r"changed\.json.*videoadapt calibrate"):
         PolicyFile.read(changed)

@@ -13,10 +13,11 @@ CPU = torch.device("cpu")
 RANGE_UJ = 1_000_000
 
 
-def counter(folder: Path, name: str, microjoules: int) -> Path:
+def counter(folder: Path, name: str, microjoules: int, zone: str = "package-0") -> Path:
     """Writes a counter and returns its file."""
     file = folder / name / "energy_uj"
     file.parent.mkdir(exist_ok=True)
+    (file.parent / "name").write_text(f"{zone}\n")
     (file.parent / "max_energy_range_uj").write_text(f"{RANGE_UJ}\n")
     file.write_text(f"{microjoules}\n")
     return file
@@ -24,7 +25,8 @@ def counter(folder: Path, name: str, microjoules: int) -> Path:
 
 def test_sockets_add_up_and_parts_of_a_socket_are_not_counted_twice(tmp_path: Path) -> None:
     first, second = counter(tmp_path, "intel-rapl:0", 100), counter(tmp_path, "intel-rapl:1", 0)
-    core = counter(tmp_path, "intel-rapl:0:0", 0)
+    core = counter(tmp_path, "intel-rapl:0:0", 0, "core")
+    machine = counter(tmp_path, "intel-rapl:2", 0, "psys")  # the whole machine, sockets included
     (tmp_path / "dtpm").mkdir()  # the same folder holds other kinds of counters
     meter = energy_meter(CPU, tmp_path)
     assert meter is not None
@@ -32,6 +34,7 @@ def test_sockets_add_up_and_parts_of_a_socket_are_not_counted_twice(tmp_path: Pa
     first.write_text("300100\n")
     second.write_text("200000\n")
     core.write_text("900000\n")
+    machine.write_text("900000\n")
     assert meter() - before == pytest.approx(0.5)
 
 

@@ -280,11 +280,13 @@ def print_calibrate(summary: Summary) -> None:
     if chosen is None:
         say(_no_policy(summary, videos))
     else:
-        best, times = curve[summary["best_fixed"]], summary["ms_estimate"]
-        say(
-            f"chosen: {chosen}, which saves {percent(1 - curve[chosen]['cost'])} % of the MACs; the best fixed point "
-            f"that keeps the promise, {summary['best_fixed']}, saves {percent(1 - best['cost'])} %"
+        best, times = curve.get(summary["best_fixed"]), summary["ms_estimate"]
+        beside = (
+            f"the cheapest fixed point that keeps the promise, {best['policy']}, saves {percent(1 - best['cost'])} %"
+            if best
+            else "no fixed point keeps the promise"
         )
+        say(f"chosen: {chosen}, which saves {percent(1 - curve[chosen]['cost'])} % of the MACs; {beside}")
         if times:
             say(
                 "time of a clip, an estimate from the speeds of the fixed points and no promise: "

@@ -36,7 +36,7 @@ from videoadapt.routing.policy import (
     parse_cascade,
     parse_policy,
 )
-from videoadapt.routing.policy_file import PolicyFile, is_policy_file
+from videoadapt.routing.policy_file import PolicyFile, is_policy_file, say_other_inputs
 from videoadapt.routing.scores import (
     Scores,
     files_digest,
@@ -167,8 +167,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         if assigned is not None:
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
         for text in filter(is_policy_file, policies):
-            now = Inputs.of(config, manifest.hash, None, "run", "data", "model", "evaluate")
-            PolicyFile.read(Path(text)).say_other_inputs(Path(text), now, config.evaluate.temporal_views)
+            say_other_inputs(Path(text), config, manifest.hash)
         before = time.monotonic()
         scores = _score(model, manifest, assigned, config)
         scoring_s = round(time.monotonic() - before, 1)

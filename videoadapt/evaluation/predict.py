@@ -31,6 +31,7 @@ from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import running_answers
 from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner, parse_policy
+from videoadapt.routing.policy_file import is_policy_file, say_other_inputs
 from videoadapt.routing.router import RoutedVideo, Router
 from videoadapt.routing.scores import inference_model
 from videoadapt.runtime.console import Bar, macs, progress_shown
@@ -202,6 +203,8 @@ def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> P
         assigned.say_other_inputs(label_inputs(config, None, None))
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
+    if is_policy_file(text):
+        say_other_inputs(Path(text), config, None)
     return _predictor(model, chosen, config, top, checked=assigned is not None)
 
 

@@ -132,10 +132,11 @@ def _measured(
         "torch": torch.__version__,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "batch": limits.batch,
+        "workers": config.data.workers,  # of the rounds from files
         "limits": [limits.speed_seconds, limits.speed_clips, limits.speed_repeats],
         "drawn": drawn.tolist(),
-        # The points of the drawn clips: a name does not contain fitted thresholds.
-        "policies": {o.policy.name: o.choice[np.isin(scores.rows, drawn)].tolist() for o in outcomes},
+        # The views of the drawn clips at each point: a name does not contain fitted thresholds.
+        "policies": {o.policy.name: o.ran[np.isin(scores.rows, drawn)].tolist() for o in outcomes},
     }
 
 

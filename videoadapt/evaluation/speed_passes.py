@@ -134,15 +134,15 @@ def best_batches(bench: Bench, limit: TimeLimit, limit_s: float) -> dict[str, in
         limit_s: Seconds for the search.
     """
     found = dict(bench.batches)
-    views = sum(item.views.shape[0] * item.views.shape[1] for item in bench.items)
+    # View by view, so that the passes of a try are full batches.
+    views = [ClipViews(view[None, None]) for item in bench.items for view in item.views.flatten(0, 1)]
     end_s = limit.left_s - limit_s
     for point, size in bench.batches.items():
         best_s = np.inf
         for tried in (size, size // 2, 2 * size, 4 * size):
-            if not 0 < tried <= views or limit.left_s < end_s:
+            if not 0 < tried <= len(views) or limit.left_s < end_s:
                 continue
-            items = bench.items[: max(1, -(-tried // (views // len(bench.items))))]
-            one = Bench(bench.model, items, {**bench.batches, point: tried}, bench.config)
+            one = Bench(bench.model, views[:tried], {**bench.batches, point: tried}, bench.config)
             # Twice: the first pass also makes kernels and caches.
             seconds = min(one.run(Fixed(point)).seconds for _ in range(2)) / one.clips
             if seconds < 0.97 * best_s:  # noqa: PLR2004 - a difference that is more than noise
@@ -191,9 +191,12 @@ def end_to_end(
 ) -> list[list[float]]:
     """Returns clips per second from files to logits, by policy and round, within `limit_s`.
 
-    The time begins with the first decoded video, so that the start of worker processes does not count.
+    The time begins with the first decoded video, so that the start of worker processes does not count. A single video
+    therefore gives nothing.
     """
     found: list[list[float]] = [[] for _ in policies]
+    if len(rows) == 1:
+        return found
     limit = TimeLimit(limit_s)
     while limit.left_s > limit.spent_s / max(1, len(found[0])) and len(found[0]) < bench.config.evaluate.speed_repeats:
         for policy, speeds in zip(policies, found, strict=True):

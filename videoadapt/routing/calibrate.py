@@ -64,8 +64,9 @@ class CalibrateSummary(Result):
     costliest: str
     costliest_accuracy: float
     chosen: str | None  # the cheapest policy that keeps the promise (with `calibrate.cost`, the most accurate one)
-    best_fixed: str  # the cheapest fixed point that is valid
-    needed: int | None  # about how many videos a first saving needs; None if it is there, or if no number suffices
+    best_fixed: str  # the cheapest fixed point that is valid; empty if there is none
+    # About how many videos a first saving needs; None if it is there, if no number suffices, or with `max_cost`.
+    needed: int | None
     ms_estimate: dict[str, float] | None  # of a clip at the chosen policy and the costliest point; see `_milliseconds`
     orders: dict[str, float]  # the part of delta of each order
     ordered_by: str  # what the orders come from
@@ -193,7 +194,7 @@ def _chosen(
         costliest_accuracy=float(totals.accuracies[policies.index(Fixed(points[0]))]),
         chosen=None if chosen is None else policies[chosen].name,
         best_fixed=min(fixed, key=lambda each: each.cost).policy if fixed else "",
-        needed=min((n for n in needed if n is not None), default=None) if chosen is None else None,
+        needed=min(filter(None, needed), default=None) if chosen is None and settings.cost is None else None,
         ms_estimate=_milliseconds([Fixed(points[0]), *([] if chosen is None else [policies[chosen]])], scores, config),
         orders={order.name: delta for order, delta in zip(orders, deltas, strict=True)},
         ordered_by=ordered_by,

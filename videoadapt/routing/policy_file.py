@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from videoadapt.config.load import Config
 from videoadapt.errors import CheckpointError, UserError
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.runtime.console import say
@@ -90,10 +91,19 @@ class PolicyFile:
                 )
         return self.policy
 
-    def say_other_inputs(self, path: Path, now: Inputs, temporal_views: int) -> None:
-        """Prints how the videos and views differ from those of the calibration; the promise may not hold for these."""
-        found = now.differences(self.inputs)
-        if self.temporal_views != temporal_views:
-            found.append(f"evaluate.temporal_views: {self.temporal_views} then, {temporal_views} now")
-        if found:
-            say(f"{path}: the promise of this policy may not hold here, other inputs: {'; '.join(found)}")
+
+def say_other_inputs(path: Path, config: Config, manifest: str | None) -> None:
+    """Prints how videos and views differ from those of a policy's calibration: the promise may not hold for these.
+
+    Args:
+        path: The file of the policy.
+        config: The run's config.
+        manifest: `Manifest.hash` of the videos; None if they are in no manifest.
+    """
+    file = PolicyFile.read(path)
+    found = Inputs.of(config, manifest, None, "run", "data", "model", "evaluate").differences(file.inputs)
+    views = config.evaluate.temporal_views
+    if file.temporal_views != views:
+        found.append(f"evaluate.temporal_views: {file.temporal_views} then, {views} now")
+    if found:
+        say(f"{path}: the promise of this policy may not hold here, other inputs: {'; '.join(found)}")

@@ -44,10 +44,11 @@ def _nvml() -> Any:
 
 
 def _cpu_meter(rapl: Path) -> Callable[[], float] | None:
-    # `intel-rapl:0` is a socket, `intel-rapl:0:1` a part of it. AMD's CPUs have the same names.
-    sockets = [folder for folder in sorted(rapl.glob("intel-rapl:*")) if folder.name.count(":") == 1]
+    # `intel-rapl:0` is a socket, `intel-rapl:0:1` a part of it. AMD's CPUs have the same names. The zone `psys` is the
+    # whole machine, sockets included.
+    zones = [folder for folder in sorted(rapl.glob("intel-rapl:*")) if folder.name.count(":") == 1]
     try:
-        counters = [_Counter(folder) for folder in sockets]
+        counters = [_Counter(zone) for zone in zones if (zone / "name").read_text().startswith("package")]
     except (OSError, ValueError):
         return None
     return (lambda: sum(counter.joules() for counter in counters)) if counters else None
