@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from videoadapt.config.sections import AssignConfig, ModelConfig
-from videoadapt.data.clips.views import normalise, pixel_draws
+from videoadapt.data.clips.views import normalise, pixel_draws, preprocess
 from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
@@ -163,3 +163,15 @@ def test_assign_probabilities_are_the_assigners() -> None:
 def test_a_policy_with_an_assigner_needs_thumbnails() -> None:
     with pytest.raises(UserError, match="policy assigned: needs the clips' thumbnails"):
         Router(model(), Assigned(assigner(), CONFIG.points), batch=4).run(views())
+
+
+@pytest.mark.parametrize("settings", [{}, {"align_corners": True}, {"embed": "kernel"}])
+def test_clips_that_are_resized_before_they_are_normalised_give_the_same_logits(settings: dict) -> None:
+    torch.manual_seed(0)
+    made = TimeSformer(CONFIG.model_copy(update=settings)).eval()
+    clips = views().flatten(0, 1).repeat(20, 1, 1, 1, 1)  # more than are resized at once
+    with torch.inference_mode():
+        for point in CONFIG.points:
+            small = preprocess(made, clips, point)
+            assert small.shape[-1] == made.side(point)
+            torch.testing.assert_close(made(small, point), made(preprocess(made, clips), point), atol=1e-5, rtol=0)

@@ -157,11 +157,15 @@ class PatchEmbed(nn.Module):
         make = Stem if config.embed == "stem" else Projection
         self.proj = nn.ModuleDict({key: make(kernel, config.width) for key, kernel in kernels.items()})
 
+    def side(self, length: int) -> int:
+        """Returns the height and width of the resized frames at a length, in pixels."""
+        return length * self.kernels[length]
+
     def forward(self, clips: Tensor, length: int) -> Tensor:
         """Maps clips `(B, C, T, H, W)` to patch tokens `(B, T, N, D)` of a length L, with `N = L * L`."""
         kernel = self.kernels[length]
         planes = clips.flatten(1, 2)  # (B, C T, H, W), a view: only the resized clips are copied into another order
-        planes = resize_frames(planes, length * kernel, align_corners=self.align_corners)  # (B, C T, L k, L k)
+        planes = resize_frames(planes, self.side(length), align_corners=self.align_corners)  # (B, C T, L k, L k)
         resized = planes.unflatten(1, clips.shape[1:3])  # (B, C, T, L kernel, L kernel)
         tokens: Tensor = self.proj[SHARED if self.shared else str(length)](resized, kernel)  # (B, T, N, D)
         return tokens

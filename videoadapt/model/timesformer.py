@@ -112,7 +112,8 @@ class TimeSformer(nn.Module):
 
         Args:
             clips: Normalised floating-point clips `(B, C, T, H, W)` with `T = config.num_frames` and
-                `H = W = config.size`, at every point: the model resizes them itself.
+                `H = W = config.size`, at every point: the model resizes them itself. Or with `H = W = side(point)`, if
+                they are resized already, as `preprocess(model, clips, point)` does.
             point: One of `config.points`, such as `"14"` or `"14@0.7"`.
             heads: Return the logits of each head apart, for the training loss.
             swap: Mix clips by their patch tokens (token labelling, LV-ViT): for each clip the index `(B,)`, int64, of
@@ -140,6 +141,10 @@ class TimeSformer(nn.Module):
             dense = self.aux_head(self.norm(patches.flatten(1, 2), length))  # (B, T K, classes)
         by_head = Heads(self.head(prefix[:, 0]), dist, dense, weight or 0.0)
         return by_head if heads else by_head.logits()
+
+    def side(self, point: str) -> int:
+        """Returns the height and width in pixels to which the frames are resized at a point of `config.points`."""
+        return self.patch_embed.side(self.points[point].length)
 
     def _run(
         self, prefix: Tensor, patches: Tensor, length: int, kept_by_block: tuple[int, ...]
@@ -186,7 +191,8 @@ class TimeSformer(nn.Module):
             raise UserError(f"point {key}: this model has the points {few(self.points)}")
         config = self.config
         expected = (3, config.num_frames, config.size, config.size)
-        if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:  # noqa: PLR2004
+        resized = (*expected[:2], self.side(key), self.side(key))
+        if clips.ndim != 5 or tuple(clips.shape[1:]) not in (expected, resized):  # noqa: PLR2004
             raise UserError(f"clips: expected shape (B, {', '.join(map(str, expected))}), got {tuple(clips.shape)}")
 
 

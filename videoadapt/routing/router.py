@@ -202,7 +202,7 @@ class Router:
     def _pass(self, views: Tensor, point: str) -> Tensor:
         """Runs views `(V, C, T, S, S)` at a point; returns float32 logits `(V, classes)` on the device."""
         with self._timed("preprocess"):
-            clips = preprocess(self.model, views)
+            clips = preprocess(self.model, views, point)
         with self._timed("model"):
             logits: Tensor = self.model(clips, point).float()
         return logits

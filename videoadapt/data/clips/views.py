@@ -17,8 +17,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from videoadapt.config.sections import ModelConfig
 from videoadapt.data.video.frame_sampling import spread
+from videoadapt.model.embed import resize_frames
 from videoadapt.model.timesformer import TimeSformer
+
+_FLOATS = 2**19  # of the clips that a CPU resizes at once: 2 MB, about the second-level cache of a core
 
 
 def crops(  # noqa: PLR0913 - settings, by name
@@ -127,7 +131,7 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
     """Returns `(x / 255 - mean) / std` per channel.
 
     Args:
-        clips: (B, C, T, H, W) uint8, on any device.
+        clips: (B, C, T, H, W) uint8, or float32 from 0 to 255, which is overwritten; on any device.
         mean: C values, for pixels in [0, 1].
         std: C values, for pixels in [0, 1].
         dtype: Type of the result. The arithmetic is float32.
@@ -140,18 +144,39 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
     return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
 
 
-def preprocess(model: TimeSformer, clips: Tensor) -> Tensor:
+def preprocess(model: TimeSformer, clips: Tensor, point: str | None = None) -> Tensor:
     """Makes the input of a model from clips: on its device, in its precision, normalised with its mean and std.
 
     Args:
         model: The model.
         clips: (B, C, T, S, S) uint8, as `ClipDataset` and `DataLoader` give them.
+        point: The point that will run, one of `model.config.points`. The clips are then resized to its frames already,
+            before they are normalised: that is faster, and equal up to rounding.
 
     Returns:
-        (B, C, T, S, S), for `model(clips, point)`. The model itself resizes it to the size of a point.
+        (B, C, T, S, S), for `model(clips, point)`. The model itself resizes it to the size of a point. With `point`,
+        S is the side of the point's frames.
     """
-    weight = model.head.weight
-    return normalise(clips.to(weight.device), model.config.mean, model.config.std, weight.dtype)
+    weight, config = model.head.weight, model.config
+    clips = clips.to(weight.device)
+    side = clips.shape[-1] if point is None else model.side(point)
+    if side == clips.shape[-1]:
+        return normalise(clips, config.mean, config.std, weight.dtype)
+    if not clips.is_cuda:
+        # Few clips at a time: as floats, all of a large batch fit into no cache, and their memory is new each time.
+        few = max(1, _FLOATS // clips[0].numel())
+        parts = [_small(part, side, config, weight.dtype) for part in clips.split(few)]
+        return torch.cat(parts)
+    return _small(clips, side, config, weight.dtype)
+
+
+def _small(clips: Tensor, side: int, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """Resizes clips (B, C, T, S, S) uint8 to frames of a side, and normalises them."""
+    planes = resize_frames(
+        clips.float().flatten(1, 2), side, align_corners=config.align_corners
+    )  # (B, C T, side, side)
+    # The weights of a resize add up to 1, so that mean and std may follow. That is less work on fewer pixels.
+    return normalise(planes.unflatten(1, clips.shape[1:3]), config.mean, config.std, dtype)
 
 
 def to_tchw(frames: np.ndarray) -> Tensor:

@@ -117,7 +117,7 @@ def _round(model: TimeSformer, batch: int, number: int) -> dict[str, float]:
 @torch.inference_mode()
 def _seconds(model: TimeSformer, clips: Tensor, point: str) -> float:
     begin = now(clips.device)
-    model(preprocess(model, clips), point)
+    model(preprocess(model, clips, point), point)
     return now(clips.device) - begin
 
 
