@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 START_MS = 180_000  # a busy machine needs a minute for what a quiet one does in a second
+FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -56,6 +57,12 @@ class Visit:
         """Opens a file or an address and waits until it has loaded."""
         self.page.goto(address.resolve().as_uri() if isinstance(address, Path) else address)
         return self.page
+
+    def scroll_through(self, selector: str) -> None:
+        """Brings every visible element into view once, in the order of the page."""
+        for element in self.page.locator(f":is({selector}):visible").all():
+            element.scroll_into_view_if_needed()
+            self.page.evaluate(FRAMES)  # an observer looks at what is in view once a frame
 
     def _listen(self) -> None:
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)

@@ -31,7 +31,8 @@ def main(page: Path, folder: Path, *, full: bool) -> None:
                 with browsers.visit(browser, width=width, height=height, dark=dark) as visit:
                     tab = visit.open(page)
                     tab.locator("html[data-ready]").wait_for(state="attached")
-                    tab.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws every chart
+                    visit.scroll_through("[data-chart], [data-table]")  # draws them
+                    tab.evaluate("scrollTo(0, 0)")
                     tab.wait_for_timeout(300)
                     for whole in (False, True) if full else (False,):
                         name = f"report_{width}{'_dark' * dark}{'_full' * whole}.png"

@@ -15,7 +15,7 @@ from videoadapt.config.load import Config, make_config
 from videoadapt.data.index.manifest import SCHEMA, Manifest, manifest_path
 from videoadapt.evaluation.outcomes import Outcome, Population, policy_rows
 from videoadapt.evaluation.result_tables import write_tables
-from videoadapt.routing.policy import Evidence, OnePointPolicy
+from videoadapt.routing.policy import Evidence, Fixed, OnePointPolicy
 from videoadapt.routing.scores import Scores
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.run_config import record_config
@@ -112,15 +112,16 @@ def simulate(
     )
     choice, count = p.argmax(1), len(rows)
     oracle = np.where(clip_right.any(1), 2 - clip_right[:, ::-1].argmax(1), 2)
-    policies = [Chosen(f"fixed:{point}", np.full(count, number)) for number, point in enumerate(POINTS)]
+    policies: list[tuple[OnePointPolicy, np.ndarray]]
+    policies = [(Fixed(point), np.full(count, number)) for number, point in enumerate(POINTS)]
     if assigner:
-        policies += [Chosen("assigned", choice), Chosen("random", rng.permutation(choice))]
-        policies[-1].imitates = "assigned"
-    policies.append(Chosen("oracle", oracle))
+        shuffled = rng.permutation(choice)
+        policies += [(Chosen("assigned", choice), choice), (Chosen("random", shuffled, "assigned"), shuffled)]
+    policies.append((Chosen("oracle", oracle), oracle))
     population = Population(
         names, truth, tuple(classes), scored, [{"path": n, "cause": "torn"} for n in names[:failed]]
     )
-    outcomes = [_outcome(policy, right, truth[scored], clips, config, rng=rng) for policy in policies]
+    outcomes = [_outcome(policy, ran, right, truth[scored], clips, config=config, rng=rng) for policy, ran in policies]
     speeds = {o.policy.name: 5e9 / (o.macs.mean() + 2e6) for o in outcomes}
     table = policy_rows(outcomes, population, speeds, config)
     write_tables(config, scores, population, outcomes)
@@ -155,12 +156,25 @@ def add_speed(folder: Path) -> None:
             "clips_per_s": row["clips_per_s"],
             "speedup": [faster, 0.97 * faster, 1.03 * faster],
             "routed_efficiency": [faster / ratio, 0.97 * faster / ratio, 1.03 * faster / ratio],
+            "end_to_end_efficiency": [faster / ratio / 2, 0.4 * faster / ratio, 0.6 * faster / ratio],
+            "joules_per_clip": None if name == "oracle" else 40 * model_s,
             "p50_ms": 1300 * model_s,
             "p95_ms": 2100 * model_s,
             "stages_s": {"decode": 0.004, "preprocess": 0.001, "transfer": 0.0, "assign": 0.0005, "model": model_s},
         }
     summary["speed"] = {"policies": measured, "clips": 256, "rounds": 7, "measured": {"device": "a CPU", "threads": 2}}
     path.write_text(json.dumps(summary))
+
+
+def add_calibration(folder: Path) -> None:
+    """Adds the result of `calibrate` to a run: one valid policy of three."""
+    costs = {"fixed:8": (1.0, 0.0, 0.0), "assigned@0.2": (0.6, 0.004, 0.01), "assigned@0.9": (0.3, 0.05, 0.08)}
+    curve = [
+        {"policy": name, "cost": cost, "cost_upper": cost, "loss": loss, "loss_upper": upper, "valid": loss == 0.004}
+        for name, (cost, loss, upper) in costs.items()
+    ]
+    found = {"eps": 0.01, "delta": 0.1, "videos": 300, "chosen": "assigned@0.2", "needed": 299, "curve": curve}
+    write_json(folder / "calibrate" / "calibrate.json", found)
 
 
 def _manifest(names: list[str], truth: np.ndarray, classes: Sequence[str], data: Path, failed: int) -> Manifest:
@@ -178,9 +192,16 @@ def _manifest(names: list[str], truth: np.ndarray, classes: Sequence[str], data:
 
 
 def _outcome(
-    policy: Chosen, right: np.ndarray, truth: np.ndarray, clips: int, config: Config, *, rng: np.random.Generator
+    policy: OnePointPolicy,
+    choice: np.ndarray,
+    right: np.ndarray,
+    truth: np.ndarray,
+    clips: int,
+    *,
+    config: Config,
+    rng: np.random.Generator,
 ) -> Outcome:
-    choice, classes = policy.choice, config.model.num_classes
+    classes = config.model.num_classes
     first = choice[::clips]
     answered = right[np.arange(len(truth)), first]
     # A wrong answer is one of two neighbours, as classes that look alike are.

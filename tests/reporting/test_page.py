@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import small_runs as runs
 import videoadapt as va
-from browser import visit
+from browser import Visit, visit
 from videoadapt.config.load import make_config
 from videoadapt.errors import UserError
 from videoadapt.reporting.page import columns, plain, report
@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes = (data / "classes.txt").read_text().split("\n")[:12]
     simulated_runs.simulate(made / "good", videos=120, classes=classes, data=data, failed=2)
     simulated_runs.add_speed(made / "good")
+    simulated_runs.add_calibration(made / "good")
     simulated_runs.simulate(made / "odd", videos=60, classes=HOSTILE, clips=3, assigner=False, seed=2)
     return made
 
@@ -155,6 +156,15 @@ def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:
             assert report(run).bytes > 10**6
 
 
+def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
+    good, odd = (report(folder / name).page.read_text(encoding="utf-8") for name in ("good", "odd"))
+    for words in ("joules a clip", "End to end is the same from files", "assigned@0.2 is the cheapest policy"):
+        assert words in good and words not in odd
+    for stage in ("index", "train", "calibrate", "evaluate"):
+        assert f"videoadapt {stage} {folder / 'good'}" in good
+    assert f"videoadapt label {folder / 'good'}" not in good and f"videoadapt calibrate {folder / 'odd'}" not in odd
+
+
 def test_runs_that_cannot_be_shown_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="good is given twice"):
         report(folder / "good", folder / "odd", folder / "good")
@@ -166,14 +176,15 @@ def test_runs_that_cannot_be_shown_are_named(folder: Path, tmp_path: Path) -> No
         report(tmp_path / "torn")
 
 
-def opened(visited: Any, page: Path) -> Page:
-    tab = visited.open(page)
+def opened(seen: Visit, page: Path) -> Page:
+    tab = seen.open(page)
     tab.locator("html[data-ready]").wait_for(state="attached")
     return tab
 
 
-def draw_all(tab: Page) -> None:
-    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+def draw_all(seen: Visit) -> None:
+    tab = seen.page
+    seen.scroll_through("[data-chart], [data-table]")
     for table in tab.locator("[data-table]:visible").all():
         table.locator(".tabulator-row").first.wait_for()
 
@@ -200,12 +211,13 @@ def test_the_page_in_a_browser(browser: Browser, folder: Path, width: int, dark:
     page = report(folder / "good").page
     with visit(browser, width=width, dark=dark) as seen:
         tab = opened(seen, page)
-        draw_all(tab)
+        draw_all(seen)
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
         charts = tab.locator("[data-chart]")
         assert charts.count() >= 10
         for chart in charts.all():
-            assert chart.locator("svg").count() == 1, chart.get_attribute("data-chart")
+            chart.locator("svg").wait_for()
+            assert chart.locator("svg").count() == 1
             assert (chart.get_attribute("aria-label") or "") != ""
         table = tab.locator("[data-table=clips]")
         counted(tab, "118 rows")
@@ -225,6 +237,39 @@ def test_the_page_in_a_browser(browser: Browser, folder: Path, width: int, dark:
     assert [address for address in seen.requests if not address.startswith(("data:", "blob:"))] == [page.as_uri()]
 
 
+# Of each chart beside its sheet: its name, the size of the drawing, and how many words and shapes are in it.
+DRAWINGS = """[...document.querySelectorAll("[data-chart] + .sheet > svg")].map((svg) => ({
+    name: svg.parentElement.previousElementSibling.dataset.chart,
+    width: svg.getBoundingClientRect().width, height: svg.getBoundingClientRect().height,
+    words: svg.querySelectorAll("text").length, shapes: svg.querySelectorAll("path").length,
+    inks: [...svg.querySelectorAll("text")].map((text) => getComputedStyle(text).fill),
+}))"""
+
+
+def test_on_paper_no_chart_is_empty_and_tables_are_plain(browser: Browser, folder: Path) -> None:
+    with visit(browser, width=688, dark=True) as seen:  # as wide as A4 without its margins
+        tab = opened(seen, report(folder / "good").page)
+        parts = tab.locator("[data-chart], [data-table]").count()
+        count = "document.querySelectorAll('.sheet').length"
+        tab.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {count}; }})")
+        assert tab.pdf().startswith(b"%PDF")
+        assert tab.evaluate("window.printed") == parts and tab.evaluate(count) == 0
+        tab.emulate_media(media="print")
+        tab.locator("[data-table=classes] + .sheet").wait_for()
+        drawings = tab.evaluate(DRAWINGS)
+        assert {"mix", "assigner", "costs", "curve", "calibration"} <= {drawing["name"] for drawing in drawings}
+        assert len(drawings) == tab.locator("[data-chart]").count()
+        for drawing in drawings:
+            assert drawing["width"] > 200 and drawing["height"] > 60, drawing
+            assert drawing["words"] >= 4 and drawing["shapes"] >= 3, drawing
+            assert "rgb(87, 93, 104)" in drawing["inks"], drawing  # of the light scheme
+        assert tab.locator("[data-chart]:visible, [data-table]:visible").count() == 0
+        rows = tab.locator("[data-table=clips] + .sheet tr")
+        assert rows.count() == 41 and "first 40 of 118 rows" in tab.inner_text("[data-table=clips] + .sheet .note")
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the paper"
+    assert seen.errors == []
+
+
 def test_several_runs_stand_side_by_side_and_names_are_only_texts(browser: Browser, folder: Path) -> None:
     summary = report(folder / "good", folder / "odd")
     assert summary.page == folder / "good" / "report" / "compare.html"
@@ -235,7 +280,7 @@ def test_several_runs_stand_side_by_side_and_names_are_only_texts(browser: Brows
         assert tab.locator("#run-1").is_hidden()
         tab.click("button[data-show='1']")
         assert tab.locator("#run-1").is_visible() and tab.locator("#run-0").is_hidden()
-        draw_all(tab)
+        draw_all(seen)
         data = json.loads(tab.locator("#data").text_content() or "")
         names = set(data["runs"][1]["evaluation"]["classes"]["columns"]["class"]["texts"])
         assert names == set(HOSTILE)

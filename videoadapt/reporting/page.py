@@ -195,7 +195,7 @@ def _shown(data: Part) -> Part:
 
 def _scripted(data: Part) -> Part:
     """Returns what the script needs: not the pictures and texts, which stand in the page already."""
-    without = {"config", "population", "stages", "folder"}
+    without = {"config", "population", "stages", "commands", "folder"}
     kept = {key: value for key, value in data.items() if key not in without}
     if kept["evaluation"] is not None:
         without = {"examples", "failed", "headline", "facts", "inputs"}

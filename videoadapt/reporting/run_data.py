@@ -7,6 +7,7 @@ so in a word.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,14 @@ MOST_FAILED = 200  # broken videos named on the page
 BINS = 10  # of the reliability diagram
 CURVE_BINS = 120  # points of a training curve
 NOT_RUN = "not run"
+_STAGES = {  # in their order, with the file that each leaves
+    "index": "index.json",
+    "train": "train.json",
+    "label": "labels/label.json",
+    "assign": "assigner/assign.json",
+    "calibrate": "calibrate/calibrate.json",
+    "evaluate": "evaluate/evaluate.json",
+}
 _AGAIN = "run `videoadapt report` without this file, or run its stage again"
 
 
@@ -58,6 +67,7 @@ def run_data(config: Config) -> Part:
         "curves": _curves(run),
         "calibration": _calibration(run),
         "stages": _stage_seconds(run),
+        "commands": _commands(run),
         "evaluation": None,
     }
     # `flops` has the policies only if the evaluation is one of this model and of these videos.
@@ -289,18 +299,16 @@ def _calibration(run: Path) -> Part | None:
     return read_json(path, "run `videoadapt calibrate` again", ["curve"]) if path.exists() else None
 
 
+def _commands(run: Path) -> list[str]:
+    """Returns the commands of the stages that the run has. What was overridden stands in the config of the run."""
+    return [shlex.join(["videoadapt", stage, str(run)]) for stage, path in _STAGES.items() if (run / path).exists()]
+
+
 def _stage_seconds(run: Path) -> list[Part]:
     """Returns the duration of each stage that says it."""
-    files = {
-        "train": run / "train.json",
-        "label": run / "labels" / "label.json",
-        "assign": run / "assigner" / "assign.json",
-        "calibrate": run / "calibrate" / "calibrate.json",
-        "evaluate": run / "evaluate" / "evaluate.json",
-    }
     rows = []
-    for stage, path in files.items():
-        found: Summary = read_json(path, _AGAIN) if path.exists() else {}
+    for stage, path in _STAGES.items():
+        found: Summary = read_json(run / path, _AGAIN) if (run / path).exists() else {}
         if found.get("seconds"):
             parts = found.get("stages") or {}
             rows.append({"stage": stage, "seconds": found["seconds"], "parts": parts, "host": found.get("host", "")})

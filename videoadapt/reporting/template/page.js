@@ -6,7 +6,8 @@
   const text = (value) => echarts.format.encodeHTML(String(value));
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const FONT = "Inter, system-ui, sans-serif";
-  const narrow = () => window.innerWidth < 640;
+  let onPaper = false;
+  const narrow = () => !onPaper && window.innerWidth < 640;
   const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)}\u202f%`;
   const short = (value, most = 28) => (value.length > most ? `${value.slice(0, most - 1)}…` : value);
   const number = (value) => {
@@ -51,7 +52,7 @@
       ...options.tooltip,
     },
     legend: options.legend === undefined ? undefined : {
-      textStyle: { color: css("soft"), fontFamily: FONT, fontSize: 12 }, itemWidth: 14, itemHeight: 10, top: 0, left: 0, type: "scroll",
+      textStyle: { color: css("soft"), fontFamily: FONT, fontSize: 12 }, itemWidth: 14, itemHeight: 10, top: 0, left: 0, type: onPaper ? "plain" : "scroll",
       pageIconColor: css("soft"), pageTextStyle: { color: css("soft") }, ...options.legend,
     },
     ...Object.fromEntries(Object.entries(options).filter(([key]) => key !== "tooltip" && key !== "legend")),
@@ -174,14 +175,14 @@
   function classmix(run, _, element) {
     const names = run.points.map((point) => point.point);
     const rows = rowsOf(run.evaluation.classes).sort((a, b) => a.macs_per_clip - b.macs_per_clip);
-    const shown = 18;
+    const shown = onPaper ? 40 : 18;
     element.style.height = `${Math.min(rows.length, shown) * 24 + 60}px`;
     const zoom = rows.length > shown
-      ? [{ type: "slider", yAxisIndex: 0, right: 4, width: 14, startValue: rows.length - shown, endValue: rows.length - 1, showDetail: false, brushSelect: false, borderColor: css("line"), fillerColor: css("line"), handleSize: 0 }, { type: "inside", yAxisIndex: 0, zoomOnMouseWheel: false, moveOnMouseWheel: true, startValue: rows.length - shown, endValue: rows.length - 1 }]
+      ? [{ type: "slider", show: !onPaper, yAxisIndex: 0, right: 4, width: 14, startValue: rows.length - shown, endValue: rows.length - 1, showDetail: false, brushSelect: false, borderColor: css("line"), fillerColor: css("line"), handleSize: 0 }, { type: "inside", yAxisIndex: 0, zoomOnMouseWheel: false, moveOnMouseWheel: true, startValue: rows.length - shown, endValue: rows.length - 1 }]
       : [];
     return base({
       tooltip: { trigger: "axis", axisPointer: { type: "shadow" }, formatter: (items) => tip(rows[items[0].dataIndex].class, [...items.map((item) => [`point ${item.seriesName}`, `${item.value.toFixed(0)} %`]), ["multiply-adds a clip", number(rows[items[0].dataIndex].macs_per_clip)], ["videos", rows[items[0].dataIndex].videos]]) },
-      grid: { left: narrow() ? 110 : 170, right: zoom.length ? 34 : 20, top: 6, bottom: 30 },
+      grid: { left: narrow() ? 110 : 170, right: zoom.length && !onPaper ? 34 : 20, top: 6, bottom: 30 },
       dataZoom: zoom,
       xAxis: axis({ type: "value", max: 100, axisLabel: { formatter: "{value} %" } }),
       yAxis: axis({ type: "category", data: rows.map((row) => row.class), axisTick: { show: false }, axisLabel: { width: narrow() ? 96 : 152, overflow: "truncate", interval: 0 } }),
@@ -225,7 +226,7 @@
     const most = Math.max(...found.cells.map((cell) => cell[2]), 1);
     return matrix(found.columns.map((point) => `got ${point}`), found.rows.map((row) => (row === "none right" ? row : `needs ${row}`)), found.cells, most, (item) => String(item.value[2]),
       (item) => tip(`cheapest right: ${found.rows[item.value[1]]}, got ${found.columns[item.value[0]]}`, [["clips", item.value[2]]]),
-      { left: 78, bottom: 30, rotate: 0, width: 90, x: "", y: "" });
+      { left: 108, bottom: 30, rotate: 0, width: 90, x: "", y: "" });
   }
 
   function reliability(run) {
@@ -303,7 +304,7 @@
         whiskers("bound", rows.filter((row) => row.loss_upper != null).map((row) => [100 * row.cost, 100 * row.loss, 100 * row.loss_upper]), css("soft")),
         ...groups.map(([name, group, colour, symbol]) => ({
           name, type: "scatter", color: colour, symbol, symbolSize: 9, data: group.map((row) => ({ value: [100 * row.cost, 100 * row.loss], row, symbolSize: row.policy === chosen ? 18 : 9, label: { show: row.policy === chosen, formatter: () => `chosen: ${row.policy}`, position: "top", color: css("ink") } })),
-          markLine: eps === undefined || name !== "valid" ? undefined : { silent: true, symbol: "none", data: [{ yAxis: 100 * eps }], lineStyle: { color: css("bad") }, label: { formatter: "tolerated loss", position: "insideEndTop", color: css("bad") } },
+          markLine: eps === undefined || name !== "valid" ? undefined : { silent: true, symbol: "none", data: [{ yAxis: 100 * eps }], lineStyle: { color: css("bad") }, label: { formatter: "tolerated loss", position: "insideStartTop", color: css("bad"), textBorderColor: css("card"), textBorderWidth: 3 } },
         })),
       ],
     });
@@ -406,7 +407,7 @@
     });
   }
 
-  // Drawing: a chart when it comes near the window, all of them before printing, anew when the colours change.
+  // Drawing: a chart when it comes near the window, anew when the colours change.
   const drawn = new Map();
   function drawChart(element) {
     drawn.get(element)?.dispose();
@@ -414,8 +415,6 @@
     const option = CHARTS[kind](DATA.runs[run], x, element);
     const chart = echarts.init(element, null, { renderer: "svg" });
     chart.setOption(option);
-    // On paper the style sheet scales the picture to its column; for that it must know its own size.
-    element.querySelector("svg").setAttribute("viewBox", `0 0 ${chart.getWidth()} ${chart.getHeight()}`);
     drawn.set(element, chart);
   }
   function draw(element) {
@@ -432,8 +431,6 @@
   }, { rootMargin: "300px" });
   parts.forEach((element) => watcher.observe(element));
   const redraw = () => [...drawn.keys()].forEach((element) => { if (element.offsetParent) drawChart(element); });
-  const drawVisible = () => parts.filter((element) => element.offsetParent).forEach(draw);
-  window.addEventListener("beforeprint", drawVisible);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   let settled, width = window.innerWidth;
   window.addEventListener("resize", () => {
@@ -447,6 +444,71 @@
       redraw();
     });
   }
+
+  // Printing. The window's width, colours and scroll position are not those of the paper, so each chart and table gets a
+  // sheet beside it: a drawing of a fixed size, which the style sheet scales to its column, or a plain table.
+  const ROWS_ON_PAPER = 40, WIDE = 760, HALF = 400;
+  const root = document.documentElement;
+  function chartSheet(element) {
+    const { chart: kind, run, x } = element.dataset;
+    const sized = { style: { height: element.classList.contains("flat") ? 130 : element.classList.contains("low") ? 300 : 380 } };
+    const option = CHARTS[kind](DATA.runs[run], x, sized);
+    const chart = echarts.init(null, null, { renderer: "svg", ssr: true, width: element.closest(".grid") ? HALF : WIDE, height: parseInt(sized.style.height, 10) });
+    chart.setOption(option);
+    const sheet = document.createElement("div");
+    sheet.setAttribute("role", "img");
+    sheet.setAttribute("aria-label", element.getAttribute("aria-label"));
+    sheet.innerHTML = chart.renderToSVGString(); // ECharts escapes the names in it
+    chart.dispose();
+    return sheet;
+  }
+  function tableSheet(element) {
+    const run = DATA.runs[element.dataset.run];
+    const rows = element.table?.initialized ? element.table.getData("active") : rowsOf(run.evaluation[element.dataset.table]);
+    const columns = COLUMNS[element.dataset.table](run, rows);
+    const sheet = document.createElement("div");
+    const table = sheet.appendChild(document.createElement("table"));
+    table.className = "plain";
+    const kind = ({ formatter }) => (formatter === "plaintext" ? "text" : "");
+    const head = table.createTHead().insertRow();
+    for (const column of columns) head.append(Object.assign(document.createElement("th"), { scope: "col", textContent: column.title, className: kind(column) }));
+    const body = table.createTBody();
+    for (const row of rows.slice(0, ROWS_ON_PAPER)) {
+      const line = body.insertRow();
+      for (const column of columns) {
+        const cell = Object.assign(line.insertCell(), { className: kind(column) });
+        const value = row[column.field];
+        cell.append(typeof column.formatter === "function" ? column.formatter({ getValue: () => value, getRow: () => ({ getData: () => row }) }) : value ?? "");
+      }
+    }
+    const note = Object.assign(document.createElement("p"), { className: "note" });
+    if (rows.length > ROWS_ON_PAPER) note.textContent = `The first ${ROWS_ON_PAPER} of ${rows.length.toLocaleString("en")} rows. The page on a screen has all of them.`;
+    if (!rows.length) note.textContent = "Nothing matches.";
+    sheet.append(note);
+    return sheet;
+  }
+  function toPaper() {
+    if ("paper" in root.dataset) return;
+    root.dataset.paper = ""; // first, since it sets the colours
+    onPaper = true;
+    for (const element of parts.filter((part) => !part.closest("[hidden]"))) {
+      const sheet = element.dataset.chart ? chartSheet(element) : tableSheet(element);
+      sheet.classList.add("sheet");
+      element.after(sheet);
+    }
+    onPaper = false;
+  }
+  const print = window.matchMedia("print");
+  function fromPaper() {
+    if (print.matches) return; // its change event follows
+    document.querySelectorAll(".sheet").forEach((sheet) => sheet.remove());
+    delete root.dataset.paper;
+  }
+  window.addEventListener("beforeprint", toPaper);
+  window.addEventListener("afterprint", fromPaper);
+  print.addEventListener("change", () => (print.matches ? toPaper() : fromPaper()));
+  if (print.matches) toPaper();
+
   document.querySelectorAll("[data-colour]").forEach((card) => card.style.setProperty("--run", `var(--${RUN_COLOURS[card.dataset.colour]})`));
   document.documentElement.dataset.ready = "yes";
 })();
