@@ -34,7 +34,7 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     assert list(summary["stages"]) == stages
     assert summary["seconds"] >= sum(summary["stages"].values()) - 1
     assert [level["videos"] for level in summary["levels"].values()] == [12, 6, 6]
-    for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png", "report/clips.png"):
+    for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png", "report/clips.csv"):
         Image.open(tmp_path / name).verify()  # raises for a torn file
 
     progress = capsys.readouterr().err

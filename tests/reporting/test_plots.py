@@ -13,36 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
-from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
 from videoadapt.reporting.plots import (
     DPI,
-    MOST_CLASSES,
     MOST_PAIRS,
-    draw_costs,
     draw_evaluation,
     heading,
     plot_accuracy_cost,
-    plot_clip_costs,
     plot_confusion,
     plot_curves,
     spread,
-)
-
-POINTS = ("14", "10", "7")
-CLIPS = pd.DataFrame({"point": ["7"] * 5 + ["14"] * 2, "macs": [2e9] * 5 + [9.8e9, 10.2e9]})
-CLASSES = pd.DataFrame(
-    {
-        "class": ["bowling", "archery", "juggling"],
-        "macs_per_clip": [3e9, 8e9, 5e9],
-        "14": [0.0, 0.75, 0.25],
-        "10": [0.0, 0.0, 0.0],
-        "7": [1.0, 0.25, 0.75],
-    }
 )
 
 
@@ -58,20 +41,6 @@ POLICIES = {  # not in the order of their costs
 }
 
 
-def bars(axes: Axes, across: bool = False) -> dict[str, list[tuple[float, float]]]:
-    """Length and foot of each bar by colour: from left to right, or from top to bottom if the bars lie `across`."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for patch in axes.patches:
-        assert isinstance(patch, Rectangle)
-        bar = (patch.get_width(), patch.get_x()) if across else (patch.get_height(), patch.get_y())
-        found.setdefault(to_hex(patch.get_facecolor()), []).append(bar)
-    return found
-
-
-def tick_labels(axes: Axes) -> list[str]:
-    return [label.get_text() for label in axes.get_xticklabels()]
-
-
 def legend(axes: Axes) -> list[str]:
     shown = axes.get_legend()
     assert shown is not None
@@ -79,36 +48,6 @@ def legend(axes: Axes) -> list[str]:
 
 
 TITLE = "demo, split val, 70 videos, 2026-11-27"
-
-
-def test_a_bar_counts_the_clips_of_each_point_that_was_used() -> None:
-    figure = plot_clip_costs(CLIPS, CLASSES, POINTS, TITLE)
-    left, _ = figure.axes
-    assert [height for ((height, _),) in bars(left).values()] == [2, 5]
-    assert tick_labels(left) == ["14\n10 G", "7\n2 G"]
-    assert figure.get_suptitle() == TITLE
-
-
-def test_the_mix_of_a_class_stacks_its_points_costliest_class_first() -> None:
-    left, right = plot_clip_costs(CLIPS, CLASSES, POINTS, TITLE).axes
-    assert [label.get_text() for label in right.get_yticklabels()] == ["archery", "juggling", "bowling"]
-    assert right.yaxis_inverted()
-    by_point = dict(zip(POINTS, bars(right, across=True).values(), strict=True))
-    assert by_point["14"] == [(0.75, 0), (0.25, 0), (0, 0)]
-    assert by_point["10"] == [(0, 0.75), (0, 0.25), (0, 0)]
-    assert by_point["7"] == [(0.25, 0.75), (0.75, 0.25), (1, 0)]
-    assert legend(right) == list(POINTS)
-    colours = list(bars(right, across=True))  # a point has the same colour on both sides
-    assert list(bars(left)) == [colours[0], colours[2]]
-
-
-def test_of_many_classes_the_costliest_and_the_cheapest_are_shown() -> None:
-    count, half = 400, MOST_CLASSES // 2
-    classes = pd.DataFrame({"class": range(count), "macs_per_clip": np.arange(count) * 1e9, "14": 0.5, "7": 0.5})
-    _, right = plot_clip_costs(CLIPS, classes, ("14", "7"), TITLE).axes
-    shown = [int(label.get_text()) for label in right.get_yticklabels()]
-    assert shown == [*range(count - 1, count - 1 - half, -1), *range(half - 1, -1, -1)]
-    assert right.get_title() == "the costliest and the cheapest 20 of 400 classes"
 
 
 def test_each_policy_is_marked_with_its_interval() -> None:
@@ -175,18 +114,14 @@ def test_without_a_pareto_front_policies_are_still_marked() -> None:
 
 
 def test_each_figure_is_written_for_light_and_for_dark_pages(tmp_path: Path) -> None:
-    for name, table in (("clips", CLIPS), ("classes", CLASSES)):
-        (tmp_path / "report").mkdir(exist_ok=True)
-        table.to_csv(tmp_path / "report" / f"{name}.csv", index=False)
     (tmp_path / "evaluate").mkdir()
     evaluated = {"policies": POLICIES, "listed": 70, "split": "val", "date": "2026-11-27"}
     (tmp_path / "evaluate" / "evaluate.json").write_text(json.dumps(evaluated))
     rows = [(name, "a", "a", 3, 1.0) for name in POLICIES]
     table = pd.DataFrame(rows, columns=["policy", "truth", "prediction", "videos", "fraction"])
     table.to_csv(tmp_path / "evaluate" / "confusion.csv", index=False)
-    summary = {"clips": {"mix": {"14": 2 / 7, "10": 0.0, "7": 5 / 7}, "policy": "assigned"}}
-    files = [*draw_costs(tmp_path, summary), *draw_evaluation(tmp_path)]
-    names = [f"{name}{dark}.png" for name in ("clips", "accuracy_cost", "confusion") for dark in ("", "_dark")]
+    files = draw_evaluation(tmp_path)
+    names = [f"{name}{dark}.png" for name in ("accuracy_cost", "confusion") for dark in ("", "_dark")]
     assert [file.name for file in files] == names
     for light, dark in zip(files[::2], files[1::2], strict=True):
         with Image.open(light) as a, Image.open(dark) as b:
@@ -194,11 +129,6 @@ def test_each_figure_is_written_for_light_and_for_dark_pages(tmp_path: Path) -> 
             assert a.convert("L").getpixel((0, 0)) == 255 and b.convert("L").getpixel((0, 0)) < 40  # type: ignore[operator]  # noqa: PLR2004
     assert heading(tmp_path / "demo", evaluated) == TITLE
     assert heading(tmp_path / "demo" / "run", evaluated | {"kind": "images"}) == TITLE.replace("videos", "images")
-
-
-def test_a_run_without_an_evaluation_gets_no_figures(tmp_path: Path) -> None:
-    assert draw_costs(tmp_path, {"points": []}) == []
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("validated", [True, False])

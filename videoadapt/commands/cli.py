@@ -366,16 +366,8 @@ def flops(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     """Count the MACs of every point and, once evaluated, of every clip."""
     from videoadapt.commands.tables import print_flops
     from videoadapt.evaluation.costs import flops as run
-    from videoadapt.reporting.plots import draw_costs
 
-    loaded = _load(config, overrides)
-    result = run(loaded)
-    drawn = draw_costs(loaded.run.dir, result)  # empty before an evaluation
-    _show(result, as_json, print_flops)
-    if drawn and not as_json:
-        from videoadapt.runtime.console import say
-
-        say("figures: " + ", ".join(map(str, drawn)))
+    _show(run(_load(config, overrides)), as_json, print_flops)
 
 
 @app.command()

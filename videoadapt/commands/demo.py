@@ -19,7 +19,7 @@ from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.evaluation.evaluated import read_evaluated_table
 from videoadapt.reporting.page import report
-from videoadapt.reporting.plots import draw_costs, draw_curves, draw_evaluation
+from videoadapt.reporting.plots import draw_curves, draw_evaluation
 from videoadapt.routing.calibrate import calibrate
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
@@ -90,7 +90,6 @@ def _demo(config: Config, sizes: dict[str, int]) -> DemoResult:
     calibration = timed("calibrate", lambda: calibrate(config)).to_json()
     evaluation = timed("evaluate", lambda: evaluate(config)).to_json()
     costs = timed("flops", lambda: flops(config))
-    draw_costs(config.run.dir, costs)
     draw_evaluation(config.run.dir)
     timed("report", lambda: report(config))
     total_s = round(time.monotonic() - start, 1)

@@ -1,4 +1,4 @@
-"""Figures of a run: the curves of its training, accuracy against cost, confusions, and the cost of clips.
+"""Figures of a run: the curves of its training, accuracy against cost, and confusions.
 
 Each figure is written twice: `NAME.png` for light pages and `NAME_dark.png` for dark ones. Both have a background of
 their own, so that either is readable everywhere.
@@ -22,12 +22,10 @@ from matplotlib.figure import Figure  # without pyplot, which keeps every figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
-from videoadapt.runtime.console import macs
 from videoadapt.runtime.files import read_json, replacing
 
 Box = npt.NDArray[np.float64]  # (2, 2): the lower left corner, and the upper right one
 
-MOST_CLASSES = 40  # bars of classes; more names than this are too small to read
 MOST_PAIRS = 25  # bars of confused classes
 MATRIX_CLASSES = 30  # with more classes, the cells of a matrix are too small to read
 DPI = 110
@@ -79,27 +77,6 @@ def draw_evaluation(run: Path) -> list[Path]:
     ]
 
 
-def draw_costs(run: Path, summary: Mapping[str, Any]) -> list[Path]:
-    """Draws the clip-level cost report of an evaluated run from its tables.
-
-    Args:
-        run: The run folder, with the files of `evaluate` and of `evaluation.costs.flops`.
-        summary: The result of `flops` for this run.
-
-    Returns:
-        The PNG files written, none where the run has no evaluation at the points of `summary`.
-    """
-    if "clips" not in summary:
-        return []
-    report = run / "report"
-    clips = pd.read_csv(report / "clips.csv", dtype={"point": str})  # a point such as 14 is a name, not a number
-    classes = pd.read_csv(report / "classes.csv", dtype={"class": str}, keep_default_na=False)
-    evaluated = read_json(run / "evaluate" / "evaluate.json", "run `videoadapt evaluate` first", ["policies"])
-    points, policy = tuple(summary["clips"]["mix"]), summary["clips"]["policy"]
-    title = f"{heading(run, evaluated)}; policy {policy}"
-    return save_figure(report / "clips.png", lambda: plot_clip_costs(clips, classes, points, title))
-
-
 def heading(run: Path, evaluated: Mapping[str, Any]) -> str:
     """Returns the title of a figure: run, split, number of videos and date, as far as `evaluate.json` has them."""
     split = f"split {evaluated.get('split', 'val')}"
@@ -111,50 +88,6 @@ def _name_of(run: Path) -> str:
     """Returns the name of a run for titles. The folder `run` beside the config of `new` has the name of its parent."""
     path = run.resolve()
     return path.parent.name if path.name == "run" else path.name
-
-
-def plot_clip_costs(clips: pd.DataFrame, classes: pd.DataFrame, points: tuple[str, ...], title: str) -> Figure:
-    """Plots the points that one policy gave to clips.
-
-    Args:
-        clips: A row per clip: `point`, and `macs` of all its crops with the assigner.
-        classes: A row per class: `class`, `macs_per_clip`, and per point the fraction of clips that got it.
-        points: The points of the model, costliest first.
-        title: The title of the figure.
-
-    Returns:
-        On the left how many clips got each point, on the right the mix of points in the classes, costliest first. Of
-        more than `MOST_CLASSES` classes, half of these bars are the costliest and half the cheapest classes.
-    """
-    shown = classes.sort_values("macs_per_clip", ascending=False, kind="stable")
-    if len(shown) > MOST_CLASSES:
-        shown = pd.concat([shown.head(MOST_CLASSES // 2), shown.tail(MOST_CLASSES // 2)])
-    figure = Figure(figsize=(11, max(4.5, 1.4 + 0.19 * len(shown))), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    left, right = figure.subplots(1, 2)
-    shades = matplotlib.colormaps["viridis"](np.linspace(*_VIRIDIS, len(points)))
-    colours = dict(zip(points, shades, strict=True))
-    for point in points:
-        costs = clips.loc[clips["point"] == point, "macs"]
-        if len(costs):
-            left.bar(f"{point}\n{macs(costs.mean())}", len(costs), color=colours[point])
-    left.set(xlabel="point, MACs of a clip (all crops, assigner included)", ylabel="clips", title="clips at each point")
-    foot = pd.Series(0.0, index=shown.index)  # the bars of a class stand on one another, costliest point at the foot
-    names = [_short(name) for name in shown["class"].astype(str)]
-    places = range(len(shown))  # not the names: two long names may be cut to the same text
-    for point in points:
-        right.barh(places, shown[point], left=foot, color=colours[point], label=point)
-        foot += shown[point]
-    right.set_yticks(places, names)
-    right.invert_yaxis()
-    some = f"the costliest and the cheapest {MOST_CLASSES // 2} of {len(classes)} classes"
-    which = some if len(classes) > MOST_CLASSES else "classes, costliest first"
-    right.set(xlabel="fraction of clips", xlim=(0, 1), title=which)
-    if len(classes) > MOST_CLASSES:
-        right.axhline(MOST_CLASSES // 2 - 0.5, color=matplotlib.rcParams["axes.edgecolor"], linestyle="--")
-    right.tick_params(axis="y", labelsize=8)
-    right.legend(title="point", loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
 
 
 def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
