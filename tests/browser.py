@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 START_MS = 180_000  # a busy machine needs a minute for what a quiet one does in a second
-FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+# Then two frames: an observer looks at what is in view once a frame.
+SHOW = """(element) => new Promise((done) => {
+    element.scrollIntoView({block: "center"});
+    requestAnimationFrame(() => requestAnimationFrame(done));
+})"""
 LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -59,10 +63,9 @@ class Visit:
         return self.page
 
     def scroll_through(self, selector: str) -> None:
-        """Brings every visible element into view once, in the order of the page."""
-        for element in self.page.locator(f":is({selector}):visible").all():
-            element.scroll_into_view_if_needed()
-            self.page.evaluate(FRAMES)  # an observer looks at what is in view once a frame
+        """Brings every element into view once, in the order of the page. Hidden ones stay hidden."""
+        for element in self.page.query_selector_all(selector):  # the list is fixed, also where empty ones are filled
+            element.evaluate(SHOW)
 
     def _listen(self) -> None:
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
