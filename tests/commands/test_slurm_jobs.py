@@ -158,18 +158,22 @@ def final_tensors(config: Config) -> dict[str, torch.Tensor]:
 
 
 def task(job: str, rank: int) -> int:
-    """Returns the process id of a rank. Its data workers have the same environment, but a rank as their parent."""
+    """Returns the process id of a rank.
+
+    Its data workers have the same environment. They are its children, or orphans that are about to end.
+    """
     wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
-    parents = {}
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_text().split("\0")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            started_by = Path("/proc", parent, "comm").read_text().strip()
         except OSError:  # the process has ended
             continue
-        if wanted <= set(variables):
-            parents[int(folder.name)] = parent
-    [rank_process] = [process for process, parent in parents.items() if parent not in parents]
+        if wanted <= set(variables) and started_by == "slurmstepd":
+            found.append(int(folder.name))
+    [rank_process] = found
     return rank_process
 
 

@@ -50,9 +50,9 @@ def against_fixed(policy: Measured, fixed: Sequence[Measured]) -> AgainstFixed |
         fixed: The fixed points.
 
     Returns:
-        The comparison; None if the policy costs less than every fixed point.
+        The comparison; None if the policy costs less than every fixed point, or there is none.
     """
-    mixture = _best_mixture(policy.macs, fixed)
+    mixture = _best_mixture(policy.macs, fixed) if fixed else None
     if mixture is None:
         return None
     differences = [(point, paired_difference(policy.right, point.right)) for point in fixed if point.macs < policy.macs]
