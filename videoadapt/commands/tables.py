@@ -230,8 +230,9 @@ def _assigner_in_words(summary: Summary) -> list[str]:
         f"about {needed} clips can prove assign.tolerance" if needed else "no number of clips proves a tolerance of 0"
     )
     one = f"{100 / summary['clips_selecting']:.2g} points"
+    trained_on = ", on which the model was trained: new clips may lose more" if summary["source"] == "train" else ""
     found = {
-        "proven": f"the threshold is proven on {clips}: {at_most}",
+        "proven": f"the threshold is proven on {clips}: {at_most}{trained_on}",
         "estimated": (
             f"the threshold is an estimate from {clips}, one of which is {one}, and no guarantee: {at_most}; {could}; "
             "`videoadapt calibrate` chooses with a guarantee"

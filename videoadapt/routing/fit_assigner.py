@@ -114,6 +114,7 @@ class AssignSummary(Result):
 
     clips_fitted: int
     clips_selecting: int  # clips that chose the threshold
+    source: str  # of the labels, `label.source`
     threshold: float
     rule: Rule  # what the threshold rests on; see `Threshold`
     confidence: float  # of a proof
@@ -200,6 +201,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     summary = AssignSummary(
         clips_fitted=len(fit.labels),
         clips_selecting=len(select.labels),
+        source=config.label.source,
         threshold=threshold,
         rule=found.rule,
         confidence=1 - delta,
