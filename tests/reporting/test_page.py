@@ -78,12 +78,21 @@ DEAR = row(macs_saved=0.0, difference_to_costliest=[0.0, 0.0, 0.0], clips_per_s=
         ({"difference_to_random": [0.2, 0.1, 0.3]}, None, "good", ["beats random routing", "+20.0 points"]),
         ({"difference_to_random": [0.0, -0.1, 0.1]}, None, "good", ["not measurably better than random"]),
         ({"difference_to_random": [-0.2, -0.3, -0.1]}, None, "good", ["worse than random routing"]),
+        ({"difference_to_costliest": [0.0, -0.01, 0.01]}, None, "good", ["kept the top-1 accuracy (+0.0 points"]),
+        ({"top1_low": 0.5}, None, "mixed", ["not proven to be better than always answering with the largest class"]),
+        (
+            {"cheaper_fixed": "fixed:4", "difference_to_cheaper_fixed": [0.0, -0.02, 0.02]},
+            None,
+            "mixed",
+            ["Running every clip at 4 saves 50.0 % and is not significantly less accurate"],
+        ),
     ],
 )
 def test_the_sentence_says_good_and_bad_results_alike(
     changes: dict[str, Any], speed: dict[str, Any] | None, tone: str, words: list[str]
 ) -> None:
-    said = headline({"fixed:8": DEAR, "assigned": row(**changes), "random": row()}, "assigned", speed)
+    policies = {"fixed:8": DEAR, "fixed:4": row(macs_saved=0.5), "assigned": row(**changes), "random": row()}
+    said = headline(policies, "assigned", speed, guessing=0.6)
     text = " ".join([said.sentence, *said.remarks]).replace("\N{NARROW NO-BREAK SPACE}", " ")
     assert said.tone == tone
     assert not [word for word in words if word not in text], text

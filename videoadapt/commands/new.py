@@ -264,16 +264,18 @@ def _busy(result: NewRun) -> str:
         stage: slowdown * (each - measured.get(stage, 0)) + measured.get(stage, 0)
         for stage, each in result.seconds.items()
     }
-    minutes = max(0.1, result.minutes / slowdown)
     return (
         f"the machine is busy{f' ({wanted})' if wanted else ''}: at present about {slowdown:.0f} times as long, "
-        f"{_times(seconds)}; for {result.minutes:g} min of training at present: --minutes {minutes:.1f}"
+        f"{_times(seconds)}; --minutes counts an idle machine, and a lower number trains for less time"
     )
 
 
 def _alternatives_title(result: NewRun) -> str:
     least = result.alternatives[0].least_epochs
-    return f"Inputs; the first whose {least} epochs take at most {result.minutes:g} min is chosen (*)"
+    return (
+        f"Inputs; the first whose {least} epochs take at most {result.minutes:g} min is chosen (*), or the last one, "
+        "with fewer epochs"
+    )
 
 
 def _alternatives_table(result: NewRun) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

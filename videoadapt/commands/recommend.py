@@ -238,7 +238,10 @@ def _choosing(held_out: int) -> str:
     if needed is not None and choosing >= needed:
         return f"{choosing} of them choose the assigner's threshold: enough to prove assign.tolerance"
     if choosing < FEWEST:
-        return f"{choosing} of them would choose the assigner's threshold, which takes {FEWEST}: expect no saving"
+        return (
+            f"{choosing} of them would choose the assigner's threshold, which takes {FEWEST}: every clip would go to "
+            "the costliest point. 0, and neither `label` nor `assign`, leaves all clips to training"
+        )
     return f"{choosing} of them choose the assigner's threshold, by estimate: a proof takes {needed}"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from videoadapt.commands.speed_table import print_speed
-from videoadapt.errors import plural
+from videoadapt.errors import few, plural
 from videoadapt.runtime.console import duration, macs, percent, print_table, say
 from videoadapt.runtime.files import Summary
 
@@ -339,10 +339,10 @@ def print_evaluate(summary: Summary) -> None:
         place = columns.index("top-5 %")
         columns, rows = columns[:place] + columns[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
     print_table(title, columns, rows)
-    say(
-        f"always answering with the largest class, {summary['largest_class']}: "
-        f"{percent(summary['largest_class_fraction'])} %"
-    )
+    guessing = summary["largest_class_fraction"]
+    no_better = [name for name, policy in summary["policies"].items() if policy["top1_low"] <= guessing]
+    verdict = f"; not proven to be better: {few(no_better)}" if no_better else ""
+    say(f"always answering with the largest class, {summary['largest_class']}: {percent(guessing)} %{verdict}")
     say(
         "* on the Pareto front by the measured values, whatever their intervals: none has a higher top-1 at no more "
         "MACs, or the same at fewer MACs; random and oracle take no part"

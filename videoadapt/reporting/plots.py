@@ -341,7 +341,9 @@ def plot_curves(
     panels = zip(figure.subplots(1, 2), (("loss", 1, "loss"), ("top1", 100, "top-1 %")), strict=True)
     # Single steps have few clips, so their values jump.
     width = max(1, len(metrics) // CURVE_BINS, min(int(per_epoch / 2), _STEPS_AVERAGED))
-    binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean()
+    # Steps that are left over join the last group: the mean of one step would end the line in a jump.
+    groups = ((metrics["step"] - metrics["step"].iloc[0]) // width).clip(upper=max(0, len(metrics) // width - 1))
+    binned = metrics.groupby(groups).mean()
     shades = matplotlib.colormaps["viridis"](np.linspace(*_VIRIDIS, len(points)))
     for axes, (name, factor, label) in panels:
         for point, colour in zip(points, shades, strict=True):

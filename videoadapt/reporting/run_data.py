@@ -92,7 +92,7 @@ def evaluation_data(config: Config) -> Part:
     right = right_by_point(videos, points)
     table = clip_table(clips[clips["policy"] == reported], videos[videos["policy"] == reported], right)
     return {
-        "headline": asdict(headline(policies, reported, speeds.get(reported))),
+        "headline": asdict(headline(policies, reported, speeds.get(reported), found.get("largest_class_fraction"))),
         "reported": reported,
         "costliest": next(iter(policies)),
         "policies": [policy_row(name, row, speeds.get(name, {})) for name, row in policies.items()],

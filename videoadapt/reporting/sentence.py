@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 _SPACE = "\N{NARROW NO-BREAK SPACE}"
 _LEVEL = f"95{_SPACE}%"
+_SAME = 0.0005  # a change that is written as 0.0 points
 Tone = Literal["good", "mixed", "bad", "plain"]
 
 
@@ -52,13 +53,19 @@ def interval(low: float, high: float) -> str:
     return f"{points(low)} to {points(high)}"
 
 
-def headline(policies: Mapping[str, Mapping[str, Any]], reported: str, speed: Mapping[str, Any] | None) -> Headline:
+def headline(
+    policies: Mapping[str, Mapping[str, Any]],
+    reported: str,
+    speed: Mapping[str, Any] | None,
+    guessing: float | None = None,
+) -> Headline:
     """Writes the first screen from the rows of `evaluate.json`.
 
     Args:
         policies: The rows by policy name. The first is the fixed costliest point.
         reported: The policy that the page is about.
         speed: `speed.policies[reported]`, as far as it was measured.
+        guessing: The top-1 of always answering with the largest class, if it is known.
     """
     costliest, row = next(iter(policies)), policies[reported]
     if reported == costliest:
@@ -68,8 +75,16 @@ def headline(policies: Mapping[str, Mapping[str, Any]], reported: str, speed: Ma
     sentence = f"{_name(reported)} {_saving(row['macs_saved'], costliest)} and {_loss(change, low, high)}"
     lost, saved = high < 0, row["macs_saved"] > 0
     tone: Tone = "bad" if not saved else "mixed" if lost else "good"
-    remarks = [text for text in (_on_the_clock(faster), _beside_random(policies, row)) if text]
+    found = (
+        _no_better_than_guessing(row, guessing),
+        _on_the_clock(faster),
+        _beside_random(policies, row),
+        _beside_fixed(policies, row),
+    )
+    remarks = [text for text in found if text]
     if faster and (faster[0] if faster[1] is None else faster[1]) <= 1 and tone == "good":
+        tone = "mixed"
+    if tone == "good" and (row.get("cheaper_fixed") or _no_better_than_guessing(row, guessing)):
         tone = "mixed"
     return Headline(sentence, tone, remarks, _figures(row, faster, speed))
 
@@ -105,6 +120,8 @@ def _loss(change: float, low: float, high: float) -> str:
         return f"gained {100 * change:.1f} points of top-1 accuracy ({ends})."
     if change == low == high == 0:
         return "gave the same answers."
+    if abs(change) < _SAME:
+        return f"kept the top-1 accuracy ({points(change)} points, {ends})."
     return f"changed top-1 accuracy by {points(change)} points, which is not significant ({ends})."
 
 
@@ -130,6 +147,24 @@ def _beside_random(policies: Mapping[str, Mapping[str, Any]], row: Mapping[str, 
     if high < 0:
         return f"It is worse than random routing with the same mix of points ({ends})."
     return f"It is not measurably better than random routing with the same mix of points ({ends})."
+
+
+def _beside_fixed(policies: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+    cheaper = row.get("cheaper_fixed")
+    if cheaper is None:
+        return ""
+    saved = share(policies[cheaper]["macs_saved"])
+    change, low, high = row["difference_to_cheaper_fixed"]
+    return (
+        f"Running every clip at {cheaper.removeprefix('fixed:')} saves {saved} and is not significantly less accurate "
+        f"(routing against it: {points(change)} points, {_LEVEL} interval {interval(low, high)})."
+    )
+
+
+def _no_better_than_guessing(row: Mapping[str, Any], guessing: float | None) -> str:
+    if guessing is None or row["top1_low"] > guessing:
+        return ""
+    return f"It is not proven to be better than always answering with the largest class ({share(guessing)})."
 
 
 def _fixed_only(policies: Mapping[str, Mapping[str, Any]], costliest: str) -> Headline:
