@@ -29,7 +29,7 @@ QUALITY = 80
 def groups_of(clips: pd.DataFrame, points: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
     """Splits clips into easy, medium and hard ones. A clip that did not run is left out.
 
-    Where clips got different points: easy ones got the cheapest point, hard ones the costliest, medium ones another.
+    Where clips got different points: of these, easy ones got the cheapest, hard ones the costliest, medium ones another.
     Where all got the same point, nothing was chosen, and the cheapest right point decides in its place.
 
     Args:
@@ -42,6 +42,8 @@ def groups_of(clips: pd.DataFrame, points: Sequence[str]) -> list[tuple[str, pd.
         verdicts = clips[[f"right at {point}" for point in points]].to_numpy(bool)
         cheapest = len(points) - 1 - verdicts[:, ::-1].argmax(1)
         by = pd.Series(np.array(points, dtype=object)[np.where(verdicts.any(1), cheapest, 0)], index=clips.index)
+    else:
+        points = [point for point in points if (by == point).any()]  # a policy may leave out the costliest point
     groups = [("easy", clips[by == points[-1]]), ("medium", clips[~by.isin([points[0], points[-1]])])]
     return [*groups, ("hard", clips[by == points[0]])]
 
