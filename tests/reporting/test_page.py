@@ -21,6 +21,7 @@ import videoadapt as va
 from browser import Visit, visit
 from videoadapt.config.load import make_config
 from videoadapt.errors import UserError
+from videoadapt.reporting.examples import groups_of
 from videoadapt.reporting.page import columns, plain, report
 from videoadapt.reporting.run_data import reliability_of
 from videoadapt.reporting.sentence import headline
@@ -321,3 +322,9 @@ def test_20_000_clips_of_400_classes_open_quickly(browser: Browser, tmp_path: Pa
         busy = {one["name"]: one["value"] for one in metrics.send("Performance.getMetrics")["metrics"]}
         assert busy["TaskDuration"] < 3 * SLACK, busy
     assert seen.errors == []
+
+
+def test_easy_and_hard_clips_are_those_of_the_points_that_were_used() -> None:
+    clips = pd.DataFrame({"point": ["4", "6", "6", "4", "not run"]})
+    found = {name: group.index.tolist() for name, group in groups_of(clips, ["8", "6", "4"])}
+    assert found == {"easy": [0, 3], "medium": [], "hard": [1, 2]}

@@ -29,7 +29,8 @@ QUALITY = 80
 def groups_of(clips: pd.DataFrame, points: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
     """Splits clips into easy, medium and hard ones. A clip that did not run is left out.
 
-    Where clips got different points: of these, easy ones got the cheapest, hard ones the costliest, medium ones another.
+    Where clips got different points: of these points, easy clips got the cheapest, hard ones the costliest, and medium
+    ones another.
     Where all got the same point, nothing was chosen, and the cheapest right point decides in its place.
 
     Args:
