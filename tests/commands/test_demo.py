@@ -9,6 +9,7 @@ from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -34,8 +35,9 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     assert list(summary["stages"]) == stages
     assert summary["seconds"] >= sum(summary["stages"].values()) - 1
     assert [level["videos"] for level in summary["levels"].values()] == [12, 6, 6]
-    for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png", "report/clips.csv"):
+    for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png"):
         Image.open(tmp_path / name).verify()  # raises for a torn file
+    assert len(pd.read_csv(tmp_path / "report" / "clips.csv")) > 0
 
     progress = capsys.readouterr().err
     print_demo(result)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 MAX_MB, MAX_S, QUEUE = 1, 5, 12
 START_S = 300  # a busy machine
-AXE = Path(__file__).parents[1] / "report" / "vendor" / "axe.min.js"
+AXE = Path(__file__).parents[1] / "reporting" / "vendor" / "axe.min.js"
 
 # The function for notebooks returns at once and cleans up at the end of its block; the command blocks.
 PROGRAM = """

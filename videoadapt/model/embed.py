@@ -29,7 +29,7 @@ def resize_frames(frames: Tensor, side: int, *, align_corners: bool = False) -> 
     if frames.shape[-2:] == (side, side):
         return frames
     # On CPUs antialiasing exists in float32 only.
-    resized = _resize_on_cpu if frames.device.type == "cpu" and not _traced() else _resize
+    resized = _resize_on_cpu if frames.device.type == "cpu" and not _traced(frames) else _resize
     return resized(frames.float(), side, align_corners).to(frames.dtype)
 
 
@@ -39,9 +39,12 @@ def _resize(frames: Tensor, side: int, align_corners: bool) -> Tensor:
     )
 
 
-def _traced() -> bool:
-    """Returns whether torch compiles or exports the model: compilers and ONNX know `interpolate`, not its parts."""
-    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+def _traced(frames: Tensor) -> bool:
+    """Returns whether torch compiles, exports or only counts: it then knows `interpolate`, not its parts.
+
+    A tensor of another type has no values, such as those of `performance.memory`.
+    """
+    return type(frames) is not Tensor or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
 def _resize_on_cpu(frames: Tensor, side: int, align_corners: bool) -> Tensor:
