@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from videoadapt.commands.tables import print_calibrate
 from videoadapt.config.cascade import MEASURES
 from videoadapt.config.load import Config, dump_config, load_config, make_config
 from videoadapt.config.sections import CalibrateConfig, ModelConfig
+from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, ConfigError, UserError
 from videoadapt.evaluation.outcomes import outcomes_of
@@ -24,7 +26,7 @@ from videoadapt.routing.calibrate_policies import Totals, best, measure, run_tes
 from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, orders_of
 from videoadapt.routing.policy import Fixed, Mixture, Policy
 from videoadapt.routing.policy_file import PolicyFile
-from videoadapt.routing.scores import Scored, Scores, score
+from videoadapt.routing.scores import Scored, Scores, require_scored, score
 from videoadapt.training.state import State
 
 MODEL = ModelConfig(points=("14", "10", "7"))
@@ -243,3 +245,12 @@ def test_the_label_table_orders_mixtures_by_their_convex_hull() -> None:
     assert {policy.points for policy in hull.policies if isinstance(policy, Mixture)} == {("14", "7")}
     assert hull.predicted is not None
     assert hull.predicted < (names["fixed points and their mixtures"].predicted or 0)
+
+
+def test_a_split_of_which_nothing_can_be_read_is_named_by_its_key() -> None:
+    none: Any = np.empty(0)
+    failures = [Failure(3, "a.mp4", "torn"), Failure(4, "b.mp4", "gone")]
+    scores = Scores(none, none, none, none, none, {}, None, none, failures, "0" * 12, [])
+    with pytest.raises(UserError, match=r"data\.calibrate: none of 2 videos could be scored; a\.mp4: torn"):
+        require_scored(scores, "data.calibrate")
+    assert require_scored(None, "data.calibrate") is None

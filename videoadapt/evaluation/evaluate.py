@@ -41,6 +41,7 @@ from videoadapt.routing.scores import (
     Scores,
     files_digest,
     inference_model,
+    require_scored,
     score,
     trained_checkpoint,
 )
@@ -221,21 +222,10 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
     rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
     if not len(rows):
         raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
-    scores = score(
-        model,
-        manifest,
-        rows.tolist(),
-        config,
-        name="evaluate",
-        temporal_views=config.evaluate.temporal_views,
-        assigner=assigned.assigner if assigned else None,
-    )
-    if scores is not None and not len(scores.rows):
-        first = scores.failures[0]
-        raise UserError(
-            f"data.val.annotations: none of {plural(len(rows), 'video')} could be scored; {first.path}: {first.cause}"
-        )
-    return scores
+    assigner = assigned.assigner if assigned else None
+    views = config.evaluate.temporal_views
+    scores = score(model, manifest, rows.tolist(), config, name="evaluate", temporal_views=views, assigner=assigner)
+    return require_scored(scores, "data.val.annotations")
 
 
 def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from videoadapt.config.load import Config
-from videoadapt.errors import UserError
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
 from videoadapt.evaluation.intervals import wilson
@@ -322,10 +321,3 @@ def _speed_facts(speed: Mapping[str, Any] | None) -> Part | None:
     measured = {key: value for key, value in speed.get("measured", {}).items() if not isinstance(value, (list, dict))}
     kept = {key: speed[key] for key in ("clips", "rounds", "seconds", "date") if key in speed}
     return {**kept, **measured}
-
-
-def require_run(path: Path) -> Path:
-    """Returns the folder of a run. Raises `UserError` if it is none."""
-    if not path.is_dir():
-        raise UserError(f"{path}: report needs the folder of a run (run.dir), and this is no folder")
-    return path

@@ -23,7 +23,7 @@ from videoadapt.routing.learn_then_test import cost_upper, loss_upper, videos_ne
 from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.replay import StoredAnswers
-from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
+from videoadapt.routing.scores import Scores, inference_model, require_scored, score, trained_checkpoint
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.inputs import Inputs
@@ -151,21 +151,10 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
 def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
     frame = manifest.table
     rows = np.flatnonzero((frame["split"] == "calibrate") & (frame["status"] == "ok"))
-    scores = score(
-        model,
-        manifest,
-        rows.tolist(),
-        config,
-        name="calibrate",
-        temporal_views=config.evaluate.temporal_views,
-        assigner=assigned.assigner if assigned else None,
-    )
-    if scores is not None and not len(scores.rows):
-        first = scores.failures[0]
-        raise UserError(
-            f"data.calibrate: none of {plural(len(rows), 'video')} could be scored; {first.path}: {first.cause}"
-        )
-    return scores
+    assigner = assigned.assigner if assigned else None
+    views = config.evaluate.temporal_views
+    scores = score(model, manifest, rows.tolist(), config, name="calibrate", temporal_views=views, assigner=assigner)
+    return require_scored(scores, "data.calibrate")
 
 
 def _chosen(

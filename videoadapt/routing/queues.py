@@ -75,4 +75,6 @@ class Queues(Generic[T]):
         queue = self._queues[point]
         if not queue or self.max_wait_s is None:
             return math.inf
-        return queue[0].arrived_s + self.max_wait_s - self._pass_s[point]
+        # Not that of the first: a view of a later round may stand behind a clip that arrived after its own.
+        arrived_s = min(waiting.arrived_s for waiting in queue)
+        return arrived_s + self.max_wait_s - self._pass_s[point]

@@ -391,7 +391,7 @@ class _Flow:
             group.requests = group.decisions.send(cast(Answers, answers))
         except StopIteration as stopped:
             group.decision = stopped.value
-            group.units.clear()  # their memory is free before the results leave
+            group.units.clear()
             return
         for rows, (point, first, end) in group.requests:
             group.expect(point)

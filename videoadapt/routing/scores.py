@@ -28,6 +28,7 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.data.clips.views import pixel_draws
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.video.files import reason
+from videoadapt.errors import UserError, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
@@ -271,6 +272,15 @@ def _score_shards(
                 bar.step()
             _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
     return stop
+
+
+def require_scored(scores: Scores | None, key: str) -> Scores | None:
+    """Returns the scores; raises `UserError`, with the key of the videos, if none of them could be read."""
+    if scores is not None and not len(scores.rows):
+        first = scores.failures[0]
+        count = plural(len(scores.failures), "video")
+        raise UserError(f"{key}: none of {count} could be scored; {first.path}: {first.cause}")
+    return scores
 
 
 def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:
