@@ -247,3 +247,22 @@ def test_keys_that_the_template_does_not_have_end_their_section() -> None:
     assert "# header\n" in text and "\n  embed: stem  # x\nloss:" in text
     config = make_config(parse_yaml(text))
     assert (config.model.embed, config.model.patch, config.slurm.qos) == ("stem", 12, "a")
+
+
+@pytest.mark.parametrize(("clips", "kind"), [(180, "videos"), (1600, "images")])
+def test_points_and_validations_are_cut_before_pixels_and_frames(clips: int, kind: str) -> None:
+    full = recommend(facts(clips, kind=kind), VIT_S, LAPTOP, 1000).settings
+    preferred, second = recommend(facts(clips, kind=kind), VIT_S, LAPTOP).alternatives[:2]
+    seen = ("model.size", "model.num_frames", "train.freeze")
+    for minutes in (0.99 * preferred.minutes, 1.001 * second.minutes):  # less than three points need, then two
+        cut = recommend(facts(clips, kind=kind), VIT_S, LAPTOP, minutes).settings
+        assert [cut[key].value for key in seen] == [full[key].value for key in seen]
+        assert len(full["model.points"].value) == 3 and cut["model.points"].value == full["model.points"].value[::2]
+    sparse = recommend(facts(clips, kind=kind), VIT_S, LAPTOP, 1.001 * preferred.minutes).settings
+    assert sparse["train.validate_every"].value == 2 and sparse["model.points"].value == full["model.points"].value
+
+
+def test_each_line_of_the_table_takes_less_time_than_those_before_it() -> None:
+    for kind in ("videos", "images"):
+        minutes = [each.minutes for each in recommend(facts(1600, kind=kind), VIT_S, LAPTOP, 1).alternatives]
+        assert minutes == sorted(minutes, reverse=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Recommendation, Setting, recommend
+from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Setting, recommend
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
@@ -36,6 +36,7 @@ _LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):.*")  # of the template; com
 _PAGES = "# Change what you like. docs/finetune.md says how to choose, docs/config.md has all keys."
 _OF_VIDEOS = ("data.short_side", "model.stride_frames", "model.fps")  # a config for images does without them
 _FEW_EPOCHS = 4
+_FEW_STEPS = 100  # of a training: below, its curves are mostly chance
 _BUSY = 1.3  # slowdown of the machine from which it is said
 _ROUND_MIN = 10  # minutes from which they are shown whole
 _MEMORY_USED = 0.8  # of a GPU's memory, at most: the prediction does not count what CUDA itself needs
@@ -108,7 +109,7 @@ def new(
         seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}),
         minutes=chosen.minutes,
         alternatives=chosen.alternatives,
-        notes=_notes(found, facts, chosen, machine),
+        notes=_notes(found, facts, config),
         commands=_commands(path, found),
     )
 
@@ -194,7 +195,7 @@ def parts_that_fit(config: Config, memory_bytes: int) -> Setting:
 
 
 def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
-    """Measures the speed of training on this machine, with two blocks of the model: a second or two."""
+    """Measures the speed of training on this machine, with two blocks of the model: a few seconds."""
     device, cpus = pick_device("auto"), available_cpus()
     model = {
         key: value for key, value in (weights.model if weights else {}).items() if key in {"width", "heads", "patch"}
@@ -273,8 +274,8 @@ def _busy(result: NewRun) -> str:
 def _alternatives_title(result: NewRun) -> str:
     least = result.alternatives[0].least_epochs
     return (
-        f"Inputs; the first whose {least} epochs take at most {result.minutes:g} min is chosen (*), or the last one, "
-        "with fewer epochs"
+        f"Inputs, the preferred ones first; chosen (*) is the first whose {least} epochs take at most "
+        f"{result.minutes:g} min, or else the last one, with fewer epochs"
     )
 
 
@@ -311,9 +312,15 @@ def _describe(data: Survey) -> str:
     return f"durations {seconds}, {data.fps.low:.3g} to {data.fps.high:.3g} frames a second, {short}, {opened}"
 
 
-def _notes(data: Survey, weights: WeightsFacts | None, chosen: Recommendation, machine: MachineFacts) -> list[str]:
+def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[str]:
     notes = list(data.notes)
-    epochs = chosen.settings["train.epochs"].value
+    epochs = config.train.epochs
+    steps = epochs * max(1, round(data.clips("train") * (1 - config.data.holdout)) // config.train.batch)
+    if steps < _FEW_STEPS:
+        notes.append(
+            f"the whole training has about {steps} steps: the curves of so few are mostly chance, and one epoch tells "
+            "nothing; let it end, and go by the intervals of `evaluate` (docs/finetune.md, How many epochs)"
+        )
     if epochs < _FEW_EPOCHS:
         notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more --minutes")
     if data.unreadable:

@@ -5,8 +5,9 @@ All functions are pure. Each setting has its reason, which `videoadapt new` writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from videoadapt.config.cost import point_macs
@@ -81,18 +82,19 @@ class Recommendation:
     settings: dict[str, Setting]  # by key, such as `train.lr`
     seconds: dict[str, float]  # by stage, without reading the videos, on an idle machine
     minutes: float  # for training on an idle machine; the settings were chosen for it
-    alternatives: list[Alternative]  # the largest input with the fewest frozen blocks first
+    alternatives: list[Alternative]  # in the order of preference; each takes less time than those before it
 
 
-class _Input(NamedTuple):
-    """What the model sees of a video, and how often."""
+class _Recipe(NamedTuple):
+    """What the model sees of a video, at which points, and how often."""
 
     frames: int
-    length: int  # the largest one
+    points: tuple[int, ...]  # the largest length first
     frozen: int  # blocks that keep the weights
     epochs: int  # that fit into the time; 0: not one
-    epoch_s: float  # with validation
-    validated: float  # share of val in the validation of an epoch
+    epoch_s: float  # with its part of the validations
+    validated: float  # share of val in a validation
+    validate_every: int  # epochs
 
 
 def recommend(
@@ -113,9 +115,9 @@ def recommend(
     stage1 = round(data.clips("train") * (1 - holdout))
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
-    options = _options(data, model, machine, stage1, minutes, few=few, can_freeze=can_freeze)
-    number = next((n for n, option in enumerate(options) if option.epochs >= _least(few)), len(options) - 1)
-    chosen = options[number]._replace(epochs=max(1, options[number].epochs))
+    recipes = _recipes(data, model, machine, stage1, minutes, few=few, can_freeze=can_freeze)
+    number = next((n for n, recipe in enumerate(recipes) if recipe.epochs >= _least(few)), len(recipes) - 1)
+    chosen = recipes[number]._replace(epochs=max(1, recipes[number].epochs))
     settings = {
         "run.precision": Setting(machine.precision, f"the faster one on {machine.name}"),
         **_data_settings(data, machine, chosen, holdout),
@@ -124,14 +126,14 @@ def recommend(
         **_later_settings(data, machine),
     }
     views = settings["evaluate.temporal_views"].value * settings["evaluate.spatial_crops"].value
-    pass_s = _macs(model, data, chosen.frames, chosen.length) * views / machine.macs_per_s
+    pass_s = _macs(model, data, chosen.frames, chosen.points) * views / machine.macs_per_s
     seconds = {
         "train": chosen.epochs * chosen.epoch_s,
         "label": (data.clips("train") - stage1) * pass_s,
         "evaluate": data.clips("val") * pass_s + SPEED_S,
     }
     alternatives = [
-        _alternative(option, model["patch"], _least(few), chosen=n == number) for n, option in enumerate(options)
+        _alternative(recipe, model["patch"], _least(few), chosen=n == number) for n, recipe in enumerate(recipes)
     ]
     return Recommendation(settings, seconds, minutes, alternatives)
 
@@ -146,7 +148,7 @@ def _least(few: bool) -> int:
     return 5 if few else 4
 
 
-def _options(
+def _recipes(
     data: Survey,
     model: Mapping[str, Any],
     machine: MachineFacts,
@@ -155,37 +157,46 @@ def _options(
     *,
     few: bool,
     can_freeze: bool,
-) -> list[_Input]:
-    """Returns inputs with the epochs that the time allows, the largest input with the fewest frozen blocks first."""
+) -> list[_Recipe]:
+    """Returns recipes with the epochs that the time allows, in the order of preference.
+
+    What is cut first can be had back later, or is missed least: epochs down to the least number, every second
+    validation, the point in the middle, the training of more blocks. Pixels and frames come last: what the model never
+    sees, no longer training brings back. A recipe that takes no less time than a preferred one is left out.
+    """
     depth, most = model["depth"], 20 if few else 15
     freezes = [depth // 2 if few else 0, depth * 3 // 4] if can_freeze else [0]
-    options = []
-    for frames, length in _inputs(data, model):
-        for frozen in freezes:
-            macs = _macs(model, data, frames, length)
-            train_macs = macs * clips * (1 + _BACKWARD * (1 - frozen / depth))
-            share = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
-            epoch_s = (train_macs + share * macs * data.clips("val")) / machine.macs_per_s
+    recipes: list[_Recipe] = []
+    for (frames, length), frozen, every_point in product(_inputs(data, model), freezes, (True, False)):
+        points = tuple(points_of(length) if every_point else points_of(length)[::2])
+        macs = _macs(model, data, frames, points)
+        train_macs = macs * clips * (1 + _BACKWARD * (1 - frozen / depth))
+        share = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
+        for validate_every in (1, 2):
+            epoch_s = (train_macs + share / validate_every * macs * data.clips("val")) / machine.macs_per_s
             epochs = min(int(60 * minutes / epoch_s), most)
-            options.append(_Input(frames, length, frozen, epochs, epoch_s, share))
-    return options
+            if epochs >= _least(few):
+                break
+        if not recipes or epoch_s < min(recipe.epoch_s for recipe in recipes):
+            recipes.append(_Recipe(frames, points, frozen, epochs, epoch_s, share, validate_every))
+    return recipes
 
 
-def _alternative(option: _Input, patch: int, least: int, *, chosen: bool) -> Alternative:
+def _alternative(recipe: _Recipe, patch: int, least: int, *, chosen: bool) -> Alternative:
     return Alternative(
-        frames=option.frames,
-        pixels=option.length * patch,
-        points=points_of(option.length),
-        frozen=option.frozen,
-        epochs=option.epochs,
-        minutes=least * option.epoch_s / 60,
+        frames=recipe.frames,
+        pixels=recipe.points[0] * patch,
+        points=list(recipe.points),
+        frozen=recipe.frozen,
+        epochs=recipe.epochs,
+        minutes=least * recipe.epoch_s / 60,
         least_epochs=least,
         chosen=chosen,
     )
 
 
 def _inputs(data: Survey, model: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Yields frames and largest length, costliest first."""
+    """Yields frames and the largest length, the preferred ones first."""
     largest = max(2, int(data.short_side.middle) // model["patch"])
     lengths = list(dict.fromkeys(min(length, largest) for length in _LENGTHS))
     if data.kind == "images":
@@ -197,18 +208,14 @@ def _inputs(data: Survey, model: Mapping[str, Any]) -> Iterator[tuple[int, int]]
     yield 2, lengths[-1]  # the least that shows motion
 
 
-def _model(model: Mapping[str, Any], data: Survey, frames: int, length: int) -> ModelConfig:
-    sizes = {"size": length * model["patch"], "num_frames": frames, "temporal": data.kind == "videos"}
-    points = tuple(map(str, points_of(length)))
-    return ModelConfig(**{**model, **sizes, "points": points, "num_classes": len(data.classes)})
-
-
-def _macs(model: Mapping[str, Any], data: Survey, frames: int, length: int) -> int:
+def _macs(model: Mapping[str, Any], data: Survey, frames: int, points: Sequence[int]) -> int:
     """Returns the MACs of a view at all points together."""
-    return sum(point_macs(_model(model, data, frames, length)).values())
+    sizes = {"size": points[0] * model["patch"], "num_frames": frames, "temporal": data.kind == "videos"}
+    named = {"points": tuple(map(str, points)), "num_classes": len(data.classes)}
+    return sum(point_macs(ModelConfig(**{**model, **sizes, **named})).values())
 
 
-def _data_settings(data: Survey, machine: MachineFacts, chosen: _Input, holdout: float) -> dict[str, Setting]:
+def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout: float) -> dict[str, Setting]:
     clips = data.clips("train")
     held_out = round(clips * holdout)
     reason = f"about {held_out} of {clips}, drawn one by one; {_choosing(held_out)}"
@@ -245,11 +252,11 @@ def _choosing(held_out: int) -> str:
     return f"{choosing} of them choose the assigner's threshold, by estimate: a proof takes {needed}"
 
 
-def _validated(data: Survey, chosen: _Input) -> Setting:
+def _validated(data: Survey, chosen: _Recipe) -> Setting:
     if chosen.validated > _NEARLY_ALL:
         return Setting("val", "")
     share = max(0.01, round(chosen.validated, 2))
-    return Setting(share, f"{round(share * data.clips('val'))} of them after each epoch, at most a sixth of the time")
+    return Setting(share, f"{round(share * data.clips('val'))} of them at a time, which is at most a sixth of an epoch")
 
 
 def _per_class(data: Survey) -> str:
@@ -262,9 +269,9 @@ def _text(path: object) -> str | None:
 
 
 def _model_settings(
-    data: Survey, weights: WeightsFacts | None, model: Mapping[str, Any], chosen: _Input, minutes: float
+    data: Survey, weights: WeightsFacts | None, model: Mapping[str, Any], chosen: _Recipe, minutes: float
 ) -> dict[str, Setting]:
-    size = chosen.length * model["patch"]
+    size = chosen.points[0] * model["patch"]
     short = int(data.short_side.middle)
     why = "from the weights; so are the next six" if weights else "small, because there are no weights"
     settings = {f"model.{key}": Setting(value, "") for key, value in model.items() if key in _FROM_SCRATCH}
@@ -283,10 +290,9 @@ def _model_settings(
         settings["model.std"] = Setting([0.229, 0.224, 0.225], "")
     limit = f"as large as {minutes:g} min of training allow"
     settings["model.size"] = Setting(
-        size, f"{chosen.length} patches of {model['patch']}, {limit}; the short side of the data: {short}"
+        size, f"{chosen.points[0]} patches of {model['patch']}, {limit}; the short side of the data: {short}"
     )
-    points = points_of(chosen.length)
-    settings["model.points"] = Setting(points, "costs of about 1, 1/2 and 1/4")
+    settings["model.points"] = Setting(list(chosen.points), _why_points(chosen, minutes))
     settings["model.num_classes"] = Setting(len(data.classes), "")
     settings |= _crops(data, size)
     if data.kind == "images":
@@ -312,6 +318,12 @@ def _model_settings(
     return settings
 
 
+def _why_points(chosen: _Recipe, minutes: float) -> str:
+    if len(chosen.points) > 2:  # noqa: PLR2004
+        return "costs of about 1, 1/2 and 1/4"
+    return f"costs of about 1 and 1/4: a third point would take more than {minutes:g} min, or pixels"
+
+
 def _crops(data: Survey, size: int) -> dict[str, Setting]:
     if data.kind == "images":
         return {
@@ -322,7 +334,7 @@ def _crops(data: Survey, size: int) -> dict[str, Setting]:
 
 
 def _train_settings(
-    data: Survey, weights: WeightsFacts | None, machine: MachineFacts, chosen: _Input, clips: int
+    data: Survey, weights: WeightsFacts | None, machine: MachineFacts, chosen: _Recipe, clips: int
 ) -> dict[str, Setting]:
     batch = _batch(clips, data, machine)
     minutes = chosen.epochs * chosen.epoch_s / 60
@@ -336,6 +348,9 @@ def _train_settings(
         "train.epochs": Setting(chosen.epochs, f"about {minutes:.0f} min on {machine.name}, without reading"),
         "train.batch": Setting(batch, f"{max(1, clips // batch)} steps an epoch"),
         "train.warmup_epochs": Setting(1 if chosen.epochs > 8 else 0.5, ""),  # noqa: PLR2004
+        "train.validate_every": Setting(
+            chosen.validate_every, "" if chosen.validate_every == 1 else "and after the last one: saves time"
+        ),
     }
     if weights is None:
         settings["train.lr"] = Setting(0.001, "random weights need a higher rate than pretrained ones")

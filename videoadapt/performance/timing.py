@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from videoadapt.training import losses
 from videoadapt.training.optim import make_optimizer
 
 _MATRIX = 512  # side of the matrices of `bf16_is_fast`: a third of a second where bf16 is emulated
+_LEAST_CALLS, _CALLS_S = 3, 2.0  # of `time_of`: at least so many calls, and further ones until so many seconds are over
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,23 @@ def training_speed(config: Config, clips: int) -> Speed:
 
 
 def time_of(work: Callable[[], object], device: torch.device) -> WorkTime:
-    """Returns the seconds of the second call of a function.
+    """Returns the seconds of a call of a function, from several calls.
 
-    On a CPU, other programs do not change the idle time much, because it is the time that the threads work.
+    The idle time is that of the best call: other programs only make a call slower. On a CPU it is the time that the
+    threads work, which other programs change little, though they share caches with it. The present time is the median.
     """
     work()  # the warm-up
-    begin, begin_cpu = now(device), time.process_time()
-    work()
-    seconds = now(device) - begin
+    idle: list[float] = []
+    present: list[float] = []
+    start = now(device)
+    while len(idle) < _LEAST_CALLS or now(device) - start < _CALLS_S:
+        begin, begin_cpu = now(device), time.process_time()
+        work()
+        present.append(now(device) - begin)
+        idle.append((time.process_time() - begin_cpu) / torch.get_num_threads())
     if device.type != "cpu":
-        return WorkTime(seconds, seconds)
-    return WorkTime((time.process_time() - begin_cpu) / torch.get_num_threads(), seconds)
+        return WorkTime(min(present), min(present))
+    return WorkTime(min(idle), statistics.median(present))
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -131,10 +139,14 @@ def bf16_is_fast(device: torch.device) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(_MATRIX, _MATRIX, dtype=dtype)
         matrix @ matrix  # the warm-up
-        begin = time.process_time()
-        matrix @ matrix
-        seconds[dtype] = time.process_time() - begin
+        seconds[dtype] = min(_cpu_seconds(partial(torch.matmul, matrix, matrix)) for _ in range(_LEAST_CALLS))
     return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
 def now(device: torch.device) -> float:
