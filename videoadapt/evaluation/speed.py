@@ -65,7 +65,7 @@ class PolicySpeed:
     p50_ms: float | None  # of a clip alone, at batch 1
     p95_ms: float | None
     stages_s: dict[str, float]  # seconds per clip; on a GPU its own time for `STAGES` but `decode` and `route`
-    stages_cpu_s: dict[str, float]  # processor seconds per clip of this process, over all threads
+    stages_cpu_s: dict[str, float]  # processor seconds per clip, see `StageClock.cpu_seconds`
     joules_per_clip: float | None  # of the GPU, or of the CPU sockets; None where the machine does not tell it
     batches: dict[str, int]  # views of a forward pass, by point
 

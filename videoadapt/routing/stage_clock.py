@@ -24,6 +24,9 @@ class StageClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        # On a CPU, operations run in many threads. On a GPU, stages of several threads overlap, and each stage must
+        # count its own thread alone.
+        self._cpu_clock = time.thread_time if self._on_gpu else time.process_time
         self._wall_s: dict[str, float] = {}
         self._cpu_s: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -31,7 +34,7 @@ class StageClock:
     @contextmanager
     def of(self, stage: Stage) -> Iterator[None]:
         """Counts the time inside the context for a stage, on the current stream."""
-        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        cpu_s, wall_s = self._cpu_clock(), time.perf_counter()
         begin = self._event()
         yield
         if begin is not None:
@@ -40,7 +43,7 @@ class StageClock:
             self._events.append((stage, begin, end))
         else:
             self._wall_s[stage] = self._wall_s.get(stage, 0.0) + time.perf_counter() - wall_s
-        self._cpu_s[stage] = self._cpu_s.get(stage, 0.0) + time.process_time() - cpu_s
+        self._cpu_s[stage] = self._cpu_s.get(stage, 0.0) + self._cpu_clock() - cpu_s
 
     def seconds(self) -> dict[str, float]:
         """Returns the seconds by stage: of the GPU if there is one, otherwise of the clock on the wall."""
@@ -51,7 +54,7 @@ class StageClock:
         return dict(self._wall_s)
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Returns the processor seconds of this process by stage, over all threads."""
+        """Returns the processor seconds by stage: on a CPU over all threads, on a GPU of the thread that launches."""
         return dict(self._cpu_s)
 
     def _event(self) -> torch.cuda.Event | None:
