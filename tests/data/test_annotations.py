@@ -567,6 +567,26 @@ def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> Non
     assert all(len(found) == 1 for found in splits)
 
 
+def test_videos_of_one_source_by_pattern_are_held_out_together(tmp_path: Path) -> None:
+    train = write_list(tmp_path / "train.txt", [(f"a/a{number}.jpg", 0) for number in range(200)] + [("other.jpg", 0)])
+    pattern = r"(.*)\d\.jpg"
+    listed = listing_of(1, train=train, holdout=0.5, source_pattern=pattern).videos
+    sources = {video.video: video.source for video in listed}
+    assert [sources[name] for name in ("a/a3.jpg", "a/a17.jpg", "other.jpg")] == ["a/a", "a/a1", ""]
+    splits = [{video.split for video in listed if video.source == f"a/a{block or ''}"} for block in range(20)]
+    assert {"train"} in splits
+    assert {"holdout"} in splits
+    assert all(len(found) == 1 for found in splits)
+    assert fingerprint(config_of(1, train=train, source_pattern=pattern)) != fingerprint(config_of(1, train=train))
+
+
+@pytest.mark.parametrize(("pattern", "cause"), [("a(", "not a regular expression"), ("a", "expected one group")])
+def test_a_source_pattern_needs_one_group(tmp_path: Path, pattern: str, cause: str) -> None:
+    train = write_list(tmp_path / "train.txt", [("a.mp4", 0)])
+    with pytest.raises(ConfigError, match=rf"data\.source_pattern: {cause}"):
+        config_of(1, train=train, source_pattern=pattern)
+
+
 # Fingerprints
 
 

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
+from videoadapt.evaluation.intervals import (
+    accuracy_interval,
+    class_means,
+    mean_class_interval,
+    paired_difference,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,26 @@ def test_the_mean_class_interval_is_never_a_point() -> None:
     for right in (np.ones(12, bool), np.zeros(12, bool), np.eye(1, 12, 3, dtype=bool)[0]):
         low, high = mean_class_interval(right, np.arange(12))
         assert low < right.mean() < high or (low < high and right.mean() in {low, high})
+
+
+def test_intervals_of_sources_cover_the_truth_where_their_videos_are_alike() -> None:
+    rng, sources = np.random.default_rng(2), np.repeat(np.arange(60), 10)
+    covered = []
+    for _ in range(200):  # a is right on 7 of 10 sources, on all of their videos; b is right on 6 of 10 videos
+        a, b = np.repeat(rng.random(60) < 0.7, 10), rng.random(600) < 0.6
+        low, high = accuracy_interval(a, sources)
+        difference, lowest, highest = paired_difference(a, b, sources=sources)
+        assert lowest <= difference <= highest
+        covered.append((low <= 0.7 <= high, lowest <= 0.1 <= highest))
+    assert np.mean(covered, axis=0) == pytest.approx(0.94, abs=0.035)
+    alone = accuracy_interval(a, np.arange(600))
+    assert alone == wilson(int(a.sum()), 600)
+    assert high - low > 2 * (alone[1] - alone[0])
+
+
+def test_sources_of_one_video_change_nothing() -> None:
+    a, b = np.random.default_rng(0).random((2, 90)) < 0.6
+    assert paired_difference(a, b, sources=np.random.default_rng(1).permutation(90)) == paired_difference(a, b)
 
 
 pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60).map(np.array)

@@ -119,7 +119,7 @@ def simulate(
         policies += [(Chosen("assigned", choice), choice), (Chosen("random", shuffled, "assigned"), shuffled)]
     policies.append((Chosen("oracle", oracle), oracle))
     population = Population(
-        names, truth, tuple(classes), scored, [{"path": n, "cause": "torn"} for n in names[:failed]]
+        names, truth, np.arange(videos), tuple(classes), scored, [{"path": n, "cause": "torn"} for n in names[:failed]]
     )
     outcomes = [_outcome(policy, ran, right, truth[scored], clips, config=config, rng=rng) for policy, ran in policies]
     speeds = {o.policy.name: 5e9 / (o.macs.mean() + 2e6) for o in outcomes}

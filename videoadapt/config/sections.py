@@ -183,6 +183,10 @@ class DataConfig(Section):
     calibrate: Fraction = 0.0
     """Fraction of the train split that `calibrate` alone uses: nothing is fitted to these videos. They are other videos
     than those of `data.holdout`. 0 = none."""
+    source_pattern: str | None = None
+    """Regular expression for ids of videos, in lists their paths, whose one group is the source: the scene, person or
+    camera. Videos of one source stay together in `data.holdout` and `data.calibrate`, and are one unit in intervals of
+    `evaluate`. `(.*)\\d\\.jpg` makes blocks of ten of numbered photos. null = the YouTube video of a Kinetics clip."""
     validate: ValidateOn = "val"  # type: ignore[assignment] # BaseModel has a method of this name
     """Videos of the validation while training (`train.validate_every`): the val split, the clips of `data.holdout`, or
     a fraction of the val split, such as 0.2, with the same videos in every run."""
@@ -231,6 +235,17 @@ class DataConfig(Section):
     token_labels: Path | None = None
     """Folder of LV-ViT's label maps, with CLASS/NAME.pt for each training image. It needs `model.dense_head` and
     `model.num_frames: 1`. null = off."""
+
+    @model_validator(mode="after")
+    def _check_source_pattern(self) -> DataConfig:
+        if self.source_pattern is not None:
+            try:
+                groups = re.compile(self.source_pattern).groups
+            except re.error as error:
+                raise ConfigError(f"data.source_pattern: not a regular expression: {error}") from None
+            if groups != 1:
+                raise ConfigError(f"data.source_pattern: expected one group, (...), the source; it has {groups}")
+        return self
 
     @property
     def mixes(self) -> bool:

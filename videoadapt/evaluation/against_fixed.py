@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from videoadapt.evaluation.intervals import DRAWS, paired_difference
-from videoadapt.routing.label_rules import Bools
+from videoadapt.evaluation.intervals import bootstrap_interval, paired_difference
+from videoadapt.routing.label_rules import Bools, Choice
 
 Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its 95 % interval
 
@@ -42,12 +40,13 @@ class AgainstFixed:
     difference_to_cheaper_fixed: Interval | None
 
 
-def against_fixed(policy: Measured, fixed: Sequence[Measured]) -> AgainstFixed | None:
+def against_fixed(policy: Measured, fixed: Sequence[Measured], sources: Choice | None = None) -> AgainstFixed | None:
     """Compares a policy with fixed points on the same videos.
 
     Args:
         policy: The policy.
         fixed: The fixed points.
+        sources: Number of each video's source, `(videos,)`; None: each video is its own.
 
     Returns:
         The comparison; None if the policy costs less than every fixed point, or there is none.
@@ -55,13 +54,17 @@ def against_fixed(policy: Measured, fixed: Sequence[Measured]) -> AgainstFixed |
     mixture = _best_mixture(policy.macs, fixed) if fixed else None
     if mixture is None:
         return None
-    differences = [(point, paired_difference(policy.right, point.right)) for point in fixed if point.macs < policy.macs]
+    differences = [
+        (point, paired_difference(policy.right, point.right, sources=sources))
+        for point in fixed
+        if point.macs < policy.macs
+    ]
     as_good = [(point, each) for point, each in differences if each[1] <= 0]
     cheaper, difference = min(as_good, key=lambda pair: (pair[1][0], pair[0].macs), default=(None, None))
     a, b, fraction = mixture
     return AgainstFixed(
         mixture={a.name: fraction} | ({b.name: 1 - fraction} if fraction < 1 else {}),
-        difference_to_mixture=_difference_to_mixture(policy, *mixture),
+        difference_to_mixture=_difference_to_mixture(policy, *mixture, sources),
         cheaper_fixed=cheaper.name if cheaper else None,
         difference_to_cheaper_fixed=difference,
     )
@@ -80,16 +83,14 @@ def _best_mixture(macs: float, fixed: Sequence[Measured]) -> tuple[Measured, Mea
     )
 
 
-def _difference_to_mixture(policy: Measured, a: Measured, b: Measured, fraction: float, seed: int = 0) -> Interval:
-    """Returns the top-1 of a policy minus the expected one of a mixture, with a bootstrap interval over videos.
+def _difference_to_mixture(
+    policy: Measured, a: Measured, b: Measured, fraction: float, sources: Choice | None
+) -> Interval:
+    """Returns the top-1 of a policy minus the expected one of a mixture, with a bootstrap interval."""
 
-    As in `paired_difference`, half a video is added to each kind of outcome.
-    """
-    gains, counts = [], []
-    for own, of_a, of_b in product((False, True), repeat=3):
-        gains.append(own - fraction * of_a - (1 - fraction) * of_b)
-        counts.append(((policy.right == own) & (a.right == of_a) & (b.right == of_b)).sum())
-    total, smoothed = max(len(policy.right), 1), np.array(counts) + 0.5
-    drawn = np.random.default_rng(seed).multinomial(total, smoothed / smoothed.sum(), DRAWS)  # (DRAWS, 8)
-    low, high = np.quantile(drawn @ np.array(gains) / total, [0.025, 0.975])
-    return float(np.dot(gains, counts) / total), float(low), float(high)
+    def gain(own: Any, of_a: Any, of_b: Any) -> Any:  # of a video, or of all
+        return own * 1.0 - fraction * of_a - (1 - fraction) * of_b
+
+    gains = gain(policy.right, a.right, b.right)  # (videos,)
+    kinds = [gain(*outcome) for outcome in product((False, True), repeat=3)]
+    return float(gains.sum() / max(len(gains), 1)), *bootstrap_interval(gains, kinds, sources)

@@ -23,7 +23,7 @@ class ComparedPolicies:
     top1: tuple[float, float]
     difference: tuple[float, float, float]  # top-1 of a minus b, and the ends of its 95 % interval
     right_in_one_only: tuple[int, int]
-    p_value: float  # the result of `mcnemar`
+    p_value: float  # the result of `mcnemar`, which counts each video of a source alone
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def _compared(sides: _Sides, pair: tuple[str, str], common: list[str]) -> Compar
         a, b = a[readable], b[readable]
         if not len(a):
             raise UserError("no video was read by both runs, so there is nothing to compare")
+    sources = a["source"].to_numpy() if "source" in a else None  # evaluations of older versions have none
     right_a, right_b = a["right"].to_numpy(), b["right"].to_numpy()
     a_only, b_only = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     return ComparedPolicies(
         policies=pair,
         videos=len(right_a),
         top1=(float(np.mean(right_a)), float(np.mean(right_b))),
-        difference=paired_difference(right_a, right_b),
+        difference=paired_difference(right_a, right_b, sources=sources),
         right_in_one_only=(a_only, b_only),
         p_value=mcnemar(a_only, b_only),
     )

@@ -11,6 +11,7 @@ from scipy import stats
 
 from videoadapt.routing.label_rules import Bools, Choice, Floats
 
+_DIGITS = 9  # sums that differ by rounding alone are the same
 LEVEL = 0.95  # the level of every interval
 DRAWS = 10_000  # bootstrap draws: the 2.5 % quantile then rests on 250 draws
 
@@ -58,27 +59,64 @@ def _normal_half(variance: float) -> float:
     return float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt(variance)
 
 
-def paired_difference(a: Bools, b: Bools, seed: int = 0) -> tuple[float, float, float]:
-    """Returns the accuracy of a minus the accuracy of b on the same videos, with a bootstrap interval over videos.
+def accuracy_interval(right: Bools, sources: Choice) -> tuple[float, float]:
+    """Returns the interval of an accuracy: Wilson's, or by bootstrap where a source has several videos.
 
-    Half a video is added to each kind of outcome, so that the interval is never a point: two policies that agree on
-    every video of a sample may differ on other videos.
+    Args:
+        right: Whether the answer on each video is right, `(videos,)`.
+        sources: Number of each video's source, `(videos,)`.
+    """
+    if len(np.unique(sources)) == len(sources):
+        return wilson(int(right.sum()), len(right))
+    return bootstrap_interval(right.astype(np.float64), [0.0, 1.0], sources)
+
+
+def paired_difference(
+    a: Bools, b: Bools, seed: int = 0, *, sources: Choice | None = None
+) -> tuple[float, float, float]:
+    """Returns the accuracy of a minus the accuracy of b on the same videos, with a bootstrap interval.
 
     Args:
         a: Whether policy a is right on each video, `(videos,)`.
         b: Whether policy b is right on each video, `(videos,)`.
         seed: Seed of the bootstrap.
+        sources: Number of each video's source, `(videos,)`; None: each video is its own.
 
     Returns:
         The difference, and the lower and upper end of its interval, all between -1 and 1.
     """
-    total = max(len(a), 1)
-    counts = np.array([(a & ~b).sum(), (b & ~a).sum(), (a == b).sum()])  # only a right, only b right, both the same
-    fractions = counts / total
-    smoothed = (counts + 0.5) / (counts + 0.5).sum()
-    drawn = np.random.default_rng(seed).multinomial(total, smoothed, DRAWS)  # (DRAWS, 3)
-    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / total, [0.025, 0.975])
-    return float(fractions[0] - fractions[1]), float(low), float(high)
+    gains = a.astype(np.float64) - b
+    low, high = bootstrap_interval(gains, [1.0, -1.0, 0.0], sources, seed)  # only a, only b, both the same
+    return float(gains.sum() / max(len(gains), 1)), low, high
+
+
+def bootstrap_interval(
+    gains: Floats, kinds: Sequence[float], sources: Choice | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Returns the bootstrap interval of a mean over videos. Whole sources are drawn: their videos are alike.
+
+    Half a video of each kind is added, so that the interval is never a point: two policies that agree on every video of
+    a sample may differ on other videos.
+
+    Args:
+        gains: The value of each video, `(videos,)`.
+        kinds: The values that a video can have.
+        sources: Number of each video's source, `(videos,)`; None: each video is its own.
+        seed: Seed of the bootstrap.
+    """
+    numbers = np.arange(len(gains)) if sources is None else np.unique(sources, return_inverse=True)[1]
+    added = np.array([[kind, 1.0] for kind in kinds])  # (kinds, 2): the sum and the number of videos, as below
+    units = np.stack([np.bincount(numbers, weights=gains), np.bincount(numbers)], axis=1)  # (sources, 2)
+    weights = np.repeat([0.5, 1.0], [len(added), len(units)])
+    # Units with the same sum and size are drawn together, so that memory does not grow with the videos.
+    both = np.concatenate([added, units]).round(_DIGITS)
+    types, first, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    counts = np.bincount(inverse.reshape(-1), weights=weights)
+    order = np.argsort(first)  # by first appearance: the kinds have the same random numbers in every sample
+    counts, types = counts[order], types[order]
+    drawn = np.random.default_rng(seed).multinomial(max(len(units), 1), counts / counts.sum(), DRAWS)  # (DRAWS, types)
+    low, high = np.quantile(drawn @ types[:, 0] / (drawn @ types[:, 1]), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def mcnemar(a_only: int, b_only: int) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
 from videoadapt.evaluation.against_fixed import AgainstFixed, Interval, Measured, against_fixed
-from videoadapt.evaluation.intervals import class_means, mean_class_interval, paired_difference, wilson
+from videoadapt.evaluation.intervals import accuracy_interval, class_means, mean_class_interval, paired_difference
 from videoadapt.routing.decide import clip_ends, clip_macs, views_run
 from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats
 from videoadapt.routing.policy import Fixed, Policy, mix_of
@@ -27,6 +27,7 @@ class Population:
     Attributes:
         videos: Name of each listed video.
         truth: Class number of each listed video, `(videos,)`.
+        sources: Number of each listed video's source, `(videos,)`. Intervals draw whole sources.
         classes: Names of all classes.
         scored: Positions of the videos with scores, ascending. The other videos failed: they count as wrong, or are
             left out, by `evaluate.failed`.
@@ -35,6 +36,7 @@ class Population:
 
     videos: list[str]
     truth: Choice
+    sources: Choice
     classes: tuple[str, ...]
     scored: Choice
     failed: list[dict[str, str]]
@@ -245,7 +247,9 @@ def policy_rows(
     fixed = [measured[name] for name in known if isinstance(by_name[name].policy, Fixed)]
     for name in known:
         if not isinstance(by_name[name].policy, Fixed):
-            rows[name] = replace(rows[name], against_fixed=against_fixed(measured[name], fixed))
+            rows[name] = replace(
+                rows[name], against_fixed=against_fixed(measured[name], fixed, population.sources[counted])
+            )
     for outcome in outcomes:
         imitated = outcome.policy.imitates
         if imitated is not None:
@@ -265,13 +269,13 @@ def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[bo
 
 def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> Accuracies:
     all_right = _video_right(outcome, population, 1)
-    right, truth = all_right[counted], population.truth[counted]
-    low, high = wilson(int(right.sum()), len(right))
+    right, truth, sources = all_right[counted], population.truth[counted], population.sources[counted]
+    low, high = accuracy_interval(right, sources)
     class_low, class_high = mean_class_interval(right, truth)
     top5 = low5 = high5 = None
     if len(population.classes) > TOP:  # with 5 classes or fewer, every answer is among the best 5
         right5 = _video_right(outcome, population, TOP)[counted]
-        top5, (low5, high5) = float(right5.mean()), wilson(int(right5.sum()), len(right5))
+        top5, (low5, high5) = float(right5.mean()), accuracy_interval(right5, sources)
     return Accuracies(
         top1=float(right.mean()),
         top1_low=low,
@@ -304,7 +308,8 @@ def _difference(a: Outcome, b: Outcome, population: Population, counted: Choice)
     """Returns the top-1 of a minus the top-1 of b on the same videos, with an interval."""
     if a is b:  # no chance is involved, but the smoothed interval would have a width
         return 0.0, 0.0, 0.0
-    return paired_difference(_video_right(a, population, 1)[counted], _video_right(b, population, 1)[counted])
+    ours, theirs = (_video_right(outcome, population, 1)[counted] for outcome in (a, b))
+    return paired_difference(ours, theirs, sources=population.sources[counted])
 
 
 def _video_right(outcome: Outcome, population: Population, top: int) -> Bools:

@@ -117,7 +117,7 @@ def _clip_table(
 
 
 def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.DataFrame:
-    """Returns one row per listed video: `best_1` is the prediction, and `p_1` its probability.
+    """Returns one row per listed video: `best_1` is the prediction, `p_1` its probability, `source` a number.
 
     A video that could not be read has no prediction and cost 0. One whose probabilities are NaN has none either.
     """
@@ -138,6 +138,7 @@ def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.
         {
             "policy": outcome.policy.name,
             "video": population.videos,
+            "source": population.sources,
             "truth": classes[population.truth],
             "prediction": best["best_1"],
             "right": right,

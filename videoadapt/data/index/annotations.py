@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,8 @@ def list_videos(config: Config) -> Listing:
     ]
     listed, id_notes = require_same_content(listed)
     videos, repeated = drop_repeated(listed)
+    if config.data.source_pattern is not None:
+        videos = [video._replace(source=_source(video, config.data.source_pattern)) for video in videos]
     if config.data.holdout or config.data.calibrate:
         videos = [_draw_split(video, config) for video in videos]
     notes += [*label_notes, *lookup.notes(), *id_notes, *(source.note for source in sources.values())]
@@ -105,6 +108,7 @@ def fingerprint(config: Config) -> str:
     # Settings that are not at their default, so that manifests of earlier versions stay valid.
     parts += [first for first in (file and file.first,) if first] + [kind for kind in (data.kind,) if kind != "auto"]
     parts += [("calibrate", data.calibrate, config.run.seed)] if data.calibrate else []
+    parts += [("source_pattern", data.source_pattern)] if data.source_pattern is not None else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -233,8 +237,14 @@ def _passed_over(sources: Mapping[Split, AnnotationSource]) -> dict[str, list[st
     return kinds
 
 
+def _source(video: ListedVideo, pattern: str) -> str:
+    """Returns the source of a video by `data.source_pattern`; empty, a source of its own, where it does not match."""
+    match = re.fullmatch(pattern, video.video)
+    return match[1] or "" if match else ""
+
+
 def _draw_split(video: ListedVideo, config: Config) -> ListedVideo:
-    # Drawn by source: two clips of one YouTube video are nearly the same, and must not be in two splits.
+    # Drawn by source: two clips of one source are nearly the same, and must not be in two splits.
     drawn = seed_of("holdout", config.run.seed, video.source or video.video) / _SEEDS
     if video.split != "train":
         return video

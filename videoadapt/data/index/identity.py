@@ -16,7 +16,7 @@ class ListedVideo(NamedTuple):
 
     path: str  # absolute; the expected path if no file was found
     video: str  # id: for a Kinetics clip the file name without suffix, otherwise the path in the annotations
-    source: str  # YouTube id of a Kinetics clip, otherwise empty
+    source: str  # by `data.source_pattern`, or the YouTube id of a Kinetics clip; otherwise empty
     label: int
     split: Split
     location: str  # file and line, or folder, for error messages

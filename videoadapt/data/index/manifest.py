@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
     path: str  # absolute
     video: str  # id
-    source: str  # YouTube id, or empty
+    source: str  # by `data.source_pattern`, or the YouTube id; otherwise empty: a source of its own
     label: int
     frames: int
     fps: float
@@ -273,6 +273,7 @@ def index_folder(folder: Path, config: Config) -> Manifest:
         "root": None,
         "holdout": 0.0,
         "calibrate": 0.0,
+        "source_pattern": None,
     }
     with TemporaryDirectory() as scratch:  # for the cache of `probe_files`
         run = config.run.model_copy(update={"dir": Path(scratch)})
