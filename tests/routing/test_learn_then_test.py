@@ -10,10 +10,10 @@ from scipy import stats
 
 from videoadapt.routing.learn_then_test import (
     POWER,
-    cost_p_values,
-    cost_upper,
     loss_p_values,
     loss_upper,
+    mean_p_values,
+    mean_upper,
     most_losses,
     split_delta,
     valid_in_order,
@@ -39,14 +39,14 @@ def test_a_bound_of_the_cost_is_broken_no_more_often_than_delta(bound: float, va
         chance, bound = 0.5, (low + high) / 2
     rng = np.random.default_rng(0)
     means = np.where(rng.random((20_000, 60)) < chance, high, low).mean(1)
-    p_values = cost_p_values(means, np.ones(len(means)), 60, bound)
+    p_values = mean_p_values(means, np.ones(len(means)), 60, bound)
     for delta in (0.05, 0.2):
         assert (p_values <= delta).mean() <= delta + 3 * np.sqrt(delta / len(means))
 
 
 def test_p_values_of_costs_are_scaled_by_the_largest_cost() -> None:
     means, most = np.array([0.3, 0.6, 0.1, 0.5, 0.55]), np.array([1.0, 2.0, 1.3, 1.0, 0.6])
-    p_values = cost_p_values(means, most, 300, 0.6)
+    p_values = mean_p_values(means, most, 300, 0.6)
     assert p_values[4] == 0.0  # no video can cost more than the bound
     assert p_values[0] < 1e-10
     assert p_values[2] < p_values[3] < 0.01 < p_values[1]
@@ -54,10 +54,10 @@ def test_p_values_of_costs_are_scaled_by_the_largest_cost() -> None:
 
 @given(st.floats(0.0, 1.5), st.integers(5, 2000), st.sampled_from([0.05, 0.1]))
 def test_the_upper_end_of_a_cost_is_where_its_test_succeeds(mean: float, videos: int, delta: float) -> None:
-    upper = cost_upper(mean, 1.5, videos, delta)
+    upper = mean_upper(mean, 1.5, videos, delta)
     assert mean - 1e-9 <= upper <= 1.5
     if upper < 1.5 - 1e-3:
-        above, below = (cost_p_values(np.array([mean]), np.array([1.5]), videos, upper + d)[0] for d in (2e-4, -2e-4))
+        above, below = (mean_p_values(np.array([mean]), np.array([1.5]), videos, upper + d)[0] for d in (2e-4, -2e-4))
         assert above <= delta * 1.01
         assert below > delta * 0.9 or mean >= upper - 1e-3
 

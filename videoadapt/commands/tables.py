@@ -276,6 +276,8 @@ def print_calibrate(summary: Summary) -> None:
     confidence = percent(1 - summary["delta"])
     columns = ("policy", "top-1 %", f"loss % (to, {confidence} %)", f"cost % (to, {confidence} %)", "keeps the promise")
     videos = plural(summary["videos"], "video")
+    if summary["sources"] is not None:
+        videos += f" from {plural(summary['sources'], 'source')}"
     print_table(f"{videos} of the split calibrate; loss and cost against fixed:{summary['costliest']}", columns, rows)
     say(f"promise: {summary['promise']}; orders by {summary['ordered_by']}")
     if chosen is None:
@@ -307,9 +309,10 @@ def _no_policy(summary: Summary, videos: str) -> str:
             f"no policy keeps this promise with {videos}, and more of them would not help: even the safest policies "
             "lose more; raise calibrate.eps"
         )
+    sources = " sources" if summary["sources"] is not None else ""
     return (
-        f"no policy keeps this promise with {videos}; about {summary['needed']} are needed: raise data.calibrate (and "
-        "train again), calibrate.eps or calibrate.delta"
+        f"no policy keeps this promise with {videos}; about {summary['needed']}{sources} are needed: raise "
+        "data.calibrate (and train again), calibrate.eps or calibrate.delta"
     )
 
 

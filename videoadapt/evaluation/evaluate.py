@@ -352,7 +352,7 @@ def _population(manifest: Manifest, scores: Scores) -> Population:
     return Population(
         videos=listed["video"].tolist(),
         truth=listed["label"].to_numpy(np.int64),
-        sources=pd.factorize(listed["source"].where(listed["source"] != "", listed["path"]))[0],
+        sources=pd.factorize(manifest.split("val").sources)[0],
         classes=manifest.classes,
         scored=np.array([position[row] for row in dict.fromkeys(scores.rows.tolist())], dtype=np.int64),
         failed=[{"path": str(listed.loc[row, "path"]), "cause": cause} for row, cause in causes.items()],

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from videoadapt.config.load import Config
 from videoadapt.config.sections import CalibrateConfig
@@ -19,7 +20,7 @@ from videoadapt.routing.calibrate_policies import Totals, best, measure, run_tes
 from videoadapt.routing.candidates import Order, delta_of_orders, known_clips, orders_of
 from videoadapt.routing.decide import views_run
 from videoadapt.routing.label_rules import Bools, Floats
-from videoadapt.routing.learn_then_test import cost_upper, loss_upper, videos_needed
+from videoadapt.routing.learn_then_test import loss_upper, mean_upper, videos_needed
 from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.replay import StoredAnswers
@@ -60,12 +61,13 @@ class CalibrateSummary(Result):
     delta: float
     max_cost: float | None  # `calibrate.cost`
     videos: int
+    sources: int | None  # the units of the promise, with `data.source_pattern`; None: the videos are
     failed: list[dict[str, str]]  # path and cause
     costliest: str
     costliest_accuracy: float
     chosen: str | None  # the cheapest policy that keeps the promise (with `calibrate.cost`, the most accurate one)
     best_fixed: str  # the cheapest fixed point that is valid; empty if there is none
-    # About how many videos a first saving needs; None if it is there, if no number suffices, or with `max_cost`.
+    # About how many units a first saving needs; None if it is there, if no number suffices, or with `max_cost`.
     needed: int | None
     ms_estimate: dict[str, float] | None  # of a clip at the chosen policy and the costliest point; see `_milliseconds`
     orders: dict[str, float]  # the part of delta of each order
@@ -93,7 +95,13 @@ class CalibrateSummary(Result):
             for each in dict.fromkeys(filter(None, shown))
         ]
         columns = ("policy", "top-1 %", "loss %", "cost % of the costliest point", "keeps the promise")
-        return Table(f"{self.promise}; {plural(self.videos, 'video')} of the split calibrate", columns, rows)
+        return Table(f"{self.promise}; {self.population}", columns, rows)
+
+    @property
+    def population(self) -> str:
+        """The videos of the calibration in words."""
+        sources = f", from {plural(self.sources, 'source')}" if self.sources is not None else ""
+        return f"{plural(self.videos, 'video')} of the split calibrate{sources}"
 
 
 def calibrate(config: Config) -> CalibrateSummary | ShardResult:
@@ -163,21 +171,25 @@ def _chosen(
     settings, points = config.calibrate, config.model.points
     # Fixed points stand at the end, for the curve: not all of them are in an order.
     policies = list(dict.fromkeys([*(p for order in orders for p in order.policies), *map(Fixed, points)]))
-    totals = measure(scores, policies, config).totals()
+    measured, sources = measure(scores, policies, config), None
+    if config.data.source_pattern is not None:
+        numbers = pd.factorize(manifest.sources[scores.rows[:: scores.clips_per_video]])[0]  # (videos,)
+        measured, sources = measured.by_source(numbers), int(numbers.max()) + 1
+    totals = measured.totals()
     deltas = delta_of_orders(orders, settings.delta)
     p_values, valid = run_tests(totals, policies, orders, deltas, settings)
     curve = _curve(totals, policies, orders, p_values, valid, settings.delta)
     chosen = best(valid, totals, settings)
     fixed = [each for each in curve if each.policy.startswith("fixed:") and each.valid]
-    videos = totals.videos
-    rates = [float(totals.losses[policies.index(order.policies[0])] / videos) for order in orders]
+    rates = [float(totals.losses[policies.index(order.policies[0])] / totals.units) for order in orders]
     needed = [videos_needed(rate, settings.eps, delta) for rate, delta in zip(rates, deltas, strict=True)]
     return CalibrateSummary(
         promise=promise_of(settings),
         eps=settings.eps,
         delta=settings.delta,
         max_cost=settings.cost,
-        videos=videos,
+        videos=len(scores.rows) // scores.clips_per_video,
+        sources=sources,
         failed=[{"path": str(failure.path), "cause": failure.cause} for failure in scores.failures],
         costliest=points[0],
         costliest_accuracy=float(totals.accuracies[policies.index(Fixed(points[0]))]),
@@ -198,7 +210,9 @@ def _curve(  # noqa: PLR0913, PLR0917 - columns of one table
     totals: Totals, policies: Sequence[Policy], orders: Sequence[Order], p_values: Floats, valid: Bools, delta: float
 ) -> list[CurvePoint]:
     of_order = {policy: order.name for order in reversed(orders) for policy in order.policies}
-    uppers = loss_upper(totals.losses, totals.videos, delta)
+    units, losses = totals.units, totals.losses / totals.units
+    exact = totals.whole
+    uppers = loss_upper(totals.losses, units, delta) if exact else [mean_upper(x, 1.0, units, delta) for x in losses]
     found = []
     for number, policy in enumerate(policies):
         cost, most = float(totals.costs[number]), float(totals.most[number])
@@ -209,8 +223,8 @@ def _curve(  # noqa: PLR0913, PLR0917 - columns of one table
             order=of_order.get(policy, "fixed points"),
             accuracy=float(totals.accuracies[number]),
             cost=cost,
-            cost_upper=cost if known else cost_upper(cost, most, totals.videos, delta),
-            loss=float(totals.losses[number] / totals.videos),
+            cost_upper=cost if known else mean_upper(cost, most, units, delta),
+            loss=float(losses[number]),
             loss_upper=0.0 if costliest else float(uppers[number]),
             p_value=float(p_values[number]),
             valid=bool(valid[number]),

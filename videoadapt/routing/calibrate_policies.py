@@ -13,7 +13,7 @@ from videoadapt.config.sections import CalibrateConfig
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.candidates import Order
 from videoadapt.routing.label_rules import Bools, Choice, Floats
-from videoadapt.routing.learn_then_test import cost_p_values, loss_p_values, valid_policies
+from videoadapt.routing.learn_then_test import loss_p_values, mean_p_values, valid_policies
 from videoadapt.routing.policy import Fixed, OnePointPolicy, Policy
 from videoadapt.routing.replay import replay
 from videoadapt.routing.scores import Scores
@@ -23,46 +23,57 @@ _ROUNDING = 1e-9  # of costs
 
 @dataclass(frozen=True)
 class Measured:
-    """What some policies do on n videos.
+    """What some policies do on n videos, or on n sources of videos.
 
     Attributes:
-        right: Whether each policy is right on each video, `(policies, videos)`.
-        lost: Whether the costliest point is right and the policy wrong, `(policies, videos)`.
-        cost: Cost of each video, as a fraction of its cost at the costliest point, `(policies, videos)`.
+        right: Whether each policy is right on each video, `(policies, n)`; by source, how often it is.
+        lost: Whether the costliest point is right and the policy wrong, `(policies, n)`; by source, how often.
+        cost: Cost of each video over its cost at the costliest point, `(policies, n)`; by source, the mean.
         most: The largest possible cost of a video, `(policies,)`.
     """
 
-    right: Bools
-    lost: Bools
+    right: Bools | Floats
+    lost: Bools | Floats
     cost: Floats
     most: Floats
 
-    def totals(self, weights: Choice | None = None) -> Totals:
-        """Returns the totals of all videos.
+    def by_source(self, sources: Choice) -> Measured:
+        """Returns the means over the videos of each source, which count alike, however many videos they have.
 
         Args:
-            weights: How often each video counts, `(videos,)`; None: once.
+            sources: Number of each video's source, from 0 without gaps, `(videos,)`.
+        """
+        means = np.equal.outer(np.arange(sources.max() + 1), sources) / np.bincount(sources)[:, None]  # (n, videos)
+        return Measured(self.right @ means.T, self.lost @ means.T, self.cost @ means.T, self.most)
+
+    def totals(self, weights: Choice | None = None) -> Totals:
+        """Returns the totals of all units.
+
+        Args:
+            weights: How often each unit counts, `(n,)`; None: once.
         """
         counts = np.ones(self.cost.shape[1], dtype=np.int64) if weights is None else weights
-        videos = int(counts.sum())
-        costs, accuracies = self.cost @ counts / videos, self.right @ counts / videos
-        return Totals(videos, self.lost @ counts, costs, accuracies, self.most)
+        units = int(counts.sum())
+        costs, accuracies = self.cost @ counts / units, self.right @ counts / units
+        return Totals(units, self.lost @ counts, self.lost.dtype == bool, costs, accuracies, self.most)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What policies did on all videos together. Every array is `(policies,)`.
+    """What policies did on all units together, videos or sources. Every array is `(policies,)`.
 
     Attributes:
-        videos: Number of videos.
-        losses: Videos on which the costliest point is right and the policy wrong.
+        units: Number of units.
+        losses: Sum of the losses of all units. A video has loss 1 if the costliest point is right and the policy wrong.
+        whole: The loss of a unit is 0 or 1; otherwise anything between them.
         costs: Mean cost of a video.
         accuracies: Fraction of the videos on which the policy is right.
         most: The largest possible cost of a video.
     """
 
-    videos: int
-    losses: Choice
+    units: int
+    losses: Choice | Floats
+    whole: bool
     costs: Floats
     accuracies: Floats
     most: Floats
@@ -122,12 +133,16 @@ def run_tests(
     rows = [np.array([row[policy] for policy in order.policies]) for order in orders]
     fixed = np.array([isinstance(policy, Fixed) for policy in policies])
     if settings.cost is None:
-        p_values = loss_p_values(totals.losses, totals.videos, settings.eps)
+        if totals.whole:
+            p_values = loss_p_values(totals.losses, totals.units, settings.eps)
+        else:
+            most = np.ones(len(totals.losses))
+            p_values = mean_p_values(totals.losses / totals.units, most, totals.units, settings.eps)
         certain = fixed & (totals.costs >= 1 - _ROUNDING)
         p_values = np.where(certain, 0.0, p_values)
     else:
         rows = [order[::-1] for order in rows]  # from the cheapest policy on
-        p_values = cost_p_values(totals.costs, totals.most, totals.videos, settings.cost)
+        p_values = mean_p_values(totals.costs, totals.most, totals.units, settings.cost)
         certain = fixed & (totals.costs <= settings.cost + _ROUNDING)
         p_values = np.where(fixed, 1.0 - certain, p_values)
     return p_values, certain | valid_policies(p_values, rows, deltas)

@@ -84,6 +84,7 @@ class LabelledClips:
         inputs: What the labels depend on.
         keys: `trained_clips.keys_of` all labelled clips, those that choose the threshold included.
         names: Columns `video` and `clip`, a row for each of the n clips.
+        sources: Number of each clip's source, `(n,)`: clips of one source are alike.
     """
 
     thumbnails: npt.NDArray[np.uint8]
@@ -93,11 +94,12 @@ class LabelledClips:
     inputs: Inputs
     keys: Tensor
     names: pd.DataFrame
+    sources: Choice
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
         """Returns some of the clips."""
-        names = self.names.iloc[rows]
-        return replace(self, rows=self.rows[rows], labels=self.labels[rows], right=self.right[rows], names=names)
+        arrays = {name: getattr(self, name)[rows] for name in ("rows", "labels", "right", "sources")}
+        return replace(self, names=self.names.iloc[rows], **arrays)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Tensor:
         """Returns the thumbnails of some of the clips, uint8 `(B, C, A, s, s)`."""
@@ -175,9 +177,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     if len(points) == 1:
         raise UserError("assign: the model has one point only, so there is nothing to choose; see model.points")
     clips = _labelled_clips(config)
-    # A fixed order by the seed alone: an interrupted fit sets the same clips aside.
-    order = np.random.default_rng(config.run.seed).permutation(len(clips.labels))
-    kept = max(1, round(len(order) * config.assign.select))
+    order, kept = _whole_sources(clips.sources, config.assign.select, config.run.seed)
     select, fit = clips.take(np.sort(order[:kept])), clips.take(np.sort(order[kept:]))
     if not len(fit.labels):
         raise UserError(f"assign: {plural(len(order), 'labelled clip')}: too few to fit and to choose a threshold")
@@ -227,6 +227,19 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     return summary
 
 
+def _whole_sources(sources: Choice, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Returns an order of clips, source by source, and how many of the first clips are at least a fraction of all.
+
+    The order depends on the seed alone: an interrupted fit sets the same clips aside.
+    """
+    if not len(sources):
+        return np.arange(0), 0
+    place = np.argsort(np.random.default_rng(seed).permutation(sources.max() + 1))[sources]  # (clips,)
+    order = np.argsort(place, kind="stable")
+    last = place[order[max(1, round(len(order) * fraction)) - 1]]
+    return order, int((place <= last).sum())
+
+
 def _labelled_clips(config: Config) -> LabelledClips:
     path = config.run.dir / "labels" / "outcomes.parquet"
     if not path.exists():
@@ -250,10 +263,16 @@ def _labelled_clips(config: Config) -> LabelledClips:
     used = labels >= 0  # -1: a clip without a label
     rows = np.array([row_of[video] for video in clips["video"]])[used]
     thumbnails, found = read_thumbnails(manifest, rows, config)
-    keys = keys_of(Manifest(manifest.table.iloc[rows], manifest.classes))
-    names = clips[used][found]
+    own = Manifest(manifest.table.iloc[rows], manifest.classes)
     return LabelledClips(
-        thumbnails, np.flatnonzero(found), labels[used][found], right[used][found], inputs, keys, names
+        thumbnails,
+        np.flatnonzero(found),
+        labels[used][found],
+        right[used][found],
+        inputs,
+        keys_of(own),
+        clips[used][found],
+        pd.factorize(own.sources[found])[0],
     )
 
 

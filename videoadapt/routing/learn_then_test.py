@@ -24,7 +24,7 @@ _MOST_VIDEOS = 10**9  # no calibration has more
 _ROUNDING = 1e-12
 
 
-def loss_p_values(losses: Choice, videos: int, eps: float) -> Floats:
+def loss_p_values(losses: Choice | Floats, videos: int, eps: float) -> Floats:
     """Returns the p-values of the hypotheses that policies lose more than `eps`: exact binomial tests.
 
     Args:
@@ -36,38 +36,38 @@ def loss_p_values(losses: Choice, videos: int, eps: float) -> Floats:
     return p_values
 
 
-def cost_p_values(means: Floats, most: Floats, videos: int, bound: float) -> Floats:
-    """Returns the p-values of the hypotheses that policies cost more than `bound`: Hoeffding-Bentkus.
+def mean_p_values(means: Floats, most: Floats, units: int, bound: float) -> Floats:
+    """Returns the p-values of the hypotheses that the mean of a cost or loss is more than `bound`: Hoeffding-Bentkus.
 
     Bates et al. (2021), Proposition 1: the smaller one of Hoeffding's bound and of Bentkus's.
 
     Args:
-        means: Mean cost of a video, by policy, `(policies,)`.
-        most: The largest possible cost of a video, by policy, `(policies,)`.
-        videos: Number of videos.
-        bound: Largest mean cost that keeps the promise.
+        means: The mean over the units, by policy, `(policies,)`.
+        most: The largest possible value of a unit, by policy, `(policies,)`; the smallest is 0.
+        units: Number of units: videos, or sources of videos.
+        bound: Largest mean that keeps the promise.
     """
-    share = np.minimum(bound / most, 1.0)  # of the largest cost, as the bounds are for values in [0, 1]
+    share = np.minimum(bound / most, 1.0)  # of the largest value, as the bounds are for values in [0, 1]
     found = np.minimum(means / most, share)  # above the bound, Hoeffding's p-value is 1
-    bentkus = math.e * stats.binom.cdf(np.ceil(videos * means / most - _ROUNDING), videos, share)
+    bentkus = math.e * stats.binom.cdf(np.ceil(units * means / most - _ROUNDING), units, share)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 log 0 counts as 0
         above = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - share)), 0.0)
         below = np.where(found > 0, found * np.log(found / share), 0.0)
-    p_values: Floats = np.minimum(1.0, np.minimum(np.exp(-videos * (above + below)), bentkus))
-    return np.where(most <= bound, 0.0, p_values)  # no video can cost more than the bound
+    p_values: Floats = np.minimum(1.0, np.minimum(np.exp(-units * (above + below)), bentkus))
+    return np.where(most <= bound, 0.0, p_values)  # no unit can be above the bound
 
 
-def loss_upper(losses: Choice, videos: int, delta: float) -> Floats:
+def loss_upper(losses: Choice | Floats, videos: int, delta: float) -> Floats:
     """Returns upper bounds of the mean losses, each alone with confidence 1 - delta (Clopper and Pearson)."""
     bounds: Floats = np.where(losses < videos, stats.beta.ppf(1 - delta, losses + 1, np.maximum(videos - losses, 1)), 1)
     return bounds
 
 
-def cost_upper(mean: float, most: float, videos: int, delta: float) -> float:
-    """Returns an upper bound of a mean cost with confidence 1 - delta: where `cost_p_values` gives delta."""
+def mean_upper(mean: float, most: float, units: int, delta: float) -> float:
+    """Returns an upper bound of a mean with confidence 1 - delta: where `mean_p_values` gives delta."""
 
     def excess(bound: float) -> float:
-        return float(cost_p_values(np.array([mean]), np.array([most]), videos, bound)[0]) - delta
+        return float(mean_p_values(np.array([mean]), np.array([most]), units, bound)[0]) - delta
 
     low, high = max(mean, most * _ROUNDING), most * (1 - _ROUNDING)
     if low >= high or excess(high) > 0:

@@ -142,6 +142,11 @@ class Manifest:
         """Iterates over all rows in order."""
         return starmap(Row, zip(*(column.to_pylist() for column in self._arrow.itercolumns()), strict=True))
 
+    @property
+    def sources(self) -> np.ndarray:
+        """The source of each row, (rows,): its path where no other video is known to be alike."""
+        return np.where(self["source"] == "", self["path"], self["source"])
+
     @cached_property
     def table(self) -> pd.DataFrame:
         """All rows. Changes to it do not change the manifest."""
