@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from videoadapt.evaluation.against_fixed import Measured, against_fixed
+from videoadapt.evaluation.against_fixed import Measured, against_fixed, favoured_fixed
 from videoadapt.evaluation.intervals import paired_difference
 
 
@@ -35,6 +37,33 @@ def test_a_cheaper_point_that_is_as_good_is_named() -> None:
     found = against_fixed(policy, [LONG, MIDDLE, SHORT])
     assert found and found.cheaper_fixed == "fixed:7"  # as right as 10, and cheaper
     assert found.difference_to_cheaper_fixed == paired_difference(policy.right, SHORT.right)
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """The row of a policy that an evaluation favours over the fixed points."""
+    favourable = {"mixture": {"fixed:14": 0.4, "fixed:7": 0.6}, "difference_to_mixture": (0.1, 0.05, 0.15)}
+    kept = {"cheaper_fixed": None, "difference_to_costliest": (0.0, -0.01, 0.01), "macs_per_video": 50.0}
+    return favourable | kept | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "point", "words"),
+    [
+        ({}, None, ""),
+        (
+            {"cheaper_fixed": "fixed:7", "difference_to_cheaper_fixed": (0.001, -0.02, 0.02)},
+            "fixed:7",
+            "costs 60.0 % less and is not significantly less accurate (assigned minus fixed:7: +0.1 points",
+        ),
+        ({"difference_to_mixture": (-0.01, -0.05, 0.03)}, "fixed:7", "below the line between the fixed points (-1.0"),
+        ({"difference_to_costliest": (-0.03, -0.05, -0.01)}, "fixed:14", "significantly less accurate (-3.0 points"),
+    ],
+)
+def test_the_fixed_point_that_an_evaluation_favours(changes: dict[str, Any], point: str | None, words: str) -> None:
+    policies = {"fixed:14": {"macs_per_video": 100.0}, "fixed:7": {"macs_per_video": 20.0}, "assigned": row(**changes)}
+    found = favoured_fixed(policies, "assigned")
+    assert (found and found[0]) == point and words in (found[1] if found else "")
+    assert favoured_fixed(policies, "fixed:7") is None
 
 
 def test_outside_the_fixed_points() -> None:

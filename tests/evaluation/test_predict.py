@@ -27,6 +27,7 @@ from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner
 from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import NO_STEP, Evidence, OnePointPolicy, Policy, Step
+from videoadapt.runtime.files import write_json
 from videoadapt.training.state import State
 
 POINTS = ("4", "3", "2")
@@ -289,6 +290,25 @@ def test_an_assigner_with_other_settings_is_refused_by_evaluate_alone(copy: Conf
     with pytest.raises(CheckpointError, match=r"assign\.size is 32 in the checkpoint, 48 in the config"):
         evaluate(other)
     assert len(predict_files(other, image(other), "assigned")) == 1
+
+
+def test_a_prediction_says_which_fixed_point_its_evaluation_favours(
+    copy: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assigned = {
+        **{"mixture": {"fixed:2": 1.0}, "difference_to_mixture": [0.0, 0.0, 0.0], "macs_per_video": 2.0},
+        **{"cheaper_fixed": "fixed:2", "difference_to_cheaper_fixed": [0.0, -0.01, 0.01]},
+    }
+    policies = {"fixed:2": {"macs_per_video": 1.0}, "assigned": assigned}
+
+    def said(model: str, policy: str | None = None) -> str:
+        write_json(copy.run.dir / "evaluate" / "evaluate.json", {"model": model, "policies": policies})
+        predict(copy, image(copy), policy)
+        return capsys.readouterr().err
+
+    own = weights_digest(load_model(copy.run.dir))
+    assert "favours fixed:2, by --policy fixed:2: it costs 50.0 % less" in said(own)
+    assert "favours" not in said(own, "assigned") + said("another model")
 
 
 class Other(va.Assigned):

@@ -26,6 +26,7 @@ from videoadapt.data.video.readers import open_video
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.exporting import graphs, hugging_face
 from videoadapt.exporting.adaptive import AdaptiveModel, policy_text
+from videoadapt.exporting.card import Facts, cut_card, model_card
 from videoadapt.exporting.export import export
 from videoadapt.exporting.hugging_face import require_plain
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
@@ -287,6 +288,20 @@ def test_the_card_has_figures_with_intervals_and_leaves_the_licence_to_the_user(
     assert "| 6@0.7 | " in card and "| assigner, per clip | " in card
     assert "license:" not in card and "Licence: not stated." in card
     assert "library_name: videoadapt" in card.partition("---\n\n")[0]
+    guessing = f"{evaluated['largest_class']}: {100 * evaluated['largest_class_fraction']:.1f} %"
+    assert f"Always answering with the most frequent class, {guessing}" in card
+
+
+def test_the_card_names_the_initial_weights_and_their_licence_as_far_as_they_are_known(run: Config) -> None:
+    model = load_model(run.run.dir)
+    for facts, words in (
+        (Facts(), "Initial weights: not recorded."),
+        (Facts(trained_on=9), "Initial weights: random."),
+        (Facts(trained_on=9, initial="a.safetensors"), "Initial weights: `a.safetensors`. Their licence: not known."),
+        (Facts(trained_on=9, initial="vit_x", initial_licence="MIT"), "`vit_x`. Their licence: MIT."),
+    ):
+        assert words in str(model_card(model, None, "fixed:8", facts))
+        assert words in str(cut_card(model, "8", facts))
 
 
 def test_the_policy_of_a_saved_model_has_its_numbers(run: Config, tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.model.weights.facts import Normalisation, describe_origin, require_normalisation, weights_facts
+from videoadapt.model.weights.facts import (
+    Normalisation,
+    describe_origin,
+    require_normalisation,
+    stated_licence,
+    weights_facts,
+)
 from videoadapt.model.weights.load import load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -59,6 +65,19 @@ def test_a_file_is_described_by_its_header_and_who_states_its_normalisation(tmp_
     save_file(load_file(path), path, {"format": "pt", "source": "tuned\nfurther"})
     assert weights_facts(str(path)).origin.startswith("its header says: source: tuned further; mean and std by timm's")
     assert describe_origin("deit_tiny_patch16_224", None) == "mean and std are not stated"
+
+
+def test_the_licence_is_that_of_the_header_or_of_timm_and_else_what_the_file_says(tmp_path: Path) -> None:
+    path = write_vit(tmp_path / "deit_tiny_patch16_224.safetensors")
+    assert stated_licence(str(path)) == ""  # the name of a file proves nothing
+    save_file(load_file(path), path, {"source": "tuned\nfurther"})
+    assert stated_licence(str(path)) == "not named; of its source the file says: tuned further"
+    save_file(load_file(path), path, {"License": "MIT", "source": "tuned"})
+    assert stated_licence(str(path)) == "MIT"
+    assert stated_licence("deit_tiny_patch16_224.fb_in1k") == "apache-2.0"
+    path.rename(tmp_path / "model.safetensors")
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model\n")
+    assert stated_licence(str(tmp_path)) == "cc-by-nc-4.0"
 
 
 def test_weights_with_another_normalisation_need_a_config_that_states_its_own() -> None:

@@ -256,6 +256,14 @@ DRAWINGS = """[...document.querySelectorAll("[data-chart] + .sheet > svg")].map(
 }))"""
 
 
+def test_a_picture_of_the_whole_page_has_every_chart_and_table(browser: Browser, folder: Path) -> None:
+    with visit(browser) as seen:
+        tab = seen.open(report(folder / "good").page)
+        tab.locator(":is([data-chart], [data-table]):not([data-drawn])").first.wait_for(state="detached")
+        assert tab.evaluate("[...document.querySelectorAll('[data-chart], [data-table]')].every((e) => e.innerText)")
+        assert tab.evaluate("scrollY") == 0
+
+
 def test_on_paper_no_chart_is_empty_and_tables_are_plain(browser: Browser, folder: Path) -> None:
     with visit(browser, width=688, dark=True) as seen:  # as wide as A4 without its margins
         tab = opened(seen, report(folder / "good").page)

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from videoadapt.config.sections import AssignConfig, ModelConfig
+from videoadapt.data.clips.clip_dataset import ClipViews
 from videoadapt.data.clips.views import normalise, pixel_draws, preprocess
 from videoadapt.errors import UserError
 from videoadapt.model.timesformer import TimeSformer
@@ -175,3 +176,10 @@ def test_clips_that_are_resized_before_they_are_normalised_give_the_same_logits(
             small = preprocess(made, clips, point)
             assert small.shape[-1] == made.side(point)
             torch.testing.assert_close(made(small, point), made(preprocess(made, clips), point), atol=1e-5, rtol=0)
+
+
+def test_the_views_of_one_video_are_one_item() -> None:
+    video = ClipViews(views()[:2], thumbnails()[:2])
+    router = Router(model(), Assigned(assigner(), CONFIG.points, 0.5))
+    alone, listed = router.run(video), router.run([video])
+    assert np.array_equal(alone.choice, listed.choice) and np.array_equal(alone.logits, listed.logits)

@@ -437,6 +437,10 @@ def serve(
     policy: Annotated[str | None, typer.Option(help="As in `videoadapt predict`.")] = None,
 ) -> None:
     """Open a local page that explains the answer to a video."""
+    from videoadapt.runtime.console import say
+
+    # Before the imports, which are a part of the wait.
+    say(f"serve: reads {config} and starts its model; on a busy machine this takes up to a minute")
     from videoadapt.commands.serve.server import serve as run
 
     run(_load(config, overrides), policy)

@@ -205,7 +205,7 @@ def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
     model |= {"depth": 2, "num_frames": frames, "temporal": frames > 1, "size": 10 * model["patch"], "num_classes": 10}
     precision = "bf16" if bf16_is_fast(device) else "fp32"
     config = make_config({"run": {"precision": precision}, "model": model | {"points": ["10"]}})
-    speed = training_speed(config, clips=8 if frames == 1 else 2)
+    speed = training_speed(config, clips=(8 if device.type == "cuda" else 4) // frames)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpus} CPU core{'s' if cpus > 1 else ''}"
     return MachineFacts(device.type, name, cpus, precision, *speed)  # type: ignore[arg-type]
 

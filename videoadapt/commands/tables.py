@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from videoadapt.commands.speed_table import print_speed
 from videoadapt.errors import few, plural
-from videoadapt.runtime.console import duration, macs, percent, print_table, say
+from videoadapt.runtime.console import duration, in_points, macs, percent, print_table, say
 from videoadapt.runtime.files import Summary
 
 if TYPE_CHECKING:
@@ -465,18 +465,14 @@ def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
         if "mixture" not in policy:
             continue
         mixture = " and ".join(f"{fraction:.0%} {point}" for point, fraction in policy["mixture"].items())
-        say(f"{name} against {mixture}, by chance, at the same MACs: {_points(policy['difference_to_mixture'])}")
+        say(f"{name} against {mixture}, by chance, at the same MACs: {in_points(policy['difference_to_mixture'])}")
         fixed = policy["cheaper_fixed"]
         if fixed is not None:
             cheaper = percent(1 - policies[fixed]["macs_per_video"] / policy["macs_per_video"])
             say(
                 f"{fixed} costs {cheaper} % less than {name} and is not significantly less accurate: {name} minus "
-                f"{fixed} {_points(policy['difference_to_cheaper_fixed'])}"
+                f"{fixed} {in_points(policy['difference_to_cheaper_fixed'])}"
             )
-
-
-def _points(interval: Sequence[float]) -> str:
-    return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in interval))
 
 
 def print_export(summary: ExportSummary) -> None:

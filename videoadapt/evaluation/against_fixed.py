@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
 from videoadapt.evaluation.intervals import bootstrap_interval, paired_difference
 from videoadapt.routing.label_rules import Bools, Choice
+from videoadapt.runtime.console import in_points, percent
 
 Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its 95 % interval
 
@@ -68,6 +69,43 @@ def against_fixed(policy: Measured, fixed: Sequence[Measured], sources: Choice |
         cheaper_fixed=cheaper.name if cheaper else None,
         difference_to_cheaper_fixed=difference,
     )
+
+
+def favoured_fixed(policies: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str] | None:
+    """Returns the fixed point that an evaluation favours over a policy, and why.
+
+    It is a cheaper point that is not significantly less accurate; or, if the policy lies below the line between the
+    fixed points, the end of the line that is nearer in cost; or the costliest point, if the policy is significantly
+    less accurate.
+
+    Args:
+        policies: The rows of `evaluate.json`, by policy name. The first is the costliest point.
+        name: The policy.
+
+    Returns:
+        The name of the fixed policy, and the reason in words; None if the evaluation favours the policy, or has not
+        compared it.
+    """
+    row, costliest = policies.get(name, {}), next(iter(policies))
+    if "mixture" not in row:
+        return None
+    if cheaper := row["cheaper_fixed"]:
+        less = percent(1 - policies[cheaper]["macs_per_video"] / row["macs_per_video"])
+        difference = in_points(row["difference_to_cheaper_fixed"])
+        return cheaper, (
+            f"it costs {less} % less and is not significantly less accurate ({name} minus {cheaper}: {difference})"
+        )
+    mixture: Mapping[str, float] = row["mixture"]
+    if row["difference_to_mixture"][0] < 0:
+        mixed = " and ".join(f"{fraction:.0%} {point}" for point, fraction in mixture.items())
+        difference = in_points(row["difference_to_mixture"])
+        return max(mixture, key=lambda point: mixture[point]), (
+            f"{name} lies below the line between the fixed points ({difference} against {mixed} by chance, at the same "
+            "MACs)"
+        )
+    if row["difference_to_costliest"][2] < 0:
+        return costliest, f"{name} is significantly less accurate ({in_points(row['difference_to_costliest'])})"
+    return None
 
 
 def _best_mixture(macs: float, fixed: Sequence[Measured]) -> tuple[Measured, Measured, float] | None:

@@ -26,6 +26,9 @@ from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.readers import FrameReader, VideoReader, open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError, plural
+from videoadapt.evaluation.against_fixed import favoured_fixed
+from videoadapt.evaluation.evaluated import read_evaluation
+from videoadapt.model.checkpoint import weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_inputs import label_inputs
@@ -34,7 +37,7 @@ from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner, p
 from videoadapt.routing.policy_file import is_policy_file, say_other_inputs
 from videoadapt.routing.router import RoutedVideo, Router
 from videoadapt.routing.scores import inference_model
-from videoadapt.runtime.console import Bar, macs, progress_shown
+from videoadapt.runtime.console import Bar, macs, progress_shown, say
 from videoadapt.runtime.results import Result, Table
 
 TOP = 5  # classes of a prediction
@@ -201,11 +204,25 @@ def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> P
     assigned = Assigned.for_model(config.run.dir, model) if policy is None or needs_assigner(policy) else None
     if assigned is not None:
         assigned.say_other_inputs(label_inputs(config, None, None))
+        if policy is None:
+            _say_favoured(config.run.dir, model)
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
     if is_policy_file(text):
         say_other_inputs(Path(text), config, None)
     return _predictor(model, chosen, config, top, checked=assigned is not None)
+
+
+def _say_favoured(run: Path, model: TimeSformer) -> None:
+    """Prints which fixed point the run's own evaluation favours over the assigner, if it does."""
+    try:
+        found = read_evaluation(run, ["model"])
+    except UserError:
+        return  # a prediction needs no evaluation
+    favoured = favoured_fixed(found["policies"], "assigned") if found["model"] == weights_digest(model) else None
+    if favoured is not None:
+        point, reason = favoured
+        say(f"policy assigned; the evaluation of this run favours {point}, by --policy {point}: {reason}")
 
 
 def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> Predictor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from videoadapt.config.cost import point_macs
+from videoadapt.config.load import RUN_CONFIG, load_config
 from videoadapt.config.points import Point
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.evaluated import read_evaluation
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.weights.facts import stated_licence
 from videoadapt.routing.assigner import Assigner, assigner_macs
 from videoadapt.runtime.console import macs, percent, say
 from videoadapt.runtime.files import read_json
@@ -50,11 +53,11 @@ normalised with mean {{ model.mean | list }} and standard deviation {{ model.std
 ## Accuracy
 {% if row %}
 Measured by `videoadapt evaluate` on {{ facts.scored }} videos of split `{{ facts.split }}`, {{ facts.views }} per
-video: top-1 {{ row[1] }} %, with its 95 % interval. Population: manifest `{{ facts.manifest }}`.
+video: top-1 {{ row[1] }} %, with its 95 % interval.{{ guessing }} Population: manifest `{{ facts.manifest }}`.
 {% else %}
 Not measured.
 {% endif %}
-Weights of the whole model: `{{ weights }}`.
+{{ initial }} Weights of the whole model: `{{ weights }}`.
 """
 
 _TEMPLATE = """---
@@ -102,6 +105,7 @@ video. Population: manifest `{{ facts.manifest }}`. In brackets: 95 % intervals.
 {% for row in rows -%}
 | {{ row | join(" | ") }} |
 {% endfor -%}
+{{ guessing }}
 {% else %}
 Not measured: the model was not evaluated before it was saved.
 {% endif %}
@@ -114,7 +118,7 @@ Trained on {{ facts.trained_on }} videos of manifest `{{ facts.train_manifest }}
 {% else %}
 Not recorded.
 {% endif %}
-Weights: `{{ weights }}`. Classes: {{ model.num_classes }}{{ classes }}.
+{{ initial }} Weights: `{{ weights }}`. Classes: {{ model.num_classes }}{{ classes }}.
 """
 
 
@@ -126,9 +130,13 @@ class Facts:
         trained_on: Videos of the training.
         epochs: Epochs of the training.
         train_manifest: `Manifest.hash` of the training.
+        initial: The weights that the training began with; empty: random ones, or not recorded.
+        initial_licence: Their licence; see `stated_licence`.
         manifest: `Manifest.hash` of the evaluation.
         split: Split of the evaluation.
         scored: Videos that count in it.
+        largest_class: The most frequent class of this split.
+        guessing: The top-1 of always answering with it.
         seen: How many of them were in the training.
         views: Views of a video in words.
         policies: `_FIGURES` of each policy, by name.
@@ -137,9 +145,13 @@ class Facts:
     trained_on: int = 0
     epochs: int = 0
     train_manifest: str = ""
+    initial: str = ""
+    initial_licence: str = ""
     manifest: str = ""
     split: str = ""
     scored: int = 0
+    largest_class: str = ""
+    guessing: float | None = None
     seen: int = 0
     views: str = ""
     policies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -167,7 +179,14 @@ def _training(run: Path) -> dict[str, Any]:
     if not (run / "train.json").exists():
         return {}
     found = read_json(run / "train.json", "run `videoadapt train` again", ["clips", "epochs", "manifest"])
-    return {"trained_on": found["clips"], "epochs": found["epochs"], "train_manifest": found["manifest"]}
+    initial = load_config(run).train.init if (run / RUN_CONFIG).exists() else None
+    return {
+        "trained_on": found["clips"],
+        "epochs": found["epochs"],
+        "train_manifest": found["manifest"],
+        "initial": os.path.basename(initial) if initial and os.path.isabs(initial) else initial or "",
+        "initial_licence": stated_licence(initial) if initial else "",
+    }
 
 
 def _evaluation(run: Path, weights: str) -> dict[str, Any]:
@@ -183,6 +202,7 @@ def _evaluation(run: Path, weights: str) -> dict[str, Any]:
         if name != "oracle"  # it reads the truth
     }
     named = {key: found[key] for key in ("manifest", "split", "scored", "views")}
+    named |= {"largest_class": found.get("largest_class", ""), "guessing": found.get("largest_class_fraction")}
     return named | {"seen": int(found.get("trained_on") or 0), "policies": policies}
 
 
@@ -210,6 +230,8 @@ def model_card(model: TimeSformer, assigner: Assigner | None, policy: str, facts
         model=config,
         sampling=_sampling(config),
         rows=[_row(name, figures) for name, figures in facts.policies.items()],
+        guessing=_guessing(facts),
+        initial=_initial(facts),
         facts=facts,
         weights=weights_digest(model),
         classes=f", such as {', '.join(names[:3])}" if names else "",
@@ -231,6 +253,8 @@ def cut_card(model: TimeSformer, point: str, facts: Facts) -> ModelCard:
         sampling=_sampling(config),
         cost=macs(point_macs(config)[point]),
         row=_row(point, figures) if figures else None,
+        guessing=_guessing(facts),
+        initial=_initial(facts),
         facts=facts,
         weights=weights_digest(model),
     )
@@ -246,6 +270,18 @@ def _sampling(config: ModelConfig) -> str:
         return "one of each image"
     rate = f"{config.fps:g} frames a second" if config.fps else "the video's own rate"
     return f"{config.stride_frames} frames apart at {rate}"
+
+
+def _guessing(facts: Facts) -> str:
+    if facts.guessing is None:
+        return ""
+    return f"\nAlways answering with the most frequent class, {facts.largest_class}: {percent(facts.guessing)} %."
+
+
+def _initial(facts: Facts) -> str:
+    if not facts.initial:
+        return "Initial weights: random." if facts.trained_on else "Initial weights: not recorded."
+    return f"Initial weights: `{facts.initial}`. Their licence: {facts.initial_licence or 'not known'}."
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from videoadapt.training import losses
 from videoadapt.training.optim import make_optimizer
 
 _MATRIX = 512  # side of the matrices of `bf16_is_fast`: a third of a second where bf16 is emulated
-_LEAST_CALLS, _CALLS_S = 3, 2.0  # of `time_of`: at least so many calls, and further ones until so many seconds are over
+_CALLS = 3  # the best of so many, or their median
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Speed(NamedTuple):
 class WorkTime(NamedTuple):
     """Seconds of some work."""
 
-    idle: float  # if nothing else runs: on a CPU, the time that the threads work
+    idle: float  # if nothing else runs
     now: float  # as the machine is at present
 
 
@@ -114,21 +114,25 @@ def training_speed(config: Config, clips: int) -> Speed:
 def time_of(work: Callable[[], object], device: torch.device) -> WorkTime:
     """Returns the seconds of a call of a function, from several calls.
 
-    The idle time is that of the best call: other programs only make a call slower. On a CPU it is the time that the
-    threads work, which other programs change little, though they share caches with it. The present time is the median.
+    On a CPU the idle time is the CPU time of one thread, divided by the number of threads. That of all threads would
+    follow the load: on a busy machine each waits for the others, and waiting counts as CPU time (docs/log.md). It is
+    the best of several calls, because other programs only make a call slower; the present time is the median.
     """
     work()  # the warm-up
-    idle: list[float] = []
-    present: list[float] = []
-    start = now(device)
-    while len(idle) < _LEAST_CALLS or now(device) - start < _CALLS_S:
-        begin, begin_cpu = now(device), time.process_time()
+    present = []
+    for _ in range(_CALLS):
+        begin = now(device)
         work()
         present.append(now(device) - begin)
-        idle.append((time.process_time() - begin_cpu) / torch.get_num_threads())
     if device.type != "cpu":
         return WorkTime(min(present), min(present))
-    return WorkTime(min(idle), statistics.median(present))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        idle = min(_cpu_seconds(work) for _ in range(_CALLS)) / threads
+    finally:
+        torch.set_num_threads(threads)
+    return WorkTime(idle, statistics.median(present))
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -139,7 +143,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(_MATRIX, _MATRIX, dtype=dtype)
         matrix @ matrix  # the warm-up
-        seconds[dtype] = min(_cpu_seconds(partial(torch.matmul, matrix, matrix)) for _ in range(_LEAST_CALLS))
+        seconds[dtype] = min(_cpu_seconds(partial(torch.matmul, matrix, matrix)) for _ in range(_CALLS))
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 

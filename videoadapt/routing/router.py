@@ -124,13 +124,17 @@ class Router:
         self.clock: StageClock | None = None
 
     def run(
-        self, clips: Tensor | Iterable[Item], *, thumbnails: Tensor | None = None, right: Bools | None = None
+        self,
+        clips: Tensor | ClipViews | Iterable[Item],
+        *,
+        thumbnails: Tensor | None = None,
+        right: Bools | None = None,
     ) -> Routed:
         """Runs many clips, whose results fit into memory.
 
         Args:
             clips: uint8 `(n, X, C, T, S, S)`: X crops of each of n clips, or `(n, K, X, C, T, S, S)`: K clips of each
-                of n videos. Or items as for `stream`.
+                of n videos. Or items as for `stream`, or one `ClipViews`.
             thumbnails: uint8 `(n, C, A, s, s)`, with a tensor of clips and a policy that has an assigner.
             right: Whether the model is right on each clip at each point, `(n, points)`, for a policy that needs the
                 truth.
@@ -142,6 +146,8 @@ class Router:
             UserError: There is no item, an item does not fit the model, or the policy needs what is not given.
             VideoError: An item is a video that could not be read.
         """
+        if isinstance(clips, ClipViews):  # a named tuple, whose tensors would be taken for clips
+            clips = [clips]
         decisions, logits = [], []  # without the items, whose views may not fit into memory together
         for result in self._results(clips if not isinstance(clips, Tensor) else _split(clips, thumbnails, right), None):
             if not isinstance(result, RoutedVideo):

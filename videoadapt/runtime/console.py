@@ -192,6 +192,11 @@ def macs(value: float) -> str:
     return f"{value:.0f}"
 
 
+def in_points(difference: Sequence[float]) -> str:
+    """Formats a difference of two fractions, and the ends of its interval: `+1.2 points (-0.3 to +2.7)`."""
+    return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in difference))
+
+
 def percent(value: float) -> str:
     """Formats a fraction in per cent, with one decimal and without a sign: 0.7534 is `75.3`."""
     return f"{100 * value:.1f}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import CheckpointError, RunError, shown
+from videoadapt.errors import CheckpointError, RunError, plural, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import percent
@@ -195,13 +196,21 @@ class State:
             with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "path": failure.path, "cause": failure.cause}) + "\n")
 
-    def note(self, values: dict[str, float], meter: ThroughputMeter) -> str:
-        """Returns the text that the progress bar shows after a step; `values` come from `StepReport.read`."""
-        points = [point for point in self.config.model.points if f"top1/{point}" in values]  # drawn in this step
-        top1 = "/".join(percent(values[f"top1/{p}"]) for p in points)
+    def note(self, recent: Sequence[dict[str, float]], meter: ThroughputMeter) -> str:
+        """Returns the text that the progress bar shows: means over recent steps, whose values `StepReport.read` has.
+
+        One step has few clips, so that its own loss and accuracy are mostly chance.
+        """
+
+        def mean(name: str) -> float:
+            return fmean(values[name] for values in recent if name in values)
+
+        points = [point for point in self.config.model.points if any(f"top1/{point}" in values for values in recent)]
+        top1 = "/".join(percent(mean(f"top1/{p}")) for p in points)
         rates = meter.rates()
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_fraction']:.0%} waiting for data, "
-            f"this step at {'/'.join(points)}: loss {values[f'loss/{points[0]}']:.2f}, top-1 {top1} %{skipped}"
+            f"last {plural(len(recent), 'step')} at {'/'.join(points)}: loss {mean(f'loss/{points[0]}'):.2f}, "
+            f"top-1 {top1} %{skipped}"
         )

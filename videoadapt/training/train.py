@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
@@ -61,6 +62,8 @@ from videoadapt.training.step_report import Reports, StepReport
 from videoadapt.training.throughput import ThroughputMeter
 from videoadapt.training.tracker import open_tracker, require_tracker
 from videoadapt.training.validate import Validator, describe, say_failed
+
+_STEPS_SHOWN = 20  # whose mean the progress shows
 
 
 def train(config: Config, after_validation: Callable[[], None] | None = None) -> TrainSummary:
@@ -143,6 +146,7 @@ def run_epochs(
     validator = Validator.of(state, per_epoch)
     _announce(state, role, checkpoints)
     bar = Bar("train", total=last_step * config.train.batch, unit="clips", start=state.step * config.train.batch)
+    recent: deque[dict[str, float]] = deque(maxlen=_STEPS_SHOWN)
     writer = closing(_open_metrics(validator)) if rank() == 0 else nullcontext()
     with writer as metrics, StopRequest() as stop, bar:
 
@@ -150,7 +154,8 @@ def run_epochs(
             values = report.read(state)
             if metrics is not None:  # rank 0; its values are sums over all ranks
                 metrics.write(report.step + 1, values | meter.rates())
-            bar.step(config.train.batch, state.note(values, meter))
+            recent.append(values)
+            bar.step(config.train.batch, state.note(recent, meter))
             return agree_on_stop(stop, report.stop_flags)  # every rank stops if any rank received a signal
 
         reports = Reports(state.device, take)

@@ -127,6 +127,7 @@ def serve(
     _require_packages()
     with progress_shown(progress):
         listener = _listen(loaded.serve.port)  # before the model is loaded, which takes seconds
+        say(f"serve: port {listener.getsockname()[1]} is free; loading the model of {loaded.run.dir}")
         try:
             server = _start(loaded, policy, listener)
         except BaseException:
@@ -146,6 +147,7 @@ def _start(config: Config, policy: str | Policy | None, listener: socket.socket)
     with ThreadPoolExecutor(1) as pool:  # both take seconds
         readers = pool.submit(start_readers)
         predictor = predictor_of_run(config, policy, top=1)
+        say(f"serve: policy {predictor.policy.name}; first passes of the model")
         warm_up(predictor)
         readers.result()
     return PageServer(predictor, listener)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import timm
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from videoadapt.config.parse import MAX_CONFIG_BYTES, parse_json, read_text
@@ -79,6 +80,26 @@ def describe_origin(source: str | Path, stated: Normalisation | None) -> str:
     header = f"its header says: {one_line('; '.join(says))[:_SAID]}" if says else "it does not say where it is from"
     known = f"mean and std by {stated.origin}" if stated else "mean and std are not stated"
     return f"{header}; {known}" if Path(source).exists() else known
+
+
+def stated_licence(source: str) -> str:
+    """Returns the licence that weights state, or else what their file says of itself; empty if it says nothing.
+
+    Args:
+        source: A file, a folder or the name of a timm model. A file that is named after a timm model may be another.
+    """
+    path = Path(source)
+    if not path.exists():
+        settings = timm.get_pretrained_cfg(source) if timm.is_model(source) else None
+        return str(settings.license or "") if settings is not None else ""
+    says = {key.lower(): value for key, value in _header(path).items() if key not in {KEY, "format"}}
+    if (card := path / "README.md").is_file():
+        says |= ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    stated = says.get("license") or says.get("licence")
+    if stated:
+        return one_line(str(stated))[:_SAID]
+    source_says = one_line(str(says.get("source", "")))[:_SAID]
+    return f"not named; of its source the file says: {source_says}" if source_says else ""
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -1,15 +1,21 @@
 "use strict";
-// Draws the charts (ECharts) and tables (Tabulator) of the report from the JSON in #data, each when it comes into view.
+// Draws the charts (ECharts) and tables (Tabulator) of the report from the JSON in #data: what is in view first.
 // Names of videos, classes and policies are other people's texts: they enter the page as text, or through `text()`.
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const text = (value) => echarts.format.encodeHTML(String(value));
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const FONT = "Inter, system-ui, sans-serif";
+  const ROWS_ON_PAPER = 40;
   let onPaper = false;
   const narrow = () => !onPaper && window.innerWidth < 640;
   const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)}\u202f%`;
   const short = (value, most = 28) => (value.length > most ? `${value.slice(0, most - 1)}…` : value);
+  // A name in a width, without its middle: names that begin alike often end differently.
+  const within = (width) => (name) => {
+    const most = Math.floor(width / 6.4); // characters, of 12 pixels
+    return name.length > most ? `${name.slice(0, Math.ceil((most - 1) / 2))}…${name.slice(-Math.floor((most - 1) / 2))}` : name;
+  };
   const number = (value) => {
     if (!Number.isFinite(value)) return "–";
     const units = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
@@ -90,9 +96,9 @@
     return step * way(value / step);
   };
   const plane = (x) => ({
-    grid: { left: 46, right: 22, top: 44, bottom: 46 },
+    grid: { left: 46, right: 22, top: 56, bottom: 46 },
     xAxis: axis({ type: "value", scale: true, name: x === "macs" ? "multiply-adds per clip" : "milliseconds per clip", nameLocation: "middle", nameGap: 28, boundaryGap: ["6%", "6%"], splitNumber: narrow() ? 3 : 5, axisLabel: { formatter: number, hideOverlap: true } }),
-    yAxis: axis({ type: "value", scale: true, name: "top-1 %", nameLocation: "end", nameGap: 10, nameTextStyle: { color: css("soft"), align: "left", padding: [0, 0, 0, -34], fontSize: 12 }, splitNumber: 4, min: ({ min, max }) => Math.max(0, rounded(min - 0.1 * (max - min) - 0.5, max - min, Math.floor)), max: ({ min, max }) => Math.min(100, rounded(max + 0.1 * (max - min) + 0.5, max - min, Math.ceil)) }),
+    yAxis: axis({ type: "value", scale: true, name: "top-1 %", nameLocation: "end", nameGap: 12, nameTextStyle: { color: css("soft"), align: "left", padding: [0, 0, 0, -34], fontSize: 12 }, splitNumber: 4, min: ({ min, max }) => Math.max(0, rounded(min - 0.1 * (max - min) - 0.5, max - min, Math.floor)), max: ({ min, max }) => Math.min(100, rounded(max + 0.1 * (max - min) + 0.5, max - min, Math.ceil)) }),
   });
   const policyTip = (item) => {
     if (!item.data?.row) return "";
@@ -175,7 +181,7 @@
   function classmix(run, _, element) {
     const names = run.points.map((point) => point.point);
     const rows = rowsOf(run.evaluation.classes).sort((a, b) => a.macs_per_clip - b.macs_per_clip);
-    const shown = onPaper ? 40 : 18;
+    const shown = onPaper ? ROWS_ON_PAPER : 18;
     element.style.height = `${Math.min(rows.length, shown) * 24 + 60}px`;
     const zoom = rows.length > shown
       ? [{ type: "slider", show: !onPaper, yAxisIndex: 0, right: 4, width: 14, startValue: rows.length - shown, endValue: rows.length - 1, showDetail: false, brushSelect: false, borderColor: css("line"), fillerColor: css("line"), handleSize: 0 }, { type: "inside", yAxisIndex: 0, zoomOnMouseWheel: false, moveOnMouseWheel: true, startValue: rows.length - shown, endValue: rows.length - 1 }]
@@ -185,7 +191,7 @@
       grid: { left: narrow() ? 110 : 170, right: zoom.length && !onPaper ? 34 : 20, top: 6, bottom: 30 },
       dataZoom: zoom,
       xAxis: axis({ type: "value", max: 100, axisLabel: { formatter: "{value} %" } }),
-      yAxis: axis({ type: "category", data: rows.map((row) => row.class), axisTick: { show: false }, axisLabel: { width: narrow() ? 96 : 152, overflow: "truncate", interval: 0 } }),
+      yAxis: axis({ type: "category", data: rows.map((row) => row.class), axisTick: { show: false }, axisLabel: { formatter: within(narrow() ? 96 : 152), interval: 0 } }),
       series: stacked(names, pointColours(names), rows, (row, name) => 100 * (row[`at ${name}`] ?? 0)),
     });
   }
@@ -193,8 +199,8 @@
   const matrix = (columns, rows, cells, most, formatter, tooltip, names) => base({
     tooltip: { formatter: tooltip },
     grid: { left: names.left, right: 14, top: 10, bottom: names.bottom },
-    xAxis: axis({ type: "category", data: columns, name: names.x, nameLocation: "middle", nameGap: names.bottom - 22, splitLine: { show: false }, axisLabel: { interval: 0, rotate: names.rotate, width: names.width, overflow: "truncate" } }),
-    yAxis: axis({ type: "category", data: rows, inverse: true, name: names.y, splitLine: { show: false }, axisLabel: { interval: 0, width: names.left - 12, overflow: "truncate" } }),
+    xAxis: axis({ type: "category", data: columns, name: names.x, nameLocation: "middle", nameGap: names.bottom - 22, splitLine: { show: false }, axisLabel: { interval: 0, rotate: names.rotate, formatter: within(names.width) } }),
+    yAxis: axis({ type: "category", data: rows, inverse: true, name: names.y, splitLine: { show: false }, axisLabel: { interval: 0, formatter: within(names.left - 12) } }),
     visualMap: { show: false, min: 0, max: most, dimension: 2, inRange: { color: [css("card"), css("middle")] } },
     series: [{ type: "heatmap", data: cells.map((value) => ({ value, label: { color: value[2] > 0.55 * most ? css("card") : css("ink") } })), label: { show: true, fontSize: 11, fontFamily: FONT, formatter }, itemStyle: { borderColor: css("line"), borderWidth: 0.5 }, emphasis: { disabled: true } }],
   });
@@ -212,11 +218,13 @@
     const shown = [...rows].reverse();
     element.style.height = `${shown.length * 24 + 50}px`;
     const names = shown.map((row) => `${row.truth} → ${row.prediction || "no answer"}`);
+    const half = within(narrow() ? 56 : 148);
+    const pair = (row) => `${half(row.truth)} → ${half(row.prediction || "no answer")}`;
     return base({
       tooltip: { trigger: "axis", axisPointer: { type: "shadow" }, formatter: (items) => tip(names[items[0].dataIndex], [["videos", items[0].value], ["of the class", percent(shown[items[0].dataIndex].fraction)]]) },
       grid: { left: narrow() ? 140 : 330, right: 30, top: 6, bottom: 28 },
       xAxis: axis({ type: "value", minInterval: 1 }),
-      yAxis: axis({ type: "category", data: names, axisTick: { show: false }, axisLabel: { width: narrow() ? 126 : 312, overflow: "truncate", interval: 0 } }),
+      yAxis: axis({ type: "category", data: names, axisTick: { show: false }, axisLabel: { formatter: (_, i) => pair(shown[i]), interval: 0 } }),
       series: [{ type: "bar", color: css("assigned"), barMaxWidth: 14, data: shown.map((row) => row.videos) }],
     });
   }
@@ -270,7 +278,7 @@
       legend: { data: names },
       grid: { left: narrow() ? 96 : 150, right: 24, top: 44, bottom: 34 },
       xAxis: axis({ type: "value", axisLabel: { formatter: "{value} ms", hideOverlap: true } }),
-      yAxis: axis({ type: "category", data: rows.map((row) => row.name), axisTick: { show: false }, axisLabel: { width: narrow() ? 86 : 138, overflow: "truncate", interval: 0 } }),
+      yAxis: axis({ type: "category", data: rows.map((row) => row.name), axisTick: { show: false }, axisLabel: { formatter: within(narrow() ? 86 : 138), interval: 0 } }),
       series: stacked(names, categoryColours(names), rows, (row, name) => 1000 * (row.stages_s[name] ?? 0)),
     });
   }
@@ -297,13 +305,13 @@
     return base({
       tooltip: { trigger: "item", formatter: (item) => (item.data?.row ? tip(item.data.row.policy, [["cost", percent(item.data.row.cost)], ["loss", percent(item.data.row.loss)], ["at most", item.data.row.loss_upper == null ? "–" : percent(item.data.row.loss_upper)]]) : "") },
       legend: { data: groups.map(([name]) => name) },
-      grid: { left: 50, right: 24, top: 44, bottom: 46 },
+      grid: { left: 50, right: 24, top: 56, bottom: 46 },
       xAxis: axis({ type: "value", scale: true, name: "cost, % of the costliest point", nameLocation: "middle", nameGap: 28 }),
       yAxis: axis({ type: "value", name: "loss, points", nameTextStyle: { color: css("soft"), align: "left", padding: [0, 0, 0, -36] } }),
       series: [
         whiskers("bound", rows.filter((row) => row.loss_upper != null).map((row) => [100 * row.cost, 100 * row.loss, 100 * row.loss_upper]), css("soft")),
         ...groups.map(([name, group, colour, symbol]) => ({
-          name, type: "scatter", color: colour, symbol, symbolSize: 9, data: group.map((row) => ({ value: [100 * row.cost, 100 * row.loss], row, symbolSize: row.policy === chosen ? 18 : 9, label: { show: row.policy === chosen, formatter: () => `chosen: ${row.policy}`, position: "top", color: css("ink") } })),
+          name, type: "scatter", color: colour, symbol, symbolSize: 9, data: group.map((row) => ({ value: [100 * row.cost, 100 * row.loss], row, symbolSize: row.policy === chosen ? 18 : 9, label: { show: row.policy === chosen, formatter: () => `chosen: ${row.policy}`, position: row.cost > 0.7 ? "left" : "right", color: css("ink"), textBorderColor: css("card"), textBorderWidth: 3 } })),
           markLine: eps === undefined || name !== "valid" ? undefined : { silent: true, symbol: "none", data: [{ yAxis: 100 * eps }], lineStyle: { color: css("bad") }, label: { formatter: "tolerated loss", position: "insideStartTop", color: css("bad"), textBorderColor: css("card"), textBorderWidth: 3 } },
         })),
       ],
@@ -430,6 +438,14 @@
     }
   }, { rootMargin: "300px" });
   parts.forEach((element) => watcher.observe(element));
+  // The others follow while the browser is idle, so that a picture of the whole page has them.
+  const whenIdle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50)); // Safari has none
+  function drawOthers() {
+    const next = parts.find((element) => !element.dataset.drawn && !element.closest("[hidden]"));
+    if (!next) return;
+    draw(next);
+    whenIdle(drawOthers);
+  }
   const redraw = () => [...drawn.keys()].forEach((element) => { if (element.offsetParent) drawChart(element); });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   let settled, width = window.innerWidth;
@@ -442,13 +458,15 @@
       document.querySelectorAll("[data-show]").forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
       document.querySelectorAll(".run").forEach((run) => { run.hidden = run.id !== `run-${button.dataset.show}`; });
       redraw();
+      whenIdle(drawOthers);
     });
   }
 
   // Printing. The window's width, colours and scroll position are not those of the paper, so each chart and table gets a
   // sheet beside it: a drawing of a fixed size, which the style sheet scales to its column, or a plain table.
-  const ROWS_ON_PAPER = 40, WIDE = 760, HALF = 400;
+  const WIDE = 760, HALF = 400;
   const root = document.documentElement;
+  const paperNote = (words) => Object.assign(document.createElement("p"), { className: "note", textContent: `${words} The page on a screen has all of them.` });
   function chartSheet(element) {
     const { chart: kind, run, x } = element.dataset;
     const sized = { style: { height: element.classList.contains("flat") ? 130 : element.classList.contains("low") ? 300 : 380 } };
@@ -460,6 +478,8 @@
     sheet.setAttribute("aria-label", element.getAttribute("aria-label"));
     sheet.innerHTML = chart.renderToSVGString(); // ECharts escapes the names in it
     chart.dispose();
+    const classes = DATA.runs[run]?.evaluation?.classes.rows;
+    if (kind === "classmix" && classes > ROWS_ON_PAPER) sheet.append(paperNote(`The ${ROWS_ON_PAPER} costliest of ${classes} classes.`));
     return sheet;
   }
   function tableSheet(element) {
@@ -481,10 +501,8 @@
         cell.append(typeof column.formatter === "function" ? column.formatter({ getValue: () => value, getRow: () => ({ getData: () => row }) }) : value ?? "");
       }
     }
-    const note = Object.assign(document.createElement("p"), { className: "note" });
-    if (rows.length > ROWS_ON_PAPER) note.textContent = `The first ${ROWS_ON_PAPER} of ${rows.length.toLocaleString("en")} rows. The page on a screen has all of them.`;
-    if (!rows.length) note.textContent = "Nothing matches.";
-    sheet.append(note);
+    if (rows.length > ROWS_ON_PAPER) sheet.append(paperNote(`The first ${ROWS_ON_PAPER} of ${rows.length.toLocaleString("en")} rows.`));
+    if (!rows.length) sheet.append(Object.assign(document.createElement("p"), { className: "note", textContent: "Nothing matches." }));
     return sheet;
   }
   function toPaper() {
@@ -511,4 +529,5 @@
 
   document.querySelectorAll("[data-colour]").forEach((card) => card.style.setProperty("--run", `var(--${RUN_COLOURS[card.dataset.colour]})`));
   document.documentElement.dataset.ready = "yes";
+  whenIdle(drawOthers);
 })();
