@@ -57,11 +57,15 @@ def layout(jobs: list[Job]) -> list[tuple[str, int, int, int]]:
     return [(job.stage, job.options.nodes, job.options.tasks_per_node, job.shards) for job in jobs]
 
 
-def test_all_is_the_four_stages() -> None:
+def test_all_is_the_stages_that_have_videos() -> None:
     jobs = jobs_of(config_of(nodes=2, tasks_per_node=8))
     assert layout(jobs) == [("train", 2, 8, 1), ("label", 2, 8, 1), ("assign", 1, 1, 1), ("evaluate", 2, 8, 1)]
     assert [job.ranks for job in jobs] == [16, 16, 1, 16]
     assert layout(jobs_of(config_of("evaluate"))) == [("evaluate", 1, 1, 1)]
+    with_calibration = make_config({"data": {"calibrate": 0.1}, "launch": {"shards": 2}})
+    assert [(job.stage, job.shards) for job in jobs_of(with_calibration)][-5:] == [
+        ("assign", 1), ("calibrate", 2), ("calibrate", 1), ("evaluate", 2), ("evaluate", 1)
+    ]  # fmt: skip
 
 
 def test_shards_are_an_array_and_a_job_that_merges_them() -> None:
@@ -231,12 +235,12 @@ def test_the_sbatch_files_have_the_options_of_launch(stage: str) -> None:
         "--unbuffered", "--kill-on-bad-exit=1", "--cpus-per-task=$SLURM_CPUS_PER_TASK", "videoadapt", stage
     ]  # fmt: skip
     assert "parallel.ranks=$SLURM_NTASKS" in command
-    assert ("$shard" in command) == (stage in {"label", "evaluate"})
+    assert ("$shard" in command) == (stage in {"label", "calibrate", "evaluate"})
 
 
 def test_the_chain_file_has_the_stages_in_the_order_of_launch() -> None:
     script = (FILES / "chain.sbatch").read_text()
-    loop = re.search(r"for stage in (.*); do", script)
+    loop = re.search(r"for stage in \$\{STAGES:-(.*)\}; do", script)
     assert loop
     assert loop[1].split() == [job.stage for job in jobs_of(config_of())]
 
@@ -321,7 +325,7 @@ def test_the_chain_file_finds_the_other_files_and_keeps_the_working_directory(ca
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[0] == f"{elsewhere} --parsable {FILES}/train.sbatch mine.yaml train.lr=0.1"
     chained = f"{elsewhere} --parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {FILES}"
-    assert asked[1:] == [f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:]]
+    assert asked[1:] == [f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:] if stage != "calibrate"]
 
 
 def test_a_local_launch_refuses_several_nodes(tmp_path: Path) -> None:

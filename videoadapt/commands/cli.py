@@ -303,11 +303,8 @@ def assign(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fals
 def calibrate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Choose the cheapest policy that keeps a promise on loss or cost."""
     from videoadapt.commands.tables import print_calibrate
-    from videoadapt.routing.calibrate import calibrate as run
-    from videoadapt.runtime.results import ShardResult
 
-    result = run(_load(config, overrides))
-    _show(result.to_json(), as_json or isinstance(result, ShardResult), print_calibrate)
+    _show_stage("calibrate", _load(config, overrides), as_json, print_calibrate)
 
 
 @app.command()
@@ -528,7 +525,9 @@ def _following(stage: Stage, config: Config) -> Stage | None:
     """Returns the stage after this one; a model of one point needs no labels."""
     if stage == "train":
         return "label" if len(config.model.points) > 1 else "evaluate"
-    following: dict[Stage, Stage] = {"label": "assign", "assign": "evaluate"}
+    following: dict[Stage, Stage] = {"label": "assign", "assign": "evaluate", "calibrate": "evaluate"}
+    if stage == "assign" and config.data.calibrate:
+        return "calibrate"
     return following.get(stage)
 
 

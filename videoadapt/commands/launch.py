@@ -175,15 +175,17 @@ def plan_launch(config: Config, words: Sequence[str]) -> LaunchPlan:
 def jobs_of(config: Config) -> list[Job]:
     """Returns the jobs of `launch.stage` in their order.
 
-    With `launch.shards` > 1 on SLURM, `label` and `evaluate` take two jobs each: an array that scores the shards, and
-    a job that merges the scores. On one machine an array gains nothing, so there is none.
+    With `launch.shards` > 1 on SLURM, the stages that score videos take two jobs each: an array that scores the shards,
+    and a job that merges the scores. On one machine an array gains nothing, so there is none.
     """
     arrays = config.launch.shards > 1 and config.launch.cluster == "slurm"
     stages = STAGES if config.launch.stage == "all" else (config.launch.stage,)
+    if config.launch.stage == "all" and not config.data.calibrate:
+        stages = tuple(stage for stage in stages if stage != "calibrate")  # it would have no videos
     jobs: list[Job] = []
     for stage in stages:
         options = config.slurm.of(stage)
-        if stage in ("label", "evaluate") and arrays:
+        if stage in ("label", "calibrate", "evaluate") and arrays:
             jobs += [Job(stage, options.one_task(), config.launch.shards), Job(stage, options.one_task())]
         else:
             jobs.append(Job(stage, options))

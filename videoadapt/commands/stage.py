@@ -137,6 +137,10 @@ def _function(stage: Stage) -> Callable[..., Result]:
         from videoadapt.routing.fit_assigner import assign
 
         return assign
+    if stage == "calibrate":
+        from videoadapt.routing.calibrate import calibrate
+
+        return calibrate
     from videoadapt.evaluation.evaluate import evaluate
 
     return evaluate

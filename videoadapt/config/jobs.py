@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from videoadapt.config.sections import Count, Section
 from videoadapt.errors import ConfigError
 
-Stage = Literal["train", "label", "assign", "evaluate"]
+Stage = Literal["train", "label", "assign", "calibrate", "evaluate"]
 MailType = Literal[
     "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "TIME_LIMIT_90",
     "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS",
@@ -286,6 +286,8 @@ class StagesConfig(Section):
     assign: StageConfig = StageConfig()
     """Keys of `slurm` for the job of assign, which has one task. It takes `slurm.time_minutes`, but 240 minutes at
     most, if it has no time of its own."""
+    calibrate: StageConfig = StageConfig()
+    """Keys of `slurm` for the jobs of calibrate."""
     evaluate: StageConfig = StageConfig()
     """Keys of `slurm` for the jobs of evaluate."""
 

@@ -662,7 +662,7 @@ class ParallelConfig(Section):
     step_s: Seconds = 1800.0
     """Seconds that a rank waits for the others in a training step, loading included."""
     shard: str | None = None
-    """I/N, such as 0/4: label and evaluate score only shard I of N of the videos. null = all videos."""
+    """I/N, such as 0/4: label, calibrate and evaluate score only shard I of N of the videos. null = all videos."""
 
     @model_validator(mode="after")
     def _check_shard(self) -> ParallelConfig:
@@ -684,12 +684,13 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """The stages that `videoadapt launch` starts, and where."""
 
-    stage: Literal["train", "label", "assign", "evaluate", "all"] = "all"
-    """Stage to start; `all` = train, label, assign and evaluate, in this order."""
+    stage: Literal["train", "label", "assign", "calibrate", "evaluate", "all"] = "all"
+    """Stage to start; `all` = train, label, assign, calibrate (if `data.calibrate` is set) and evaluate, in this order.
+    """
     cluster: Literal["slurm", "local"] = "slurm"
     """Where: SLURM, or `local` = on this machine, one stage after the other."""
     shards: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """Jobs in the array of label and of evaluate. 1 = no array."""
+    """Jobs in the arrays of label, calibrate and evaluate. 1 = no array."""
 
 
 class ServeConfig(Section):

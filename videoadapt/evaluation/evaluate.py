@@ -36,7 +36,7 @@ from videoadapt.routing.policy import (
     parse_cascade,
     parse_policy,
 )
-from videoadapt.routing.policy_file import PolicyFile, is_policy_file, say_other_inputs
+from videoadapt.routing.policy_file import OF_RUN, PolicyFile, is_policy_file, say_other_inputs
 from videoadapt.routing.scores import (
     Scores,
     files_digest,
@@ -143,7 +143,8 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
 
     Args:
         config: The run's config.
-        policies: Further policies: policies, their texts, or the file that `calibrate` wrote.
+        policies: Further policies: policies, their texts, or the file that `calibrate` wrote. The file of this run is
+            evaluated always, if it is of the same weights.
 
     Returns:
         The contents of `evaluate.json`, or the name of the shard.
@@ -161,6 +162,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         selected = selected_on_val(checkpoint, chosen=config.run.checkpoint not in (None, Path("last")))
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
         cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
+        policies = [*policies, *_calibrated(policies, assigned, model, config)]
         further, promises = _further(policies, cascades, assigned, model, config)
         _require_usable(further, cascades, model, assigned)  # before indexing and scoring, which may take hours
         manifest = rank0_then_all(lambda: load_or_index(config))
@@ -189,6 +191,21 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             return summary
 
         return broadcast_result(write)
+
+
+def _calibrated(
+    policies: Sequence[Policy | str], assigned: Assigned | None, model: TimeSformer, config: Config
+) -> list[str]:
+    """Returns the run's own file of `calibrate`, unless it is given already, or of other weights."""
+    path = config.run.dir / OF_RUN
+    if not path.exists() or path in [Path(given) for given in policies if is_policy_file(given)]:
+        return []
+    try:
+        PolicyFile.read(path).text_for(path, model, assigned.assigner if assigned else None)
+    except UserError as error:
+        say(f"evaluate: without the calibrated policy: {error}")
+        return []
+    return [str(path)]
 
 
 def _further(

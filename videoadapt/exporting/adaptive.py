@@ -25,12 +25,12 @@ from videoadapt.model.checkpoint import load_tensors, restore_model, weights_dig
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.policy import Assigned, Cascade, Mixture, Policy, parse_policy
+from videoadapt.routing.policy_file import OF_RUN
 from videoadapt.routing.scores import trained_checkpoint
 from videoadapt.runtime.files import read_json, replacing, write_json
 from videoadapt.runtime.machine import precision_dtype
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-POLICY_FILE = Path("calibrate") / "policy.json"  # of a run; `calibrate` writes it
 _KEY, _FORMAT = "videoadapt", 1  # key in config.json, and the version of what is below it
 _REMEDY = "save the model again"
 # The keys of two sections that decide which pixels the model sees. The others name places of one machine.
@@ -99,8 +99,8 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         dtype = precision_dtype(config.run.precision)
         measured = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
         assigned = Assigned.for_model(run, measured)
-        if policy is None and (run / POLICY_FILE).exists():
-            policy = str(run / POLICY_FILE)
+        if policy is None and (run / OF_RUN).exists():
+            policy = str(run / OF_RUN)
         chosen = parse_policy(policy, assigned, model.config, run, measured) if policy else None
         return cls(
             model,

@@ -22,7 +22,7 @@ from videoadapt.routing.decide import views_run
 from videoadapt.routing.label_rules import Bools, Floats
 from videoadapt.routing.learn_then_test import loss_upper, mean_upper, videos_needed
 from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner
-from videoadapt.routing.policy_file import PolicyFile
+from videoadapt.routing.policy_file import OF_RUN, PolicyFile
 from videoadapt.routing.replay import StoredAnswers
 from videoadapt.routing.scores import Scores, inference_model, require_scored, score, trained_checkpoint
 from videoadapt.runtime.console import percent, say
@@ -263,8 +263,7 @@ def promise_of(settings: CalibrateConfig) -> str:
 
 
 def _write(found: CalibrateSummary, assigned: Assigned | None, config: Config) -> None:
-    folder = config.run.dir / "calibrate"
-    file = folder / "policy.json"
+    file = config.run.dir / OF_RUN
     file.unlink(missing_ok=True)  # of an earlier promise
     if found.chosen is not None:
         fitted = assigned.assigner if assigned is not None and needs_assigner(found.chosen) else None
@@ -278,6 +277,6 @@ def _write(found: CalibrateSummary, assigned: Assigned | None, config: Config) -
             temporal_views=config.evaluate.temporal_views,
             inputs=found.inputs,
         ).write(file)
-    write_json(folder / "calibrate.json", asdict(found))
+    write_json(file.with_name("calibrate.json"), asdict(found))
     if found.chosen is not None:
-        say(f"policy: {file}; use it with `videoadapt evaluate {config.run.dir} --policy {file}`, and so with predict")
+        say(f"policy: {file}; `evaluate` reports it too, and `videoadapt predict {config.run.dir} ... --policy {file}` uses it")

@@ -16,6 +16,7 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.inputs import Inputs
 
+OF_RUN = Path("calibrate") / "policy.json"  # in the run folder; `calibrate` writes it
 SUFFIX = ".json"  # how a file is told from the text of a policy
 _REMEDY = "make it with `videoadapt calibrate`"
 
@@ -27,7 +28,7 @@ def is_policy_file(policy: object) -> TypeGuard[str]:
 
 @dataclass(frozen=True)
 class PolicyFile:
-    """The contents of `calibrate/policy.json`; the names are its keys.
+    """The contents of the file `OF_RUN`; the names are its keys.
 
     Attributes:
         policy: The policy as text; see `parse_policy`.
