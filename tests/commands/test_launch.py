@@ -325,7 +325,9 @@ def test_the_chain_file_finds_the_other_files_and_keeps_the_working_directory(ca
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[0] == f"{elsewhere} --parsable {FILES}/train.sbatch mine.yaml train.lr=0.1"
     chained = f"{elsewhere} --parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {FILES}"
-    assert asked[1:] == [f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:] if stage != "calibrate"]
+    assert asked[1:] == [
+        f"{chained}/{stage}.sbatch mine.yaml train.lr=0.1" for stage in STAGES[1:] if stage != "calibrate"
+    ]
 
 
 def test_a_local_launch_refuses_several_nodes(tmp_path: Path) -> None:
