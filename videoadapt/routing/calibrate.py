@@ -279,6 +279,4 @@ def _write(found: CalibrateSummary, assigned: Assigned | None, config: Config) -
         ).write(file)
     write_json(file.with_name("calibrate.json"), asdict(found))
     if found.chosen is not None:
-        say(
-            f"policy: {file}; `evaluate` reports it, and `videoadapt predict {config.run.dir} ... --policy {file}` uses it"
-        )
+        say(f"policy: {file}; `evaluate` reports it; in `videoadapt predict {config.run.dir} ...` use --policy {file}")
