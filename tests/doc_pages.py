@@ -202,6 +202,14 @@ PAGES = {
         replaced={"FIGHTS=... VIT_S=...": "FIGHTS=data VIT_S=none"},
         not_run={"videoadapt demo": "tests/commands/test_demo.py runs it"},
     ),
+    "docs/results/photos.md": Page(
+        not_run={
+            "python tools/split_trashnet.py": "needs the photographs; tests/tools/test_split_trashnet.py",
+            "python tools/record_run.py": "tests/tools/test_record_run.py runs it",
+            "for verb in": MINUTES,
+            "videoadapt": MINUTES,
+        },
+    ),
     "docs/results/shared_decoding.md": Page(not_run={"python tools/bench_shared_decoding.py": MINUTES}),
 }
 

@@ -26,7 +26,8 @@ B_K400 = FOLDER / "timesformer_b_k400.yaml"
 
 @pytest.fixture(autouse=True)
 def variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIGHTS", "/data/fights")
+    for name, value in {"FIGHTS": "/data/fights", "PHOTOS": "/data/photos", "LISTS": "fixed"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("VIT_S", "/weights/vit_s.safetensors")
 
 

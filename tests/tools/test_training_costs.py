@@ -24,7 +24,8 @@ GUIDE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
 @pytest.fixture(autouse=True)
 def variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIGHTS", "/data/fights")
+    for name, value in {"FIGHTS": "/data/fights", "PHOTOS": "/data/photos", "LISTS": "fixed"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("VIT_S", "/weights/vit_s.safetensors")
     monkeypatch.chdir(ROOT)
 
