@@ -382,7 +382,8 @@ def public_block(block: Any, cls: Tensor, patches: Tensor, keep: float) -> tuple
         keep: Probability that a branch is kept.
     """
     (clips, frames, positions, width), length = patches.shape, 14
-    draws = [torch.empty(n, 1, 1).bernoulli_(keep).flatten() / keep for n in (clips * positions, clips * frames, clips)]
+    sizes = (clips, clips * positions, clips * frames)
+    of_clips, *draws = [torch.empty(n, 1, 1).bernoulli_(keep).flatten() / keep for n in sizes]
     temporal = torch.zeros_like(patches)
     for clip in range(clips):
         for position in range(positions):
@@ -397,7 +398,7 @@ def public_block(block: Any, cls: Tensor, patches: Tensor, keep: float) -> tuple
             spatial[clip, frame] = block.attn(sequence)[0] * draws[1][clip * frames + frame]
     cls, patches = cls + spatial[:, :, 0].mean(1, keepdim=True), patches + spatial[:, :, 1:]
     tokens = torch.cat([cls, patches.flatten(1, 2)], 1)
-    tokens = tokens + block.mlp(block.norm2(tokens, length)) * draws[2][:, None, None]
+    tokens = tokens + block.mlp(block.norm2(tokens, length)) * of_clips[:, None, None]
     return tokens[:, :1], tokens[:, 1:].unflatten(1, (frames, positions))
 
 

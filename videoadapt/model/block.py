@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from videoadapt.config.sections import ModelConfig
 from videoadapt.model.attention import attend, attend_over_time, has_kernel
+from videoadapt.model.cast import Weights, cast_weights, own_weights
 from videoadapt.model.drop import class_attention, gather_tokens, select_positions
 from videoadapt.model.layout import FRAMES, PATCHES, TOKENS, Shape
 from videoadapt.model.norm import LengthNorm
@@ -25,7 +27,7 @@ class Branch(NamedTuple):
 
     def added_to(self, x: Tensor, scale: float) -> Tensor:
         """Returns `x + scale * gate * branch`; both in the same layout."""
-        return torch.add(x, self.x if self.gate is None else self.x * self.gate[:, None, None], alpha=scale)
+        return torch.add(x, _gated(self.x, self.gate), alpha=scale)
 
 
 class Attention(nn.Module):
@@ -43,26 +45,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # one product for all three, as in timm
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights = own_weights) -> Tensor:
         """Maps tokens `(S, N, D)` to `(S, N, D)`."""
-        return self._attend(*self._project(x))
+        return F.linear(self.mixed(x, weights), *weights(self.proj))
 
-    def with_class_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def with_class_attention(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         """Returns `forward(x)` and the attention `(S, N)` of the first token to each token, see `class_attention`."""
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, weights)
         # The fused kernel does not return its attention weights. Only one row is computed again, which is cheap.
-        return self._attend(q, k, v), class_attention(q, k)
+        return F.linear(self._attend(q, k, v), *weights(self.proj)), class_attention(q, k)
 
-    def over_time(self, x: Tensor) -> Tensor:
-        """Maps tokens `(B, T, N, D)` to `(B, T, N, D)`: each position attends to itself in all frames of its clip."""
-        return self.proj(attend_over_time(self.qkv(x), self.heads))
+    def mixed(self, x: Tensor, weights: Weights) -> Tensor:
+        """Maps tokens `(S, N, D)` to the values that they attend to, `(S, N, D)`: `forward` without its last layer."""
+        return self._attend(*self._project(x, weights))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x), "s n (three m d) -> three s m n d", three=3, m=self.heads)  # (S, M, N, D / M)
+    def mixed_over_time(self, x: Tensor, weights: Weights) -> Tensor:
+        """As `mixed`, for `(B, T, N, D)`: each position attends to itself in all frames of its clip."""
+        return attend_over_time(F.linear(x, *weights(self.qkv)), self.heads)
+
+    def _project(self, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        parts = F.linear(x, *weights(self.qkv)).chunk(3, dim=-1)  # along D: one copy joins their gradients
+        q, k, v = (rearrange(part, "s n (m d) -> s m n d", m=self.heads) for part in parts)  # (S, M, N, D / M)
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.proj(rearrange(attend(q, k, v), "s m n d -> s n (m d)"))  # (S, N, D)
+        return rearrange(attend(q, k, v), "s m n d -> s n (m d)")  # (S, N, D)
 
 
 class Block(nn.Module):
@@ -105,6 +112,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()  # one draw per index of dimension 0
         self.drops_sequences = config.drop_path_unit == "sequence"
         self.residual_scale = config.residual_scale
+        self.linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
 
     def forward(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
         """Runs the block on the tokens of a batch of clips.
@@ -119,11 +127,15 @@ class Block(nn.Module):
             Prefix `(B, P, D)` and patches `(B, T, K, D)`. The K positions get the most attention from the class
             token, averaged over heads and frames. They are the same in all frames and keep their order.
         """
+        weights = cast_weights(self.linears, patches.device)
+        gates = self._gates(patches.shape[0], patches.device)
         if self.temporal:
             # Without the prefix, because it has no position and no frame.
-            patches = self._add(patches, self._attend_over_time(patches, length))
-        prefix, patches = self._attend_within_frames(prefix, patches, length, kept)
-        return self._mlp_branch(prefix, patches, length)
+            patches = self._add(patches, self._attend_over_time(patches, length, weights), gates[0])
+        x = self._within_frames(prefix, patches, length)
+        x, scores = self._spatial(x, weights, drops=kept < patches.shape[2])
+        prefix, patches = self._add_within_frames(prefix, patches, x, scores, kept, gates[1])
+        return self._mlp_branch(prefix, patches, length, weights, gates[2])
 
     def fused(self, x: Tensor, before: Branch | None, shape: Shape, length: int, kept: int) -> tuple[Tensor, Branch]:
         """Runs the block with the kernel `add_norm`, which adds a branch and normalises in one pass.
@@ -138,21 +150,21 @@ class Block(nn.Module):
         Returns:
             The tokens `(B, P + T K, D)`, and the MLP branch that is still to be added.
         """
+        weights, gates = cast_weights(self.linears, x.device), self._gates(x.shape[0], x.device)
         if self.temporal:
             x, y = self._add_norm(x, before, self.temporal_norm, shape, length, target=PATCHES)  # y (B, T, N, D)
-            y = self.temporal_scale(self._temporal_with_kernel(y))
-            before = Branch(y, PATCHES, None if self.drops_sequences else self._gate(y.shape[0], y.device))
+            y = self.temporal_scale(self._temporal_with_kernel(y, weights))
+            before = Branch(y, PATCHES, gates[0])
         x, y = self._add_norm(x, before, self.norm1, shape, length, target=FRAMES)  # y (F, P + N, D), F = B T
-        y, scores = self._spatial(y, drops=kept < y.shape[1] - shape.prefix)
+        y, scores = self._spatial(y, weights, drops=kept < y.shape[1] - shape.prefix)
         if scores is None:
-            gate = None if self.drops_sequences else self._gate(x.shape[0], x.device)
-            x, y = self._add_norm(x, Branch(self.scale1(y), FRAMES, gate), self.norm2, shape, length, target=TOKENS)
+            x, y = self._add_norm(x, Branch(self.scale1(y), FRAMES, gates[1]), self.norm2, shape, length, target=TOKENS)
         else:
             prefix, patches = shape.split(x)
-            prefix, patches = self._add_within_frames(prefix, patches, y, scores, kept)
+            prefix, patches = self._add_within_frames(prefix, patches, y, scores, kept, gates[1])
             x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T K, D)
             y = self.norm2(x, length)
-        return x, Branch(self.scale2(self.mlp(y)), TOKENS, self._gate(x.shape[0], x.device))
+        return x, Branch(self.scale2(self._mlp(y, weights)), TOKENS, gates[2])
 
     def _add_norm(
         self, x: Tensor, branch: Branch | None, norm: LengthNorm, shape: Shape, length: int, *, target: int
@@ -169,69 +181,100 @@ class Block(nn.Module):
             branch.layout, target, dtype,
         )  # fmt: skip
 
-    def _gate(self, clips: int, device: torch.device) -> Tensor | None:
-        """Returns a factor `(B,)` of a branch for each clip, which drop path draws; None if it drops nothing."""
-        if not self.training or isinstance(self.drop_path, nn.Identity):
-            return None
-        return self.drop_path(torch.ones(clips, 1, device=device)).flatten()
+    def _gates(self, clips: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Draws the factors `(B,)` of the three branches for each clip; None for a branch that no clip drops."""
+        if self.drops_sequences:
+            return None, None, self._draw((clips,), device)
+        gates = self._draw((3, clips), device)
+        return (None, None, None) if gates is None else (gates[0], gates[1], gates[2])
 
-    def _attend_over_time(self, patches: Tensor, length: int) -> Tensor:
+    def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """Draws factors of drop path, 0 or 1 / (1 - rate); None if it drops nothing."""
+        if not self.training or not isinstance(self.drop_path, DropPath):
+            return None
+        keep = 1.0 - self.drop_path.drop_prob
+        return torch.empty(shape, device=device).bernoulli_(keep).div_(keep)
+
+    def _attend_over_time(self, patches: Tensor, length: int, weights: Weights = own_weights) -> Tensor:
         """Computes the temporal branch: each position attends to the same position in all frames (eq. 11)."""
         x = self.temporal_norm(patches, length)  # (B, T, N, D)
         if has_kernel(x):
-            x = self._temporal_with_kernel(x)
+            x = self._temporal_with_kernel(x, weights)
         else:  # other kernels want contiguous sequences, and D numbers of a token are moved faster than 3 D
-            x = self.temporal_attn(rearrange(x, "b t n d -> (b n) t d"))  # (B N, T, D)
-            if self.drops_sequences:  # a dropped position still gets the bias of `temporal_fc`, as in their code
-                x = self.drop_path(x)
-            x = rearrange(self.temporal_fc(x), "(b n) t d -> b t n d", b=patches.shape[0])  # (B, T, N, D)
-        x = self.temporal_scale(x)
-        return x if self.drops_sequences else self.drop_path(x)
+            factors = self._drop_of_positions(x)
+            x = self.temporal_attn.mixed(rearrange(x, "b t n d -> (b n) t d"), weights)  # (B N, T, D)
+            factors = None if factors is None else rearrange(factors, "b 1 n 1 -> (b n) 1 1")
+            x = self._project_over_time(x, factors, patches.shape[1] * patches.shape[2], weights)
+            x = rearrange(x, "(b n) t d -> b t n d", b=patches.shape[0])  # (B, T, N, D)
+        return self.temporal_scale(x)
 
-    def _temporal_with_kernel(self, x: Tensor) -> Tensor:
+    def _temporal_with_kernel(self, x: Tensor, weights: Weights) -> Tensor:
         """Computes temporal attention and `temporal_fc` on CUDA, `(B, T, N, D)` to `(B, T, N, D)`."""
-        x = self.temporal_attn.over_time(x)
-        return self.temporal_fc(x * self._drop_of_positions(x) if self.drops_sequences else x)
+        mixed = self.temporal_attn.mixed_over_time(x, weights)
+        return self._project_over_time(mixed, self._drop_of_positions(x), x.shape[1] * x.shape[2], weights)
 
-    def _drop_of_positions(self, x: Tensor) -> Tensor:
-        """Returns the factors of drop path `(B, 1, N, 1)`, one for each position of each clip."""
-        factors = self.drop_path(x.new_ones(x.shape[0] * x.shape[2], 1))  # (B N, 1)
-        return rearrange(factors, "(b n) 1 -> b 1 n 1", b=x.shape[0])
+    def _project_over_time(self, x: Tensor, factors: Tensor | None, tokens: int, weights: Weights) -> Tensor:
+        """Applies the last layer of temporal attention, factors of drop path, and `temporal_fc` to `(..., D)`.
 
-    def _attend_within_frames(self, prefix: Tensor, patches: Tensor, length: int, kept: int) -> tuple[Tensor, Tensor]:
-        """Adds the spatial branch: the tokens of a frame and a copy of the prefix attend to each other (eq. 6 to 8)."""
+        Without factors the two layers are one, whose weight is a product of D numbers for each of D^2. A product of
+        D numbers for each of `tokens` times D is saved, so that pays for clips with at least D tokens.
+        """
+        (weight, bias), (fc_weight, fc_bias) = weights(self.temporal_attn.proj), weights(self.temporal_fc)
+        if factors is None and bias is not None and tokens >= x.shape[-1]:
+            return F.linear(x, fc_weight @ weight, F.linear(bias, fc_weight, fc_bias))
+        x = F.linear(x, weight, bias)
+        # A dropped position still gets the bias of `temporal_fc`, as in TimeSformer's code.
+        return F.linear(x if factors is None else x * factors.to(x.dtype), fc_weight, fc_bias)
+
+    def _drop_of_positions(self, x: Tensor) -> Tensor | None:
+        """Returns the factors of drop path `(B, 1, N, 1)`, one for each position of each clip; None if it has none."""
+        return self._draw((x.shape[0], 1, x.shape[2], 1), x.device) if self.drops_sequences else None
+
+    def _within_frames(self, prefix: Tensor, patches: Tensor, length: int) -> Tensor:
+        """Normalises the tokens of each frame, with a copy of the prefix: `(F, P + N, D)`, F = B T."""
         frames = patches.shape[1]
         x = torch.cat([repeat(prefix, "b p d -> b t p d", t=frames), patches], dim=2)  # (B, T, P + N, D)
-        x = rearrange(self.norm1(x, length), "b t n d -> (b t) n d")  # (F, P + N, D), F = B T
-        x, scores = self._spatial(x, drops=kept < patches.shape[2])
-        return self._add_within_frames(prefix, patches, x, scores, kept)
+        return rearrange(self.norm1(x, length), "b t n d -> (b t) n d")
 
-    def _spatial(self, x: Tensor, *, drops: bool) -> tuple[Tensor, Tensor | None]:
+    def _spatial(self, x: Tensor, weights: Weights, *, drops: bool) -> tuple[Tensor, Tensor | None]:
         """Attends within frames `(F, P + N, D)`. With `drops`, also returns scores `(F, P + N)`."""
-        x, scores = self.attn.with_class_attention(x) if drops else (self.attn(x), None)
+        x, scores = self.attn.with_class_attention(x, weights) if drops else (self.attn(x, weights), None)
         return self.drop_path(x) if self.drops_sequences else x, scores
 
-    def _add_within_frames(
-        self, prefix: Tensor, patches: Tensor, x: Tensor, scores: Tensor | None, kept: int
+    def _add_within_frames(  # noqa: PLR0917 - what `forward` and `fused` have
+        self, prefix: Tensor, patches: Tensor, x: Tensor, scores: Tensor | None, kept: int, gate: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Adds the spatial branch `(F, P + N, D)`. With scores, keeps the positions with the most attention."""
+        """Adds the spatial branch `(F, P + N, D)` (eq. 8). With scores, keeps the positions with the most attention."""
         count, frames = prefix.shape[1], patches.shape[1]
         x = self.scale1(rearrange(x, "(b t) n d -> b t n d", t=frames))  # (B, T, P + N, D)
-        if not self.drops_sequences:
-            x = self.drop_path(x)
+        x = _gated(x, gate)
+        # `split` and not two slices, whose gradients would each be a whole tensor of zeros first.
+        of_prefix, of_patches = x.split([count, x.shape[2] - count], dim=2)
         # The block returns one prefix per clip: the mean of its copies over the frames.
-        prefix, patches = self._add(prefix, x[:, :, :count].mean(1)), self._add(patches, x[:, :, count:])
+        prefix, patches = self._add(prefix, of_prefix.mean(1)), self._add(patches, of_patches)
         if scores is not None:
             scores = rearrange(scores[:, count:], "(b t) n -> b t n", t=frames)  # (B, T, N), patches only
             patches = gather_tokens(patches, select_positions(scores, kept))  # (B, T, K, D)
         return prefix, patches
 
-    def _mlp_branch(self, prefix: Tensor, patches: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _mlp_branch(
+        self, prefix: Tensor, patches: Tensor, length: int, weights: Weights, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Adds the MLP branch to all tokens, in one call (eq. 9)."""
         count = prefix.shape[1]
         x = torch.cat([prefix, patches.flatten(1, 2)], dim=1)  # (B, P + T K, D)
-        x = self._add(x, self.drop_path(self.scale2(self.mlp(self.norm2(x, length)))))
-        return x[:, :count], x[:, count:].unflatten(1, patches.shape[1:3])  # (B, P, D), (B, T, K, D)
+        x = self._add(x, self.scale2(self._mlp(self.norm2(x, length), weights)), gate)
+        prefix, tokens = x.split([count, x.shape[1] - count], dim=1)
+        return prefix, tokens.unflatten(1, patches.shape[1:3])  # (B, P, D), (B, T, K, D)
 
-    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        return torch.add(x, branch, alpha=self.residual_scale)  # LV-ViT halves every branch
+    def _mlp(self, x: Tensor, weights: Weights) -> Tensor:
+        fc1, fc2 = cast(nn.Linear, self.mlp.fc1), cast(nn.Linear, self.mlp.fc2)  # in timm, a Mlp may be convolutions
+        return F.linear(self.mlp.act(F.linear(x, *weights(fc1))), *weights(fc2))
+
+    def _add(self, x: Tensor, branch: Tensor, gate: Tensor | None = None) -> Tensor:
+        return torch.add(x, _gated(branch, gate), alpha=self.residual_scale)  # LV-ViT halves every branch
+
+
+def _gated(branch: Tensor, gate: Tensor | None) -> Tensor:
+    """Returns a branch `(B, ...)` times a factor for each clip `(B,)`."""
+    return branch if gate is None else branch * gate.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))

@@ -26,7 +26,8 @@ class Shape(NamedTuple):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the prefix `(B, P, D)` and the patches `(B, T, N, D)` of tokens `(B, P + T N, D)`."""
-        return x[:, : self.prefix], rearrange(x[:, self.prefix :], "b (t n) d -> b t n d", t=self.frames)
+        prefix, patches = x.split([self.prefix, x.shape[1] - self.prefix], dim=1)
+        return prefix, rearrange(patches, "b (t n) d -> b t n d", t=self.frames)
 
     def to_layout(self, x: Tensor, layout: int) -> Tensor:
         """Returns tokens `(B, P + T N, D)` in another layout."""

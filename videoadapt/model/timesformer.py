@@ -24,9 +24,9 @@ from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
 from videoadapt.model.layout import Shape
 from videoadapt.model.norm import LengthNorm
 
-# Patch tokens of a batch. With fewer, the GPU waits for the host, which takes longer to call the fused kernels than
-# torch's own (docs/results/gpu.md: measured at 12,544 and 50,176 tokens).
-_LEAST_FUSED = 32_768
+# Patch tokens of a batch. With fewer, the GPU waits for the host, and they save it little. At 12,544 tokens
+# they were slower than torch's own (docs/results/gpu.md), with twice as many launches as now (docs/results/step.md).
+_LEAST_FUSED = 8_192
 
 
 class Heads(NamedTuple):
@@ -100,6 +100,10 @@ class TimeSformer(nn.Module):
             self.head_dist = nn.Linear(config.width, config.num_classes)
         if config.dense_head is not None:
             self.aux_head = nn.Linear(config.width, config.num_classes)
+        # On the model's device, so that normalising copies nothing from the host. As bits, because `model.to(dtype)`
+        # would round floats. They come from the config, so no checkpoint holds them.
+        statistics = torch.tensor([config.mean, config.std], dtype=torch.float32)
+        self.register_buffer("_statistics", statistics.view(torch.int32), persistent=False)
         initialise(self)
 
     def forward(
@@ -141,6 +145,16 @@ class TimeSformer(nn.Module):
             dense = self.aux_head(self.norm(patches.flatten(1, 2), length))  # (B, T K, classes)
         by_head = Heads(self.head(prefix[:, 0]), dist, dense, weight or 0.0)
         return by_head if heads else by_head.logits()
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of pixels in [0, 1] by channel, `(C,)` float32, on the model's device."""
+        return self._statistics[0].view(torch.float32)  # type: ignore[index]
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation of pixels in [0, 1] by channel, `(C,)` float32, on the model's device."""
+        return self._statistics[1].view(torch.float32)  # type: ignore[index]
 
     def side(self, point: str) -> int:
         """Returns the height and width in pixels to which the frames are resized at a point of `config.points`."""

@@ -111,7 +111,8 @@ def train_step(
     set_training_mode(model, config.train.freeze)
     model.activation_checkpointing = config.train.activation_checkpointing
     state.optimizer.zero_grad(set_to_none=True)  # not to zero: a parameter with a zero gradient would still decay
-    statistics = [buffer.clone() for buffer in model.buffers()]  # of BatchNorms; a forward pass moves them
+    # Of BatchNorms; a forward pass moves them.
+    statistics = [buffer.clone() for buffer in model.patch_embed.buffers()]
     tallies = {point: Tally() for point in drawn_points(config, state.step)}
     for number, batch in enumerate(micro_batches):
         _backpropagate(batch, number, role, state, tallies)
@@ -245,7 +246,7 @@ def _prepare(batch: Batch, number: int, state: State) -> _Inputs:
         clips = torch.zeros((1, 3, model.num_frames, model.size, model.size), dtype=dtype, device=device)
         return _Inputs(clips, torch.zeros((1, model.num_classes), device=device), clips.new_zeros(1), positions)
     clips, labels = mix(
-        normalise(batch.clips, model.mean, model.std, dtype),
+        normalise(batch.clips, state.model.mean, state.model.std, dtype),
         batch.labels,
         batch.positions,
         num_classes=model.num_classes,
@@ -279,13 +280,13 @@ def _move_parameters(state: State, statistics: Sequence[Tensor], is_bad: Tensor)
 
     Args:
         state: Changed in place.
-        statistics: The buffers of the model before the step.
+        statistics: The statistics of BatchNorms before the step.
         is_bad: 1 if a loss or the gradient is not finite, else 0, ().
     """
     # torch's fused optimizers skip a step by this attribute, on the device. `torch.amp.GradScaler` sets it, too.
     state.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
     state.optimizer.step()
-    for buffer, before in zip(state.model.buffers(), statistics, strict=True):
+    for buffer, before in zip(state.model.patch_embed.buffers(), statistics, strict=True):
         buffer.copy_(torch.where(is_bad > 0, before, buffer))
     if state.ema is not None:
         update_average(state.ema, state.model, is_bad)

@@ -163,7 +163,7 @@ def _sums_of(videos: list[VideoViews], model: TimeSformer, state: State) -> Tens
     settings, bf16 = state.config.model, state.config.run.precision == "bf16"
     clips = torch.stack([video.views[0, 0] for video in videos]).to(state.device)  # (B, C, T, S, S)
     labels = torch.tensor([video.label for video in videos], device=state.device)
-    inputs = normalise(clips, settings.mean, settings.std, model.head.weight.dtype)
+    inputs = normalise(clips, model.mean, model.std, model.head.weight.dtype)
     rows = []
     for point in settings.points:
         with torch.no_grad(), torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):

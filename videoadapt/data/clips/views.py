@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from videoadapt.config.sections import ModelConfig
 from videoadapt.data.video.frame_sampling import spread
 from videoadapt.model.embed import resize_frames
 from videoadapt.model.timesformer import TimeSformer
@@ -127,12 +126,15 @@ def pixel_draws(views: Tensor) -> npt.NDArray[np.float64]:
     return np.array([int.from_bytes(digest, "big") / 2**48 for digest in digests], dtype=np.float64)
 
 
-def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+def normalise(
+    clips: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, dtype: torch.dtype
+) -> Tensor:
     """Returns `(x / 255 - mean) / std` per channel.
 
     Args:
         clips: (B, C, T, H, W) uint8, or float32 from 0 to 255, which is overwritten; on any device.
-        mean: C values, for pixels in [0, 1].
+        mean: C values, for pixels in [0, 1]. A tensor on the device of `clips`, such as `TimeSformer.mean`, saves a
+            copy from the host, for which the host would wait.
         std: C values, for pixels in [0, 1].
         dtype: Type of the result. The arithmetic is float32.
 
@@ -140,7 +142,7 @@ def normalise(clips: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
         (B, C, T, H, W) on the device of `clips`.
     """
     # Mean and std are scaled by 255 instead of the pixels: one operation less on the large tensor.
-    shift, scale = (torch.tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
+    shift, scale = (torch.as_tensor(values, device=clips.device).mul(255).view(-1, 1, 1, 1) for values in (mean, std))
     return clips.to(torch.float32).sub_(shift).div_(scale).to(dtype)
 
 
@@ -157,26 +159,26 @@ def preprocess(model: TimeSformer, clips: Tensor, point: str | None = None) -> T
         (B, C, T, S, S), for `model(clips, point)`. The model itself resizes it to the size of a point. With `point`,
         S is the side of the point's frames.
     """
-    weight, config = model.head.weight, model.config
+    weight = model.head.weight
     clips = clips.to(weight.device)
     side = clips.shape[-1] if point is None else model.side(point)
     if side == clips.shape[-1]:
-        return normalise(clips, config.mean, config.std, weight.dtype)
+        return normalise(clips, model.mean, model.std, weight.dtype)
     if not clips.is_cuda:
         # Few clips at a time: as floats, all of a large batch fit into no cache, and their memory is new each time.
         few = max(1, _FLOATS // clips[0].numel())
-        parts = [_small(part, side, config, weight.dtype) for part in clips.split(few)]
+        parts = [_small(part, side, model) for part in clips.split(few)]
         return torch.cat(parts)
-    return _small(clips, side, config, weight.dtype)
+    return _small(clips, side, model)
 
 
-def _small(clips: Tensor, side: int, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+def _small(clips: Tensor, side: int, model: TimeSformer) -> Tensor:
     """Resizes clips (B, C, T, S, S) uint8 to frames of a side, and normalises them."""
     planes = resize_frames(
-        clips.float().flatten(1, 2), side, align_corners=config.align_corners
+        clips.float().flatten(1, 2), side, align_corners=model.config.align_corners
     )  # (B, C T, side, side)
     # The weights of a resize add up to 1, so that mean and std may follow. That is less work on fewer pixels.
-    return normalise(planes.unflatten(1, clips.shape[1:3]), config.mean, config.std, dtype)
+    return normalise(planes.unflatten(1, clips.shape[1:3]), model.mean, model.std, model.head.weight.dtype)
 
 
 def to_tchw(frames: np.ndarray) -> Tensor:
