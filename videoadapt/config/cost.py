@@ -99,7 +99,10 @@ def _attention_macs(width: int, tokens: int) -> int:
 
 
 def _temporal_macs(width: int, frames: int, patches: int) -> int:
-    """Counts attention over the frames at each patch position, and the layer `temporal_fc` (D^2 per token)."""
+    """Counts attention over the frames at each patch position, and the layer `temporal_fc` (D^2 per token).
+
+    As in the papers: also where the model computes the last layer of attention and `temporal_fc` as one layer.
+    """
     return patches * (_attention_macs(width, frames) + frames * width**2)
 
 
