@@ -103,7 +103,7 @@ def options(
     """Declares the options that need no verb. The help of the app stands at `app`."""
 
 
-bench = typer.Typer(no_args_is_help=True, help="Benchmark readers, loaders and points on this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Benchmark readers, loaders, points and the model on this machine.")
 app.add_typer(bench, name="bench")
 
 _CONFIG_HELP = "YAML config of the run, or its folder."
@@ -491,6 +491,16 @@ def bench_points(config: ConfigFile, words: SettingsAndOverrides = None, as_json
 
     settings, overrides = _split(words or [], _SETTING)  # an override has a dot in its key, a setting has none
     _show(run(_load(config, overrides), settings), as_json, print_bench_points)
+
+
+@bench.command("model")
+def bench_model(config: ConfigFile, words: SettingsAndOverrides = None, as_json: Json = False) -> None:
+    """Measure forward passes and training steps beside another implementation with the same weights."""
+    from videoadapt.performance.bench.model import bench_model as run
+    from videoadapt.performance.bench.model import print_bench_model
+
+    settings, overrides = _split(words or [], _SETTING)
+    _show(run(_load(config, overrides), settings), as_json, print_bench_model)
 
 
 def _required(config: Path | None) -> Path:
