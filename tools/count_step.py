@@ -46,7 +46,7 @@ from videoadapt.training.optim import make_optimizer  # noqa: E402
 from videoadapt.training.state import State  # noqa: E402
 from videoadapt.training.step import RankRole, train_step  # noqa: E402
 
-SMALL: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "num_frames": 2, "num_classes": 5, "patch": 4, "size": 56}
+SMALL: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "num_frames": 2, "num_classes": 5, "patch": 4, "size": 56}
 SMALL |= {"drop_blocks": [1], "drop_path": 0.1}
 TWELVE = tuple(f"{length}{keep}" for length in (14, 10, 7) for keep in ("", "@0.9", "@0.7", "@0.5"))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import small_runs as runs
+from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.index.manifest import SCHEMA, Manifest
 from videoadapt.errors import RunError
@@ -112,6 +113,38 @@ def test_a_bad_step_changes_nothing(
         bad.read(state)
     good.read(state)
     assert not torch.equal(_tensors(state)["model/head.weight"], before["model/head.weight"])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_clip_that_failed_is_replaced_by_one_without_weight(
+    tokens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled model sees the same number of clips in every step, and the gradients are those of the rest."""
+    model: dict[str, Any] = {"points": ["8", "8@0.5", "4"], "drop_blocks": [1], "drop_path": 0.0}
+    changes: dict[str, Any] = {"model": model, "data": {"mixup": 0.8}}
+    if tokens:
+        changes = {"model": {"dense_head": 0.25, "drop_path": 0.0}, "data": {"mix_token": 1.0}}
+    config = runs.config(tmp_path, tmp_path / "run", **changes, train={"batch": 4})
+    gradients, seen = [], []
+    generator = torch.Generator().manual_seed(3)
+    planned = module.planned_clips
+    clips = torch.randint(0, 256, (3, *_clips(config, 0).clips.shape[1:]), dtype=torch.uint8, generator=generator)
+    batch = Batch(clips, torch.tensor([1, 2, 0]), torch.tensor([0, 1, 3]), [0, 1, 3], [Failure(2, "gone.mp4", "gone")])
+    for rows in (planned, lambda *_: 0):
+        monkeypatch.setattr(module, "planned_clips", rows)
+        state = State.start(config, Manifest(SCHEMA.empty_table(), tuple(map(str, range(config.model.num_classes)))))
+        state.model.double()
+        state.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        monkeypatch.setattr(state.optimizer, "step", lambda: None)
+        report = train_step(state, RankRole.from_plan(config, state.model, make_plan(config, 1, {})), [batch])
+        assert report.sums[2] == 3  # clips
+        gradients.append({name: p.grad for name, p in state.model.named_parameters() if p.grad is not None})
+    points = len(config.model.points)
+    assert seen == [4] * points + [3] * points
+    padded, unpadded = gradients
+    assert padded.keys() == unpadded.keys()
+    for name, gradient in unpadded.items():
+        torch.testing.assert_close(padded[name], gradient, rtol=1e-10, atol=1e-10)
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

@@ -146,6 +146,20 @@ class Targets(NamedTuple):
     dense: Tensor | None  # targets of the head on patches, (B, T * N, classes); None at points without its loss
     swap: tuple[Tensor, Tensor] | None  # tokens to mix between clips; an argument of `TimeSformer.forward`
 
+    def padded(self, clips: int) -> Targets:
+        """Returns the targets with some more clips, whose targets are zeros and whose tokens stay."""
+        dense = None if self.dense is None else pad_rows(self.dense, clips)
+        if self.swap is None or not clips:
+            return Targets(pad_rows(self.cls, clips), dense, self.swap)
+        partners, taken = self.swap
+        alone = torch.arange(len(partners), len(partners) + clips, device=partners.device)
+        return Targets(pad_rows(self.cls, clips), dense, (torch.cat([partners, alone]), pad_rows(taken, clips)))
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """Returns a tensor (B, ...) with some rows of zeros behind it; the same tensor for none."""
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, count)) if count else rows
+
 
 def make_targets(point: Point, truth: Tensor, batch: Batch, config: Config, *, seed: int) -> Targets:
     """Returns the targets of a batch at one point.

@@ -31,7 +31,7 @@ from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import TeacherLogits
 from videoadapt.training.freeze import set_training_mode
 from videoadapt.training.groups import Group, GroupPlan
-from videoadapt.training.losses import Targets, make_targets, point_loss
+from videoadapt.training.losses import Targets, make_targets, pad_rows, point_loss
 from videoadapt.training.state import State, Tally
 from videoadapt.training.step_report import StepReport
 
@@ -129,12 +129,17 @@ def train_step(
 
 
 class _Inputs(NamedTuple):
-    """A micro-batch on the device, ready for the model. B is 1 for an empty clip without weight."""
+    """A micro-batch on the device, ready for the model: the clips that were read, then empty clips without weight."""
 
     clips: Tensor  # (B, C, T, S, S) normalised
     labels: Tensor  # (B, classes) soft labels
     weights: Tensor  # (B,) 1, or 0 for a clip whose loss does not count
     positions: Tensor  # (clips that were read,) int64, their positions in the micro-batch of all ranks; on the host
+
+    def padded(self, clips: int) -> _Inputs:
+        """Returns at least this many clips. The added ones have no weight; nothing else looks at them."""
+        missing = max(clips - len(self.clips), 0)
+        return _Inputs(*(pad_rows(rows, missing) for rows in self[:3]), self.positions)
 
 
 def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tallies: dict[str, Tally]) -> None:
@@ -147,6 +152,8 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
     if not points:  # still takes part in all collectives; the costliest point is drawn in every step
         points, batch = (costliest,), batch.without_clips()
     inputs = _prepare(batch, number, state)
+    if len(batch.labels):
+        inputs = inputs.padded(planned_clips(role, config))
     if role.teacher_logits is not None and not role.teaches:
         role.teacher_logits.start()  # the logits arrive during the forward pass
     logits: dict[str, Tensor] = {}  # detached logits by point; later points use them as teachers
@@ -169,6 +176,17 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
         logits[point] = own
         read = slice(len(batch.labels))  # leaves out the empty clip
         tallies[point].add(loss.detach()[read], own.argmax(-1)[read] == batch.labels, batch.videos)
+
+
+def planned_clips(role: RankRole, config: Config) -> int:
+    """Returns the clips that a micro-batch of this rank has if no video fails; 0 if a smaller one stays as it is.
+
+    `torch.compile` compiles each point again for another number of clips. A BatchNorm would count empty clips in its
+    statistics; other layers treat each clip by itself.
+    """
+    if config.model.embed == "stem":
+        return 0
+    return len(role.positions(config.train.batch // config.train.accumulate, pairs=config.data.mixes))
 
 
 def points_here(group: Group, drawn: Collection[str]) -> tuple[str, ...]:
@@ -224,7 +242,9 @@ def loss_at(
 
 def _targets_at(point: str, inputs: _Inputs, batch: Batch, state: State) -> Targets:
     seed = seed_of("mix", state.config.run.seed, state.step)
-    return make_targets(Point.parse(point), inputs.labels, batch, state.config, seed=seed)
+    read = max(len(batch.labels), 1)
+    targets = make_targets(Point.parse(point), inputs.labels[:read], batch, state.config, seed=seed)
+    return targets.padded(len(inputs.labels) - read)
 
 
 def _forward_at(point: str, inputs: _Inputs, targets: Targets, role: RankRole, state: State) -> Heads:
