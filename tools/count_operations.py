@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -83,6 +83,10 @@ def counting(device: torch.device) -> Iterator[Count]:
             stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
             stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
             stack.enter_context(mock.patch("torch.cuda.current_stream", lambda *_: mock.MagicMock()))
+        for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+            # torch treats many tensors in one launch, if their type is one that it knows.
+            types = [Tensor, nn.Parameter, FakeTensor]
+            stack.enter_context(mock.patch(f"{module}._foreach_supported_types", types))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_FusedAttention())
         counter = stack.enter_context(_Counter(device))

@@ -136,10 +136,11 @@ class _Inputs(NamedTuple):
     weights: Tensor  # (B,) 1, or 0 for a clip whose loss does not count
     positions: Tensor  # (clips that were read,) int64, their positions in the micro-batch of all ranks; on the host
 
-    def padded(self, clips: int) -> _Inputs:
+    def padded(self, least: int) -> _Inputs:
         """Returns at least this many clips. The added ones have no weight; nothing else looks at them."""
-        missing = max(clips - len(self.clips), 0)
-        return _Inputs(*(pad_rows(rows, missing) for rows in self[:3]), self.positions)
+        missing = max(least - len(self.clips), 0)
+        clips, labels, weights = (pad_rows(rows, missing) for rows in (self.clips, self.labels, self.weights))
+        return _Inputs(clips, labels, weights, self.positions)
 
 
 def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tallies: dict[str, Tally]) -> None:
