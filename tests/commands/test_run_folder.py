@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import small_runs as runs
 from videoadapt.config.load import RUN_CONFIG, Config, load_config, make_config
 from videoadapt.errors import CheckpointError, ConfigError
-from videoadapt.runtime.run_config import record_config
+from videoadapt.runtime.run_config import record_config, say_other_parts
 from videoadapt.training.train import train
 
 Snapshot = dict[str, tuple[int, int]]
@@ -85,6 +85,14 @@ def test_a_later_stage_changes_its_own_section_alone(run: Config, tmp_path: Path
     }
     assert runs.command("evaluate", copy, "evaluate.batch=2", "evaluate.speed_clips=0").returncode == 0
     assert yaml.safe_load((copy / RUN_CONFIG).read_text()) == after
+
+
+def test_a_stage_says_if_it_divides_train_otherwise(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    say_other_parts(run, "label")
+    assert not capsys.readouterr().err
+    data = run.data.model_copy(update={"calibrate": 0.125})
+    say_other_parts(run.model_copy(update={"data": data}), "calibrate")
+    assert f"data.calibrate {run.data.calibrate} (here 0.125)" in capsys.readouterr().err
 
 
 def test_commands_that_read_write_nothing(run: Config) -> None:

@@ -518,6 +518,9 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Config:
 def _show_stage(
     stage: Stage, config: Config, as_json: bool, print_result: Callable[[Summary], None], policies: Sequence[str] = ()
 ) -> None:
+    from videoadapt.runtime.console import say
+
+    say(f"{stage}: {config.run.dir}")  # first: importing torch takes seconds, or a minute on a busy machine
     from videoadapt.commands.stage import run_stage
     from videoadapt.runtime.results import ShardResult
 
@@ -526,8 +529,6 @@ def _show_stage(
     as_json = as_json or isinstance(result, ShardResult)
     _show(result.to_json(), as_json, print_result)
     if not as_json and (following := _following(stage, config)):
-        from videoadapt.runtime.console import say
-
         say(f"next: videoadapt {following} {shlex.quote(str(config.run.dir))}")
 
 

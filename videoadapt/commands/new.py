@@ -85,7 +85,8 @@ def new(
     facts = None if weights is None else weights_facts(_source(weights))
     found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"), given.get("data.classes"))
     machine = measure_machine(found, facts)
-    chosen = recommend(found, facts, machine, minutes)
+    holdout = float(given["data.holdout"]) if "data.holdout" in given else None
+    chosen = recommend(found, facts, machine, minutes, holdout)
     settings = {
         **chosen.settings,
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
@@ -106,11 +107,11 @@ def new(
         data=replace(found, files={}),
         weights=f"{facts.label}; {facts.origin}" if facts else None,
         machine=machine,
-        seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}),
+        seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}, config),
         minutes=chosen.minutes,
         alternatives=chosen.alternatives,
         notes=_notes(found, facts, config),
-        commands=_commands(path, found),
+        commands=_commands(path, found, config),
     )
 
 
@@ -220,9 +221,14 @@ def _assign_s(config: Config, clips: int) -> float:
     return seconds.idle * settings.epochs * max(1, round(config.data.holdout * clips) // settings.batch)
 
 
-def _by_stage(seconds: Mapping[str, float]) -> dict[str, float]:
+def _stages(config: Config) -> list[str]:
+    """Returns the stages to run: without a holdout there is nothing to label, and no assigner."""
+    return ["train", *(("label", "assign") if config.data.holdout else ()), "evaluate"]
+
+
+def _by_stage(seconds: Mapping[str, float], config: Config) -> dict[str, float]:
     """Returns the times in the order in which the stages run."""
-    return {stage: seconds[stage] for stage in ("train", "label", "assign", "evaluate")}
+    return {stage: seconds[stage] for stage in _stages(config)}
 
 
 def print_new(result: NewRun) -> None:
@@ -321,6 +327,12 @@ def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[s
             f"the whole training has about {steps} steps: the curves of so few are mostly chance, and one epoch tells "
             "nothing; let it end, and go by the intervals of `evaluate` (docs/finetune.md, How many epochs)"
         )
+    if not config.data.holdout:
+        costliest, cheapest = config.model.points[0], config.model.points[-1]
+        notes.append(
+            "too few clips for an assigner, so data.holdout is 0. A cascade needs none: after `evaluate`, try "
+            f"--policy cascade:{cheapest},{costliest}:0.9 (docs/points.md)"
+        )
     if epochs < _FEW_EPOCHS:
         notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more --minutes")
     if data.unreadable:
@@ -341,12 +353,11 @@ def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[s
     return notes
 
 
-def _commands(config: Path, data: Survey) -> list[str]:
-    folder = config.parent  # a folder with a config.yaml stands for it
+def _commands(path: Path, data: Survey, config: Config) -> list[str]:
+    folder = path.parent  # a folder with a config.yaml stands for it
     shown = shlex.quote(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))
-    verbs = ("train", "label", "assign", "evaluate")
     sample = "PHOTO.jpg" if data.kind == "images" else "CLIP.mp4"
-    return [*(f"videoadapt {verb} {shown}" for verb in verbs), f"videoadapt predict {shown} {sample}"]
+    return [*(f"videoadapt {stage} {shown}" for stage in _stages(config)), f"videoadapt predict {shown} {sample}"]
 
 
 def _source(weights: str) -> str:

@@ -33,6 +33,7 @@ _CHOSEN = {"size", "num_frames", "stride_frames", "fps", "mean", "std", "points"
 
 _LONGEST_CLIP_S = 8.5  # that of TimeSformer on Kinetics: 8 frames, 32 apart, at 30 a second
 _LENGTHS = (14, 10, 7)  # largest lengths to consider, in patches per side
+_HOLDOUTS = (0.2, 0.3)  # fractions of train to choose from
 _FEW_CLIPS = 500  # below: fine-tuning all blocks forgets more than it learns
 _IMBALANCED = 2.0  # largest class / smallest class
 _TRAIN_MINUTES = {"cpu": 10.0, "cuda": 60.0}  # for training, without reading, unless the user gives another time
@@ -98,7 +99,11 @@ class _Recipe(NamedTuple):
 
 
 def recommend(
-    data: Survey, weights: WeightsFacts | None, machine: MachineFacts, minutes: float | None = None
+    data: Survey,
+    weights: WeightsFacts | None,
+    machine: MachineFacts,
+    minutes: float | None = None,
+    holdout: float | None = None,
 ) -> Recommendation:
     """Returns settings for a run whose training ends in a given time.
 
@@ -107,11 +112,12 @@ def recommend(
         weights: What the weights need; None without weights.
         machine: The machine that will train.
         minutes: The time for training on an idle machine, without reading. None: 10 on a CPU, 60 on a GPU.
+        holdout: The fraction of train that is held out. None: as much as the assigner needs, or nothing.
     """
     minutes = minutes or _TRAIN_MINUTES[machine.device]
     model = dict(weights.model if weights else _FROM_SCRATCH)
     few = data.clips("train") < _FEW_CLIPS
-    holdout = 0.3 if few else 0.2
+    holdout = _holdout(data.clips("train")) if holdout is None else holdout
     stage1 = round(data.clips("train") * (1 - holdout))
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
@@ -123,7 +129,7 @@ def recommend(
         **_data_settings(data, machine, chosen, holdout),
         **_model_settings(data, weights, model, chosen, minutes),
         **_train_settings(data, weights, machine, chosen, stage1),
-        **_later_settings(data, machine),
+        **_later_settings(data, machine, holdout),
     }
     views = settings["evaluate.temporal_views"].value * settings["evaluate.spatial_crops"].value
     pass_s = _macs(model, data, chosen.frames, chosen.points) * views / machine.macs_per_s
@@ -217,8 +223,6 @@ def _macs(model: Mapping[str, Any], data: Survey, frames: int, points: Sequence[
 
 def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout: float) -> dict[str, Setting]:
     clips = data.clips("train")
-    held_out = round(clips * holdout)
-    reason = f"about {held_out} of {clips}, drawn one by one; {_choosing(held_out)}"
     settings = {
         "data.train.annotations": Setting(str(data.sources.train), f"{clips} {data.kind}, {_per_class(data)}"),
         "data.val.annotations": Setting(str(data.sources.val), f"{data.clips('val')} {data.kind}"),
@@ -228,7 +232,7 @@ def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout
         "data.classes": Setting(
             _text(data.sources.classes), "" if data.sources.classes else "the names of the folders"
         ),
-        "data.holdout": Setting(holdout, reason),
+        "data.holdout": Setting(holdout, _why_holdout(clips, holdout)),
         "data.validate": _validated(data, chosen),
     }
     if machine.device == "cpu":
@@ -237,19 +241,29 @@ def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout
     return settings
 
 
-def _choosing(held_out: int) -> str:
-    """Returns in words what the clips that choose the assigner's threshold can show."""
-    assign, delta = AssignConfig(), CalibrateConfig().delta
-    choosing = max(1, round(assign.select * held_out))
-    needed = videos_needed(0.0, assign.tolerance, delta)
-    if needed is not None and choosing >= needed:
-        return f"{choosing} of them choose the assigner's threshold: enough to prove assign.tolerance"
-    if choosing < FEWEST:
+def _holdout(clips: int) -> float:
+    """Returns the smaller fraction of train that suffices to choose the assigner's threshold; 0 if none does."""
+    return next((fraction for fraction in _HOLDOUTS if _choosing(clips, fraction) >= FEWEST), 0.0)
+
+
+def _choosing(clips: int, holdout: float) -> int:
+    """Returns how many clips choose the assigner's threshold."""
+    return round(AssignConfig().select * round(clips * holdout))
+
+
+def _why_holdout(clips: int, holdout: float) -> str:
+    choosing = _choosing(clips, holdout or _HOLDOUTS[-1])
+    if not holdout:
         return (
-            f"{choosing} of them would choose the assigner's threshold, which takes {FEWEST}: every clip would go to "
-            "the costliest point. 0, and neither `label` nor `assign`, leaves all clips to training"
+            f"{clips} clips are too few for an assigner: with {_HOLDOUTS[-1]:g}, {choosing} of them would choose its "
+            f"threshold, which takes {FEWEST}. So all are for training"
         )
-    return f"{choosing} of them choose the assigner's threshold, by estimate: a proof takes {needed}"
+    needed = videos_needed(0.0, AssignConfig().tolerance, CalibrateConfig().delta)
+    proof = "enough to prove" if needed is not None and choosing >= needed else f"by estimate: {needed} would prove"
+    return (
+        f"about {round(clips * holdout)} of {clips}, drawn one by one; {choosing} of them choose the assigner's "
+        f"threshold, {proof} assign.tolerance"
+    )
 
 
 def _validated(data: Survey, chosen: _Recipe) -> Setting:
@@ -395,12 +409,15 @@ def _batch(clips: int, data: Survey, machine: MachineFacts) -> int:
     return batch
 
 
-def _later_settings(data: Survey, machine: MachineFacts) -> dict[str, Setting]:
+def _later_settings(data: Survey, machine: MachineFacts, holdout: float) -> dict[str, Setting]:
+    source = Setting("holdout", "on clips that it was trained on, a model is nearly always right")
+    if not holdout:
+        source = Setting("teacher", "without a holdout; no stage that runs needs it")
     if data.kind == "images":
         return {
             "evaluate.temporal_views": Setting(1, "images"),
             "evaluate.spatial_crops": Setting(1, "the centre"),
-            "label.source": Setting("holdout", "on clips that it was trained on, a model is nearly always right"),
+            "label.source": source,
         }
     covered = min(data.seconds.low, _LONGEST_CLIP_S) / data.seconds.middle
     views = 1 if covered > 0.5 else 2 if covered > 0.25 else 3  # noqa: PLR2004
@@ -410,5 +427,5 @@ def _later_settings(data: Survey, machine: MachineFacts) -> dict[str, Setting]:
         "evaluate.spatial_crops": Setting(
             crops, f"frames are {data.aspect:.2g} times as long as high; on a GPU 3 crops are cheap, on a CPU not"
         ),
-        "label.source": Setting("holdout", "on clips that it was trained on, a model is nearly always right"),
+        "label.source": source,
     }

@@ -21,6 +21,7 @@ from videoadapt.errors import RunError, one_line, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.results import Result, ShardResult
+from videoadapt.runtime.run_config import say_other_parts
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, Stopped, StopRequest
 from videoadapt.runtime.slurm import SlurmJob, rank_env, requeue, slurm_job
 
@@ -62,6 +63,8 @@ def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Res
     with StopRequest(JOB_SIGNALS if job is not None else ()):
         try:
             function = _function(stage)
+            if stage != "train":
+                say_other_parts(config, stage)
             result = function(config, policies) if policies else function(config)
             if stage == "train" and rank_env(os.environ).rank == 0:
                 draw_new_curves(config.run.dir)

@@ -24,6 +24,8 @@ from videoadapt.errors import ConfigError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 
+_PARTS_OF_TRAIN = ("holdout", "calibrate", "source_pattern")  # keys of `data` that decide which videos are trained on
+
 
 def record_config(config: Config, sections: Collection[str] | None = None) -> None:
     """Writes a config into its run folder, with absolute paths and without what belongs to one job alone.
@@ -51,6 +53,25 @@ def record_config(config: Config, sections: Collection[str] | None = None) -> No
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def say_other_parts(config: Config, stage: str) -> None:
+    """Prints which keys divide the train split otherwise than `train` did, and how to get its keys."""
+    path = config.run.dir / RUN_CONFIG
+    try:
+        trained = load_config(config.run.dir).data if path.exists() and is_recorded(path) else config.data
+    except ConfigError:  # of another version
+        return
+    found = [
+        f"data.{key} {getattr(trained, key)} (here {getattr(config.data, key)})"
+        for key in _PARTS_OF_TRAIN
+        if getattr(trained, key) != getattr(config.data, key)
+    ]
+    if found:
+        say(
+            f"{config.run.dir} was trained with {', '.join(found)}; `videoadapt {stage} {config.run.dir}` uses the "
+            "keys of its training"
+        )
 
 
 def _for_any_job(config: Config) -> Config:
