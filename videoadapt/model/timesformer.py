@@ -24,9 +24,9 @@ from videoadapt.model.embed import PatchEmbed, PositionEmbed, Projection
 from videoadapt.model.layout import Shape
 from videoadapt.model.norm import LengthNorm
 
-# Patch tokens of a batch. With fewer, the GPU waits for the host, and they save it little. At 12,544 tokens
-# they were slower than torch's own (docs/results/gpu.md), with twice as many launches as now (docs/results/step.md).
-_LEAST_FUSED = 8_192
+# Patch tokens of a batch. With fewer, the GPU waits for the host, which takes longer to call the fused kernels than
+# torch's own (docs/results/gpu.md: measured at 12,544 and 50,176 tokens).
+_LEAST_FUSED = 32_768
 
 
 class Heads(NamedTuple):
