@@ -101,7 +101,7 @@ def our_step(config: Config, steps: int) -> Turn:
         seconds = silent_s = seconds_a_step(role)
         if world_size() > 1:
             # The weights of the ranks now differ. This does not change the time of later steps.
-            with no_gradient_sync(role.forward):
+            with no_gradient_sync(role.module):
                 silent_s = seconds_a_step(silent_role)
         waited_s = timed.waited_s / steps if timed is not None else 0.0
         return StepTime(seconds, silent_s, waited_s, _peak_bytes(state.device, base))
@@ -139,7 +139,7 @@ def peer_step(config: Config, steps: int) -> Turn:
     base = memory_after_imports()  # transformers is imported by now
     peer = build().to(device).train()
     optimizer = make_optimizer(peer.named_parameters(), config.train)
-    forward: nn.Module = torch.compile(peer) if config.train.compile else peer  # type: ignore[assignment]
+    forward: nn.Module = torch.compile(peer) if config.train.compiles else peer  # type: ignore[assignment]
     shape = (config.train.batch, 3, model.num_frames, side, side)  # B C T H W
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     labels = torch.randint(0, model.num_classes, (config.train.batch,), device=device)

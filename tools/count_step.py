@@ -125,6 +125,7 @@ def count_graphs(points: tuple[str, ...]) -> tuple[int, int, int]:
     """
     model = TimeSformer(make_config({"model": SMALL | {"points": points}}).model).train()  # its sizes change no graph
     torch._dynamo.reset()
+    counters.clear()
     with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
         forward = compiled(model)
     counts = []

@@ -91,11 +91,12 @@ def test_booleans_and_null_are_those_of_the_field(tmp_path: Path) -> None:
         tmp_path, "train: {compile: no, clip_grad: ~}\nmodel: {temporal: true, fps: null}\nslurm: {qos: }"
     )
     assert (config.train.compile, config.train.clip_grad, config.model.temporal, config.model.fps) == (
-        False,
+        "off",
         None,
         True,
         None,
     )
+    assert config_of(tmp_path, "", "train.compile=true").train.compile == "on"
     assert config.slurm.qos is None
     assert config_of(tmp_path, "slurm: {qos: 'null'}").slurm.qos == "null"
     assert "train.epochs" in refused(tmp_path, "train: {epochs: true}")

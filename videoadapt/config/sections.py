@@ -132,6 +132,17 @@ def _check_folder(path: Path) -> Path:
     return path
 
 
+def _on_or_off(value: object) -> object:
+    """Returns the word for a truth value: YAML reads `on` as one, and earlier versions had one."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return (
+        {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(value.lower(), value)
+        if isinstance(value, str)
+        else value
+    )
+
+
 class RunConfig(Section):
     """The run folder, the device and the seed."""
 
@@ -479,8 +490,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time, the
     same results."""
-    compile: bool = False
-    """Compile the model with `torch.compile`. The first steps take minutes."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = "auto"
+    """Compile the model with `torch.compile`; the first steps take minutes. `auto` compiles where a measurement shows
+    that compiled steps are right and faster: so far nowhere. If the compiler fails, training goes on without it."""
     save_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
     """Steps between two checkpoints. 0 = one each epoch."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=10**6)] = 2
@@ -495,6 +507,11 @@ class TrainConfig(Section):
     """Validations without a better `train.best_metric` after which training stops early. null = never."""
     tracker: Literal["wandb", "mlflow", "clearml"] | None = None
     """Experiment tracker that also gets all metrics; its package must be installed. null = none."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled. `auto` waits for a measurement on a GPU."""
+        return self.compile == "on"
 
     @model_validator(mode="after")
     def _check_schedule_and_batch(self) -> TrainConfig:

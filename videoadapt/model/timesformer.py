@@ -221,21 +221,25 @@ def build_model(config: Config) -> TimeSformer:
     return TimeSformer(config.model)
 
 
-def compiled(model: TimeSformer) -> nn.Module:
+def compiled(model: TimeSformer, module: nn.Module | None = None) -> nn.Module:
     """Returns the compiled model, with a recompile limit that allows one graph per point and batch size.
 
     By default torch compiles a function for 8 different calls and runs all further calls uncompiled. Each combination
     of point and batch size is a different call.
+
+    Args:
+        model: The model.
+        module: What is compiled: `model`, or a module around it, such as DDP.
 
     Side effect: in older versions of torch, `torch.compile` has no argument `recompile_limit`, and one limit applies to
     the whole process. It is raised and stays raised, because torch reads it while the compiled model runs.
     """
     limit = 2 * len(model.points) + 8  # two batch sizes per point (the last batch may be smaller), and torch's own 8
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return torch.compile(model, recompile_limit=limit)  # type: ignore[call-overload]
+        return torch.compile(module or model, recompile_limit=limit)  # type: ignore[call-overload]
     limits: Any = torch._dynamo.config
     limits.cache_size_limit = max(limits.cache_size_limit, limit)  # torch 2.7 renamed it and kept both names
-    return torch.compile(model)  # type: ignore[return-value]
+    return torch.compile(module or model)  # type: ignore[return-value]
 
 
 def initialise(model: TimeSformer) -> None:

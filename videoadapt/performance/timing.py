@@ -53,7 +53,7 @@ class Stopwatch:
         self.config, self.sizes, self.device = config, sizes, pick_device(config.run.device)
         self.model = TimeSformer(config.model).to(self.device).train()
         self.model.activation_checkpointing = config.train.activation_checkpointing
-        self._forward = compiled(self.model) if config.train.compile else self.model
+        self._forward = compiled(self.model) if config.train.compiles else self.model
         self._optimizer = make_optimizer(self.model.named_parameters(), config.train)
 
     def measure(self) -> Round:

@@ -7,10 +7,10 @@ the optimizer moves once (ReViT, section 3.4; SuperViT).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
@@ -21,11 +21,12 @@ from videoadapt.config.points import Point
 from videoadapt.data.clips.augment import mix
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.views import normalise
-from videoadapt.model.timesformer import Heads, TimeSformer, compiled
+from videoadapt.model.timesformer import Heads, TimeSformer
 from videoadapt.runtime.machine import precision_dtype
 from videoadapt.runtime.ranks import all_reduce_sum, rank, stop_flags, world_size
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
+from videoadapt.training.compile import Compiled
 from videoadapt.training.ddp import no_gradient_sync, sum_gradients, synchronise_batch_norms
 from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import TeacherLogits
@@ -43,14 +44,16 @@ class RankRole:
     Attributes:
         plan: The groups of all ranks.
         group: The group of this rank.
-        forward: The model; its backward pass sums gradients over all ranks.
+        module: The model; its backward pass sums gradients over all ranks.
+        forward: The same, compiled with `train.compile: on`.
         teacher_logits: Sends or receives the logits of the costliest point. None if the plan has one group, since then
             every rank computes these logits for its own clips.
     """
 
     plan: GroupPlan
     group: Group
-    forward: nn.Module
+    module: nn.Module
+    forward: Callable[..., Any]
     teacher_logits: TeacherLogits | None
 
     @classmethod
@@ -66,13 +69,14 @@ class RankRole:
             ConfigError: The plan has several groups, but the model has one stem for all lengths.
         """
         synchronise_batch_norms(model, plan, config.parallel.step_s)
-        forward = sum_gradients(compiled(model) if config.train.compile else model)
+        module = sum_gradients(model)
+        forward = Compiled(module, model) if config.train.compiles else module
         weight = model.head.weight
         # Under bf16 autocast logits are bf16; the mean of two heads and the loss are computed in float32.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         has_students_elsewhere = len(plan.groups) > 1
         teacher_logits = TeacherLogits(config, plan, dtype, weight.device) if has_students_elsewhere else None
-        return cls(plan, plan.group(rank()), forward, teacher_logits)
+        return cls(plan, plan.group(rank()), module, forward, teacher_logits)
 
     @property
     def teaches(self) -> bool:
@@ -162,7 +166,7 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
     for point in points:  # costliest first, and each length before its keeps: a teacher comes before its students
         is_last = number == config.train.accumulate - 1 and point == points[-1]
         # DDP sums over ranks in the last backward pass of the step. Earlier sums would repeat the work.
-        with nullcontext() if is_last else no_gradient_sync(role.forward):
+        with nullcontext() if is_last else no_gradient_sync(role.module):
             targets = _targets_at(point, inputs, batch, state)
             heads = _forward_at(point, inputs, targets, role, state)
             own = heads.logits().detach()  # (B, classes)
