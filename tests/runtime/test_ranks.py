@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from videoadapt.runtime.ranks import (
     all_reduce_sum,
     any_requested,
     broadcast_result,
-    gpu_conflict,
     gpu_index,
     is_collective_error,
     rank,
@@ -93,17 +93,6 @@ def test_a_missing_variable_of_the_launcher_is_an_error(monkeypatch: pytest.Monk
         pass
 
 
-@pytest.mark.parametrize(("started", "missing"), [([0, 2], "1"), ([1], "0")])
-def test_a_missing_rank_is_an_error_after_join_s(tmp_path: Path, started: list[int], missing: str) -> None:
-    job = Ranks("with ranks(config): pass", tmp_path, 3, started=started, join_s=10.0)
-    ended = job.ended()
-    assert time.monotonic() - job.since < 60
-    output = "".join(errors for _, errors in ended.values())
-    assert output.count("Traceback") == 1
-    assert f"of 3 ranks joined within 10 s (parallel.join_s); missing: rank {missing}. Check" in output
-    assert all(code != 0 for code, _ in ended.values())
-
-
 def test_the_number_of_ranks_must_be_parallel_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"expected 3 ranks, but this process is one of 1 \(no launcher started it\)"):
         ranks(config_of(tmp_path, ranks=3)).__enter__()
@@ -137,20 +126,6 @@ def test_the_gpu_index_follows_from_the_local_rank() -> None:
     assert [gpu_index(local, 1) for local in range(3)] == [0, 0, 0]  # bound by SLURM to one each
 
 
-@pytest.mark.parametrize(
-    ("gpus", "fault"),
-    [
-        ([("a", "x"), ("a", "y"), ("b", "x")], ""),
-        ([("a", None), ("b", None)], ""),
-        ([("a", "x"), ("b", None)], "rank 1 found no GPU on b, but other ranks found one"),
-        ([("a", "x"), ("b", "x"), ("a", "x")], "ranks 0 and 2 would share one GPU of a"),
-    ],
-)
-def test_a_missing_or_shared_gpu_is_a_conflict(gpus: list[tuple[str, str | None]], fault: str) -> None:
-    assert gpu_conflict(gpus).startswith(fault)
-    assert bool(gpu_conflict(gpus)) == bool(fault)
-
-
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_only_the_dead_rank_is_named_if_others_wait_for_a_failed_rank(tmp_path: Path, launcher: str) -> None:
     # If a rank dies, torchrun ends the other ranks before they can report it; so it hangs instead.
@@ -172,7 +147,7 @@ with ranks(config, {timeout_s}):
     else:
         (tmp_path / "program.py").write_text(HEAD + program)
         output = finished(torchrun(3, tmp_path / "program.py", tmp_path, JOIN_S)).stderr
-    assert "RunError: rank 1 of 3 died or hangs" in output
+    assert re.search(r"RunError: rank 1 of 3 \(\S+\) died or hangs", output)
     assert output.count("RunError:") == 1
 
 
@@ -225,15 +200,6 @@ with ranks(config), StopRequest() as stop:
     ended = Ranks(program, tmp_path, 2).ended()
     assert [code for code, _ in ended.values()] == [0, 0], ended
     assert {path.name for path in tmp_path.glob("?False*")} == {"0FalseTrueSIGUSR2", "1FalseTrueSIGUSR2"}
-
-
-def test_keys_of_a_killed_job_with_the_same_name_are_ignored(tmp_path: Path) -> None:
-    """Ids of jobs are used again: by a new cluster, and by processes of one machine."""
-    killed = Ranks("with ranks(config):\n    wait_for_all()\n    os.kill(os.getpid(), 9)", tmp_path, 2)
-    assert [code for code, _ in killed.ended().values()] == [-9, -9]
-    assert list((tmp_path / "ranks").iterdir())
-    ended = Ranks(ACTION, tmp_path, 2).ended()
-    assert [code for code, _ in ended.values()] == [0, 0], ended
 
 
 def test_an_interrupt_on_one_rank_interrupts_all(tmp_path: Path) -> None:
@@ -292,5 +258,5 @@ with ranks(config) as collectives:
     job = Ranks(program, tmp_path, 3)
     ended = job.ended(timeout_s=45, only=[0, 2])
     output = "".join(errors for _, errors in ended.values())
-    assert "rank 1 of 3 died or hangs; a collective operation of the other ranks failed" in output
+    assert re.search(r"rank 1 of 3 \(\S+\) died or hangs; a collective operation of the other ranks failed", output)
     assert output.count("RunError:") == 1

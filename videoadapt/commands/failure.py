@@ -7,8 +7,8 @@ import sys
 import traceback
 from typing import NoReturn
 
-from videoadapt.errors import RunError, UserError, one_line
-from videoadapt.runtime.slurm import rank_env
+from videoadapt.errors import RunError, UserError
+from videoadapt.runtime.console import print_error
 
 # Exit codes
 RUN_FAILED = 1
@@ -35,12 +35,13 @@ def fail(error: Exception) -> NoReturn:
     """Prints a failure as one line on stderr, after its traceback if the user wants it, and exits."""
     if os.environ.get("VIDEOADAPT_TRACEBACK", "0") not in {"", "0"}:
         traceback.print_exception(error)
-    env = rank_env(os.environ)
-    where = f" on rank {env.rank} of {env.world}" if env.world > 1 else ""
     lack = "not enough memory; take smaller batches, frames or models, or a larger machine: "
-    message = f"{lack if _is_out_of_memory(error) else ''}{error}"
-    # One line: log files of many ranks are searched with grep.
-    print(f"error{where}: " + one_line(message), file=sys.stderr)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        lack = (
+            "the GPU has not enough memory; raise train.accumulate (the same results), set "
+            "train.activation_checkpointing=true, or lower train.batch; after training, lower evaluate.batch: "
+        )
+    print_error(f"{lack if _is_out_of_memory(error) else ''}{error}")
     if excerpt := getattr(error, "excerpt", ""):
         print(excerpt, file=sys.stderr)
     sys.exit(INPUT_WRONG if isinstance(error, UserError) else RUN_FAILED)

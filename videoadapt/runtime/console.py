@@ -6,6 +6,7 @@ Only results go to stdout, so that the output of `--json` can be piped.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from videoadapt.errors import one_line
 from videoadapt.runtime.slurm import rank_env
 
 _LOG_WIDTH = 160  # columns of a table in a file or a pipe; rich's default of 80 would wrap most cells
@@ -60,6 +62,13 @@ def say(message: str) -> None:
         return
     # No markup: paths and points may contain square brackets. No wrapping: log files are searched line by line.
     console.print(message, markup=False, soft_wrap=True)
+
+
+def print_error(message: object) -> None:
+    """Prints an error on stderr as one line, with the rank: log files of many ranks are searched with grep."""
+    env = rank_env(os.environ)
+    where = f" on rank {env.rank} of {env.world}" if env.world > 1 else ""
+    print(f"error{where}: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def advise(message: str) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -18,7 +19,7 @@ from videoadapt.config.load import Config
 from videoadapt.errors import RunError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import remove_abandoned
-from videoadapt.runtime.ranks import broadcast_result, rank, wait_for_file
+from videoadapt.runtime.ranks import before_sudden_end, broadcast_result, rank, wait_for_file
 from videoadapt.runtime.run_config import record_config
 from videoadapt.runtime.slurm import job_states, slurm_job
 
@@ -121,16 +122,20 @@ class Lease:
             if previous is not None and previous != lease.owner:
                 lease._require_replaceable(previous)
             _write_owner(file, lease.owner)
-        succeeded = False
         try:
-            yield lease
-            succeeded = True
-        finally:
-            with lease._locked_file() as file:
-                if _read_owner(file) == lease.owner:  # otherwise a later start of this job has replaced it
-                    _write_owner(file, None)
-                    if not succeeded:
-                        lease._remove_unused(made)
+            with before_sudden_end(partial(lease._give_back, made)):
+                yield lease
+        except BaseException:
+            lease._give_back(made)
+            raise
+        lease._give_back([])
+
+    def _give_back(self, made: list[Path]) -> None:
+        """Ends the ownership, unless a later start of this job has replaced it; `made` is removed if unused."""
+        with self._locked_file() as file:
+            if _read_owner(file) == self.owner:
+                _write_owner(file, None)
+                self._remove_unused(made)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

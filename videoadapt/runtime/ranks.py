@@ -1,4 +1,4 @@
-"""The ranks of a job: rendezvous, process group, errors of other ranks, and small collectives.
+"""The ranks of a job: process group, errors of other ranks, and small collectives.
 
 A single process is rank 0 of 1, so that its callers need no second code path.
 """
@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import stat
+import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from videoadapt.config.load import Config
-from videoadapt.errors import RunError, few, plural
+from videoadapt.errors import RunError, plural
+from videoadapt.runtime.heartbeats import Heartbeats, cause_of_end, claim_end, describe_dead
+from videoadapt.runtime.rendezvous import Rendezvous, interface_to
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
 from videoadapt.runtime.slurm import RankEnv, rank_env, slurm_job
 
@@ -54,16 +55,18 @@ _rendezvous_numbers = itertools.count()  # a process that runs several stages ne
 # end before Python does, since at exit such a thread would abort the process (seen with torch 2.12 and 2.15).
 _backends: list[object] = []
 atexit.register(_backends.clear)
+_connections: set[int] = set()  # inodes of the sockets of these backends
+_last_actions: list[Callable[[], None]] = []  # of `before_sudden_end`
 
 
 class Collectives:
     """The default process group of torch.distributed, for the ranks of one rendezvous.
 
-    Without a store (a single process, or a process group that already exists), nothing is created or changed.
+    Without a rendezvous (a single process, or a process group that already exists), nothing is created or changed.
     """
 
-    def __init__(self, env: RankEnv, store: dist.Store | None = None, backend: str = "gloo") -> None:
-        self._env, self._store, self._backend = env, store, backend
+    def __init__(self, env: RankEnv, rendezvous: Rendezvous | None = None, backend: str = "gloo") -> None:
+        self._env, self._rendezvous, self._backend = env, rendezvous, backend
         self._groups = 0  # process groups created so far; each needs a different key prefix in the store
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -76,24 +79,27 @@ class Collectives:
         Args:
             timeout_s: The new limit, in seconds.
         """
-        if self._store is None:
+        if self._rendezvous is None:
             return
         wait_for_all()  # with the old timeout: ranks may arrive here at very different times
         dist.destroy_process_group()
         self._init_process_group(timeout_s)
 
     def _init_process_group(self, timeout_s: float) -> None:
-        assert self._store is not None
+        assert self._rendezvous is not None
+        store = self._rendezvous.store
+        store.set_timeout(timedelta(seconds=timeout_s))  # in which ranks may come to the creation of a group
         prefix = f"collectives-{self._groups}"
         self._groups += 1
+        before = _sockets()
         dist.init_process_group(
             self._backend,
-            store=dist.PrefixStore(prefix, self._store),
+            store=dist.PrefixStore(prefix, store),
             rank=self._env.rank,
             world_size=self._env.world,
             timeout=timedelta(seconds=timeout_s),
         )
-        _keep_backend(dist.group.WORLD)
+        _keep_backend(dist.group.WORLD, before)
 
 
 def new_group(timeout_s: float, members: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
@@ -104,26 +110,40 @@ def new_group(timeout_s: float, members: Sequence[int] | None = None, backend: s
         members: The ranks of the group; all by default. On any other rank, the group cannot be used.
         backend: As for `dist.new_group`.
     """
+    before = _sockets()
     group = dist.new_group(members, timeout=timedelta(seconds=timeout_s), backend=backend)
-    _keep_backend(group)
+    _keep_backend(group, before)
     return group
 
 
-def _keep_backend(group: object) -> None:
+def _keep_backend(group: object, sockets_before: Mapping[int, int]) -> None:
     if isinstance(group, dist.ProcessGroup):  # not on a rank outside of the group
         _backends.append(group._get_backend(torch.device("cpu")))
+        _connections.update(_sockets().keys() - sockets_before.keys())
+
+
+def _sockets() -> dict[int, int]:
+    """Returns the open sockets of this process: file descriptor by inode. Numbers of descriptors are used again."""
+    found = {}
+    for number in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # the descriptor of the list itself is closed by now
+            status = os.fstat(number)
+            if stat.S_ISSOCK(status.st_mode):
+                found[status.st_ino] = number
+    return found
 
 
 @contextmanager
 def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives]:
     """Joins the ranks that torchrun, srun or submitit started; leaves them at the end.
 
-    The ranks find each other within `parallel.join_s` seconds, through a file in the run folder (torchrun: through
+    The ranks find each other within `parallel.join_s` seconds, through a store that rank 0 hosts (torchrun: through
     torchrun's store). Each rank uses one GPU if there are GPUs. Does nothing for a single process, or inside another
     `ranks`.
 
     One failing rank raises the cause. If a rank died or hangs, that error names it. All other ranks raise `SystemExit`.
-    If one rank is interrupted by a signal, all others raise `Stopped`.
+    If one rank is interrupted by a signal, all others raise `Stopped`. A process that waits for such a rank in an
+    operation that cannot fail, as those of NCCL, is ended by its `Heartbeats`.
 
     Args:
         config: The fields `run.dir`, `run.device`, `parallel.ranks` and `parallel.join_s` are used.
@@ -142,25 +162,80 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
     if dist.is_initialized() or env.world == 1:
         yield Collectives(env)
         return
-    store = _open_store(env, config)
+    joined = Rendezvous.of(env, config.run.dir / "ranks", next(_rendezvous_numbers), gpu, config.parallel.join_s)
+    _choose_interface(joined)
+    heartbeats = Heartbeats(joined.control, env.rank, joined.hosts, joined.host_of_store, end_process)
     try:
-        store = _rendezvous(store, env, gpu, config.parallel.join_s)
         # CPU tensors use gloo and GPU tensors NCCL.
-        collectives = Collectives(env, store, "gloo" if gpu is None else "cpu:gloo,cuda:nccl")
+        collectives = Collectives(env, joined, "gloo" if gpu is None else "cpu:gloo,cuda:nccl")
         collectives._init_process_group(timeout_s)
         yield collectives
+        dist.destroy_process_group()
+        if joined.hosted is not None:
+            heartbeats.wait_until_others_left(PATIENCE_S)
     except KeyboardInterrupt as stopped:
-        with suppress(RuntimeError):  # the store of torchrun ends with the process that serves it
-            store.set("stopped", stopped.signal.name if isinstance(stopped, Stopped) else "SIGINT")
+        with suppress(RuntimeError):  # the host of the store has ended
+            claim_end(joined.control, stopped.signal.name if isinstance(stopped, Stopped) else "SIGINT")
+        _close_connections()
         raise
     except Exception as error:
-        exception = _exception_to_raise(store, env, error)
+        exception = _exception_to_raise(joined, env, error)
+        heartbeats.reports_itself = True
+        _close_connections()
         if exception is error:
             raise
         raise exception from error
     finally:
+        with suppress(RuntimeError):
+            heartbeats.leave()
+            if joined.hosted is not None:
+                heartbeats.wait_until_others_left(_FAILURE_REPORT_S)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_failed_group()
+
+
+def _choose_interface(joined: Rendezvous) -> None:
+    """Makes gloo use the network by which this machine reaches rank 0, unless the user has named one.
+
+    By itself, gloo uses the address of the host name, which on many machines is 127.0.1.1. NCCL looks for the fastest
+    interfaces by itself.
+    """
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_to(joined.rank0, several_hosts=len(set(joined.hosts)) > 1)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _leave_failed_group() -> None:
+    """Leaves the process group after an error. A group of NCCL waits for the other ranks, for ever if one is lost."""
+    if "nccl" not in dist.get_backend_config():
+        dist.destroy_process_group()
+        return
+    # Registered last, so it runs first: what follows at exit would end NCCL's operations, which wait, too.
+    atexit.register(end_process)
+
+
+def end_process() -> NoReturn:
+    """Ends this process at once, with exit code 1: it may wait in an operation of NCCL, which cannot be interrupted."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    for action in _last_actions:
+        with suppress(Exception):
+            action()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
+
+
+@contextmanager
+def before_sudden_end(action: Callable[[], None]) -> Iterator[None]:
+    """Has an action done if this process is ended by `end_process` inside the `with` block."""
+    _last_actions.append(action)
+    try:
+        yield
+    finally:
+        _last_actions.remove(action)
 
 
 def _require_world_size(env: RankEnv, expected: int | None, environment: Mapping[str, str]) -> None:
@@ -210,174 +285,60 @@ def gpu_index(local_rank: int, count: int) -> int | None:
     return local_rank if local_rank < count else None
 
 
-def _open_store(env: RankEnv, config: Config) -> dist.Store:
-    """Opens the key-value store that all processes of the job can reach. It may hold keys of an earlier job."""
-    number = next(_rendezvous_numbers)
-    if env.launcher == "torchrun":
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.parallel.join_s)))
-        except (RuntimeError, ValueError) as error:  # ValueError: a variable such as RANK is not set
-            raise RunError(f"the {env.world} ranks (WORLD_SIZE) cannot find each other: {error}") from error
-        return dist.PrefixStore(str(number), store)
-    folder = config.run.dir / "ranks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return dist.FileStore(str(folder / f"{env.rendezvous}-{number}"), env.world)
-
-
-@dataclass(frozen=True)
-class _Registration:
-    """The registration of a rank, which is stored as JSON."""
-
-    id: str  # random, new for each process
-    host: str
-    gpu: str | None  # UUID; None without GPUs
-
-
-def _rendezvous(store: dist.Store, env: RankEnv, gpu: str | None, join_s: float) -> dist.Store:
-    """Waits until every rank has joined. Returns a store whose keys no other start of the job can have written.
-
-    The given store may hold keys of a killed job with the same name. Random ids keep its processes and this job apart:
-
-    1. Each rank writes its random id, its host and its GPU to `register/RANK`. An old value is overwritten.
-    2. Rank 0 uses its own id as `rendezvous_id`. It reads all registrations until step 5, and for each new id writes
-       `rendezvous_id` to `answer/ID`. Answers to old ids are never read.
-    3. Each other rank waits for the answer to its id. All further keys have the key prefix `rendezvous_id`.
-    4. Each rank writes `ack/RANK`.
-    5. When all ranks have acknowledged, or after `join_s` seconds, rank 0 writes `error`: the missing ranks, or two
-       ranks with one GPU; empty without an error.
-    6. Each rank reads `error`.
-
-    Returns:
-        The store with the key prefix `rendezvous_id`.
-
-    Raises:
-        RunError: On all ranks, if `error` is not empty or rank 0 is missing.
-    """
-    own = _Registration(uuid.uuid4().hex, socket.gethostname(), gpu)
-    store.set(f"register/{env.rank}", json.dumps(vars(own)))
-    if env.rank == 0:
-        joined: dist.Store = dist.PrefixStore(own.id, store)
-        error = _collect_acks(store, joined, own.id, env.world, join_s)
-        joined.set("error", error)
-    else:
-        try:
-            store.wait([f"answer/{own.id}"], timedelta(seconds=join_s))
-            joined = dist.PrefixStore(store.get(f"answer/{own.id}").decode(), store)
-            joined.set(f"ack/{env.rank}", "")
-            # Rank 0 may have started to wait up to `join_s` after this rank.
-            joined.wait(["error"], timedelta(seconds=join_s + _FAILURE_REPORT_S))
-        except RuntimeError:
-            raise RunError(_missing_message([0], env.world, join_s)) from None
-        error = joined.get("error").decode()
-    if error:
-        raise RunError(error)
-    return joined
-
-
-def _collect_acks(store: dist.Store, joined: dist.Store, rendezvous_id: str, world: int, join_s: float) -> str:
-    """Runs steps 2 to 5 on rank 0. Returns the error, or an empty string."""
-    deadline = time.monotonic() + join_s
-    joined.set("ack/0", "")
-    answered: set[str] = set()
-    while True:
-        keys = [f"register/{rank}" for rank in range(world)]
-        registered = [_Registration(**json.loads(store.get(key))) for key in keys if store.check([key])]
-        for registration in registered:
-            if registration.id not in answered:
-                store.set(f"answer/{registration.id}", rendezvous_id)
-                answered.add(registration.id)
-        missing = _ranks_without(joined, "ack", world)
-        if not missing:
-            return gpu_conflict([(registration.host, registration.gpu) for registration in registered])
-        if time.monotonic() > deadline:
-            return _missing_message(missing, world, join_s)
-        time.sleep(_POLL_S)
-
-
-def _ranks_without(store: dist.Store, key: str, world: int) -> list[int]:
-    return [rank for rank in range(world) if not store.check([f"{key}/{rank}"])]
-
-
-def _missing_message(missing: Sequence[int], world: int, join_s: float) -> str:
-    return (
-        f"{world - len(missing)} of {world} ranks joined within {join_s:g} s (parallel.join_s); missing: rank "
-        f"{_comma_list(missing)}. Check the output of the missing ranks, and that all nodes see the same run.dir"
-    )
-
-
-def _comma_list(numbers: Sequence[int]) -> str:
-    return few(numbers)
-
-
-def gpu_conflict(gpus: Sequence[tuple[str, str | None]]) -> str:
-    """Checks that either every rank or no rank has a GPU, and that no two ranks use the same one.
-
-    Args:
-        gpus: Host and GPU UUID (None: no GPU) of ranks 0, 1, ...
-
-    Returns:
-        The error message, or an empty string.
-    """
-    without = [rank for rank, (_, gpu) in enumerate(gpus) if gpu is None]
-    if 0 < len(without) < len(gpus):
-        return f"rank {_comma_list(without)} found no GPU on {gpus[without[0]][0]}, but other ranks found one"
-    for rank, (host, gpu) in enumerate(gpus):
-        first = gpus.index((host, gpu))
-        if gpu is not None and first < rank:
-            return f"ranks {first} and {rank} would share one GPU of {host}; start one rank for each GPU"
-    return ""
-
-
-def _exception_to_raise(store: dist.Store, env: RankEnv, error: Exception) -> BaseException:
+def _exception_to_raise(joined: Rendezvous, env: RankEnv, error: Exception) -> BaseException:
     """Decides which of the failing ranks reports the cause.
 
-    1. If a rank was interrupted by a signal (`stopped`), the exception is `Stopped`.
+    1. If a rank was interrupted by a signal (`end`), the exception is `Stopped`.
     2. This rank writes `failed/RANK`: it failed, but it is alive.
     3. If a collective failed, this rank closes its connections, so that collectives of the other ranks fail too and
        they also write their key. The ranks without a key after `_FAILURE_REPORT_S` died or hang.
-    4. The rank that first increments `reports` raises the error. The others raise `SystemExit`.
+    4. The rank that first writes `end` raises the error. The others raise `SystemExit`.
     """
+    store = joined.control
     try:
-        if store.check(["stopped"]):
-            return Stopped(signal.Signals[store.get("stopped").decode()])
-        store.set(f"failed/{env.rank}", "")
-        if is_collective_error(error):
-            _close_connections(os.environ.get("MASTER_PORT", "") if env.launcher == "torchrun" else "")
-            dead = _wait_for_failures(store, env.world)
-            if dead:
-                first_line = str(error).splitlines()[0]
-                error = RunError(
-                    f"rank {_comma_list(dead)} of {env.world} died or hangs; a collective operation of the other ranks "
-                    f"failed: {first_line}"
-                )
-        is_first = store.add("reports", 1) == 1
+        cause = cause_of_end(store)
+        if cause is None:
+            store.set(f"failed/{env.rank}", "")
+            if is_collective_error(error):
+                _close_connections()
+                dead = _wait_for_failures(store, env.world)
+                if dead:
+                    error = _failed_collective(describe_dead(dead, joined.hosts), error)
+            cause = None if claim_end(store, "failed") else cause_of_end(store)
     except RuntimeError:  # the host of the store has ended, so the ranks can no longer agree
+        return _failed_collective(f"{joined.host_of_store} died", error) if is_collective_error(error) else error
+    if cause is None:
         return error
-    return error if is_first else SystemExit(1)
+    return SystemExit(1) if cause == "failed" else Stopped(signal.Signals[cause])
+
+
+def _failed_collective(cause: str, error: Exception) -> RunError:
+    first_line = str(error).splitlines()[0]
+    return RunError(f"{cause}; a collective operation of the other ranks failed: {first_line}")
 
 
 def _wait_for_failures(store: dist.Store, world: int) -> list[int]:
     """Waits for all ranks to report a failure. Returns the ranks that have not reported one in time."""
     deadline = time.monotonic() + _FAILURE_REPORT_S
-    while (silent := _ranks_without(store, "failed", world)) and time.monotonic() <= deadline:
+    while True:
+        silent = [rank for rank in range(world) if not store.check([f"failed/{rank}"])]
+        if not silent or time.monotonic() > deadline or cause_of_end(store):
+            return silent
         time.sleep(_POLL_S)
-    return silent
 
 
-def _close_connections(store_port: str) -> None:
-    """Closes all network connections of this process except its connections to torchrun's store.
+def _close_connections() -> None:
+    """Closes the connections of gloo's process groups, and no others of this process, so that other ranks fail too.
 
     gloo cannot abort a collective (`ProcessGroup.abort` exists for NCCL only). A rank that waits for this one would
     wait until this process ends, and could not be told apart from a rank that died.
     """
-    for number in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # the descriptor is closed by now, or the socket is not connected
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                # A duplicate: closing it leaves gloo's own descriptor valid, while shutdown acts on the connection.
-                with socket.socket(fileno=os.dup(number)) as connection:
-                    ends = (connection.getpeername(), connection.getsockname())
-                    if connection.family != socket.AF_UNIX and all(str(end[1]) != store_port for end in ends):
-                        connection.shutdown(socket.SHUT_RDWR)
+    for inode, number in _sockets().items():
+        if inode in _connections:
+            # A duplicate: closing it leaves gloo's own descriptor valid, while shutdown acts on the connection.
+            with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+                connection.getpeername()  # raises for a socket that listens, whose thread gloo would abort
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def is_collective_error(error: Exception) -> bool:
@@ -486,6 +447,19 @@ def broadcast_result(action: Callable[[], T]) -> T:
     results = [action() if rank() == 0 else None]
     dist.broadcast_object_list(results)
     return cast(T, results[0])
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Copies tensors of rank 0 into those of the other ranks, in place.
+
+    Args:
+        tensors: Contiguous tensors, of the same shapes and dtypes in the same order on every rank.
+    """
+    if not dist.is_initialized():
+        return
+    for tensor in tensors:
+        if tensor.numel():
+            dist.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)  # as bytes: gloo does not know every dtype
 
 
 def wait_for_file(path: Path, is_visible: Callable[[Path], bool] = Path.exists) -> Path:
