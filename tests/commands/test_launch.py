@@ -133,10 +133,12 @@ def test_a_job_with_one_task_gets_its_part_of_a_node() -> None:
 @pytest.mark.parametrize(
     ("slurm", "asked"),
     [
-        ({}, {"gpus-per-task": "1"}),
+        ({"tasks_per_node": 8}, {"gpus-per-node": "8"}),
+        ({"gpu_bind": "single:1"}, {"gpus-per-node": "1", "gpu-bind": "single:1"}),
+        ({"gpus_per_task": 1}, {"gpus-per-task": "1"}),
         ({"gpus_per_task": 0}, {}),
         ({"gpus_per_node": "a100:2"}, {"gpus-per-node": "a100:2"}),
-        ({"gres": "lscratch:10"}, {"gres": "lscratch:10", "gpus-per-task": "1"}),
+        ({"gres": "lscratch:10"}, {"gres": "lscratch:10", "gpus-per-node": "1"}),
         ({"gres": "gpu:2,lscratch:10", "stages": {"train": {"gpus_per_task": 0}}}, {"gres": "lscratch:10"}),
         ({"gpus_per_task": 1, "stages": {"train": {"gres": "gpu:v100"}}}, {"gres": "gpu:v100"}),
     ],
@@ -151,7 +153,7 @@ def test_a_stage_has_its_own_keys() -> None:
     stages = {"assign": {"gpus_per_task": 0, "time_minutes": "0:30:00"}, "label": {"partition": None, "nodes": 1}}
     config = config_of(partition="gpu", nodes=2, stages=stages, extra={"nice": 5})
     train, label, assign, evaluate = (sbatch_options(job, config) for job in jobs_of(config))
-    assert (assign["time"], assign.get("gpus-per-task")) == ("30", None)
+    assert (assign["time"], assign.get("gpus-per-node")) == ("30", None)
     assert (label.get("partition"), label["nodes"], label["time"]) == (None, "1", "1440")
     assert train | {"job-name": ""} == evaluate | {"job-name": ""}
     assert make_config(config.model_dump(mode="json")) == config

@@ -34,7 +34,7 @@ LONG = {"epochs": 16, "save_steps": 10, "validate_every": 0}  # long enough for 
 STEPS = 80
 ENDLESS = {"epochs": 4000, "save_steps": 2, "validate_every": 0}  # runs until the test ends it
 VIDEOS = 2000  # take seconds to index
-SMALL = ("--cpus-per-task=1", "--gpus-per-task=1")
+SMALL = ("--cpus-per-task=1",)
 REST_S = 6.0  # longer than ranks wait for a dead rank
 
 
@@ -363,8 +363,9 @@ def course(slurm: Slurm) -> Iterator[None]:
             },
         ),
         ({"gpus_per_node": "a100:2", "tasks_per_node": 2}, {"TresPerNode": "gres:gpu:a100:2", "NumTasks": "2"}),
-        ({"nodes": 2}, {"TresPerTask": "gres:gpu:1", "NumNodes": "2-2", "WCKey": "*"}),
-        ({"gpus_per_task": 0}, {"TresPerTask": None, "TimeLimit": "1-00:00:00"}),
+        ({"nodes": 2}, {"TresPerNode": "gres:gpu:1", "TresBind": None, "NumNodes": "2-2", "WCKey": "*"}),
+        ({"gpus_per_task": 1}, {"TresPerTask": "gres:gpu:1"}),
+        ({"gpus_per_task": 0}, {"TresPerTask": None, "TresPerNode": None, "TimeLimit": "1-00:00:00"}),
     ],
 )
 def test_a_dry_run_equals_what_slurm_shows_of_the_job(
@@ -394,7 +395,14 @@ def test_a_dry_run_equals_what_slurm_shows_of_the_job(
 
 
 @pytest.mark.parametrize(
-    "asked", [{}, {"gpus_per_node": "a100:2"}, {"gres": "gpu:a100:2"}, {"gres": "gpu:2", "gpu_bind": "single:1"}]
+    "asked",
+    [
+        {},
+        {"gpus_per_task": 1},
+        {"gpus_per_node": "a100:2"},
+        {"gres": "gpu:a100:2"},
+        {"gres": "gpu:2", "gpu_bind": "single:1"},
+    ],
 )
 def test_each_rank_has_a_gpu_of_its_own(slurm: Slurm, asked: dict[str, str]) -> None:
     config = make_config({"slurm": {"tasks_per_node": 2, "cpus_per_task": 1} | asked, "launch": {"stage": "train"}})

@@ -218,8 +218,9 @@ def sbatch_options(job: Job, config: Config, after: str | None = None) -> dict[s
         "time": given.time_minutes,
         "nodes": given.nodes,
         "ntasks-per-node": given.tasks_per_node,
-        "gpus-per-task": given.gpus_for_task or None,
-        "gpus-per-node": given.gpus_per_node,
+        "gpus-per-task": given.gpus_per_task or None,
+        # Not by task: SLURM would hide the node's other GPUs from NCCL, and its fast paths to them.
+        "gpus-per-node": given.tasks_per_node if given.asks_by_default else given.gpus_per_node,
         "gres": given.gres,
         "gpu-bind": given.gpu_bind,
         "cpus-per-task": given.cpus_per_task,
@@ -388,7 +389,7 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
         executor = submitit.LocalExecutor(folder=_job_folder(config))
         executor.update_parameters(
             tasks_per_node=tasks,
-            gpus_per_node=tasks if job.options.gpus_on_node else tasks * job.options.gpus_for_task,
+            gpus_per_node=min(tasks, job.options.gpus_for_tasks),
             timeout_min=_NO_LIMIT_MINUTES,
             stderr_to_stdout=True,
         )

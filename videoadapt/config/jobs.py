@@ -189,14 +189,16 @@ class JobConfig(Section):
     tasks_per_node: Count = 1
     """Ranks on each node (`--ntasks-per-node`), one for each GPU."""
     gpus_per_task: Annotated[int, Field(ge=0, le=1)] | None = None
-    """GPUs of a rank, one at most (`--gpus-per-task`). 0 = no GPUs. null = 1, unless `gpus_per_node` or `gres` asks for
-    GPUs; only one of these three keys may."""
+    """GPUs that SLURM binds to a rank, one at most (`--gpus-per-task`): NCCL then has no fast path to the node's other
+    GPUs. 0 = no GPUs. null = one for each task by `--gpus-per-node`, unless `gpus_per_node` or `gres` asks for GPUs;
+    only one of these three keys may."""
     gpus_per_node: Annotated[str, _written_as(_GPUS_PER_NODE, "[TYPE:]COUNT, such as 4 or a100:4")] | None = None
     """GPUs of each node (`--gpus-per-node`), such as `4` or `a100:4`: one for each task, or more."""
     gres: Annotated[str, _written_as(_GRES, "NAME[:TYPE][:COUNT], such as gpu:a100:4")] | None = None
     """Generic resources of each node (`--gres`), such as `gpu:a100:4` or `gpu:4,lscratch:100`."""
     gpu_bind: Annotated[str, _written_as(r"\S+", "a binding of sbatch, such as single:1")] | None = None
-    """The GPUs that each task sees (`--gpu-bind`), such as `single:1` or `none`."""
+    """The GPUs that each task sees (`--gpu-bind`), such as `single:1`. null = all of the job's on its node, unless
+    `gpus_per_task` is 1. `none` leaves `CUDA_VISIBLE_DEVICES` out: only for nodes whose GPUs are all yours."""
     cpus_per_task: Count = 8
     """CPUs of a rank (`--cpus-per-task`). The data workers of a task share them."""
     mem_gb: Count | None = None
@@ -221,9 +223,14 @@ class JobConfig(Section):
         return sum(map(_count, [*_resources(self.gpus_per_node), *filter(_is_gpu, _resources(self.gres))]))
 
     @property
-    def gpus_for_task(self) -> int:
-        """Number of GPUs that the job asks for by task; 0 if it asks by node."""
-        return int(not self.gpus_on_node) if self.gpus_per_task is None else self.gpus_per_task
+    def asks_by_default(self) -> bool:
+        """Whether no key asks for GPUs: each task then uses one of the node's, and NCCL sees them all."""
+        return self.gpus_per_task is None and not self.gpus_on_node
+
+    @property
+    def gpus_for_tasks(self) -> int:
+        """Number of GPUs on each node, of which each task uses one; 0 without GPUs."""
+        return self.gpus_on_node or self.tasks_per_node * (1 if self.gpus_per_task is None else self.gpus_per_task)
 
     def one_task(self) -> JobConfig:
         """Returns the options of a job with one task only: its part of the GPUs and of the memory of a node."""
