@@ -89,7 +89,7 @@ def record(run: str, file: Path) -> None:
     assigned = Assigned.for_model(config.run.dir, model, config.assign)
     known, _ = known_clips(config, manifest, model, assigned)
     rows = np.flatnonzero((manifest["split"] == "val") & (manifest["status"] == "ok")).tolist()
-    scores = score(
+    files = score(
         model,
         manifest,
         rows,
@@ -98,7 +98,8 @@ def record(run: str, file: Path) -> None:
         temporal_views=config.evaluate.temporal_views,
         assigner=assigned.assigner if assigned else None,
     )
-    assert scores is not None, "this is no shard"
+    assert files is not None, "this is no shard"
+    scores = files.load("data.val.annotations")
     if known is None or known.assigned is None or known.right_assigned is None or scores.draws is None:
         raise UserError(f"{run}: needs labels, an assigner and an evaluation, all of this version")
     parts = [

@@ -29,9 +29,9 @@ CLIPS, CROPS = 3, 2
 def scored(config: Config) -> Scores:
     manifest = load_or_index(config)
     rows = np.flatnonzero(manifest.table["split"] == "val").tolist()
-    scores = score(inference_model(config), manifest, rows, config, name="evaluate", temporal_views=CLIPS)
-    assert scores is not None
-    return scores
+    files = score(inference_model(config), manifest, rows, config, name="evaluate", temporal_views=CLIPS)
+    assert files is not None
+    return files.load("data.val.annotations")
 
 
 @pytest.fixture(scope="module")

@@ -221,6 +221,7 @@ def test_a_run_continues_with_another_plan(
         else:
             done = finished(torchrun(ranks, "-m", "videoadapt", "train", tmp_path / "config.yaml"))
             assert done.returncode == 0, done.stderr[:6000]
+            assert "waits for gradients" in done.stderr
         if number == 0:
             for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
                 path.unlink()

@@ -38,10 +38,10 @@ from videoadapt.routing.policy import (
 )
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile, is_policy_file, say_other_inputs
 from videoadapt.routing.scores import (
+    ScoreFiles,
     Scores,
     files_digest,
     inference_model,
-    require_scored,
     score,
     trained_checkpoint,
 )
@@ -52,6 +52,7 @@ from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes
 from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
+from videoadapt.training.exchange import broadcast_checkpoint
 from videoadapt.training.trained_clips import trained_clips
 from videoadapt.training.validate import selected_on_val
 
@@ -157,7 +158,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
     start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
     with ranks(config), sole_writer(config, "evaluate") as guard:
-        checkpoint = trained_checkpoint(config)
+        checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
         model = inference_model(config, checkpoint)
         selected = selected_on_val(checkpoint, chosen=config.run.checkpoint not in (None, Path("last")))
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
@@ -172,12 +173,13 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         for text in filter(is_policy_file, policies):
             say_other_inputs(Path(text), config, manifest.hash)
         before = time.monotonic()
-        scores = _score(model, manifest, assigned, config)
+        scored = _score(model, manifest, assigned, config)
         scoring_s = round(time.monotonic() - before, 1)
-        if scores is None:
+        if scored is None:
             return ShardResult(str(config.parallel.shard))
 
         def write() -> EvaluationSummary:
+            scores = scored.load("data.val.annotations")
             every = _policies(model.config.points, scores, assigned, [*cascades, *further], config)
             found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
@@ -233,7 +235,7 @@ def _further(
     return further, promises
 
 
-def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
+def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> ScoreFiles | None:
     frame = manifest.table
     # Videos that failed in indexing are not read again; `_population` counts them.
     rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
@@ -241,8 +243,7 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
         raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
     assigner = assigned.assigner if assigned else None
     views = config.evaluate.temporal_views
-    scores = score(model, manifest, rows.tolist(), config, name="evaluate", temporal_views=views, assigner=assigner)
-    return require_scored(scores, "data.val.annotations")
+    return score(model, manifest, rows.tolist(), config, name="evaluate", temporal_views=views, assigner=assigner)
 
 
 def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:

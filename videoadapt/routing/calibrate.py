@@ -24,13 +24,14 @@ from videoadapt.routing.learn_then_test import loss_upper, mean_upper, videos_ne
 from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile
 from videoadapt.routing.replay import StoredAnswers
-from videoadapt.routing.scores import Scores, inference_model, require_scored, score, trained_checkpoint
+from videoadapt.routing.scores import ScoreFiles, Scores, inference_model, score, trained_checkpoint
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
+from videoadapt.training.exchange import broadcast_checkpoint
 from videoadapt.training.trained_clips import require_unseen
 
 
@@ -132,7 +133,7 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
     if len(config.model.points) == 1:
         raise UserError("calibrate: the model has one point only, so there is nothing to choose; see model.points")
     with ranks(config), sole_writer(config, "calibrate") as guard:
-        checkpoint = trained_checkpoint(config)
+        checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
         model = inference_model(config, checkpoint)
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
         manifest = rank0_then_all(lambda: load_or_index(config))
@@ -140,15 +141,15 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
         fitted = assigner_checkpoints(config.run.dir).latest() if assigned is not None else None
         if fitted is not None:
             require_unseen(fitted, manifest, config)
-        scores = _score(model, manifest, assigned, config)
-        if scores is None:
+        scored = _score(model, manifest, assigned, config)
+        if scored is None:
             return ShardResult(str(config.parallel.shard))
 
         def write() -> CalibrateSummary:
             known, ordered_by = known_clips(config, manifest, model, assigned)
             views = config.evaluate.temporal_views * config.evaluate.spatial_crops
             orders = orders_of(config.model, assigned, known, eps=config.calibrate.eps, views=views)
-            found = _chosen(scores, orders, ordered_by, manifest, config)
+            found = _chosen(scored.load("data.calibrate"), orders, ordered_by, manifest, config)
             with guard():
                 _write(found, assigned, config)
             return found
@@ -156,13 +157,12 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
         return broadcast_result(write)
 
 
-def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> Scores | None:
+def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> ScoreFiles | None:
     frame = manifest.table
     rows = np.flatnonzero((frame["split"] == "calibrate") & (frame["status"] == "ok"))
     assigner = assigned.assigner if assigned else None
     views = config.evaluate.temporal_views
-    scores = score(model, manifest, rows.tolist(), config, name="calibrate", temporal_views=views, assigner=assigner)
-    return require_scored(scores, "data.calibrate")
+    return score(model, manifest, rows.tolist(), config, name="calibrate", temporal_views=views, assigner=assigner)
 
 
 def _chosen(

@@ -18,12 +18,13 @@ from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
-from videoadapt.routing.scores import Scores, inference_model, score, trained_checkpoint
+from videoadapt.routing.scores import ScoreFiles, Scores, inference_model, score, trained_checkpoint
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
+from videoadapt.training.exchange import broadcast_checkpoint
 from videoadapt.training.trained_clips import require_held_out
 
 _SIGNIFICANT = 0.05
@@ -79,15 +80,16 @@ def label(config: Config) -> LabelSummary | ShardResult:
     """
     path = config.run.dir / "labels" / "label.json"
     with ranks(config), sole_writer(config, "label") as guard:
-        checkpoint = trained_checkpoint(config)  # this and the model come first: indexing may take hours
+        # This and the model come first: indexing may take hours.
+        checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
         model = inference_model(config, checkpoint)
         manifest = rank0_then_all(lambda: load_or_index(config))
-        scores = _score(model, checkpoint, manifest, config)
-        if scores is None:
+        scored = _score(model, checkpoint, manifest, config)
+        if scored is None:
             return ShardResult(str(config.parallel.shard))
 
         def write() -> LabelSummary:
-            tables, summary = _labelled(manifest, scores, config)
+            tables, summary = _labelled(manifest, scored.load("label.source"), config)
             with guard():
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
@@ -97,7 +99,7 @@ def label(config: Config) -> LabelSummary | ShardResult:
         return broadcast_result(write)
 
 
-def _score(model: TimeSformer, checkpoint: Checkpoint, manifest: Manifest, config: Config) -> Scores | None:
+def _score(model: TimeSformer, checkpoint: Checkpoint, manifest: Manifest, config: Config) -> ScoreFiles | None:
     splits = LABEL_SPLITS[config.label.source]
     # Videos that failed in indexing are not read again.
     usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
@@ -106,11 +108,7 @@ def _score(model: TimeSformer, checkpoint: Checkpoint, manifest: Manifest, confi
     rows = np.flatnonzero(usable).tolist()
     if config.label.source == "holdout":
         require_held_out(checkpoint, manifest, config)
-    scores = score(model, manifest, rows, config, name="label", temporal_views=1)
-    if scores is not None and not len(scores.rows):
-        first = scores.failures[0]
-        raise UserError(f"label.source: none of its videos could be decoded; {first.path}: {first.cause}")
-    return scores
+    return score(model, manifest, rows, config, name="label", temporal_views=1)
 
 
 def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[str, pd.DataFrame], LabelSummary]:

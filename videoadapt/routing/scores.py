@@ -125,6 +125,34 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class ScoreFiles:
+    """The complete shards of a split, on every rank.
+
+    Attributes:
+        files: The files of the shards, in order.
+        model: `weights_digest` of the model.
+        average: Mean over the crops of a clip.
+    """
+
+    files: Sequence[Path]
+    model: str
+    average: Average
+
+    def load(self, key: str) -> Scores:
+        """Reads all shards, and returns the scores without their logits.
+
+        Rank 0 alone should call it: the logits of a large split are gigabytes.
+
+        Args:
+            key: The key of the config that names the videos, for the message.
+
+        Raises:
+            UserError: None of the videos could be read.
+        """
+        return require_scored(_load(self.files, self.model, self.average), key)
+
+
+@dataclass(frozen=True)
 class ViewScores:
     """How the answer to each scored video develops while its views run, at each point.
 
@@ -197,7 +225,7 @@ def score(
     name: str,
     temporal_views: int,
     assigner: Assigner | None = None,
-) -> Scores | None:
+) -> ScoreFiles | None:
     """Runs all points on all views of some videos, and resumes where an earlier call stopped.
 
     Every rank calls it and scores its fraction of the shards. Videos that failed earlier are tried again. Ctrl-C and a
@@ -213,7 +241,7 @@ def score(
         assigner: Scored on the clips' thumbnails as well.
 
     Returns:
-        All scores, on every rank. None if this job only scores one part of the split (`parallel.shard`).
+        The files of all scores, on every rank. None if this job only scores one part of the split (`parallel.shard`).
 
     Raises:
         Stopped: A signal asked for a stop.
@@ -239,7 +267,7 @@ def score(
     stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
     if any_requested(stopped):  # all ranks stop together: one that goes on would wait for shards that never come
         stopped.stop()
-    return None if config.parallel.shard else _load(files, weights, config.evaluate.average)
+    return None if config.parallel.shard else ScoreFiles(files, weights, config.evaluate.average)
 
 
 def _score_shards(
@@ -274,9 +302,9 @@ def _score_shards(
     return stop
 
 
-def require_scored(scores: Scores | None, key: str) -> Scores | None:
+def require_scored(scores: Scores, key: str) -> Scores:
     """Returns the scores; raises `UserError`, with the key of the videos, if none of them could be read."""
-    if scores is not None and not len(scores.rows):
+    if not len(scores.rows):
         first = scores.failures[0]
         count = plural(len(scores.failures), "video")
         raise UserError(f"{key}: none of {count} could be scored; {first.path}: {first.cause}")

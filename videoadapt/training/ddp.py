@@ -21,6 +21,7 @@ from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.ranks import new_group, rank
 from videoadapt.training.groups import GroupPlan
+from videoadapt.training.throughput import WaitClock
 
 
 def sum_gradients(model: nn.Module) -> nn.Module:
@@ -38,22 +39,43 @@ def sum_gradients(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
-    wrapped = DistributedDataParallel(
+    wrapped = _SummingModel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         find_unused_parameters=True,  # a rank only uses the parameters of the lengths that it trains
         gradient_as_bucket_view=True,  # no second copy of the gradients
         broadcast_buffers=False,  # True would overwrite BatchNorm statistics of lengths that rank 0 does not train
     )
-    wrapped.register_comm_hook(None, _sum_bucket)
+    wrapped.waits = WaitClock(device)
+    wrapped.register_comm_hook(wrapped.waits, _sum_bucket)
     return wrapped
 
 
-def _sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, ARG001 - DDP refuses annotations in text
+class _SummingModel(DistributedDataParallel):
+    """Attributes: `waits`, the time from the end of the backward passes to the last sum."""
+
+    waits: WaitClock
+
+
+def gradient_waits(model: nn.Module) -> float:
+    """Returns the seconds in which this rank waited for sums of gradients; `model` comes from `sum_gradients`."""
+    eager = getattr(model, "_orig_mod", model)  # of a compiled model
+    return eager.waits.seconds() if isinstance(eager, _SummingModel) else 0.0
+
+
+def _sum_bucket(waits, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP refuses annotations in text
     # DDP's default hook divides by the number of ranks. The loss is already divided by the global batch, and the
     # division rounds to float32, also for float64 gradients.
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])
+    if not bucket.is_last():
+        return future.then(lambda done: done.value()[0])
+    started = waits.start()
+
+    def ended(done):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        waits.stop(started)
+        return done.value()[0]
+
+    return future.then(ended)
 
 
 def no_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:

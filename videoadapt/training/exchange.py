@@ -1,4 +1,4 @@
-"""Transfers between ranks in a training step: decoded clips (`ClipExchange`), teacher logits (`TeacherLogits`).
+"""Transfers between ranks: decoded clips (`ClipExchange`), teacher logits (`TeacherLogits`), checkpoints.
 
 Gradients and BatchNorm statistics are summed over ranks in `ddp.py`.
 """
@@ -6,8 +6,10 @@ Gradients and BatchNorm statistics are summed over ranks in `ddp.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,8 +20,12 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Clip, Failure
 from videoadapt.data.clips.token_labels import MAP_BYTES, LabelMap
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.runtime.ranks import new_group, rank
+from videoadapt.model.checkpoint import Checkpoint
+from videoadapt.runtime.ranks import broadcast_result, broadcast_tensors, new_group, rank
 from videoadapt.training.groups import GroupPlan, split_evenly
+from videoadapt.training.throughput import WaitClock
+
+FoundCheckpoint = TypeVar("FoundCheckpoint", bound=Checkpoint | None)
 
 
 class ClipExchange:
@@ -131,6 +137,9 @@ class TeacherLogits:
 
     For each micro-batch, a rank of the first group calls `send`; every other rank calls `start`, computes a forward
     pass while the logits travel, and calls `receive`.
+
+    Attributes:
+        waits: The time that this rank has waited in `receive`.
     """
 
     def __init__(self, config: Config, plan: GroupPlan, dtype: torch.dtype, device: torch.device) -> None:
@@ -143,18 +152,20 @@ class TeacherLogits:
             device: Where this rank has its model.
         """
         self.classes, self.dtype, self.device = config.model.num_classes, dtype, device
+        self.waits = WaitClock(device)
         teachers = plan.groups[0]
         clips, pairs = config.train.batch // config.train.accumulate, config.data.mixes
         # For each rank of the teacher's group: the positions, in a micro-batch, whose logits the rank sends.
-        self._positions = {number: teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks}
+        self._positions = [teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks]
+        self._ranks = plan.ranks
         # A separate group: the order of gradients differs from rank to rank, but all ranks must call the collectives
         # of one group in the same order.
         self._group = new_group(config.parallel.step_s)
-        self._transfers: list[tuple[Tensor, dist.Work]] = []
+        self._transfer: tuple[Tensor, dist.Work] | None = None
 
     def start(self) -> None:
         """Starts to receive the logits of a micro-batch. A rank of another group calls it before its forward pass."""
-        self._broadcast(None)
+        self._gather(None)
 
     def send(self, logits: Tensor, positions: Tensor) -> None:
         """Sends this rank's logits of a micro-batch. A rank of the teacher's group calls it.
@@ -164,10 +175,10 @@ class TeacherLogits:
             positions: The positions of the clips in the micro-batch, (B,) int64 on the host. A clip of this rank
                 that cannot be read has no position here; its row is sent as NaN.
         """
-        all_positions = self._positions[rank()]
+        all_positions = self._positions[rank()]  # the teacher's group has the first ranks
         local = logits.new_full((len(all_positions), logits.shape[1]), float("nan"))
         local[positions - all_positions.start] = logits[: len(positions)]
-        self._broadcast(local)
+        self._gather(local)
 
     def receive(self, positions: Tensor, clips: int) -> Tensor:
         """Waits for the logits of a micro-batch. A rank of another group calls it after `start`.
@@ -180,18 +191,48 @@ class TeacherLogits:
             The teacher's logits on this rank's clips, (clips, classes). A row is NaN if the teacher could not read
             the clip, and if it belongs to no clip.
         """
-        for _, work in self._transfers:
-            work.wait()
-        micro_batch = torch.cat([values for values, _ in self._transfers])  # (clips of the micro-batch, classes)
+        assert self._transfer is not None, "`start` comes first"
+        rows, work = self._transfer
+        started = self.waits.start()
+        work.wait()
+        self.waits.stop(started)
+        parts = [rows[number, : len(positions)] for number, positions in enumerate(self._positions)]
+        micro_batch = torch.cat(parts)  # (clips of the micro-batch, classes)
         found = micro_batch.new_full((clips, micro_batch.shape[1]), float("nan"))
         found[: len(positions)] = micro_batch[positions.to(micro_batch.device)]
         return found
 
-    def _broadcast(self, local: Tensor | None) -> None:
-        """Starts one broadcast from each rank of the teacher's group; `local` are the logits of this rank, if any."""
-        self._transfers = []
-        for sender, positions in self._positions.items():
-            values = torch.empty(len(positions), self.classes, dtype=self.dtype, device=self.device)
-            if local is not None and sender == rank():
-                values.copy_(local)
-            self._transfers.append((values, dist.broadcast(values, sender, self._group, async_op=True)))
+    def _gather(self, local: Tensor | None) -> None:
+        """Starts one all-gather, which every rank takes part in; `local` are the logits of this rank, if any.
+
+        All ranks send equally much, as an all-gather requires: the ranks of other groups send rows without meaning.
+        """
+        own = torch.zeros(max(map(len, self._positions)), self.classes, dtype=self.dtype, device=self.device)
+        if local is not None:
+            own[: len(local)] = local
+        rows = own.new_empty(self._ranks, *own.shape)  # (ranks, clips, classes)
+        self._transfer = rows, dist.all_gather_into_tensor(rows.view(-1, self.classes), own, self._group, async_op=True)
+
+
+def broadcast_checkpoint(find: Callable[[], FoundCheckpoint]) -> FoundCheckpoint:
+    """Returns, on every rank, the checkpoint that rank 0 finds and reads; None if it finds none.
+
+    The other ranks do not open the file: dozens of them would wait for one disk, and might see an older file.
+
+    Args:
+        find: Called on rank 0 alone.
+    """
+    found: Checkpoint | None = find() if rank() == 0 else None
+
+    def described() -> tuple[Path, dict[str, Any], list[tuple[str, torch.dtype, torch.Size]]] | None:
+        if found is None:
+            return None
+        return found.path, found.meta, [(name, each.dtype, each.shape) for name, each in found.tensors.items()]
+
+    description = broadcast_result(described)
+    if description is not None and found is None:
+        path, meta, tensors = description
+        found = Checkpoint(path, {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in tensors}, meta)
+    if found is not None:
+        broadcast_tensors(found.tensors.values())
+    return cast(FoundCheckpoint, found)

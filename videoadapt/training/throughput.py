@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,13 +66,51 @@ class Throughput:
         else:
             advice = (
                 f"About {plural(wanted, 'worker')} would suffice, but the job has {cpus}: ask for more CPUs per task "
-                "(data.workers=auto uses them all), or"
+                "(data.workers=auto leaves one to the main process), or"
             )
         return (
             f"loading starves training: steps could process {self.clips / busy_s:.1f} clips/s, {readers} "
             f"{self.clips_per_s:.1f}; {self.wait_fraction:.0%} of the time is spent waiting. "
             f"{advice} resize the videos (tools/resize_videos.py)"
         )
+
+
+class WaitClock:
+    """Adds up the time in which this rank waits for other ranks. On a GPU, events measure it; the host does not wait.
+
+    Args:
+        device: The device of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # that the GPU may not have reached
+
+    def start(self) -> float | torch.cuda.Event:
+        """Returns the present time, for `stop`."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def stop(self, started: float | torch.cuda.Event) -> None:
+        """Adds the time since `start` returned `started`."""
+        now = self.start()
+        if isinstance(started, torch.cuda.Event):
+            assert isinstance(now, torch.cuda.Event), "the device does not change"
+            self._pairs.append((started, now))
+        else:
+            assert isinstance(now, float), "the device does not change"
+            self._seconds += now - started
+
+    def seconds(self) -> float:
+        """Returns the sum so far, in seconds."""
+        while self._pairs and self._pairs[0][1].query():
+            started, stopped = self._pairs.popleft()
+            self._seconds += started.elapsed_time(stopped) / 1000
+        return self._seconds
 
 
 class ThroughputMeter:

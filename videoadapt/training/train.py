@@ -21,28 +21,29 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.loader import Batch, steps_per_epoch, train_batches
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import plural
-from videoadapt.model.checkpoint import Checkpoint, Checkpoints, load_checkpoint, train_checkpoints
+from videoadapt.model.checkpoint import Checkpoints, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.facts import describe_origin, require_normalisation
 from videoadapt.model.weights.load import load_weights
 from videoadapt.model.weights.sources import source_digest
-from videoadapt.runtime.console import Bar, say
+from videoadapt.runtime.console import Bar, percent, print_table, say
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import peak_memory_bytes, pick_device, worker_count
 from videoadapt.runtime.ranks import (
     agree_on_stop,
+    all_gather,
     broadcast_result,
+    broadcast_tensors,
     rank,
     rank0_then_all,
     ranks,
-    wait_for_file,
     world_size,
 )
 from videoadapt.runtime.run_config import record_config
 from videoadapt.runtime.signals import StopRequest
-from videoadapt.training.ddp import has_foreign_statistics, share_statistics
-from videoadapt.training.exchange import ClipExchange
+from videoadapt.training.ddp import gradient_waits, has_foreign_statistics, share_statistics
+from videoadapt.training.exchange import ClipExchange, broadcast_checkpoint
 from videoadapt.training.groups import make_plan
 from videoadapt.training.metrics import (
     BestCheckpoint,
@@ -153,7 +154,7 @@ def run_epochs(
         def take(report: StepReport) -> bool:
             values = report.read(state)
             if metrics is not None:  # rank 0; its values are sums over all ranks
-                metrics.write(report.step + 1, values | meter.rates())
+                metrics.write(report.step + 1, values | meter.rates() | _waits(role, meter))
             recent.append(values)
             bar.step(config.train.batch, state.note(recent, meter))
             return agree_on_stop(stop, report.stop_flags)  # every rank stops if any rank received a signal
@@ -175,7 +176,33 @@ def run_epochs(
                 stop.stop()
             if validator.is_due():
                 _validate(validator, role, checkpoints, metrics, meter, stop, bar, after_validation)
+    _print_waits(role, meter)
     return meter
+
+
+def _waits(role: RankRole, meter: ThroughputMeter) -> dict[str, float]:
+    """Returns the fractions of the time in which this rank waited for teacher logits and for sums of gradients."""
+    if world_size() == 1:
+        return {}
+    seconds = max(meter.since_start().seconds, 1e-9)
+    teacher_s = role.teacher_logits.waits.seconds() if role.teacher_logits else 0.0
+    return {
+        "teacher_wait_fraction": teacher_s / seconds,
+        "gradient_wait_fraction": gradient_waits(role.forward) / seconds,
+    }
+
+
+def _print_waits(role: RankRole, meter: ThroughputMeter) -> None:
+    """Prints what each rank waited for. All ranks call it."""
+    own = _waits(role, meter)
+    if not own:
+        return
+    fractions = {"data": meter.rates()["wait_fraction"], "teacher": own["teacher_wait_fraction"]}
+    fractions["gradients"] = own["gradient_wait_fraction"]
+    rows = all_gather((socket.gethostname(), ", ".join(role.group.points), *map(percent, fractions.values())))
+    if rank() == 0:
+        columns = ("rank", "node", "points", *(f"waits for {cause} %" for cause in fractions))
+        print_table("Waits", columns, [(number, *row) for number, row in enumerate(rows)], to_stderr=True)
 
 
 def _validate(  # noqa: PLR0917 - what the loop has
@@ -245,27 +272,23 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
     """
     state = State.start(config, manifest)
     state.init_digest = broadcast_result(lambda: source_digest(config.train.init) if config.train.init else None)
-    checkpoint = _newest_checkpoint(checkpoints)
+    checkpoint = broadcast_checkpoint(checkpoints.latest)
     if checkpoint is not None:
         state.restore(checkpoint)
     elif config.train.init:
-        which, resample = config.train.weights, config.train.resample
-        report = load_weights(state.model, config.train.init, which=which, resample=resample)
-        say(str(report))
-        say(f"{Path(config.train.init).name}: {describe_origin(config.train.init, report.normalisation)}")
-        if note := require_normalisation(config.model, config.train.init, report.normalisation):
-            say(note)
+        if rank() == 0:
+            _load_initial_weights(state.model, config.train.init, config)
+        broadcast_tensors(state.model.state_dict().values())
         state.reset_ema()  # otherwise the moving average would start from the random weights
     return state
 
 
-def _newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
-    """Returns, on every rank, the checkpoint that rank 0 finds. A rank that looks by itself might see an older one."""
-    found = checkpoints.latest() if rank() == 0 else None
-    name = broadcast_result(lambda: None if found is None else found.path.name)
-    if name is None or rank() == 0:
-        return found
-    return load_checkpoint(wait_for_file(checkpoints.folder / name), checkpoints.kind)
+def _load_initial_weights(model: TimeSformer, source: str, config: Config) -> None:
+    report = load_weights(model, source, which=config.train.weights, resample=config.train.resample)
+    say(str(report))
+    say(f"{Path(source).name}: {describe_origin(source, report.normalisation)}")
+    if note := require_normalisation(config.model, source, report.normalisation):
+        say(note)
 
 
 def _open_metrics(validator: Validator) -> Metrics:
