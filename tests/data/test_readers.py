@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,22 @@ from videoadapt.errors import VideoError
 
 needs_decord = pytest.mark.skipif(decord_module() is None, reason="decord has no wheel for this platform")
 SCATTERED = [37, 0, 12, 13, 12, 39, 5]
+
+
+@pytest.mark.parametrize("reader", [pytest.param("decord", marks=needs_decord), "pyav"])
+def test_a_known_file_is_looked_up_once(tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network file system, each question by name goes to a server that all ranks ask."""
+    path = write_video(tmp_path / "a.mp4", 40)
+    info, questions, stat = probe(path), [], os.stat
+
+    def noted(name: Any, *words: Any, **options: Any) -> os.stat_result:
+        questions.extend([name] if str(name) == str(path) else [])
+        return stat(name, *words, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", noted)
+        open_video(path, reader, info).frames([3, 9])  # type: ignore[arg-type]
+    assert len(questions) == 1
 
 
 @needs_decord

@@ -28,13 +28,37 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError("run.device: cuda was given, but torch finds no GPU; use run.device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    _let_segments_grow()
     # The current device, because `runtime.ranks` has selected a GPU for each rank of a node.
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    return torch.device(name, torch.cuda.current_device())
+
+
+def _let_segments_grow() -> None:
+    """Sets `expandable_segments` unless the user has set the allocator: points of all sizes would fragment memory.
+
+    torch reads the variable when it first allocates memory of a GPU.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one until torch 2.8
+    if not any(name in os.environ for name in names):
+        version = tuple(map(int, torch.__version__.split(".")[:2]))
+        os.environ[names[version < _ALLOC_CONF_SINCE]] = "expandable_segments:True"
+
+
+def use_deterministic_operations() -> None:
+    """Makes a run on a GPU repeatable (`run.deterministic`). An operation that cannot be is named by a warning."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's documentation asks
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False  # a measurement, which may choose another algorithm each time
 
 
 def precision_dtype(name: str) -> torch.dtype:
     """Returns the dtype of activations for `run.precision` (`fp32` or `bf16`)."""
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+_ALLOC_CONF_SINCE = (2, 9)  # torch
 
 
 class CpuLimit(NamedTuple):
@@ -114,8 +138,11 @@ def busy() -> str:
 
 
 def worker_count(workers: Literal["auto"] | int) -> int:
-    """Returns the number of worker processes for `data.workers`; `auto` is one for each available CPU."""
-    return available_cpus() if workers == "auto" else workers
+    """Returns the number of worker processes for `data.workers`.
+
+    `auto` is one for each available CPU but one: the process that launches the work of a GPU needs a core, too.
+    """
+    return max(1, available_cpus() - 1) if workers == "auto" else workers
 
 
 def cpu_model() -> str:

@@ -26,6 +26,7 @@ from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
 _CPU = torch.device("cpu")
+_STEPS_AHEAD, _AHEAD_BYTES = 4, 1 << 30  # of waiting clips, the less of the two
 _FAILURE_WINDOW = 256  # clips; the run stops if more than half of the latest ones failed
 
 
@@ -141,13 +142,29 @@ def train_batches(
     keys = ((epoch, row) for epoch, rows in ahead for row in rows[read].tolist())
     workers = min(worker_count(config.data.workers), epoch_clips)
     # An exchange packs clips into messages on the CPU, so pinning them would be a wasted copy.
-    items = read_items(TrainClips(manifest, config), keys, workers, ahead=len(read), pin=on_gpu and exchange is None)
+    ahead_steps = steps_ahead(len(read) * clip_bytes(config))
+    pin = on_gpu and exchange is None
+    items = read_items(TrainClips(manifest, config), keys, workers, ahead=ahead_steps * len(read), pin=pin)
     clips = _stop_if_most_fail(items, min(_FAILURE_WINDOW, epoch_clips))
     if exchange is not None:
         schedule, exchanged = itertools.tee(schedule)
         clips = exchange.exchanged(clips, (rows for _, rows in exchanged))
     steps = ([_collate(itertools.islice(clips, len(local)), first, device) for first in firsts] for _ in schedule)
     yield from _copy_one_step_ahead(steps, device) if on_gpu else steps
+
+
+def clip_bytes(config: Config) -> int:
+    """Returns the size of a training clip: uint8 RGB."""
+    return 3 * config.model.num_frames * config.model.size**2
+
+
+def steps_ahead(step_bytes: int) -> int:
+    """Returns how many steps workers read ahead: several, since some files take much longer than others.
+
+    Args:
+        step_bytes: The clips of a step that this rank reads. They wait in shared memory, which is half of a machine's.
+    """
+    return max(1, min(_STEPS_AHEAD, _AHEAD_BYTES // step_bytes))
 
 
 def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Failure]:

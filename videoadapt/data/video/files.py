@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from videoadapt.errors import VideoError
 
@@ -12,21 +16,46 @@ _MAX_REASON_CHARACTERS = 200
 _HASH_CHUNK_BYTES = 1 << 20
 
 
-def file_size(path: Path) -> int:
-    """Returns the size of a file in bytes.
+def file_size(path: Path, if_missing: str = "") -> int:
+    """Returns the size of a file in bytes, with one look at the file system.
+
+    Args:
+        path: The file.
+        if_missing: The message about a file that does not exist; by default, the one of the system.
 
     Raises:
-        VideoError: The file is missing, empty, or not a regular file. (To open a pipe would block for ever.)
+        VideoError: The file is missing, empty, or not a regular file.
     """
     try:
-        size = path.stat().st_size
+        return _size_of_regular(path, path.stat())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VideoError(f"{path}: {if_missing or error.strerror}") from None
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from None
-    if not path.is_file():
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading. It asks the open file for its kind: each question by name is one more for the server.
+
+    Raises:
+        VideoError: The file is missing, empty, or not a regular file.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a pipe would block for ever
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from None
+    with os.fdopen(number, "rb") as file:
+        _size_of_regular(path, os.fstat(number))
+        yield file
+
+
+def _size_of_regular(path: Path, status: os.stat_result) -> int:
+    if not stat.S_ISREG(status.st_mode):
         raise VideoError(f"{path}: not a regular file")
-    if size == 0:
+    if status.st_size == 0:
         raise VideoError(f"{path}: the file is empty")
-    return size
+    return status.st_size
 
 
 def exists(path: str | Path) -> bool:

@@ -51,14 +51,17 @@ class Limits(NamedTuple):
                 "data.max_frames to read it"
             )
 
-    def check_claims(self, path: Path) -> None:
+    def check_claims(self, path: Path, file: BinaryIO) -> None:
         """Checks the number of frames that an mp4 or mov states, before FFmpeg allocates an entry for each of them.
+
+        Args:
+            path: Its name, for the message.
+            file: The open file.
 
         Raises:
             VideoError: It states too many frames, or too many packets of sound or text.
         """
-        with path.open("rb") as file:
-            frames, others = _claimed_samples(file, os.fstat(file.fileno()).st_size)
+        frames, others = _claimed_samples(file, os.fstat(file.fileno()).st_size)
         self.check_frames(path, frames)
         if others > _OTHER_TRACKS * self.max_frames:
             raise VideoError(

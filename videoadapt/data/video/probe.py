@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from videoadapt.data.video.files import exists, file_size, hash_file, reason
+from videoadapt.data.video.files import exists, file_size, hash_file, open_regular, reason
 from videoadapt.data.video.frame_times import Rate, frame_rate, is_rate
 from videoadapt.data.video.images import (
     IMAGE_FOLDER_FPS,
@@ -103,12 +103,13 @@ def check_unchanged(path: Path, info: VideoInfo) -> None:
     Raises:
         VideoError: The file does not exist any more, or has changed.
     """
-    if not exists(path):
-        raise VideoError(f"{path}: not found; it was moved or deleted after it was indexed; run `videoadapt index`")
+    gone = "not found; it was moved or deleted after it was indexed; run `videoadapt index`"
     if info.container == "folder":
+        if not exists(path):
+            raise VideoError(f"{path}: {gone}")
         now, then, unit = len(image_files(path)), info.frames, "frames"
     else:
-        now, then, unit = file_size(path), info.bytes, "bytes"
+        now, then, unit = file_size(path, gone), info.bytes, "bytes"
     if now != then:
         raise VideoError(f"{path}: has {now} {unit}, but had {then} when it was indexed; run `videoadapt index`")
 
@@ -128,9 +129,9 @@ def open_container(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[tupl
     """
     import av
 
-    file_size(path)
     try:
-        limits.check_claims(path)
+        with open_regular(path) as file:
+            limits.check_claims(path, file)
         # FFmpeg takes some relative names for addresses, but never an absolute path.
         with av.open(os.path.abspath(path), options=_OPEN_OPTIONS, **_metadata_options()) as container:
             stream = _video_stream(path, container)

@@ -254,7 +254,7 @@ class ImageReader(VideoReader):
         self.path, self.num_frames, self.fps = path, info.frames, info.fps
         self.width, self.height = info.width, info.height
         self.times_s = None
-        self._images = image_files(path) if path.is_dir() else [path]
+        self._images = image_files(path) if info.container == "folder" else [path]
 
     def frames(self, indices: Indices) -> np.ndarray:
         """See `VideoReader.frames`."""
