@@ -120,6 +120,27 @@ def test_a_checkpointed_backward_pass_repeats_the_forward_pass(tmp_path: Path) -
         assert twice[point].backward.seconds(6) == pytest.approx(passes.seconds(6))
 
 
+def test_a_step_takes_at_least_its_launches(tmp_path: Path) -> None:
+    """One clip for each of many fast GPUs gains nothing."""
+    config = tiny(tmp_path, plan={"macs_per_s": 1e20}, train={"batch": 32}, model={"points": ["8"]})
+    steps = [plan(config, gpus).layouts[0].step_s for gpus in (16, 32)]
+    assert steps[0] == steps[1] == plan(config, 16).floor_s
+
+
+def test_the_learning_rate_grows_with_the_batch(tmp_path: Path) -> None:
+    config = tiny(tmp_path, plan=MACS_PER_S, train={"batch": 32, "lr": 0.01}, model={"points": ["8"]})
+    (note,) = plan(config, 8).notes
+    assert note.startswith("train.batch=32 is 4 clips for each GPU")
+    assert "train.batch=64 train.lr=0.02 by the linear rule" in note
+
+
+def test_a_plan_says_how_many_cores_decoding_needs(tmp_path: Path) -> None:
+    runs.make_data(tmp_path / "data")
+    config = tiny(tmp_path, plan=MACS_PER_S, model={"points": ["8"]})
+    index(config)
+    assert any("clips/s of the run's files, so each GPU needs" in note for note in plan(config, 1).notes)
+
+
 def test_the_clips_of_an_epoch_come_from_the_manifest(tmp_path: Path) -> None:
     runs.make_data(tmp_path / "data")
     config = tiny(tmp_path, plan=MACS_PER_S, model={"points": ["8"]})  # one point: memory is predicted for each

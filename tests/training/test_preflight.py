@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import small_runs as runs
@@ -24,8 +25,11 @@ from videoadapt.training.preflight import (
     NodeReport,
     checkpoints_bytes,
     clips_decoded_per_step,
+    decoding_notes,
     faults,
+    pixels_after_resizing,
     preflight,
+    try_decoding,
     warnings,
 )
 from videoadapt.training.train import train
@@ -53,13 +57,14 @@ def test_the_table_has_a_row_for_each_rank(
     other = NodeReport("node2", "none", 2, 4, 2_500_000_000, 48, clips_per_s=10.0, error="", manifest="aa")
     monkeypatch.setattr(module, "report_of_this_node", lambda *_: GOOD)
     monkeypatch.setattr(module, "all_gather", lambda own: [own, other])
-    config = runs.config(tmp_path, tmp_path / "run")
-    preflight(config, Manifest.__new__(Manifest), make_plan(config, 1, {}))
+    config, manifest, plan = indexed(tmp_path)
+    capsys.readouterr()
+    preflight(config, manifest, plan)
     printed = capsys.readouterr()
     assert printed.out == ""  # stdout is for results
     by_rank = [
-        ("0", "node1", "H200", "8", "8", "1.0", "20.0", "0.20", "aa"),
-        ("1", "node2", "none", "2", "4", "2.5", "10.0", "2.40", "aa"),
+        ("0", "node1", "H200", "8", "8", "1.0", "20.0", "0.20", "aa", ""),
+        ("1", "node2", "none", "2", "4", "2.5", "10.0", "2.40", "aa", ""),
     ]
     assert [tuple(row.values()) for row in table_rows(printed.err)] == by_rank
     assert table_rows(printed.err)[1]["decoding s/step"] == "2.40"  # 48 clips by the 2 workers that have a CPU
@@ -95,7 +100,7 @@ def test_loading_libraries_does_not_count_as_decoding(tmp_path: Path, monkeypatc
 
     config, manifest, _ = indexed(tmp_path)
     monkeypatch.setattr(module, "TrainClips", SlowAtFirst)
-    clips_per_s, error = module._try_decoding(config, manifest)
+    clips_per_s, error = try_decoding(config, manifest)
     assert clips_per_s > 4 / 3  # with the 3 s, it would be less
     assert error == ""
 
@@ -152,3 +157,30 @@ def test_too_few_cpus_cause_a_warning() -> None:
     assert warnings([GOOD]) == []
     (warning,) = warnings([GOOD, replace(GOOD, cpus=2)])
     assert warning.startswith("rank 1: 8 workers share 2 CPUs")
+
+
+def test_a_gpu_without_bf16_causes_a_warning_where_it_is_used() -> None:
+    old = replace(GOOD, gpu="V100", has_bf16=False)
+    assert warnings([GOOD, old], "fp32") == []
+    (warning,) = warnings([GOOD, old], "bf16")
+    assert warning.startswith("rank 1: V100 does not compute in bf16 itself")
+
+
+def test_what_decoding_needs_and_would_gain_is_said(tmp_path: Path) -> None:
+    config, manifest, _ = indexed(tmp_path)
+    report = replace(GOOD, pyav_clips_per_s=32.0)
+    cores, *gains = decoding_notes([report, report], manifest, config)
+    assert cores.endswith("a GPU that trains N clips/s needs N / 20.0 cores")
+    assert any("PyAV decodes 1.6 times as many" in gain for gain in gains)
+    (only,) = decoding_notes([replace(GOOD, pyav_clips_per_s=21.0)], manifest, large := with_size(config, 10_000))
+    assert only == cores
+    assert pixels_after_resizing(manifest, large) == 1.0
+    videos = manifest.split("train").readable
+    short = set(np.minimum(videos["width"], videos["height"]).tolist())
+    assert len(short) == 1
+    half = with_size(config, short.pop() // 2)
+    assert pixels_after_resizing(manifest, half) == pytest.approx(0.25, rel=0.1)
+
+
+def with_size(config: Config, size: int) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"size": size})})

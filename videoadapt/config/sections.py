@@ -150,7 +150,10 @@ class RunConfig(Section):
     """Folder of the run: checkpoints, labels, tables and logs. All stages of a run share it."""
     seed: Seed = 0
     """Seed of the initial weights, the order of clips, augmentation and drawn points. Two runs with the same seed on
-    the same CPU are equal to the bit."""
+    the same CPU are equal to the bit; for GPUs see `run.deterministic`."""
+    deterministic: bool = False
+    """Use the operations of a GPU that give the same bits each time, which are slower. A warning names an operation
+    that has no such form. On CPUs it changes nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of model and assigner. `auto` is the GPU where there is one, otherwise the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -211,7 +214,7 @@ class DataConfig(Section):
     million."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
     """Processes of each rank that read clips. 0 = the main process reads them. `auto` = one for each CPU that the rank
-    may use."""
+    may use, but one, which stays with the main process."""
     timeout_s: Seconds = 300.0
     """Seconds in which a worker must have read one clip. After that the run stops, and names the file."""
     sampling: Literal["dense", "segments"] = "dense"
@@ -674,8 +677,9 @@ class ParallelConfig(Section):
     `own`: each group decodes every clip, for networks of 1 Gbit/s and less."""
     ranks: Count | None = None
     """Required number of ranks; another number is an error. null = as many as the launcher has started."""
-    join_s: Seconds = 50.0
-    """Seconds in which all ranks must have started."""
+    join_s: Seconds = 600.0
+    """Seconds in which all ranks must have started. The nodes of a job import torch from a busy disk at very different
+    speeds."""
     step_s: Seconds = 1800.0
     """Seconds that a rank waits for the others in a training step, loading included."""
     shard: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import make_plan, split_evenly
+from videoadapt.training.preflight import pixels_after_resizing, try_decoding
 
 _ROUNDS = 5  # rounds of measuring; the median of five ignores two disturbed rounds
 _SHOWN = 12  # layouts in the printed table
@@ -39,6 +40,10 @@ _MIN_GAIN = 0.02  # groups must be faster by this fraction: they need more commu
 _FLOAT_BYTES = 4  # gradients and logits travel as float32
 _MAX_RANKS = 4096
 _MAX_LENGTHS = 6  # they have 203 partitions; ten have 115,975
+_LAUNCHES_OF_A_BLOCK = 140  # of kernels in a step, at one point: TimeSformer-B has 1,675 (docs/results/step.md)
+_LAUNCH_S = 5e-6  # by the host
+_CLIPS_PER_GPU = 8  # TimeSformer's recipe
+_WORTH_RESIZING = 0.8  # fraction of the pixels that smaller copies may have to be mentioned
 _CPU_MACS = 25_000_000_000  # MACs of a forward pass that takes about a second on a core, with its backward pass
 
 
@@ -73,6 +78,8 @@ class PlanSummary:
     groups_of_the_config: str | None  # None if it needs another number of ranks
     recommended: str
     why: str
+    floor_s: float | None  # time of the launches of a step without groups; None if it is part of the measured times
+    notes: list[str]  # on the batch, the learning rate, and decoding
 
 
 def plan(config: Config, gpus: int) -> PlanSummary:
@@ -98,11 +105,15 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     if not plans:
         raise _too_many_ranks(config, gpus)
     # Stable: the layout without groups comes first among equals.
-    forecasts = sorted((forecast(layout, work, network) for layout in plans), key=lambda f: f.step_s)
+    forecasts = sorted((_above_floor(forecast(each, work, network), config) for each in plans), key=lambda f: f.step_s)
     best = recommended(forecasts)
-    clips_an_epoch = config.plan.clips or _manifest_clips(config)
+    manifest = _manifest(config)
+    clips_an_epoch = config.plan.clips or (len(manifest.split("train").readable) if manifest else None)
     memory = training_memory(config, device)
-    summary = PlanSummary(
+    rows = [_layout_row(each, work, memory, config, clips_an_epoch) for each in forecasts]
+    chosen = rows[forecasts.index(best)]
+    notes = [*_batch_notes(config, gpus), *(_decoding_notes(config, manifest, chosen, best, gpus) if manifest else [])]
+    return PlanSummary(
         gpus=gpus,
         device="analytic" if rate else device.type,
         clips=work.clips,
@@ -113,12 +124,13 @@ def plan(config: Config, gpus: int) -> PlanSummary:
         gradient_bytes=work.gradient_bytes,
         clips_an_epoch=clips_an_epoch,
         epochs=config.train.epochs,
-        layouts=[_layout_row(each, work, memory, config, clips_an_epoch) for each in forecasts],
+        layouts=rows,
         groups_of_the_config=_groups_of_config(config, gpus, work),
         recommended=groups_setting(best.plan),
         why=reason_for(best, forecasts),
+        floor_s=_floor_s(config, len(config.model.points)) if rate else None,
+        notes=notes,
     )
-    return summary
 
 
 def _require_possible(config: Config, gpus: int) -> None:
@@ -199,9 +211,53 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _manifest_clips(config: Config) -> int | None:
+def _manifest(config: Config) -> Manifest | None:
     path = config.run.dir / "manifest.parquet"
-    return len(Manifest.load(path).split("train").readable) if path.exists() else None
+    return Manifest.load(path) if path.exists() else None
+
+
+def _floor_s(config: Config, points: int) -> float:
+    """Returns the time that the launches of a step take, however few clips a rank has; `points` it trains."""
+    return points * config.model.depth * _LAUNCHES_OF_A_BLOCK * config.train.accumulate * _LAUNCH_S
+
+
+def _above_floor(each: Forecast, config: Config) -> Forecast:
+    """Returns a forecast from MACs whose step takes at least its launches; measured times contain them."""
+    if not config.plan.macs_per_s:
+        return each
+    points = max(len(group.points) for group in each.plan.groups)
+    return replace(each, step_s=max(each.step_s, _floor_s(config, points)))
+
+
+def _batch_notes(config: Config, gpus: int) -> list[str]:
+    """Returns how many clips a GPU has, and the batch and the learning rate that keep the recipe's number."""
+    batch = _CLIPS_PER_GPU * gpus
+    note = f"train.batch={config.train.batch} is {config.train.batch / gpus:g} clips for each GPU without groups"
+    if batch == config.train.batch:
+        return [note]
+    lr = config.train.lr * batch / config.train.batch
+    return [
+        f"{note}; with {_CLIPS_PER_GPU}, as TimeSformer has: train.batch={batch} train.lr={lr:.3g} by the linear rule "
+        "(learning rate in proportion to the batch), with train.warmup_epochs=1 or more; not tried here"
+    ]
+
+
+def _decoding_notes(config: Config, manifest: Manifest, row: LayoutRow, layout: Forecast, gpus: int) -> list[str]:
+    """Returns how many cores a GPU needs to decode for the recommended layout, and what smaller files would gain."""
+    rate, error = try_decoding(config, manifest)
+    if error or not rate:
+        return [f"decoding: not measured ({error})"]
+    times = len(layout.plan.groups) if config.parallel.decode == "own" else 1  # that each clip is decoded
+    cores = row.clips_per_s * times / gpus / rate
+    notes = [
+        f"decoding: a core of this machine reads {rate:.1f} clips/s of the run's files, so each GPU needs {cores:.1f} "
+        "cores for it, and one for the main process (slurm.cpus_per_task)"
+    ]
+    if (left := pixels_after_resizing(manifest, config)) < _WORTH_RESIZING:
+        notes.append(
+            f"tools/resize_videos.py would leave {left:.0%} of the pixels, and about as much of the time of decoding"
+        )
+    return notes
 
 
 def _groups_of_config(config: Config, gpus: int, work: StepWork) -> str | None:
@@ -303,6 +359,13 @@ def print_plan(summary: PlanSummary) -> None:
     if current is not None and current != summary.recommended:
         print(f"current: parallel.groups={current}")
     print(f"recommended: parallel.groups={summary.recommended}: {summary.why}")
+    if summary.floor_s is not None:
+        print(
+            f"A step takes at least {1000 * summary.floor_s:.1f} ms without groups: the host launches each operation. "
+            "Ranks whose clips take less gain nothing"
+        )
+    for note in summary.notes:
+        print(note)
 
 
 def _source_of_times(summary: PlanSummary) -> str:

@@ -20,7 +20,7 @@ from videoadapt.errors import shown
 # Keys that do not change what a trained model sees of a video, by section: places, speed, the training recipe, and
 # rules that are applied to stored answers. All other keys of these sections count, new ones too.
 _FREE: dict[str, tuple[str, ...]] = {
-    "run": ("dir", "seed", "device", "checkpoint"),
+    "run": ("dir", "seed", "device", "checkpoint", "deterministic"),
     "model": ("drop_path", "drop_path_unit", "init_std", "time_init_std"),
     "data": (
         *("root", "train", "val", "classes", "kind", "holdout", "calibrate", "workers", "timeout_s", "max_pixels"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure, TrainClips
@@ -19,10 +22,12 @@ from videoadapt.errors import RunError, few, plural
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import advise, print_table
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
-from videoadapt.runtime.ranks import all_gather, rank
+from videoadapt.runtime.ranks import all_gather, rank, wait_for_all, world_size
 from videoadapt.training.groups import GroupPlan, split_evenly
 
 _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
+_WORTH = 1.2  # a gain that is mentioned; a few clips measure less than that badly
+_EXCHANGED_FLOATS, _EXCHANGES = 8_000_000, 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class NodeReport:
     clips_per_s: float  # decoded by one process
     error: str  # if no video can be read: one of them and the cause; otherwise empty
     manifest: str  # hash
+    pyav_clips_per_s: float | None = None  # the same clips by PyAV; None if PyAV reads them anyway
+    has_bf16: bool = True  # whether the device computes in bf16 itself
+    networks: str = ""  # what gloo and NCCL use, by their variables
 
     @property
     def decoding_s(self) -> float:
@@ -58,10 +66,11 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
         RunError: Ranks see different manifests, a rank can read no video, or the disk has no space for the checkpoints.
     """
     reports = all_gather(report_of_this_node(config, manifest, plan))
+    exchange = _measured_exchange(pick_device(config.run.device))
     if rank() == 0:
         _print_reports(reports)
-        for warning in warnings(reports):
-            advise(warning)
+        for note in [*warnings(reports, config.run.precision), *exchange, *decoding_notes(reports, manifest, config)]:
+            advise(note)
     found = faults(reports, checkpoints_bytes(config))
     if found:  # on every rank, so that all stop
         raise RunError("preflight: " + "; ".join(found))
@@ -82,7 +91,7 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
             f"{one.clips_per_s:.1f} clips/s each; {one.free_bytes / 1e9:.0f} GB of disk free; manifest {one.manifest}"
         )
         return
-    columns = "rank,node,GPU,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest".split(",")
+    columns = "rank,node,GPU,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest,network".split(",")
     rows = [
         (
             number,
@@ -94,6 +103,7 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
             f"{report.clips_per_s:.1f}",
             f"{report.decoding_s:.2f}",
             report.manifest,
+            report.networks,
         )
         for number, report in enumerate(reports)
     ]
@@ -103,7 +113,11 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
 def report_of_this_node(config: Config, manifest: Manifest, plan: GroupPlan) -> NodeReport:
     """Returns the report of this rank. Decodes a few training videos for it."""
     device = pick_device(config.run.device)
-    clips_per_s, error = _try_decoding(config, manifest)
+    clips_per_s, error = try_decoding(config, manifest)
+    pyav_clips_per_s = None
+    if config.data.reader != "pyav" and not error and (manifest["reader"] == "decord").any():
+        with_pyav = config.model_copy(update={"data": config.data.model_copy(update={"reader": "pyav"})})
+        pyav_clips_per_s, _ = try_decoding(with_pyav, manifest)
     return NodeReport(
         node=socket.gethostname(),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
@@ -114,7 +128,69 @@ def report_of_this_node(config: Config, manifest: Manifest, plan: GroupPlan) -> 
         clips_per_s=clips_per_s,
         error=error,
         manifest=manifest.hash,
+        pyav_clips_per_s=pyav_clips_per_s,
+        has_bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
+        networks=_networks(device),
     )
+
+
+def _networks(device: torch.device) -> str:
+    """Returns the network interfaces of this rank's collectives; empty for a single process."""
+    if world_size() == 1:
+        return ""
+    named = {"gloo": os.environ.get("GLOO_SOCKET_IFNAME", "by host name")}
+    if device.type == "cuda":
+        named["NCCL"] = os.environ.get("NCCL_SOCKET_IFNAME", "its own choice")
+    return ", ".join(f"{name}: {interface}" for name, interface in named.items())
+
+
+def _measured_exchange(device: torch.device) -> list[str]:
+    """Measures a sum over all ranks, as gradients have it. Returns a sentence; none for a single process."""
+    if world_size() == 1:
+        return []
+    values = torch.zeros(_EXCHANGED_FLOATS, device=device)
+    seconds = []
+    for _ in range(_EXCHANGES):  # the first one opens connections
+        wait_for_all()
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        float(values[0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    slowest_s = max(all_gather(min(seconds[1:])))
+    return [
+        f"a sum of {values.nbytes / 1e6:.0f} MB over {world_size()} ranks takes {1000 * slowest_s:.1f} ms "
+        f"({values.nbytes / 1e9 / slowest_s:.2f} GB/s); a step sums 4 bytes for each parameter"
+    ]
+
+
+def decoding_notes(reports: Sequence[NodeReport], manifest: Manifest, config: Config) -> list[str]:
+    """Returns how many cores these files need, and what another reader or smaller files would gain, a sentence each."""
+    rates = [report.clips_per_s for report in reports if report.clips_per_s]
+    if not rates:
+        return []
+    rate = median(rates)
+    notes = [
+        f"a core decodes {rate:.1f} clips/s of these files: a GPU that trains N clips/s needs N / {rate:.1f} cores"
+    ]
+    gains = [one.pyav_clips_per_s / one.clips_per_s for one in reports if one.pyav_clips_per_s and one.clips_per_s]
+    if gains and (gain := median(gains)) > _WORTH:
+        notes.append(
+            f"PyAV decodes {gain:.1f} times as many clips/s of these files, with the same frames: data.reader=pyav"
+        )
+    if (left := pixels_after_resizing(manifest, config)) < 1 / _WORTH:
+        notes.append(
+            f"these files have more pixels than training uses: tools/resize_videos.py leaves {left:.0%} of them, and "
+            "decoding takes time about in proportion"
+        )
+    return notes
+
+
+def pixels_after_resizing(manifest: Manifest, config: Config) -> float:
+    """Returns the fraction of the training videos' pixels that copies with the needed short side have, at most 1."""
+    videos = manifest.split("train").readable
+    short = np.minimum(videos["width"], videos["height"]).astype(float)
+    needed = config.data.short_side[1] if config.data.short_side else config.model.size
+    return float(np.minimum(1.0, (needed / short) ** 2).mean()) if len(short) else 1.0
 
 
 def clips_decoded_per_step(config: Config, plan: GroupPlan, rank: int) -> int:
@@ -127,7 +203,7 @@ def clips_decoded_per_step(config: Config, plan: GroupPlan, rank: int) -> int:
     return len(plan.group(rank).positions(rank, config.train.batch, pairs=config.data.mixes))
 
 
-def _try_decoding(config: Config, manifest: Manifest) -> tuple[float, str]:
+def try_decoding(config: Config, manifest: Manifest) -> tuple[float, str]:
     """Decodes a few training videos. Returns clips per second, and an error if none of them can be read."""
     rows = np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
     # Spread over the list: neighbours often lie in the same folder of the same disk.
@@ -178,13 +254,25 @@ def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
     return found
 
 
-def warnings(reports: Sequence[NodeReport]) -> list[str]:
-    """Returns the problems that will slow the run down, a sentence each; `reports` are ordered by rank."""
+def warnings(reports: Sequence[NodeReport], precision: str = "fp32") -> list[str]:
+    """Returns the problems that will slow the run down, a sentence each.
+
+    Args:
+        reports: The reports of all ranks, in the order of the ranks.
+        precision: `run.precision`.
+    """
+    found = []
     short = [number for number, report in enumerate(reports) if report.workers > report.cpus]
-    if not short:
-        return []
-    first = reports[short[0]]
-    return [
-        f"rank {few(short)}: {plural(first.workers, 'worker')} share {plural(first.cpus, 'CPU')}; ask for more CPUs "
-        "per task (slurm.cpus_per_task), or lower data.workers"
-    ]
+    if short:
+        first = reports[short[0]]
+        found.append(
+            f"rank {few(short)}: {plural(first.workers, 'worker')} share {plural(first.cpus, 'CPU')}; ask for more "
+            "CPUs per task (slurm.cpus_per_task), or lower data.workers"
+        )
+    slow = [number for number, report in enumerate(reports) if not report.has_bf16]
+    if slow and precision == "bf16":
+        found.append(
+            f"rank {few(slow)}: {reports[slow[0]].gpu} does not compute in bf16 itself, so run.precision=bf16 is "
+            "slower than fp32 there; use run.precision=fp32 (fp16 is not supported)"
+        )
+    return found

@@ -21,7 +21,7 @@ from videoadapt.errors import CheckpointError, RunError, plural, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import percent
-from videoadapt.runtime.machine import pick_device
+from videoadapt.runtime.machine import pick_device, use_deterministic_operations
 from videoadapt.training.freeze import freeze
 from videoadapt.training.losses import balanced_weights
 from videoadapt.training.metrics import Validation
@@ -31,7 +31,7 @@ from videoadapt.training.trained_clips import TENSOR, clip_keys
 
 # The keys that may differ between a run and its continuation, by section: they do not change the results.
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
-    "run": ("dir", "device", "checkpoint"),
+    "run": ("dir", "device", "checkpoint", "deterministic"),
     "model": (),
     "loss": (),
     "train": (
@@ -124,6 +124,8 @@ class State:
     def start(cls, config: Config, manifest: Manifest) -> State:
         """Returns the state before the first step, with a model initialised from `run.seed`, on its device."""
         device = pick_device(config.run.device)
+        if config.run.deterministic:
+            use_deterministic_operations()
         torch.manual_seed(config.run.seed)
         model = TimeSformer(config.model, manifest.classes).to(device)
         freeze(model, config.train.freeze)
