@@ -85,6 +85,13 @@ def test_ranks_of_torchrun_share_the_cpus_and_tasks_of_slurm_do_not(tmp_path: Pa
     assert machine.limit(LOCAL_WORLD_SIZE="4", SLURM_CPUS_PER_TASK="8") == CpuLimit(8, "SLURM_CPUS_PER_TASK")
 
 
+def test_auto_leaves_a_cpu_to_the_process_that_launches_the_work_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, cpus, workers in ((False, 8, 8), (True, 8, 7), (True, 1, 1)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("videoadapt.runtime.machine.available_cpus", lambda cpus=cpus: cpus)
+        assert worker_count("auto") == workers
+
+
 def test_auto_is_one_worker_for_each_cpu_and_a_number_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     assert worker_count("auto") == 1

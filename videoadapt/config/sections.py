@@ -214,7 +214,7 @@ class DataConfig(Section):
     million."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
     """Processes of each rank that read clips. 0 = the main process reads them. `auto` = one for each CPU that the rank
-    may use, but one, which stays with the main process."""
+    may use; with a GPU, one less, since launching its work takes a core."""
     timeout_s: Seconds = 300.0
     """Seconds in which a worker must have read one clip. After that the run stops, and names the file."""
     sampling: Literal["dense", "segments"] = "dense"

@@ -140,9 +140,9 @@ def busy() -> str:
 def worker_count(workers: Literal["auto"] | int) -> int:
     """Returns the number of worker processes for `data.workers`.
 
-    `auto` is one for each available CPU but one: the process that launches the work of a GPU needs a core, too.
+    `auto` is one for each available CPU; with a GPU, one less: the process that launches its work needs a core, too.
     """
-    return max(1, available_cpus() - 1) if workers == "auto" else workers
+    return max(1, available_cpus() - torch.cuda.is_available()) if workers == "auto" else workers
 
 
 def cpu_model() -> str:

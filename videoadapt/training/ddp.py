@@ -59,8 +59,7 @@ class _SummingModel(DistributedDataParallel):
 
 def gradient_waits(model: nn.Module) -> float:
     """Returns the seconds in which this rank waited for sums of gradients; `model` comes from `sum_gradients`."""
-    eager = getattr(model, "_orig_mod", model)  # of a compiled model
-    return eager.waits.seconds() if isinstance(eager, _SummingModel) else 0.0
+    return model.waits.seconds() if isinstance(model, _SummingModel) else 0.0
 
 
 def _sum_bucket(waits, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP refuses annotations in text

@@ -66,7 +66,7 @@ class Throughput:
         else:
             advice = (
                 f"About {plural(wanted, 'worker')} would suffice, but the job has {cpus}: ask for more CPUs per task "
-                "(data.workers=auto leaves one to the main process), or"
+                "(data.workers=auto uses all but one), or"
             )
         return (
             f"loading starves training: steps could process {self.clips / busy_s:.1f} clips/s, {readers} "

@@ -188,7 +188,7 @@ def _waits(role: RankRole, meter: ThroughputMeter) -> dict[str, float]:
     teacher_s = role.teacher_logits.waits.seconds() if role.teacher_logits else 0.0
     return {
         "teacher_wait_fraction": teacher_s / seconds,
-        "gradient_wait_fraction": gradient_waits(role.forward) / seconds,
+        "gradient_wait_fraction": gradient_waits(role.module) / seconds,
     }
 
 
