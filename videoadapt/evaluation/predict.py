@@ -207,6 +207,8 @@ def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> P
         if policy is None:
             _say_favoured(config.run.dir, model)
     text = policy or ("assigned" if assigned else f"fixed:{model.config.points[0]}")
+    if policy is None and assigned is None and len(model.config.points) > 1:
+        say(f"policy {text}, the costliest point, since {config.run.dir} has no assigner; --policy names another")
     chosen = parse_policy(text, assigned, model.config, config.run.dir, model)
     if is_policy_file(text):
         say_other_inputs(Path(text), config, None)
