@@ -350,10 +350,10 @@ def print_evaluate(summary: Summary) -> None:
         "* on the Pareto front by the measured values, whatever their intervals: none has a higher top-1 at no more "
         "MACs, or the same at fewer MACs; random and oracle take no part"
     )
-    say(
-        "random: the mix of points of assigned, by chance; oracle: the cheapest right point, chosen with the true "
-        "class, an upper bound for choosing points"
-    )
+    if "random" in summary["policies"]:
+        say("random: the mix of points of assigned, by chance")
+    if "oracle" in summary["policies"]:
+        say("oracle: the cheapest right point, chosen with the true class, an upper bound for choosing points")
     for name, promise in summary.get("promises", {}).items():
         say(f"{name} is calibrated: {promise}")
     if summary.get("selected_on_val"):
@@ -369,7 +369,7 @@ def print_evaluate(summary: Summary) -> None:
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
-        say("no assigner yet: run `videoadapt label` and `videoadapt assign` to add the policies assigned and random")
+        say("no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random")
     _say_against_fixed(summary["policies"])
     say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")
     print_speed(summary["speed"])

@@ -19,6 +19,7 @@ from videoadapt.routing.assigner import assigner_checkpoints
 from videoadapt.routing.calibrate_policies import Totals, best, measure, run_tests
 from videoadapt.routing.candidates import Order, delta_of_orders, known_clips, orders_of
 from videoadapt.routing.decide import views_run
+from videoadapt.routing.label import class_mix_note
 from videoadapt.routing.label_rules import Bools, Floats
 from videoadapt.routing.learn_then_test import loss_upper, mean_upper, videos_needed
 from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner
@@ -146,10 +147,12 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
             return ShardResult(str(config.parallel.shard))
 
         def write() -> CalibrateSummary:
+            scores = scored.load("data.calibrate")
+            _say_other_mix(scores, manifest)
             known, ordered_by = known_clips(config, manifest, model, assigned)
             views = config.evaluate.temporal_views * config.evaluate.spatial_crops
             orders = orders_of(config.model, assigned, known, eps=config.calibrate.eps, views=views)
-            found = _chosen(scored.load("data.calibrate"), orders, ordered_by, manifest, config)
+            found = _chosen(scores, orders, ordered_by, manifest, config)
             with guard():
                 _write(found, assigned, config)
             return found
@@ -163,6 +166,12 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
     assigner = assigned.assigner if assigned else None
     views = config.evaluate.temporal_views
     return score(model, manifest, rows.tolist(), config, name="calibrate", temporal_views=views, assigner=assigner)
+
+
+def _say_other_mix(scores: Scores, manifest: Manifest) -> None:
+    note = class_mix_note(manifest["label"][scores.rows], manifest.split("val").readable["label"], manifest.classes)
+    if note:
+        say(f"{note}: the promise is about videos like these")
 
 
 def _chosen(

@@ -256,8 +256,8 @@ def _say_suspicious(counts: IndexSummary, config: Config) -> None:
     equal = counts.duplicates.same_content.count
     if leaks or equal:
         say(
-            f"{plural(leaks, 'leak')} between splits, {plural(equal, 'group')} of files with the same content: see "
-            f"{index_path(config)}"
+            f"{plural(leaks, 'leak')} between splits, {plural(equal, 'group')} of files with the same content, "
+            f"{counts.duplicates.other_class.count} of them with different classes: see {index_path(config)}"
         )
 
 
