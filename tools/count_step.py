@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 
 import videoadapt
 from count_operations import Count, counting, faked, is_product
+from videoadapt.model import timesformer
 from videoadapt.model.timesformer import TimeSformer, compiled
 
 _MOVED = {"config.cost": "cost", "config.load": "config", "data.clips.loader": "data.loader"}
@@ -147,10 +148,13 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--points", default="14,10,7")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--fused-from", type=int, help="patch tokens from which the blocks are fused, not the model's")
     parser.add_argument("--peer", action="store_true", help="also count Hugging Face's TimeSformer")
     parser.add_argument("--graphs", action="store_true", help="also count the graphs of train.compile")
     parser.add_argument("--operations", action="store_true", help="also list the operations of a training pass")
     args = parser.parse_args()
+    if args.fused_from is not None:
+        timesformer._LEAST_FUSED = args.fused_from
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     values = {
         "run": {"precision": "bf16"},

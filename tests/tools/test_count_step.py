@@ -50,9 +50,9 @@ def test_waits_of_the_host_are_counted() -> None:
 def test_the_kernels_run_in_a_step_and_the_host_does_not_wait() -> None:
     model = {"width": 64, "depth": 1, "heads": 1, "patch": 16, "size": 224, "num_frames": 8, "num_classes": 5}
     config = make_config(
-        {"run": {"precision": "bf16"}, "model": model | {"points": ["14", "7"]}, "train": {"batch": 6}}
+        {"run": {"precision": "bf16"}, "model": model | {"points": ["14", "7"]}, "train": {"batch": 24}}
     )
-    forward, both = count_pass(lambda: our_model(config, "14"), config, 6, CUDA)
+    forward, both = count_pass(lambda: our_model(config, "14"), config, 24, CUDA)
     assert forward.launches["add_norm"] == 2
     assert both.launches["attend_over_time_backward"] == 1
     assert both.launches["_foreach_copy_"] == 2  # all weights of the block, and their gradients
