@@ -183,4 +183,5 @@ def test_what_decoding_needs_and_would_gain_is_said(tmp_path: Path) -> None:
 
 
 def with_size(config: Config, size: int) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"size": size})})
+    model, data = config.model.model_copy(update={"size": size}), config.data.model_copy(update={"short_side": None})
+    return config.model_copy(update={"model": model, "data": data})
