@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from record_run import curve_of, pooled_policies, pooled_sources, record, show
-from reporting.simulated_runs import simulate
+from simulated_runs import simulate
 
 
 def test_folds_are_pooled_video_by_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
