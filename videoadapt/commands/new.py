@@ -86,7 +86,8 @@ def new(
     found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"), given.get("data.classes"))
     machine = measure_machine(found, facts)
     holdout = float(given["data.holdout"]) if "data.holdout" in given else None
-    chosen = recommend(found, facts, machine, minutes, holdout)
+    calibrate = float(given.get("data.calibrate", 0))
+    chosen = recommend(found, facts, machine, minutes, holdout=holdout, calibrate=calibrate)
     settings = {
         **chosen.settings,
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
@@ -320,8 +321,8 @@ def _describe(data: Survey) -> str:
 
 def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[str]:
     notes = list(data.notes)
-    epochs = config.train.epochs
-    steps = epochs * max(1, round(data.clips("train") * (1 - config.data.holdout)) // config.train.batch)
+    epochs, trained = config.train.epochs, 1 - config.data.holdout - config.data.calibrate
+    steps = epochs * max(1, round(data.clips("train") * trained) // config.train.batch)
     if steps < _FEW_STEPS:
         notes.append(
             f"the whole training has about {steps} steps: the curves of so few are mostly chance, and one epoch tells "

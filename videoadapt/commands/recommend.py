@@ -103,7 +103,9 @@ def recommend(
     weights: WeightsFacts | None,
     machine: MachineFacts,
     minutes: float | None = None,
+    *,
     holdout: float | None = None,
+    calibrate: float = 0.0,
 ) -> Recommendation:
     """Returns settings for a run whose training ends in a given time.
 
@@ -113,12 +115,13 @@ def recommend(
         machine: The machine that will train.
         minutes: The time for training on an idle machine, without reading. None: 10 on a CPU, 60 on a GPU.
         holdout: The fraction of train that is held out. None: as much as the assigner needs, or nothing.
+        calibrate: The fraction of train that `calibrate` alone uses.
     """
     minutes = minutes or _TRAIN_MINUTES[machine.device]
     model = dict(weights.model if weights else _FROM_SCRATCH)
     few = data.clips("train") < _FEW_CLIPS
     holdout = _holdout(data.clips("train")) if holdout is None else holdout
-    stage1 = round(data.clips("train") * (1 - holdout))
+    stage1 = round(data.clips("train") * (1 - holdout - calibrate))
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
     recipes = _recipes(data, model, machine, stage1, minutes, few=few, can_freeze=can_freeze)
@@ -135,7 +138,7 @@ def recommend(
     pass_s = _macs(model, data, chosen.frames, chosen.points) * views / machine.macs_per_s
     seconds = {
         "train": chosen.epochs * chosen.epoch_s,
-        "label": (data.clips("train") - stage1) * pass_s,
+        "label": data.clips("train") * holdout * pass_s,
         "evaluate": data.clips("val") * pass_s + SPEED_S,
     }
     alternatives = [
@@ -270,7 +273,9 @@ def _validated(data: Survey, chosen: _Recipe) -> Setting:
     if chosen.validated > _NEARLY_ALL:
         return Setting("val", "")
     share = max(0.01, round(chosen.validated, 2))
-    return Setting(share, f"{round(share * data.clips('val'))} of them at a time, which is at most a sixth of an epoch")
+    return Setting(
+        share, f"{round(share * data.clips('val'))} of them at a time, for at most a sixth of the time of an epoch"
+    )
 
 
 def _per_class(data: Survey) -> str:
