@@ -27,6 +27,7 @@ from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
 from videoadapt.performance.timing import bf16_is_fast, time_of, training_speed
 from videoadapt.routing.assigner import Assigner
+from videoadapt.routing.learn_then_test import videos_needed
 from videoadapt.runtime.console import duration, print_table, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.machine import available_cpus, busy, pick_device
@@ -223,8 +224,13 @@ def _assign_s(config: Config, clips: int) -> float:
 
 
 def _stages(config: Config) -> list[str]:
-    """Returns the stages to run: without a holdout there is nothing to label, and no assigner."""
-    return ["train", *(("label", "assign") if config.data.holdout else ()), "evaluate"]
+    """Returns the stages to run. Without a holdout there is nothing to label, and no assigner."""
+    return [
+        "train",
+        *(("label", "assign") if config.data.holdout else ()),
+        *(("calibrate",) if config.data.calibrate else ()),
+        "evaluate",
+    ]
 
 
 def _by_stage(seconds: Mapping[str, float], config: Config) -> dict[str, float]:
@@ -328,6 +334,14 @@ def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[s
             f"the whole training has about {steps} steps: the curves of so few are mostly chance, and one epoch tells "
             "nothing; let it end, and go by the intervals of `evaluate` (docs/finetune.md, How many epochs)"
         )
+    if config.data.calibrate:
+        held_out, promise = round(data.clips("train") * config.data.calibrate), config.calibrate
+        needed = videos_needed(0.0, promise.eps, promise.delta / 2)  # an order of policies has half of delta at most
+        if needed is not None and held_out < needed:
+            notes.append(
+                f"data.calibrate: about {held_out} clips; calibrate.eps {promise.eps:g} takes at least {needed}, even "
+                "if nothing is lost: keep more clips, or promise less with a larger calibrate.eps (docs/calibrate.md)"
+            )
     if not config.data.holdout:
         costliest, cheapest = config.model.points[0], config.model.points[-1]
         notes.append(

@@ -139,6 +139,7 @@ def recommend(
     seconds = {
         "train": chosen.epochs * chosen.epoch_s,
         "label": data.clips("train") * holdout * pass_s,
+        "calibrate": data.clips("train") * calibrate * pass_s,
         "evaluate": data.clips("val") * pass_s + SPEED_S,
     }
     alternatives = [

@@ -64,6 +64,7 @@ def run_data(config: Config) -> Part:
         "assigner_macs": costs["assigner_macs"],
         "population": _population(run),
         "curves": _curves(run),
+        "training_begun": (run / "metrics.jsonl").exists(),
         "calibration": _calibration(run),
         "stages": _stage_seconds(run),
         "commands": _commands(run),
