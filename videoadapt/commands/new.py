@@ -109,7 +109,7 @@ def new(
         data=replace(found, files={}),
         weights=f"{facts.label}; {facts.origin}" if facts else None,
         machine=machine,
-        seconds=_by_stage({**chosen.seconds, "assign": _assign_s(config, found.clips("train"))}, config),
+        seconds=_by_stage(chosen.seconds | _assign_s(config, found.clips("train")), config),
         minutes=chosen.minutes,
         alternatives=chosen.alternatives,
         notes=_notes(found, facts, config),
@@ -213,14 +213,17 @@ def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
     return MachineFacts(device.type, name, cpus, precision, *speed)  # type: ignore[arg-type]
 
 
-def _assign_s(config: Config, clips: int) -> float:
-    """Returns the time that fitting the assigner to the holdout of so many clips takes, by a step on this machine."""
+def _assign_s(config: Config, clips: int) -> dict[str, float]:
+    """Returns the time of `assign`, which fits to the holdout of so many clips, by a step on this machine."""
+    if not config.data.holdout:
+        return {}
     settings, device = config.assign, pick_device(config.run.device)
     assigner = Assigner(settings, len(config.model.points)).to(device)
     shape = (settings.batch, 3, settings.frames, settings.size, settings.size)
     thumbnails = torch.zeros(shape, dtype=torch.uint8, device=device)
     seconds = time_of(lambda: assigner(thumbnails).sum().backward(), device)
-    return seconds.idle * settings.epochs * max(1, round(config.data.holdout * clips) // settings.batch)
+    steps = settings.epochs * max(1, round(config.data.holdout * clips) // settings.batch)
+    return {"assign": seconds.idle * steps}
 
 
 def _stages(config: Config) -> list[str]:

@@ -64,9 +64,7 @@ class ModelRow:
     batch: int
     clips_per_s: float
     seconds: list[float]
-    product: list[
-        float
-    ]  # MACs per second / those of a large matrix product; a step counts three times its forward pass
+    product: list[float]  # MACs per second / those of a large matrix product; a step counts as three forward passes
     speed: list[float] | None  # of our model at the costliest point: the peer's time / ours
     peak_bytes: int  # above what was there before: of the device on a GPU, of the process on a CPU
 
