@@ -32,7 +32,7 @@ coverage: $(VENV)/.installed-test
 	$(TEST) --cov --cov-report=term
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy videoadapt tests $(wildcard tools/*.py slurm/*.py)
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
-import simulated_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
+import simulated_runs
 import small_runs as runs
 import videoadapt as va
 from browser import Visit, visit
