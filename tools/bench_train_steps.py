@@ -23,7 +23,7 @@ from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
-from videoadapt.performance.bench.machine import memory_after_imports, peak_bytes
+from videoadapt.performance.bench.machine import peak_bytes, reset_peak_bytes
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch, now
 from videoadapt.runtime.machine import pick_device, precision_dtype
@@ -76,7 +76,7 @@ class _SilentLogits(TeacherLogits):
 
 def our_step(config: Config, steps: int) -> Turn:
     """Prepares `train_step` on random clips, on the ranks of `parallel.groups`; a turn returns a `StepTime`."""
-    base = memory_after_imports()
+    base = reset_peak_bytes()
     state = State.start(config, Manifest(pa.table({}), ()))
     role = RankRole.from_plan(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
     timed, silent_role = None, role
@@ -136,7 +136,7 @@ def peer_step(config: Config, steps: int) -> Turn:
     model, device = config.model, pick_device(config.run.device)
     side = Point.parse(model.points[0]).length * model.patch  # pixels
     build = _peer_builder(config, side)
-    base = memory_after_imports()  # transformers is imported by now
+    base = reset_peak_bytes()  # transformers is imported by now
     peer = build().to(device).train()
     optimizer = make_optimizer(peer.named_parameters(), config.train)
     forward: nn.Module = torch.compile(peer) if config.train.compiles else peer  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from videoadapt.data.video.decoding import display_times
 from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices
 from videoadapt.data.video.readers import DecordReader, ImageReader, PyAVReader, open_video
 from videoadapt.errors import UserError, VideoError
-from videoadapt.performance.bench.machine import memory_after_imports, peak_bytes
+from videoadapt.performance.bench.machine import peak_bytes, reset_peak_bytes
 from videoadapt.runtime.seeds import seed_of
 
 
@@ -72,7 +72,7 @@ def start(name: str, work: Work) -> int:
     if hasattr(os, "sched_setaffinity"):  # some libraries start a thread for each core that they may use
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     read = LOADERS[name]()
-    imported_bytes = memory_after_imports()
+    imported_bytes = reset_peak_bytes()
     for _ in read(work):  # the first touch of a page is slow, above all in virtual machines
         pass
     return imported_bytes

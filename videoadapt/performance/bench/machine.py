@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,11 +35,14 @@ def print_machine(result: Mapping[str, Any]) -> None:
     print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
 
 
-def memory_after_imports() -> int:
-    """Resets the peak memory of this process and returns its resident bytes.
+def reset_peak_bytes() -> int:
+    """Starts a new peak of the memory of this process, and returns its resident bytes at present.
 
-    Without the reset, the peak could stem from the imports. The reset exists on Linux only.
+    Freed memory goes back to the system first: a pass that uses it again would otherwise seem to need none. Without the
+    reset, the peak could stem from imports. Both exist on Linux with glibc only.
     """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: reset VmHWM
     return peak_bytes()

@@ -26,7 +26,7 @@ from videoadapt.config.sections import Count, Section
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.model.weights.load import load_weights
-from videoadapt.performance.bench.machine import machine, memory_after_imports, peak_bytes, print_machine, versions
+from videoadapt.performance.bench.machine import machine, peak_bytes, print_machine, reset_peak_bytes, versions
 from videoadapt.performance.bench.peers import peer_of, peer_side
 from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
@@ -197,7 +197,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def _reset_peak(device: torch.device) -> int:
     """Starts a new peak of memory, and returns the bytes at present."""
     if device.type != "cuda":
-        return memory_after_imports()
+        return reset_peak_bytes()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
