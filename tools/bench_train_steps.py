@@ -7,7 +7,6 @@ warm-up that is not measured: caches are cold, and memory was released, because 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from rank_processes import Turn
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
-from videoadapt.config.points import Point
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import UserError
 from videoadapt.performance.bench.machine import peak_bytes, reset_peak_bytes
+from videoadapt.performance.bench.peers import HuggingFace, peer_side
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch, now
 from videoadapt.runtime.machine import pick_device, precision_dtype
@@ -134,21 +132,22 @@ def peer_step(config: Config, steps: int) -> Turn:
         UserError: transformers is not installed, or the config's model has no temporal attention.
     """
     model, device = config.model, pick_device(config.run.device)
-    side = Point.parse(model.points[0]).length * model.patch  # pixels
-    build = _peer_builder(config, side)
-    base = reset_peak_bytes()  # transformers is imported by now
-    peer = build().to(device).train()
+    with torch.device("meta"):
+        HuggingFace(model)  # imports transformers, whose memory is not the model's
+    base = reset_peak_bytes()
+    peer = HuggingFace(model).to(device).train()
     optimizer = make_optimizer(peer.named_parameters(), config.train)
     forward: nn.Module = torch.compile(peer) if config.train.compiles else peer  # type: ignore[assignment]
+    side = peer_side(model)
     shape = (config.train.batch, 3, model.num_frames, side, side)  # B C T H W
     clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     labels = torch.randint(0, model.num_classes, (config.train.batch,), device=device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        frames = normalise(clips, model.mean, model.std, torch.float32).transpose(1, 2)  # B T C H W
+        frames = normalise(clips, model.mean, model.std, torch.float32)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
-            logits = forward(frames).logits
+            logits = forward(frames)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.train.clip_grad or float("inf"))
         optimizer.step()
@@ -162,30 +161,6 @@ def peer_step(config: Config, steps: int) -> Turn:
         return StepTime(seconds, seconds, 0.0, _peak_bytes(device, base))
 
     return turn
-
-
-def _peer_builder(config: Config, side: int) -> Callable[[], nn.Module]:
-    """Imports transformers and returns a function that builds the model for frames of `side` pixels."""
-    try:
-        from transformers import TimesformerConfig, TimesformerForVideoClassification
-    except ImportError as error:
-        raise UserError(f"transformers is not installed ({error}); pip install transformers") from None
-    model = config.model
-    if not model.temporal:
-        raise UserError(
-            "Hugging Face's TimeSformer always has temporal attention; this config has model.temporal=false"
-        )
-    settings = TimesformerConfig(
-        image_size=side,
-        patch_size=model.patch,
-        num_frames=model.num_frames,
-        hidden_size=model.width,
-        num_hidden_layers=model.depth,
-        num_attention_heads=model.heads,
-        intermediate_size=int(model.width * model.mlp_ratio),
-        num_labels=model.num_classes,
-    )
-    return lambda: TimesformerForVideoClassification(settings)
 
 
 def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:

@@ -28,6 +28,7 @@ import videoadapt
 from count_operations import Count, counting, faked, is_product
 from videoadapt.model import timesformer
 from videoadapt.model.timesformer import TimeSformer, compiled
+from videoadapt.performance.bench.peers import HuggingFace
 
 _MOVED = {"config.cost": "cost", "config.load": "config", "data.clips.loader": "data.loader"}
 _MOVED |= {"data.index.manifest": "data.manifest", "training.groups": "groups", "training.optim": "optim"}
@@ -107,14 +108,8 @@ def our_model(config: Config, point: str) -> tuple[nn.Module, Forward]:
 
 def peer_model(config: Config) -> tuple[nn.Module, Forward]:
     """Returns Hugging Face's TimeSformer of the same size; it has no drop path."""
-    from transformers import TimesformerConfig, TimesformerForVideoClassification
-
-    model = config.model
-    sizes = {"image_size": model.size, "patch_size": model.patch, "num_frames": model.num_frames}
-    sizes |= {"hidden_size": model.width, "num_labels": model.num_classes, "num_hidden_layers": model.depth}
-    sizes |= {"num_attention_heads": model.heads, "intermediate_size": int(model.width * model.mlp_ratio)}
-    peer = TimesformerForVideoClassification(TimesformerConfig(**sizes))
-    return peer, lambda clips: peer(clips.transpose(1, 2)).logits
+    peer = HuggingFace(config.model)
+    return peer, peer
 
 
 def count_graphs(points: tuple[str, ...]) -> tuple[int, int, int]:

@@ -43,6 +43,7 @@ from videoadapt.model import block, timesformer
 from videoadapt.model.attention import attend_over_time
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.model.timesformer import TimeSformer, compiled
+from videoadapt.performance.bench.peers import HuggingFace
 from videoadapt.routing.policy import Fixed, Random
 from videoadapt.routing.router import Router
 from videoadapt.training.groups import make_plan
@@ -337,7 +338,6 @@ def _contestants(model: ModelConfig, result: Result) -> Iterator[tuple[str, nn.M
         yield "ours without kernels", ours, ours
         block.has_kernel = usual
     try:
-        from transformers import TimesformerConfig, TimesformerForVideoClassification
         from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
     except ImportError as error:
         result["HF"] = f"cannot be imported: {error}"
@@ -348,13 +348,10 @@ def _contestants(model: ModelConfig, result: Result) -> Iterator[tuple[str, nn.M
         return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2),)
 
     own = TimesformerSelfAttention.forward
-    sizes = {"image_size": model.size, "patch_size": model.patch, "num_frames": model.num_frames}
-    sizes |= {"hidden_size": model.width, "num_labels": model.num_classes, "num_hidden_layers": model.depth}
-    sizes |= {"num_attention_heads": model.heads, "intermediate_size": int(model.width * model.mlp_ratio)}
     for name, kernel in {"HF plain": own, "HF sdpa": fused}.items():
         TimesformerSelfAttention.forward = kernel
-        peer = TimesformerForVideoClassification(TimesformerConfig(**sizes))
-        yield name, peer, lambda clips, _, peer=peer: peer(clips.transpose(1, 2)).logits  # type: ignore[misc]
+        peer = HuggingFace(model)
+        yield name, peer, lambda clips, _, peer=peer: peer(clips)  # type: ignore[misc]
     TimesformerSelfAttention.forward = own
 
 

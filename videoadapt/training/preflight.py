@@ -186,11 +186,15 @@ def decoding_notes(reports: Sequence[NodeReport], manifest: Manifest, config: Co
 
 
 def pixels_after_resizing(manifest: Manifest, config: Config) -> float:
-    """Returns the fraction of the training videos' pixels that copies with the needed short side have, at most 1."""
+    """Returns the fraction of the training videos' pixels that copies with the needed short side have, at most 1.
+
+    Images count as 1: tools/resize_videos.py makes videos.
+    """
     videos = manifest.split("train").readable
     short = np.minimum(videos["width"], videos["height"]).astype(float)
     needed = config.data.short_side[1] if config.data.short_side else config.model.size
-    return float(np.minimum(1.0, (needed / short) ** 2).mean()) if len(short) else 1.0
+    left = np.where(videos["reader"] == "image", 1.0, np.minimum(1.0, (needed / short) ** 2))
+    return float(left.mean()) if len(left) else 1.0
 
 
 def clips_decoded_per_step(config: Config, plan: GroupPlan, rank: int) -> int:
