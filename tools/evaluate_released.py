@@ -37,7 +37,7 @@ from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint, weights_digest
-from videoadapt.model.timesformer import build_model
+from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.load import LOADED, NEW, load_weights
 from videoadapt.runtime.console import say
 from videoadapt.runtime.ranks import rank, rank0_then_all, ranks
@@ -120,7 +120,7 @@ def convert(weights: Path, config: Config) -> None:
     classes = load_or_index(config).classes
     _require_classes(weights / "config.json", classes)
     _note_normalisation(weights / "preprocessor_config.json", config)
-    model = build_model(config)
+    model = TimeSformer(config.model)
     report = load_weights(model, weights, which=config.train.weights, resample=config.train.resample)
     say(str(report))
     new = [row.name for row in report.rows if row.status == NEW]

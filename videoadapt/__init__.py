@@ -21,7 +21,7 @@ Configs
     load_config, Config, Point        a checked config; an operating point
 
 Models
-    build_model, TimeSformer          a new model; model(clips, point) returns logits; model.class_names
+    build_model, TimeSformer          a new model, with the weights of train.init; model(clips, point) returns logits
     load_model, load_assigner         the newest model of a run, and its assigner
     load_weights                      loads pretrained weights into a model
     AdaptiveModel                     model, assigner and policy: save_pretrained, from_pretrained, predict
@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.exporting.export import ExportSummary as ExportSummary
     from videoadapt.model.checkpoint import load_model as load_model
     from videoadapt.model.timesformer import TimeSformer as TimeSformer
-    from videoadapt.model.timesformer import build_model as build_model
+    from videoadapt.model.weights.initial import build_model as build_model
     from videoadapt.model.weights.load import load_weights as load_weights
     from videoadapt.reporting.page import ReportSummary as ReportSummary
     from videoadapt.reporting.page import report as report
@@ -132,7 +132,7 @@ _HOME = {  # the module of each public name
     "ExportSummary": "exporting.export",
     "load_model": "model.checkpoint",
     "TimeSformer": "model.timesformer",
-    "build_model": "model.timesformer",
+    "build_model": "model.weights.initial",
     "load_weights": "model.weights.load",
     "ReportSummary": "reporting.page",
     "report": "reporting.page",

@@ -11,8 +11,11 @@ import yaml
 from safetensors.torch import save_file
 
 import small_runs as runs
+from videoadapt.commands.cli import _following
 from videoadapt.config.load import RUN_CONFIG, Config, load_config, make_config
+from videoadapt.data.index.manifest import Manifest, manifest_path
 from videoadapt.errors import CheckpointError, ConfigError
+from videoadapt.routing import threshold
 from videoadapt.runtime.run_config import record_config, say_other_parts
 from videoadapt.training.train import train
 
@@ -85,6 +88,14 @@ def test_a_later_stage_changes_its_own_section_alone(run: Config, tmp_path: Path
     }
     assert runs.command("evaluate", copy, "evaluate.batch=2", "evaluate.speed_clips=0").returncode == 0
     assert yaml.safe_load((copy / RUN_CONFIG).read_text()) == after
+
+
+def test_labels_come_next_where_an_assigner_has_enough_clips(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = len(Manifest.load(manifest_path(run.run.dir)).split("holdout"))
+    assert run.label.source == "holdout" and 0 < run.assign.select * clips < threshold.FEWEST
+    assert _following("train", run) == "evaluate"
+    monkeypatch.setattr(threshold, "FEWEST", round(run.assign.select * clips))
+    assert _following("train", run) == "label"
 
 
 def test_a_stage_says_if_it_divides_train_otherwise(run: Config, capsys: pytest.CaptureFixture[str]) -> None:

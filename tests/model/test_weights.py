@@ -21,10 +21,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from conftest import need
+from videoadapt.config.load import make_config
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import CheckpointError, UserError
 from videoadapt.model.embed import resize_frames
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.weights.initial import build_model
 from videoadapt.model.weights.load import load_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -101,6 +103,16 @@ def test_timesformer_b_equals_hugging_faces() -> None:
     assert report.counts == {"loaded": len(ours.state_dict())}
     clip = clip_of(ours)
     assert_near(ours(clip, "14"), theirs(clip.transpose(1, 2)).logits)
+
+
+def test_a_built_model_begins_as_the_training_does(tmp_path: Path) -> None:
+    source = randomised(make(points=("4", "2")))
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    values = {"model": source.config.model_dump(), "train": {"init": str(tmp_path / "weights.safetensors")}}
+    built = build_model(make_config(values))
+    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), source.parameters(), strict=True))
+    other = build_model(make_config(values | {"train": {}}))
+    assert not torch.equal(other.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
 
 
 @torch.no_grad()

@@ -533,13 +533,23 @@ def _show_stage(
 
 
 def _following(stage: Stage, config: Config) -> Stage | None:
-    """Returns the stage after this one; a model of one point needs no labels."""
+    """Returns the stage after this one: `label` if an assigner has enough clips to choose its threshold."""
     if stage == "train":
-        return "label" if len(config.model.points) > 1 else "evaluate"
+        return "label" if len(config.model.points) > 1 and _clips_suffice(config) else "evaluate"
     following: dict[Stage, Stage] = {"label": "assign", "assign": "evaluate", "calibrate": "evaluate"}
     if stage == "assign" and config.data.calibrate:
         return "calibrate"
     return following.get(stage)
+
+
+def _clips_suffice(config: Config) -> bool:
+    from videoadapt.data.index.manifest import Manifest, manifest_path
+    from videoadapt.routing.threshold import FEWEST
+
+    labelled = Manifest.load(manifest_path(config.run.dir)).split(
+        "holdout" if config.label.source == "holdout" else "train"
+    )
+    return round(config.assign.select * len(labelled)) >= FEWEST
 
 
 def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:

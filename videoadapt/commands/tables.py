@@ -369,7 +369,10 @@ def print_evaluate(summary: Summary) -> None:
     if "assigned" in summary["policies"]:
         _say_assigned(summary["policies"]["assigned"], summary["assigner_macs"])
     elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
-        say("no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random")
+        say(
+            "no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random, if "
+            "`data.holdout` kept clips for them. Cascades need neither"
+        )
     _say_against_fixed(summary["policies"])
     say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")
     print_speed(summary["speed"])

@@ -14,7 +14,6 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from videoadapt.config.load import Config
 from videoadapt.config.points import Point, canonical
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError, few
@@ -214,11 +213,6 @@ def _fuses(patches: Tensor) -> bool:
     """Returns whether the blocks run with fused residual branches on patches `(B, T, N, D)`."""
     clips, frames, positions, _ = patches.shape
     return has_kernel(patches) and clips * frames * positions >= _LEAST_FUSED
-
-
-def build_model(config: Config) -> TimeSformer:
-    """Returns a freshly initialised model for a config. `load_weights` fills it with pretrained weights."""
-    return TimeSformer(config.model)
 
 
 def compiled(model: TimeSformer, module: nn.Module | None = None) -> nn.Module:

@@ -23,7 +23,8 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import plural
 from videoadapt.model.checkpoint import Checkpoints, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.model.weights.facts import describe_origin, require_normalisation
+from videoadapt.model.weights.facts import require_normalisation
+from videoadapt.model.weights.initial import load_initial_weights
 from videoadapt.model.weights.load import load_weights
 from videoadapt.model.weights.sources import source_digest
 from videoadapt.runtime.console import Bar, percent, print_table, say
@@ -277,18 +278,10 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
         state.restore(checkpoint)
     elif config.train.init:
         if rank() == 0:
-            _load_initial_weights(state.model, config.train.init, config)
+            load_initial_weights(state.model, config.train.init, config)
         broadcast_tensors(state.model.state_dict().values())
         state.reset_ema()  # otherwise the moving average would start from the random weights
     return state
-
-
-def _load_initial_weights(model: TimeSformer, source: str, config: Config) -> None:
-    report = load_weights(model, source, which=config.train.weights, resample=config.train.resample)
-    say(str(report))
-    say(f"{Path(source).name}: {describe_origin(source, report.normalisation)}")
-    if note := require_normalisation(config.model, source, report.normalisation):
-        say(note)
 
 
 def _open_metrics(validator: Validator) -> Metrics:
