@@ -169,11 +169,13 @@ def test_json_is_alone_on_stdout(run: Config) -> None:
 
 
 def test_tables_for_people(run: Config) -> None:
-    done = runs.command("evaluate", file_of(run))
+    done = runs.command("evaluate", file_of(run), "--policy", "cascade:4,8:1.0")
     assert done.returncode == 0, done.stderr
     rows = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("│")]
-    assert rows == ["fixed:8", "fixed:6", "fixed:4", "oracle"] * 2  # accuracy and MACs, then measured cost
+    policies = ["fixed:8", "fixed:6", "fixed:4", "cascade:4,8:1.0", "oracle"]
+    assert rows == policies * 2  # accuracy and MACs, then measured cost
     assert "no assigner yet" in done.stderr
+    assert "cascade:4,8:1.0 costs more than the costliest point" in done.stderr  # no clip is certain
 
 
 @pytest.mark.parametrize("words", [("juggle",), ("flops", CONFIGS / "demo.yaml", "--bad"), ()])

@@ -104,6 +104,8 @@ def test_a_run_of_fixed_points_says_what_each_would_save() -> None:
     said = headline({"fixed:8": DEAR, "fixed:4": row(macs_saved=0.7), "oracle": row()}, "fixed:8", None)
     assert said.sentence.startswith("Nothing is routed") and len(said.remarks) == 1
     assert "at 4 saves 70.0" in said.remarks[0]
+    warned = headline({"fixed:8": DEAR, "fixed:4": row(macs_saved=0.7)}, "fixed:8", None, guessing=1.0)
+    assert "not proven to be better than always answering" in warned.remarks[0] and len(warned.remarks) == 2
 
 
 @given(st.data())

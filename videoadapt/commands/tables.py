@@ -465,6 +465,11 @@ def _busy() -> str:
 def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints, of each policy that routes, whether fixed points would do as well for the same or less."""
     for name, policy in policies.items():
+        if name.startswith("cascade:") and policy["macs_saved"] < 0:
+            say(
+                f"{name} costs more than the costliest point: at its threshold, too few clips stop early. A lower one "
+                "stops more of them"
+            )
         if "mixture" not in policy:
             continue
         mixture = " and ".join(f"{fraction:.0%} {point}" for point, fraction in policy["mixture"].items())

@@ -62,6 +62,7 @@ def run_data(config: Config) -> Part:
         "points": costs["points"],
         "views_per_video": costs["views_per_video"],
         "assigner_macs": costs["assigner_macs"],
+        "has_assigner": (run / "assigner" / "assign.json").exists(),
         "population": _population(run),
         "curves": _curves(run),
         "training_begun": (run / "metrics.jsonl").exists(),

@@ -69,7 +69,7 @@ def headline(
     """
     costliest, row = next(iter(policies)), policies[reported]
     if reported == costliest:
-        return _fixed_only(policies, reported)
+        return _fixed_only(policies, reported, guessing)
     change, low, high = row["difference_to_costliest"]
     faster = speedup(policies, reported, speed)
     sentence = f"{_name(reported)} {_saving(row['macs_saved'], costliest)} and {_loss(change, low, high)}"
@@ -167,7 +167,7 @@ def _no_better_than_guessing(row: Mapping[str, Any], guessing: float | None) -> 
     return f"It is not proven to be better than always answering with the largest class ({share(guessing)})."
 
 
-def _fixed_only(policies: Mapping[str, Mapping[str, Any]], costliest: str) -> Headline:
+def _fixed_only(policies: Mapping[str, Mapping[str, Any]], costliest: str, guessing: float | None) -> Headline:
     """Returns the first screen of a run without an assigner or cascade: what its fixed points save and lose."""
     row = policies[costliest]
     ends = f"{100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}"
@@ -179,6 +179,8 @@ def _fixed_only(policies: Mapping[str, Mapping[str, Any]], costliest: str) -> He
         for name, other in policies.items()
         if name.startswith("fixed:") and name != costliest
     ]
+    if warning := _no_better_than_guessing(row, guessing):
+        remarks.insert(0, warning)
     return Headline(sentence, "plain", remarks, [Figure("top-1", top1, f"{_LEVEL}: {ends}")])
 
 
