@@ -93,11 +93,18 @@ def test_the_sentence_says_good_and_bad_results_alike(
     changes: dict[str, Any], speed: dict[str, Any] | None, tone: str, words: list[str]
 ) -> None:
     policies = {"fixed:8": DEAR, "fixed:4": row(macs_saved=0.5), "assigned": row(**changes), "random": row()}
-    said = headline(policies, "assigned", speed, guessing=0.6)
+    said = headline(policies, "assigned", speed, guessing=0.6, rounds=7)
     text = " ".join([said.sentence, *said.remarks]).replace("\N{NARROW NO-BREAK SPACE}", " ")
     assert said.tone == tone
     assert not [word for word in words if word not in text], text
     assert "point 8" not in said.sentence and "at 8" in said.sentence
+
+
+def test_few_rounds_have_a_range_and_no_interval() -> None:
+    policies = {"fixed:8": DEAR, "assigned": row()}
+    said = headline(policies, "assigned", {"speedup": [1.6, 1.5, 1.7]}, rounds=3)
+    assert "1.60 times as fast (range 1.50 to 1.70)" in " ".join(said.remarks)
+    assert [figure.note for figure in said.figures if figure.label.startswith("speed")] == ["range: 1.50 to 1.70"]
 
 
 def test_a_run_of_fixed_points_says_what_each_would_save() -> None:

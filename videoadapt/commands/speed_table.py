@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from videoadapt.errors import plural
+from videoadapt.evaluation.intervals import has_interval
 from videoadapt.runtime.console import duration, print_table, say
 
 
@@ -23,7 +24,7 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
     if not speed["clips_per_s"]:
         say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
         return
-    _print_policies(speed["policies"])
+    _print_policies(speed["policies"], "95 %" if has_interval(speed["rounds"]) else "range")
     say(
         f"clips/s: assigner, routing and model over decoded clips; from files: with decoding; {_covered(speed)}{of}, "
         f"in {duration(speed['seconds'])} on {speed['date']}{limit}"
@@ -38,13 +39,13 @@ def _covered(speed: Mapping[str, Any]) -> str:
     return f"median of {plural(speed['rounds'], 'round')} in turn over {plural(speed['clips'], 'clip')}"
 
 
-def _print_policies(policies: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_policies(policies: Mapping[str, Mapping[str, Any]], ends: str) -> None:
     columns = [
         "policy",
         "clips/s",
         "speed-up",
         "by MACs",
-        "efficiency (95 %)",
+        f"efficiency ({ends})",
         "from files",
         "alone p50/p95",
         "time in",

@@ -133,6 +133,11 @@ def mcnemar(a_only: int, b_only: int) -> float:
     return float(stats.binomtest(a_only, a_only + b_only).pvalue)
 
 
+def has_interval(values: int) -> bool:
+    """Returns whether this many values allow an interval of their median; with fewer, `median_interval` is a range."""
+    return stats.binom.cdf(0, values, 0.5) <= (1 - LEVEL) / 2
+
+
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Returns the median and the lower and upper end of its interval from order statistics.
 

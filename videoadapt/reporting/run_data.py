@@ -87,13 +87,16 @@ def evaluation_data(config: Config) -> Part:
     found = read_evaluation(run)
     policies, points = found["policies"], list(config.model.points)
     reported = reported_policy(policies)
-    speeds = (found.get("speed") or {}).get("policies") or {}
+    speed = found.get("speed") or {}
+    speeds, rounds = speed.get("policies") or {}, speed.get("rounds", 0)
     videos = read_evaluated_table(run, "videos", ["policy", "video", "truth", "prediction", "right", "failed", "macs"])
     clips = read_evaluated_table(run, "clips", ["policy", "video", "clip", "truth", "point", "macs"])
     right = right_by_point(videos, points)
     table = clip_table(clips[clips["policy"] == reported], videos[videos["policy"] == reported], right)
     return {
-        "headline": asdict(headline(policies, reported, speeds.get(reported), found.get("largest_class_fraction"))),
+        "headline": asdict(
+            headline(policies, reported, speeds.get(reported), found.get("largest_class_fraction"), rounds)
+        ),
         "reported": reported,
         "costliest": next(iter(policies)),
         "policies": [policy_row(name, row, speeds.get(name, {})) for name, row in policies.items()],

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from videoadapt.evaluation.intervals import has_interval
+
 _SPACE = "\N{NARROW NO-BREAK SPACE}"
 _LEVEL = f"95{_SPACE}%"
 _SAME = 0.0005  # a change that is written as 0.0 points
@@ -58,6 +60,7 @@ def headline(
     reported: str,
     speed: Mapping[str, Any] | None,
     guessing: float | None = None,
+    rounds: int = 0,
 ) -> Headline:
     """Writes the first screen from the rows of `evaluate.json`.
 
@@ -66,7 +69,9 @@ def headline(
         reported: The policy that the page is about.
         speed: `speed.policies[reported]`, as far as it was measured.
         guessing: The top-1 of always answering with the largest class, if it is known.
+        rounds: Of the measured speed; few rounds have a range, and no interval.
     """
+    ends = f"{_LEVEL} interval" if has_interval(rounds) else "range"
     costliest, row = next(iter(policies)), policies[reported]
     if reported == costliest:
         return _fixed_only(policies, reported, guessing)
@@ -77,7 +82,7 @@ def headline(
     tone: Tone = "bad" if not saved else "mixed" if lost else "good"
     found = (
         _no_better_than_guessing(row, guessing),
-        _on_the_clock(faster),
+        _on_the_clock(faster, ends),
         _beside_random(policies, row),
         _beside_fixed(policies, row),
     )
@@ -86,7 +91,7 @@ def headline(
         tone = "mixed"
     if tone == "good" and (row.get("cheaper_fixed") or _no_better_than_guessing(row, guessing)):
         tone = "mixed"
-    return Headline(sentence, tone, remarks, _figures(row, faster, speed))
+    return Headline(sentence, tone, remarks, _figures(row, faster, speed, ends.removesuffix(" interval")))
 
 
 def speedup(
@@ -125,11 +130,11 @@ def _loss(change: float, low: float, high: float) -> str:
     return f"changed top-1 accuracy by {points(change)} points, which is not significant ({ends})."
 
 
-def _on_the_clock(faster: tuple[float, float | None, float | None] | None) -> str:
+def _on_the_clock(faster: tuple[float, float | None, float | None] | None, kind: str) -> str:
     if faster is None:
         return "Its speed was not measured."
     value, low, high = faster
-    ends = f" ({_LEVEL} interval {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
+    ends = f" ({kind} {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     if low is not None and low <= 1 < value:
         return f"On the clock it is not significantly faster: {value:.2f} times the clips per second{ends}."
     if value > 1:
@@ -188,6 +193,7 @@ def _figures(
     row: Mapping[str, Any],
     faster: tuple[float, float | None, float | None] | None,
     speed: Mapping[str, Any] | None,
+    kind: str,
 ) -> list[Figure]:
     change, low, high = row["difference_to_costliest"]
     figures = [
@@ -197,12 +203,10 @@ def _figures(
     ]
     if faster is not None:
         value, low_s, high_s = faster
-        ends = (
-            f"{_LEVEL}: {low_s:.2f} to {high_s:.2f}" if low_s is not None and high_s is not None else "of the clips/s"
-        )
+        ends = f"{kind}: {low_s:.2f} to {high_s:.2f}" if low_s is not None and high_s is not None else "of the clips/s"
         figures.append(Figure("speed, measured", f"{value:.2f} ×", ends))
     efficiency = (speed or {}).get("routed_efficiency")
     if efficiency:
         value, low_e, high_e = efficiency
-        figures.append(Figure("routed efficiency", f"{value:.2f}", f"{_LEVEL}: {low_e:.2f} to {high_e:.2f}"))
+        figures.append(Figure("routed efficiency", f"{value:.2f}", f"{kind}: {low_e:.2f} to {high_e:.2f}"))
     return figures
