@@ -208,7 +208,7 @@ def print_assign(summary: Summary) -> None:
     cost = f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point"
     rows = [
         ("clips: fitted / selecting", f"{summary['clips_fitted']} / {summary['clips_selecting']}"),
-        ("threshold", f"{summary['threshold']:.3f}, {summary['rule']}"),
+        ("threshold", "none" if summary["rule"] == "none" else f"{summary['threshold']:.3f}, {summary['rule']}"),
         ("tells easy clips from hard ones: AUC (95 %)", "{:.2f} ({:.2f} to {:.2f})".format(*summary["auc"])),
         ("accuracy: assigned / costliest %", accuracy),
         ("difference in points (95 %)", points_lost),
