@@ -121,6 +121,16 @@ def test_steps_on_several_ranks_equal_those_of_one(trained: Trainer, sequential:
         assert difference(parameter, sequential[SEVERAL_STEPS]["parameters"][name]) < 1e-9, name
 
 
+@pytest.mark.slow
+def test_sums_in_bf16_are_near_and_the_same_on_all_ranks(trained: Trainer, sequential: dict[Any, Any]) -> None:
+    held = trained(2, {"8": 1, "6+4": 1}, parallel={"sums": "bf16"})
+    for name, gradient in sequential[1, "torch.float32"]["gradients"].items():
+        first, second = (rank[1, "torch.float32"]["gradients"][name] for rank in held)
+        assert first.dtype == torch.float32 and torch.equal(first, second)
+        assert torch.equal(first, first.bfloat16().float()), name
+        assert difference(first, gradient) < 0.01, name
+
+
 # Small: convolutions in float64 are slow.
 STEM: dict[str, dict] = {"model": {"embed": "stem", "num_frames": 2}, "train": {"batch": 8}}
 LVVIT: dict[str, dict] = {

@@ -675,6 +675,9 @@ class ParallelConfig(Section):
     decode: Literal["own", "shared"] = "shared"
     """With `parallel.groups`. `shared`: each clip is decoded by one rank, which sends it to the ranks that train it.
     `own`: each group decodes every clip, for networks of 1 Gbit/s and less."""
+    sums: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients travel between ranks and are summed. bf16 halves the traffic and keeps 8 bits of a gradient.
+    Its effect on accuracy has not been measured."""
     ranks: Count | None = None
     """Required number of ranks; another number is an error. null = as many as the launcher has started."""
     join_s: Seconds = 600.0

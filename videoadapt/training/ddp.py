@@ -24,7 +24,7 @@ from videoadapt.training.groups import GroupPlan
 from videoadapt.training.throughput import WaitClock
 
 
-def sum_gradients(model: nn.Module) -> nn.Module:
+def sum_gradients(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Returns a model whose backward pass sums gradients over all ranks.
 
     A parameter that no rank uses in a step gets no gradient, so that the optimizer skips it. All ranks must call it
@@ -32,6 +32,7 @@ def sum_gradients(model: nn.Module) -> nn.Module:
 
     Args:
         model: The model of this rank, on its device.
+        dtype: In which the gradients travel and are summed. Default: that of the gradients.
 
     Returns:
         `model` inside torch's `DistributedDataParallel`; on a single rank, `model` itself.
@@ -47,7 +48,7 @@ def sum_gradients(model: nn.Module) -> nn.Module:
         broadcast_buffers=False,  # True would overwrite BatchNorm statistics of lengths that rank 0 does not train
     )
     wrapped.waits = WaitClock(device)
-    wrapped.register_comm_hook(wrapped.waits, _sum_bucket)
+    wrapped.register_comm_hook((wrapped.waits, dtype), _sum_bucket)
     return wrapped
 
 
@@ -62,17 +63,18 @@ def gradient_waits(model: nn.Module) -> float:
     return model.waits.seconds() if isinstance(model, _SummingModel) else 0.0
 
 
-def _sum_bucket(waits, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP refuses annotations in text
+def _sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP refuses annotations in text
     # DDP's default hook divides by the number of ranks. The loss is already divided by the global batch, and the
     # division rounds to float32, also for float64 gradients.
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    if not bucket.is_last():
-        return future.then(lambda done: done.value()[0])
-    started = waits.start()
+    waits, dtype = state
+    gradients = bucket.buffer()
+    future = dist.all_reduce(gradients.to(dtype or gradients.dtype), async_op=True).get_future()
+    started = waits.start() if bucket.is_last() else None
 
     def ended(done):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
-        waits.stop(started)
-        return done.value()[0]
+        if started is not None:
+            waits.stop(started)
+        return gradients.copy_(done.value()[0])  # copies nothing if it is the same tensor
 
     return future.then(ended)
 

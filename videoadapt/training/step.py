@@ -69,7 +69,7 @@ class RankRole:
             ConfigError: The plan has several groups, but the model has one stem for all lengths.
         """
         synchronise_batch_norms(model, plan, config.parallel.step_s)
-        module = sum_gradients(model)
+        module = sum_gradients(model, torch.bfloat16 if config.parallel.sums == "bf16" else None)
         forward = Compiled(module, model) if config.train.compiles else module
         weight = model.head.weight
         # Under bf16 autocast logits are bf16; the mean of two heads and the loss are computed in float32.
