@@ -279,6 +279,20 @@ def test_a_list_replaces_the_list_of_the_base(tmp_path: Path) -> None:
     assert load_config(write(tmp_path / "a.yaml", "base: b.yaml\nmodel: {points: [14]}\n")).model.points == ("14",)
 
 
+@pytest.mark.parametrize("groups", [None, {"14": 2, "10+7": 1}])
+def test_groups_replace_those_of_the_base(tmp_path: Path, groups: dict[str, int] | None) -> None:
+    write(tmp_path / "b.yaml", "parallel: {groups: {14: 4, 10: 2, 7: 1}, step_s: 60}\n")
+    text = "null" if groups is None else "{14: 2, 10+7: 1}"
+    parallel = load_config(write(tmp_path / "a.yaml", f"base: b.yaml\nparallel: {{groups: {text}}}\n")).parallel
+    assert (parallel.groups, parallel.step_s) == (groups, 60.0)
+
+
+def test_further_options_of_sbatch_join_those_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "b.yaml", "slurm: {extra: {exclusive: true}}\n")
+    path = write(tmp_path / "a.yaml", "base: b.yaml\nslurm: {extra: {nodelist: n07}}\n")
+    assert load_config(path).slurm.extra == {"exclusive": "", "nodelist": "n07"}
+
+
 def test_bases_in_a_circle_are_an_error(tmp_path: Path) -> None:
     write(tmp_path / "b.yaml", "base: a.yaml\n")
     with pytest.raises(ConfigError, match="circle"):

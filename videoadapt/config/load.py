@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -432,7 +432,7 @@ def _read_with_base(path: Path, children: tuple[Path, ...] = ()) -> Values:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: expected the name of another config file, got {shown(base)}")
     base = _expand_text(base, f"{path}: base", in_path=True)
-    return _merge(_read_with_base(path.parent / base, (*children, path.resolve())), values)
+    return _merge(_read_with_base(path.parent / base, (*children, path.resolve())), values, Config)
 
 
 def _read_yaml(path: Path) -> Values:
@@ -450,16 +450,25 @@ def _read_yaml(path: Path) -> Values:
     return values
 
 
-def _merge(base: Values, values: Values) -> Values:
-    """Merges sections key by key. Every other value, lists included, is replaced. An empty section changes nothing."""
+def _merge(base: Values, values: Values, kind: Any) -> Values:
+    """Merges sections of a type, and `slurm.extra`, key by key. An empty section changes nothing.
+
+    Every other value is replaced: lists, and `parallel.groups`, whose keys are one partition of the lengths.
+    """
     merged = dict(base)
     for key, value in values.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict | None):
-            merged[key] = _merge(old, value or {})
+        old, inner = merged.get(key), _types(kind).get(key)
+        if _is_merged(inner) and isinstance(old, dict) and isinstance(value, dict | None):
+            merged[key] = _merge(old, value or {}, inner)
         else:
             merged[key] = value
     return merged
+
+
+def _is_merged(kind: Any) -> bool:
+    """Returns whether a field of this type keeps the keys of a base that a file does not name."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return is_section(plain) or get_origin(plain) is dict
 
 
 def _apply_override(values: Values, override: str) -> None:
