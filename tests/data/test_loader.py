@@ -27,7 +27,7 @@ from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.clips import datasets, workers
 from videoadapt.data.clips.augment import augment
 from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews
-from videoadapt.data.clips.loader import Batch, epoch_rows, steps_per_epoch, stream, train_batches
+from videoadapt.data.clips.loader import Batch, epoch_rows, steps_ahead, steps_per_epoch, stream, train_batches
 from videoadapt.data.index.manifest import Manifest, index
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import RunError, UserError
@@ -501,3 +501,8 @@ def test_segments_spread_a_clip_over_the_whole_video(
         assert isinstance(TrainClips(manifest, config)[epoch, 0], Clip)
     assert [[number // 5 for number in numbers] for numbers in read] == [[0, 1, 2, 3]] * 8
     assert len({tuple(numbers) for numbers in read}) > 4
+
+
+def test_a_rank_that_reads_no_clip_of_a_step_reads_ahead_all_the_same() -> None:
+    """More ranks may share the decoding than a step has clips."""
+    assert steps_ahead(0) == steps_ahead(1) > 1

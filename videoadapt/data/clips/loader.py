@@ -163,8 +163,9 @@ def steps_ahead(step_bytes: int) -> int:
 
     Args:
         step_bytes: The clips of a step that this rank reads. They wait in shared memory, which is half of a machine's.
+            0 where other ranks read all clips: more ranks share the decoding than a step has clips.
     """
-    return max(1, min(_STEPS_AHEAD, _AHEAD_BYTES // step_bytes))
+    return max(1, min(_STEPS_AHEAD, _AHEAD_BYTES // max(step_bytes, 1)))
 
 
 def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Failure]:
