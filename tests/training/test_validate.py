@@ -171,6 +171,16 @@ def test_training_stops_when_patience_ends_and_goes_on_with_more(
     assert "stopped early" in str(selected_on_val(newest, chosen=False))
     patient = make(data, indexed, tmp_path / "again", train=RECIPE)
     shutil.copytree(config.run.dir, patient.run.dir, dirs_exist_ok=True)
+
+    def interrupted(self: Validator, stop: Any, progress: Any) -> Validation | None:
+        if self.state.step == 15:
+            raise KeyboardInterrupt
+        return worse(self, stop, progress)
+
+    monkeypatch.setattr(Validator, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # in the last validation: train.json is still that of the early stop
+        train(patient)
+    monkeypatch.setattr(Validator, "validate", worse)
     assert train(patient).steps == 15
     assert same_bits(patient, trained)
 

@@ -100,7 +100,7 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         state = start_or_resume(config, manifest, checkpoints)
         # A run that was killed between its last checkpoint and its summary still writes the summary.
         done = state.step == per_epoch * config.train.epochs or out_of_patience(state.validations, config)
-        finished = done and broadcast_result(summary_file.exists)
+        finished = done and broadcast_result(lambda: _summarises(summary_file, state.step))
         if not finished:
             if state.step:
                 say(f"continuing from {checkpoints.folder} at step {state.step}")
@@ -254,6 +254,11 @@ def require_startable(config: Config, checkpoints: Checkpoints) -> None:
             model = TimeSformer(config.model)
         report = load_weights(model, config.train.init, which=config.train.weights, resample=config.train.resample)
         require_normalisation(config.model, config.train.init, report.normalisation)
+
+
+def _summarises(path: Path, step: int) -> bool:
+    """Returns whether a summary exists, and is of this step: an early stop that went on has left an older one."""
+    return path.exists() and TrainSummary.read(path).steps == step
 
 
 def say_finished(summary: TrainSummary) -> None:
