@@ -27,6 +27,7 @@ from videoadapt.training.preflight import (
     clips_decoded_per_step,
     decoding_notes,
     faults,
+    missing_bytes,
     pixels_after_resizing,
     preflight,
     try_decoding,
@@ -138,6 +139,15 @@ def test_the_estimated_size_of_checkpoints_is_their_size(tmp_path: Path) -> None
     assert len(files) == config.train.keep_checkpoints
     taken = files[0].stat().st_size * (config.train.keep_checkpoints + 2)  # the best one, and one being written
     assert 0.8 < checkpoints_bytes(config) / taken < 1.05
+
+
+def test_the_checkpoints_of_an_interrupted_run_have_their_space_already(tmp_path: Path) -> None:
+    config = runs.config(tmp_path, tmp_path / "run")
+    assert missing_bytes(config) == checkpoints_bytes(config)
+    path = train_checkpoints(config.run.dir).path_of(4)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(1000))
+    assert missing_bytes(config) == checkpoints_bytes(config) - 1000
 
 
 def test_a_full_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from videoadapt.errors import RunError, few, plural
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import advise, print_table
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
-from videoadapt.runtime.ranks import all_gather, rank, wait_for_all, world_size
+from videoadapt.runtime.ranks import all_gather, broadcast_result, rank, wait_for_all, world_size
 from videoadapt.training.groups import GroupPlan, split_evenly
 
 _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
@@ -71,7 +71,7 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
         _print_reports(reports)
         for note in [*warnings(reports, config.run.precision), *exchange, *decoding_notes(reports, manifest, config)]:
             advise(note)
-    found = faults(reports, checkpoints_bytes(config))
+    found = faults(reports, broadcast_result(lambda: missing_bytes(config)))
     if found:  # on every rank, so that all stop
         raise RunError("preflight: " + "; ".join(found))
     if rank() == 0:
@@ -231,6 +231,12 @@ def checkpoints_bytes(config: Config) -> int:
     copies = 1 + (2 if config.train.optimizer == "adamw" else 1) + (config.train.ema is not None)
     # The best one stays too, and a new one is written before one is removed.
     return model_bytes * copies * (config.train.keep_checkpoints + (config.train.validate_every > 0) + 1)
+
+
+def missing_bytes(config: Config) -> int:
+    """Returns the disk space that checkpoints still need: those of an interrupted run have their space already."""
+    files = (config.run.dir / "checkpoints").glob("step-*.safetensors")
+    return checkpoints_bytes(config) - sum(file.stat().st_size for file in files)
 
 
 def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
