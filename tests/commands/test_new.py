@@ -17,6 +17,7 @@ from videoadapt.commands.new import NewRun, fill_template, parts_that_fit, print
 from videoadapt.commands.recommend import MachineFacts, Setting, recommend
 from videoadapt.config.load import load_config, make_config
 from videoadapt.config.parse import parse_yaml
+from videoadapt.data.index.class_files import read_classes
 from videoadapt.data.index.survey import Spread, Survey, survey
 from videoadapt.errors import UserError
 from videoadapt.model.weights.facts import Normalisation, WeightsFacts
@@ -120,6 +121,20 @@ def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, counts: dict
     done = runs.command("new", tmp_path / "run", "--data", tmp_path / "data")
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_in_the_names_of_class_folders_do_not_change_their_order(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "data", {"1 run": 2, "2 walk": 2, "10 jump": 2})
+    found = survey(data, tmp_path)
+    for name, text in found.files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert found.sources.classes is not None
+    assert read_classes(found.sources.classes).names == found.classes == ("1 run", "10 jump", "2 walk")
+
+
+def test_a_path_that_no_list_can_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\\nb.*line break"):
+        survey(class_folders(tmp_path / "data", {"a\nb": 2, "c": 2}), tmp_path)
 
 
 def test_videos_beside_pictures_and_classes_that_only_val_has_are_refused(tmp_path: Path) -> None:
@@ -234,6 +249,9 @@ def test_a_step_is_split_until_it_fits_into_the_memory() -> None:
     assert parts_that_fit(config, 2 * whole).value == 1
     assert parts_that_fit(config, whole).value > 1
     assert parts_that_fit(config, 1).value == 8  # at least one clip
+    train = {"batch": 12, "optimizer": "adamw"}
+    pairs = make_config({"model": model, "train": train, "data": {"mixup": 0.8}, "run": {"device": "cpu"}})
+    assert parts_that_fit(pairs, 1).value == 6  # equal parts, of whole pairs
 
 
 def test_a_wrong_setting_is_refused_before_the_data_are_read(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Se
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, one_line
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
 from videoadapt.performance.timing import bf16_is_fast, time_of, training_speed
@@ -94,7 +94,8 @@ def new(
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
         "train.init": Setting(weights and _source(weights), "" if weights else "no weights were given"),
     }
-    header = f"# Written by `videoadapt new` on {date.today()}: fine-tuning on {os.path.abspath(data)}."
+    # In one line: the name of a folder may have line breaks, which would end the comment.
+    header = f"# Written by `videoadapt new` on {date.today()}: fine-tuning on {one_line(os.path.abspath(data))}."
     # The survey has used data.classes; a drawn val split comes with a file of its own.
     config, text = _checked(
         header, settings, [word for word in overrides if not word.startswith("data.classes")], machine, path
@@ -188,11 +189,15 @@ def template_lines() -> list[tuple[str, str]]:
 
 
 def parts_that_fit(config: Config, memory_bytes: int) -> Setting:
-    """Returns the fewest micro-batches of a step whose activations fit into the memory of a device."""
+    """Returns the fewest micro-batches of a step whose activations fit into the memory of a device.
+
+    The micro-batches are equally large, and keep the pairs of mixup and cutmix together.
+    """
     memory = training_memory(config, pick_device(config.run.device))
-    parts, clips = 1, config.train.batch
-    while clips // parts > 1 and memory.bytes(config.model.points, clips // parts) > _MEMORY_USED * memory_bytes:
-        parts *= 2
+    clips, least = config.train.batch, 2 if config.data.mixes else 1
+    possible = [parts for parts in range(1, clips // least + 1) if clips % (parts * least) == 0]
+    fits = (n for n in possible if memory.bytes(config.model.points, clips // n) <= _MEMORY_USED * memory_bytes)
+    parts = next(fits, possible[-1])
     needed = memory.bytes(config.model.points, clips // parts) / 2**30
     return Setting(parts, f"a part takes about {needed:.1f} of {memory_bytes / 2**30:.0f} GiB")
 

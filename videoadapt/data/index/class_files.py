@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +69,19 @@ def read_classes(path: Path) -> ClassFile:
     for number, name in enumerate(found.names):
         require_usable(name, "name", f"data.classes: {path}: class {number}")
     return found
+
+
+def write_classes(names: Sequence[str]) -> tuple[str, str]:
+    """Returns the name and the text of a file from which `read_classes` returns these names.
+
+    It has a line per class. Names such as `1 run`, `2 walk` and `10 jump` would be read as names with numbers, in
+    another order: they are a JSON list.
+    """
+    text = "".join(f"{name}\n" for name in names)
+    with suppress(ConfigError):
+        if _from_text(text, Path("classes.txt")).names == tuple(names):
+            return "classes.txt", text
+    return "classes.json", json.dumps(list(names), ensure_ascii=False, indent=0) + "\n"
 
 
 def _from_text(text: str, path: Path) -> ClassFile:

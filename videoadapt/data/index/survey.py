@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from videoadapt.config.load import Config, make_config
 from videoadapt.data.index.annotations import list_videos
-from videoadapt.data.index.class_files import read_classes
+from videoadapt.data.index.class_files import read_classes, write_classes
 from videoadapt.data.index.class_folders import scan_class_folders
 from videoadapt.data.index.class_names import whole_number
 from videoadapt.data.index.find_files import NearFiles, is_left_out
@@ -108,12 +108,13 @@ def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None =
         files: dict[str, str] = {}
         names = _names_of_lists(found)
         if names:
-            files["classes.txt"] = "".join(f"{each}\n" for each in names)
-            (temporary / "classes.txt").write_text(files["classes.txt"], encoding="utf-8")
+            class_file, text = write_classes(names)
+            files[class_file] = text
+            (temporary / class_file).write_text(text, encoding="utf-8")
             notes.append(
-                f"class names from the labels of the lists, in the order of their names: {beside / 'classes.txt'}"
+                f"class names from the labels of the lists, in the order of their names: {beside / class_file}"
             )
-            found = replace(found, classes=temporary / "classes.txt")
+            found = replace(found, classes=temporary / class_file)
         config = _config(found, _class_count(found), kind)
         listing = list_videos(config)
         _require_classes(listing.videos, listing.classes)
@@ -121,14 +122,15 @@ def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None =
     videos, drawn_notes = listing.videos, []
     if found.val is None:
         videos = _draw_val(videos)
-        files |= _lists(videos, listing.classes)
-        found = Sources(beside / "train.csv", beside / "val.csv", beside / "classes.txt", None)
+        class_file, text = write_classes(listing.classes)
+        files |= {**_lists(videos), class_file: text}
+        found = Sources(beside / "train.csv", beside / "val.csv", beside / class_file, None)
         drawn_notes.append(
             f"no val split: the last {_VAL_FRACTION:.0%} of each class, in the order of names, are in {found.val}. If "
             "videos of one scene, person or camera are in both lists, accuracy on val is too high: move whole scenes"
         )
     elif names:
-        found = replace(found, classes=beside / "classes.txt")
+        found = replace(found, classes=beside / class_file)
     notes += [*listing.notes, *drawn_notes]
     return _survey(found, videos, listing.classes, opened, notes=tuple(notes), files=files)
 
@@ -308,11 +310,16 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", path)]
 
 
-def _lists(videos: Sequence[ListedVideo], classes: Sequence[str]) -> dict[str, str]:
-    """Returns the texts of lists of the splits, and of the class names that their numbers mean."""
+def _lists(videos: Sequence[ListedVideo]) -> dict[str, str]:
+    """Returns the texts of lists of the splits.
+
+    Raises:
+        UserError: The path of a video has a line break, which no list can state.
+    """
     lines: dict[str, list[str]] = {"train": [], "val": []}
     for video in videos:
+        if "\n" in video.path or "\r" in video.path:
+            raise UserError(f"--data: {video.path!r}: a line break in a path cannot be written to a list; rename it")
         quoted = video.path.replace('"', '""')
         lines[video.split].append(f'"{quoted}" {video.label}\n')
-    texts = {f"{split}.csv": "".join(each) for split, each in lines.items()}
-    return texts | {"classes.txt": "".join(f"{name}\n" for name in classes)}
+    return {f"{split}.csv": "".join(each) for split, each in lines.items()}
