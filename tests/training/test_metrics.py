@@ -107,3 +107,11 @@ def test_a_step_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:
     metrics.write(1, {"loss": 0.5})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
     metrics.close()
+
+
+def test_clips_of_steps_that_are_trained_again_are_not_listed_twice(tmp_path: Path) -> None:
+    """`skipped.jsonl` counts steps from 0: three steps are done, and the fourth was killed before its checkpoint."""
+    lines = [json.dumps({"step": step, "path": "a.mp4", "cause": "gone"}) + "\n" for step in (0, 2, 3)]
+    (tmp_path / "skipped.jsonl").write_text("".join(lines))
+    Metrics(tmp_path, 3).close()
+    assert (tmp_path / "skipped.jsonl").read_text() == "".join(lines[:2])

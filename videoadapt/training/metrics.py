@@ -83,6 +83,9 @@ class Metrics:
         self._validations: TextIOWrapper | None = None
         if validated is not None:
             self._validations = _lines_up_to(folder / "validation.jsonl", validated, _validated_step_of)
+        skipped = folder / "skipped.jsonl"  # of `State.list_skipped`, whose steps count from 0
+        if skipped.exists():
+            _lines_up_to(skipped, step - 1, _validated_step_of).close()
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._tracker = tracker
 
@@ -143,7 +146,7 @@ def _step_of(line: str) -> float | None:
 
 
 def _validated_step_of(line: str) -> float | None:
-    """Returns the step of a line of `validation.jsonl`, which has texts and lists beside its numbers."""
+    """Returns the step of a line of `validation.jsonl` or `skipped.jsonl`, which have more than numbers."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
