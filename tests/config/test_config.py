@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from videoadapt.config.jobs import Stage
-from videoadapt.config.load import Config, dump_config, known_keys, load_config, make_config
+from videoadapt.config.load import Config, dump_config, known_keys, load_config, make_config, with_absolute_paths
 from videoadapt.config.points import Point
 from videoadapt.errors import ConfigError, UserError
 from videoadapt.evaluation.costs import flops
@@ -525,3 +525,11 @@ def test_config_errors_are_user_errors() -> None:
 def test_contradictions_of_points_heads_and_cascades_are_errors(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(next(path for path in CONFIGS if path.name == "timesformer_b_k400.yaml"), words)
+
+
+def test_a_file_named_best_does_not_change_which_checkpoint_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best").touch()
+    assert with_absolute_paths(make_config({"run": {"checkpoint": "best"}})).run.checkpoint == Path("best")

@@ -362,6 +362,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     values = _map_paths(config.model_dump(mode="json"), Config, absolute)
     values["run"]["dir"] = os.path.abspath(config.run.dir)
+    if config.run.checkpoint in (Path("best"), Path("last")):  # words, also beside a file of that name
+        values["run"]["checkpoint"] = str(config.run.checkpoint)
     return Config.model_validate(values)
 
 
