@@ -20,7 +20,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, UserError
-from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.evaluation.evaluate import _further, evaluate
 from videoadapt.evaluation.predict import predict, predict_files
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_macs
@@ -325,6 +325,12 @@ def test_further_policies_are_checked_before_any_clip_is_scored(copy: Config) ->
     with pytest.raises(UserError, match="two policies are named fixed:3"):
         evaluate(copy, [va.Fixed("3")])
     assert not (copy.run.dir / "scores").exists()
+
+
+def test_a_text_that_names_a_policy_again_adds_none(copy: Config) -> None:
+    texts = ["cascade:2,3:0.9", "fixed:2", "cascade:2,3:0.9", "cascade:2,3:0.8"]
+    found, _ = _further(texts, [], None, load_model(copy.run.dir), copy)
+    assert [policy.name for policy in found] == ["cascade:2,3:0.9", "cascade:2,3:0.8"]
 
 
 def test_a_policy_that_needs_the_truth_exists_in_evaluations_alone(run: Config) -> None:

@@ -221,7 +221,8 @@ def _further(
 
     A text or file whose policy is evaluated anyway adds none.
     """
-    known = {*(Fixed(point).name for point in model.config.points), *(policy.name for policy in cascades)}
+    points = model.config.points
+    known = {"assigned", *(Fixed(point).name for point in points), *(policy.name for policy in cascades)}
     further: list[Policy] = []
     promises = {}
     for given in policies:
@@ -230,8 +231,11 @@ def _further(
             policy = parse_policy(policy, assigned, model.config, config.run.dir, model)
         if is_policy_file(given):
             promises[policy.name] = PolicyFile.read(Path(given)).promise
-        if not isinstance(given, str) or policy.name not in known | {"assigned"}:
-            further.append(policy)
+        if isinstance(given, str):
+            if policy.name in known:
+                continue
+            known.add(policy.name)  # the run's own file of `calibrate` may hold the policy of a text
+        further.append(policy)
     return further, promises
 
 
