@@ -68,6 +68,18 @@ def test_an_assigner_that_costs_more_than_it_saves_is_not_supported() -> None:
     assert found.rule == "none"
 
 
+def test_the_units_of_a_proof_are_sources() -> None:
+    probabilities, right = (np.repeat(each, 20, axis=0) for each in clips(30, skill=1.0))  # 20 copies of each clip
+    sources, promise = np.repeat(np.arange(30), 20), {"tolerance": 0.005, "delta": 0.1}
+    assert supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, **promise).rule == "proven"
+    found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, sources=sources, **promise)
+    assert found.rule == "estimated"
+    choice = cheapest_sufficient(probabilities, found.value)
+    assert largest_loss(right, choice, 0.1) < 0.005
+    once = largest_loss(right[::20], choice[::20], 0.1)
+    assert largest_loss(right, choice, 0.1, sources) == pytest.approx(once, abs=1e-3)  # as many units as sources
+
+
 def test_the_interval_of_the_separation_covers_the_true_one() -> None:
     """Scores of easy and hard clips from two normal distributions, whose AUC is known."""
     rng, true, covered = np.random.default_rng(0), 0.7602, 0  # Phi(1 / sqrt(2))

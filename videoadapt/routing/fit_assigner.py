@@ -19,7 +19,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import TrainConfig
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import UserError, plural
+from videoadapt.errors import RunError, UserError, plural
 from videoadapt.model.checkpoint import (
     Checkpoints,
     load_tensors,
@@ -166,6 +166,7 @@ def assign(config: Config) -> AssignSummary:
     Raises:
         UserError: There is no label table, it does not fit the config, or it has too few clips.
         CheckpointError: An earlier assigner of this run was fitted with other settings.
+        RunError: The loss is NaN or infinite.
     """
     with ranks(config), sole_writer(config, "assign") as guard:
         return broadcast_result(lambda: _assign(config, assigner_checkpoints(config.run.dir, guard)))
@@ -190,7 +191,13 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     macs, delta = assigner_macs(config.assign, len(points)), config.calibrate.delta
     tolerance = config.assign.tolerance
     found = supported_threshold(
-        probabilities, select.right, costs, assigner_cost=macs, tolerance=tolerance, delta=delta
+        probabilities,
+        select.right,
+        costs,
+        assigner_cost=macs,
+        tolerance=tolerance,
+        delta=delta,
+        sources=select.sources,
     )
     threshold = found.value
     checkpoints.save(
@@ -207,7 +214,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
         confidence=1 - delta,
         clips_needed=videos_needed(0.0, tolerance, delta),
         auc=separation(probabilities, select.right),
-        loss_at_most=largest_loss(select.right, choice, delta),
+        loss_at_most=largest_loss(select.right, choice, delta, select.sources),
         difference=difference(right, select.right[:, 0]),
         over_random=over_random(select.right, choice),
         fixed=fixed_points(select.right, costs, points),
@@ -322,11 +329,21 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
                 optimizer.step()
                 losses.append(loss.item())
             epoch += 1
+            _require_finite(assigner, losses, epoch)
             bar.step(1, f"loss {np.mean(losses):.3f}")
             checkpoints.save(epoch, _tensors(assigner, optimizer), _meta(config, clips))
             if stop.requested:
                 stop.stop()
     return assigner.eval(), epoch
+
+
+def _require_finite(assigner: Assigner, losses: list[float], epoch: int) -> None:
+    """Raises `RunError` after an epoch that diverged: its weights must not be saved, and choose no threshold."""
+    if not (np.isfinite(losses).all() and all(tensor.isfinite().all() for tensor in assigner.state_dict().values())):
+        raise RunError(
+            f"assign: epoch {epoch} made the assigner's loss or weights NaN or infinite; they are not saved. "
+            "Lower assign.lr"
+        )
 
 
 def _unused_folder(wanted: Path) -> Path:

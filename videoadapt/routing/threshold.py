@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 from scipy import optimize, stats
 
 from videoadapt.routing.label_rules import Bools, Choice, Floats, cheapest_sufficient, choose_threshold
-from videoadapt.routing.learn_then_test import loss_p_values, loss_upper, valid_in_order
+from videoadapt.routing.learn_then_test import loss_p_values, loss_upper, mean_p_values, mean_upper, valid_in_order
 
 COSTLIEST = 2.0  # a threshold that no probability reaches: every clip gets the costliest point
 FEWEST = 50  # clips. With fewer, one clip is more than two points of accuracy, and no threshold can be chosen
@@ -48,8 +48,15 @@ class Threshold:
     rule: Rule
 
 
-def supported_threshold(
-    probabilities: Floats, right: Bools, costs: Floats, *, assigner_cost: float, tolerance: float, delta: float
+def supported_threshold(  # noqa: PLR0913 - settings, by name
+    probabilities: Floats,
+    right: Bools,
+    costs: Floats,
+    *,
+    assigner_cost: float,
+    tolerance: float,
+    delta: float,
+    sources: Choice | None = None,
 ) -> Threshold:
     """Chooses the threshold that saves most, as far as the clips support it.
 
@@ -64,13 +71,15 @@ def supported_threshold(
         assigner_cost: Cost of the assigner, in the same unit.
         tolerance: Accuracy that may be lost.
         delta: 1 minus the confidence of a proof.
+        sources: Number of each clip's source, `(clips,)`; None: each clip is its own. Clips of one source are alike,
+            so that the units of a proof are sources, each with the mean loss of its clips.
     """
     clips = len(right)
     grid = np.linspace(0.995, 0.5, 100)  # from the safest threshold on
     choices = [cheapest_sufficient(probabilities, float(threshold)) for threshold in grid]
-    lost = np.array([(right[:, 0] & ~right[np.arange(clips), choice]).sum() for choice in choices])
+    lost = np.stack([right[:, 0] & ~right[np.arange(clips), choice] for choice in choices])  # (thresholds, clips)
     saves = np.array([costs[choice].mean() + assigner_cost < costs[0] for choice in choices])
-    proven = np.flatnonzero(valid_in_order(loss_p_values(lost, clips, tolerance), delta) & saves)
+    proven = np.flatnonzero(valid_in_order(_p_values(lost, sources, tolerance), delta) & saves)
     if len(proven):
         return Threshold(float(grid[proven[-1]]), "proven")  # the last one is the cheapest: costs fall along the grid
     _, low, _ = separation(probabilities, right)
@@ -79,6 +88,26 @@ def supported_threshold(
         if costs[cheapest_sufficient(probabilities, value)].mean() + assigner_cost < costs[0]:
             return Threshold(value, "estimated")
     return Threshold(COSTLIEST, "none")
+
+
+def _p_values(lost: Bools, sources: Choice | None, tolerance: float) -> Floats:
+    """Returns the p-value of each row of losses, `(thresholds, clips)`: exact, or by the means of the sources."""
+    if not _have_several(sources):
+        return loss_p_values(lost.sum(1), lost.shape[1], tolerance)
+    means = np.stack([_source_means(row, sources) for row in lost])  # (thresholds, sources)
+    return mean_p_values(means.mean(1), np.ones(len(means)), means.shape[1], tolerance)
+
+
+def _have_several(sources: Choice | None) -> TypeGuard[Choice]:
+    """Returns whether a source has several clips."""
+    return sources is not None and len(np.unique(sources)) < len(sources)
+
+
+def _source_means(values: Bools, sources: Choice) -> Floats:
+    """Returns the mean over the clips of each source: `(clips,)` to `(sources,)`."""
+    _, numbers, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    means: Floats = np.bincount(numbers, weights=values) / counts
+    return means
 
 
 def separation(probabilities: Floats, right: Bools) -> Interval:
@@ -159,15 +188,19 @@ def fixed_points(right: Bools, costs: Floats, points: Sequence[str]) -> dict[str
     return found
 
 
-def largest_loss(right: Bools, choice: Choice, delta: float) -> float:
+def largest_loss(right: Bools, choice: Choice, delta: float, sources: Choice | None = None) -> float:
     """Returns the upper bound, with confidence 1 - delta, of how often the costliest point is right and this one wrong.
 
     Args:
         right: Whether the model is right, `(clips, points)`.
         choice: Number of the point of each clip, `(clips,)`.
         delta: 1 minus the confidence.
+        sources: As in `supported_threshold`.
     """
     lost = right[:, 0] & ~right[np.arange(len(choice)), choice]
     if (choice == 0).all():
         return 0.0
+    if _have_several(sources):
+        means = _source_means(lost, sources)
+        return mean_upper(float(means.mean()), 1.0, len(means), delta)
     return float(loss_upper(np.array([lost.sum()]), len(choice), delta)[0])
