@@ -14,6 +14,7 @@ from conftest import need
 from videoadapt.config.load import Config, make_config
 from videoadapt.data.clips.datasets import _evaluation_indices
 from videoadapt.data.clips.views import crops, resize, thumbnail, to_tchw
+from videoadapt.routing.label_rules import confidence
 
 need("onnxruntime", "the router imports it")
 
@@ -82,3 +83,18 @@ def test_the_frames_are_those_of_an_evaluation(sampling: str, clips: int, single
             reader: Any = Reader(total, rate, times_s)
             _, expected = _evaluation_indices(reader, config, clips)
             assert np.array_equal(module._frame_numbers(known, total, rate, times_s), expected)
+
+
+def test_a_cascade_that_never_ends_early_runs_all_its_points() -> None:
+    following = module.parse_policy("cascade:7,14:2:entropy", {"points": ["14", "7"], "assigner": None})
+    last, sure = np.array([-1, 1, 0]), np.ones((3, 2))
+    assert following(last, sure, sure).tolist() == [1, 0, -1]
+    with pytest.raises(ValueError, match="cascade"):
+        module.parse_policy("cascade:7,14:1.5", {"points": ["14", "7"], "assigner": None})
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 101])
+@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
+def test_confidences_are_those_of_videoadapt(classes: int, measure: Any) -> None:
+    probabilities = np.full((1, classes), 1 / classes)
+    assert module._confidence(probabilities, measure) == confidence(probabilities, measure)

@@ -18,6 +18,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.outcomes import pareto_front
+from videoadapt.exporting.adaptive import policy_text
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import Decision, clip_macs, decide, views_run
 from videoadapt.routing.label_rules import Choice, confidence, confidence_matrix, fit_threshold, outcome_table, softmax
@@ -144,6 +145,20 @@ def test_cascades_by_name() -> None:
 def test_a_wrong_cascade_is_refused_and_the_error_lists_the_points(text: str) -> None:
     with pytest.raises(UserError, match=r"expected (POINT,POINT.*14, 12, 14@0\.7, 8@0\.5|LENGTH or LENGTH@KEEP)"):
         parse_cascade(text, MODEL, None)
+
+
+def test_a_threshold_that_nothing_reaches_can_be_written() -> None:
+    never = fit_threshold(np.ones((3, 2)), np.array([0.5, 1.0]), 1.5)  # the cost pays for all points
+    cascade = Cascade(("8@0.5", "14"), (never,))
+    assert parse_cascade(policy_text(cascade).removeprefix("cascade:"), MODEL, None) == cascade
+    with pytest.raises(UserError, match="thresholds from 0 to 1"):
+        parse_cascade("8@0.5,14:1.5", MODEL, None)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_confidences_of_equal_probabilities_and_of_one_class_are_between_0_and_1(measure: Measure) -> None:
+    assert all(confidence(np.full((1, classes), 1 / classes), measure) >= 0 for classes in range(1, 402, 4))
+    assert confidence(np.array([[1.0], [np.nan]]), measure) == pytest.approx([1, np.nan], nan_ok=True)
 
 
 def test_too_many_thresholds_are_refused() -> None:

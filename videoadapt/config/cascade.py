@@ -15,6 +15,7 @@ from videoadapt.errors import ConfigError, few
 
 Measure = Literal["probability", "margin", "entropy"]  # measure of the confidence in the top class
 MEASURES: tuple[Measure, ...] = get_args(Measure)
+NEVER = 2.0  # a threshold that no confidence reaches; `cost=` gives it where the cost pays for all points
 
 _NUMBER = r"\d*\.?\d+"
 _THRESHOLDS = re.compile(rf"cost=(?P<cost>{_NUMBER})|(?P<list>{_NUMBER}(?:,{_NUMBER})*)")
@@ -43,8 +44,8 @@ def parse_cascade_spec(text: str, known: Sequence[str], views: int | None = None
         views: Views of a video; None if they are not known.
 
     Raises:
-        ConfigError: The text has another form, a point is not in `known` or appears twice, a threshold is above 1, the
-            number of thresholds does not match the number of points, or a video has a single view.
+        ConfigError: The text has another form, a point is not in `known` or appears twice, a threshold is above 1 and
+            not `NEVER`, the number of thresholds does not match the number of points, or a video has a single view.
     """
     listed, _, rest = text.partition(":")
     over_views = rest.startswith("views:")
@@ -54,7 +55,7 @@ def parse_cascade_spec(text: str, known: Sequence[str], views: int | None = None
     match = _THRESHOLDS.fullmatch(threshold_text)
     thresholds = [float(value) for value in match["list"].split(",")] if match and match["list"] else []
     valid_points = set(points) <= set(known) and len(set(points)) == len(points) > (not over_views)
-    if match is None or not valid_points or measure not in MEASURES or max(thresholds, default=0.0) > 1.0:
+    if match is None or not valid_points or measure not in MEASURES or any(1.0 < t != NEVER for t in thresholds):
         raise ConfigError(
             f"cascade {text!r}: expected POINT,POINT,...:THRESHOLDS[:MEASURE] with different points of this model "
             f"({few(known)}), thresholds from 0 to 1 such as 0.6, or cost=0.4, and a measure of "

@@ -33,6 +33,7 @@ SETTINGS = "routing.json"  # what the router must know of the model, written wit
 VERSION = 1
 BATCH = 16  # views of one call of onnxruntime
 _MEASURES = ("probability", "margin", "entropy")
+_NEVER = 2.0  # a threshold that no confidence reaches
 _DECIMALS = 6  # of positions and seconds; far below the distance of two frames
 _INT16 = 1 << 15
 _MOST_BITS = 22
@@ -257,13 +258,13 @@ def _once(choose: Callable[[Floats], Ints]) -> _Next:
     return lambda last, _, known: np.where(last < 0, choose(known), -1)
 
 
-def _fractions(text: str) -> list[float]:
-    """Returns the numbers from 0 to 1 of a list with commas; empty if there is anything else."""
+def _fractions(text: str, also: float = 1.0) -> list[float]:
+    """Returns the numbers of a list with commas, from 0 to 1 or equal to `also`; empty if there is anything else."""
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:
         return []
-    return values if all(0.0 <= value <= 1.0 for value in values) else []
+    return values if all(0.0 <= value <= 1.0 or value == also for value in values) else []
 
 
 def _measure_of(policy: str) -> str:
@@ -274,7 +275,7 @@ def _measure_of(policy: str) -> str:
 def _parse_cascade(text: str, points: Sequence[str]) -> _Next | None:
     listed, _, rest = text.partition(":")
     written, _, measure = rest.partition(":")
-    names, thresholds = listed.split(","), _fractions(written)
+    names, thresholds = listed.split(","), _fractions(written, _NEVER)
     if len(thresholds) == 1:
         thresholds *= len(names) - 1  # one number applies to every point but the last
     known = set(names) <= set(points) and len(set(names)) == len(names) > 1
@@ -321,11 +322,13 @@ def _mean_of_views(logits: Floats, axis: int | tuple[int, ...], average: str) ->
 
 
 def _confidence(probabilities: Floats, measure: str) -> Floats:
+    if probabilities.shape[-1] == 1:  # of a single class, every measure is its probability
+        return probabilities.max(-1)
     if measure == "margin":
         return np.diff(np.partition(probabilities, -2)[..., -2:])[..., 0]  # the best minus the second
     if measure == "entropy":
         logs = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
-        return 1 + (probabilities * logs).sum(-1) / np.log(probabilities.shape[-1])
+        return np.maximum(1 + (probabilities * logs).sum(-1) / np.log(probabilities.shape[-1]), 0.0)
     return probabilities.max(-1)
 
 

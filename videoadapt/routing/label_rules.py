@@ -87,19 +87,20 @@ def confidence(probabilities: Floats, measure: Measure) -> Floats:
     """Computes how sure the model is, between 0 and 1; NaN probabilities give NaN.
 
     Args:
-        probabilities: `(..., classes)`, of 2 or more classes.
+        probabilities: `(..., classes)`. Of a single class, every measure is its probability.
         measure: `probability`: the probability of the best class. `margin`: the difference between the best and the
             second probability. `entropy`: 1 - entropy / log(classes).
 
     Returns:
         The confidence, `(...)`.
     """
-    if measure == "probability":
+    if measure == "probability" or probabilities.shape[-1] == 1:
         return probabilities.max(-1)
     if measure == "margin":
         return np.diff(np.partition(probabilities, -2)[..., -2:])[..., 0]  # the best minus the second
     logs = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))  # 0 log 0 counts as 0
-    return 1 + (probabilities * logs).sum(-1) / np.log(probabilities.shape[-1])
+    # Rounding may give less than 0 where all classes are equally probable.
+    return np.maximum(1 + (probabilities * logs).sum(-1) / np.log(probabilities.shape[-1]), 0.0)
 
 
 def confidences(probabilities: Floats) -> dict[Measure, Floats]:
