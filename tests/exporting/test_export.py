@@ -26,7 +26,7 @@ from videoadapt.data.video.readers import open_video
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.exporting import graphs, hugging_face
 from videoadapt.exporting.adaptive import AdaptiveModel, policy_text
-from videoadapt.exporting.card import Facts, cut_card, model_card
+from videoadapt.exporting.card import Facts, _evaluation, cut_card, model_card
 from videoadapt.exporting.export import export
 from videoadapt.exporting.hugging_face import require_plain
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
@@ -35,6 +35,7 @@ from videoadapt.model.weights.load import load_weights
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.router import assign_probabilities
+from videoadapt.runtime.files import write_json
 from videoadapt.training.state import State
 
 need("onnxruntime", "runs exported graphs")
@@ -290,6 +291,21 @@ def test_the_card_has_figures_with_intervals_and_leaves_the_licence_to_the_user(
     assert "library_name: videoadapt" in card.partition("---\n\n")[0]
     guessing = f"{evaluated['largest_class']}: {100 * evaluated['largest_class_fraction']:.1f} %"
     assert f"Always answering with the most frequent class, {guessing}" in card
+
+
+@pytest.mark.parametrize(("failed", "counted"), [("wrong", 10), ("exclude", 7)])
+def test_the_card_counts_the_videos_of_its_accuracies(tmp_path: Path, failed: str, counted: int) -> None:
+    found = {
+        "manifest": "m",
+        "split": "val",
+        "views": "1 clip",
+        "model": "w",
+        "policies": {},
+        "listed": 10,
+        "scored": 7,
+    }
+    write_json(tmp_path / "evaluate" / "evaluate.json", found | {"failed_count_as": failed, "listed": 10})
+    assert Facts(**_evaluation(tmp_path, "w")).scored == counted
 
 
 def test_the_card_names_the_initial_weights_and_their_licence_as_far_as_they_are_known(run: Config) -> None:

@@ -202,6 +202,8 @@ def _evaluation(run: Path, weights: str) -> dict[str, Any]:
         if name != "oracle"  # it reads the truth
     }
     named = {key: found[key] for key in ("manifest", "split", "scored", "views")}
+    if found.get("failed_count_as") == "wrong":  # then the videos that could not be read are in the accuracies, too
+        named["scored"] = found.get("listed", found["scored"])
     named |= {"largest_class": found.get("largest_class", ""), "guessing": found.get("largest_class_fraction")}
     return named | {"seen": int(found.get("trained_on") or 0), "policies": policies}
 
