@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import small_runs as runs
-from videoadapt.commands.new import NewRun, fill_template, parts_that_fit, print_new
+from videoadapt.commands.new import NewRun, fill_template, parts_that_fit, print_new, template_lines
 from videoadapt.commands.recommend import MachineFacts, Setting, recommend
 from videoadapt.config.load import load_config, make_config
 from videoadapt.config.parse import parse_yaml
@@ -257,6 +258,12 @@ def test_a_step_is_split_until_it_fits_into_the_memory() -> None:
 def test_a_wrong_setting_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
     done = runs.command("new", tmp_path / "run", "--data", tmp_path / "no", "train.foo=1")
     assert done.returncode == 2 and "train.foo" in done.stderr
+
+
+def test_each_value_of_the_template_has_a_comment_above_it_or_beside_it() -> None:
+    for (key_above, _), (key, line) in itertools.pairwise(template_lines()):
+        is_value = key and not line.endswith(":")
+        assert not is_value or not key_above or " # " in line, f"{key} has no comment"
 
 
 def test_keys_that_the_template_does_not_have_end_their_section() -> None:
