@@ -1,7 +1,8 @@
-"""Code blocks of README and docs run at small size; lines that do not run name configs, keys and files that exist."""
+"""Code blocks of README and docs run at small size; other code on the pages names verbs, keys and files that exist."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -17,6 +19,7 @@ import yaml
 import small_runs as runs
 from doc_pages import (
     COMMAND,
+    FENCE,
     LANGUAGES,
     PAGES,
     ROOT,
@@ -31,9 +34,11 @@ from doc_pages import (
 )
 from doc_server import SMALL, CommandServer
 from videoadapt.commands.cli import app
-from videoadapt.config.load import dump_config, known_keys, load_config, make_config
+from videoadapt.config.load import Config, dump_config, known_keys, load_config, make_config
+from videoadapt.config.sections import ModelConfig
 from videoadapt.data.synthetic import generate
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, UserError
+from videoadapt.routing.policy import parse_policy
 
 NAMES = page_names()
 BLOCKS = {name: blocks_of(name) for name in NAMES}
@@ -142,11 +147,13 @@ def run_shell(block: Block, text: str, folder: Path, shell: dict[str, str]) -> d
 
 @pytest.mark.parametrize("name", [name for name in NAMES if any(block.language == "bash" for block in BLOCKS[name])])
 def test_zsh_expands_no_more_of_a_line_than_bash(name: str) -> None:
-    """A bracket outside quotes is a pattern. bash keeps a pattern that matches no file; in zsh it is an error."""
+    """A bracket or star outside quotes is a pattern. If it matches no file, bash keeps it; in zsh it is an error."""
     for block in (block for block in BLOCKS[name] if block.language == "bash"):
         for line in command_lines(block.text):
             bare = re.sub(r"\\.|'[^']*'|\"[^\"]*\"|(^|\s)#.*", "", line)
             assert not re.search(r"\S\[|\?|(?<!\$)\{", bare), f"{block}: quote the word with a pattern: {line}"
+            for word in filter(lambda word: "*" in word, bare.split()):
+                assert glob.glob(word, root_dir=ROOT), f"{block}: quote {word}, or name files that exist: {line}"
 
 
 # ---- lines that do not run
@@ -164,12 +171,13 @@ def words_not_run() -> list[tuple[str, list[str]]]:
 NOT_RUN = words_not_run()
 
 
-def verbs() -> set[tuple[str, ...]]:
-    command = typer.main.get_command(app)
-    found: set[tuple[str, ...]] = set()
-    for name, verb in command.commands.items():  # type: ignore[attr-defined]
+def verbs() -> dict[tuple[str, ...], Any]:
+    """The commands by their words: `train`, or `bench data`."""
+    command: Any = typer.main.get_command(app)
+    found: dict[tuple[str, ...], Any] = {}
+    for name, verb in command.commands.items():
         inner = getattr(verb, "commands", {})
-        found |= {(name, each) for each in inner} if inner else {(name,)}
+        found |= {(name, word): each for word, each in inner.items()} if inner else {(name,): verb}
     return found
 
 
@@ -209,6 +217,52 @@ def test_the_yaml_of_a_page_is_a_config(name: str) -> None:
         except ConfigError:
             make_config(before | sections)
         before |= sections
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if any(block.language == "python" for block in BLOCKS[name])])
+def test_the_python_of_a_page_is_python(name: str) -> None:
+    for block in (block for block in BLOCKS[name] if block.language == "python"):
+        compile(block.text, str(block), "exec")
+
+
+# ---- code inside sentences
+
+KEY = re.compile(r"(([a-z_]+)(?:\.[a-z_0-9]+)+)(=.*)?")  # `train.lr`, or `train.lr=0.01`
+NO_KEYS = {"section.key", "model.class_names"}  # the form of a key, and an attribute in Python
+FILES = (".json", ".safetensors")
+POLICY = re.compile(r"(?:assigned|cascade|fixed|mixture):\d\S*")  # not a form, such as `fixed:POINT`
+POINTS = ("14", "14@0.7", "10", "10@0.5", "8", "7", "6", "6@0.5", "4")  # of the models on the pages
+
+
+def spans(name: str) -> list[list[str]]:
+    """The words of each piece of code inside the sentences of a page."""
+    text = FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    return [code.split() for code in re.findall("`([^`]+)`", text)]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".md")])
+def test_code_inside_a_sentence_names_verbs_options_keys_and_policies_that_exist(name: str) -> None:
+    known, keys, sections = verbs(), known_keys(), set(Config.model_fields)
+    for words in spans(name):
+        rest = words[words[0] == "videoadapt" :]
+        verb = known.get(tuple(rest[:1])) or known.get(tuple(rest[:2]))
+        assert verb or rest == words or not re.match("[a-z]", " ".join(rest)), f"no verb in {words}"
+        if verb:
+            options = {option for parameter in verb.params for option in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= options, f"no such option in {words}"
+        for key, section, value in (match.groups() for match in map(KEY.fullmatch, words) if match):
+            if (value or section in sections) and key not in NO_KEYS and not key.endswith(FILES):
+                assert any(each == key or each.startswith(f"{key}.") for each in keys), f"no key {key} in {words}"
+        for text in POLICY.findall(" ".join(words)):
+            require_policy(text)
+
+
+def require_policy(text: str) -> None:
+    """Parses the text of a policy, as far as that needs no run."""
+    try:
+        parse_policy(text, None, ModelConfig.model_construct(points=POINTS))
+    except UserError as error:
+        assert re.search("has no assigner|is fitted on a label table", str(error)), error
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".md")])

@@ -84,7 +84,7 @@ def test_weights_with_another_normalisation_need_a_config_that_states_its_own() 
     imagenet = Normalisation(*IMAGENET, "timm")
     with pytest.raises(CheckpointError, match=r"set those of the weights.*") as error:
         require_normalisation(ModelConfig(), "a.pth", imagenet)
-    assert "model.mean=[0.485,0.456,0.406] model.std=[0.229,0.224,0.225]" in str(error.value)
+    assert "'model.mean=[0.485,0.456,0.406]' 'model.std=[0.229,0.224,0.225]'" in str(error.value)
     with pytest.raises(CheckpointError, match="does not state"):
         require_normalisation(ModelConfig(), "a.pth", None)
     own = ModelConfig(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))

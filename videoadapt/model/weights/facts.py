@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ def require_normalisation(model: ModelConfig, source: str, stated: Normalisation
 def as_keys(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
     """Returns the settings of a normalisation as words of a command."""
     mean_text, std_text = (",".join(f"{value:g}" for value in values) for values in (mean, std))
-    return f"model.mean=[{mean_text}] model.std=[{std_text}]"
+    return shlex.join([f"model.mean=[{mean_text}]", f"model.std=[{std_text}]"])  # zsh expands bare brackets
 
 
 def _same(stated: Normalisation, model: ModelConfig) -> bool:
