@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from videoadapt.config.load import dump_config, load_config, make_config
 from videoadapt.config.parse import MAX_DEPTH, MAX_TEXT_BYTES, parse_json, parse_yaml, read_text
-from videoadapt.errors import ConfigError, one_line, shown
+from videoadapt.errors import ConfigError, few, one_line, shown
 
 
 def config_of(tmp_path: Path, text: str, *overrides: str) -> Any:
@@ -309,6 +309,13 @@ def test_values_and_messages_are_cut() -> None:
     assert long.startswith("field: ")
     assert long.endswith("; do this")
     assert one_line("a\nb\x1b[31m\u202e") == "a b\\x1b[31m\\u202e"
+
+
+def test_a_list_in_a_message_has_its_first_names_and_the_number_of_the_others() -> None:
+    assert few([]) == ""
+    assert few(["a", 2]) == "a, 2"
+    assert few("abcde") == "a, b, c, d, e"
+    assert few((f"{n}: 0 then, 1 now" for n in range(4)), 2, "; ") == "0: 0 then, 1 now; 1: 0 then, 1 now and 2 more"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc of Linux")

@@ -88,7 +88,7 @@ def test_an_empty_answer_says_how_many_videos_are_needed_and_removes_an_earlier_
     summary = json.loads((run.run.dir / "calibrate" / "calibrate.json").read_text())
     assert summary["chosen"] is None
     assert summary["needed"] > 100
-    assert f"about {summary['needed']} are needed" in done.stderr
+    assert f"that takes about {summary['needed']}:" in done.stderr
     assert not (run.run.dir / "calibrate" / "policy.json").exists()
     with pytest.raises(UserError, match=r"policy\.json.*videoadapt calibrate"):
         va.predict(run, "x.mp4", policy=str(run.run.dir / "calibrate" / "policy.json"))

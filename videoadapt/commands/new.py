@@ -22,7 +22,7 @@ from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Se
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.survey import Survey, survey
-from videoadapt.errors import UserError, one_line
+from videoadapt.errors import UserError, few, one_line, plural
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
 from videoadapt.performance.memory import training_memory
 from videoadapt.performance.timing import bf16_is_fast, time_of, training_speed
@@ -214,7 +214,7 @@ def measure_machine(data: Survey, weights: WeightsFacts | None) -> MachineFacts:
     precision = "bf16" if bf16_is_fast(device) else "fp32"
     config = make_config({"run": {"precision": precision}, "model": model | {"points": ["10"]}})
     speed = training_speed(config, clips=(8 if device.type == "cuda" else 4) // frames)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpus} CPU core{'s' if cpus > 1 else ''}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else plural(cpus, "CPU core")
     return MachineFacts(device.type, name, cpus, precision, *speed)  # type: ignore[arg-type]
 
 
@@ -360,12 +360,12 @@ def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[s
         notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more --minutes")
     if data.unreadable:
         notes.append(
-            f"{len(data.unreadable)} of the {data.opened} files that were opened cannot be read, the first: "
+            f"{plural(len(data.unreadable), 'file')} of the {data.opened} that were opened cannot be read, the first: "
             f"{data.unreadable[0]}; `videoadapt index` lists all"
         )
     empty = [name for name, count in zip(data.classes, data.counts["train"], strict=True) if not count]
     if empty:
-        notes.append(f"{len(empty)} classes have no video in train: {', '.join(empty[:5])}")
+        notes.append(f"{plural(len(empty), 'class')} without a video in train: {few(empty)}")
     if weights is None:
         notes.append(
             "without pretrained weights, some thousand clips are needed to learn anything: give --weights FILE, or "

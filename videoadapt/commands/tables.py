@@ -32,7 +32,6 @@ _TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
 _FAILURES_SHOWN = 5
 _HARDEST_SHOWN, _NAME_LENGTH = 3, 32  # classes in a line, and the characters of a name in it
 _CAUSES_SHOWN = 4
-_LEFT_OUT_SHOWN = 5
 _EXAMPLES_SHOWN = 2
 _MANY_CLASSES = 10  # up to as many, top-5 is left out of tables
 _CLASSES_SHOWN = 20  # an even number: half of them the costliest, half the cheapest
@@ -309,9 +308,9 @@ def _no_policy(summary: Summary, videos: str) -> str:
             f"no policy keeps this promise with {videos}, and more of them would not help: even the safest policies "
             "lose more; raise calibrate.eps"
         )
-    sources = " sources" if summary["sources"] is not None else ""
+    needed = str(summary["needed"]) if summary["sources"] is None else plural(summary["needed"], "source")
     return (
-        f"no policy keeps this promise with {videos}; about {summary['needed']}{sources} are needed: raise "
+        f"no policy keeps this promise with {videos}; that takes about {needed}: raise "
         "data.calibrate (and train again), calibrate.eps or calibrate.delta"
     )
 
@@ -606,8 +605,7 @@ def print_predictions(result: Summary) -> None:
     if rows:  # no rows if every file failed; the error then names the files
         print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
     if result["left_out"]:
-        first, more = result["left_out"][:_LEFT_OUT_SHOWN], len(result["left_out"]) - _LEFT_OUT_SHOWN
-        say(f"left out, because they are no videos: {', '.join(first)}{f' and {more} more' if more > 0 else ''}")
+        say(f"left out, because they are no videos: {few(result['left_out'])}")
 
 
 def print_launch(result: LaunchResult) -> None:

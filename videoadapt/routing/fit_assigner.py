@@ -19,7 +19,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.config.sections import TrainConfig
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import RunError, UserError, plural
+from videoadapt.errors import RunError, UserError, few, plural
 from videoadapt.model.checkpoint import (
     Checkpoints,
     load_tensors,
@@ -401,7 +401,7 @@ def _resume(
         digest = "".join(filter(str.isalnum, found.value("labels", str)))[:64]  # it becomes the name of a folder
         aside = _unused_folder(checkpoints.folder.with_name(f"assigner-{digest}"))
         say(
-            f"the labels have changed{''.join(f'; {text}' for text in differences)}: the earlier assigner is moved to "
+            f"{few(['the labels have changed', *differences], separator='; ')}: the earlier assigner is moved to "
             f"{aside}, and a new one is fitted"
         )
         aside.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from videoadapt.config.load import Config
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, few
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import Summary, read_json, read_parquet
 from videoadapt.runtime.inputs import Inputs
@@ -66,6 +66,6 @@ def require_same_label_inputs(run: Path, now: Inputs) -> None:
     differences = now.differences(recorded)
     if differences:
         raise UserError(
-            f"{path.parent}: these labels belong to other inputs: {'; '.join(differences)}. {_REMEDY.capitalize()}, or "
-            "undo the change"
+            f"{path.parent}: these labels belong to other inputs: {few(differences, separator='; ')}. "
+            f"{_REMEDY.capitalize()}, or undo the change"
         )

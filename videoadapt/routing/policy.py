@@ -327,7 +327,8 @@ class Assigned(OnePointPolicy):
         recorded = self.inputs if isinstance(self.inputs, Mapping) else {}
         differences = replace(now, weights=None).differences(recorded)
         if differences:
-            say(f"policy assigned: its assigner was fitted to labels of other inputs: {'; '.join(differences)}")
+            found = few(differences, separator="; ")
+            say(f"policy assigned: its assigner was fitted to labels of other inputs: {found}")
 
     def _check_points(self, points: tuple[str, ...]) -> None:
         if self.points != points:

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from videoadapt.config.load import Config
-from videoadapt.errors import CheckpointError, UserError
+from videoadapt.errors import CheckpointError, UserError, few
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json, write_json
@@ -107,4 +107,4 @@ def say_other_inputs(path: Path, config: Config, manifest: str | None) -> None:
     if file.temporal_views != views:
         found.append(f"evaluate.temporal_views: {file.temporal_views} then, {views} now")
     if found:
-        say(f"{path}: the promise of this policy may not hold here, other inputs: {'; '.join(found)}")
+        say(f"{path}: the promise of this policy may not hold here, other inputs: {few(found, separator='; ')}")

@@ -28,7 +28,7 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.data.clips.views import pixel_draws
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.data.video.files import reason
-from videoadapt.errors import UserError, plural
+from videoadapt.errors import UserError, few, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
@@ -197,7 +197,7 @@ def trained_checkpoint(config: Config) -> Checkpoint:
             say(f"{found.path}: the training of this run is not finished")
     differences = Inputs.of(config, None, None, "data").differences({"settings": found.meta})
     if differences:
-        say(f"{found.path}: was trained with other settings: {'; '.join(differences)}")
+        say(f"{found.path}: was trained with other settings: {few(differences, separator='; ')}")
     return found
 
 

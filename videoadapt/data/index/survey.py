@@ -24,7 +24,7 @@ from videoadapt.data.index.sources import Split
 from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.probe import VideoInfo
 from videoadapt.data.video.suffixes import is_media
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, few
 from videoadapt.runtime.machine import available_cpus
 
 # Names of lists and folders without suffix. `test` serves as val only if there is no other: many data sets have no val.
@@ -35,7 +35,6 @@ _CLASS_NAMES = ("classes", "class_names", "labels", "categories", "classInd", "c
 _LIST_SUFFIXES = (".csv", ".txt", ".json", ".list", ".tsv")
 _SAMPLE = 500  # videos that are opened: about a second on a core for small files
 _VAL_FRACTION = 0.2  # of each class, if there is no val split
-_MAX_SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def _require_classes(videos: Sequence[ListedVideo], classes: Sequence[str]) -> N
         )
     unknown = sorted(labels["val"] - labels["train"])
     if unknown:
-        shown = ", ".join(classes[number] for number in unknown[:_MAX_SHOWN])
+        shown = few(classes[number] for number in unknown)
         raise UserError(f"--data: val has classes without a video in train: {shown}; add videos, or move some")
 
 
