@@ -14,6 +14,7 @@ from PIL import Image
 
 import small_runs as runs
 import videoadapt as va
+from videoadapt.commands.tables import print_evaluate
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import load_or_index
@@ -95,6 +96,17 @@ def test_the_summary_follows_from_the_tables(run: Config) -> None:
     assert paid == pytest.approx(assigner_macs(run.assign, 3))
     views = pd.read_parquet(run.run.dir / "evaluate" / "views.parquet")
     assert len(views) == runs.SIZES["val"] * 3 * 3
+
+
+def test_a_printed_evaluation_asks_for_an_assigner_or_a_speed_only_if_it_has_none(
+    run: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = stored(run, "evaluate/evaluate.json")
+    print_evaluate(summary)
+    printed = capsys.readouterr().err
+    assert "no assigner yet" not in printed and "clips/s: not measured" not in printed
+    print_evaluate(summary | {"speed": None})
+    assert "clips/s: not measured (evaluate.speed_seconds or evaluate.speed_clips is 0)" in capsys.readouterr().err
 
 
 def test_evaluating_again_changes_nothing_and_other_batches_give_the_same(run: Config) -> None:

@@ -20,6 +20,7 @@ import pytest
 import small_runs as runs
 from processes import finished, torchrun
 from video_files import numbered, write_list, write_video
+from videoadapt.commands.speed_table import print_speed
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, dump_config
 from videoadapt.data.clips.clip_dataset import ClipViews
@@ -256,6 +257,8 @@ def test_the_speed_is_measured_in_bounded_time_and_once(
     assert single["clips"] == 2 and single["policies"]["oracle"]["end_to_end_clips_per_s"] is None  # noqa: PLR2004
     none = evaluated(speed_seconds=1e-6)  # not even one clip
     assert (none["speed"]["clips_per_s"], none["policies"]["fixed:8"]["clips_per_s"]) == ({}, None)
+    print_speed(none["speed"])
+    assert "clips/s: not measured; evaluate.speed_seconds=1e-06 allows no more: one clip" in capsys.readouterr().err
     assert evaluated(speed_seconds=0)["speed"] is None
 
 
