@@ -65,6 +65,32 @@ def test_each_policy_is_marked_with_its_interval() -> None:
     assert {text.get_text() for text in axes.texts} == set(POLICIES)
 
 
+def test_each_mark_of_the_demo_is_the_nearest_to_its_own_name_and_names_cover_nothing() -> None:
+    demo = {  # MACs in millions, top-1 and its interval in percent
+        "fixed:8": (43.6, 99.5, 98.8, 99.8),
+        "fixed:8@0.5": (29.3, 99.4, 98.7, 99.7),
+        "fixed:4": (10.3, 64.6, 61.6, 67.5),
+        "fixed:4@0.5": (7.3, 64.5, 61.5, 67.4),
+        "assigned": (19.2, 99.5, 98.8, 99.8),
+        "random": (18.4, 80.9, 78.3, 83.2),
+        "oracle": (15.0, 99.7, 99.1, 99.9),
+    }
+    policies = {
+        name: {"macs_per_clip": m * 1e6, "top1": t / 100, "top1_low": a / 100, "top1_high": b / 100, "pareto": True}
+        for name, (m, t, a, b) in demo.items()
+    }
+    figure = plot_accuracy_cost(policies, TITLE)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    marks = {name: axes.transData.transform((m * 1e6, t)) for name, (m, t, *_) in demo.items()}
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    assert boxes.keys() == demo.keys()
+    for name, box in boxes.items():
+        away = {other: np.hypot(*(mark - np.clip(mark, box.min, box.max))) for other, mark in marks.items()}
+        assert min(away, key=lambda other: away[other]) == name and away[name] > 5  # noqa: PLR2004 - pixels
+        assert not any(box.overlaps(other) for text, other in boxes.items() if text != name)
+
+
 def test_the_names_of_many_policies_cover_neither_marks_nor_one_another() -> None:
     rng = np.random.default_rng(0)
     many = {f"cascade:{n}@0.5,14@0.7:cost=0.4": policy(n * 1e9, rng.uniform(0.6, 0.8), pareto=n < 9) for n in range(20)}

@@ -33,7 +33,6 @@ CURVE_BINS = 20  # points of a training curve
 _STEPS_AVERAGED = 50  # of the training curves, at most, in short runs
 _VIRIDIS = (0.2, 0.9)  # the part of this colour map that can be told from both backgrounds
 _FEW = 8  # policies whose names stand at their marks
-_PLOTTED = (0.85, 0.8)  # of the figure: the size of the axes, about
 _MARK = 7.0  # half of a mark's size, in points
 _NAME_HEIGHT = 0.045  # of the axes: the distance of two names beside them
 _NAME_LENGTH = 32  # characters of a class name on an axis
@@ -123,7 +122,7 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
     axes.set(title=title, xlabel="mean MACs of a clip (all crops, assigner included)", ylabel="top-1 %, 95 % interval")
     axes.title.set_fontsize(11)
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.margins(x=0.1, y=0.12)
+    axes.margins(x=0.15, y=0.12)  # room for a name at either side of a mark
     axes.grid(alpha=0.3)
     if len(policies) <= _FEW:
         axes.legend(handles=axes.lines[:1], loc="best", fontsize=8, frameon=False)
@@ -137,7 +136,8 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
 def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes the names of a few policies at their marks, each at the corner where it covers least."""
     low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
-    size = figure.get_size_inches() * 72 * _PLOTTED  # of the axes, in points
+    figure.draw_without_rendering()  # the layout gives the axes their size
+    size = np.array(axes.bbox.size) * 72 / figure.dpi  # in points
 
     def place(row: Mapping[str, Any], key: str) -> Box:
         return (np.array([row["macs_per_clip"], 100 * row[key]]) - low) / (high - low) * size
@@ -148,7 +148,7 @@ def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, 
     for name, mark in marks.items():
         extent = np.array([0.6 * 8 * len(_short(name)), 10.0])  # of a text of size 8
         boxes = []
-        for right, up in itertools.product((True, False), (8.0, -18.0, 20.0, -30.0)):
+        for up, right in itertools.product((8.0, -18.0, 20.0, -30.0), (True, False)):  # the nearest first
             corner = mark + (8.0 if right else -8.0 - extent[0], up)
             boxes.append(np.array([corner, corner + extent]))
         covered = [sum(_overlap(box, other) for other in taken) + _outside(box, size) for box in boxes]
