@@ -33,14 +33,14 @@ def test_clips_that_are_their_own_sources_are_set_aside_in_the_order_of_the_seed
 
 
 def test_a_fit_that_diverges_stops_and_saves_nothing(tmp_path: Path) -> None:
-    small = AssignConfig(family="convolutions", frames=1, size=8, stages=1, epochs=1, batch=4, lr=1e38)
+    small = AssignConfig(family="convolutions", frames=1, size=8, stages=1, epochs=1, batch=4, lr=1e6, weight_decay=1)
     config = Config(run=RunConfig(dir=tmp_path, device="cpu"), model=ModelConfig(points=("14", "7")), assign=small)
-    rng, numbers = np.random.default_rng(0), np.arange(16)
+    rng, numbers = np.random.default_rng(0), np.arange(64)
     clips = LabelledClips(
-        rng.integers(0, 256, (16, 3, 1, 8, 8), dtype=np.uint8),
+        rng.integers(0, 256, (64, 3, 1, 8, 8), dtype=np.uint8),
         numbers,
         numbers % 2,
-        np.ones((16, 2), dtype=bool),
+        np.ones((64, 2), dtype=bool),
         Inputs(None, None, {}),
         torch.empty(0),
         pd.DataFrame({"video": numbers, "clip": 0}),
