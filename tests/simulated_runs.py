@@ -161,6 +161,7 @@ def add_speed(folder: Path) -> None:
             "p50_ms": 1300 * model_s,
             "p95_ms": 2100 * model_s,
             "stages_s": {"decode": 0.004, "preprocess": 0.001, "transfer": 0.0, "assign": 0.0005, "model": model_s},
+            "stages_cpu_s": {"decode": 0.003, "preprocess": 0.002, "route": 0.0001, "model": 2 * model_s},
         }
     summary["speed"] = {"policies": measured, "clips": 256, "rounds": 7, "measured": {"device": "a CPU", "threads": 2}}
     path.write_text(json.dumps(summary))

@@ -177,7 +177,7 @@ def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:
 
 def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
     good, odd = (report(folder / name).page.read_text(encoding="utf-8") for name in ("good", "odd"))
-    for words in ("joules a clip", "End to end is the same from files", "assigned@0.2 is the cheapest policy"):
+    for words in ("joules a clip", "End to end is the same from files", "assigned, time of all processors", "assigned@0.2 is the cheapest policy"):
         assert words in good and words not in odd
     for stage in ("index", "train", "calibrate", "evaluate"):
         assert f"videoadapt {stage} {folder / 'good'}" in good

@@ -65,7 +65,7 @@ class PolicySpeed:
     p50_ms: float | None  # of a clip alone, at batch 1
     p95_ms: float | None
     stages_s: dict[str, float]  # seconds per clip; on a GPU its own time for `STAGES` but `decode` and `route`
-    stages_cpu_s: dict[str, float]  # processor seconds per clip, see `StageClock.cpu_seconds`
+    stages_cpu_s: dict[str, float]  # processor seconds per clip for `STAGES`; see `StageClock.cpu_seconds`
     joules_per_clip: float | None  # of the GPU, or of the CPU sockets; None where the machine does not tell it
     batches: dict[str, int]  # views of a forward pass, by point
 
@@ -170,8 +170,9 @@ def _measure(
     limit = TimeLimit(config.evaluate.speed_seconds)
     evaluate = config.evaluate
     videos = EvalVideos(manifest, config, temporal_views=evaluate.temporal_views, spatial_crops=evaluate.spatial_crops)
-    items = _decoded(videos, scores, drawn, limit)
-    decode_s = limit.spent_s / (len(items) * scores.clips_per_video)
+    items, cpu_s = _decoded(videos, scores, drawn, limit)
+    clips = len(items) * scores.clips_per_video
+    decode_s = limit.spent_s / clips, cpu_s / clips
     bench = Bench(model, items, batch_sizes(model, config.evaluate.batch), config)
     bench = _within_time(bench, scores, outcomes, drawn, limit)
     policies, rows = _on_these(scores, outcomes, drawn[: len(bench.items)]), drawn[: len(bench.items)].tolist()
@@ -247,7 +248,7 @@ def _figures(
     files: tuple[Sequence[float], Sequence[float]],
     *,
     alone_s: Sequence[float],
-    decode_s: float,
+    decode_s: tuple[float, float],
 ) -> PolicySpeed:
     """Returns the figures of a policy.
 
@@ -257,7 +258,7 @@ def _figures(
         passes: The passes of both, in the same rounds.
         files: Clips per second from files to logits of both, in the same rounds.
         alone_s: Seconds of each clip of the policy alone.
-        decode_s: Seconds of decoding a clip.
+        decode_s: Seconds of decoding a clip, on the wall clock and of processors.
     """
     own, reference = passes
     ratio = bench.macs(policies[1], reference[-1].routed) / bench.macs(policies[0], own[-1].routed)
@@ -276,30 +277,29 @@ def _figures(
         end_to_end_efficiency=median_interval(from_files) if from_files else None,
         p50_ms=None if p50 is None else 1000 * p50,
         p95_ms=None if p95 is None else 1000 * p95,
-        stages_s=_stages(bench, [done.stages for done in own], [done.seconds for done in own], decode_s),
-        stages_cpu_s={
-            stage: sum(done.cpu_stages.get(stage, 0.0) for done in own) / len(own) / bench.clips
-            for stage in ("preprocess", "transfer", "assign", "model")
-        },
+        stages_s=_stages(bench, [done.stages for done in own], decode_s[0]),
+        stages_cpu_s=_stages(bench, [done.cpu_stages for done in own], decode_s[1]),
         joules_per_clip=float(np.mean(joules)) / bench.clips if joules else None,
         batches=dict(bench.batches),
     )
 
 
-def _stages(
-    bench: Bench, stages: Sequence[Mapping[str, float]], seconds: Sequence[float], decode_s: float
-) -> dict[str, float]:
-    """Returns the mean seconds per clip by stage; `route` is what the others leave of the wall clock."""
+def _stages(bench: Bench, stages: Sequence[Mapping[str, float]], decode_s: float) -> dict[str, float]:
+    """Returns the mean seconds per clip by stage."""
     clips = len(stages) * bench.clips
-    found = {stage: sum(one.get(stage, 0.0) for one in stages) / clips for stage in STAGES}
-    found["route"] = max(0.0, sum(seconds) / clips - sum(found.values()))
-    return found | {"decode": decode_s}
+    return {stage: sum(one.get(stage, 0.0) for one in stages) / clips for stage in STAGES} | {"decode": decode_s}
 
 
-def _decoded(videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit) -> list[ClipViews]:
-    """Decodes the drawn videos in their order, at least one, until its fraction of the time is over."""
+def _decoded(
+    videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit
+) -> tuple[list[ClipViews], float]:
+    """Decodes the drawn videos in their order, at least one, until its fraction of the time is over.
+
+    Returns:
+        The videos, and the processor seconds of decoding them.
+    """
     end_s = limit.left_s * (1 - _DECODING)
-    items = []
+    items, cpu_s = [], 0.0
     for row, video in zip(drawn.tolist(), stream(videos, drawn.tolist()), strict=True):
         if not isinstance(video, VideoViews):
             raise RunError(
@@ -307,6 +307,7 @@ def _decoded(videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit
                 "run `evaluate` again"
             )
         items.append(ClipViews(video.views, video.thumbnails, scores.right[scores.rows == row]))
+        cpu_s += video.cpu_s
         if limit.left_s < end_s:
             break
-    return items
+    return items, cpu_s

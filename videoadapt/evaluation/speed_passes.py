@@ -50,7 +50,7 @@ class Pass:
 
     Attributes:
         seconds: From the decoded videos to the logits on the CPU.
-        stages: Seconds by stage; see `StageClock`.
+        stages: Seconds by stage, see `StageClock`; `route` is what the others leave of `seconds`.
         cpu_stages: Processor seconds by stage.
         joules: Energy of the device; None if it is not known.
         routed: The decisions.
@@ -89,9 +89,11 @@ class Bench:
         before_j = meter() if meter else 0.0
         start = time.perf_counter()
         routed = router.run(self.items if items is None else items)  # logits on the CPU: a GPU has finished by then
-        seconds = time.perf_counter() - start
+        seconds, cpu_stages = time.perf_counter() - start, router.clock.cpu_seconds()
         joules = meter() - before_j if meter else None
-        return Pass(seconds, router.clock.seconds(), router.clock.cpu_seconds(), joules, routed)
+        stages = router.clock.seconds()
+        stages["route"] = max(0.0, seconds - sum(stages.values()))
+        return Pass(seconds, stages, cpu_stages, joules, routed)
 
     def macs(self, policy: Policy, routed: Routed) -> float:
         """Returns the MACs of a pass."""

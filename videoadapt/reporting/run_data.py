@@ -122,7 +122,7 @@ _FACTS = (
 def policy_row(name: str, row: Mapping[str, Any], speed: Mapping[str, Any]) -> Part:
     """Returns the figures of a policy in the page's words; a figure that was not measured is None."""
     kept = ("top1", "top1_low", "top1_high", "macs_per_clip", "macs_per_video", "macs_saved", "mix", "pareto")
-    measured = ("speedup", "routed_efficiency", "end_to_end_efficiency", "p50_ms", "p95_ms", "stages_s")
+    measured = ("speedup", "routed_efficiency", "end_to_end_efficiency", "p50_ms", "p95_ms", "stages_s", "stages_cpu_s")
     return {
         "name": name,
         "kind": name.partition(":")[0],

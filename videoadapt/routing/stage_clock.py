@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ class StageClock:
     streams measure it, and `seconds` waits for the last one.
 
     Args:
-        device: The device of the model.
+        device: The device of the model. The processor time of routing begins here, in this thread.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,8 +28,10 @@ class StageClock:
         # On a CPU, operations run in many threads. On a GPU, stages of several threads overlap, and each stage must
         # count its own thread alone.
         self._cpu_clock = time.thread_time if self._on_gpu else time.process_time
+        self._thread, self._begun_s = threading.get_ident(), self._cpu_clock()
         self._wall_s: dict[str, float] = {}
         self._cpu_s: dict[str, float] = {}
+        self._beside_s = 0.0  # processor seconds of stages in other threads
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -43,7 +46,10 @@ class StageClock:
             self._events.append((stage, begin, end))
         else:
             self._wall_s[stage] = self._wall_s.get(stage, 0.0) + time.perf_counter() - wall_s
-        self._cpu_s[stage] = self._cpu_s.get(stage, 0.0) + self._cpu_clock() - cpu_s
+        spent_s = self._cpu_clock() - cpu_s
+        self._cpu_s[stage] = self._cpu_s.get(stage, 0.0) + spent_s
+        if threading.get_ident() != self._thread:
+            self._beside_s += spent_s
 
     def seconds(self) -> dict[str, float]:
         """Returns the seconds by stage: of the GPU if there is one, otherwise of the clock on the wall."""
@@ -54,8 +60,12 @@ class StageClock:
         return dict(self._wall_s)
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Returns the processor seconds by stage: on a CPU over all threads, on a GPU of the thread that launches."""
-        return dict(self._cpu_s)
+        """Returns the processor seconds by stage: on a CPU over all threads, on a GPU of the thread that launches.
+
+        `route` is what the stages of this thread leave of its time since the clock was made.
+        """
+        spent_s = self._cpu_clock() - self._begun_s
+        return self._cpu_s | {"route": max(0.0, spent_s - sum(self._cpu_s.values()) + self._beside_s)}
 
     def _event(self) -> torch.cuda.Event | None:
         if not self._on_gpu:

@@ -5,6 +5,7 @@ A video that cannot be read becomes a `Failure`. It is never replaced by another
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -73,6 +74,7 @@ class VideoViews:
         starts_s: Start of each of the K clips, in seconds.
         label: Class of the video.
         video: Row of the video in the manifest.
+        cpu_s: Processor seconds of the process that decoded it, meanwhile.
     """
 
     views: Tensor
@@ -80,6 +82,7 @@ class VideoViews:
     starts_s: list[float]
     label: int
     video: int
+    cpu_s: float
 
 
 class TrainClips(Dataset[Any]):
@@ -147,7 +150,7 @@ class EvalVideos(Dataset[Any]):
         return len(self.manifest)
 
     def __getitem__(self, number: int) -> VideoViews | Failure:
-        row = self.manifest.row(number)
+        row, before_s = self.manifest.row(number), time.process_time()
         try:
             views, thumbnails, starts_s = read_views(
                 _open(row, self.config),
@@ -159,7 +162,7 @@ class EvalVideos(Dataset[Any]):
             )
         except VideoError as error:
             return _failure(number, row, error)
-        return VideoViews(views, thumbnails, starts_s, row.label, number)
+        return VideoViews(views, thumbnails, starts_s, row.label, number, time.process_time() - before_s)
 
 
 def read_views(  # noqa: PLR0913 - settings, by name
