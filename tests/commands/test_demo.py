@@ -18,6 +18,7 @@ from videoadapt.commands.tables import print_assign, print_demo, print_label
 from videoadapt.errors import UserError
 
 SMALL = {"train": 160, "val": 24}
+PAGE_S = 20  # the page is written in less
 POLICIES = ["fixed:8", "fixed:8@0.5", "fixed:4", "fixed:4@0.5", "assigned", "random", "oracle"]
 
 
@@ -34,6 +35,7 @@ def test_the_demo_writes_and_prints_its_results_and_a_second_call_continues(
     stages = ["generate", "index", "train", "label", "assign", "calibrate", "evaluate", "flops", "report"]
     assert list(summary["stages"]) == stages
     assert summary["seconds"] >= sum(summary["stages"].values()) - 1
+    assert summary["stages"]["report"] < PAGE_S
     assert [level["videos"] for level in summary["levels"].values()] == [12, 6, 6]
     for name in ("evaluate/accuracy_cost.png", "evaluate/confusion.png"):
         Image.open(tmp_path / name).verify()  # raises for a torn file
@@ -93,6 +95,7 @@ def test_the_demo_keeps_its_promise_at_its_real_recipe(tmp_path: Path) -> None:
     assigned = summary.policies["assigned"]
     assert assigned["difference_to_costliest"][0] > -0.01  # the assigner loses less than a point of accuracy
     assert assigned["macs_saved"] > 0.45
+    assert summary.stages["report"] < PAGE_S
     assert assigned["difference_to_random"][1] > 0.1  # the lower end of the interval
     easy, medium, hard = (level["mean_cost"] for level in summary.levels.values())
     assert easy < 0.3 and medium > 0.5 and hard > 0.5  # the difficulty was built in, and the assigner finds it
