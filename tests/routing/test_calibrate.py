@@ -21,12 +21,13 @@ from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, ConfigError, UserError
 from videoadapt.evaluation.outcomes import outcomes_of
 from videoadapt.model.checkpoint import load_model, train_checkpoints
-from videoadapt.routing.calibrate import calibrate
+from videoadapt.routing.calibrate import _milliseconds, calibrate
 from videoadapt.routing.calibrate_policies import Measured, Totals, best, measure, run_tests
 from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, orders_of
 from videoadapt.routing.policy import Fixed, Mixture, Policy
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.scores import Scored, Scores, require_scored, score
+from videoadapt.runtime.files import write_json
 from videoadapt.training.state import State
 
 MODEL = ModelConfig(points=("14", "10", "7"))
@@ -274,3 +275,20 @@ def test_a_split_of_which_nothing_can_be_read_is_named_by_its_key() -> None:
     scores = Scores(none, none, none, none, none, {}, None, none, failures, "0" * 12, [])
     with pytest.raises(UserError, match=r"data\.calibrate: none of 2 videos could be scored; a\.mp4: torn"):
         require_scored(scores, "data.calibrate")
+
+
+def test_milliseconds_are_estimated_from_the_speeds_of_the_fixed_points(tmp_path: Path) -> None:
+    scores, _ = table(500, seed=2)
+    nested = {"run": {"dir": str(tmp_path)}, "model": {"points": list(POINTS)}, "evaluate": {"spatial_crops": 1}}
+    config, cascade = make_config(nested), va.Cascade(("7", "14"), (0.5,))
+    assert _milliseconds([cascade], scores, config) is None  # nothing was evaluated
+    speeds = {"fixed:14": 10.0, "fixed:10": 20.0, "fixed:7": 50.0}
+    file = tmp_path / "evaluate" / "evaluate.json"
+    write_json(file, {"speed": {"clips_per_s": speeds}})
+    unsure = (scores.confidence[cascade.measure][:, 2] < 0.5).mean()
+    assert 0 < unsure < 1
+    estimate = _milliseconds([Fixed("14"), cascade], scores, config)
+    assert estimate == pytest.approx({"fixed:14": 100.0, cascade.name: 20.0 + 100.0 * unsure})
+    for speed in (None, {"clips_per_s": {"fixed:14": 10.0}}):  # not measured, or not at all points
+        write_json(file, {"speed": speed})
+        assert _milliseconds([cascade], scores, config) is None
