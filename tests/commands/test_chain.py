@@ -194,6 +194,9 @@ def test_fitting_the_assigner_continues_where_it_stopped(run: Config, tmp_path: 
     assert whole is not None
     assert resumed is not None
     assert whole.meta == resumed.meta
+    written = stored(config, "assigner/assign.json")
+    assert len(whole.meta["losses"]) == 4
+    assert [written["loss_first"], written["loss_last"]] == whole.meta["losses"][::3]
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
 
 

@@ -34,6 +34,7 @@ _HARDEST_SHOWN, _NAME_LENGTH = 3, 32  # classes in a line, and the characters of
 _CAUSES_SHOWN = 4
 _EXAMPLES_SHOWN = 2
 _MANY_CLASSES = 10  # up to as many, top-5 is left out of tables
+_STILL = 0.99  # a fit whose loss ends above this fraction of its first one stands still
 _CLASSES_SHOWN = 20  # an even number: half of them the costliest, half the cheapest
 
 
@@ -244,6 +245,12 @@ def _assigner_in_words(summary: Summary) -> list[str]:
     sentences = [found[summary["rule"]]]
     if summary["auc"][1] <= 0.5:  # noqa: PLR2004 - of guessing
         sentences.append("the assigner is not proven to tell easy clips from hard ones better than guessing")
+    first, last = summary["loss_first"], summary["loss_last"]
+    if first is not None and last > _STILL * first:
+        sentences.append(
+            f"the loss stands still: {first:.3g} in the first epoch, {last:.3g} in the last, so the assigner may have "
+            "learnt nothing: raise assign.epochs, change assign.lr, or label more clips"
+        )
     used = [point for point, fraction in summary["mix"].items() if fraction > 0]
     if len(used) == 1 and summary["rule"] != "none":
         sentences.append(f"every clip gets point {used[0]}: policy fixed:{used[0]} does the same without an assigner")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ class AssignSummary(Result):
     clips_fitted: int
     clips_selecting: int  # clips that chose the threshold
     source: str  # of the labels, `label.source`
+    loss_first: float | None  # mean loss of the first of several epochs; None if an earlier version ran it
+    loss_last: float | None  # mean loss of the last epoch
     threshold: float
     rule: Rule  # what the threshold rests on; see `Threshold`
     confidence: float  # of a proof
@@ -182,7 +185,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
     select, fit = clips.take(np.sort(order[:kept])), clips.take(np.sort(order[kept:]))
     if not len(fit.labels):
         raise UserError(f"assign: {plural(len(order), 'labelled clip')}: too few to fit and to choose a threshold")
-    assigner, step = _fit(fit, config, checkpoints)
+    assigner, losses = _fit(fit, config, checkpoints)
     costs = np.array(list(point_macs(config.model).values()), dtype=np.float64)  # (points,), costliest first
     # Rounded up. The thumbnails of all clips may not fit into memory together.
     batches = np.array_split(np.arange(kept), -(-kept // config.assign.batch))
@@ -200,15 +203,16 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
         sources=select.sources,
     )
     threshold = found.value
-    checkpoints.save(
-        step + 1, _tensors(assigner, None) | {TENSOR: fit.keys}, _meta(config, fit) | {"threshold": threshold}
-    )
+    tensors, meta = _tensors(assigner, None) | {TENSOR: fit.keys}, _meta(config, fit, losses)
+    checkpoints.save(len(losses) + 1, tensors, meta | {"threshold": threshold})
     choice = cheapest_sufficient(probabilities, threshold)
     right = select.right[np.arange(kept), choice]  # (clips,)
     summary = AssignSummary(
         clips_fitted=len(fit.labels),
         clips_selecting=len(select.labels),
         source=config.label.source,
+        loss_first=losses[0] if len(losses) > 1 else None,
+        loss_last=losses[-1],
         threshold=threshold,
         rule=found.rule,
         confidence=1 - delta,
@@ -291,8 +295,8 @@ def _digest_of_model(config: Config) -> str | None:
     return weights_digest(inference_model(config))
 
 
-def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tuple[Assigner, int]:
-    """Trains the assigner. Returns it and the number of epochs, its last step.
+def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tuple[Assigner, list[float | None]]:
+    """Trains the assigner. Returns it and the mean loss of each epoch.
 
     The order and the flips of an epoch depend on the seed and the epoch alone, so that resuming changes nothing.
     """
@@ -311,11 +315,11 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
     optimizer = make_optimizer(assigner.named_parameters(), recipe)
     per_epoch = max(1, len(clips.labels) // settings.batch)  # as many as `_batches` makes
     schedule = make_schedule(optimizer, recipe, per_epoch)
-    epoch = _resume(checkpoints, assigner, optimizer, config, clips)
+    means = _resume(checkpoints, assigner, optimizer, config, clips)
     macs = point_macs(config.model)
     costs = torch.tensor([float(macs[p]) for p in config.model.points], device=device)
-    with StopRequest() as stop, Bar("assign", total=settings.epochs, unit="epochs", start=epoch) as bar:
-        while epoch < settings.epochs:
+    with StopRequest() as stop, Bar("assign", total=settings.epochs, unit="epochs", start=len(means)) as bar:
+        while (epoch := len(means)) < settings.epochs:
             losses = []
             assigner.train()
             for number, rows in enumerate(_batches(len(clips.labels), settings.batch, (config.run.seed, epoch))):
@@ -328,13 +332,14 @@ def _fit(clips: LabelledClips, config: Config, checkpoints: Checkpoints) -> tupl
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
-            epoch += 1
-            _require_finite(assigner, losses, epoch)
-            bar.step(1, f"loss {np.mean(losses):.3f}")
-            checkpoints.save(epoch, _tensors(assigner, optimizer), _meta(config, clips))
+            mean = float(np.mean(losses))
+            means.append(mean)
+            _require_finite(assigner, losses, len(means))
+            bar.step(1, f"loss {mean:.3f}")
+            checkpoints.save(len(means), _tensors(assigner, optimizer), _meta(config, clips, means))
             if stop.requested:
                 stop.stop()
-    return assigner.eval(), epoch
+    return assigner.eval(), means
 
 
 def _require_finite(assigner: Assigner, losses: list[float], epoch: int) -> None:
@@ -371,8 +376,11 @@ def _tensors(assigner: Assigner, optimizer: torch.optim.Optimizer | None) -> dic
     return tensors
 
 
-def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
-    """Returns settings, points, and digests of labels and model. The threshold is added when the fit is complete."""
+def _meta(config: Config, clips: LabelledClips, losses: Sequence[float | None]) -> dict[str, Any]:
+    """Returns settings, points, digests of labels and model, and the mean loss of each epoch.
+
+    The threshold is added when the fit is complete.
+    """
     return {
         "assign": config.assign.model_dump(mode="json"),
         "label": config.label.model_dump(mode="json"),
@@ -380,21 +388,22 @@ def _meta(config: Config, clips: LabelledClips) -> dict[str, Any]:
         "labels": clips.digest(),
         "model": read_label_summary(config.run.dir)["model"],
         "inputs": clips.inputs.to_json(),
+        "losses": list(losses),
         "threshold": None,
     }
 
 
 def _resume(
     checkpoints: Checkpoints, assigner: Assigner, optimizer: torch.optim.Optimizer, config: Config, clips: LabelledClips
-) -> int:
-    """Restores the newest checkpoint. Returns the number of complete epochs.
+) -> list[float | None]:
+    """Restores the newest checkpoint. Returns the mean loss of each complete epoch, None where it was not kept.
 
     If the labels or their inputs have changed (the model was trained again, or the clips changed), the earlier assigner
     is moved to another folder.
     """
     found = checkpoints.latest()
     if found is None:
-        return 0
+        return []
     recorded = found.meta.get("inputs")
     differences = clips.inputs.differences(recorded if isinstance(recorded, dict) else {})
     if found.value("labels", str) != clips.digest() or differences:
@@ -407,7 +416,7 @@ def _resume(
         aside.mkdir()
         for path in [*checkpoints.folder.glob("step-*"), *checkpoints.folder.glob("last")]:
             path.replace(aside / path.name)
-        return 0
+        return []
     # These two only choose the threshold, which is computed again after every fit.
     anew = f"move {found.path.parent} away, and a new assigner is fitted"
     free = ("select", "tolerance")
@@ -415,4 +424,6 @@ def _resume(
     require_same(found.path, config.label, found.value("label", dict), "label", otherwise=anew)
     load_tensors(assigner, found.tensors_under("model"), found.path)
     restore_optimizer(assigner, optimizer, found)
-    return min(found.value("step", int), config.assign.epochs)
+    epochs = min(found.value("step", int), config.assign.epochs)
+    losses: list[float | None] = found.meta.get("losses", [None] * epochs)  # earlier versions kept none
+    return losses[:epochs]
