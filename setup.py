@@ -40,6 +40,7 @@ ONNX = ["torch>=2.6", "onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.18"]
 
 EXTRAS = {
     "export": ONNX,
+    "energy": ["nvidia-ml-py>=12.535"],  # joules per clip of a GPU; imported as pynvml
     "serve": SERVE,
     "docs": [
         "mkdocs>=1.6,<2",  # 2 has neither hooks nor themes of others

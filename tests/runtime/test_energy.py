@@ -1,13 +1,19 @@
-"""The energy of CPUs is the sum of RAPL's counters over the sockets. The folder is one that the test writes."""
+"""The energy of CPUs is the sum of RAPL's counters over the sockets; that of a GPU is NVML's counter of this GPU.
+
+The folder of RAPL is one that the test writes, and the module of NVML is simulated.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from videoadapt.runtime.energy import energy_meter
+from videoadapt.runtime.energy import _nvml, energy_meter
 
 CPU = torch.device("cpu")
 RANGE_UJ = 1_000_000
@@ -67,3 +73,39 @@ def test_without_counters_that_can_be_read_there_is_no_meter(tmp_path: Path) -> 
     file.unlink()
     file.mkdir()  # like a file that only root may read, an OSError also for root
     assert energy_meter(CPU, tmp_path) is None
+
+
+@pytest.fixture
+def millijoules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """The counters of two GPUs by their names for NVML, whose numbers need not be torch's."""
+    counters = {"GPU-a": 5_000, "GPU-b": 70_000}
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid if uuid in counters else pytest.fail(uuid),
+        nvmlDeviceGetTotalEnergyConsumption=counters.__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="ba"[index]))
+    _nvml.cache_clear()
+    yield counters
+    _nvml.cache_clear()
+
+
+def test_the_energy_of_a_gpu_is_that_of_its_own_counter(millijoules: dict[str, int]) -> None:
+    meter = energy_meter(torch.device("cuda", 1))
+    assert meter is not None
+    before = meter()
+    millijoules["GPU-b"] += 9_000
+    millijoules["GPU-a"] += 2_500
+    assert meter() - before == pytest.approx(2.5)
+
+
+def test_without_nvml_or_its_counter_a_gpu_has_no_meter(
+    millijoules: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    millijoules.clear()  # as of GPUs before Volta, whose counter raises an error
+    monkeypatch.setattr(sys.modules["pynvml"], "nvmlDeviceGetHandleByUUID", str)
+    assert energy_meter(torch.device("cuda")) is None
+    _nvml.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # its import is an error
+    assert energy_meter(torch.device("cuda", 0)) is None

@@ -17,8 +17,8 @@ _RAPL = Path("/sys/class/powercap")
 def energy_meter(device: torch.device, rapl: Path = _RAPL) -> Callable[[], float] | None:
     """Returns a function that returns the joules used since some moment; None if the machine does not tell them.
 
-    Of a GPU by NVML (Volta and newer; needs the package `nvidia-ml-py`), of CPUs by RAPL, whose counters only root may
-    read on most machines. They count all programs that run there.
+    Of a GPU by NVML (Volta and newer; needs the extra `energy`), of CPUs by RAPL, whose counters only root may read on
+    most machines. They count all programs that run there.
 
     Args:
         device: The GPU, or the CPU.
