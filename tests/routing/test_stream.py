@@ -8,6 +8,9 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_router import CLIPS, CONFIG, alone, assigner, model, thumbnails, views
 
+import small_runs as runs
 from videoadapt.data.clips.clip_dataset import ClipViews
-from videoadapt.data.clips.datasets import Failure
+from videoadapt.data.clips.datasets import EvalVideos, Failure
+from videoadapt.data.clips.loader import stream
+from videoadapt.data.index.manifest import load_or_index
+from videoadapt.data.video.readers import Indices, VideoReader, open_video
 from videoadapt.errors import UserError, VideoError
 from videoadapt.evaluation.speed_passes import Replayed
 from videoadapt.model.batches import batch_sizes
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.arrivals import Arrival
+from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.policy import Assigned, Cascade, Fixed, Policy, Random
 from videoadapt.routing.queues import Queues
 from videoadapt.routing.router import RoutedVideo, Router, _Flow
@@ -260,3 +268,52 @@ def test_automatic_batches_are_larger_for_cheaper_points() -> None:
     sizes = batch_sizes(TimeSformer(CONFIG.model_copy(update={"width": 96, "heads": 3, "depth": 4, "size": 32})))
     assert sizes["4"] <= sizes["3"] <= sizes["2"]
     assert batch_sizes(model(), {"4": 5})["4"] == 5  # noqa: PLR2004
+
+
+def test_automatic_batches_of_a_gpu_fit_into_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), element_size=lambda: 4)  # the weight of a model there
+    there: Any = SimpleNamespace(head=SimpleNamespace(weight=gpu), config=CONFIG)
+    memory = {"free": 0, "reserved": 0, "allocated": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (memory["free"], 2**40))
+    for name in ("reserved", "allocated"):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda _device, name=name: memory[name])
+    assert set(batch_sizes(there).values()) == {1}  # the least, also where nothing is free
+    memory["free"] = 2**24
+    some = batch_sizes(there)
+    assert 1 < some["4"] < some["2"]
+    memory["free"] = 2**25
+    assert batch_sizes(there)["4"] // 2 == some["4"]
+    memory |= {"free": 0, "reserved": 2**25, "allocated": 2**24}  # torch holds memory that it does not use
+    assert batch_sizes(there) == some
+    memory["free"] = 2**40
+    assert max(batch_sizes(there).values()) == 1024  # noqa: PLR2004 - more would be no faster
+
+
+def test_views_and_thumbnails_of_an_assigned_video_come_from_one_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", evaluate={"spatial_crops": 3})
+    opened: list[str] = []
+    decoded: list[str] = []
+
+    def open_counted(path: Path, *settings: Any, **named: Any) -> VideoReader:
+        video = open_video(path, *settings, **named)
+        frames = video.frames
+
+        def frames_counted(indices: Indices) -> np.ndarray:
+            decoded.append(str(path))
+            return frames(indices)
+
+        opened.append(str(path))
+        monkeypatch.setattr(video, "frames", frames_counted)
+        return video
+
+    manifest = load_or_index(config)
+    rows = np.flatnonzero(manifest["split"] == "val").tolist()
+    monkeypatch.setattr("videoadapt.data.clips.datasets.open_video", open_counted)
+    made = TimeSformer(config.model).eval()
+    policy = Assigned(Assigner(config.assign, 3).eval(), config.model.points, 0.5)
+    videos = EvalVideos(manifest, config, temporal_views=2, spatial_crops=3)
+    found = routed(Router(made, policy), stream(videos, rows))
+    assert [result.logits.shape for result in found] == [(2, 3, 12)] * len(rows)
+    assert opened == decoded == manifest["path"][rows].tolist()
