@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -367,6 +368,17 @@ def test_a_folder_that_is_not_of_one_save_is_refused(run: Config, tmp_path: Path
         AdaptiveModel.from_pretrained(other)
     with pytest.raises(UserError, match="no such folder, and not to be had from the hub"):
         AdaptiveModel.from_pretrained("nobody/no-such-model", local_files_only=True)
+
+
+def test_a_repository_in_hugging_faces_cache_loads_without_a_network(run: Config, tmp_path: Path) -> None:
+    adaptive, folder = AdaptiveModel.from_run(run), tmp_path / "models--someone--mine"
+    adaptive.save_pretrained(folder / "snapshots" / ("1" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1" * 40)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE  # of `conftest.py`
+    loaded = AdaptiveModel.from_pretrained("someone/mine", cache_dir=tmp_path)
+    assert loaded.policy.name == adaptive.policy.name
+    assert weights_digest(loaded.model) == weights_digest(adaptive.model)
 
 
 # ---- one point for Hugging Face
