@@ -22,8 +22,8 @@ from videoadapt.config.sections import AssignConfig
 from videoadapt.data.clips.views import preprocess
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.performance.bench.machine import machine
 from videoadapt.routing.assigner import Assigner, assigner_macs
+from videoadapt.runtime.machine import machine
 
 ROUNDS = 9
 CLIP_BATCH = 16  # of the costliest point; the assigner runs on many clips at once

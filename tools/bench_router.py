@@ -36,13 +36,14 @@ from videoadapt.errors import ConfigError
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.evaluation.speed_passes import Replayed
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.performance.bench.machine import machine, print_machine, versions
+from videoadapt.performance.bench.machine import print_machine
 from videoadapt.routing.assigner import Assigner, assigner_macs
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Fixed, Policy, Random
 from videoadapt.routing.router import Router
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
+from videoadapt.runtime.machine import machine, versions
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 POINTS = ("8", "4", "4@0.5", "2")  # 8 costs 16 times as much as 2

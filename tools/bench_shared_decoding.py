@@ -31,8 +31,8 @@ from videoadapt.data.clips.datasets import Clip, Failure
 from videoadapt.data.clips.loader import Batch, train_batches
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.performance.bench.files import SIZES, generate
-from videoadapt.performance.bench.machine import machine, versions
 from videoadapt.runtime.console import print_table
+from videoadapt.runtime.machine import machine, versions
 from videoadapt.runtime.ranks import rank, wait_for_all, world_size
 from videoadapt.training.exchange import ClipExchange
 from videoadapt.training.groups import make_plan

@@ -30,14 +30,13 @@ from videoadapt.config.load import Config, load_config, make_config, parse_setti
 from videoadapt.config.points import Point
 from videoadapt.config.sections import Count, Section
 from videoadapt.errors import ConfigError, RunError, UserError
-from videoadapt.performance.bench.machine import machine, versions
 from videoadapt.performance.forecast import Network, Passes, forecast
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.plan import work_of
 from videoadapt.performance.timing import fitted
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import write_json
-from videoadapt.runtime.machine import pick_device
+from videoadapt.runtime.machine import machine, pick_device, versions
 from videoadapt.training.draws import point_probabilities
 from videoadapt.training.groups import GroupPlan, make_plan
 

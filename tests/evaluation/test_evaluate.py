@@ -80,8 +80,9 @@ def table(config: Config, name: str) -> pd.DataFrame:
 
 
 def timeless(summary: dict) -> dict:
-    """A summary without times and memory, which differ from run to run."""
-    kept = {key: value for key, value in summary.items() if key not in {"seconds", "stages", "peak_memory_bytes"}}
+    """A summary without times, memory and machine, which differ from run to run."""
+    without = {"seconds", "stages", "peak_memory_bytes", "machine"}
+    kept = {key: value for key, value in summary.items() if key not in without}
     policies = {name: row | {"clips_per_s": None} for name, row in kept["policies"].items()}
     return kept | {"policies": policies}
 

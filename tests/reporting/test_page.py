@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import escape
 
 import simulated_runs
 import small_runs as runs
@@ -163,6 +165,8 @@ def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     evaluated = json.loads((run / "evaluate" / "evaluate.json").read_text())
     assert f"{100 * evaluated['policies']['assigned']['top1']:.1f}" in text and evaluated["manifest"] in text
+    for words in (f"device {evaluated['machine']['device']}, cpu ", f"torch {evaluated['versions']['torch']}"):
+        assert words in text
     assert len(re.findall(r'<img src="data:image/jpeg', text)) >= 8
     assert "Reliability" in text and "kept no probabilities" not in text
     clips = pd.read_parquet(run / "report" / "page_clips.parquet")
@@ -177,11 +181,25 @@ def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:
 
 def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
     good, odd = (report(folder / name).page.read_text(encoding="utf-8") for name in ("good", "odd"))
-    for words in ("joules a clip", "End to end is the same from files", "assigned, time of all processors", "assigned@0.2 is the cheapest policy"):
+    for words in (
+        "joules a clip",
+        "End to end is the same from files",
+        "assigned, processor time",
+        "assigned@0.2 is the cheapest policy",
+    ):
         assert words in good and words not in odd
     for stage in ("index", "train", "calibrate", "evaluate"):
         assert f"videoadapt {stage} {folder / 'good'}" in good
     assert f"videoadapt label {folder / 'good'}" not in good and f"videoadapt calibrate {folder / 'odd'}" not in odd
+
+
+def test_the_licences_of_the_libraries_are_in_the_page(folder: Path) -> None:
+    page = report(folder / "odd").page.read_text(encoding="utf-8")
+    shipped = files("videoadapt.reporting") / "template" / "vendor"
+    licences = [file for file in shipped.iterdir() if file.name.endswith((".LICENSE", ".NOTICE"))]
+    assert len(licences) > 3
+    for licence in licences:
+        assert escape(licence.read_text(encoding="utf-8")) in page, licence.name
 
 
 def test_runs_that_cannot_be_shown_are_named(folder: Path, tmp_path: Path) -> None:
@@ -213,6 +231,26 @@ def counted(tab: Page, pattern: str) -> None:
     tab.locator("form[data-controls=clips] output", has_text=re.compile(f"^{pattern}$")).first.wait_for()
 
 
+# Pixels of the assigned policy's mark, from the upper left corner of a chart.
+MARK = """(element) => {
+    const chart = echarts.getInstanceByDom(element), series = chart.getOption().series;
+    const seriesIndex = series.findIndex((one) => one.type === "scatter" && one.name === "assigned");
+    return chart.convertToPixel({seriesIndex}, series[seriesIndex].data[0].value);
+}"""
+
+
+def assert_hover_shows_numbers(tab: Page, run: Path) -> None:
+    row = json.loads((run / "evaluate" / "evaluate.json").read_text())["policies"]["assigned"]
+    chart = tab.locator("[data-chart=tradeoff][data-x=macs]")
+    x, y = chart.evaluate(MARK)
+    chart.hover(position={"x": x, "y": y})
+    shown = tab.locator(".tip", has_text="multiply-adds a clip")
+    shown.wait_for()
+    words = " ".join(shown.inner_text().split())
+    assert words.startswith("assigned top-1: ") and f"{100 * row['top1']:.1f}" in words, words
+    assert f"{100 * row['macs_saved']:.1f}" in words and f"measured: {row['clips_per_s']:.1f} clips/s" in words, words
+
+
 def serious(tab: Page) -> list[str]:
     """Returns what axe-core finds, as rule and element."""
     tab.evaluate(AXE.read_text(encoding="utf-8"))
@@ -225,7 +263,8 @@ def serious(tab: Page) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1440, False), (390, True)])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
 def test_the_page_in_a_browser(browser: Browser, folder: Path, width: int, dark: bool) -> None:
     page = report(folder / "good").page
     with visit(browser, width=width, dark=dark) as seen:
@@ -238,6 +277,7 @@ def test_the_page_in_a_browser(browser: Browser, folder: Path, width: int, dark:
             chart.locator("svg").wait_for()
             assert chart.locator("svg").count() == 1
             assert (chart.get_attribute("aria-label") or "") != ""
+        assert_hover_shows_numbers(tab, folder / "good")
         table = tab.locator("[data-table=clips]")
         counted(tab, "118 rows")
         tab.fill("form[data-controls=clips] input[name=text]", "00007")

@@ -49,7 +49,7 @@ from videoadapt.runtime.console import macs, percent, say
 from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
-from videoadapt.runtime.machine import peak_memory_bytes
+from videoadapt.runtime.machine import device_name, machine, peak_memory_bytes, versions
 from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.exchange import broadcast_checkpoint
@@ -101,6 +101,8 @@ class EvaluationSummary(Result):
     speed: Speed | None  # how the speed was measured; None if `evaluate.speed_seconds` or `speed_clips` is 0
     stages: dict[str, float]  # seconds of scoring, of measuring the speed, and of writing tables
     date: str
+    machine: dict[str, str | int]  # device, CPU, CPUs that the process may use, and system
+    versions: dict[str, str]  # of Python, videoadapt and torch
     peak_memory_bytes: int | None
     seconds: float = 0.0
 
@@ -320,6 +322,8 @@ def _summary(
         speed=speed,
         stages={name: round(seconds, 1) for name, seconds in stages.items()},
         date=datetime.date.today().isoformat(),
+        machine={"device": device_name(model.head.weight.device)} | machine(),
+        versions=versions(("videoadapt", "torch")),
         peak_memory_bytes=peak_memory_bytes(),
     )
 

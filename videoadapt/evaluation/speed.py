@@ -290,9 +290,7 @@ def _stages(bench: Bench, stages: Sequence[Mapping[str, float]], decode_s: float
     return {stage: sum(one.get(stage, 0.0) for one in stages) / clips for stage in STAGES} | {"decode": decode_s}
 
 
-def _decoded(
-    videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit
-) -> tuple[list[ClipViews], float]:
+def _decoded(videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit) -> tuple[list[ClipViews], float]:
     """Decodes the drawn videos in their order, at least one, until its fraction of the time is over.
 
     Returns:

@@ -10,12 +10,10 @@ import base64
 import datetime
 import json
 import math
-import platform
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from videoadapt.reporting.run_data import MOST_FAILED, Part, run_data
 from videoadapt.reporting.sentence import points, share
 from videoadapt.runtime.console import duration, macs
 from videoadapt.runtime.files import Summary, replacing, write_csv, write_parquet
+from videoadapt.runtime.machine import versions
 from videoadapt.runtime.results import Result, Table
 
 PAGE = "report.html"
@@ -172,7 +171,7 @@ def render(data: Sequence[Part], command: str) -> str:
         data=plain({"runs": [_scripted(part) for part in shown]}),
         command=command,
         made=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
-        versions={name: version(name) for name in ("videoadapt", "torch")} | {"Python": platform.python_version()},
+        versions=versions(("videoadapt", "torch")),
         libraries=_libraries(),
         most_failed=MOST_FAILED,
         style=_inline("page.css"),

@@ -1,4 +1,4 @@
-"""The machine: the device, the dtype, the number of CPUs this process may use, and the memory it has used."""
+"""The machine: device, dtype, the CPUs that this process may use, the memory it has used, and what describes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,8 +44,8 @@ def _let_segments_grow() -> None:
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one until torch 2.8
     if not any(name in os.environ for name in names):
-        version = tuple(map(int, torch.__version__.split(".")[:2]))
-        os.environ[names[version < _ALLOC_CONF_SINCE]] = "expandable_segments:True"
+        since = tuple(map(int, torch.__version__.split(".")[:2]))
+        os.environ[names[since < _ALLOC_CONF_SINCE]] = "expandable_segments:True"
 
 
 def use_deterministic_operations() -> None:
@@ -158,6 +160,20 @@ def cpu_model() -> str:
 def device_name(device: torch.device) -> str:
     """Returns the model name of a GPU or of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
+def machine() -> dict[str, str | int]:
+    """Returns the CPU model, the number of CPUs that this process may use, and the system, as JSON files hold them."""
+    return {"cpu": cpu_model(), "cpus": cpu_limit().cpus, "system": platform.platform()}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of Python and of the packages in `packages` that are installed, by name."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def peak_memory_bytes() -> int:

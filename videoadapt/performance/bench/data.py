@@ -44,10 +44,11 @@ from videoadapt.performance.bench.loaders import (
     start,
     unfit_files,
 )
-from videoadapt.performance.bench.machine import machine, print_machine, versions
+from videoadapt.performance.bench.machine import print_machine
 from videoadapt.performance.bench.memory import ProcessMemory, worker_memory
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import Summary, write_json
+from videoadapt.runtime.machine import machine, versions
 
 _TIMEOUT_S = 600.0  # limit of a turn; a library that hangs must not stop the benchmark
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")

@@ -1,30 +1,14 @@
-"""Describes the machine and the library versions of a benchmark, and measures the peak memory of a process."""
+"""Prints the machine of a benchmark, and measures the peak memory of a process."""
 
 from __future__ import annotations
 
 import ctypes
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from videoadapt.runtime.machine import cpu_limit, cpu_model, peak_memory_bytes
-
-
-def machine() -> dict[str, str | int]:
-    """Returns the CPU model, the number of CPUs that this process may use, and the system, as JSON files hold them."""
-    return {"cpu": cpu_model(), "cpus": cpu_limit().cpus, "system": platform.platform()}
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of Python and of the packages in `packages` that are installed, by name."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+from videoadapt.runtime.machine import peak_memory_bytes
 
 
 def print_machine(result: Mapping[str, Any]) -> None:

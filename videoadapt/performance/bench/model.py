@@ -26,12 +26,12 @@ from videoadapt.config.sections import Count, Section
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.model.weights.load import load_weights
-from videoadapt.performance.bench.machine import machine, peak_bytes, print_machine, reset_peak_bytes, versions
+from videoadapt.performance.bench.machine import peak_bytes, print_machine, reset_peak_bytes
 from videoadapt.performance.bench.peers import peer_of, peer_side
 from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
-from videoadapt.runtime.machine import pick_device, precision_dtype
+from videoadapt.runtime.machine import machine, pick_device, precision_dtype, versions
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.optim import make_optimizer
 
