@@ -165,7 +165,7 @@ def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     evaluated = json.loads((run / "evaluate" / "evaluate.json").read_text())
     assert f"{100 * evaluated['policies']['assigned']['top1']:.1f}" in text and evaluated["manifest"] in text
-    for words in (f"device {evaluated['machine']['device']}, cpu ", f"torch {evaluated['versions']['torch']}"):
+    for words in (f"device {evaluated['machine']['device']}", f"torch {evaluated['versions']['torch']}"):
         assert words in text
     assert len(re.findall(r'<img src="data:image/jpeg', text)) >= 8
     assert "Reliability" in text and "kept no probabilities" not in text

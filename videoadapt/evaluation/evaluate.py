@@ -101,7 +101,7 @@ class EvaluationSummary(Result):
     speed: Speed | None  # how the speed was measured; None if `evaluate.speed_seconds` or `speed_clips` is 0
     stages: dict[str, float]  # seconds of scoring, of measuring the speed, and of writing tables
     date: str
-    machine: dict[str, str | int]  # device, CPU, CPUs that the process may use, and system
+    machine: dict[str, str | int]  # CPU, CPUs that the process may use, system and device
     versions: dict[str, str]  # of Python, videoadapt and torch
     peak_memory_bytes: int | None
     seconds: float = 0.0
@@ -322,7 +322,7 @@ def _summary(
         speed=speed,
         stages={name: round(seconds, 1) for name, seconds in stages.items()},
         date=datetime.date.today().isoformat(),
-        machine={"device": device_name(model.head.weight.device)} | machine(),
+        machine=machine() | {"device": device_name(model.head.weight.device)},
         versions=versions(("videoadapt", "torch")),
         peak_memory_bytes=peak_memory_bytes(),
     )
