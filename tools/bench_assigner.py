@@ -81,6 +81,9 @@ def _assigners(config: Config) -> Work:
         cost = assigner_macs(settings, len(config.model.points))
         found[f"{family}, as trained"] = _assigner(assigner, settings), cost
         found[f"{family}, for inference"] = _assigner(assigner.for_inference(), settings), cost
+        compiled = assigner.for_inference()
+        compiled.compile()
+        found[f"{family}, for inference, compiled"] = _assigner(compiled, settings), cost
         found[f"{family}, for inference, bf16"] = _assigner(assigner.for_inference().bfloat16(), settings), cost
     return found
 
