@@ -230,7 +230,7 @@ def test_the_python_of_a_page_is_python(name: str) -> None:
 KEY = re.compile(r"(([a-z_]+)(?:\.[a-z_0-9]+)+)(=.*)?")  # `train.lr`, or `train.lr=0.01`
 NO_KEYS = {"section.key", "model.class_names"}  # the form of a key, and an attribute in Python
 FILES = (".json", ".safetensors")
-POLICY = re.compile(r"(?:assigned|cascade|fixed|mixture):\d\S*")  # not a form, such as `fixed:POINT`
+POLICY = re.compile(r"(?:assigned|cascade|fixed|leap|mixture):\d\S*")  # not a form, such as `fixed:POINT`
 POINTS = ("14", "14@0.7", "10", "10@0.5", "8", "7", "6", "6@0.5", "4")  # of the models on the pages
 
 

@@ -32,7 +32,7 @@ Data
     open_video                        opens a video; `frames` returns frames by number
 
 Policies: rules that give each clip its point
-    Fixed, Mixture, Assigned, Cascade, Random, Oracle
+    Fixed, Mixture, Assigned, Cascade, Leap, Random, Oracle
     Router                            runs clips in memory, or of a stream, by a policy; clips of a point share batches
     read_clips, ClipViews             the views and thumbnails of a video, for a Router
 
@@ -92,6 +92,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.routing.policy import Assigned as Assigned
     from videoadapt.routing.policy import Cascade as Cascade
     from videoadapt.routing.policy import Fixed as Fixed
+    from videoadapt.routing.policy import Leap as Leap
     from videoadapt.routing.policy import Mixture as Mixture
     from videoadapt.routing.policy import Oracle as Oracle
     from videoadapt.routing.policy import Random as Random
@@ -142,6 +143,7 @@ _HOME = {  # the module of each public name
     "LabelSummary": "routing.label",
     "Assigned": "routing.policy",
     "Cascade": "routing.policy",
+    "Leap": "routing.policy",
     "Fixed": "routing.policy",
     "Mixture": "routing.policy",
     "Oracle": "routing.policy",

@@ -31,7 +31,8 @@ from videoadapt.model.batches import batch_sizes
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.arrivals import Arrival
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.policy import Assigned, Cascade, Fixed, Policy, Random
+from videoadapt.routing.leap_rules import Logistic
+from videoadapt.routing.policy import Assigned, Cascade, Fixed, Leap, Policy, Random
 from videoadapt.routing.queues import Queues
 from videoadapt.routing.router import RoutedVideo, Router, _Flow
 
@@ -41,6 +42,10 @@ START_S = 0.2  # of a pass
 
 def items() -> list[ClipViews]:
     return [ClipViews(views()[n][None], thumbnails()[n][None]) for n in range(CLIPS)]
+
+
+# By the probability of the first point's class: 4 is right nine times in ten, 3 if it is low, 2 if it is high.
+SURE = Logistic((0.0,) * 4, (1.0,) * 4, ((0.0, 0, 0, 0, 2.2), (-10.0, 0, 0, 0, 5.0), (20.0, 0, 0, 0, -9.0)))
 
 
 def routed(router: Router, source: Iterator[object]) -> list[RoutedVideo]:
@@ -55,6 +60,7 @@ def routed(router: Router, source: Iterator[object]) -> list[RoutedVideo]:
         Assigned(assigner(), CONFIG.points, 0.7),
         Cascade(("2", "3", "4"), (0.4, 0.5)),
         Cascade(("2", "4"), (0.5, 0.6), views=True),
+        Leap("2", CONFIG.points, (1.0, 0.5, 0.25), SURE, 0.5),
     ],
     ids=lambda policy: policy.name,
 )

@@ -406,8 +406,8 @@ def predict(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="assigned, fixed:POINT, cascade:POINTS:[views:]THRESHOLDS or the file of `calibrate`. Default: "
-            "assigned if the run has an assigner, otherwise fixed at the costliest point."
+            help="assigned, fixed:POINT, cascade:POINTS:[views:]THRESHOLDS, leap:POINT:cost=0.4, or the file of "
+            "`calibrate`. Default: assigned if the run has an assigner, otherwise fixed at the costliest point."
         ),
     ] = None,
     as_json: Json = False,

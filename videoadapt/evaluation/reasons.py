@@ -13,7 +13,7 @@ from videoadapt.config.views import view_order
 from videoadapt.errors import plural
 from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice, Floats, confidences, running_answers
-from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Mixture, Policy, Step
+from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Leap, Mixture, Policy, Step
 from videoadapt.routing.router import assign_probabilities
 
 
@@ -94,6 +94,9 @@ def reason(policy: Policy, point: str, looks: tuple[Look, ...]) -> str:
         return _reason_of_assigner(policy, point, next(look for look in looks if look.point == point))
     if isinstance(policy, Cascade):
         return "; ".join(_step_in_words(look, policy, last=look is looks[-1]) for look in looks) + "."
+    if isinstance(policy, Leap):
+        why = "no other point's answer was worth its cost" if point == policy.first else "its answer was worth its cost"
+        return f"After {policy.first}, by how sure it was, the clip ended at {point}: {why}."
     if isinstance(policy, Mixture):
         fraction = policy.fraction if point == policy.points[1] else 1 - policy.fraction
         return f"The point is drawn from the pixels of the clip: {point}, as for {fraction:.0%} of all clips."

@@ -24,7 +24,7 @@ from videoadapt.exporting.card import Facts, model_card
 from videoadapt.model.checkpoint import load_tensors, restore_model, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.policy import Assigned, Cascade, Mixture, Policy, parse_policy
+from videoadapt.routing.policy import Assigned, Cascade, Leap, Mixture, Policy, parse_policy
 from videoadapt.routing.policy_file import OF_RUN
 from videoadapt.routing.scores import trained_checkpoint
 from videoadapt.runtime.files import read_json, replacing, write_json
@@ -202,6 +202,8 @@ def policy_text(policy: Policy) -> str:
         return f"mixture:{','.join(policy.points)}:{_decimal(policy.fraction)}"
     if isinstance(policy, Assigned) and policy.name != "assigned":
         return f"assigned:{_decimal(policy.threshold)}"
+    if isinstance(policy, Leap):
+        raise UserError(f"{policy.name}: a leap cannot be exported in this version; take a cascade (export.policy)")
     if not isinstance(policy, Cascade):
         return policy.name
     over = "views:" if policy.views else ""

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
-from videoadapt.config.cascade import CascadeSpec, Measure, parse_cascade_spec
+from videoadapt.config.cascade import MEASURES, CascadeSpec, Measure, parse_cascade_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.points import canonical
 from videoadapt.config.sections import AssignConfig, ModelConfig
@@ -35,11 +36,15 @@ from videoadapt.routing.label_rules import (
     confidence_matrix,
     fit_threshold,
     last_true,
+    right_matrix,
 )
+from videoadapt.routing.leap_rules import Logistic, answer_features, price_for, worth_most
 from videoadapt.routing.policy_file import SUFFIX, PolicyFile, is_policy_file
 from videoadapt.runtime.console import say
+from videoadapt.runtime.files import read_json
 from videoadapt.runtime.inputs import Inputs
 
+_LEAP = re.compile(r"(?P<point>[^:]+):(?P<kind>cost|price)=(?P<value>\d*\.?\d+)")
 _DECIMAL = re.compile(r"\d{0,2}\.?\d{1,20}(e-?\d{1,2})?")
 NO_STEP = -1  # stands for: the unit has run no step yet, or it ends here
 Unit = Literal["clip", "video"]
@@ -411,6 +416,60 @@ class Cascade(Policy):
 
 
 @dataclass(frozen=True)
+class Leap(Policy):
+    """One point for every clip, and then at most one other: that whose answer is worth its cost.
+
+    How sure the first point is tells, by regressions on labelled clips, how probable it is that each point is right. A
+    clip ends at the first point, or leaps to the point with the largest probability minus `price` times its cost. A
+    cascade passes every point between, and knows only whether the present one is sure (cascade routing, arXiv
+    2410.10347, with one step). A clip with a NaN answer leaps to the costliest point.
+
+    Attributes:
+        first: The point that every clip runs.
+        points: The points that the regressions were fitted for, costliest first.
+        costs: MACs of the points, as fractions of the costliest one's.
+        chances: The regressions, on `answer_features`.
+        price: Of the costliest point's MACs, in probability of a right answer.
+        text: What follows `leap:` in the name.
+    """
+
+    first: str
+    points: tuple[str, ...]
+    costs: tuple[float, ...]
+    chances: Logistic
+    price: float
+    text: str = field(default="", compare=False)
+    needs = frozenset({"confidence"})
+
+    @property
+    def name(self) -> str:
+        """`leap:` and the parsed text; without a text, the first point and the price."""
+        return f"leap:{self.text or f'{self.first}:price={self.price:g}'}"
+
+    def next(self, evidence: Evidence, last: Choice) -> Choice:
+        """Returns the first point, then the point that is worth most, if it is another one."""
+        (first,) = _numbers(self, (self.first,), evidence.points)
+        if (last == NO_STEP).all():  # in rounds: there is no answer yet
+            return np.full(evidence.count, first)
+        chances = self.chances(answer_features(evidence.confidence))
+        best = worth_most(chances, np.array(self.costs), first, self.price)
+        after = np.where((last == first) & (best != first), best, NO_STEP)
+        return np.where(last == NO_STEP, first, after)
+
+    def check(self, model: TimeSformer) -> None:
+        """Raises `UserError` if the model has other points."""
+        if self.points != model.config.points:
+            raise UserError(
+                f"policy {self.name}: was fitted for the points {few(self.points)}, the model has "
+                f"{few(model.config.points)}"
+            )
+
+    def record(self) -> Mapping[str, object]:
+        """Returns the price. A name with `cost=` does not contain it."""
+        return {"price": self.price}
+
+
+@dataclass(frozen=True)
 class Random(OnePointPolicy):
     """Points drawn at random: exactly the given mix of points, in random order.
 
@@ -473,7 +532,7 @@ def parse_policy(
     """Parses the policies that need no truth.
 
     These are `assigned` or `assigned:THRESHOLD`, `fixed:POINT`, `mixture:POINT,POINT:FRACTION`, `cascade:...` (see
-    `parse_cascade`), or the file that `calibrate` wrote.
+    `parse_cascade`), `leap:...` (see `parse_leap`), or the file that `calibrate` wrote.
 
     Args:
         text: The policy as a user writes it, or the path of a file.
@@ -494,6 +553,8 @@ def parse_policy(
         return Fixed(canonical(point))
     if kind == "cascade":
         return parse_cascade(point, model, run, weights)
+    if kind == "leap":
+        return parse_leap(point, model, run, weights)
     if kind == "mixture" and (mixture := _parse_mixture(point, model.points)):
         return mixture
     if kind == "assigned" and (not point or _is_fraction(point)):
@@ -503,7 +564,7 @@ def parse_policy(
             f"policy assigned: {run or 'the run'} has no assigner; run `videoadapt label` and `videoadapt assign` first"
         )
     raise UserError(
-        f"policy {text!r}: expected assigned, cascade:POINTS:[views:]THRESHOLDS, fixed:POINT, "
+        f"policy {text!r}: expected assigned, cascade:POINTS:[views:]THRESHOLDS, leap:POINT:cost=0.4, fixed:POINT, "
         f"mixture:POINT,POINT:FRACTION or a file of `calibrate` ({SUFFIX}), and the model has the points "
         f"{few(model.points)}"
     )
@@ -552,16 +613,54 @@ def parse_cascade(text: str, model: ModelConfig, run: Path | None, weights: nn.M
 def _fitted_threshold(
     spec: CascadeSpec, fraction: float, model: ModelConfig, run: Path | None, weights: nn.Module | None
 ) -> float:
-    path = (run or Path()) / "labels" / "outcomes.parquet"
-    if run is None or not path.exists():
-        raise UserError(
-            f"cascade: cost={fraction:g} is fitted on a label table, but {path} does not exist; run `label` first"
-        )
-    if weights is not None:  # confidences of another model would give another cost
-        require_labels_of_model(weights, run)
+    table = _label_table(f"cascade: cost={fraction:g}", run, weights)
     macs = point_macs(model)
     costs = np.array([macs[point] / macs[model.points[0]] for point in spec.points])  # fractions of the costliest
-    return fit_threshold(confidence_matrix(read_outcomes(run), spec.points, spec.measure), costs, fraction)
+    return fit_threshold(confidence_matrix(table, spec.points, spec.measure), costs, fraction)
+
+
+def parse_leap(text: str, model: ModelConfig, run: Path | None, weights: nn.Module | None = None) -> Leap:
+    """Parses a leap, and fits it to the label table of a run.
+
+    Args:
+        text: `POINT:cost=C`, where C is the mean cost of a clip as a fraction of the costliest point's, or
+            `POINT:price=P`; see `Leap`.
+        model: The model's config.
+        run: The run folder; None if there is none.
+        weights: The model. A label table of other weights is refused. None: the table is not checked.
+
+    Raises:
+        UserError: The text is wrong, or there is no label table.
+    """
+    match = _LEAP.fullmatch(text)
+    point = canonical(match["point"]) if match else ""
+    if match is None or point not in model.points or len(model.points) == 1:
+        raise UserError(
+            f"leap {text!r}: expected POINT:cost=0.4 or POINT:price=0.05, and the model has the points "
+            f"{few(model.points)}"
+        )
+    table = _label_table(f"leap:{text}", run, weights)
+    _, right = right_matrix(table, model.points, source=_label_source(run or Path()))
+    confidence = {measure: confidence_matrix(table, (point,), measure)[:, 0] for measure in MEASURES}
+    features, first, macs = answer_features(confidence), model.points.index(point), point_macs(model)
+    chances = Logistic.fit(features, right)
+    costs = np.array([macs[each] / macs[model.points[0]] for each in model.points])
+    value = float(match["value"])
+    price = value if match["kind"] == "price" else price_for(chances(features), costs, first, value)
+    return Leap(point, model.points, tuple(costs.tolist()), chances, price, text)
+
+
+def _label_table(what: str, run: Path | None, weights: nn.Module | None) -> pd.DataFrame:
+    path = (run or Path()) / "labels" / "outcomes.parquet"
+    if run is None or not path.exists():
+        raise UserError(f"{what} is fitted on a label table, but {path} does not exist; run `label` first")
+    if weights is not None:  # confidences of another model would give another cost
+        require_labels_of_model(weights, run)
+    return read_outcomes(run)
+
+
+def _label_source(run: Path) -> str:
+    return str(read_json(run / "labels" / "label.json", "run `label` again", ["source"])["source"])
 
 
 def require_labels_of_model(model: nn.Module, run: Path) -> None:
