@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -69,10 +71,12 @@ def test_an_assigner_that_costs_more_than_it_saves_is_not_supported() -> None:
 
 
 def test_the_units_of_a_proof_are_sources() -> None:
-    probabilities, right = (np.repeat(each, 20, axis=0) for each in clips(30, skill=1.0))  # 20 copies of each clip
-    sources, promise = np.repeat(np.arange(30), 20), {"tolerance": 0.005, "delta": 0.1}
-    assert supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, **promise).rule == "proven"
-    found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, sources=sources, **promise)
+    sources = np.repeat(np.arange(30), 20)  # 20 copies of each clip
+    probabilities, right = clips(30, skill=1.0)
+    probabilities, right = probabilities[sources], right[sources]
+    supported = partial(supported_threshold, probabilities, right, COSTS, assigner_cost=0.1, tolerance=0.005, delta=0.1)
+    assert supported().rule == "proven"
+    found = supported(sources=sources)
     assert found.rule == "estimated"
     choice = cheapest_sufficient(probabilities, found.value)
     assert largest_loss(right, choice, 0.1) < 0.005
