@@ -312,8 +312,10 @@ def evaluate(
     config: OptionalConfig = None,
     overrides: Overrides = None,
     policy: Annotated[
-        str | None,
-        typer.Option(help="A further policy: its text, or the file of `calibrate`.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            help="A further policy: its text, or the file of `calibrate`. May be given again.", show_default=False
+        ),
     ] = None,
     against: Annotated[
         tuple[str, str] | None,
@@ -333,8 +335,7 @@ def evaluate(
 
         _show(compare(*against), as_json, print_compare)
     else:
-        further = [policy] if policy else []
-        _show_stage("evaluate", _load(_required(config), overrides), as_json, print_evaluate, further)
+        _show_stage("evaluate", _load(_required(config), overrides), as_json, print_evaluate, policy or ())
 
 
 @app.command()

@@ -1,6 +1,8 @@
-"""Parses cascades as users write them: `8@0.5,14@0.7:0.6`, `8@0.5,14@0.7:cost=0.4:margin` or `14:views:0.9`.
+"""Parses cascades and leaps as users write them.
 
-The parsed text is data only. `routing.policy.Cascade` is the policy that runs it.
+Cascades: `8@0.5,14@0.7:0.6`, `8@0.5,14@0.7:cost=0.4:margin` or `14:views:0.9`. Leaps: `7:cost=0.5` or `7:price=0.05`.
+
+The parsed text is data only. `routing.policy.Cascade` and `Leap` are the policies that run it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from videoadapt.config.points import Point
+from videoadapt.config.points import Point, canonical
 from videoadapt.errors import ConfigError, few
 
 Measure = Literal["probability", "margin", "entropy"]  # measure of the confidence in the top class
@@ -18,6 +20,7 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 NEVER = 2.0  # a threshold that no confidence reaches; `cost=` gives it where the cost pays for all points
 
 _NUMBER = r"\d*\.?\d+"
+_LEAP = re.compile(rf"(?P<point>[^:]+):(?P<kind>cost|price)=(?P<value>{_NUMBER})")
 _THRESHOLDS = re.compile(rf"cost=(?P<cost>{_NUMBER})|(?P<list>{_NUMBER}(?:,{_NUMBER})*)")
 
 
@@ -77,3 +80,39 @@ def parse_cascade_spec(text: str, known: Sequence[str], views: int | None = None
         thresholds *= wanted  # one number applies to every point that has a threshold
     cost = float(match["cost"]) if match["cost"] else None
     return CascadeSpec(points, tuple(thresholds), cost, measure, over_views)
+
+
+@dataclass(frozen=True)
+class LeapSpec:
+    """A parsed leap.
+
+    Attributes:
+        first: The point that every clip runs.
+        cost: The mean cost of a clip, as a fraction of the costliest point's; None if the price is given.
+        price: Of the costliest point's MACs, in probability of a right answer; None if the cost is given.
+    """
+
+    first: str
+    cost: float | None
+    price: float | None
+
+
+def parse_leap_spec(text: str, known: Sequence[str]) -> LeapSpec:
+    """Parses `POINT:cost=FRACTION` or `POINT:price=NUMBER`.
+
+    Args:
+        text: The leap as a user writes it.
+        known: The points of the model.
+
+    Raises:
+        ConfigError: The text has another form, or the point is not in `known`, or the only one there.
+    """
+    match = _LEAP.fullmatch(text)
+    if match is None or canonical(match["point"]) not in known or len(known) == 1:
+        raise ConfigError(
+            f"leap {text!r}: expected POINT:cost=0.4 or POINT:price=0.05, and a model of several points; this one has "
+            f"{few(known)}"
+        )
+    value = float(match["value"])
+    is_cost = match["kind"] == "cost"
+    return LeapSpec(canonical(match["point"]), value if is_cost else None, None if is_cost else value)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin, get
 import yaml
 from pydantic import ValidationError, model_validator
 
-from videoadapt.config.cascade import parse_cascade_spec
+from videoadapt.config.cascade import parse_cascade_spec, parse_leap_spec
 from videoadapt.config.jobs import SlurmConfig
 from videoadapt.config.parse import MAX_CONFIG_BYTES, MAX_DEPTH, NULLS, WrittenDict, WrittenList, parse_yaml, read_text
 from videoadapt.config.points import Point
@@ -232,6 +232,10 @@ def _check_cascades(evaluate: EvaluateConfig, points: Sequence[str]) -> None:
         parse_cascade_spec(text, points, evaluate.temporal_views * evaluate.spatial_crops)
     if len(set(texts)) < len(texts):
         raise ConfigError(f"evaluate.cascade: expected different cascades, got {list(texts)}")
+    for text in evaluate.leap:
+        parse_leap_spec(text, points)
+    if len(set(evaluate.leap)) < len(evaluate.leap):
+        raise ConfigError(f"evaluate.leap: expected different leaps, got {list(evaluate.leap)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

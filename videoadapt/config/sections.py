@@ -642,6 +642,9 @@ class EvaluateConfig(Section):
     cascade: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Cascades to evaluate, POINTS:THRESHOLDS, for example `8@0.5,14@0.7:0.6` or `8@0.5,14@0.7:cost=0.4`; over
     the views of a video `14:views:0.9` (docs/points.md)."""
+    leap: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    """Leaps to evaluate, POINT:cost=FRACTION or POINT:price=NUMBER, for example `7:cost=0.5`. They are fitted to the
+    labels of the run (docs/points.md)."""
 
 
 class ExportConfig(Section):

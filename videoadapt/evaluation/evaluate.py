@@ -34,6 +34,7 @@ from videoadapt.routing.policy import (
     Random,
     mix_of,
     parse_cascade,
+    parse_leap,
     parse_policy,
 )
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile, is_policy_file, say_other_inputs
@@ -164,10 +165,13 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         model = inference_model(config, checkpoint)
         selected = selected_on_val(checkpoint, chosen=config.run.checkpoint not in (None, Path("last")))
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
-        cascades = [parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade]
+        routed: list[Policy] = [
+            *(parse_cascade(text, config.model, config.run.dir, model) for text in config.evaluate.cascade),
+            *(parse_leap(text, config.model, config.run.dir, model) for text in config.evaluate.leap),
+        ]
         policies = [*policies, *_calibrated(policies, assigned, model, config)]
-        further, promises = _further(policies, cascades, assigned, model, config)
-        _require_usable(further, cascades, model, assigned)  # before indexing and scoring, which may take hours
+        further, promises = _further(policies, routed, assigned, model, config)
+        _require_usable(further, routed, model, assigned)  # before indexing and scoring, which may take hours
         manifest = rank0_then_all(lambda: load_or_index(config))
         trained_on = _trained_on(checkpoint, manifest)
         if assigned is not None:
@@ -182,7 +186,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
 
         def write() -> EvaluationSummary:
             scores = scored.load("data.val.annotations")
-            every = _policies(model.config.points, scores, assigned, [*cascades, *further], config)
+            every = _policies(model.config.points, scores, assigned, [*routed, *further], config)
             found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
             )
@@ -214,7 +218,7 @@ def _calibrated(
 
 def _further(
     policies: Sequence[Policy | str],
-    cascades: Sequence[Policy],
+    routed: Sequence[Policy],
     assigned: Assigned | None,
     model: TimeSformer,
     config: Config,
@@ -224,7 +228,7 @@ def _further(
     A text or file whose policy is evaluated anyway adds none.
     """
     points = model.config.points
-    known = {"assigned", *(Fixed(point).name for point in points), *(policy.name for policy in cascades)}
+    known = {"assigned", *(Fixed(point).name for point in points), *(policy.name for policy in routed)}
     further: list[Policy] = []
     promises = {}
     for given in policies:
@@ -353,11 +357,11 @@ def _hardest(classes: pd.DataFrame, policy: str) -> list[ClassRow]:
 
 
 def _require_usable(
-    further: Sequence[Policy], cascades: Sequence[Policy], model: TimeSformer, assigned: Assigned | None
+    further: Sequence[Policy], routed: Sequence[Policy], model: TimeSformer, assigned: Assigned | None
 ) -> None:
     """Raises an error if a further policy does not fit the run."""
     names = [*(Fixed(point).name for point in model.config.points), "assigned", Random.name, Oracle.name]
-    names += [policy.name for policy in cascades]
+    names += [policy.name for policy in routed]
     digest = weights_digest(assigned.assigner) if assigned is not None else None
     for policy in further:
         policy.check(model)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from videoadapt.config.cascade import MEASURES, CascadeSpec, Measure, parse_cascade_spec
+from videoadapt.config.cascade import MEASURES, CascadeSpec, Measure, parse_cascade_spec, parse_leap_spec
 from videoadapt.config.cost import point_macs
 from videoadapt.config.points import canonical
 from videoadapt.config.sections import AssignConfig, ModelConfig
@@ -44,7 +44,6 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json
 from videoadapt.runtime.inputs import Inputs
 
-_LEAP = re.compile(r"(?P<point>[^:]+):(?P<kind>cost|price)=(?P<value>\d*\.?\d+)")
 _DECIMAL = re.compile(r"\d{0,2}\.?\d{1,20}(e-?\d{1,2})?")
 NO_STEP = -1  # stands for: the unit has run no step yet, or it ends here
 Unit = Literal["clip", "video"]
@@ -632,22 +631,16 @@ def parse_leap(text: str, model: ModelConfig, run: Path | None, weights: nn.Modu
     Raises:
         UserError: The text is wrong, or there is no label table.
     """
-    match = _LEAP.fullmatch(text)
-    point = canonical(match["point"]) if match else ""
-    if match is None or point not in model.points or len(model.points) == 1:
-        raise UserError(
-            f"leap {text!r}: expected POINT:cost=0.4 or POINT:price=0.05, and the model has the points "
-            f"{few(model.points)}"
-        )
+    spec = parse_leap_spec(text, model.points)
     table = _label_table(f"leap:{text}", run, weights)
     _, right = right_matrix(table, model.points, source=_label_source(run or Path()))
-    confidence = {measure: confidence_matrix(table, (point,), measure)[:, 0] for measure in MEASURES}
-    features, first, macs = answer_features(confidence), model.points.index(point), point_macs(model)
+    confidence = {measure: confidence_matrix(table, (spec.first,), measure)[:, 0] for measure in MEASURES}
+    features, first, macs = answer_features(confidence), model.points.index(spec.first), point_macs(model)
     chances = Logistic.fit(features, right)
     costs = np.array([macs[each] / macs[model.points[0]] for each in model.points])
-    value = float(match["value"])
-    price = value if match["kind"] == "price" else price_for(chances(features), costs, first, value)
-    return Leap(point, model.points, tuple(costs.tolist()), chances, price, text)
+    price = spec.price if spec.cost is None else price_for(chances(features), costs, first, spec.cost)
+    assert price is not None, "a spec has a cost or a price"
+    return Leap(spec.first, model.points, tuple(costs.tolist()), chances, price, text)
 
 
 def _label_table(what: str, run: Path | None, weights: nn.Module | None) -> pd.DataFrame:
