@@ -78,7 +78,7 @@ def _demo(config: Config, sizes: dict[str, int]) -> DemoResult:
         seconds[name] = round(time.monotonic() - before, 1)
         return result
 
-    say(f"videoadapt demo: 6 to 8 minutes on 2 cores with AVX-512, more on others; all files are in {config.run.dir}")
+    say(f"videoadapt demo: about 7 minutes on 2 cores with AVX2, less with AVX-512; all files are in {config.run.dir}")
     data = config.run.dir / "data"
     workers = worker_count(config.data.workers)
     timed("generate", lambda: generate(data, sizes, seed=config.run.seed, workers=workers))
