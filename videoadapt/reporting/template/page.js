@@ -97,7 +97,7 @@
   };
   const plane = (x) => ({
     grid: { left: 46, right: 22, top: 56, bottom: 46 },
-    xAxis: axis({ type: "value", scale: true, name: x === "macs" ? "multiply-adds per clip" : "milliseconds per clip", nameLocation: "middle", nameGap: 28, boundaryGap: ["6%", "6%"], splitNumber: narrow() ? 3 : 5, axisLabel: { formatter: number, hideOverlap: true } }),
+    xAxis: axis({ type: "value", scale: true, name: x === "macs" ? "multiply-adds per clip" : "milliseconds per clip", nameLocation: "middle", nameGap: 28, boundaryGap: ["6%", "6%"], min: ({ min, max }) => (min < 0.3 * max ? 0 : undefined), splitNumber: narrow() ? 3 : 5, axisLabel: { formatter: number, hideOverlap: true } }),
     yAxis: axis({ type: "value", scale: true, name: "top-1 %", nameLocation: "end", nameGap: 12, nameTextStyle: { color: css("soft"), align: "left", padding: [0, 0, 0, -34], fontSize: 12 }, splitNumber: 4, min: ({ min, max }) => Math.max(0, rounded(min - 0.1 * (max - min) - 0.5, max - min, Math.floor)), max: ({ min, max }) => Math.min(100, rounded(max + 0.1 * (max - min) + 0.5, max - min, Math.ceil)) }),
   });
   const policyTip = (item) => {
