@@ -206,10 +206,12 @@ PAGES = {
         not_run={
             "python tools/split_trashnet.py": "needs the photographs; tests/tools/test_split_trashnet.py",
             "python tools/record_run.py": "tests/tools/test_record_run.py runs it",
+            "python tools/probe_routing.py": "needs the trained run; tests/tools/test_probe_routing.py",
             "for verb in": MINUTES,
             "videoadapt": MINUTES,
         },
     ),
+    "docs/results/router.md": Page(not_run={"python tools/bench_router.py": MINUTES}),
     "docs/results/step.md": Page(
         not_run={
             "python tools/count_step.py": "tests/tools/test_count_step.py counts a small model",
