@@ -111,6 +111,17 @@ def test_places_are_spread(places: list[float]) -> None:
         assert moved == places
 
 
+@pytest.mark.parametrize("classes", ["ab", "abcdefghijkl"])
+def test_the_title_of_a_matrix_is_in_the_picture(classes: str) -> None:
+    rows = [(name, name, 5, 1.0) for name in classes]
+    title = "a run of some name, split val, 60 videos, 2026-11-28; policy cascade:4@0.5,7:0.9"
+    figure = plot_confusion(pd.DataFrame(rows, columns=["truth", "prediction", "videos", "fraction"]), title)
+    figure.canvas.draw()
+    (heading,) = [text for text in figure.texts if "split val" in text.get_text().replace("\n", " ")]
+    box, page = heading.get_window_extent(), figure.bbox
+    assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y1 <= page.y1
+
+
 def test_confusions_of_few_classes_are_a_matrix_and_of_many_a_list() -> None:
     rows = [("a", "a", 3, 0.75), ("a", "b", 1, 0.25), ("b", "b", 4, 0.8), ("b", "", 1, 0.2)]  # "": NaN
     confusion = pd.DataFrame(rows, columns=["truth", "prediction", "videos", "fraction"])

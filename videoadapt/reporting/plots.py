@@ -7,6 +7,7 @@ their own, so that either is readable everywhere.
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from videoadapt.runtime.files import read_json, replacing
 Box = npt.NDArray[np.float64]  # (2, 2): the lower left corner, and the upper right one
 
 MOST_PAIRS = 25  # bars of confused classes
+_PER_INCH = 11  # letters of a title
 MATRIX_CLASSES = 30  # with more classes, the cells of a matrix are too small to read
 DPI = 110
 CURVE_BINS = 20  # points of a training curve
@@ -259,7 +261,7 @@ def _matrix(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
         colour = "black" if scale(value) > 0.6 else "white"  # noqa: PLR2004 - the colour map ends in yellow
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlabel="prediction", ylabel="true class (how many)")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, round(_PER_INCH * figure.get_figwidth())), fontsize=11)
     return figure
 
 

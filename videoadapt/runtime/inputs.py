@@ -27,7 +27,16 @@ _FREE: dict[str, tuple[str, ...]] = {
         *("max_frames", "short_side", "crop_area", "flip", "rand_augment", "color_jitter", "erase", "mixup", "cutmix"),
         *("mix_token", "token_labels", "validate"),
     ),
-    "evaluate": ("temporal_views", "batch", "failed", "speed_seconds", "speed_clips", "speed_repeats", "cascade", "leap"),
+    "evaluate": (
+        "temporal_views",
+        "batch",
+        "failed",
+        "speed_seconds",
+        "speed_clips",
+        "speed_repeats",
+        "cascade",
+        "leap",
+    ),
     "label": ("none_right",),
 }
 
