@@ -10,6 +10,7 @@ import pytest
 from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
+from videoadapt.evaluation.evaluated import reported_policy
 from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice, Floats, confidences, outcome_table
 from videoadapt.routing.leap_rules import Logistic, answer_features, mean_cost, price_for, worth_most
@@ -116,3 +117,8 @@ def test_a_leap_needs_labels_and_its_own_points(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `label` first"):
         parse_policy("leap:4:cost=0.4", None, ModelConfig(points=POINTS, patch=16, size=224), tmp_path)
     assert leap(0.25).name == "leap:4:price=0.25"
+
+
+def test_the_page_is_about_a_leap_where_there_is_no_assigner() -> None:
+    leap_row = {"macs_saved": 0.4, **leap(0.25).record()}
+    assert reported_policy({"fixed:14": {}, "leap:4:price=0.25": leap_row, "oracle": {}}) == "leap:4:price=0.25"

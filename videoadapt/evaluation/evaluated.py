@@ -60,11 +60,11 @@ def read_evaluated_table(run: Path, name: str, columns: Collection[str]) -> pd.D
 def reported_policy(policies: Mapping[str, Mapping[str, object]]) -> str:
     """Returns the policy that figures and the clip-level report are about.
 
-    It is the assigned policy; without one, the first cascade; without both, the costliest point.
+    It is the assigned policy; without one, the first cascade or leap; without both, the costliest point.
 
     Args:
         policies: The rows of `evaluate.json`, by policy name.
     """
-    # The assigned policy has a difference to random routing, a cascade records its thresholds.
-    adaptive = [name for name, row in policies.items() if {"difference_to_random", "thresholds"} & row.keys()]
+    # The assigned policy has a difference to random routing, a cascade records its thresholds, a leap its price.
+    adaptive = [name for name, row in policies.items() if {"difference_to_random", "thresholds", "price"} & row.keys()]
     return next(iter([*adaptive, *policies]))

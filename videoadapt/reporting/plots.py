@@ -50,6 +50,7 @@ _DARK: dict[Any, Any] = {
 _KINDS = {
     "fixed": ("o", "#3f8fd2"),
     "cascade": ("s", "#c9781f"),
+    "leap": ("P", "#1a8f9c"),
     "assigned": ("*", "#dc4a4a"),
     "random": ("X", "#868e96"),
     "oracle": ("^", "#3c9a5f"),
