@@ -220,7 +220,7 @@ def test_the_router_as_a_program_and_its_errors(run: Config, exported: va.Export
     done = subprocess.run([*line, "fixed:7"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "policy 'fixed:7': expected assigned, fixed:POINT" in done.stderr and "8, 6@0.7" in done.stderr
-    for policy in ("cascade:8:0.5", "cascade:8,8:0.5", "cascade:8,6@0.7:2", "assigned:x", "oracle", "mixture:8:0.5"):
+    for policy in ("cascade:8:0.5", "cascade:8,8:0.5", "cascade:8,6@0.7:1.5", "assigned:x", "oracle", "mixture:8:0.5"):
         with pytest.raises(ValueError, match="expected assigned"):
             OnnxRouter(folder, policy)
     with pytest.raises(ValueError, match=r"frames: expected uint8 \(clips, 4, H, W, 3\), got uint8 \(3, 70, 90, 3\)"):
