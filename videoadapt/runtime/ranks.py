@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 PATIENCE_S = 12 * 3600.0  # indexing and scoring have no collective until their slowest rank has finished
 _POLL_S = 0.1  # time between two reads of the store
+_HOST_STAYS_S = 12.0  # after a failure: a slow rank that finds the store gone takes its host for the lost rank
 _FAILURE_REPORT_S = 5.0  # after a rank's first failed collective, until the other ranks' collectives fail too
 _FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attribute cache has expired
 # In ascending priority, because the ranks exchange the index and take the maximum: SIGUSR1 and SIGUSR2 request a
@@ -189,7 +190,7 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
         with suppress(RuntimeError):
             heartbeats.leave()
             if joined.hosted is not None:
-                heartbeats.wait_until_others_left(_FAILURE_REPORT_S)
+                heartbeats.wait_until_others_left(_HOST_STAYS_S)
         if dist.is_initialized():
             _leave_failed_group()
 
