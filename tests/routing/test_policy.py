@@ -313,7 +313,8 @@ def test_policies_by_name() -> None:
 def test_the_error_of_an_unknown_policy_lists_the_known_ones(text: str) -> None:
     with pytest.raises(
         UserError,
-        match=r"expected assigned, cascade:POINTS:\[views:\]THRESHOLDS, leap:POINT:cost=0.4, fixed:POINT, mixture:.* the points 14, 10, 7$",
+        match=r"expected assigned, cascade:POINTS:\[views:\]THRESHOLDS, leap:POINT:cost=0.4, fixed:POINT, mixture:.* "
+        "the points 14, 10, 7$",
     ):
         parse_policy(text, Assigned(ASSIGNER, POINTS), MODEL)
 
