@@ -545,12 +545,12 @@ def _following(stage: Stage, config: Config) -> Stage | None:
 
 def _clips_suffice(config: Config) -> bool:
     from videoadapt.data.index.manifest import Manifest, manifest_path
-    from videoadapt.routing.threshold import FEWEST
+    from videoadapt.routing.threshold import FEWEST, choosing_clips
 
     labelled = Manifest.load(manifest_path(config.run.dir)).split(
         "holdout" if config.label.source == "holdout" else "train"
     )
-    return round(config.assign.select * len(labelled)) >= FEWEST
+    return choosing_clips(len(labelled), config.assign.select) >= FEWEST
 
 
 def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:

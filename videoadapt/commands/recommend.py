@@ -15,7 +15,7 @@ from videoadapt.config.sections import AssignConfig, CalibrateConfig, ModelConfi
 from videoadapt.data.index.survey import Survey
 from videoadapt.model.weights.facts import WeightsFacts
 from videoadapt.routing.learn_then_test import videos_needed
-from videoadapt.routing.threshold import FEWEST
+from videoadapt.routing.threshold import FEWEST, choosing_clips
 
 # A model for training without weights, far smaller than a ViT-S: a large one learns nothing from few clips.
 _FROM_SCRATCH = {
@@ -252,7 +252,7 @@ def _holdout(clips: int) -> float:
 
 def _choosing(clips: int, holdout: float) -> int:
     """Returns how many clips choose the assigner's threshold."""
-    return round(AssignConfig().select * round(clips * holdout))
+    return choosing_clips(round(clips * holdout), AssignConfig().select)
 
 
 def _why_holdout(clips: int, holdout: float) -> str:

@@ -24,6 +24,11 @@ Rule = Literal["proven", "estimated", "none"]
 Interval = tuple[float, float, float]  # a value, and the lower and upper end of its 95 % interval
 
 
+def choosing_clips(labelled: int, select: float) -> int:
+    """Returns how many of so many labelled clips choose the threshold; an assigner is of use from `FEWEST` on."""
+    return round(select * labelled)
+
+
 @dataclass(frozen=True)
 class FixedPoint:
     """What one point for all clips would save and lose against the costliest one. The names are keys of `assign.json`.
