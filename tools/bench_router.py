@@ -14,7 +14,6 @@ latencies are of the clock, and need a quiet machine.
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import sys
 import time
@@ -36,14 +35,13 @@ from videoadapt.errors import ConfigError
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.evaluation.speed_passes import Replayed
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.performance.bench.machine import print_machine
+from videoadapt.performance.bench.results import measured_with, print_machine
 from videoadapt.routing.assigner import Assigner, assigner_macs
 from videoadapt.routing.label_rules import Choice
 from videoadapt.routing.policy import Assigned, Fixed, Policy, Random
 from videoadapt.routing.router import Router
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import write_json
-from videoadapt.runtime.machine import machine, versions
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 POINTS = ("8", "4", "4@0.5", "2")  # 8 costs 16 times as much as 2
@@ -79,13 +77,7 @@ def main() -> None:
     best = _best_batches(model, clips[:, 0])
     batches = {point: size for point, (size, _) in best.items()}
     choice = np.random.default_rng(0).choice(len(POINTS), settings.clips, p=MIX)
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(["torch"]),
-        "settings": settings.model_dump(mode="json"),
-        "batches": batches,
-    }
+    result = measured_with(settings, ["torch"]) | {"batches": batches}
     policies: dict[str, Policy] = {
         "fixed": Fixed(POINTS[0]),
         "replayed": Replayed(Fixed(POINTS[0]), choice),

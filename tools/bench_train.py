@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import multiprocessing
 import os
@@ -30,13 +29,14 @@ from videoadapt.config.load import Config, load_config, make_config, parse_setti
 from videoadapt.config.points import Point
 from videoadapt.config.sections import Count, Section
 from videoadapt.errors import ConfigError, RunError, UserError
+from videoadapt.performance.bench.results import measured_with
 from videoadapt.performance.forecast import Network, Passes, forecast
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.plan import work_of
 from videoadapt.performance.timing import fitted
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import write_json
-from videoadapt.runtime.machine import machine, pick_device, versions
+from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import point_probabilities
 from videoadapt.training.groups import GroupPlan, make_plan
 
@@ -161,12 +161,9 @@ def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
     rows.append(dataclasses.replace(_row(peer, None), parameters=None))  # ours are counted, not the peer's
     peak_macs_per_s = statistics.median(turn[0] for turn in turns[_PRODUCT])
     rows = with_times(rows, turns, peak_macs_per_s)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine() | {"device": device, "ranks": available, "load": os.getloadavg()[0]},
-        "versions": versions(_PACKAGES),
-        "settings": settings.model_dump(mode="json"),
-        "config": config.model_dump(mode="json"),
+    result = measured_with(settings, _PACKAGES, config) | {
+        "device": device,
+        "ranks": available,
         "peak_macs_per_s": peak_macs_per_s,
         "bytes_per_s": bytes_per_s if rates else None,
         "rows": [dataclasses.asdict(row) for row in rows],

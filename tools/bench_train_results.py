@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench_train_steps import StepTime
-from videoadapt.performance.bench.machine import print_machine
+from videoadapt.performance.bench.results import print_machine
 from videoadapt.runtime.console import print_table
 
 _MIB, _MS, _PERCENT = 1 << 20, 1000, 100
@@ -134,12 +134,12 @@ def print_bench_train(result: Mapping[str, Any]) -> None:
     run, settings = result["config"]["run"], result["settings"]
     rows, lengths = [Row(**row) for row in result["rows"]], [LengthsRow(**row) for row in result["lengths"]]
     print_machine(result)
-    slot = "core" if result["machine"]["device"] == "cpu" else "GPU"
+    slot = "core" if result["device"] == "cpu" else "GPU"
     precision = run["precision"] + (", compiled" if result["config"]["train"]["compile"] else "")
     print(
         f"{precision}, {settings['batch']} random clips a step, {settings['steps']} steps a turn, medians of "
         f"{settings['rounds']} rounds; decoding is not part of a step. One {slot} for each rank; this machine has "
-        f"{result['machine']['ranks']}. Load {result['machine']['load']:.1f}"
+        f"{result['ranks']}. Load {result['machine']['load']:.1f}"
     )
     if result["bytes_per_s"]:
         print(f"All-reduce over 2 ranks: {result['bytes_per_s'] / 1e6:.0f} MB/s from each rank to the next")

@@ -20,7 +20,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.performance.bench.machine import peak_bytes, reset_peak_bytes
+from videoadapt.performance.bench.peak import peak_bytes, reset_peak_bytes
 from videoadapt.performance.bench.peers import HuggingFace, peer_side
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch, now

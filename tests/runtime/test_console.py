@@ -77,13 +77,16 @@ def test_the_remaining_time_follows_from_the_speed_of_this_run(
     now = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
     with Bar("label", total=10, unit="videos", start=6, every_s=30.0) as bar:
-        now = 120.0
+        now = 200.0
+        bar.step(0, "validating")  # what comes before the work does not count
+        now = 220.0
         bar.step(1)  # too early for a line
-        now = 140.0
-        bar.step(1, "note")  # 20 s for each of 2 videos, 2 remain
+        now = 240.0
+        bar.step(1, "note")  # 20 s for a video, 2 remain
     assert capfd.readouterr().err.splitlines() == [
+        "label: 6/10 videos validating",
         "label: 8/10 videos note 0:40 left",
-        "label: 8/10 videos in 0:40 note",
+        "label: 8/10 videos in 2:20 note",
     ]
 
 

@@ -158,7 +158,7 @@ def test_the_tool_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     rows = {row.name: row for row in (Row(**row) for row in result["rows"])}
     for found in rows.values():
         missing = found.name in result["left_out"]  # transformers may not be installed
-        assert (found.step_s is not None) == (found.ranks <= result["machine"]["ranks"] and not missing)
+        assert (found.step_s is not None) == (found.ranks <= result["ranks"] and not missing)
         if found.step_s is not None and found.rounds_s is not None and found.clips_per_s is not None:
             assert len(found.rounds_s) == 2
             assert min(found.rounds_s) <= found.step_s <= max(found.rounds_s)

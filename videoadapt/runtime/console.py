@@ -94,19 +94,21 @@ class Bar:
     """Progress in one line: `with Bar("train", total=100, unit="clips") as bar: bar.step(4, note="loss 0.5")`.
 
     On a terminal the line is updated in place, and in a notebook if it has ipywidgets. Elsewhere, as in a log file, a
-    new line is printed at most every `every_s` seconds. A last line follows at the end, also after an exception.
+    new line is printed at most every `every_s` seconds. A last line follows at the end, also after an exception. The time
+    that is left is estimated from all items after the first ones, whose time holds what came before the work.
 
     Args:
         name: The name of the work, at the start of the line.
         total: Number of items.
         unit: The name of the items, such as `clips`.
-        start: Number of items that an earlier run has done. The estimate of the remaining time ignores them.
+        start: Number of items that an earlier run has done.
         every_s: Seconds between two lines of a log file.
     """
 
     def __init__(self, name: str, *, total: int, unit: str = "", start: int = 0, every_s: float = 30.0) -> None:
         self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
-        self.done = self._done_before = start
+        self.done = start
+        self._first: tuple[float, int] | None = None  # the time after the first items of this run, and `done` then
         self._note = ""
         self._task: TaskID | None = None
         self._progress: Progress | None = None
@@ -147,11 +149,18 @@ class Bar:
             self._progress.update(self._task, completed=self.done, note=note)
             return
         now = time.monotonic()
+        if count and self._first is None:
+            self._first = now, self.done
         if now - self._last_line_time >= self.every_s and self.done < self.total:
             self._last_line_time = now
-            seconds_per_item = (now - self._start_time) / max(self.done - self._done_before, 1)
-            remaining = duration(seconds_per_item * (self.total - self.done))
-            say(f"{self.name}: {self.done}/{self.total} {self.unit} {note} {remaining} left")
+            say(f"{self.name}: {self.done}/{self.total} {self.unit} {note}{self._left(now)}")
+
+    def _left(self, now: float) -> str:
+        """Returns the words for the time that is left; none before there is anything to estimate it from."""
+        if self._first is None or self.done == self._first[1]:
+            return ""
+        since, done = self._first
+        return f" {duration((now - since) / (self.done - done) * (self.total - self.done))} left"
 
 
 def duration(seconds: float) -> str:

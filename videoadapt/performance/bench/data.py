@@ -6,7 +6,6 @@ Each loader has its own process on one core. The loaders take turns, so that noi
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import multiprocessing
 import os
 import signal
@@ -44,11 +43,10 @@ from videoadapt.performance.bench.loaders import (
     start,
     unfit_files,
 )
-from videoadapt.performance.bench.machine import print_machine
 from videoadapt.performance.bench.memory import ProcessMemory, worker_memory
+from videoadapt.performance.bench.results import measured_with, print_machine
 from videoadapt.runtime.console import Bar, print_table
 from videoadapt.runtime.files import Summary, write_json
-from videoadapt.runtime.machine import machine, versions
 
 _TIMEOUT_S = 600.0  # limit of a turn; a library that hangs must not stop the benchmark
 _PACKAGES = ("torch", "torchvision", "decord", "av", "pytorchvideo", "torchcodec")
@@ -129,13 +127,10 @@ def bench_data(overrides: Sequence[str] = (), videos: Sequence[str] = ()) -> Sum
     turns = len(works) * (len(LOADERS) * (1 + settings.rounds) + len(OURS))
     with Bar("bench data", total=turns, unit="turns") as bar:
         tables = {kind: _measure_kind(kind, work, settings.rounds, bar) for kind, work in works.items()}
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(_PACKAGES) | ffmpeg_version(),
-        "settings": settings.model_dump(mode="json"),
+    result = measured_with(settings, _PACKAGES) | {
         "kinds": {kind: dataclasses.asdict(table) for kind, table in tables.items()},
     }
+    result["versions"] |= ffmpeg_version()
     write_json(settings.dir / "data.json", result)
     return result
 

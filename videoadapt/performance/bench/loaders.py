@@ -24,7 +24,7 @@ from videoadapt.data.video.decoding import display_times
 from videoadapt.data.video.frame_sampling import clip_seconds, clip_starts, frame_indices
 from videoadapt.data.video.readers import DecordReader, ImageReader, PyAVReader, open_video
 from videoadapt.errors import UserError, VideoError
-from videoadapt.performance.bench.machine import peak_bytes, reset_peak_bytes
+from videoadapt.performance.bench.peak import peak_bytes, reset_peak_bytes
 from videoadapt.runtime.seeds import seed_of
 
 

@@ -7,8 +7,6 @@ speeds with a large matrix product of the same round. Clips are random and norma
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -26,12 +24,13 @@ from videoadapt.config.sections import Count, Section
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.model.weights.load import load_weights
-from videoadapt.performance.bench.machine import peak_bytes, print_machine, reset_peak_bytes
+from videoadapt.performance.bench.peak import peak_bytes, reset_peak_bytes
 from videoadapt.performance.bench.peers import peer_of, peer_side
+from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
 from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
-from videoadapt.runtime.machine import machine, pick_device, precision_dtype, versions
+from videoadapt.runtime.machine import pick_device, precision_dtype
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.optim import make_optimizer
 
@@ -128,12 +127,8 @@ def bench_model(config: Config, words: Sequence[str] = ()) -> Summary:
             rounds.append(seconds)
     macs = point_macs(config.model)
     rows = [_row(index, cases, rounds[1:], rates[1:], macs, peaks[index]) for index in range(len(cases))]
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine() | {"device": device.type, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
-        "versions": versions(("torch", "timm", "transformers")),
-        "settings": settings.model_dump(mode="json"),
-        "config": config.model_dump(mode="json"),
+    result = measured_with(settings, ("torch", "timm", "transformers"), config) | {
+        "device": device.type,
         "difference": {name: _difference(ours, peer, config) for name, peer in peers.items()},
         "rows": [dataclasses.asdict(row) for row in rows],
     }
@@ -246,28 +241,22 @@ _COLUMNS = (
 
 def markdown(rows: Sequence[ModelRow]) -> str:
     """Returns the rows as a markdown table."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(_COLUMNS, [_cells(row) for row in rows])
 
 
 def _cells(row: ModelRow) -> tuple[str, ...]:
     return (
         row.kind, row.precision, row.mode, str(row.batch), row.model, row.point,
-        _interval(row.seconds, 1000, 1), f"{row.clips_per_s:.2f}", _interval(row.product, 1, 2),
-        f"{row.peak_bytes / 2**20:.0f}", "" if row.speed is None else _interval(row.speed, 1, 2),
+        with_interval(row.seconds, 1000, 1), f"{row.clips_per_s:.2f}", with_interval(row.product),
+        f"{row.peak_bytes / 2**20:.0f}", "" if row.speed is None else with_interval(row.speed),
     )  # fmt: skip
-
-
-def _interval(values: Sequence[float], factor: float, digits: int) -> str:
-    middle, low, high = (f"{value * factor:.{digits}f}" for value in values)
-    return f"{middle} ({low} to {high})"
 
 
 def print_bench_model(result: Mapping[str, Any]) -> None:
     """Prints the machine and the table of a content of `model.json`."""
     print_machine(result)
     print(
-        f"{result['machine']['device']}, {result['machine']['threads']} threads, load {result['machine']['load']:.1f}, "
+        f"{result['device']}, {result['machine']['threads']} threads, load {result['machine']['load']:.1f}, "
         f"medians of {result['settings']['rounds']} rounds\n"
     )
     for peer, difference in result["difference"].items():

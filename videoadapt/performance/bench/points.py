@@ -8,8 +8,6 @@ routing are not. A second table has each point at its own best batch, as the rou
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,11 +24,11 @@ from videoadapt.config.sections import Count, Section
 from videoadapt.data.clips.views import preprocess
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.performance.bench.machine import print_machine
+from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
 from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
-from videoadapt.runtime.machine import machine, pick_device, precision_dtype, versions
+from videoadapt.runtime.machine import pick_device, precision_dtype
 
 BEST = "Each point at its own best batch"
 TARGET = 0.85  # least fraction of the speed that the MACs promise, for a point that counts as fast
@@ -88,12 +86,8 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> Summary:
     macs = point_macs(config.model)
     rows = [row for batch, measured in counted.items() for row in speeds(measured, macs, dict.fromkeys(macs, batch))]
     best = at_best_batches(counted, macs)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine() | {"device": device.type, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
-        "versions": versions(("torch", "timm")),
-        "settings": settings.model_dump(mode="json"),
-        "config": config.model_dump(mode="json"),
+    result = measured_with(settings, ("torch", "timm"), config) | {
+        "device": device.type,
         "target": TARGET,
         "rows": [dataclasses.asdict(row) for row in rows],
         "best": [dataclasses.asdict(row) for row in best],
@@ -184,8 +178,7 @@ _COLUMNS = (
 
 def markdown(rows: Sequence[PointRow]) -> str:
     """Returns the rows as a markdown table."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(_COLUMNS, [_cells(row) for row in rows])
 
 
 def _cells(row: PointRow) -> tuple[str, ...]:
@@ -194,17 +187,12 @@ def _cells(row: PointRow) -> tuple[str, ...]:
         str(row.batch),
         f"{row.macs / 1e9:.2f}",
         f"{row.clips_per_s:.1f}",
-        _interval(row.seconds, 1000, 1),
-        _interval(row.speed, 1, 2),
+        with_interval(row.seconds, 1000, 1),
+        with_interval(row.speed),
         f"{row.promised:.2f}",
-        _interval(row.kept, 1, 2),
+        with_interval(row.kept),
         "met" if row.kept[0] >= TARGET else "missed",
     )
-
-
-def _interval(values: Sequence[float], factor: float, digits: int) -> str:
-    middle, low, high = (f"{value * factor:.{digits}f}" for value in values)
-    return f"{middle} ({low} to {high})"
 
 
 def print_bench_points(result: Mapping[str, Any]) -> None:

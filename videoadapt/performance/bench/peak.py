@@ -1,22 +1,12 @@
-"""Prints the machine of a benchmark, and measures the peak memory of a process."""
+"""Measures the peak memory of this process."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from videoadapt.runtime.machine import peak_memory_bytes
-
-
-def print_machine(result: Mapping[str, Any]) -> None:
-    """Prints the date, machine and versions of a benchmark's result."""
-    print(
-        f"{result['date']}, {result['machine']['cpu']}, {result['machine']['cpus']} CPUs, {result['machine']['system']}"
-    )
-    print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
 
 
 def reset_peak_bytes() -> int:
