@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from videoadapt.evaluation.intervals import (
     paired_difference,
     wilson,
 )
+from videoadapt.evaluation.result_tables import class_table
 
 
 @pytest.mark.parametrize(
@@ -80,14 +82,33 @@ def test_the_mean_class_interval_covers_the_true_mean(counts: list[int]) -> None
     chance = rng.uniform(0.3, 0.95, len(counts))
     covered = []
     for _ in range(400):
-        low, high = mean_class_interval(rng.random(len(truth)) < chance[truth], truth)
+        low, high = mean_class_interval(rng.random(len(truth)) < chance[truth], truth, np.arange(len(truth)))
         covered.append(low <= chance.mean() <= high)
     assert 0.92 <= np.mean(covered) <= 0.995
 
 
+@pytest.mark.parametrize("across", [False, True], ids=["sources of one class", "sources of all classes"])
+def test_the_mean_class_interval_covers_the_true_mean_where_videos_of_a_source_are_alike(across: bool) -> None:
+    rng = np.random.default_rng(3)
+    truth = np.tile(np.repeat(np.arange(4), 5), 40)  # 40 times 5 videos of each of 4 classes
+    sources = np.arange(800) // (20 if across else 5)
+    covered = []
+    for _ in range(400):  # all videos of a source are right, or all are wrong
+        right = (rng.random(160) < 0.7)[sources]
+        low, high = mean_class_interval(right, truth, sources)
+        covered.append(low <= 0.7 <= high)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
+
+
+def test_one_source_counts_as_one_video_in_the_mean_class_interval() -> None:
+    once = mean_class_interval(np.array([True, False]), np.arange(2), np.arange(2))
+    copies = mean_class_interval(np.arange(18) < 9, np.arange(18) // 9, np.arange(18) // 9)  # noqa: PLR2004
+    assert copies == pytest.approx(once)
+
+
 def test_the_mean_class_interval_is_never_a_point() -> None:
     for right in (np.ones(12, bool), np.zeros(12, bool), np.eye(1, 12, 3, dtype=bool)[0]):
-        low, high = mean_class_interval(right, np.arange(12))
+        low, high = mean_class_interval(right, np.arange(12), np.arange(12))
         assert low < right.mean() < high or (low < high and right.mean() in {low, high})
 
 
@@ -141,14 +162,25 @@ def test_mean_class_accuracy_weighs_classes_not_videos() -> None:
     truth = np.array([0] * 90 + [2] * 10)  # class 1 does not occur
     right = np.array([True] * 90 + [False] * 5 + [True] * 5)
     assert class_means(right, truth).tolist() == [1.0, 0.5]
-    low, high = mean_class_interval(right, truth)
+    low, high = mean_class_interval(right, truth, np.arange(100))
     assert low < 0.75 < high
     assert 0.5 <= low
     assert high <= 1.0
+
+
+def test_the_interval_of_a_class_draws_whole_sources() -> None:
+    videos = pd.DataFrame(
+        {"policy": "a", "truth": "x", "prediction": "x", "failed": False, "source": np.arange(90) // 9}
+    )
+    videos["right"] = videos["source"] < 7  # noqa: PLR2004
+    of_sources, of_videos = class_table(videos, "wrong"), class_table(videos.assign(source=np.arange(90)), "wrong")
+    assert of_videos.loc[0, ["top1_low", "top1_high"]].tolist() == list(wilson(63, 90))
+    low, high = of_sources.loc[0, ["top1_low", "top1_high"]]
+    assert low < wilson(7, 10)[0] + 0.05 and wilson(7, 10)[1] - 0.05 < high
 
 
 def test_intervals_repeat() -> None:
     rng = np.random.default_rng(0)
     a, b, truth = rng.random(80) < 0.8, rng.random(80) < 0.7, rng.integers(0, 4, 80)
     assert paired_difference(a, b) == paired_difference(a, b)
-    assert mean_class_interval(a, truth) == mean_class_interval(a, truth)
+    assert mean_class_interval(a, truth, truth) == mean_class_interval(a, truth, truth)

@@ -139,13 +139,19 @@ def test_json_has_no_nan() -> None:
 def test_a_calibrated_assigner_lies_on_the_diagonal_and_an_overconfident_one_below() -> None:
     rng = np.random.default_rng(0)
     p = rng.dirichlet([1, 1, 1], size=20_000)
-    label = (rng.random((20_000, 1)) > np.cumsum(p, axis=1)).sum(1)  # drawn from p
+    label, alone = (rng.random((20_000, 1)) > np.cumsum(p, axis=1)).sum(1), np.arange(20_000)  # drawn from p
     right = np.arange(3)[None, :] <= label[:, None]
-    for line in reliability_of(p, right, ("8", "6", "4")):
+    for line in reliability_of(p, right, ("8", "6", "4"), alone):
         assert len(line["bins"]) == 10
         assert all(bin_["low"] - 0.02 < bin_["p"] < bin_["high"] + 0.02 for bin_ in line["bins"])
-    never = reliability_of(p, np.zeros_like(right), ("8", "6", "4"))
+    never = reliability_of(p, np.zeros_like(right), ("8", "6", "4"), alone)
     assert all(bin_["observed"] == 0 for line in never for bin_ in line["bins"])
+    once, twenty = (
+        reliability_of(np.repeat(p[:500], 20, axis=0), np.repeat(right[:500], 20, axis=0), ("8", "6", "4"), sources)
+        for sources in (np.arange(10_000), np.arange(10_000) // 20)  # 20 copies of each clip
+    )
+    for a, b in zip(once[0]["bins"], twenty[0]["bins"], strict=True):
+        assert b["high"] - b["low"] > 3 * (a["high"] - a["low"]) or a["observed"] in (0, 1)
 
 
 def test_the_page_of_a_real_run_and_of_its_costs_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from videoadapt.routing.label_rules import Bools, Floats, cheapest_sufficient
 from videoadapt.routing.threshold import (
     COSTLIEST,
+    clips_needed,
     difference,
     fixed_points,
     largest_loss,
@@ -84,6 +85,15 @@ def test_the_units_of_a_proof_are_sources() -> None:
     assert largest_loss(right, choice, 0.1, sources) == pytest.approx(once, abs=1e-3)  # as many units as sources
 
 
+def test_the_clips_that_a_proof_needs_are_those_of_enough_sources() -> None:
+    assert clips_needed(0.01, 0.1, np.arange(50)) == 230
+    assert clips_needed(0.01, 0.1, np.repeat(np.arange(10), 5)) == 5 * 230
+    assert clips_needed(0.0, 0.1, np.arange(50)) is None
+    for units, proven in ((230, True), (229, False)):
+        sources = np.repeat(np.arange(units), 5)
+        assert (largest_loss(np.ones((len(sources), 2), bool), np.ones_like(sources), 0.1, sources) <= 0.01) is proven
+
+
 def test_the_interval_of_the_separation_covers_the_true_one() -> None:
     """Scores of easy and hard clips from two normal distributions, whose AUC is known."""
     rng, true, covered = np.random.default_rng(0), 0.7602, 0  # Phi(1 / sqrt(2))
@@ -109,20 +119,34 @@ def test_differences_have_intervals_that_cover() -> None:
     for _ in range(500):
         costliest = rng.random(80) < 0.9
         right = np.where(rng.random(80) < 0.1, ~costliest, costliest)  # true difference: 0.1 * (0.1 - 0.9)
-        _, low, high = difference(right, costliest)
+        _, low, high = difference(right, costliest, np.arange(80))
         covered += low <= -0.08 <= high
     assert covered / 500 > 0.92
 
 
+def test_intervals_of_clips_draw_whole_sources() -> None:
+    rng, sources = np.random.default_rng(1), np.repeat(np.arange(60), 5)
+    once, covered = np.arange(60), 0
+    for _ in range(400):  # all clips of a source are alike
+        costliest = rng.random(60) < 0.9
+        right = np.where(rng.random(60) < 0.2, ~costliest, costliest)  # true difference: 0.2 * (0.1 - 0.9)
+        _, low, high = difference(right[sources], costliest[sources], sources)
+        covered += low <= -0.16 <= high
+    assert covered / 400 > 0.92
+    assert difference(right[sources], costliest[sources], sources) == pytest.approx(difference(right, costliest, once))
+    both, choice = np.stack([costliest, right], axis=1), rng.integers(0, 2, 60)
+    assert over_random(both[sources], choice[sources], sources) == pytest.approx(over_random(both, choice, once))
+
+
 def test_fixed_points_and_random_routing_are_compared() -> None:
     probabilities, right = clips(400, skill=1.0)
-    found = fixed_points(right, COSTS, ("14", "10", "7"))
+    found = fixed_points(right, COSTS, ("14", "10", "7"), np.arange(400))
     assert list(found) == ["10", "7"]
     assert found["10"].difference[0] == 0
     assert found["10"].p_value == 1.0
     assert found["7"].macs_saved == pytest.approx(0.8)
     assert found["7"].p_value < 1e-6
     choice = cheapest_sufficient(probabilities, 0.9)
-    value, low, _ = over_random(right, choice)
+    value, low, _ = over_random(right, choice, np.arange(400))
     assert value > low > 0.1
     assert largest_loss(right, np.zeros(400, np.int64), 0.1) == 0.0

@@ -37,21 +37,30 @@ def class_means(right: Bools, truth: Choice) -> Floats:
     return hits[counts > 0] / counts[counts > 0]
 
 
-def mean_class_interval(right: Bools, truth: Choice) -> tuple[float, float]:
-    """Returns the normal interval of the mean class accuracy, where videos are drawn within each class.
+def mean_class_interval(right: Bools, truth: Choice, sources: Choice) -> tuple[float, float]:
+    """Returns the normal interval of the mean class accuracy, where whole sources are drawn.
 
-    The variance of a class is estimated with one more right and one more wrong video (Agresti and Coull, 1998), so
-    that a class at 0 or 100 %, or of a single video, has a variance above 0.
+    The variance is estimated with one more right and one more wrong source in each class, as large as its other
+    sources are in the mean (Agresti and Coull, 1998, where each video is its own source). So a class at 0 or 100 %,
+    or of a single source, has a variance above 0.
 
     Args:
         right: Whether the answer on each video is right, `(videos,)`.
         truth: The class number of each video, `(videos,)`.
+        sources: Number of each video's source, `(videos,)`.
     """
-    counts = np.bincount(truth)
-    counts = counts[counts > 0]  # (classes that occur,), as `class_means` returns
+    of = np.unique(truth, return_inverse=True)[1].reshape(-1)  # (videos,): position in the arrays over classes below
+    pairs = np.unique(np.stack([of, sources]), axis=1)  # (2, pairs of class and source that occur)
+    counts = np.bincount(of)  # (classes that occur,), as `class_means` returns
+    added = counts / np.bincount(pairs[0])  # (classes,): videos of a source in the mean
     means = class_means(right, truth)
-    smoothed = (means * counts + 1) / (counts + 2)
-    half = _normal_half(float((smoothed * (1 - smoothed) / counts).sum()) / len(counts) ** 2)
+    smoothed = (means * counts + added) / (counts + 2 * added)
+    weights = 1 / (counts * (counts + 2 * added))
+    # Of each source the sum over its videos, of all classes: these are alike.
+    numbers = np.unique(sources, return_inverse=True)[1].reshape(-1)
+    units = np.bincount(numbers, weights=(right - smoothed[of]) * np.sqrt(weights[of]))  # (sources,)
+    variance = (units**2).sum() + (weights * added**2 * (smoothed**2 + (1 - smoothed) ** 2)).sum()
+    half = _normal_half(float(variance) / len(counts) ** 2)
     return max(0.0, float(means.mean()) - half), min(1.0, float(means.mean()) + half)
 
 

@@ -271,7 +271,7 @@ def _accuracies(outcome: Outcome, population: Population, counted: Choice) -> Ac
     all_right = _video_right(outcome, population, 1)
     right, truth, sources = all_right[counted], population.truth[counted], population.sources[counted]
     low, high = accuracy_interval(right, sources)
-    class_low, class_high = mean_class_interval(right, truth)
+    class_low, class_high = mean_class_interval(right, truth, sources)
     top5 = low5 = high5 = None
     if len(population.classes) > TOP:  # with 5 classes or fewer, every answer is among the best 5
         right5 = _video_right(outcome, population, TOP)[counted]

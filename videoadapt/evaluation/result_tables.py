@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from videoadapt.config.load import Config
-from videoadapt.evaluation.intervals import wilson
+from videoadapt.evaluation.intervals import accuracy_interval
 from videoadapt.evaluation.outcomes import Outcome, Population
 from videoadapt.routing.label_rules import predictions, softmax
 from videoadapt.routing.scores import Scored, Scores
@@ -151,7 +151,7 @@ def _video_table(outcome: Outcome, population: Population, videos: Names) -> pd.
 
 
 def class_table(videos: pd.DataFrame, failed: str) -> pd.DataFrame:
-    """Returns, per policy and class: videos, top-1 with its Wilson interval, and the most frequent wrong answer.
+    """Returns, per policy and class: videos, top-1 with its interval, and the most frequent wrong answer.
 
     Args:
         videos: The table of `videos.parquet`.
@@ -163,7 +163,7 @@ def class_table(videos: pd.DataFrame, failed: str) -> pd.DataFrame:
     counted = videos if failed == "wrong" else videos[~videos["failed"]]
     rows = []
     for (policy, name), group in counted.groupby(["policy", "truth"], sort=False):
-        low, high = wilson(int(group["right"].sum()), len(group))
+        low, high = accuracy_interval(group["right"].to_numpy(), group["source"].to_numpy())
         wrong = group.loc[~group["right"], "prediction"].mode()  # leaves out videos without a prediction
         rows.append(
             {

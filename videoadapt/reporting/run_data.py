@@ -19,8 +19,9 @@ import pandas as pd
 from videoadapt.config.load import Config
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
-from videoadapt.evaluation.intervals import wilson
+from videoadapt.evaluation.intervals import accuracy_interval
 from videoadapt.reporting.sentence import headline
+from videoadapt.routing.label_rules import Choice
 from videoadapt.runtime.files import Summary, read_json, read_parquet
 
 Part = dict[str, Any]
@@ -104,7 +105,7 @@ def evaluation_data(config: Config) -> Part:
         "clips": table,
         "classes": class_table(table, right, run, reported, next(iter(policies))),
         "confusion": confusion(run, reported),
-        "assigner": assigner(run, points, reported, table, right),
+        "assigner": assigner(run, points, reported, table, right, _sources(videos)),
         "facts": {key: found[key] for key in _FACTS if found.get(key) is not None},
         "failed": found.get("failed", [])[:MOST_FAILED],
         "failed_count": len(found.get("failed", [])),
@@ -197,7 +198,15 @@ def confusion(run: Path, policy: str) -> Part | None:
     return {"classes": names, "cells": cells, "pairs": pairs, "wrong": int(wrong["videos"].sum()), "kinds": len(wrong)}
 
 
-def assigner(run: Path, points: Sequence[str], reported: str, clips: pd.DataFrame, right: pd.DataFrame) -> Part | None:
+def _sources(videos: pd.DataFrame) -> pd.Series:
+    """Returns the source of each video, by its name; in evaluations of older versions each is its own."""
+    named = videos.drop_duplicates("video").set_index("video", drop=False)
+    return named["source" if "source" in named else "video"]
+
+
+def assigner(  # noqa: PLR0913, PLR0917 - what was read
+    run: Path, points: Sequence[str], reported: str, clips: pd.DataFrame, right: pd.DataFrame, sources: pd.Series
+) -> Part | None:
     """Returns how the assigner's choices meet the labels, and whether its probabilities can be believed.
 
     Args:
@@ -206,6 +215,7 @@ def assigner(run: Path, points: Sequence[str], reported: str, clips: pd.DataFram
         reported: The policy that the page is about.
         clips: See `clip_table`.
         right: See `right_by_point`.
+        sources: The source of each video, by its name.
 
     Returns:
         `cells` counts clips by cheapest right point (or none) and by the point they got. None for other policies.
@@ -225,14 +235,17 @@ def assigner(run: Path, points: Sequence[str], reported: str, clips: pd.DataFram
     if path.exists():
         names = [f"p/{point}" for point in points]
         columns = [*names, *(f"right/{point}" for point in points)]
-        table = read_parquet(path, "run `videoadapt evaluate` again", columns)
+        table = read_parquet(path, "run `videoadapt evaluate` again", ["video", *columns])
         reliability = reliability_of(
-            table[names].to_numpy(float), table[columns[len(points) :]].to_numpy(bool), list(points)
+            table[names].to_numpy(float),
+            table[columns[len(points) :]].to_numpy(bool),
+            list(points),
+            pd.factorize(table["video"].map(sources))[0],
         )
     return {"rows": [*points, "none right"], "columns": list(points), "cells": cells, "reliability": reliability}
 
 
-def reliability_of(p: Any, right: Any, points: Sequence[str]) -> list[Part]:
+def reliability_of(p: Any, right: Any, points: Sequence[str], sources: Choice) -> list[Part]:
     """Returns how often a point suffices where the assigner says that it does with some probability.
 
     A point suffices if it, or a cheaper one, is right: so the assigner's probabilities add up when it chooses.
@@ -241,6 +254,7 @@ def reliability_of(p: Any, right: Any, points: Sequence[str]) -> list[Part]:
         p: The assigner's probability of each point to be the label, `(clips, points)`, costliest first.
         right: Whether each point is right, `(clips, points)`.
         points: Their names.
+        sources: Number of each clip's source, `(clips,)`. Intervals draw whole sources.
 
     Returns:
         For each point but the costliest: bins with as many clips each, `p` (mean of what was said), `observed` and its
@@ -254,10 +268,10 @@ def reliability_of(p: Any, right: Any, points: Sequence[str]) -> list[Part]:
         bins = []
         for rows in np.array_split(order[~np.isnan(said[order, number])], BINS):
             if len(rows):
-                count = int(suffices[rows, number].sum())
-                low, high = wilson(count, len(rows))
-                mean = float(said[rows, number].mean())
-                bins.append({"p": mean, "observed": count / len(rows), "low": low, "high": high, "clips": len(rows)})
+                observed = suffices[rows, number]  # (clips of the bin,)
+                low, high = accuracy_interval(observed, sources[rows])
+                means = {"p": float(said[rows, number].mean()), "observed": float(observed.mean())}
+                bins.append({**means, "low": low, "high": high, "clips": len(rows)})
         found.append({"point": points[number], "bins": bins})
     return found
 

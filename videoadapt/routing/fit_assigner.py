@@ -44,13 +44,13 @@ from videoadapt.routing.label_rules import (
     choose_labels,
     right_matrix,
 )
-from videoadapt.routing.learn_then_test import videos_needed
 from videoadapt.routing.router import assign_probabilities
 from videoadapt.routing.scores import inference_model
 from videoadapt.routing.threshold import (
     FixedPoint,
     Interval,
     Rule,
+    clips_needed,
     difference,
     fixed_points,
     largest_loss,
@@ -216,12 +216,12 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
         threshold=threshold,
         rule=found.rule,
         confidence=1 - delta,
-        clips_needed=videos_needed(0.0, tolerance, delta),
+        clips_needed=clips_needed(tolerance, delta, select.sources),
         auc=separation(probabilities, select.right),
         loss_at_most=largest_loss(select.right, choice, delta, select.sources),
-        difference=difference(right, select.right[:, 0]),
-        over_random=over_random(select.right, choice),
-        fixed=fixed_points(select.right, costs, points),
+        difference=difference(right, select.right[:, 0], select.sources),
+        over_random=over_random(select.right, choice, select.sources),
+        fixed=fixed_points(select.right, costs, points, select.sources),
         label_accuracy=float((probabilities.argmax(-1) == select.labels).mean()),
         accuracy=float(right.mean()),
         accuracy_costliest=float(select.right[:, 0].mean()),  # column 0 is the costliest point

@@ -14,7 +14,14 @@ import numpy as np
 from scipy import optimize, stats
 
 from videoadapt.routing.label_rules import Bools, Choice, Floats, cheapest_sufficient, choose_threshold
-from videoadapt.routing.learn_then_test import loss_p_values, loss_upper, mean_p_values, mean_upper, valid_in_order
+from videoadapt.routing.learn_then_test import (
+    loss_p_values,
+    loss_upper,
+    mean_p_values,
+    mean_upper,
+    valid_in_order,
+    videos_needed,
+)
 
 COSTLIEST = 2.0  # a threshold that no probability reaches: every clip gets the costliest point
 FEWEST = 50  # clips. With fewer, one clip is more than two points of accuracy, and no threshold can be chosen
@@ -95,6 +102,20 @@ def supported_threshold(  # noqa: PLR0913 - settings, by name
     return Threshold(COSTLIEST, "none")
 
 
+def clips_needed(tolerance: float, delta: float, sources: Choice) -> int | None:
+    """Returns about how many clips prove `tolerance` if none is lost; None if no number does.
+
+    The units of a proof are sources. Without a loss, as many sources are needed as clips that are each their own.
+
+    Args:
+        tolerance: Accuracy that may be lost.
+        delta: 1 minus the confidence.
+        sources: Number of each clip's source, `(clips,)`. Further sources are taken to have as many clips.
+    """
+    units = videos_needed(0.0, tolerance, delta)
+    return units and math.ceil(units * len(sources) / len(np.unique(sources)))
+
+
 def _p_values(lost: Bools, sources: Choice | None, tolerance: float) -> Floats:
     """Returns the p-value of each row of losses, `(thresholds, clips)`: exact, or by the means of the sources."""
     if not _have_several(sources):
@@ -146,42 +167,54 @@ def separation(probabilities: Floats, right: Bools) -> Interval:
     return found, low, high
 
 
-def difference(right: Bools, costliest: Bools) -> Interval:
+def difference(right: Bools, costliest: Bools, sources: Choice) -> Interval:
     """Returns the accuracy minus the costliest point's on the same clips, with a 95 % interval.
 
-    Agresti and Min (2005): half a clip is added to each kind of outcome, so that the interval is never a point.
+    Agresti and Min (2005): half a source is added to each kind of outcome, so that the interval is never a point.
 
     Args:
         right: Whether the answer on each clip is right, `(clips,)`.
         costliest: Whether the costliest point's is, `(clips,)`.
+        sources: Number of each clip's source, `(clips,)`. The interval draws whole sources.
     """
-    won, lost, clips = int((right & ~costliest).sum()), int((costliest & ~right).sum()), len(right)
-    centre = (won - lost) / (clips + 2)
-    half = _Z * math.sqrt((won + lost + 1) / (clips + 2) - centre**2) / math.sqrt(clips + 2)
-    return (won - lost) / clips, max(-1.0, centre - half), min(1.0, centre + half)
+    gains = right.astype(np.float64) - costliest  # (clips,)
+    added = len(gains) / len(np.unique(sources))  # clips of a source in the mean
+    clips = len(gains) + 2 * added
+    centre = float(gains.sum()) / clips
+    squares = (_source_sums(gains - centre, sources) ** 2).sum() + added**2 * (1 + 2 * centre**2)
+    half = _Z * math.sqrt(squares) / clips
+    return float(gains.mean()), max(-1.0, centre - half), min(1.0, centre + half)
 
 
-def over_random(right: Bools, choice: Choice) -> Interval:
+def over_random(right: Bools, choice: Choice, sources: Choice) -> Interval:
     """Returns the accuracy minus the mean accuracy of random routing with the same mix, with a 95 % interval.
 
     Args:
         right: Whether the model is right, `(clips, points)`.
         choice: Number of the point of each clip, `(clips,)`.
+        sources: As in `difference`.
     """
     clips, points = right.shape
     mix = np.bincount(choice, minlength=points) / clips
     gains = right[np.arange(clips), choice] - right @ mix  # (clips,)
-    half = _Z * float(gains.std(ddof=1)) / math.sqrt(clips) if clips > 1 else 1.0
+    sums = _source_sums(gains - gains.mean(), sources)
+    half = _Z * math.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / clips if len(sums) > 1 else 1.0
     return float(gains.mean()), float(gains.mean()) - half, float(gains.mean()) + half
 
 
-def fixed_points(right: Bools, costs: Floats, points: Sequence[str]) -> dict[str, FixedPoint]:
+def _source_sums(values: Floats, sources: Choice) -> Floats:
+    """Returns the sum over the clips of each source: `(clips,)` to `(sources,)`."""
+    return np.bincount(np.unique(sources, return_inverse=True)[1].reshape(-1), weights=values)
+
+
+def fixed_points(right: Bools, costs: Floats, points: Sequence[str], sources: Choice) -> dict[str, FixedPoint]:
     """Returns what each point but the costliest would save and lose, if all clips had it.
 
     Args:
         right: Whether the model is right, `(clips, points)`.
         costs: Cost of each point, `(points,)`.
         points: The points, costliest first.
+        sources: As in `difference`. The p-value counts each clip alone.
     """
     found = {}
     for number, point in enumerate(points[1:], start=1):
@@ -189,7 +222,7 @@ def fixed_points(right: Bools, costs: Floats, points: Sequence[str]) -> dict[str
         lost = int((right[:, 0] & ~right[:, number]).sum())
         p_value = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
         saved = float(1 - costs[number] / costs[0])
-        found[point] = FixedPoint(saved, difference(right[:, number], right[:, 0]), p_value)
+        found[point] = FixedPoint(saved, difference(right[:, number], right[:, 0], sources), p_value)
     return found
 
 
