@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import small_runs as runs
-from videoadapt.commands.new import NewRun, fill_template, parts_that_fit, print_new, template_lines
+from videoadapt.commands.new import NewRun, _wanted, fill_template, parts_that_fit, print_new, template_lines
 from videoadapt.commands.recommend import MachineFacts, Setting, recommend
 from videoadapt.config.load import load_config, make_config
 from videoadapt.config.parse import parse_yaml
 from videoadapt.data.index.class_files import read_classes
 from videoadapt.data.index.survey import Spread, Survey, survey
-from videoadapt.errors import UserError
+from videoadapt.errors import ConfigError, UserError
 from videoadapt.model.weights.facts import Normalisation, WeightsFacts
 from videoadapt.performance.memory import training_memory
 
@@ -94,6 +94,18 @@ def test_images_without_a_val_split_get_one(tmp_path: Path) -> None:
     assert sum(line.endswith(" 0") for line in val) == 2  # a fifth of each class
     assert {"cat8.png", "cat9.png"} <= {line.split('"')[1].rpartition("/")[2] for line in val}  # neighbours together
     assert Path(config.data.classes or "").read_text() == "cat\ndog\n"
+
+
+def test_the_file_of_class_names_is_written_with_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        class_folders(tmp_path / "photos" / split, {"cat": 4, "dog": 4})
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = runs.command("new", tmp_path / "run", "--data", tmp_path / "photos", "data.classes=~/names.txt")
+    assert done.returncode == 0, done.stderr
+    assert load_config(tmp_path / "run" / "config.yaml").data.classes == tmp_path / "names.txt"
 
 
 def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:
@@ -258,6 +270,13 @@ def test_a_step_is_split_until_it_fits_into_the_memory() -> None:
 def test_a_wrong_setting_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
     done = runs.command("new", tmp_path / "run", "--data", tmp_path / "no", "train.foo=1")
     assert done.returncode == 2 and "train.foo" in done.stderr
+
+
+def test_what_is_chosen_later_does_not_contradict_the_user() -> None:
+    large = replace(VIT_S, model=VIT_S.model | {"depth": 24})
+    assert _wanted(["data.holdout=0", "train.freeze=20"], large).holdout == 0
+    with pytest.raises(ConfigError, match=r"train\.freeze: 20 is more than model\.depth 12"):
+        _wanted(["train.freeze=20"], VIT_S)
 
 
 def test_each_value_of_the_template_has_a_comment_above_it_or_beside_it() -> None:

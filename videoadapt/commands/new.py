@@ -21,6 +21,7 @@ import torch
 from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Setting, recommend
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
+from videoadapt.config.sections import DataConfig
 from videoadapt.data.index.survey import Survey, survey
 from videoadapt.errors import UserError, few, one_line, plural
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
@@ -82,13 +83,13 @@ def new(
     path = Path(os.path.abspath(folder)) / "config.yaml"
     if path.exists():
         raise UserError(f"{path} exists, and is never overwritten; name another folder, or move it away")
-    given = _given(overrides)
     facts = None if weights is None else weights_facts(_source(weights))
-    found = survey(Path(os.path.abspath(data)), path.parent, given.get("data.kind", "auto"), given.get("data.classes"))
+    wanted = _wanted(overrides, facts)
+    classes = wanted.classes and _source(str(wanted.classes))
+    found = survey(Path(os.path.abspath(data)), path.parent, wanted.kind, classes)
     machine = measure_machine(found, facts)
-    holdout = float(given["data.holdout"]) if "data.holdout" in given else None
-    calibrate = float(given.get("data.calibrate", 0))
-    chosen = recommend(found, facts, machine, minutes, holdout=holdout, calibrate=calibrate)
+    holdout = wanted.holdout if "data.holdout" in _given(overrides) else None
+    chosen = recommend(found, facts, machine, minutes, holdout=holdout, calibrate=wanted.calibrate)
     settings = {
         **chosen.settings,
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
@@ -353,7 +354,7 @@ def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[s
     if not config.data.holdout:
         costliest, cheapest = config.model.points[0], config.model.points[-1]
         notes.append(
-            "too few clips for an assigner, so data.holdout is 0. A cascade needs none: after `evaluate`, try "
+            "data.holdout is 0, so that there is no assigner. A cascade needs none: after `evaluate`, try "
             f"--policy cascade:{cheapest},{costliest}:0.9 (docs/points.md)"
         )
     if epochs < _FEW_EPOCHS:
@@ -383,19 +384,25 @@ def _commands(path: Path, data: Survey, config: Config) -> list[str]:
     return [*(f"videoadapt {stage} {shown}" for stage in _stages(config)), f"videoadapt predict {shown} {sample}"]
 
 
-def _source(weights: str) -> str:
-    """Returns the absolute path of weights, or their name if there is no such file."""
-    return os.path.abspath(weights) if os.path.exists(weights) else weights
+def _source(text: str) -> str:
+    """Returns the absolute path of a file, or the text if there is none: the name of weights or of a set of classes."""
+    return os.path.abspath(text) if os.path.exists(text) else text
 
 
-def _given(overrides: Sequence[str]) -> dict[str, str]:
-    """Returns the values of overrides by key, as text.
+def _wanted(overrides: Sequence[str], facts: WeightsFacts | None) -> DataConfig:
+    """Returns what the user says of the data, before the rest of the config is chosen.
 
     Raises:
         ConfigError: A key or its value is wrong.
     """
-    load_config(_TEMPLATE, overrides)
-    return {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
+    # The template's values of what is chosen later must not contradict the user now.
+    depth = [f"model.depth={facts.model['depth']}"] if facts is not None and "depth" in facts.model else []
+    return load_config(_TEMPLATE, ["label.source=train", *depth, *overrides]).data
+
+
+def _given(overrides: Sequence[str]) -> set[str]:
+    """Returns the keys of overrides."""
+    return {text.partition("=")[0].strip() for text in overrides}
 
 
 def _overridden(text: str, overrides: Sequence[str]) -> dict[str, Setting]:
