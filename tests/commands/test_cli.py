@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import small_runs as runs
 import videoadapt as va
 from processes import finished
+from videoadapt.commands.cli import _OVERRIDE, _split
 from videoadapt.config.load import Config, dump_config
 from videoadapt.errors import RunError, UserError
 from videoadapt.training.state import State
@@ -252,6 +253,12 @@ def test_a_label_out_of_range(run: Config, tmp_path: Path) -> None:
     message = refused("index", file_of(run), f"run.dir={tmp_path / 'r'}", f"data.train.annotations={bad}")
     for part in ("12", "0 to 11", "bad.csv"):
         assert part in message
+
+
+def test_an_override_may_be_longer_than_the_name_of_a_file(tmp_path: Path) -> None:
+    override, file = f"slurm.comment={300 * 'a'}", tmp_path / "a.b=1"
+    file.touch()
+    assert _split([override, str(file)], _OVERRIDE) == ([override], [str(file)])
 
 
 def test_a_split_without_a_readable_video(run: Config, tmp_path: Path) -> None:

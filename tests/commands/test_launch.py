@@ -66,6 +66,10 @@ def test_all_is_the_stages_that_have_videos() -> None:
     assert [(job.stage, job.shards) for job in jobs_of(with_calibration)][-5:] == [
         ("assign", 1), ("calibrate", 2), ("calibrate", 1), ("evaluate", 2), ("evaluate", 1)
     ]  # fmt: skip
+    for without in ({"label": {"source": "teacher"}}, {"model": {"points": ["14"]}}):
+        assert [job.stage for job in jobs_of(make_config(without))] == ["train", "evaluate"]
+    held_out = make_config({"label": {"source": "teacher"}, "data": {"holdout": 0.1}})
+    assert [job.stage for job in jobs_of(held_out)] == ["train", "label", "assign", "evaluate"]
 
 
 def test_shards_are_an_array_and_a_job_that_merges_them() -> None:

@@ -536,7 +536,9 @@ def _show_stage(
 def _following(stage: Stage, config: Config) -> Stage | None:
     """Returns the stage after this one: `label` if an assigner has enough clips to choose its threshold."""
     if stage == "train":
-        return "label" if len(config.model.points) > 1 and _clips_suffice(config) else "evaluate"
+        from videoadapt.commands.stage import has_assigner
+
+        return "label" if has_assigner(config) and _clips_suffice(config) else "evaluate"
     following: dict[Stage, Stage] = {"label": "assign", "assign": "evaluate", "calibrate": "evaluate"}
     if stage == "assign" and config.data.calibrate:
         return "calibrate"
@@ -555,7 +557,8 @@ def _clips_suffice(config: Config) -> bool:
 
 def _split(words: Sequence[str], pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
     """Returns the words that match a pattern, and the others. A word that is the name of a file never matches."""
-    matching = [word for word in words if pattern.fullmatch(word) and not Path(word).exists()]
+    # Not `Path.exists`: in most versions of Python, it raises an error for a word too long for the name of a file.
+    matching = [word for word in words if pattern.fullmatch(word) and not os.path.exists(word)]
     return matching, [word for word in words if word not in matching]
 
 

@@ -22,7 +22,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from videoadapt.commands.failure import FAILURES, fail, is_failure
-from videoadapt.commands.stage import run_stage
+from videoadapt.commands.stage import has_assigner, run_stage
 from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError, plural
@@ -179,9 +179,7 @@ def jobs_of(config: Config) -> list[Job]:
     and a job that merges the scores. On one machine an array gains nothing, so there is none.
     """
     arrays = config.launch.shards > 1 and config.launch.cluster == "slurm"
-    stages = STAGES if config.launch.stage == "all" else (config.launch.stage,)
-    if config.launch.stage == "all" and not config.data.calibrate:
-        stages = tuple(stage for stage in stages if stage != "calibrate")  # it would have no videos
+    stages = _all_stages(config) if config.launch.stage == "all" else (config.launch.stage,)
     jobs: list[Job] = []
     for stage in stages:
         options = config.slurm.of(stage)
@@ -190,6 +188,14 @@ def jobs_of(config: Config) -> list[Job]:
         else:
             jobs.append(Job(stage, options))
     return jobs
+
+
+def _all_stages(config: Config) -> tuple[Stage, ...]:
+    """Returns the stages that have clips."""
+    absent = set() if has_assigner(config) else {"label", "assign"}
+    if not config.data.calibrate:
+        absent.add("calibrate")
+    return tuple(stage for stage in STAGES if stage not in absent)
 
 
 def sbatch_options(job: Job, config: Config, after: str | None = None) -> dict[str, str]:

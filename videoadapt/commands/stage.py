@@ -31,6 +31,15 @@ _END_TIMEOUT_S = 600.0  # SLURM kills a job sooner: its grace time is rarely mor
 _TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 
 
+def has_assigner(config: Config) -> bool:
+    """Returns whether a run has points to choose from, and clips to label.
+
+    The costliest point alone says nothing about the clips that it was trained on: labels of source `teacher` need a
+    holdout. `videoadapt new` writes such a config where clips are too few for an assigner.
+    """
+    return len(config.model.points) > 1 and (config.data.holdout > 0 or config.label.source != "teacher")
+
+
 def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Result:
     """Runs a stage to its end. In a SLURM job, a signal makes the stage save first.
 

@@ -713,7 +713,7 @@ class LaunchConfig(Section):
 
     stage: Literal["train", "label", "assign", "calibrate", "evaluate", "all"] = "all"
     """Stage to start; `all` = train, label, assign, calibrate (if `data.calibrate` is set) and evaluate, in this order.
-    """
+    Without label and assign if there is one point, or `label.source` is `teacher` and `data.holdout` 0."""
     cluster: Literal["slurm", "local"] = "slurm"
     """Where: SLURM, or `local` = on this machine, one stage after the other."""
     shards: Annotated[int, Field(ge=1, le=100_000)] = 1
