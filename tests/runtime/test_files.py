@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from videoadapt.errors import UserError
+from videoadapt.runtime import files
 from videoadapt.runtime.files import (
     read_json,
     read_parquet,
@@ -194,8 +195,13 @@ def test_a_table_of_an_older_version_is_read_with_a_message(tmp_path: Path, capf
 # Folders.
 
 
-def test_a_folder_is_replaced_as_a_whole_at_the_end_of_the_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_is_replaced_as_a_whole_at_the_end_of_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
     path = tmp_path / "new" / "onnx"
+    if not at_once:  # as on NFS
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     for name in ("first", "second"):
         with replacing_folder(path) as temporary:
             assert temporary.parent == path.parent
@@ -203,6 +209,27 @@ def test_a_folder_is_replaced_as_a_whole_at_the_end_of_the_block(tmp_path: Path)
     assert os.listdir(path.parent) == ["onnx"]
     assert os.listdir(path) == ["second"]  # no file of the old folder stays
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_two_folders_change_places_at_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / name).mkdir(parents=True)
+    assert files._exchange(tmp_path / "a", tmp_path / "b")
+    assert (os.listdir(tmp_path / "a"), os.listdir(tmp_path / "b")) == (["b"], ["a"])
+    assert not files._exchange(tmp_path / "a", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_the_old_folder_of_a_killed_replacement_is_found_again(tmp_path: Path, replaced: bool) -> None:
+    """The process was killed after one of two renames, or after both."""
+    path = tmp_path / "onnx"
+    (tmp_path / ".onnx.old" / "old").mkdir(parents=True)
+    if replaced:
+        (path / "new").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(path):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["onnx"]
+    assert os.listdir(path) == ["new" if replaced else "old"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Summary: TypeAlias = dict[str, Any]  # what a verb returns and writes as JSON
 _DIGEST = b"videoadapt-digest"  # key in the metadata of a Parquet file
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and the flag of renameat2(2)
 # Names that `replacing` gives to temporary files: `.NAME.RANDOM.tmp`. Older versions wrote them without `.tmp`.
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.(last|.+\.(safetensors|npz|parquet|jsonl?|csv))\.[a-z0-9_]{8}")
 
@@ -76,7 +78,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder to write to, and puts it in the place of the folder `path` at the end.
 
     After an exception, or if the process is killed, `path` is unchanged. Files that only the old folder had are gone
-    afterwards, so that no file of an earlier call stays beside those of this one.
+    afterwards, so that no file of an earlier call stays beside those of this one. On a file system on which two folders
+    cannot change places (NFS), a kill between two renames leaves the old folder as `.NAME.old`; the next call puts it
+    back.
 
     Args:
         path: The folder to create or replace. Its parent is created if necessary.
@@ -86,6 +90,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent)
+    _settle_old(path)  # of a process that was killed in the replacement
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     handle = os.open(temporary, os.O_RDONLY)
     try:
@@ -96,16 +101,33 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             with name.open("rb") as file:  # as in `replacing`
                 os.fsync(file.fileno())
         temporary.chmod(0o755)  # mkdtemp allows the owner only, but colleagues read run folders
-        if path.exists():  # a folder that is not empty cannot be replaced by renaming
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
+        # A folder that is not empty cannot be replaced by renaming. Where two cannot change places at once, the old one
+        # steps aside, under a name by which the next call finds it.
+        if not (path.exists() and _exchange(temporary, path)):
+            if path.exists():
+                path.replace(_old_of(path))
             temporary.replace(path)
     finally:
         os.close(handle)
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # the old folder, if they changed places
+        _settle_old(path)
+
+
+def _old_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _settle_old(path: Path) -> None:
+    """Removes the old folder of a complete replacement, and gives that of an incomplete one its name back."""
+    old = _old_of(path)
+    if old.is_dir():
+        shutil.rmtree(old) if path.exists() else old.replace(path)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Lets two paths change places in one step; returns False where the system or the file system cannot (NFS)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python has no function for it
+    return rename is not None and rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
