@@ -23,7 +23,7 @@ from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.verify import verify
-from videoadapt.errors import VideoError
+from videoadapt.errors import RunError, VideoError
 from videoadapt.runtime.signals import JOB_SIGNALS, StopRequest
 
 INFO = VideoInfo(1, 1.0, 64, 64, 1.0, "h264", "mov", 0, "pyav", 1, "abc")
@@ -92,6 +92,34 @@ def test_a_dead_fork_server_is_reported_as_such(tmp_path: Path, capsys: pytest.C
     paths = [str(tmp_path / name) for name in ("server_once", "good_1", "good_2", "good_3")]
     assert dict(run_on_files(paths, killed, workers=2, timeout_s=60.0)) == {path: path for path in paths}
     assert "the fork server, which starts the processes that read videos, died" in capsys.readouterr().err
+
+
+class Unreadable:
+    """A result that the reading process can send, and the first process cannot take: the pool breaks."""
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return int, (None,)  # TypeError
+
+
+def breaking(path: str) -> object:
+    """Replaces `probe`: breaks the pool at one file, always or once."""
+    event, _, when = path.rpartition("/")[2].partition("_")
+    if event == "good" or (when == "once" and Path(path).exists()):
+        return path
+    Path(path).touch()
+    return Unreadable()
+
+
+def test_a_new_pool_goes_on_with_the_files_of_a_broken_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path / name) for name in ("good_1", "break_once", "good_2", "good_3")]
+    assert dict(run_on_files(paths, breaking, workers=1, timeout_s=60.0)) == {path: path for path in paths}
+    assert "the processes that read videos broke down; new ones read on" in capsys.readouterr().err
+
+
+def test_a_pool_that_breaks_at_once_is_an_error_with_the_files_in_work(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("good_1", "break_always")]
+    with pytest.raises(RunError, match=r"memory is full; fewer data\.workers.* in work were .*/break_always$"):
+        dict(run_on_files(paths, breaking, workers=1, timeout_s=60.0))
 
 
 def test_a_file_for_which_the_memory_does_not_suffice_is_not_broken() -> None:

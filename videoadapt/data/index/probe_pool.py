@@ -10,8 +10,8 @@ import json
 import math
 import os
 import signal
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -33,7 +33,7 @@ from videoadapt.data.video.files import cause_of, reason
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
 from videoadapt.data.video.probe import PROBE_VERSION, VideoInfo, probe
 from videoadapt.data.video.verify import verify
-from videoadapt.errors import RunError, VideoError, plural
+from videoadapt.errors import RunError, VideoError, few, plural
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.signals import JOB_SIGNALS, WARNINGS, StopRequest
 
@@ -59,6 +59,7 @@ ProbeResult = VideoInfo | str | None  # info of a file, or the reason of a failu
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP})
 _FORK_SERVER_DIED = 255  # exit code that multiprocessing gives to the processes of a dead fork server
 _EXIT_S = 5.0  # time in which a process ends after its last result, or after it was killed
+_POLL_S = 5.0  # time between two looks whether a pool without results still works
 _TASKS_PER_WORKER = 8  # tasks in the queue: Kinetics has 240,000 files, too many to queue at once
 # Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
 _INFO = TypeAdapter(VideoInfo)
@@ -95,7 +96,7 @@ def probe_files(
     Raises:
         Stopped: The job was asked to stop. Raised after the next result.
         KeyboardInterrupt: Ctrl-C. Raised at once.
-        RunError: The worker processes cannot be started.
+        RunError: The worker processes cannot be started, or end at once.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     writer = f"probe {PROBE_VERSION}, PyAV {version('av')}"
@@ -135,7 +136,7 @@ def readable_files(paths: Sequence[str], *, workers: int, timeout_s: float) -> s
         timeout_s: Time limit of each file in seconds.
 
     Raises:
-        RunError: The worker processes cannot be started.
+        RunError: The worker processes cannot be started, or end at once.
     """
     with closing(run_on_files(paths, partial(probe, content=False), workers=workers, timeout_s=timeout_s)) as finished:
         return {path for path, result in finished if isinstance(result, VideoInfo)}
@@ -176,7 +177,7 @@ def run_on_files(
         killed twice.
 
     Raises:
-        RunError: The processes cannot be started.
+        RunError: The processes cannot be started, or end at once. The message names the files in work.
     """
     ended = {}
     with closing(_run_pool(paths, function, workers=workers, timeout_s=timeout_s)) as finished:
@@ -243,25 +244,50 @@ def _call_and_send(sender: Connection, function: Callable[[str], Result], path: 
 def _run_pool(
     paths: Sequence[str], function: Callable[[str], Result], *, workers: int, timeout_s: float
 ) -> Generator[tuple[str, Result | str], None, None]:
-    """Calls a function for each file once; see `run_on_files`."""
+    """Calls a function for each file once; see `run_on_files`. A new pool goes on with the files of a broken one."""
     if not paths:
         return
     workers = min(max(workers, 1), len(paths))
-    pool = ProcessPool(max_workers=workers, context=fork_server(function, _PRELOADED))
-    waiting = iter(paths)
-    running: dict[Future[Result | str], str] = {}
-    try:
-        while True:
-            with _warning_signals_blocked():
-                for path in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
-                    running[pool.schedule(partial(_call, function), args=(path,), timeout=timeout_s)] = path
-            if not running:
-                return
-            for task in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(task), _result_of(task, timeout_s)
-    finally:
-        pool.stop()
-        pool.join()
+    waiting, queue = iter(paths), deque[str]()
+    while True:
+        pool = ProcessPool(max_workers=workers, context=fork_server(function, _PRELOADED))
+        running: dict[Future[Result | str], str] = {}
+        finished = 0
+        try:
+            while True:
+                queue.extend(islice(waiting, _TASKS_PER_WORKER * workers - len(running) - len(queue)))
+                with _warning_signals_blocked():
+                    while queue:
+                        task = pool.schedule(partial(_call, function), args=(queue[0],), timeout=timeout_s)
+                        running[task] = queue.popleft()
+                if not running:
+                    return
+                done = wait(running, _POLL_S, return_when=FIRST_COMPLETED).done
+                if not done and not pool.active:  # it may leave tasks without a result
+                    raise BrokenProcessPool
+                for task in done:
+                    result = _result_of(task, timeout_s)
+                    path = running.pop(task)
+                    finished += 1
+                    yield path, result
+        except RuntimeError as error:  # `schedule` of a broken pool raises no BrokenProcessPool
+            if not isinstance(error, BrokenProcessPool) and pool.active:
+                raise
+            queue.extendleft(reversed(running.values()))
+            _require_progress(finished, queue, error)
+        finally:
+            pool.stop()
+            pool.join()
+
+
+def _require_progress(finished: int, unfinished: Collection[str], error: BaseException) -> None:
+    """Raises `RunError` if a pool broke before its first result: the next one would, too."""
+    if not finished:
+        raise RunError(
+            "the processes that read videos cannot be started, or end at once: their fork server was killed, or the "
+            f"memory is full; fewer data.workers need less. The files in work were {few(unfinished)}"
+        ) from error
+    say(f"the processes that read videos broke down; new ones read on, with {few(unfinished)}")
 
 
 @contextmanager
@@ -290,16 +316,13 @@ def _call(function: Callable[[str], Result], path: str) -> Result | str:
 
 
 def _result_of(task: Future[Result | str], timeout_s: float) -> Result | str:
+    """Returns what to report of a file. Raises `BrokenProcessPool`."""
     try:
         return task.result()
     except TimeoutError:
         return _too_slow(timeout_s)
     except ProcessExpired as error:
         return _how_ended(error.exitcode)
-    except BrokenProcessPool:
-        raise RunError(
-            "the processes that read videos cannot be started: their fork server was killed, or the memory is full"
-        ) from None
 
 
 def _too_slow(timeout_s: float) -> str:
