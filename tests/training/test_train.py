@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 import small_runs as runs
 from videoadapt.config.load import Config, dump_config
 from videoadapt.config.sections import ModelConfig
+from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.clips.loader import epoch_rows, train_batches
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, RunError
@@ -328,6 +330,17 @@ def test_videos_that_cannot_be_read_are_skipped_counted_and_listed(data: Path, t
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [line["path"] for line in listed] == [str(bad)]
     assert summary.steps == len(manifest.split("train")) // 4
+
+
+def test_a_step_of_which_no_clip_can_be_read_changes_nothing(data: Path, tmp_path: Path) -> None:
+    state, batches = first_batches(runs.config(data, tmp_path / "run", train={"ema": 0.9}))
+    role = alone(state)
+    train_step(state, role, batches).read(state)  # from here on, momentum and moving average would go on
+    before = {name: tensor.clone() for name, tensor in state.saved()[0].items()}
+    empty = [replace(batch.without_clips(), failures=[Failure(0, "a.mp4", "gone")]) for batch in batches]
+    assert train_step(state, role, empty).read(state).keys() == {"grad_norm", "lr"}
+    assert_same_bits(before, state.saved()[0])
+    assert state.skipped == len(batches)
 
 
 def test_the_trained_steps_are_saved_if_reading_fails(

@@ -209,10 +209,10 @@ class State:
 
         points = [point for point in self.config.model.points if any(f"top1/{point}" in values for values in recent)]
         top1 = "/".join(percent(mean(f"top1/{p}")) for p in points)
+        means = f"loss {mean(f'loss/{points[0]}'):.2f}, top-1 {top1} %" if points else "no clip could be read"
         rates = meter.rates()
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"{rates['clips_per_s']:.1f} clips/s, {rates['wait_fraction']:.0%} waiting for data, "
-            f"last {plural(len(recent), 'step')} at {'/'.join(points)}: loss {mean(f'loss/{points[0]}'):.2f}, "
-            f"top-1 {top1} %{skipped}"
+            f"last {plural(len(recent), 'step')} at {'/'.join(points)}: {means}{skipped}"
         )

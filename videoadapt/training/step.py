@@ -105,7 +105,7 @@ def train_step(
 
     Returns:
         The report, whose numbers may be on their way. If a loss or the gradient is not finite, reading it raises
-        `RunError`, and the step has changed nothing.
+        `RunError`, and the step has changed nothing. Nor has a step of which no clip could be read.
     """
     config, model = state.config, state.model
     # Drop path uses torch's global random generator. A seed for each step makes resuming exact without saving the
@@ -122,9 +122,10 @@ def train_step(
         _backpropagate(batch, number, role, state, tallies)
     # All groups read the same videos, so failures are counted in the teacher's group only.
     failures = [failure for batch in micro_batches for failure in batch.failures] if role.teaches else []
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad or float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad or float("inf")).to(state.device)
     sums = _sums_over_ranks(tallies, [len(failures), *stop_flags(stop or StopRequest())], norm)
-    is_bad = (~sums.isfinite().all()).float()  # 1 or 0, on the device: the host does not wait for it
+    # 1 or 0, on the device: the host does not wait for it. Without a clip (`sums[2]`), momentum would move parameters.
+    is_bad = (~sums.isfinite().all() | (sums[2] == 0)).float()
     _move_parameters(state, statistics, is_bad)
     on_host = sums.to("cpu", non_blocking=True)  # pinned
     arrived = torch.cuda.current_stream(sums.device).record_event() if sums.is_cuda else None
@@ -306,7 +307,7 @@ def _move_parameters(state: State, statistics: Sequence[Tensor], is_bad: Tensor)
     Args:
         state: Changed in place.
         statistics: The statistics of BatchNorms before the step.
-        is_bad: 1 if a loss or the gradient is not finite, else 0, ().
+        is_bad: 1 if a loss or the gradient is not finite, or no clip was read, else 0, ().
     """
     # torch's fused optimizers skip a step by this attribute, on the device. `torch.amp.GradScaler` sets it, too.
     state.optimizer.found_inf = is_bad  # type: ignore[attr-defined]

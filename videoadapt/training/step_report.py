@@ -53,7 +53,8 @@ class StepReport:
             state: Counts and lists the clips that could not be read.
 
         Returns:
-            `loss/POINT` and `top1/POINT` of each drawn point, means over the clips of all ranks; `grad_norm`; `lr`.
+            `loss/POINT` and `top1/POINT` of each drawn point with a clip, means over the clips of all ranks;
+            `grad_norm`; `lr`.
 
         Raises:
             RunError: A loss or the gradient was not finite. The step changed nothing.
@@ -74,9 +75,9 @@ class StepReport:
         state.skipped += skipped
         state.list_skipped(self.step, self.failures)
         loss, correct, clips = points.T.tolist()
-        # max(n, 1): all clips of a point may have failed.
-        values = {f"loss/{p}": value / max(n, 1) for p, value, n in zip(self.tallies, loss, clips, strict=True)}
-        values |= {f"top1/{p}": value / max(n, 1) for p, value, n in zip(self.tallies, correct, clips, strict=True)}
+        # All clips of a point may have failed.
+        values = {f"loss/{p}": value / n for p, value, n in zip(self.tallies, loss, clips, strict=True) if n}
+        values |= {f"top1/{p}": value / n for p, value, n in zip(self.tallies, correct, clips, strict=True) if n}
         return values | {"grad_norm": grad_norm, "lr": self.lr}
 
 
