@@ -148,6 +148,13 @@ def test_an_image_is_a_video_of_one_frame_with_its_exif_rotation(tmp_path: Path)
         assert probe(tmp_path / name).reader == "image"
 
 
+def test_a_grey_image_of_16_bits_keeps_its_greys(tmp_path: Path) -> None:
+    greys = np.arange(0, 256 * 64, 4, dtype=np.uint16).reshape(64, 64) * 4
+    Image.fromarray(greys).save(tmp_path / "a.png")
+    frame = open_video(tmp_path / "a.png").frames([0])[0]  # (64, 64, 3)
+    assert np.array_equal(frame, np.repeat(greys[..., None] >> 8, 3, axis=2))
+
+
 def write_images(folder: Path, names: Sequence[str]) -> Path:
     """A folder of images. Each image carries its index in `names`."""
     folder.mkdir(parents=True)

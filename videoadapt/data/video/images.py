@@ -104,6 +104,15 @@ def _refuse_animated(path: Path, image: Image.Image) -> None:
         )
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns a grey PNG of 16 bits with its upper 8 bits: Pillow's own conversion makes nearly all of it white."""
+    if not image.mode.startswith("I"):  # of 16 bits, or of 32 in older versions of Pillow
+        return image
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
 def read_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """Reads an image, turned as its EXIF orientation demands.
 
@@ -123,7 +132,7 @@ def read_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         with image:
             limits.check_pixels(path, *image.size)  # nothing is decoded yet
             _refuse_animated(path, image)
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except VideoError:
         raise
     except Exception as error:  # damaged files raise errors of many kinds
