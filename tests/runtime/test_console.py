@@ -15,12 +15,12 @@ from videoadapt.runtime.console import Bar, duration, macs, percent, print_table
 
 
 def test_messages_and_progress_go_to_stderr_and_tables_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
-    say("a [bold]message[/bold] " + "x" * 200)
+    say("a [bold]message[/bold] :id: " + "x" * 200)
     with Bar("train", total=3, unit="clips") as bar:
         bar.step(3, "loss 0.5")
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.splitlines()[0] == "a [bold]message[/bold] " + "x" * 200  # neither styled nor folded
+    assert err.splitlines()[0] == "a [bold]message[/bold] :id: " + "x" * 200  # neither styled nor folded
     assert err.splitlines()[1].startswith("train: 3/3 clips in 0:00")
     assert err.splitlines()[1].endswith("loss 0.5")
     print_table("Costs", ("point", "MACs"), [("14", "196 G"), ("7", "48.1 G")])

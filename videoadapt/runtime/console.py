@@ -35,7 +35,7 @@ _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 # Only rank 0 prints. Otherwise each message would appear once for each rank. The environment is read at import, because
 # a process is one rank for its whole life.
-console = Console(stderr=True, highlight=False, quiet=rank_env(os.environ).rank != 0)
+console = Console(stderr=True, highlight=False, emoji=False, quiet=rank_env(os.environ).rank != 0)
 
 # Of a context, not of the process: a thread that shows no progress does not silence the others.
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
@@ -190,7 +190,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_row(*(str(cell) for cell in row))
     # A separate console, because `console` writes to stderr.
     width = None if console.is_terminal else _LOG_WIDTH
-    output = Console(stderr=to_stderr, highlight=False, width=width)
+    output = Console(stderr=to_stderr, highlight=False, emoji=False, width=width)
     output.print(title, style="italic", markup=False, soft_wrap=True)  # not the table's title, which wraps at its width
     output.print(table, markup=False)
 
