@@ -25,7 +25,7 @@ from videoadapt.config.load import make_config
 from videoadapt.errors import UserError
 from videoadapt.reporting.examples import groups_of
 from videoadapt.reporting.page import columns, plain, report
-from videoadapt.reporting.run_data import reliability_of
+from videoadapt.reporting.run_data import _curves, reliability_of
 from videoadapt.reporting.sentence import headline
 
 if TYPE_CHECKING:
@@ -134,6 +134,17 @@ def test_json_has_no_nan() -> None:
         "a": [None, None, 3],
         "1": [True, None, "x"],
     }
+
+
+def test_the_curves_of_a_run_that_stopped_early_end_at_its_last_epoch(tmp_path: Path) -> None:
+    steps = [{"step": step, "loss/8": 1.0} for step in range(1, 41)]  # 4 of 10 epochs
+    checks = [{"epoch": epoch, "step": 10 * epoch, "loss/8": 2.0} for epoch in (2, 4)]
+    for name, lines in (("metrics", steps), ("validation", checks)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "train.json").write_text(json.dumps({"points": ["8"], "steps": 40, "epochs": 10}))
+    curves = _curves(tmp_path)
+    assert curves is not None and curves["epochs"] == 4
+    assert [curves["lines"][f"{name} loss/8"][-1][0] for name in ("train", "val")] == [4, 4]
 
 
 def test_a_calibrated_assigner_lies_on_the_diagonal_and_an_overconfident_one_below() -> None:

@@ -165,6 +165,7 @@ def test_training_stops_when_patience_ends_and_goes_on_with_more(
     config = make(data, indexed, tmp_path, train=RECIPE | {"patience": 1, "epochs": 3})
     summary = train(config)
     assert (summary.stopped_early, summary.steps, summary.best and summary.best.epoch) == (True, 10, 1)
+    assert summary.epochs == summary.validation["epoch"]  # type: ignore[index]
     assert train(config) == summary  # finished: not trained on
     newest = train_checkpoints(config.run.dir).latest()
     assert newest is not None

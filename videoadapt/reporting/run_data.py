@@ -291,12 +291,15 @@ def _curves(run: Path) -> Part | None:
         return None
     trained = read_json(summary, _AGAIN, ["points", "steps", "epochs"])
     metrics = pd.read_json(path, lines=True)
-    per_epoch = trained["steps"] / max(trained["epochs"], 1) or 1.0
+    epochs = trained["epochs"]
     width = max(1, len(metrics) // CURVE_BINS)
     binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean(numeric_only=True)
     checks, validation = pd.DataFrame(), run / "validation.jsonl"
     if validation.exists() and validation.stat().st_size:
         checks = pd.read_json(validation, lines=True)
+        # Earlier versions recorded the epochs of the config, also of a run that stopped early.
+        epochs = round(trained["steps"] * checks["epoch"].iloc[-1] / checks["step"].iloc[-1])
+    per_epoch = trained["steps"] / max(epochs, 1) or 1.0
     lines = {}
     for point in trained["points"]:
         for name in ("loss", "top1"):
@@ -305,7 +308,7 @@ def _curves(run: Path) -> Part | None:
                 lines[f"train {column}"] = _pairs(binned["step"] / per_epoch, binned[column])
             if column in checks:
                 lines[f"val {column}"] = _pairs(checks["epoch"], checks[column])
-    return {"points": list(trained["points"]), "lines": lines, "best": trained.get("best"), "epochs": trained["epochs"]}
+    return {"points": list(trained["points"]), "lines": lines, "best": trained.get("best"), "epochs": epochs}
 
 
 def _pairs(x: pd.Series, y: pd.Series) -> list[list[float]]:

@@ -178,7 +178,7 @@ class TrainSummary(Result):
     """A finished run; the content of `train.json`."""
 
     steps: int
-    epochs: int
+    epochs: int  # done; of an early stop in an earlier version, those of the config
     clips: int  # readable training clips of an epoch
     skipped: int  # clips that could not be read, over all epochs
     manifest: str  # hash

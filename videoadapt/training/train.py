@@ -354,7 +354,7 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
     best = best_validation(state.validations, config)
     return TrainSummary(
         steps=state.step,
-        epochs=config.train.epochs,
+        epochs=state.step // per_epoch,
         clips=len(state.manifest.split("train").readable),
         skipped=state.skipped,
         manifest=state.manifest.hash,
