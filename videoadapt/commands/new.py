@@ -85,7 +85,7 @@ def new(
         raise UserError(f"{path} exists, and is never overwritten; name another folder, or move it away")
     facts = None if weights is None else weights_facts(_source(weights))
     wanted = _wanted(overrides, facts)
-    classes = wanted.classes and _source(str(wanted.classes))
+    classes = None if wanted.classes is None else _source(str(wanted.classes))
     found = survey(Path(os.path.abspath(data)), path.parent, wanted.kind, classes)
     machine = measure_machine(found, facts)
     holdout = wanted.holdout if "data.holdout" in _given(overrides) else None

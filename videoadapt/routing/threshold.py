@@ -204,7 +204,8 @@ def over_random(right: Bools, choice: Choice, sources: Choice) -> Interval:
 
 def _source_sums(values: Floats, sources: Choice) -> Floats:
     """Returns the sum over the clips of each source: `(clips,)` to `(sources,)`."""
-    return np.bincount(np.unique(sources, return_inverse=True)[1].reshape(-1), weights=values)
+    numbers = np.unique(sources, return_inverse=True)[1].reshape(-1)  # (clips,)
+    return np.bincount(numbers, weights=values).astype(np.float64)
 
 
 def fixed_points(right: Bools, costs: Floats, points: Sequence[str], sources: Choice) -> dict[str, FixedPoint]:

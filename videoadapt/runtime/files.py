@@ -127,7 +127,7 @@ def _settle_old(path: Path) -> None:
 def _exchange(a: Path, b: Path) -> bool:
     """Lets two paths change places in one step; returns False where the system or the file system cannot (NFS)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python has no function for it
-    return rename is not None and rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0
+    return bool(rename and rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _RENAME_EXCHANGE) == 0)
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
