@@ -131,9 +131,14 @@ def _have_several(sources: Choice | None) -> TypeGuard[Choice]:
 
 def _source_means(values: Bools, sources: Choice) -> Floats:
     """Returns the mean over the clips of each source: `(clips,)` to `(sources,)`."""
-    _, numbers, counts = np.unique(sources, return_inverse=True, return_counts=True)
-    means: Floats = np.bincount(numbers, weights=values) / counts
+    means: Floats = _source_sums(values, sources) / np.unique(sources, return_counts=True)[1]
     return means
+
+
+def _source_sums(values: Floats | Bools, sources: Choice) -> Floats:
+    """Returns the sum over the clips of each source: `(clips,)` to `(sources,)`."""
+    numbers = np.unique(sources, return_inverse=True)[1].reshape(-1)  # (clips,)
+    return np.bincount(numbers, weights=values).astype(np.float64)
 
 
 def separation(probabilities: Floats, right: Bools) -> Interval:
@@ -200,12 +205,6 @@ def over_random(right: Bools, choice: Choice, sources: Choice) -> Interval:
     sums = _source_sums(gains - gains.mean(), sources)
     half = _Z * math.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / clips if len(sums) > 1 else 1.0
     return float(gains.mean()), float(gains.mean()) - half, float(gains.mean()) + half
-
-
-def _source_sums(values: Floats, sources: Choice) -> Floats:
-    """Returns the sum over the clips of each source: `(clips,)` to `(sources,)`."""
-    numbers = np.unique(sources, return_inverse=True)[1].reshape(-1)  # (clips,)
-    return np.bincount(numbers, weights=values).astype(np.float64)
 
 
 def fixed_points(right: Bools, costs: Floats, points: Sequence[str], sources: Choice) -> dict[str, FixedPoint]:
