@@ -258,8 +258,9 @@ def _run_pool(
                 queue.extend(islice(waiting, _TASKS_PER_WORKER * workers - len(running) - len(queue)))
                 with _warning_signals_blocked():
                     while queue:
-                        task = pool.schedule(partial(_call, function), args=(queue[0],), timeout=timeout_s)
-                        running[task] = queue.popleft()
+                        # It stays in the queue if this raises.
+                        running[pool.schedule(partial(_call, function), args=(queue[0],), timeout=timeout_s)] = queue[0]
+                        queue.popleft()
                 if not running:
                     return
                 done = wait(running, _POLL_S, return_when=FIRST_COMPLETED).done
