@@ -11,7 +11,7 @@ import math
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -244,51 +244,71 @@ def _call_and_send(sender: Connection, function: Callable[[str], Result], path: 
 def _run_pool(
     paths: Sequence[str], function: Callable[[str], Result], *, workers: int, timeout_s: float
 ) -> Generator[tuple[str, Result | str], None, None]:
-    """Calls a function for each file once; see `run_on_files`. A new pool goes on with the files of a broken one."""
-    if not paths:
-        return
-    workers = min(max(workers, 1), len(paths))
+    """Calls a function for each file once; see `run_on_files`.
+
+    A new pool goes on with the files of a broken one. The second pool in a row that breaks before its first result is
+    an error.
+    """
     waiting, queue = iter(paths), deque[str]()
-    while True:
-        pool = ProcessPool(max_workers=workers, context=fork_server(function, _PRELOADED))
-        running: dict[Future[Result | str], str] = {}
+    workers = min(max(workers, 1), len(paths))
+    fruitless = 0  # pools in a row without a result
+    while paths:
         finished = 0
         try:
-            while True:
-                queue.extend(islice(waiting, _TASKS_PER_WORKER * workers - len(running) - len(queue)))
-                with _warning_signals_blocked():
-                    while queue:
-                        # It stays in the queue if this raises.
-                        running[pool.schedule(partial(_call, function), args=(queue[0],), timeout=timeout_s)] = queue[0]
-                        queue.popleft()
-                if not running:
-                    return
-                done = wait(running, _POLL_S, return_when=FIRST_COMPLETED).done
-                if not done and not pool.active:  # it may leave tasks without a result
-                    raise BrokenProcessPool
-                for task in done:
-                    result = _result_of(task, timeout_s)
-                    path = running.pop(task)
+            with closing(_run_one_pool(waiting, queue, function, workers=workers, timeout_s=timeout_s)) as results:
+                for result in results:
                     finished += 1
-                    yield path, result
-        except RuntimeError as error:  # `schedule` of a broken pool raises no BrokenProcessPool
-            if not isinstance(error, BrokenProcessPool) and pool.active:
-                raise
-            queue.extendleft(reversed(running.values()))
-            _require_progress(finished, queue, error)
-        finally:
-            pool.stop()
-            pool.join()
+                    yield result
+            return
+        except BrokenProcessPool as error:
+            fruitless = 0 if finished else fruitless + 1
+            if fruitless > 1:
+                raise RunError(
+                    "the processes that read videos cannot be started, or end at once: their fork server was killed, "
+                    f"or the memory is full; fewer data.workers need less. The files in work were {few(queue)}"
+                ) from error
+            say(f"the processes that read videos broke down; new ones read on, with {few(queue)}")
 
 
-def _require_progress(finished: int, unfinished: Collection[str], error: BaseException) -> None:
-    """Raises `RunError` if a pool broke before its first result: the next one would, too."""
-    if not finished:
-        raise RunError(
-            "the processes that read videos cannot be started, or end at once: their fork server was killed, or the "
-            f"memory is full; fewer data.workers need less. The files in work were {few(unfinished)}"
-        ) from error
-    say(f"the processes that read videos broke down; new ones read on, with {few(unfinished)}")
+def _run_one_pool(
+    waiting: Iterator[str],
+    queue: deque[str],
+    function: Callable[[str], Result],
+    *,
+    workers: int,
+    timeout_s: float,
+) -> Generator[tuple[str, Result | str], None, None]:
+    """Calls a function for each file of `queue`, and then of `waiting`.
+
+    Raises:
+        BrokenProcessPool: The pool has lost its processes, or cannot start them. `queue` has the files in work.
+    """
+    pool = ProcessPool(max_workers=workers, context=fork_server(function, _PRELOADED))
+    running: dict[Future[Result | str], str] = {}
+    try:
+        while True:
+            queue.extend(islice(waiting, _TASKS_PER_WORKER * workers - len(running) - len(queue)))
+            with _warning_signals_blocked():
+                while queue:
+                    # The path stays in the queue if this raises.
+                    running[pool.schedule(partial(_call, function), args=(queue[0],), timeout=timeout_s)] = queue[0]
+                    queue.popleft()
+            if not running:
+                return
+            done = wait(running, _POLL_S, return_when=FIRST_COMPLETED).done
+            if not done and not pool.active:  # it may leave tasks without a result
+                raise BrokenProcessPool
+            for task in done:
+                result = _result_of(task, timeout_s)
+                yield running.pop(task), result
+    except RuntimeError as error:
+        if not isinstance(error, BrokenProcessPool) and pool.active:
+            raise
+        queue.extendleft(reversed(running.values()))
+        raise BrokenProcessPool from error  # `schedule` of a broken pool raises another RuntimeError
+    finally:
+        pool.stop()
+        pool.join()
 
 
 @contextmanager
