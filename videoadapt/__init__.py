@@ -23,6 +23,7 @@ Configs
 Models
     build_model, TimeSformer          a new model, with the weights of train.init; model(clips, point) returns logits
     load_model, load_assigner         the newest model of a run, and its assigner
+    load_predictor                    model, policy and settings of a run, for many calls of predict
     load_weights                      loads pretrained weights into a model
     AdaptiveModel                     model, assigner and policy: save_pretrained, from_pretrained, predict
 
@@ -76,6 +77,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`; `_HOME`
     from videoadapt.evaluation.evaluate import EvaluationSummary as EvaluationSummary
     from videoadapt.evaluation.predict import Prediction as Prediction
     from videoadapt.evaluation.predict import Predictions as Predictions
+    from videoadapt.evaluation.predict import Predictor as Predictor
+    from videoadapt.evaluation.predict import load_predictor as load_predictor
     from videoadapt.evaluation.predict import predict as predict
     from videoadapt.exporting.adaptive import AdaptiveModel as AdaptiveModel
     from videoadapt.exporting.export import ExportSummary as ExportSummary
@@ -128,6 +131,8 @@ _HOME = {  # the module of each public name
     "serve": "commands.serve.server",
     "Prediction": "evaluation.predict",
     "Predictions": "evaluation.predict",
+    "Predictor": "evaluation.predict",
+    "load_predictor": "evaluation.predict",
     "predict": "evaluation.predict",
     "AdaptiveModel": "exporting.adaptive",
     "ExportSummary": "exporting.export",

@@ -35,7 +35,7 @@ from videoadapt.data.index.manifest import load_or_index
 from videoadapt.data.index.probe_pool import run_alone
 from videoadapt.errors import UserError
 from videoadapt.evaluation.explain import explain, read_video
-from videoadapt.evaluation.predict import predictor_of_run
+from videoadapt.evaluation.predict import load_predictor
 from videoadapt.evaluation.reasons import reason
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints
@@ -317,13 +317,13 @@ def test_a_cascade_is_explained_by_its_confidences(run: Config) -> None:
     """The numbers are those by which the policy decided: the clip ends where they say."""
     [video] = videos(run, 1)
     read = read_video(str(video), run, thumbnails=False)
-    sure = explain(predictor_of_run(run, "fixed:4", 1), "a", read).answers[2].probabilities[0]
+    sure = explain(load_predictor(run, "fixed:4", top=1), "a", read).answers[2].probabilities[0]
     for thresholds, ends, words in (
         ((sure - 0.01, 0.9), "4", f"4: confidence {sure:.3f}, at least {sure - 0.01:.3g}, so the clip ends there."),
         ((sure + 0.01, 0.9), "8", f"4: confidence {sure:.3f}, less than {sure + 0.01:.3g}; 6: "),
     ):
         policy = "cascade:4,6,8:{:.9f},{}".format(*thresholds)
-        explained = explain(predictor_of_run(run, policy, 1), "a", read)
+        explained = explain(load_predictor(run, policy, top=1), "a", read)
         [clip] = explained.units
         assert clip.point == ends == explained.prediction.points[0]
         assert clip.reason.startswith(words)
@@ -337,13 +337,13 @@ def test_a_cascade_over_views_is_explained_view_by_view(run: Config) -> None:
     evaluate = run.evaluate.model_copy(update={"temporal_views": 2, "spatial_crops": 3})
     config = run.model_copy(update={"evaluate": evaluate})
     read = read_video(str(videos(run, 1)[0]), config, thumbnails=False)
-    explained = explain(predictor_of_run(config, "cascade:4,8:views:1,1", 1), "a", read)
+    explained = explain(load_predictor(config, "cascade:4,8:views:1,1", top=1), "a", read)
     [video] = explained.units
     assert len(video.starts_s) == 2
     assert [(look.point, look.views) for look in video.looks] == [("4", 1), *(("8", views) for views in range(1, 7))]
     assert video.reason.startswith("4, 1 view: confidence 0.")
     assert video.reason.endswith("8, 6 views: the last step of the cascade.")
-    html = answer_html(explained, read, predictor_of_run(config, "cascade:4,8:views:1,1", 1))
+    html = answer_html(explained, read, load_predictor(config, "cascade:4,8:views:1,1", top=1))
     assert html.count("<img ") == 2 * config.model.num_frames
     assert "8, 6 views" in html
 

@@ -17,11 +17,11 @@ from torch import Tensor
 import small_runs as runs
 import videoadapt as va
 from videoadapt.config.cost import point_macs
-from videoadapt.config.load import Config
+from videoadapt.config.load import Config, dump_config
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import CheckpointError, UserError
 from videoadapt.evaluation.evaluate import _further, evaluate
-from videoadapt.evaluation.predict import predict, predict_files
+from videoadapt.evaluation.predict import load_predictor, predict, predict_files
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_macs
 from videoadapt.routing.decide import decide
@@ -172,6 +172,19 @@ def test_the_verb_predict_decides_as_the_function(run: Config, answers: np.ndarr
         unusable = [p.path for p in expected if np.isnan(p.probabilities).any()]
         assert [row["path"] for row in written.failed] == unusable  # JSON has no NaN
         assert written.failed[0]["cause"].endswith("probabilities are NaN")
+
+
+def test_a_predictor_answers_as_its_run_and_a_model_alone_says_that_it_has_no_settings(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor = load_predictor(run, "fixed:2", top=1)
+    assert list(predict(predictor, image(run))) == list(predict(run, image(run), "fixed:2", top=1))
+    with pytest.raises(UserError, match="give them to load_predictor"):
+        predict(predictor, image(run), "fixed:4")
+    capsys.readouterr()
+    (tmp_path / "config.yaml").write_text(dump_config(run))  # as `new` writes it: the run is elsewhere
+    predict(load_model(tmp_path), image(run))
+    assert "3 views of each video, as by default" in capsys.readouterr().err
 
 
 def test_predictions_have_the_names_of_data_classes(run: Config, tmp_path: Path) -> None:

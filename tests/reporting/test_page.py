@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
 
+import browser as browsers
 import simulated_runs
 import small_runs as runs
 import videoadapt as va
@@ -31,7 +33,7 @@ from videoadapt.reporting.sentence import headline
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-SLACK = 3  # the issue asks for 3 s on a quiet machine; the tests share theirs
+SLACK = 3  # the aim is 3 s on a quiet machine; the tests share theirs
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 HOSTILE = (
     "</script><script>document.title='broken'</script>",
@@ -328,6 +330,14 @@ def test_a_picture_of_the_whole_page_has_every_chart_and_table(browser: Browser,
         tab.locator(":is([data-chart], [data-table]):not([data-drawn])").first.wait_for(state="detached")
         assert tab.evaluate("[...document.querySelectorAll('[data-chart], [data-table]')].every((e) => e.innerText)")
         assert tab.evaluate("scrollY") == 0
+
+
+def test_a_tall_window_without_a_head_has_every_chart_when_the_page_has_loaded(browser: Browser, folder: Path) -> None:
+    command = [str(browsers.find()), "--headless", "--no-sandbox", "--window-size=1440,12000", "--dump-dom"]
+    page = report(folder / "good").page.resolve()
+    text = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
+    parts = re.findall(r"<div[^>]* data-(?:chart|table)=[^>]*>", text)
+    assert len(parts) > 5 and all("data-drawn" in part for part in parts)
 
 
 def test_on_paper_no_chart_is_empty_and_tables_are_plain(browser: Browser, folder: Path) -> None:

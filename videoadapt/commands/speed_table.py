@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from videoadapt.errors import plural
+from videoadapt.errors import few, plural
 from videoadapt.evaluation.intervals import has_interval
 from videoadapt.runtime.console import duration, print_table, say
 
@@ -30,9 +30,28 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
         f"in {duration(speed['seconds'])} on {speed['date']}{limit}"
     )
     say(
-        "efficiency: speed-up / MACs saved, both against the fixed costliest point; 1 = every saved multiply-add saves "
-        "its time"
+        "efficiency: speed-up / by MACs, both against the fixed costliest point and on the clips that were timed; 1 = "
+        "every saved multiply-add saves its time"
     )
+    if unclear := unclear_speeds(speed["policies"]):
+        say(
+            f"clips/s and speed-up disagree on what is faster: {few(unclear)}. The rounds differ too much to tell; a "
+            "larger evaluate.speed_seconds, or a quiet machine, gives more and more equal ones"
+        )
+
+
+def unclear_speeds(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the policies that are faster than the first one by the median of their speeds, but not of the ratios.
+
+    Args:
+        policies: The key `policies` of `speed`. The first one is the fixed costliest point.
+    """
+    first = next(iter(policies.values()))["clips_per_s"]
+    return [
+        name
+        for name, policy in policies.items()
+        if (policy["clips_per_s"] - first) * (policy["speedup"][0] - 1) < 0  # one rises and the other falls
+    ]
 
 
 def _covered(speed: Mapping[str, Any]) -> str:
@@ -72,7 +91,10 @@ def _cells(name: str, policy: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _interval(values: Sequence[float] | None) -> str:
-    return "-" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
+    if values is None:
+        return "-"
+    middle, low, high = values
+    return f"{middle:.2f} (once)" if low == high else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _largest(stages_s: Mapping[str, float]) -> str:

@@ -469,7 +469,13 @@ def _busy() -> str:
 
 
 def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints, of each policy that routes, whether fixed points would do as well for the same or less."""
+    """Prints which fixed point could do for all clips, and if fixed points do as well as each policy that routes."""
+    if sufficient := sufficient_fixed(policies):
+        row = policies[sufficient]
+        say(
+            f"{sufficient} is the cheapest fixed point that is not significantly less accurate than "
+            f"{next(iter(policies))}: {in_points(row['difference_to_costliest'])}, {percent(row['macs_saved'])} % saved"
+        )
     for name, policy in policies.items():
         if name.startswith("cascade:") and policy["macs_saved"] < 0:
             say(
@@ -487,6 +493,21 @@ def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{fixed} costs {cheaper} % less than {name} and is not significantly less accurate: {name} minus "
                 f"{fixed} {in_points(policy['difference_to_cheaper_fixed'])}"
             )
+
+
+def sufficient_fixed(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the cheapest fixed point that is not significantly less accurate than the costliest one.
+
+    Args:
+        policies: The rows of `evaluate.json`. The first one is the costliest point.
+
+    Returns:
+        The name of the policy; None if no cheaper point is as good, or all points cost the same.
+    """
+    costliest, *others = policies
+    good = [name for name in others if name.startswith("fixed:") and policies[name]["difference_to_costliest"][2] >= 0]
+    cheapest = max(good, key=lambda name: policies[name]["macs_saved"], default=costliest)
+    return cheapest if policies[cheapest]["macs_saved"] > policies[costliest]["macs_saved"] else None
 
 
 def print_export(summary: ExportSummary) -> None:

@@ -158,7 +158,6 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         CheckpointError: There is no model, or the run's assigner does not fit it.
         RunError: A video could be read while it was scored, and cannot be read for the speed measurement.
     """
-    start = time.monotonic()
     path = config.run.dir / "evaluate" / "evaluate.json"
     with ranks(config), sole_writer(config, "evaluate") as guard:
         checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
@@ -178,9 +177,8 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
         for text in filter(is_policy_file, policies):
             say_other_inputs(Path(text), config, manifest.hash)
-        before = time.monotonic()
         scored = _score(model, manifest, assigned, config)
-        scoring_s = round(time.monotonic() - before, 1)
+        scored_at = time.monotonic()
         if scored is None:
             return ShardResult(str(config.parallel.shard))
 
@@ -190,10 +188,10 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
             )
-            found = replace(found, promises=promises)
-            summary = replace(
-                found, stages={"score": scoring_s} | found.stages, seconds=round(time.monotonic() - start, 1)
-            )
+            # An earlier call may have scored some of the videos, or all.
+            seconds = scores.seconds + time.monotonic() - scored_at
+            stages = {"score": round(scores.seconds, 1)} | found.stages
+            summary = replace(found, promises=promises, stages=stages, seconds=round(seconds, 1))
             with guard():
                 write_json(path, summary.to_json())
             return summary

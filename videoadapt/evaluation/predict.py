@@ -107,7 +107,7 @@ class Predictions(Result):
 
 
 class Predictor(NamedTuple):
-    """All that the prediction of a video needs."""
+    """All that the prediction of a video needs; `load_predictor` loads it once for many calls of `predict`."""
 
     model: TimeSformer
     policy: Policy
@@ -124,14 +124,14 @@ class _Video(NamedTuple):
 
 
 def predict(  # noqa: PLR0913 - settings, by name
-    model: TimeSformer | ConfigSource,
+    model: Predictor | TimeSformer | ConfigSource,
     videos: Videos,
     policy: str | Policy | None = None,
     *,
     fps: float | None = None,
     evaluate: EvaluateConfig | None = None,
     data: DataConfig | None = None,
-    top: int = TOP,
+    top: int | None = None,
     on_error: Literal["raise", "list"] = "raise",
     progress: bool = True,
 ) -> Predictions:
@@ -141,7 +141,8 @@ def predict(  # noqa: PLR0913 - settings, by name
     its point. Nothing is written.
 
     Args:
-        model: A run folder (or its `Config`, or its YAML file), or a model in eval mode.
+        model: A run folder (or its `Config`, or its YAML file), a `load_predictor`, or a model in eval mode,
+            which has neither the views of its run nor its assigner.
         videos: The path of a video, of an image, of a folder of frames, or of a folder of videos; or frames in memory,
             uint8 RGB `(F, H, W, 3)`, array or tensor; or a list of these. An iterable of frames `(H, W, 3)`, such as a
             generator, is one video: it is read to its end. Images are one video each if the model's clips have one
@@ -152,7 +153,7 @@ def predict(  # noqa: PLR0913 - settings, by name
         fps: Frames per second of frames in memory.
         evaluate: How views are cut, as the `evaluate` section of a config. None: as the run, or the defaults.
         data: How videos are read and resized, as the `data` section of a config. None: as the run, or the defaults.
-        top: Number of classes of a prediction.
+        top: Number of classes of a prediction; 5 by default.
         on_error: `raise` for the first video that cannot be read, or `list` it in `failed` and go on; a video whose
             probabilities are NaN is then listed, too.
         progress: Show a bar for several videos, and messages.
@@ -162,16 +163,21 @@ def predict(  # noqa: PLR0913 - settings, by name
 
     Raises:
         VideoError: A video cannot be read.
-        UserError: There is no video, the policy needs the truth, or does not fit the model, or `data.classes` does not.
+        UserError: There is no video, the policy needs the truth, or does not fit the model, or `data.classes` does not;
+            or a predictor is given with other settings.
         CheckpointError: The run has no model, or its assigner does not fit it.
     """
     with progress_shown(progress):
-        if isinstance(model, TimeSformer):
-            predictor = _of_model(model, policy, evaluate or EvaluateConfig(), data or DataConfig(), top)
+        given = {"evaluate": evaluate, "data": data}
+        changed = {section: value for section, value in given.items() if value is not None}
+        if isinstance(model, Predictor):
+            if policy is not None or changed or top is not None:
+                raise UserError("predict: a predictor has its policy and settings; give them to load_predictor")
+            predictor = model
+        elif isinstance(model, TimeSformer):
+            predictor = _of_model(model, policy, evaluate, data, top or TOP)
         else:
-            given = {"evaluate": evaluate, "data": data}
-            changed = {section: value for section, value in given.items() if value is not None}
-            predictor = predictor_of_run(as_config(model).model_copy(update=changed), policy, top)
+            predictor = load_predictor(as_config(model).model_copy(update=changed), policy, top=top or TOP)
         found, left_out = _found(videos, fps, predictor.config)
         result = Predictions(predictor.policy.name, [], [], left_out)
         _predict_all(predictor, found, result, on_error)
@@ -179,23 +185,45 @@ def predict(  # noqa: PLR0913 - settings, by name
 
 
 def _of_model(
-    model: TimeSformer, policy: str | Policy | None, evaluate: EvaluateConfig, data: DataConfig, top: int
+    model: TimeSformer, policy: str | Policy | None, evaluate: EvaluateConfig | None, data: DataConfig | None, top: int
 ) -> Predictor:
+    if evaluate is None:
+        default = EvaluateConfig()
+        views = plural(default.temporal_views * default.spatial_crops, "view")
+        say(
+            f"predict: a model has no settings of its run: {views} of each video, as by default. A run folder, or "
+            "load_predictor, has them; evaluate= and data= give others"
+        )
     if isinstance(policy, str) and needs_assigner(policy):
         raise UserError(f"policy {policy!r}: a model has no assigner; give its run, or policy=va.Assigned.load(RUN)")
     chosen = parse_policy(policy, None, model.config, weights=model) if isinstance(policy, str) else policy
     config = Config(
         model=model.config,
         assign=AssignConfig(frames=1),
-        evaluate=evaluate,
-        data=data,
+        evaluate=evaluate or EvaluateConfig(),
+        data=data or DataConfig(),
         loss=LossConfig(dropped="ce"),  # not used here; other losses are not allowed for every set of points
     )
     return _predictor(model, chosen or Fixed(model.config.points[0]), config, top)
 
 
-def predictor_of_run(config: Config, policy: str | Policy | None, top: int) -> Predictor:
-    """Loads what the predictions of a run need; see `predict` for the arguments and errors."""
+def load_predictor(run: ConfigSource, policy: str | Policy | None = None, *, top: int = TOP) -> Predictor:
+    """Loads what the predictions of a run need, once for many calls of `predict`.
+
+    Args:
+        run: A run folder, its `Config` or its YAML file. The device is `run.device`.
+        policy: As in `predict`.
+        top: Number of classes of a prediction.
+
+    Raises:
+        UserError: The policy does not fit the run.
+        CheckpointError: The run has no model, or its assigner does not fit it.
+
+    Example:
+        >>> predictor = va.load_predictor("runs/mine", "fixed:7")
+        >>> answers = [va.predict(predictor, path)[0].classes[0] for path in ("a.jpg", "b.jpg")]
+    """
+    config = as_config(run)
     if isinstance(policy, str) and not needs_assigner(policy):
         parse_policy(policy, None, config.model, config.run.dir)  # a wrong text is refused before the model is loaded
     model = inference_model(config)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from videoadapt.config.load import RUN_CONFIG, load_config
 from videoadapt.config.parse import require_regular
 from videoadapt.config.sections import ModelConfig, Section
 from videoadapt.errors import CheckpointError, RunError, shown
@@ -360,7 +361,8 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
     """Loads a checkpoint file, or the newest checkpoint of a run folder.
 
     Args:
-        source: A checkpoint file, `best` or `last` in a folder of checkpoints, or a run folder.
+        source: A checkpoint file, `best` or `last` in a folder of checkpoints, a run folder, or a folder with a config
+            whose run is meant, as `new` writes it.
         checkpoints_of: Returns the checkpoints of one stage of a run folder, such as `train_checkpoints`.
 
     Returns:
@@ -375,6 +377,9 @@ def find_checkpoint(source: Path, checkpoints_of: Callable[[Path], Checkpoints])
         named = folder.named_by(source.name) if source.name in ("best", "last") else None
         return load_checkpoint(named or source, checkpoints.kind)  # no other file if the user's file is damaged
     found = checkpoints.latest()
+    if found is None and (source / RUN_CONFIG).is_file():
+        checkpoints = checkpoints_of(load_config(source).run.dir)
+        found = checkpoints.latest()
     if found is None:
         verb = "train" if checkpoints.kind == "train" else "assign"
         raise CheckpointError(f"{checkpoints.folder}: no checkpoint there; run `videoadapt {verb}` first")

@@ -52,6 +52,7 @@ class LabelSummary(Result):
     none_right_clips: int  # clips on which no point is right
     left_out: int  # clips without a label
     inputs: dict[str, Any]  # what the labels depend on; see `label_inputs`
+    seconds: float = 0.0  # of scoring, in all calls; 0 in labels of earlier versions
 
     def table(self) -> Table:
         """Returns, for each point, how often it is right and how many clips have it as their label."""
@@ -148,6 +149,7 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         none_right_clips=int((~right.any(axis=1)).sum()),  # `right` is (clips, points)
         left_out=int((labels < 0).sum()),  # -1: a clip without a label
         inputs=label_inputs(config, manifest.hash, scores.model).to_json(),
+        seconds=round(scores.seconds, 1),
     )
     return {"outcomes": table, "labels": clips}, summary
 

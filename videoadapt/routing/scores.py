@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ class Scores:
         failures: The videos that could not be read.
         model: `weights_digest` of the model.
         files: The files of the shards, in order.
+        seconds: Time of scoring, in all calls that wrote the shards.
     """
 
     rows: Ints
@@ -110,6 +112,7 @@ class Scores:
     failures: list[Failure]
     model: str
     files: Sequence[Path]
+    seconds: float = 0.0
 
     @property
     def clips_per_video(self) -> int:
@@ -285,11 +288,12 @@ def _score_shards(
     router = Router(model, _EveryPoint(assigner), batch=config.evaluate.batch)
     videos = stream(dataset, wanted)  # one stream for all shards, so that the workers never run out of work
     total = sum(len(chunk) for _, chunk in shards)
+    begun_s = time.monotonic()
     with StopRequest() as stop, Bar(name, total=total, unit="videos", start=total - len(wanted)) as bar:
         for (file, _), rows in zip(shards, unread, strict=True):
             if not rows or stop.requested:
                 continue
-            found = [_earlier(file)]
+            before_s, *found = _earlier(file)
             failures: list[Failure] = []
             # Batches do not cross shards, so that the contents of a shard do not depend on the number of ranks.
             for result in router.stream(itertools.islice(videos, len(rows))):
@@ -298,7 +302,10 @@ def _score_shards(
                 elif isinstance(result, Failure):
                     failures.append(result)
                 bar.step()
-            _write(file, _joined(found) | {"failures": np.array(json.dumps(failures))})
+            ended_s = time.monotonic()
+            seconds = before_s + (ended_s - begun_s) / world_size()  # ranks score at the same time
+            begun_s = ended_s
+            _write(file, _joined(found) | {"failures": np.array(json.dumps(failures)), "seconds": np.array(seconds)})
     return stop
 
 
@@ -364,11 +371,11 @@ def _scores_of(result: RoutedVideo) -> Arrays:
     return arrays
 
 
-def _earlier(file: Path) -> Arrays:
-    """Returns the scores that a shard has already."""
+def _earlier(file: Path) -> tuple[float, Arrays]:
+    """Returns the time of a shard so far, and the scores that it has already."""
     arrays = _read(file) if file.exists() else {}
     arrays.pop("failures", None)  # these videos are tried again
-    return arrays
+    return _seconds(arrays), arrays
 
 
 def _joined(found: Sequence[Arrays]) -> Arrays:
@@ -393,6 +400,11 @@ def _read(file: Path) -> Arrays:
         return dict(arrays)
 
 
+def _seconds(arrays: Arrays) -> float:
+    """Takes the time of scoring out of the arrays of a shard; 0 in those of an older version."""
+    return float(arrays.pop("seconds", 0.0))
+
+
 def _failures(arrays: Arrays) -> list[Failure]:
     return [Failure(*fields) for fields in json.loads(str(arrays["failures"]))]
 
@@ -405,8 +417,10 @@ def _load(files: Sequence[Path], weights: str, average: Average) -> Scores:
     """Returns the scores of all shards without their logits."""
     kept: dict[str, list[npt.NDArray[Any]]] = {}
     failures: list[Failure] = []
+    seconds = 0.0
     for file in files:
         arrays = _read(wait_for_file(file))  # a network file system may show another rank's file late
+        seconds += _seconds(arrays)
         failures += _failures(arrays)
         if "rows" in arrays:
             probabilities = _scored(arrays).probabilities(average)
@@ -434,4 +448,5 @@ def _load(files: Sequence[Path], weights: str, average: Average) -> Scores:
         failures=failures,
         model=weights,
         files=files,
+        seconds=seconds,
     )

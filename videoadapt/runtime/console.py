@@ -94,8 +94,9 @@ class Bar:
     """Progress in one line: `with Bar("train", total=100, unit="clips") as bar: bar.step(4, note="loss 0.5")`.
 
     On a terminal the line is updated in place, and in a notebook if it has ipywidgets. Elsewhere, as in a log file, a
-    new line is printed at most every `every_s` seconds. A last line follows at the end, also after an exception. The time
-    that is left is estimated from all items after the first ones, whose time holds what came before the work.
+    new line is printed at most every `every_s` seconds. A last line follows at the end, also after an exception.
+
+    The time that is left is estimated without the first items, whose time holds what came before the work.
 
     Args:
         name: The name of the work, at the start of the line.

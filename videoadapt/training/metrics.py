@@ -63,6 +63,9 @@ class Metrics:
     """Writes the values of each step to `metrics.jsonl`, those of validations to `validation.jsonl`, a JSON line each.
 
     TensorBoard gets them too, and so does the tracker of the run.
+
+    Attributes:
+        before_s: Seconds of training before this call, up to the last step that is kept.
     """
 
     def __init__(self, folder: Path, step: int, validated: int | None = None, tracker: Tracker | None = None) -> None:
@@ -80,6 +83,7 @@ class Metrics:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _lines_up_to(folder / "metrics.jsonl", step, _step_of)
+        self.before_s = _last_seconds(folder / "metrics.jsonl")
         self._validations: TextIOWrapper | None = None
         if validated is not None:
             self._validations = _lines_up_to(folder / "validation.jsonl", validated, _validated_step_of)
@@ -129,6 +133,12 @@ def _lines_up_to(path: Path, step: int, step_of: Callable[[str], float | None]) 
         kept = (f"{line}\n" for line in lines if (of := step_of(line)) is not None and of <= step)
         temporary.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")
+
+
+def _last_seconds(path: Path) -> float:
+    """Returns `seconds` of the last line; 0 if there is no line, or an earlier version wrote it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return float(json.loads(lines[-1]).get("seconds", 0.0)) if lines else 0.0
 
 
 def _write_line(file: TextIOWrapper, values: Mapping[str, Any]) -> None:
@@ -183,13 +193,13 @@ class TrainSummary(Result):
     skipped: int  # clips that could not be read, over all epochs
     manifest: str  # hash
     checkpoint: str | None  # path of the newest checkpoint
-    seconds: float  # time since the start or the last resume
-    clips_per_s: float  # sum over all ranks
+    seconds: float  # of all calls that trained the run, without the steps that were lost in an interruption
+    clips_per_s: float  # sum over all ranks; since the start or the last resume, as is the next one
     wait_fraction: float  # fraction of the time spent waiting for data, 0 to 1
     peak_memory_bytes: int
     points: dict[str, PointMetrics]
     validation: dict[str, Any] | None = None  # the last one, with the fields of `Validation`; None without validation
-    validation_s: float = 0.0  # time of all validations since the start or the last resume; part of `seconds`
+    validation_s: float = 0.0  # time of all validations; part of `seconds`
     best: BestCheckpoint | None = None  # None without validation
     stopped_early: bool = False  # by `train.patience`
     ended: str = ""  # date, time and offset from UTC; empty in runs of earlier versions, as is `host`

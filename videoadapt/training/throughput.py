@@ -121,6 +121,7 @@ class ThroughputMeter:
 
     Attributes:
         start: When the meter was created, by `time.monotonic`.
+        before_s: Seconds of training in earlier calls, which were interrupted.
         excluded_s: Time spent on something else than training; see `exclude`.
     """
 
@@ -135,7 +136,7 @@ class ThroughputMeter:
             device: The device of the model.
             ranks: Ranks that split the global batch with this one, itself included.
         """
-        self.start = time.monotonic()
+        self.start, self.before_s = time.monotonic(), 0.0
         self._ranks = ranks
         self._workers, self._on_gpu = workers, device.type == "cuda"
         self._clips, self._waited_s, self.excluded_s = 0, 0.0, 0.0
@@ -159,6 +160,10 @@ class ThroughputMeter:
     def exclude(self, seconds: float) -> None:
         """Leaves out a time that was spent on something else than training, namely on a validation."""
         self.excluded_s += seconds
+
+    def seconds(self) -> float:
+        """Returns the seconds of training so far, with validations and with those of earlier calls."""
+        return self.before_s + time.monotonic() - self.start
 
     def since_start(self) -> Throughput:
         """Returns the throughput of this rank since the start, without the excluded time."""

@@ -151,11 +151,14 @@ def run_epochs(
     recent: deque[dict[str, float]] = deque(maxlen=_STEPS_SHOWN)
     writer = closing(_open_metrics(validator)) if rank() == 0 else nullcontext()
     with writer as metrics, StopRequest() as stop, bar:
+        if metrics is not None:
+            meter.before_s = metrics.before_s
 
         def take(report: StepReport) -> bool:
             values = report.read(state)
             if metrics is not None:  # rank 0; its values are sums over all ranks
-                metrics.write(report.step + 1, values | meter.rates() | _waits(role, meter))
+                times = {"seconds": round(meter.seconds(), 1)} | meter.rates() | _waits(role, meter)
+                metrics.write(report.step + 1, values | times)
             recent.append(values)
             bar.step(config.train.batch, state.note(recent, meter))
             return agree_on_stop(stop, report.stop_flags)  # every rank stops if any rank received a signal
@@ -359,7 +362,7 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
         skipped=state.skipped,
         manifest=state.manifest.hash,
         checkpoint=str(newest.path) if newest else None,
-        seconds=round(time.monotonic() - meter.start, 1),
+        seconds=round(meter.seconds(), 1),
         clips_per_s=round(rates["clips_per_s"], 4),
         wait_fraction=round(rates["wait_fraction"], 4),
         peak_memory_bytes=peak_memory_bytes(),
@@ -368,12 +371,17 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
             for point in config.model.points
         },
         validation=asdict(state.validations[-1]) if state.validations else None,
-        validation_s=round(meter.excluded_s, 1),
+        validation_s=round(_validation_s(config.run.dir), 1),
         best=_describe_best(best, checkpoints, config) if best else None,
         stopped_early=state.step < per_epoch * config.train.epochs,
         ended=datetime.now().astimezone().isoformat(" ", timespec="minutes"),
         host=socket.gethostname(),
     )
+
+
+def _validation_s(run: Path) -> float:
+    path = run / "validation.jsonl"  # missing without validations
+    return float(pd.read_json(path, lines=True).get("seconds", pd.Series(dtype=float)).sum()) if path.exists() else 0.0
 
 
 def _describe_best(best: Validation, checkpoints: Checkpoints, config: Config) -> BestCheckpoint:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from videoadapt.config.load import Config, ConfigSource, as_config
 from videoadapt.errors import RunError, UserError
 from videoadapt.evaluation.explain import warm_up
-from videoadapt.evaluation.predict import Predictor, predictor_of_run
+from videoadapt.evaluation.predict import Predictor, load_predictor
 from videoadapt.routing.policy import Policy
 from videoadapt.runtime.console import progress_shown, say
 
@@ -146,7 +146,7 @@ def _start(config: Config, policy: str | Policy | None, listener: socket.socket)
 
     with ThreadPoolExecutor(1) as pool:  # both take seconds
         readers = pool.submit(start_readers)
-        predictor = predictor_of_run(config, policy, top=1)
+        predictor = load_predictor(config, policy, top=1)
         say(f"serve: policy {predictor.policy.name}; first passes of the model")
         warm_up(predictor)
         readers.result()

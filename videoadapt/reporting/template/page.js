@@ -437,6 +437,9 @@
       if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); }
     }
   }, { rootMargin: "300px" });
+  // What is in the window is drawn before the page has loaded: a browser without a head takes its picture then.
+  const near = (element) => !element.closest("[hidden]") && element.getBoundingClientRect().top < window.innerHeight + 300;
+  parts.filter(near).forEach(draw);
   parts.forEach((element) => watcher.observe(element));
   // The others follow while the browser is idle, so that a picture of the whole page has them.
   const whenIdle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50)); // Safari has none
