@@ -23,7 +23,7 @@ Configs
 Models
     build_model, TimeSformer          a new model, with the weights of train.init; model(clips, point) returns logits
     load_model, load_assigner         the newest model of a run, and its assigner
-    load_predictor                    model, policy and settings of a run, for many calls of predict
+    load_predictor -> Predictor       model, policy and settings of a run, for many calls of predict
     load_weights                      loads pretrained weights into a model
     AdaptiveModel                     model, assigner and policy: save_pretrained, from_pretrained, predict
 

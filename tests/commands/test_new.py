@@ -108,6 +108,15 @@ def test_the_file_of_class_names_is_written_with_its_whole_path(
     assert load_config(tmp_path / "run" / "config.yaml").data.classes == tmp_path / "names.txt"
 
 
+def test_names_that_are_numbers_in_a_row_may_show_one_scene(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"cat": 5, "dog": 5})
+    [note] = [each for each in survey(data, tmp_path).notes if "in a row" in each]
+    assert r"data.source_pattern, such as '(.*)\d\.png'" in note
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        path.rename(path.with_name(f"{'abcdefghij'[number]}.png"))
+    assert not [each for each in survey(data, tmp_path).notes if "in a row" in each]
+
+
 def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:
     data = class_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
     for split in ("train", "val"):

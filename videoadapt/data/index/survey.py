@@ -34,6 +34,7 @@ _TEST_NAMES = ("test", "testing", "test_list", "testlist")
 _CLASS_NAMES = ("classes", "class_names", "labels", "categories", "classInd", "class_list")
 _LIST_SUFFIXES = (".csv", ".txt", ".json", ".list", ".tsv")
 _SAMPLE = 500  # videos that are opened: about a second on a core for small files
+_IN_A_ROW = 0.8  # fraction of the videos whose names are numbers in a row, from which they may be of one scene
 _VAL_FRACTION = 0.2  # of each class, if there is no val split
 
 
@@ -130,7 +131,7 @@ def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None =
         )
     elif names:
         found = replace(found, classes=beside / class_file)
-    notes += [*listing.notes, *drawn_notes]
+    notes += [*listing.notes, *drawn_notes, *_series_note(listing.videos)]
     return _survey(found, videos, listing.classes, opened, notes=tuple(notes), files=files)
 
 
@@ -284,6 +285,25 @@ def _spread(values: Iterable[float]) -> Spread:
     ordered = sorted(values)
     low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.5, 0.9))
     return Spread(low, middle, high)
+
+
+def _series_note(videos: Sequence[ListedVideo]) -> list[str]:
+    """Returns a message if nearly all names are numbers in a row, such as `glass1.jpg` and `glass2.jpg`."""
+    series: dict[tuple[str, str], dict[int, str]] = {}  # what stands around the number: names by number
+    for video in videos:
+        if match := re.fullmatch(r"(.*?)(\d{1,9})(\.\w+)", video.path):
+            series.setdefault((match[1], match[3]), {})[int(match[2])] = Path(video.path).name
+    rows = [(numbers, suffix) for (_, suffix), numbers in series.items()]
+    in_a_row = sum(n - 1 in numbers or n + 1 in numbers for numbers, _ in rows for n in numbers)
+    if in_a_row < _IN_A_ROW * len(videos):
+        return []
+    longest, suffix = max(rows, key=lambda row: len(row[0]))
+    names = f"{longest[min(longest)]} to {longest[max(longest)]}"
+    return [
+        f"names are numbers in a row ({names}): if neighbours show one object or scene, set "
+        f"data.source_pattern, such as '(.*)\\d\\{suffix}' for blocks of ten. Otherwise `data.holdout` parts them, and "
+        "intervals take each for independent of the others"
+    ]
 
 
 def _draw_val(videos: Sequence[ListedVideo]) -> list[ListedVideo]:
