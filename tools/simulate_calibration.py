@@ -29,7 +29,7 @@ from videoadapt.errors import UserError
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.calibrate_policies import Measured, best, measure, run_tests
 from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, known_clips, orders_of
-from videoadapt.routing.learn_then_test import videos_needed
+from videoadapt.routing.learn_then_test import provable_loss, videos_needed
 from videoadapt.routing.policy import Assigned, Fixed, Policy
 from videoadapt.routing.scores import Scored, Scores, inference_model, score
 from videoadapt.runtime.console import percent, print_table
@@ -155,15 +155,16 @@ def simulate(file: Path, settings: Settings, overrides: Sequence[str] = ()) -> I
     scores, known = read(file, config)
     assigned = Assigned(Assigner(config.assign, len(config.model.points)).eval(), config.model.points)
     for eps in settings.eps:
-        orders = orders_of(config.model, assigned, known, eps=eps, views=1)
-        policies: list[Policy] = list(
-            dict.fromkeys([*(p for order in orders for p in order.policies), *map(Fixed, config.model.points)])
-        )
-        measured = measure(scores, policies, config)
-        deltas = delta_of_orders(orders, settings.delta)
-        needed = videos_needed(0.0, eps, max(deltas))
+        needed = videos_needed(0.0, eps, settings.delta / 2)  # the part of the best order
         assert needed is not None, "a policy that loses nothing can be proven"
         for videos in (needed, MORE * needed):
+            provable = provable_loss(videos, eps, settings.delta / 2)
+            orders = orders_of(config.model, assigned, known, provable=provable, views=1)
+            policies: list[Policy] = list(
+                dict.fromkeys([*(p for order in orders for p in order.policies), *map(Fixed, config.model.points)])
+            )
+            measured = measure(scores, policies, config)
+            deltas = delta_of_orders(orders, settings.delta)
             promise = CalibrateConfig(eps=eps, delta=settings.delta)
             yield _simulate(measured, policies, orders, deltas, promise, videos=videos, settings=settings)
 

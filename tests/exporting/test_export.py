@@ -28,12 +28,14 @@ from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.exporting import graphs, hugging_face
 from videoadapt.exporting.adaptive import AdaptiveModel, policy_text
 from videoadapt.exporting.card import Facts, _evaluation, cut_card, model_card
-from videoadapt.exporting.export import export
+from videoadapt.exporting.export import export, routing_settings
 from videoadapt.exporting.hugging_face import require_plain
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.load import load_weights
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints
+from videoadapt.routing.leap_rules import Logistic
+from videoadapt.routing.policy import Leap
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.router import assign_probabilities
 from videoadapt.runtime.files import write_json
@@ -207,6 +209,35 @@ def test_the_router_answers_as_predict_without_torch(
             assert [theirs[name] for name in ours.classes] == pytest.approx(ours.probabilities, abs=1e-5)
         used |= {f"{policy} {point}" for prediction in expected for point in prediction.points}
     assert {f"assigned {point}" for point in POINTS} <= used  # or the test would not tell the points apart
+
+
+def test_the_router_leaps_as_the_model(run: Config, exported: va.ExportSummary, tmp_path: Path) -> None:  # noqa: ARG001
+    """The regressions of the leap stand in `routing.json`, and in `config.json` of a saved model."""
+    from videoadapt.exporting.onnx_router import OnnxRouter
+
+    paths, (dear, cheap) = first_videos(run), POINTS
+    sure = [prediction.probabilities[0] for prediction in va.predict(run, paths, f"fixed:{cheap}", progress=False)]
+    # The chance of the cheap point follows its probability, and that of the dear one is even: half of the clips leap.
+    chances = Logistic((float(np.median(sure)), 0.0, 0.0, 0.0), (1.0,) * 4, ((0.0,) * 5, (50.0, 0.0, 0.0, 0.0, 0.0)))
+    leap = Leap(cheap, POINTS, (1.0, 0.5), chances, 0.01)
+    adaptive = AdaptiveModel(load_model(run.run.dir), None, leap, evaluate=run.evaluate, data=run.data)
+    folder = shutil.copytree(run.run.dir / "export" / "onnx", tmp_path / "onnx")
+    write_json(folder / "routing.json", routing_settings(adaptive))
+    adaptive.save_pretrained(tmp_path / "saved")
+    loaded = AdaptiveModel.from_pretrained(tmp_path / "saved")
+    assert loaded.policy == leap
+    manifest, router = load_or_index(run), OnnxRouter(folder)
+    rows = np.flatnonzero(manifest["split"] == "val")[:VIDEOS].tolist()
+    videos: Any = EvalVideos(manifest, run, temporal_views=2, spatial_crops=2)
+    views = torch.cat([videos[row].views for row in rows])
+    for price in (0.0, 0.01, 0.6):
+        routed = OnnxRouter(folder, f"leap:{cheap}:price={price}").run(views.numpy())
+        ours = va.Router(adaptive.model, leap.at(price), batch=4, average=run.evaluate.average).run(views)
+        assert routed.points == tuple(POINTS[number] for number in ours.choice)
+        np.testing.assert_allclose(routed.logits, ours.logits.numpy(), atol=1e-4)
+    assert set(router.run(views.numpy()).points) == {dear, cheap}
+    with pytest.raises(ValueError, match="a leap needs the regressions of a leap that was exported"):
+        OnnxRouter(folder, f"leap:{dear}:price=0.1")
 
 
 def test_the_router_as_a_program_and_its_errors(run: Config, exported: va.ExportSummary, tmp_path: Path) -> None:  # noqa: ARG001

@@ -87,7 +87,7 @@ def test_the_frames_are_those_of_an_evaluation(sampling: str, clips: int, single
 
 def test_a_cascade_that_never_ends_early_runs_all_its_points() -> None:
     following = module.parse_policy("cascade:7,14:2:entropy", {"points": ["14", "7"], "assigner": None})
-    last, sure = np.array([-1, 1, 0]), np.ones((3, 2))
+    last, sure = np.array([-1, 1, 0]), np.ones((3, 2, 3))
     assert following(last, sure, sure).tolist() == [1, 0, -1]
     with pytest.raises(ValueError, match="cascade"):
         module.parse_policy("cascade:7,14:1.5", {"points": ["14", "7"], "assigner": None})

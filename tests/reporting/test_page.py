@@ -25,6 +25,7 @@ import videoadapt as va
 from browser import Visit, visit
 from videoadapt.config.load import make_config
 from videoadapt.errors import UserError
+from videoadapt.evaluation.evaluated import reported_policy
 from videoadapt.reporting.examples import groups_of
 from videoadapt.reporting.page import columns, plain, report
 from videoadapt.reporting.run_data import _curves, reliability_of
@@ -102,6 +103,32 @@ def test_the_sentence_says_good_and_bad_results_alike(
     assert said.tone == tone
     assert not [word for word in words if word not in text], text
     assert "point 8" not in said.sentence and "at 8" in said.sentence
+
+
+def test_the_page_is_about_the_policy_that_gains_most_and_says_among_how_many() -> None:
+    def gains(gain: float, **changes: Any) -> dict[str, Any]:
+        return row(difference_to_mixture=[gain, gain - 0.01, gain + 0.01], **changes)
+
+    policies = {
+        "fixed:8": DEAR,
+        "assigned": gains(0.0, macs_saved=-0.001, difference_to_costliest=[0.0, 0.0, 0.0]),
+        "random": row(),
+        "cascade:4,8:0.5": gains(0.01),
+        "leap:4:cost=0.5": gains(0.02, macs_saved=0.424, difference_to_costliest=[0.004, -0.007, 0.016]),
+        "leap:4:cost=0.1": gains(0.05, difference_to_costliest=[-0.04, -0.06, -0.02]),
+        "cascade:4,8:0.9": gains(0.06, macs_saved=-0.1),
+        "oracle": row(),
+    }
+    assert reported_policy(policies) == "leap:4:cost=0.5"
+    said = headline(policies, "leap:4:cost=0.5", None, calibrated=["cascade:4,8:0.5"])
+    assert said.sentence.startswith("The policy leap:4:cost=0.5 saved 42.4")
+    assert said.remarks[0].startswith("The assigner saved nothing: it took 0.1")
+    assert said.remarks[1].startswith("Of the 5 policies here that route, leap:4:cost=0.5 gains most")
+    assert "It beats random mixtures of fixed points at the same cost (+2.0 points" in " ".join(said.remarks)
+    assert said.remarks[-1].startswith("The calibrated policy cascade:4,8:0.5 saved 30.0")
+    without = {name: policies[name] for name in ("fixed:8", "assigned", "leap:4:cost=0.1")}
+    assert reported_policy(without) == "assigned"
+    assert "route" not in " ".join(headline(without, "assigned", None).remarks)
 
 
 def test_few_rounds_have_a_range_and_no_interval() -> None:

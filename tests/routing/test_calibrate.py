@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import small_runs as runs
@@ -23,7 +24,8 @@ from videoadapt.evaluation.outcomes import outcomes_of
 from videoadapt.model.checkpoint import load_model, train_checkpoints
 from videoadapt.routing.calibrate import _milliseconds, calibrate
 from videoadapt.routing.calibrate_policies import Measured, Totals, best, measure, run_tests
-from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, orders_of
+from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, known_clips, orders_of
+from videoadapt.routing.learn_then_test import provable_loss
 from videoadapt.routing.policy import Fixed, Mixture, Policy
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.scores import Scored, Scores, require_scored, score
@@ -62,7 +64,7 @@ def test_the_policy_of_a_calibration_is_evaluated_and_predicts(run: Config, caps
     names = [point.policy for point in result.curve]
     assert len(names) == len(set(names)) > 100
     kinds = {name.partition(":")[0] for name in names}
-    assert kinds == {"fixed", "mixture", "assigned", "cascade"}
+    assert kinds == {"fixed", "mixture", "assigned", "cascade", "leap"}
     assert result.chosen is not None
     chosen, file = result.point(result.chosen), run.run.dir / "calibrate" / "policy.json"
     assert chosen is not None
@@ -80,6 +82,42 @@ def test_the_policy_of_a_calibration_is_evaluated_and_predicts(run: Config, caps
     predicted = va.predict(run, video, policy=str(file))
     assert predicted.policy == result.chosen
     assert runs.command("predict", run.run.dir, video, "--policy", file).returncode == 0
+
+
+def test_a_leap_in_a_policy_file_decides_as_the_leap_itself(run: Config, tmp_path: Path) -> None:
+    """The file needs no labels, and the same leap of other labels does not take its place."""
+    calibrate(run)
+    manifest, model = load_or_index(run), load_model(run.run.dir)
+    known, _ = known_clips(run, manifest, model, None)
+    (order,) = (each for each in orders_of(run.model, None, known, provable=0.4, views=1) if each.name == "leap")
+    videos = manifest.split("val")["path"].tolist()
+    found = {leap: va.predict(run, videos, leap, progress=False) for leap in order.policies[::8]}
+    leap = max(found, key=lambda each: len({prediction.points for prediction in found[each]}))
+    assert isinstance(leap, va.Leap) and len({prediction.points for prediction in found[leap]}) > 1
+    file = tmp_path / "leap.json"
+    of_run = json.loads((run.run.dir / "calibrate" / "policy.json").read_text()) | {"assigner": None}
+    file.write_text(json.dumps(of_run | {"policy": leap.name, "leap": leap.to_json()}))
+    assert list(va.predict(model, videos, str(file), evaluate=run.evaluate, progress=False)) == list(found[leap])
+    assert leap.name in va.evaluate(run, [str(file)], progress=False).promises
+    clips = pd.read_parquet(run.run.dir / "evaluate" / "clips.parquet")
+    points = clips[clips["policy"] == leap.name].set_index("video")["point"].to_dict()
+    names = dict(zip(manifest["path"], manifest["video"], strict=True))
+    assert points == {names[prediction.path]: prediction.points[0] for prediction in found[leap]}
+    with pytest.raises(UserError, match=f"two policies are named {leap.name}"):
+        va.evaluate(run, [str(file), leap.at(9.0, leap.name.removeprefix("leap:"))])
+    file.write_text(json.dumps(of_run | {"policy": leap.name, "leap": None}))
+    with pytest.raises(UserError, match=r"leap\.json: the numbers of leap.* are no leap's.*videoadapt calibrate"):
+        va.predict(run, videos, str(file))
+
+
+def test_without_labels_no_leap_is_tested_and_it_is_said(run: Config, tmp_path: Path) -> None:
+    model, manifest = load_model(run.run.dir), load_or_index(run)
+    other = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path})})
+    known, words = known_clips(other, manifest, model, None)
+    assert known is None and words.endswith(
+        "the run has no label table; no leap is tested, since leaps are fitted on it"
+    )
+    assert "leap" not in {order.name for order in orders_of(run.model, None, known, provable=0.1, views=1)}
 
 
 def test_an_empty_answer_says_how_many_videos_are_needed_and_removes_an_earlier_policy(run: Config) -> None:
@@ -156,9 +194,12 @@ def test_what_is_measured_is_what_an_evaluation_finds(run: Config, views: int) -
     assert files is not None
     scores = files.load("data.calibrate")
     policies: list[Policy] = [Fixed("8"), Fixed("4"), Mixture(("8", "4"), 0.5), va.Cascade(("4", "8"), (0.09,))]
+    known, _ = known_clips(run, manifest, load_model(run.run.dir), None)
+    policies += orders_of(run.model, None, known, provable=0.4, views=1)[-1].policies[::20]  # leaps
     if views > 1:
         policies.append(va.Cascade(("8",), (0.09,), views=True))
     measured = measure(scores, policies, config)
+    assert (measured.cost.max(1) <= measured.most + 1e-9).all()
     for number, outcome in enumerate(outcomes_of(scores, policies, config)):
         assert (measured.right[number] == (outcome.best[:, 0] == scores.truth[::views])).all()
         costliest = outcomes_of(scores, [Fixed("8")], config)[0].macs.mean()
@@ -205,7 +246,7 @@ def test_a_promise_is_broken_no_more_often_than_delta() -> None:
     """
     scores, known = table(1500, seed=0)
     config, settings = make_config({"model": {"points": list(POINTS)}, "evaluate": {"spatial_crops": 1}}), 0.02
-    orders = orders_of(config.model, None, known, eps=settings, views=1)
+    orders = orders_of(config.model, None, known, provable=provable_loss(900, settings, 0.05), views=1)
     policies = list(dict.fromkeys([*(p for order in orders for p in order.policies), *map(Fixed, POINTS)]))
     measured = measure(scores, policies, config)
     true, costs = measured.lost.mean(1), measured.cost.mean(1)
@@ -247,7 +288,7 @@ def test_the_answer_is_never_dearer_than_a_fixed_point_that_is_proven() -> None:
     """The path through all points has every fixed point, so that a proven one is among the valid policies."""
     _, known = table(500, seed=3)
     for each in (None, known):
-        orders = orders_of(MODEL, None, each, eps=0.05, views=3)
+        orders = orders_of(MODEL, None, each, provable=0.05, views=3)
         assert {Fixed("10"), Fixed("7")} <= {policy for order in orders for policy in order.policies}
         assert all(order.policies[0] != Fixed("14") for order in orders)
     orders = [Order("all", (Mixture(("14", "10"), 0.5), Fixed("10"), Mixture(("10", "7"), 0.5), Fixed("7")))]
@@ -262,7 +303,7 @@ def test_the_label_table_orders_mixtures_by_their_convex_hull() -> None:
     right = np.ones((1000, 3), bool)
     right[:200, 1:] = False
     known = KnownClips(right, {name: np.ones((1000, 3)) for name in MEASURES})
-    names = {order.name: order for order in orders_of(MODEL, None, known, eps=0.05, views=1)}
+    names = {order.name: order for order in orders_of(MODEL, None, known, provable=0.05, views=1)}
     hull = names["mixtures that the label table favours"]
     assert {policy.points for policy in hull.policies if isinstance(policy, Mixture)} == {("14", "7")}
     assert hull.predicted is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.evaluated import reported_policy
+from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import Choice, Floats, confidences, outcome_table
 from videoadapt.routing.leap_rules import Logistic, answer_features, mean_cost, price_for, worth_most
@@ -117,6 +119,19 @@ def test_a_leap_needs_labels_and_its_own_points(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `label` first"):
         parse_policy("leap:4:cost=0.4", None, ModelConfig(points=POINTS, patch=16, size=224), tmp_path)
     assert leap(0.25).name == "leap:4:price=0.25"
+
+
+def test_a_file_gives_back_the_same_leap_and_refuses_anything_else() -> None:
+    policy = leap(1 / 3)
+    numbers = json.loads(json.dumps(policy.to_json()))
+    again = Leap.from_json(policy.name, numbers)
+    assert again == policy and again.name == policy.name
+    wrong = {"price": "x", "costs": [1.0], "first": "9", "mean": [0.0], "weights": [[float("nan")] * 5] * 3}
+    for broken in (None, [1], {}, *(numbers | {key: value} for key, value in wrong.items())):
+        with pytest.raises(ValueError, match="the numbers of leap:4:price=0.333333 are no leap's"):
+            Leap.from_json(policy.name, broken)
+    with pytest.raises(UserError, match="was fitted for the points 14, 7, 4, the model has 14, 4"):
+        again.check(TimeSformer(ModelConfig(points=("14", "4"), depth=1, width=16, heads=2)))
 
 
 def test_the_page_is_about_a_leap_where_there_is_no_assigner() -> None:

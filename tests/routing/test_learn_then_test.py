@@ -15,6 +15,7 @@ from videoadapt.routing.learn_then_test import (
     mean_p_values,
     mean_upper,
     most_losses,
+    provable_loss,
     split_delta,
     valid_in_order,
     valid_policies,
@@ -93,6 +94,13 @@ def test_so_many_videos_are_needed_for_a_proof(loss: float, eps: float, delta: f
     assert most_losses(needed, eps, delta) >= 0
     if loss == 0:
         assert loss_p_values(np.array([0]), needed - 1, eps)[0] > delta
+
+
+def test_a_provable_loss_is_proven_as_often_as_said() -> None:
+    loss = provable_loss(900, 0.01, 0.05)
+    assert 0 < loss < 0.01
+    assert stats.binom.cdf(most_losses(900, 0.01, 0.05), 900, loss) == pytest.approx(POWER)
+    assert provable_loss(100, 0.01, 0.05) == 0  # of 100 videos, not even 0 losses prove it
 
 
 def test_no_number_of_videos_proves_a_promise_that_is_broken() -> None:

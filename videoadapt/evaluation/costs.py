@@ -121,8 +121,7 @@ def clip_report(
 ) -> ClipReport:
     """Writes the clip-level report: `clips.csv`, `videos.csv` and `classes.csv` under `report/`.
 
-    The report is about the assigned policy; without one, about the first cascade; without both, about the costliest
-    point.
+    The report is about one policy, see `reported_policy`.
 
     Args:
         config: The config of an evaluated run.

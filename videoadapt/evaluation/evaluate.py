@@ -207,7 +207,7 @@ def _calibrated(
     if not path.exists() or path in [Path(given) for given in policies if is_policy_file(given)]:
         return []
     try:
-        PolicyFile.read(path).text_for(path, model, assigned.assigner if assigned else None)
+        parse_policy(str(path), assigned, model.config, config.run.dir, model)
     except UserError as error:
         say(f"evaluate: without the calibrated policy: {error}")
         return []
@@ -225,8 +225,8 @@ def _further(
 
     A text or file whose policy is evaluated anyway adds none.
     """
-    points = model.config.points
-    known = {"assigned", *(Fixed(point).name for point in points), *(policy.name for policy in routed)}
+    evaluated: list[Policy] = [*map(Fixed, model.config.points), *([assigned] if assigned else []), *routed]
+    known: dict[str, Policy] = {policy.name: policy for policy in evaluated}
     further: list[Policy] = []
     promises = {}
     for given in policies:
@@ -236,9 +236,9 @@ def _further(
         if is_policy_file(given):
             promises[policy.name] = PolicyFile.read(Path(given)).promise
         if isinstance(given, str):
-            if policy.name in known:
+            if known.get(policy.name) == policy:  # a leap of other labels has the same name, and other numbers
                 continue
-            known.add(policy.name)  # the run's own file of `calibrate` may hold the policy of a text
+            known[policy.name] = policy  # the run's own file of `calibrate` may hold the policy of a text
         further.append(policy)
     return further, promises
 

@@ -47,8 +47,8 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
     Args:
         model: The model.
         assigned: The assigner, with its points and its threshold; None if there is none.
-        policy: The policy as text; see `parse_policy`. None: `assigned` with an assigner, otherwise the costliest
-            point.
+        policy: The policy as text, see `parse_policy`; or a leap, whose text lacks its numbers. None: `assigned` with
+            an assigner, otherwise the costliest point.
         evaluate: How views are cut.
         data: How videos are read and resized.
         facts: What the model card says of training and evaluation; see `card.Facts`.
@@ -63,7 +63,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         self,
         model: TimeSformer,
         assigned: Assigned | None = None,
-        policy: str | None = None,
+        policy: str | Leap | None = None,
         *,
         evaluate: EvaluateConfig | None = None,
         data: DataConfig | None = None,
@@ -76,7 +76,9 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         if assigned is not None:
             assigned.check(model)
         default = "assigned" if assigned is not None else f"fixed:{model.config.points[0]}"
-        self.policy = parse_policy(policy or default, assigned, model.config)
+        self.policy = policy if isinstance(policy, Leap) else parse_policy(policy or default, assigned, model.config)
+        if isinstance(policy, Leap):
+            policy.check(model)  # of a text, parsing compares the points
         self.evaluate, self.data = evaluate or EvaluateConfig(), data or DataConfig()
         self.facts = facts or Facts()
 
@@ -106,7 +108,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
             model,
             # Its weights are compared; another comparison would print its warnings twice.
             None if assigned is None else replace(assigned, weights=None, assigner=assigned.assigner.float()),
-            policy_text(chosen) if chosen is not None else None,
+            chosen if chosen is None or isinstance(chosen, Leap) else policy_text(chosen),
             evaluate=_kept(config.evaluate, _EVALUATE),
             data=_kept(config.data, _DATA),
             facts=Facts.of_run(run, measured),
@@ -142,6 +144,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
                 "model": self.model.config.model_dump(mode="json"),
                 "classes": list(self.model.class_names),
                 "policy": policy_text(self.policy),
+                "leap": self.policy.to_json() if isinstance(self.policy, Leap) else None,
                 "assigner": None
                 if assigned is None
                 else {
@@ -202,8 +205,8 @@ def policy_text(policy: Policy) -> str:
         return f"mixture:{','.join(policy.points)}:{_decimal(policy.fraction)}"
     if isinstance(policy, Assigned) and policy.name != "assigned":
         return f"assigned:{_decimal(policy.threshold)}"
-    if isinstance(policy, Leap):
-        raise UserError(f"{policy.name}: a leap cannot be exported in this version; take a cascade (export.policy)")
+    if isinstance(policy, Leap):  # its regressions stand beside the text, see `Leap.to_json`
+        return f"leap:{policy.first}:price={policy.price!r}"
     if not isinstance(policy, Cascade):
         return policy.name
     over = "views:" if policy.views else ""
@@ -258,10 +261,11 @@ def _built(content: Mapping[str, Any]) -> AdaptiveModel:
         network = Assigner(AssignConfig(**recorded["settings"]), len(points)).eval()
         # Without the digest of the model's weights, which are not loaded yet.
         assigned = Assigned(network, points, float(recorded["threshold"]), None, recorded["inputs"])
+    policy, leap = content["policy"], content.get("leap")
     adaptive = AdaptiveModel(
         model,
         assigned,
-        content["policy"],
+        policy if leap is None else Leap.from_json(policy, leap),
         evaluate=EvaluateConfig(**content["evaluate"]),
         data=DataConfig(**content["data"]),
         facts=Facts.from_json(content["facts"]),

@@ -29,6 +29,7 @@ from videoadapt.exporting.card import cut_card
 from videoadapt.exporting.hugging_face import cut_logits, require_plain, write_cut
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.routing.assigner import assigner_macs
+from videoadapt.routing.policy import Leap
 from videoadapt.routing.router import Router
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing_folder, write_json
@@ -270,6 +271,7 @@ def routing_settings(adaptive: AdaptiveModel) -> dict[str, Any]:
         "macs": dict(point_macs(config)),
         "assigner": assigned,
         "policy": policy_text(adaptive.policy),
+        "leap": adaptive.policy.to_json() if isinstance(adaptive.policy, Leap) else None,
         "classes": list(adaptive.model.class_names) or list(map(str, range(config.num_classes))),
         "num_frames": config.num_frames,
         "stride_frames": config.stride_frames,

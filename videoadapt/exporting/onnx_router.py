@@ -33,6 +33,7 @@ SETTINGS = "routing.json"  # what the router must know of the model, written wit
 VERSION = 1
 BATCH = 16  # views of one call of onnxruntime
 _MEASURES = ("probability", "margin", "entropy")
+_MOST_LIKELY = 1 - 1e-6  # a probability of 1 has no odds
 _NEVER = 2.0  # a threshold that no confidence reaches
 _DECIMALS = 6  # of positions and seconds; far below the distance of two frames
 _INT16 = 1 << 15
@@ -80,8 +81,9 @@ class OnnxRouter:
 
     Args:
         folder: The folder with `routing.json` and the ONNX files. Default: the folder of this file.
-        policy: `assigned[:THRESHOLD]`, `fixed:POINT`, `mixture:POINT,POINT:FRACTION` or
-            `cascade:POINT,POINT,...:THRESHOLDS[:MEASURE]`, as in videoadapt. None: the one that was exported.
+        policy: `assigned[:THRESHOLD]`, `fixed:POINT`, `mixture:POINT,POINT:FRACTION`,
+            `cascade:POINT,POINT,...:THRESHOLDS[:MEASURE]` or, where a leap was exported, `leap:POINT:price=NUMBER` from
+            the same point, as in videoadapt. None: the one that was exported.
         providers: Execution providers of onnxruntime, such as `["CUDAExecutionProvider", "CPUExecutionProvider"]`.
         options: Session options of onnxruntime, such as the number of threads.
 
@@ -166,7 +168,8 @@ class OnnxRouter:
         """
         clips, crops = views.shape[:2]
         logits = np.zeros((clips, crops, len(self.settings["classes"])), np.float32)
-        confidence = np.full((clips, len(self.points)), np.nan)  # NaN where a clip has not run a point
+        # NaN where a clip has not run a point
+        confidence = np.full((clips, len(self.points), len(_MEASURES)), np.nan)
         macs = np.zeros(clips, np.int64)
         known = _pixel_draws(views)  # what the policy knows before the model runs
         if self.needs_thumbnails:
@@ -183,7 +186,7 @@ class OnnxRouter:
                 outputs = self._call(point, views[rows].reshape(-1, *views.shape[2:]), batch)
                 logits[rows] = outputs.reshape(len(rows), crops, -1)
                 probabilities = _mean_of_views(logits[rows], 1, self.settings["average"])
-                confidence[rows, number] = _confidence(probabilities, _measure_of(self.policy))
+                confidence[rows, number] = _confidences(probabilities)
                 macs[rows] += crops * self.settings["macs"][point]
             last[active] = following
         return Routed(tuple(self.points[number] for number in last), logits, macs)
@@ -215,8 +218,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 # ---- policies: each returns the point that a clip runs next, or -1 at the end
 
-# Of some clips: the last point (-1 before the first), the confidences, and what is known before the model runs: the
-# assigner's probabilities, or a draw for each clip.
+# Of some clips: the last point (-1 before the first), the confidences `(clips, points, measures)`, and what is known
+# before the model runs: the assigner's probabilities, or a draw for each clip.
 _Next = Callable[[Ints, Floats, Floats], Ints]
 
 
@@ -245,10 +248,13 @@ def parse_policy(text: str, settings: Mapping[str, Any]) -> _Next:
             found = _once(lambda known: np.where(known < float(fraction), second, first))
     elif kind == "cascade":
         found = _parse_cascade(rest, points)
+    elif kind == "leap" and settings.get("leap"):
+        found = _parse_leap(rest, points, settings["leap"])
     if found is None:
         raise ValueError(
             f"policy {text!r}: expected {'assigned, ' if assigner else ''}fixed:POINT, mixture:POINT,POINT:FRACTION or "
-            f"cascade:POINT,POINT,...:THRESHOLDS[:{'|'.join(_MEASURES)}], with points of {', '.join(points)}"
+            f"cascade:POINT,POINT,...:THRESHOLDS[:{'|'.join(_MEASURES)}], with points of {', '.join(points)}; a leap "
+            "needs the regressions of a leap that was exported (export.policy), from the same point"
         )
     return found
 
@@ -267,11 +273,6 @@ def _fractions(text: str, also: float = 1.0) -> list[float]:
     return values if all(0.0 <= value <= 1.0 or value == also for value in values) else []
 
 
-def _measure_of(policy: str) -> str:
-    measure = policy.rpartition(":")[2]
-    return measure if measure in _MEASURES else "probability"
-
-
 def _parse_cascade(text: str, points: Sequence[str]) -> _Next | None:
     listed, _, rest = text.partition(":")
     written, _, measure = rest.partition(":")
@@ -281,14 +282,39 @@ def _parse_cascade(text: str, points: Sequence[str]) -> _Next | None:
     known = set(names) <= set(points) and len(set(names)) == len(names) > 1
     if not known or len(thresholds) != len(names) - 1 or measure not in ("", *_MEASURES):
         return None
-    numbers = [points.index(name) for name in names]
+    numbers, column = [points.index(name) for name in names], _MEASURES.index(measure or "probability")
 
     def following(last: Ints, confidence: Floats, _known: Floats) -> Ints:
         chosen = np.where(last < 0, numbers[0], -1)
         for number, after, threshold in zip(numbers, numbers[1:], thresholds, strict=False):
-            unsure = ~(confidence[:, number] >= threshold)  # NaN is not sure
+            unsure = ~(confidence[:, number, column] >= threshold)  # NaN is not sure
             chosen = np.where((last == number) & unsure, after, chosen)
         return chosen
+
+    return following
+
+
+def _parse_leap(text: str, points: Sequence[str], leap: Mapping[str, Any]) -> _Next | None:
+    first, _, written = text.partition(":price=")
+    try:
+        price = float(written)
+    except ValueError:
+        return None
+    if first != leap["first"] or not 0 <= price < math.inf:
+        return None
+    number, (mean, scale, weights) = points.index(first), (np.array(leap[key]) for key in ("mean", "scale", "weights"))
+    further = np.where(np.arange(len(points)) == number, 0.0, leap["costs"])  # the first point is paid for
+
+    def following(last: Ints, confidence: Floats, _known: Floats) -> Ints:
+        sure = confidence[:, number]  # (clips, measures)
+        likely = np.minimum(sure[:, 0], _MOST_LIKELY)
+        features = np.column_stack([sure, np.log(likely / (1 - likely))])
+        x = np.column_stack([(features - mean) / scale, np.ones(len(sure))])
+        chances = 0.5 * (1 + np.tanh(0.5 * (x @ weights.T)))  # the logistic function, `(clips, points)`
+        value = chances - price * further
+        best = np.argmax(np.where(np.isnan(value), -np.inf, value), axis=1)  # NaN: the costliest point
+        after = np.where((last == number) & (best != number), best, -1)
+        return np.where(last < 0, number, after)
 
     return following
 
@@ -319,6 +345,11 @@ def _mean_of_views(logits: Floats, axis: int | tuple[int, ...], average: str) ->
         return _softmax(logits.astype(np.float64).mean(axis))
     means: Floats = _softmax(logits).mean(axis)
     return means
+
+
+def _confidences(probabilities: Floats) -> Floats:
+    """Returns how sure answers are by each measure: `(clips, classes)` to `(clips, measures)`."""
+    return np.stack([_confidence(probabilities, measure) for measure in _MEASURES], axis=-1)
 
 
 def _confidence(probabilities: Floats, measure: str) -> Floats:
@@ -444,7 +475,7 @@ def main() -> None:
     """Predicts the frames of one video, and prints the answer as JSON."""
     parser = argparse.ArgumentParser(description="Predict one video with onnxruntime.")
     parser.add_argument("frames", type=Path, help="numpy.save of uint8 RGB frames (T, H, W, 3) or (clips, T, H, W, 3)")
-    parser.add_argument("--policy", help="assigned, fixed:POINT or cascade:POINTS:THRESHOLDS")
+    parser.add_argument("--policy", help="assigned, fixed:POINT, cascade:POINTS:THRESHOLDS; see OnnxRouter")
     parser.add_argument("--folder", type=Path, help="folder with routing.json; default: the folder of this file")
     arguments = parser.parse_args()
     try:

@@ -94,10 +94,10 @@ def evaluation_data(config: Config) -> Part:
     clips = read_evaluated_table(run, "clips", ["policy", "video", "clip", "truth", "point", "macs"])
     right = right_by_point(videos, points)
     table = clip_table(clips[clips["policy"] == reported], videos[videos["policy"] == reported], right)
+    guessing, promised = found.get("largest_class_fraction"), found.get("promises") or {}
+    first = headline(policies, reported, speeds.get(reported), guessing, rounds=rounds, calibrated=promised)
     return {
-        "headline": asdict(
-            headline(policies, reported, speeds.get(reported), found.get("largest_class_fraction"), rounds)
-        ),
+        "headline": asdict(first),
         "reported": reported,
         "costliest": next(iter(policies)),
         "policies": [policy_row(name, row, speeds.get(name, {})) for name, row in policies.items()],
@@ -105,7 +105,7 @@ def evaluation_data(config: Config) -> Part:
         "clips": table,
         "classes": class_table(table, right, run, reported, next(iter(policies))),
         "confusion": confusion(run, reported),
-        "assigner": assigner(run, points, reported, table, right, _sources(videos)),
+        "assigner": assigner(run, points, clips[clips["policy"] == "assigned"], right, _sources(videos)),
         "facts": {key: found[key] for key in _FACTS if found.get(key) is not None},
         "failed": found.get("failed", [])[:MOST_FAILED],
         "failed_count": len(found.get("failed", [])),
@@ -204,23 +204,22 @@ def _sources(videos: pd.DataFrame) -> pd.Series:
     return named["source" if "source" in named else "video"]
 
 
-def assigner(  # noqa: PLR0913, PLR0917 - what was read
-    run: Path, points: Sequence[str], reported: str, clips: pd.DataFrame, right: pd.DataFrame, sources: pd.Series
+def assigner(
+    run: Path, points: Sequence[str], clips: pd.DataFrame, right: pd.DataFrame, sources: pd.Series
 ) -> Part | None:
     """Returns how the assigner's choices meet the labels, and whether its probabilities can be believed.
 
     Args:
         run: The run folder. Without `evaluate/assigner.parquet`, as in older runs, there are no probabilities.
         points: The points, costliest first.
-        reported: The policy that the page is about.
-        clips: See `clip_table`.
+        clips: The rows of the assigned policy in `clips.parquet`.
         right: See `right_by_point`.
         sources: The source of each video, by its name.
 
     Returns:
-        `cells` counts clips by cheapest right point (or none) and by the point they got. None for other policies.
+        `cells` counts clips by cheapest right point (or none) and by the point they got. None without the policy.
     """
-    if reported != "assigned":
+    if clips.empty:
         return None
     verdicts = right.reindex(clips["video"]).to_numpy(bool)
     label = np.where(

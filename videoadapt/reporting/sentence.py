@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from videoadapt.evaluation.evaluated import gain_over_mixtures, routing_policies
 from videoadapt.evaluation.intervals import has_interval
 
 _SPACE = "\N{NARROW NO-BREAK SPACE}"
@@ -60,7 +61,9 @@ def headline(
     reported: str,
     speed: Mapping[str, Any] | None,
     guessing: float | None = None,
+    *,
     rounds: int = 0,
+    calibrated: Collection[str] = (),
 ) -> Headline:
     """Writes the first screen from the rows of `evaluate.json`.
 
@@ -70,6 +73,7 @@ def headline(
         speed: `speed.policies[reported]`, as far as it was measured.
         guessing: The top-1 of always answering with the largest class, if it is known.
         rounds: Of the measured speed; few rounds have a range, and no interval.
+        calibrated: The policies that carry a promise of `calibrate`.
     """
     ends = f"{_LEVEL} interval" if has_interval(rounds) else "range"
     costliest, row = next(iter(policies)), policies[reported]
@@ -77,21 +81,29 @@ def headline(
         return _fixed_only(policies, reported, guessing)
     change, low, high = row["difference_to_costliest"]
     faster = speedup(policies, reported, speed)
-    sentence = f"{_name(reported)} {_saving(row['macs_saved'], costliest)} and {_loss(change, low, high)}"
     lost, saved = high < 0, row["macs_saved"] > 0
     tone: Tone = "bad" if not saved else "mixed" if lost else "good"
     found = (
+        _result(policies, "assigned", calibrated) if reported != "assigned" and "assigned" in policies else "",
+        _among_others(policies, reported),
         _no_better_than_guessing(row, guessing),
         _on_the_clock(faster, ends),
-        _beside_random(policies, row),
+        _beside_chance(row, "difference_to_random", "random routing with the same mix of points"),
+        _beside_chance(row, "difference_to_mixture", "random mixtures of fixed points at the same cost"),
         _beside_fixed(policies, row),
+        *(_result(policies, name, calibrated) for name in calibrated if name not in (reported, "assigned")),
     )
     remarks = [text for text in found if text]
     if faster and (faster[0] if faster[1] is None else faster[1]) <= 1 and tone == "good":
         tone = "mixed"
     if tone == "good" and (row.get("cheaper_fixed") or _no_better_than_guessing(row, guessing)):
         tone = "mixed"
-    return Headline(sentence, tone, remarks, _figures(row, faster, speed, ends.removesuffix(" interval")))
+    return Headline(
+        _result(policies, reported, calibrated),
+        tone,
+        remarks,
+        _figures(row, faster, speed, ends.removesuffix(" interval")),
+    )
 
 
 def speedup(
@@ -105,9 +117,22 @@ def speedup(
     return (own / fixed, None, None) if fixed and own else None
 
 
-def _name(policy: str) -> str:
-    named = {"assigned": "The assigner", "calibrated": "The calibrated policy"}
-    return named.get(policy) or f"The policy {policy}"
+def _result(policies: Mapping[str, Mapping[str, Any]], name: str, calibrated: Collection[str]) -> str:
+    """Returns in a sentence what a policy saved, at what loss."""
+    costliest, row = next(iter(policies)), policies[name]
+    kind = "The calibrated policy" if name in calibrated else "The policy"
+    subject = "The assigner" if name == "assigned" else f"{kind} {name}"
+    return f"{subject} {_saving(row['macs_saved'], costliest)} and {_loss(*row['difference_to_costliest'])}"
+
+
+def _among_others(policies: Mapping[str, Mapping[str, Any]], reported: str) -> str:
+    tried = len(routing_policies(policies))
+    if tried <= 1 or gain_over_mixtures(policies[reported]) <= 0:
+        return ""
+    return (
+        f"Of the {tried} policies here that route, {reported} gains most over random mixtures of fixed points. It was "
+        "chosen on these clips, and no interval allows for the choice."
+    )
 
 
 def _saving(saved: float, costliest: str) -> str:
@@ -142,16 +167,16 @@ def _on_the_clock(faster: tuple[float, float | None, float | None] | None, kind:
     return f"On the clock it was no faster: {value:.2f} times the clips per second{ends}."
 
 
-def _beside_random(policies: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) -> str:
-    if "difference_to_random" not in row or "random" not in policies:
+def _beside_chance(row: Mapping[str, Any], key: str, chance: str) -> str:
+    if key not in row:
         return ""
-    change, low, high = row["difference_to_random"]
+    change, low, high = row[key]
     ends = f"{points(change)} points, {_LEVEL} interval {interval(low, high)}"
     if low > 0:
-        return f"It beats random routing with the same mix of points ({ends})."
+        return f"It beats {chance} ({ends})."
     if high < 0:
-        return f"It is worse than random routing with the same mix of points ({ends})."
-    return f"It is not measurably better than random routing with the same mix of points ({ends})."
+        return f"It is worse than {chance} ({ends})."
+    return f"It is not measurably better than {chance} ({ends})."
 
 
 def _beside_fixed(policies: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) -> str:

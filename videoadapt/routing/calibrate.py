@@ -20,9 +20,9 @@ from videoadapt.routing.calibrate_policies import Totals, best, measure, run_tes
 from videoadapt.routing.candidates import Order, delta_of_orders, known_clips, orders_of
 from videoadapt.routing.decide import views_run
 from videoadapt.routing.label import class_mix_note
-from videoadapt.routing.label_rules import Bools, Floats
-from videoadapt.routing.learn_then_test import loss_upper, mean_upper, videos_needed
-from videoadapt.routing.policy import Assigned, Fixed, Policy, needs_assigner
+from videoadapt.routing.label_rules import Bools, Choice, Floats
+from videoadapt.routing.learn_then_test import loss_upper, mean_upper, provable_loss, videos_needed
+from videoadapt.routing.policy import Assigned, Fixed, Leap, Policy, needs_assigner
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile
 from videoadapt.routing.replay import StoredAnswers
 from videoadapt.routing.scores import ScoreFiles, Scores, inference_model, score, trained_checkpoint
@@ -151,10 +151,14 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
             _say_other_mix(scores, manifest)
             known, ordered_by = known_clips(config, manifest, model, assigned)
             views = config.evaluate.temporal_views * config.evaluate.spatial_crops
-            orders = orders_of(config.model, assigned, known, eps=config.calibrate.eps, views=views)
-            found = _chosen(scores, orders, ordered_by, manifest, config)
+            sources = _sources(scores, manifest, config)
+            units = len(scores.rows) // scores.clips_per_video if sources is None else int(sources.max()) + 1
+            # The order with the best prediction gets half of delta.
+            provable = provable_loss(units, config.calibrate.eps, config.calibrate.delta / 2)
+            orders = orders_of(config.model, assigned, known, provable=provable, views=views)
+            found = _chosen(scores, sources, orders, ordered_by, manifest, config)
             with guard():
-                _write(found, assigned, config)
+                _write(found, orders, assigned, config)
             return found
 
         return broadcast_result(write)
@@ -174,17 +178,27 @@ def _say_other_mix(scores: Scores, manifest: Manifest) -> None:
         say(f"{note}: the promise is about videos like these")
 
 
-def _chosen(
-    scores: Scores, orders: list[Order], ordered_by: str, manifest: Manifest, config: Config
+def _sources(scores: Scores, manifest: Manifest, config: Config) -> Choice | None:
+    """Returns the number of each video's source, `(videos,)`; None if videos are the units of the promise."""
+    if config.data.source_pattern is None:
+        return None
+    numbers: Choice = pd.factorize(manifest.sources[scores.rows[:: scores.clips_per_video]])[0]
+    return numbers
+
+
+def _chosen(  # noqa: PLR0913, PLR0917 - what a calibration has
+    scores: Scores,
+    sources: Choice | None,
+    orders: list[Order],
+    ordered_by: str,
+    manifest: Manifest,
+    config: Config,
 ) -> CalibrateSummary:
     settings, points = config.calibrate, config.model.points
     # Fixed points stand at the end, for the curve: not all of them are in an order.
     policies = list(dict.fromkeys([*(p for order in orders for p in order.policies), *map(Fixed, points)]))
-    measured, sources = measure(scores, policies, config), None
-    if config.data.source_pattern is not None:
-        numbers = pd.factorize(manifest.sources[scores.rows[:: scores.clips_per_video]])[0]  # (videos,)
-        measured, sources = measured.by_source(numbers), int(numbers.max()) + 1
-    totals = measured.totals()
+    measured = measure(scores, policies, config)
+    totals = (measured if sources is None else measured.by_source(sources)).totals()
     deltas = delta_of_orders(orders, settings.delta)
     p_values, valid = run_tests(totals, policies, orders, deltas, settings)
     curve = _curve(totals, policies, orders, p_values, valid, settings.delta)
@@ -198,7 +212,7 @@ def _chosen(
         delta=settings.delta,
         max_cost=settings.cost,
         videos=len(scores.rows) // scores.clips_per_video,
-        sources=sources,
+        sources=None if sources is None else totals.units,
         failed=[{"path": str(failure.path), "cause": failure.cause} for failure in scores.failures],
         costliest=points[0],
         costliest_accuracy=float(totals.accuracies[policies.index(Fixed(points[0]))]),
@@ -271,11 +285,13 @@ def promise_of(settings: CalibrateConfig) -> str:
     return f"at most {100 * settings.eps:g} points of accuracy lost against the costliest point, {confidence}"
 
 
-def _write(found: CalibrateSummary, assigned: Assigned | None, config: Config) -> None:
+def _write(found: CalibrateSummary, orders: list[Order], assigned: Assigned | None, config: Config) -> None:
     file = config.run.dir / OF_RUN
     file.unlink(missing_ok=True)  # of an earlier promise
     if found.chosen is not None:
         fitted = assigned.assigner if assigned is not None and needs_assigner(found.chosen) else None
+        tested = {policy.name: policy for order in orders for policy in order.policies}
+        chosen = tested[found.chosen]
         PolicyFile(
             policy=found.chosen,
             promise=found.promise,
@@ -285,6 +301,7 @@ def _write(found: CalibrateSummary, assigned: Assigned | None, config: Config) -
             videos=found.videos,
             temporal_views=config.evaluate.temporal_views,
             inputs=found.inputs,
+            leap=chosen.to_json() if isinstance(chosen, Leap) else None,
         ).write(file)
     write_json(file.with_name("calibrate.json"), asdict(found))
     if found.chosen is not None:

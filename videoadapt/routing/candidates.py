@@ -6,7 +6,7 @@ calibration. Where there is no label table, orders follow the cost of the points
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
@@ -26,7 +26,7 @@ from videoadapt.routing.fit_assigner import SELECTING
 from videoadapt.routing.label_inputs import label_inputs, read_label_summary, read_outcomes
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidence_matrix, right_matrix
 from videoadapt.routing.learn_then_test import split_delta
-from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Mixture, Policy, Step
+from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Leap, Mixture, Policy, Step
 from videoadapt.runtime.files import read_parquet
 
 FRACTIONS = tuple(number / 20 for number in range(1, 20))  # of a mixture's clips at its cheaper point
@@ -36,6 +36,9 @@ THRESHOLDS: tuple[float, ...] = (
     *(number / 200 for number in range(198, 99, -1)),  # 0.99 to 0.5
     *(number / 50 for number in range(24, -1, -1)),  # 0.48 to 0
 )
+# Of a leap: from 0, where every clip gets the point that is most probably right, to where all stay at the first point.
+PRICES = (0.0, *(float(f"{0.002 * 1.08**number:.3g}") for number in range(120)))
+_NO_LEAPS = "no leap is tested, since leaps are fitted on it"
 _MOST_KNOWN = 5000  # clips of the label table; more would not change the orders
 _LONGEST_CASCADE = 3  # points; longer ones pay for more points than they save
 
@@ -47,8 +50,8 @@ class Order:
     Attributes:
         name: What the policies have in common.
         policies: The policies.
-        predicted: Cost of the cheapest policy that keeps the promise on the label table, as a fraction of the
-            costliest point's; 1 if no policy does. None if the table does not tell.
+        predicted: Cost of the cheapest policy that the calibration will most likely prove, by the label table, as a
+            fraction of the costliest point's; 1 if there is none. None if the table does not tell.
     """
 
     name: str
@@ -91,7 +94,7 @@ class KnownClips:
 
 
 def orders_of(
-    model: ModelConfig, assigned: Assigned | None, known: KnownClips | None, *, eps: float, views: int
+    model: ModelConfig, assigned: Assigned | None, known: KnownClips | None, *, provable: float, views: int
 ) -> list[Order]:
     """Returns the orders, all policies of which are tested.
 
@@ -99,7 +102,7 @@ def orders_of(
         model: The model's config.
         assigned: The policy of the run's assigner; None if there is none.
         known: The label table; None if there is none.
-        eps: Largest mean loss that keeps the promise, for predictions on the table.
+        provable: Largest mean loss on the table with which a policy will most likely be proven; see `provable_loss`.
         views: Views of a video.
     """
     points = model.points
@@ -111,11 +114,15 @@ def orders_of(
         orders = orders[:1]
     if assigned is not None:
         orders.append(Order("assigned", tuple(assigned.at(threshold) for threshold in THRESHOLDS)))
-    orders = [_predicted(order, known, model, eps) for order in orders]
+    orders = [_predicted(order, known, model, provable) for order in orders]
     # One order for the best cascade of the table: each further order would take a part of delta.
-    cascades = (_predicted(Order("cascade", each), known, model, eps) for each in _cascades(points, known is not None))
-    cascade = min(cascades, key=lambda order: 1.0 if order.predicted is None else order.predicted)
+    every = known is not None
+    cascades = (_predicted(Order("cascade", each), known, model, provable) for each in _cascades(points, every))
+    cascade = min(cascades, key=_cost)
     orders.append(cascade)
+    if known is not None:
+        leaps = (_predicted(Order("leap", each), known, model, provable) for each in _leaps(known, model))
+        orders.append(min(leaps, key=_cost))
     if views > 1:
         first = cascade.policies[0]
         assert isinstance(first, Cascade), "`_cascades` has cascades"
@@ -174,14 +181,27 @@ def _cascade_order(path: Sequence[str], measure: Measure = "probability", *, vie
     return tuple(Cascade(tuple(path), (t,) * count, measure, f"{start}{t:g}{suffix}", views) for t in THRESHOLDS)
 
 
-def _predicted(order: Order, known: KnownClips | None, model: ModelConfig, eps: float) -> Order:
+def _leaps(known: KnownClips, model: ModelConfig) -> Iterator[tuple[Policy, ...]]:
+    """Yields the leaps from each point but the costliest, fitted on the label table, at prices that save cost there."""
+    for number, first in enumerate(model.points[1:], start=1):
+        confidence = {measure: values[:, number] for measure, values in known.confidence.items()}
+        leap = Leap.fit(first, model, confidence, known.right)
+        leaps = [leap.at(price) for price in PRICES]
+        yield tuple(each for each in leaps if known.outcomes(each, model)[1] < 1)
+
+
+def _cost(order: Order) -> float:
+    return 1.0 if order.predicted is None else order.predicted
+
+
+def _predicted(order: Order, known: KnownClips | None, model: ModelConfig, provable: float) -> Order:
     """Returns an order with its predicted cost."""
     if known is None or (order.policies[0].assigner is not None and known.assigned is None):
         return order  # an older version of `assign` did not write the assigner's probabilities
     cheapest = 1.0
     for policy in order.policies:
         loss, cost = known.outcomes(policy, model)
-        if loss > eps:  # the tests, too, would most likely end here
+        if loss > provable:  # the tests, too, would most likely end here
             break
         cheapest = min(cheapest, cost)
     return replace(order, predicted=cheapest)
@@ -197,11 +217,11 @@ def known_clips(
     """
     folder = config.run.dir / "labels"
     if not (folder / "outcomes.parquet").exists() or not (folder / "label.json").exists():
-        return None, "the cost of the points: the run has no label table"
+        return None, f"the cost of the points: the run has no label table; {_NO_LEAPS}"
     now = label_inputs(config, manifest.hash, weights_digest(model))
     summary = read_label_summary(config.run.dir)
     if now.manifest != summary["manifest"] or now.weights != summary["model"]:
-        return None, "the cost of the points: the label table is of other videos or weights"
+        return None, f"the cost of the points: the label table is of other videos or weights; {_NO_LEAPS}"
     table = read_outcomes(config.run.dir)
     clips, right = right_matrix(table, config.model.points, source=summary["source"])
     confidence = {measure: confidence_matrix(table, config.model.points, measure) for measure in MEASURES}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import optimize, special
@@ -51,6 +52,22 @@ class Logistic:
         penalties = np.append(np.full(len(mean), penalty), 0.0)
         weights = [_fit_one(x, wanted, penalties) for wanted in y.T]
         return cls(tuple(mean.tolist()), tuple(scale.tolist()), tuple(tuple(row.tolist()) for row in weights))
+
+    @classmethod
+    def from_json(cls, numbers: Mapping[str, Any]) -> Logistic:
+        """Returns the regressions of a file, whose content is that of `dataclasses.asdict`.
+
+        Raises:
+            TypeError, KeyError, ValueError: It is not.
+        """
+        mean, scale, *weights = (
+            tuple(map(float, row)) for row in (numbers["mean"], numbers["scale"], *numbers["weights"])
+        )
+        if len(mean) != len(scale) or any(len(row) != len(mean) + 1 for row in weights):
+            raise ValueError("expected a mean and a scale for each feature, and a weight more for each regression")
+        if not np.isfinite(np.concatenate([mean, scale, *weights])).all():
+            raise ValueError("expected finite numbers")
+        return cls(mean, scale, tuple(weights))
 
     def __call__(self, features: Floats) -> Floats:
         """Returns the probability that each point is right: `(clips, features)` to `(clips, points)`."""

@@ -117,6 +117,15 @@ def most_losses(videos: int, eps: float, delta: float) -> int:
     return most if stats.binom.cdf(most, videos, eps) <= delta else most - 1
 
 
+def provable_loss(videos: int, eps: float, delta: float) -> float:
+    """Returns the largest mean loss of a policy whose proof succeeds with probability `POWER`; see `videos_needed`.
+
+    It is 0 if the videos are too few for any proof.
+    """
+    most = most_losses(videos, eps, delta)
+    return float(stats.beta.ppf(1 - POWER, most + 1, videos - most)) if most >= 0 else 0.0
+
+
 def videos_needed(loss: float, eps: float, delta: float) -> int | None:
     """Returns about how many videos prove that a policy keeps its promise; None if no number does.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -440,10 +440,58 @@ class Leap(Policy):
     text: str = field(default="", compare=False)
     needs = frozenset({"confidence"})
 
+    @classmethod
+    def fit(cls, first: str, model: ModelConfig, confidence: Mapping[Measure, Floats], right: Bools) -> Leap:
+        """Fits the regressions. The leap has the price 0; see `at`.
+
+        Args:
+            first: The point that every clip runs.
+            model: The model's config.
+            confidence: The confidence of the first point on labelled clips, by measure, `(clips,)`.
+            right: Whether each point is right on these, `(clips, points)`.
+
+        Raises:
+            UserError: There is no clip whose answer is a number.
+        """
+        macs = point_macs(model)
+        costs = tuple(macs[point] / macs[model.points[0]] for point in model.points)
+        return cls(first, model.points, costs, Logistic.fit(answer_features(confidence), right), 0.0)
+
+    @classmethod
+    def from_json(cls, name: str, numbers: object) -> Leap:
+        """Returns the leap of a file: that whose `to_json` gave the numbers, to the bit.
+
+        Args:
+            name: Its name, such as `leap:7:cost=0.5`.
+            numbers: Any content of a file.
+
+        Raises:
+            ValueError: The numbers are no leap's.
+        """
+        try:
+            found = dict(numbers)  # type: ignore[call-overload]
+            points, costs = tuple(map(str, found["points"])), tuple(map(float, found["costs"]))
+            chances = Logistic.from_json(found)
+            leap = cls(str(found["first"]), points, costs, chances, float(found["price"]), name.partition(":")[2])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"the numbers of {name} are no leap's: {error}") from None
+        if not len(points) == len(costs) == len(chances.weights) or leap.first not in points:
+            raise ValueError(f"the numbers of {name} are no leap's: expected a cost and a regression for each point")
+        return leap
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all its numbers, for a file."""
+        own = {"first": self.first, "points": self.points, "costs": self.costs, "price": self.price}
+        return own | asdict(self.chances)
+
     @property
     def name(self) -> str:
         """`leap:` and the parsed text; without a text, the first point and the price."""
         return f"leap:{self.text or f'{self.first}:price={self.price:g}'}"
+
+    def at(self, price: float, text: str = "") -> Leap:
+        """Returns the same leap with another price, and what follows `leap:` in its name."""
+        return replace(self, price=price, text=text)
 
     def next(self, evidence: Evidence, last: Choice) -> Choice:
         """Returns the first point, then the point that is worth most, if it is another one."""
@@ -545,8 +593,11 @@ def parse_policy(
         CheckpointError: The file is of other weights.
     """
     if is_policy_file(text):
-        file = Path(text)
-        text = PolicyFile.read(file).text_for(file, weights, assigned.assigner if assigned else None)
+        path = Path(text)
+        file = PolicyFile.read(path)
+        text = file.text_for(path, weights, assigned.assigner if assigned else None)
+        if text.startswith("leap:"):
+            return _leap_of_file(path, file)
     kind, _, point = text.partition(":")
     if kind == "fixed" and canonical(point) in model.points:
         return Fixed(canonical(point))
@@ -635,12 +686,19 @@ def parse_leap(text: str, model: ModelConfig, run: Path | None, weights: nn.Modu
     table = _label_table(f"leap:{text}", run, weights)
     _, right = right_matrix(table, model.points, source=_label_source(run or Path()))
     confidence = {measure: confidence_matrix(table, (spec.first,), measure)[:, 0] for measure in MEASURES}
-    features, first, macs = answer_features(confidence), model.points.index(spec.first), point_macs(model)
-    chances = Logistic.fit(features, right)
-    costs = np.array([macs[each] / macs[model.points[0]] for each in model.points])
-    price = spec.price if spec.cost is None else price_for(chances(features), costs, first, spec.cost)
+    leap, price = Leap.fit(spec.first, model, confidence, right), spec.price
+    if spec.cost is not None:
+        chances, first = leap.chances(answer_features(confidence)), model.points.index(spec.first)
+        price = price_for(chances, np.array(leap.costs), first, spec.cost)
     assert price is not None, "a spec has a cost or a price"
-    return Leap(spec.first, model.points, tuple(costs.tolist()), chances, price, text)
+    return leap.at(price, text)
+
+
+def _leap_of_file(path: Path, file: PolicyFile) -> Leap:
+    try:
+        return Leap.from_json(file.policy, file.leap)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; make it with `videoadapt calibrate`") from None
 
 
 def _label_table(what: str, run: Path | None, weights: nn.Module | None) -> pd.DataFrame:

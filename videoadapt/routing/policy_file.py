@@ -39,6 +39,7 @@ class PolicyFile:
         videos: Videos of the calibration split.
         temporal_views: Clips of a video.
         inputs: What the calibration depends on, by `Inputs.to_json`.
+        leap: The numbers of a leap, `Leap.to_json`; None for another policy.
     """
 
     policy: str
@@ -49,6 +50,7 @@ class PolicyFile:
     videos: int
     temporal_views: int
     inputs: Mapping[str, Any]
+    leap: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> PolicyFile:
@@ -57,12 +59,13 @@ class PolicyFile:
         Raises:
             UserError: The file is missing, damaged, or no policy.
         """
-        keys = list(cls.__dataclass_fields__)
+        *keys, _ = cls.__dataclass_fields__
         content = read_json(path, _REMEDY, keys)
         texts = [content[key] for key in ("policy", "promise", "weights", "manifest")]
         if not all(isinstance(text, str) for text in texts) or not isinstance(content["inputs"], dict):
             raise UserError(f"{path}: not the file of a policy; {_REMEDY}")
-        return cls(**{key: content[key] for key in keys})
+        # A file of an earlier version has no key `leap`.
+        return cls(**{key: content[key] for key in keys}, leap=content.get("leap"))
 
     def write(self, path: Path) -> None:
         """Writes the file; an interrupted call leaves no unfinished one."""
