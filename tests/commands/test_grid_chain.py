@@ -19,6 +19,7 @@ from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import UserError
 from videoadapt.evaluation.costs import flops
 from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.evaluation.evaluated import reported_policy
 from videoadapt.evaluation.predict import predict, predict_files
 from videoadapt.routing.fit_assigner import assign
 from videoadapt.routing.label import label
@@ -93,7 +94,7 @@ def test_the_front_is_marked_and_random_and_the_oracle_are_not_on_it(run: Config
 def test_flops_reports_every_policy(run: Config) -> None:
     found = flops(run)
     assert [row["policy"] for row in found["policies"]] == list(summary(run)["policies"])
-    assert found["clips"]["policy"] == "assigned"
+    assert found["clips"]["policy"] == reported_policy(summary(run)["policies"])
 
 
 def test_predictions_of_a_cascade_equal_those_of_the_evaluation(run: Config) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special
 
-from videoadapt.config.cascade import Measure
+from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.errors import UserError
 from videoadapt.routing.label_rules import Bools, Choice, Floats
 
+FEATURES = len(MEASURES) + 1  # of an answer, see `answer_features`
 PENALTY = 0.01  # of the squared weights, beside the mean loss of a clip: a dozen features need no more
 _MOST = 1 - 1e-6  # a probability of 1 has no odds
 

@@ -38,7 +38,7 @@ from videoadapt.routing.label_rules import (
     last_true,
     right_matrix,
 )
-from videoadapt.routing.leap_rules import Logistic, answer_features, price_for, worth_most
+from videoadapt.routing.leap_rules import FEATURES, Logistic, answer_features, price_for, worth_most
 from videoadapt.routing.policy_file import SUFFIX, PolicyFile, is_policy_file
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json
@@ -458,7 +458,7 @@ class Leap(Policy):
         return cls(first, model.points, costs, Logistic.fit(answer_features(confidence), right), 0.0)
 
     @classmethod
-    def from_json(cls, name: str, numbers: object) -> Leap:
+    def from_json(cls, name: str, numbers: Any) -> Leap:
         """Returns the leap of a file: that whose `to_json` gave the numbers, to the bit.
 
         Args:
@@ -469,19 +469,20 @@ class Leap(Policy):
             ValueError: The numbers are no leap's.
         """
         try:
-            found = dict(numbers)  # type: ignore[call-overload]
-            points, costs = tuple(map(str, found["points"])), tuple(map(float, found["costs"]))
-            chances = Logistic.from_json(found)
-            leap = cls(str(found["first"]), points, costs, chances, float(found["price"]), name.partition(":")[2])
+            points, costs = tuple(map(str, numbers["points"])), tuple(map(float, numbers["costs"]))
+            chances, price = Logistic.from_json(numbers), float(numbers["price"])
+            leap = cls(str(numbers["first"]), points, costs, chances, price, name.partition(":")[2])
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"the numbers of {name} are no leap's: {error}") from None
         if not len(points) == len(costs) == len(chances.weights) or leap.first not in points:
             raise ValueError(f"the numbers of {name} are no leap's: expected a cost and a regression for each point")
+        if len(chances.mean) != FEATURES:
+            raise ValueError(f"the numbers of {name} are no leap's: expected {FEATURES} features")
         return leap
 
     def to_json(self) -> dict[str, Any]:
         """Returns all its numbers, for a file."""
-        own = {"first": self.first, "points": self.points, "costs": self.costs, "price": self.price}
+        own: dict[str, Any] = {"first": self.first, "points": self.points, "costs": self.costs, "price": self.price}
         return own | asdict(self.chances)
 
     @property
