@@ -218,6 +218,21 @@ def test_index_accepts_a_split_without_a_readable_video_and_load_or_index_refuse
     assert len(load_or_index(config).readable) == 1
 
 
+def test_copies_of_a_file_and_their_sources_stay_in_one_drawn_split(tmp_path: Path) -> None:
+    """`g_1.bmp` is a copy of `a_0.bmp`: both images of g follow those of a, in any order of the list."""
+    for number, name in enumerate(f"{letter}_{image}" for letter in "abcdefg" for image in range(2)):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{name}.bmp")
+    shutil.copy(tmp_path / "a_0.bmp", tmp_path / "g_1.bmp")
+    names = sorted(path.name for path in tmp_path.glob("*.bmp"))
+    for number, order in enumerate((names, names[::-1])):
+        train = write_list(tmp_path / "train.txt", [(name, 0) for name in order])
+        data: dict[str, Any] = {"holdout": 0.4, "calibrate": 0.3, "source_pattern": r"(.)_\d\.bmp"}
+        splits = index(config_of(tmp_path / f"run{number}", train=train, **data)).table.set_index("video")["split"]
+        by_source = splits.groupby(splits.index.str[0]).unique().map(list)
+        assert by_source["g"] == by_source["a"]
+        assert (by_source.str.len() == 1).all() and len(set(splits)) > 1
+
+
 def test_an_empty_holdout_or_train_split_is_refused_with_data_holdout(tmp_path: Path, videos: Path) -> None:
     train = write_list(videos / "l.txt", [("v0.mp4", 0), ("v1.mp4", 0)])
     with pytest.raises(

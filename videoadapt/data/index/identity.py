@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,36 @@ def _same_content(paths: Iterable[str]) -> bool:
         return len(set(map(content_hash, files))) == 1
     except (OSError, VideoError):
         return False  # a missing file: nothing shows that it is the same video
+
+
+def keep_copies_together(listed: Sequence[ListedVideo], content: Mapping[str, str]) -> list[ListedVideo]:
+    """Gives all sources that share a file the same drawn split: a copy in another split is a clip seen in training.
+
+    Args:
+        listed: The videos. All videos of a source in `train` are drawn together.
+        content: Hash of the bytes of each readable file, by path.
+
+    Returns:
+        The videos in the same order. Of sources that share a file, the one with the first name decides.
+    """
+    drawn = {video.source or video.video: video.split for video in listed if video.split != "val"}
+    parents = {source: source for source in drawn}
+
+    def first_of(source: str) -> str:
+        while parents[source] != source:
+            source = parents[source]
+        return source
+
+    owners: dict[str, str] = {}  # content -> the first source that has it
+    for video in listed:
+        if video.split != "val" and (key := content.get(video.path)):
+            source = video.source or video.video
+            first, second = sorted(map(first_of, (source, owners.setdefault(key, source))))
+            parents[second] = first
+    return [
+        video if video.split == "val" else video._replace(split=drawn[first_of(video.source or video.video)])
+        for video in listed
+    ]
 
 
 def drop_repeated(listed: Iterable[ListedVideo]) -> tuple[list[ListedVideo], list[str]]:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import starmap
 from operator import attrgetter
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from videoadapt.config.load import Config
 from videoadapt.config.sections import SplitConfig
 from videoadapt.data.index.annotations import fingerprint, list_videos
-from videoadapt.data.index.identity import ListedVideo
+from videoadapt.data.index.identity import ListedVideo, keep_copies_together
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files
 from videoadapt.data.index.sources import DRAWN, Split
 from videoadapt.data.index.summary import IndexSummary, summary
@@ -364,6 +364,9 @@ def _build(config: Config) -> tuple[Manifest, IndexSummary]:
         timeout_s=config.index.timeout_s,
         limits=Limits.of(config.data),
     )
+    if config.data.holdout or config.data.calibrate:
+        content = {path: result.content for path, result in results.items() if isinstance(result, VideoInfo)}
+        listing = replace(listing, videos=keep_copies_together(listing.videos, content))
     manifest = Manifest(_table(listing.videos, results), listing.classes, _fingerprint(config))
     return manifest, summary(manifest.table, manifest.hash, listing)
 
