@@ -19,6 +19,7 @@ from torch import Tensor
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import CheckpointError
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.model.weights.facts import weights_facts
 from videoadapt.model.weights.load import load_weights
 
 SIZES = (128, 160, 192, 224)
@@ -239,3 +240,23 @@ def test_lvvits_own_file_with_one_grid_is_loaded() -> None:
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     expected = supervit(released("lvvit_s"), images, 224)
     torch.testing.assert_close(model(images[:, :, None], "14"), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("deit_s", DEIT_S), ("lvvit_s", LVVIT_S)])
+def test_the_settings_of_a_file_are_those_of_the_code_that_wrote_it(
+    tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    torch.save(released(name), tmp_path / "weights.pth")
+    found = weights_facts(str(tmp_path / "weights.pth")).model
+    known = found.keys() & settings.keys() - {"heads"}  # a quarter of the width has other heads
+    assert {key: found[key] for key in known} == {key: settings[key] for key in known}
+    assert known >= settings.keys() & {"align_corners", "norm_eps", "residual_scale", "dense_head", "embed"}
+
+
+def test_lv_vits_own_file_has_another_weight_of_the_head_on_patches_than_supervits(tmp_path: Path) -> None:
+    own = {key: tensor for key, tensor in released("lvvit_s").items() if not key.startswith("pos_embed_list")}
+    own["pos_embed"] = released("lvvit_s")["pos_embed_list.3"]
+    torch.save(own, tmp_path / "lvvit_s.pth")
+    found = weights_facts(str(tmp_path / "lvvit_s.pth")).model
+    assert (found["dense_head"], found["residual_scale"], found["norm_eps"]) == (0.5, 0.5, 1e-5)
+    assert "align_corners" not in found

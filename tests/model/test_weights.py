@@ -558,6 +558,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "hole": (lambda: without(tiny_vit().state_dict(), "blocks.0.mlp"), "blocks.0.mlp.fc1.weight is not in the file"),
     "layer scale": (lambda: tiny_vit(init_values=0.1).state_dict(), "set model.layer_scale=1e-5"),
+    "norm before the blocks": (
+        lambda: tiny_vit(pre_norm=True).state_dict(),
+        "of another architecture: it has norm_pre,",
+    ),
+    "norm of queries": (lambda: tiny_vit(qk_norm=True).state_dict(), r"it has blocks\.\*\.attn\.q_norm, blocks"),
     "layout": (lambda: timm.create_model("resnet18", pretrained=False).state_dict(), "expected the weights of a ViT"),
     "tensor": (lambda: {"weight": torch.zeros(3, 3)}, "got 1 tensors named weight"),
     "nothing": (dict, "holds no weights"),

@@ -59,6 +59,13 @@ def test_normalisation_is_what_the_source_states(tmp_path: Path, name: str, besi
     assert load_weights(model, path.parent if beside else path).filled == 1.0
 
 
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (1152, 16), (1280, 16)])  # S, SO400M, H
+def test_heads_of_a_file_are_those_of_the_published_model(tmp_path: Path, width: int, heads: int) -> None:
+    shapes = {"attn.qkv.weight": (3 * width, width), "mlp.fc1.weight": (4 * width, width)}
+    save_file({f"blocks.0.{name}": torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
+    assert weights_facts(str(tmp_path / "a.safetensors")).model["heads"] == heads
+
+
 def test_a_file_is_described_by_its_header_and_who_states_its_normalisation(tmp_path: Path) -> None:
     path = write_vit(tmp_path / "deit_tiny_patch16_224.safetensors")
     assert "does not say where it is from; mean and std by timm's settings of deit" in weights_facts(str(path)).origin

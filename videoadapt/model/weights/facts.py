@@ -24,10 +24,12 @@ Rgb: TypeAlias = tuple[float, float, float]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TIMESFORMER = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
-_HEAD_WIDTH = 64  # of every published ViT; tensor shapes do not show it
+# Tensor shapes do not show the heads. Published ViTs have heads of 64 channels, but for LV-ViT-T, SO400M, H, g and G.
+_HEAD_WIDTH = 64
+_HEADS = {240: 4, 1152: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 _LAYER_SCALE = 1e-5  # only the initial value: the weights replace it
 _SAID = 300  # characters of a header that are shown
-_DENSE_HEAD = 0.25  # LV-ViT's weight of the head on patches
+_LVVIT_T = 240  # its width; alone of the published LV-ViTs, it does not halve its branches
 
 
 class Normalisation(NamedTuple):
@@ -219,19 +221,27 @@ def _architecture(layout: Layout, weights: Weights) -> dict[str, Any]:
     found: dict[str, Any] = {
         "width": layout.width,
         "depth": layout.depth,
-        "heads": weights.heads or max(1, layout.width // _HEAD_WIDTH),
+        "heads": weights.heads or _HEADS.get(layout.width) or max(1, layout.width // _HEAD_WIDTH),
         "mlp_ratio": hidden / layout.width,
         "patch": kernel.tensor.shape[-1] if kernel else 16,
         "qkv_bias": layout.qkv_bias,
         "layer_scale": _LAYER_SCALE if layout.layer_scale else None,
     }
-    if layout.stem:
-        found["embed"] = "stem"
+    if layout.stem:  # LV-ViT, also as the backbone of SuperViT; its code has torch's epsilon
+        residual_scale = 1.0 if layout.width == _LVVIT_T else 0.5
+        found |= {"embed": "stem", "norm_eps": 1e-5, "residual_scale": residual_scale}
     if layout.dense_head:
-        found["dense_head"] = _DENSE_HEAD
+        found["dense_head"] = dense_head_of(layout)
+    if layout.kind == SUPERVIT:
+        found["align_corners"] = True
     if layout.temporal and "time_embed" in layout.tensors:
         found["num_frames"] = len(next(iter(layout.tensors["time_embed"].values())).tensor)
     return found
+
+
+def dense_head_of(layout: Layout) -> float:
+    """Returns the weight of the head on patches in the code that a layout comes from: of SuperViT, or of LV-ViT."""
+    return 0.25 if layout.kind == SUPERVIT else 0.5
 
 
 def _of_folder(folder: Path) -> Normalisation | None:

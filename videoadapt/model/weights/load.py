@@ -18,16 +18,19 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from videoadapt.config.sections import ModelConfig, Resample, WhichWeights
-from videoadapt.errors import CheckpointError, plural
+from videoadapt.errors import CheckpointError, few, plural
 from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.model.weights.facts import Normalisation, require_layout, stated_normalisation
+from videoadapt.model.weights.facts import Normalisation, dense_head_of, require_layout, stated_normalisation
 from videoadapt.model.weights.layouts import NO_LENGTH, SUPERVIT, Entry, Layout, pick, split_length
 from videoadapt.model.weights.sources import Weights, read_weights
 
 LOADED, RESAMPLED, COPIED, NEW, UNUSED = "loaded", "resampled", "copied", "new", "unused"
 TO_EACH_LENGTH = "copied to each length"
 LEAST_FILLED = 0.99  # smallest fraction of attention and MLP weights that must be filled: only biases may be missing
+# Tensors that change the tokens, and that some ViTs have besides: norms before the blocks (CLIP) or of queries and
+# keys, relative positions (BEiT). An image model may leave out attention over time.
+BESIDES = re.compile(r"norm_pre\..+|blocks\.\d+\.(?!temporal_).+")
 CORE = re.compile(r"blocks\.\d+\.(\w*attn|mlp)\.")  # attention and MLP weights, which all lengths share
 
 
@@ -152,8 +155,17 @@ def _check_architecture(model: TimeSformer, layout: Layout, weights: Weights) ->
         raise CheckpointError(
             f"{label}: the file has biases for queries, keys and values, the model does not; set model.qkv_bias=true"
         )
+    known = {split_length(name)[0] for name in model.state_dict()}
+    besides = [base for base in layout.tensors if BESIDES.fullmatch(base) and base not in known]
+    if besides:
+        raise CheckpointError(
+            f"{label}: of another architecture: it has {few(_abridge(besides).split(', '))}, and the other tensors are "
+            "worth little without them; use the weights of a plain ViT or of TimeSformer"
+        )
     if layout.dense_head and config.dense_head is None:
-        raise CheckpointError(f"{label}: the file has an aux_head, the model does not; set model.dense_head=0.25")
+        raise CheckpointError(
+            f"{label}: the file has an aux_head, the model does not; set model.dense_head={dense_head_of(layout):g}"
+        )
     if layout.kind == SUPERVIT:
         _check_supervit(config, layout, label)
 
