@@ -149,6 +149,15 @@ def test_a_run_stopped_in_a_validation_repeats_it_and_ends_with_the_same_bits(
     assert (config.run.dir / "checkpoints/best").read_text() == (trained.run.dir / "checkpoints/best").read_text()
 
 
+def test_an_answer_that_is_not_a_number_is_wrong(trained: Config) -> None:
+    state = State.start(trained, load_or_index(trained))
+    state.ema = None
+    torch.nn.init.constant_(state.model.head.bias, float("nan"))
+    found = Validator.of(state, 5).validate(StopRequest(), lambda note: None)
+    assert found is not None
+    assert {value for name, value in found.values.items() if name.startswith("top")} == {0.0}
+
+
 def test_training_stops_when_patience_ends_and_goes_on_with_more(
     data: Path, indexed: Path, tmp_path: Path, trained: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def _sums_of(videos: list[VideoViews], model: TimeSformer, state: State) -> Tens
             logits = model(inputs, point)
         logits = logits.double()  # (B, classes)
         right = logits.topk(min(TOP5, logits.shape[1])).indices == labels[:, None]  # (B, 5), best first
+        right &= logits.isfinite().all(1, keepdim=True)  # the largest of NaN would be class 0
         loss = F.cross_entropy(logits, labels, reduction="sum")
         rows.append(torch.stack([loss, right[:, 0].sum(), right.sum(), loss.new_tensor(len(videos))]))
     return torch.stack(rows)
