@@ -239,6 +239,15 @@ def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
     assert f"videoadapt label {folder / 'good'}" not in good and f"videoadapt calibrate {folder / 'odd'}" not in odd
 
 
+def test_a_promised_cost_is_shown_as_one(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "good", tmp_path / "good")
+    path = run / "calibrate" / "calibrate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_cost": 0.7}))
+    page = report(run).page.read_text(encoding="utf-8")
+    assert "assigned@0.2 is the most accurate policy whose mean cost of a video is at most 70.0" in page
+    assert "is the cheapest policy that loses" not in page
+
+
 def test_the_licences_of_the_libraries_are_in_the_page(folder: Path) -> None:
     page = report(folder / "odd").page.read_text(encoding="utf-8")
     shipped = files("videoadapt.reporting") / "template" / "vendor"

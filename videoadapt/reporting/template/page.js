@@ -300,7 +300,8 @@
   }
 
   function calibration(run) {
-    const { curve: rows, eps, chosen } = run.calibration;
+    const { curve: rows, eps, max_cost, chosen } = run.calibration;
+    const bound = max_cost != null ? { xAxis: 100 * max_cost, name: "promised cost" } : eps === undefined ? undefined : { yAxis: 100 * eps, name: "tolerated loss" };
     const groups = [["valid", rows.filter((row) => row.valid), css("oracle"), "circle"], ["not valid", rows.filter((row) => !row.valid), css("random"), "emptyCircle"]];
     return base({
       tooltip: { trigger: "item", formatter: (item) => (item.data?.row ? tip(item.data.row.policy, [["cost", percent(item.data.row.cost)], ["loss", percent(item.data.row.loss)], ["at most", item.data.row.loss_upper == null ? "–" : percent(item.data.row.loss_upper)]]) : "") },
@@ -312,7 +313,7 @@
         whiskers("bound", rows.filter((row) => row.loss_upper != null).map((row) => [100 * row.cost, 100 * row.loss, 100 * row.loss_upper]), css("soft")),
         ...groups.map(([name, group, colour, symbol]) => ({
           name, type: "scatter", color: colour, symbol, symbolSize: 9, data: group.map((row) => ({ value: [100 * row.cost, 100 * row.loss], row, symbolSize: row.policy === chosen ? 18 : 9, label: { show: row.policy === chosen, formatter: () => `chosen: ${row.policy}`, position: row.cost > 0.7 ? "left" : "right", color: css("ink"), textBorderColor: css("card"), textBorderWidth: 3 } })),
-          markLine: eps === undefined || name !== "valid" ? undefined : { silent: true, symbol: "none", data: [{ yAxis: 100 * eps }], lineStyle: { color: css("bad") }, label: { formatter: "tolerated loss", position: "insideStartTop", color: css("bad"), textBorderColor: css("card"), textBorderWidth: 3 } },
+          markLine: !bound || name !== "valid" ? undefined : { silent: true, symbol: "none", data: [bound], lineStyle: { color: css("bad") }, label: { formatter: "{b}", position: "insideStartTop", color: css("bad"), textBorderColor: css("card"), textBorderWidth: 3 } },
         })),
       ],
     });
