@@ -77,6 +77,16 @@ def test_memory_depends_on_optimizer_checkpointing_and_precision(tmp_path: Path)
     assert checkpointed.saved["8"][1] < memory_of(tmp_path, model=deep).saved["8"][1] / 2
 
 
+def test_frozen_parts_keep_no_gradients_optimizer_state_or_activations(tmp_path: Path) -> None:
+    whole = memory_of(tmp_path, train={"ema": None})
+    frozen = memory_of(tmp_path, train={"ema": None, "freeze": "backbone", "init": "a.pth"})
+    assert frozen.state < whole.state / 3  # AdamW: the weights are a quarter
+    assert frozen.saved["8"][1] < whole.saved["8"][1] / 10
+    for freeze in (None, "backbone"):
+        watch = Stopwatch(tiny(tmp_path, train={"freeze": freeze, "init": "a.pth"}, model={"points": ["8"]}), (4, 8))
+        assert all(p.requires_grad for p in watch.model.blocks.parameters()) == (freeze is None)
+
+
 def test_a_plan_from_analytic_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(tmp_path, plan={**MACS_PER_S, "clips": 1000}, parallel={"groups": {"8": 1, "6": 1, "4": 1}})
     summary = plan(config, 3)

@@ -11,14 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from videoadapt.config.load import Config
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.training.freeze import freeze, set_training_mode
 
 _FLOAT_BYTES = 4  # weights, gradients and optimizer state are float32, also with run.precision=bf16
 
 
 def parameter_count(config: Config) -> int:
-    """Returns the number of learnt values in the model of a config, at all its points together."""
+    """Returns the number of values that are trained in the model of a config, at all its points together."""
+    return _parameter_counts(config)[1]
+
+
+def _parameter_counts(config: Config) -> tuple[int, int]:
+    """Returns the number of values in the model of a config, and of those that `train.freeze` leaves to be trained."""
     with torch.device("meta"):  # shapes without memory
-        return sum(parameter.numel() for parameter in TimeSformer(config.model).parameters())
+        model = TimeSformer(config.model)
+    freeze(model, config.train.freeze)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,15 @@ class TrainingMemory:
 def training_memory(config: Config, device: torch.device) -> TrainingMemory:
     """Predicts the memory of training. `train.compile` takes less, because fused kernels keep fewer activations."""
     train = config.train
-    # Weights and gradients; AdamW keeps two values per weight, SGD one with momentum; the EMA is another copy.
-    copies = 2 + (2 if train.optimizer == "adamw" else train.momentum > 0) + (train.ema is not None)
+    whole, trained = _parameter_counts(config)
+    # Gradients; AdamW keeps two values per weight, SGD one with momentum. The EMA is another copy of all weights.
+    values = trained * (1 + (2 if train.optimizer == "adamw" else train.momentum > 0))
+    values += whole * (1 + (train.ema is not None))
     saved = {}
     for point in config.model.points:
         one, two = (_saved(config, point, clips, device) for clips in (1, 2))
         saved[point] = (2 * one - two, two - one)  # the line through both: intercept and slope
-    return TrainingMemory(_FLOAT_BYTES * copies * parameter_count(config), saved)
+    return TrainingMemory(_FLOAT_BYTES * values, saved)
 
 
 def _saved(config: Config, point: str, clips: int, device: torch.device) -> int:
@@ -77,7 +88,9 @@ def saved_bytes(config: Config, point: str, clips: int, device: torch.device, *,
         Bytes of all different storages, without the parameters.
     """
     with torch.device("meta"):
-        model = TimeSformer(config.model).train()
+        model = TimeSformer(config.model)
+    freeze(model, config.train.freeze)
+    set_training_mode(model, config.train.freeze)
     model.activation_checkpointing = checkpointing
     kept = {}
 

@@ -18,6 +18,7 @@ from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.performance.forecast import LinearTime, Passes
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training import losses
+from videoadapt.training.freeze import freeze, set_training_mode
 from videoadapt.training.optim import make_optimizer
 
 _MATRIX = 512  # side of the matrices of `bf16_is_fast`: a third of a second where bf16 is emulated
@@ -51,7 +52,9 @@ class Stopwatch:
 
     def __init__(self, config: Config, sizes: tuple[int, int]) -> None:
         self.config, self.sizes, self.device = config, sizes, pick_device(config.run.device)
-        self.model = TimeSformer(config.model).to(self.device).train()
+        self.model = TimeSformer(config.model).to(self.device)
+        freeze(self.model, config.train.freeze)
+        set_training_mode(self.model, config.train.freeze)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self._forward = compiled(self.model) if config.train.compiles else self.model
         self._optimizer = make_optimizer(self.model.named_parameters(), config.train)
