@@ -295,7 +295,8 @@ class ModelConfig(Section):
     num_frames: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Frames of a clip. TimeSformer: 8; its HR variant 16, L 96. 1 = images."""
     stride_frames: Count = 32
-    """Distance of two frames of a clip, counted in frames at `model.fps`. TimeSformer on Kinetics: 32."""
+    """A clip covers `model.num_frames` times this many frames, counted at `model.fps`, and its own frames are spread
+    evenly over them, both ends included. TimeSformer on Kinetics: 32."""
     fps: Annotated[float, Field(ge=1e-3, le=1e6)] | None = 30.0
     """Frames a second at which `model.stride_frames` is counted, so that clips of all videos last equally long. null =
     the stride counts the frames of the file."""
@@ -324,7 +325,7 @@ class ModelConfig(Section):
     share_patch: bool = False
     """One patch embedding for all lengths instead of one for each."""
     share_pos: bool = False
-    """One position embedding for all lengths, resized to each, instead of one for each."""
+    """One position embedding for all lengths: the upper left part of the longest one, instead of one for each."""
     distill_token: bool = False
     """A second class token for student points, which learns from the teacher (ReViT, figure 3)."""
     dense_head: Positive | None = None
