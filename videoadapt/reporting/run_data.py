@@ -115,7 +115,7 @@ def evaluation_data(config: Config) -> Part:
 
 
 _FACTS = (
-    *("split", "manifest", "files", "model", "listed", "scored", "failed_count_as", "views", "trained_on"),
+    *("kind", "split", "manifest", "files", "model", "listed", "scored", "failed_count_as", "views", "trained_on"),
     *("selected_on_val", "largest_class", "largest_class_fraction", "date", "seconds", "machine", "versions"),
 )
 
