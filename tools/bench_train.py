@@ -30,7 +30,6 @@ from videoadapt.config.points import Point
 from videoadapt.config.sections import Count, Section
 from videoadapt.errors import ConfigError, RunError, UserError
 from videoadapt.performance.bench.results import measured_with
-from videoadapt.performance.forecast import Network, Passes, forecast
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.plan import work_of
 from videoadapt.performance.timing import fitted
@@ -38,6 +37,7 @@ from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.machine import pick_device
 from videoadapt.training.draws import point_probabilities
+from videoadapt.training.forecast import Network, Passes, forecast
 from videoadapt.training.groups import GroupPlan, make_plan
 
 PEER = "Hugging Face's TimeSformer"
@@ -53,6 +53,7 @@ class Settings(Section):
     batch: Count = 4  # clips of a step, over all ranks
     steps: Count = 1  # steps of a turn; their mean counts
     lengths: tuple[Count, ...] | None = None  # in the order in which they are added; None: the longest, then ascending
+    kinds: tuple[str, ...] | None = None  # of cases that are measured, besides the first case; None: all
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class Case:
     kind: str  # alone, sequential, groups, no groups, the peer's name or, for a grid, a value of `train.draw`
     config: Config
     ranks: int
+    costliest_last: bool = False  # the order of `parallel.overlap`
 
     @property
     def name(self) -> str:
         """The name in tables, such as `groups {14, 7}, 2 ranks`."""
         points = "{" + ", ".join(self.config.model.points) + "}"
-        return f"{self.kind} {points}" + (f", {self.ranks} ranks" if self.ranks > 1 else "")
+        order = f", {self.config.model.points[0]} last" if self.costliest_last else ""
+        return f"{self.kind} {points}" + (f", {self.ranks} ranks" if self.ranks > 1 else "") + order
 
     @property
     def plan(self) -> GroupPlan:
@@ -89,7 +92,8 @@ def cases(config: Config, settings: Settings) -> list[Case]:
     """Returns our cases; the first is the costliest length alone, to which the others are compared.
 
     They are each length alone, the first k lengths by one rank and in groups on 2 to k ranks, and all lengths without
-    groups. A config with keeps also gives its whole grid by one rank, with all points and with sampled points.
+    groups, also with the backward pass of the costliest length last. A config with keeps also gives its whole grid by
+    one rank, with all points and with sampled points.
 
     Raises:
         ConfigError: The lengths repeat, or do not fit the model.
@@ -106,7 +110,9 @@ def cases(config: Config, settings: Settings) -> list[Case]:
     for k in range(2, len(lengths) + 1):
         found.append(case("sequential", lengths[:k], 1))
         found += [case("groups", lengths[:k], ranks) for ranks in range(2, k + 1)]
-    found += [case("no groups", lengths, ranks) for ranks in range(2, len(lengths) + 1)]
+    for ranks in range(2, len(lengths) + 1):
+        together = case("no groups", lengths, ranks)
+        found += [together, dataclasses.replace(together, costliest_last=True)]
     grid = config.model.points
     if any(Point.parse(point).keep < 1 for point in grid):
         draws = ("all", "sampled")
@@ -144,6 +150,9 @@ def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
     sizes = (half, 2 * half)  # batch sizes of the single passes
     peer = Case(PEER, ours[0].config, 1)
     jobs = _jobs([case for case in possible if case.ranks <= available], peer, sizes, settings.steps)
+    if settings.kinds is not None:
+        left = {case.name for case in [*ours[1:], peer] if case.kind not in settings.kinds}
+        jobs = {name: job for name, job in jobs.items() if name not in left}
     if available > 1:  # gives the bytes per second for the predictions
         jobs[_REDUCE] = _Job(all_reduce, jobs[_PASSES].config, ranks=2)
     multiprocessing.set_forkserver_preload(["bench_train_steps"])  # imports torch once instead of once per rank
@@ -175,7 +184,7 @@ def bench_train(config: Config, words: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _jobs(ours: Sequence[Case], peer: Case, sizes: tuple[int, int], steps: int) -> dict[str, _Job]:
-    jobs = {case.name: _Job(our_step, case.config, (steps,), case.ranks) for case in ours}
+    jobs = {case.name: _Job(our_step, case.config, (steps, case.costliest_last), case.ranks) for case in ours}
     whole = max(ours, key=lambda case: len(case.config.model.points)).config  # has every point that is predicted
     return jobs | {
         peer.name: _Job(peer_step, peer.config, (steps,)),
@@ -237,7 +246,8 @@ def _row(case: Case, predicted_s: float | None) -> Row:
 
 def _predict(case: Case, point_passes: Mapping[str, Passes], optimizer_s: float, network: Network) -> float:
     needed = {point: point_passes[point] for point in case.config.model.points}
-    return forecast(case.plan, work_of(case.config, needed, optimizer_s), network).step_s
+    work = work_of(case.config, needed, optimizer_s)
+    return forecast(case.plan, work, network, costliest_last=case.costliest_last).step_s
 
 
 def main() -> None:

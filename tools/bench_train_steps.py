@@ -23,8 +23,8 @@ from videoadapt.data.index.manifest import Manifest
 from videoadapt.performance.bench.peak import peak_bytes, reset_peak_bytes
 from videoadapt.performance.bench.peers import HuggingFace, peer_side
 from videoadapt.performance.memory import parameter_count
-from videoadapt.performance.timing import Round, Stopwatch, now
-from videoadapt.runtime.machine import pick_device, precision_dtype
+from videoadapt.performance.timing import Round, Stopwatch
+from videoadapt.runtime.machine import now, pick_device, precision_dtype
 from videoadapt.runtime.ranks import wait_for_all, world_size
 from videoadapt.training.ddp import no_gradient_sync
 from videoadapt.training.exchange import TeacherLogits
@@ -72,11 +72,12 @@ class _SilentLogits(TeacherLogits):
         return torch.zeros(clips, self.classes, dtype=self.dtype, device=self.device)
 
 
-def our_step(config: Config, steps: int) -> Turn:
+def our_step(config: Config, steps: int, costliest_last: bool) -> Turn:
     """Prepares `train_step` on random clips, on the ranks of `parallel.groups`; a turn returns a `StepTime`."""
     base = reset_peak_bytes()
     state = State.start(config, Manifest(pa.table({}), ()))
     role = RankRole.from_plan(config, state.model, make_plan(config, world_size(), point_macs(config.model)))
+    role = replace(role, costliest_last=costliest_last)
     timed, silent_role = None, role
     if role.teacher_logits is not None:
         given = (config, role.plan, role.teacher_logits.dtype, state.device)

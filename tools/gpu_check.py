@@ -4,13 +4,15 @@
     python tools/gpu_check.py --cpu    # the same with tiny sizes, to see that the script itself works
 
 The parts are independent. A part that fails records its traceback, a part without time left is skipped, and the file is
-written after each part. Clips are random tensors: nothing is decoded. Without transformers, the peer is left out.
+written after each part. The same command goes on where it stopped: parts that have ended well with the same code, torch
+and device are not run again. Clips are random tensors: nothing is decoded. Without transformers, the peer is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import statistics
@@ -456,6 +458,26 @@ PARTS: dict[str, Callable[[Machine, Result], None]] = {
 }
 
 
+def digest_of_code() -> str:
+    """Returns a hash of the package's sources and of this script."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for path in [Path(__file__), *sorted(Path(training.__file__).parents[1].rglob("*.py"))]:
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()
+
+
+def finished_parts(path: Path, conditions: Result) -> Result:
+    """Returns the parts in an earlier result that have ended well, if it was measured under the same conditions."""
+    if not path.exists():
+        return {}
+    earlier: Result = json.loads(path.read_text(encoding="utf-8"))
+    if any(earlier.get(key) != value for key, value in conditions.items()):
+        return {}
+    return {
+        name: earlier[name] for name in PARTS if not {"error", "skipped"} & earlier.get(name, {"skipped": ""}).keys()
+    }
+
+
 def main() -> None:
     """Runs the parts in turn and prints each result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -471,8 +493,13 @@ def main() -> None:
         "device": torch.cuda.get_device_name(0) if machine.on_gpu else "cpu",
         "cpus": os.cpu_count(),
         "cudnn": torch.backends.cudnn.version(),
+        "code": digest_of_code(),
     }
+    found |= finished_parts(args.out, found)
     for name in args.only.split(","):
+        if name in found:
+            print(f"{name}: ended well before", flush=True)
+            continue
         since = time.monotonic()
         result: Result = {}
         if since - begin > 60 * args.minutes:

@@ -16,8 +16,8 @@ from pathlib import Path
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, load_config
 from videoadapt.errors import UserError
-from videoadapt.performance.forecast import Forecast, Network, forecast
 from videoadapt.performance.plan import analytic_passes, gpu_hours, work_of
+from videoadapt.training.forecast import Forecast, Network, forecast
 from videoadapt.training.groups import Group, GroupPlan
 
 A100_MACS_PER_S = 156e12  # peak in bf16: 312 TFLOP/s, two per MAC

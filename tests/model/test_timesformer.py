@@ -12,6 +12,8 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from videoadapt.config.points import Point
 from videoadapt.config.sections import ModelConfig
@@ -181,6 +183,23 @@ def test_attention_is_softmax_attention(dtype: torch.dtype) -> None:
     expected = torch.einsum("smij,smjd->smid", weights, v.double())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(attend(q, k, v).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_attention_takes_any_number_of_sequences() -> None:
+    calls = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.scaled_dot_product_attention:
+                calls.append(len(args[0]))
+                return args[2]
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Calls():  # tensors of a GPU, without values
+        q, k, v = torch.empty(3, 140_000, 1, 8, 64, device="cuda")
+        assert attend(q, k, v).shape == q.shape
+    assert calls == [65_535, 65_535, 8_930]
 
 
 @torch.no_grad()

@@ -64,6 +64,13 @@ def test_memory_grows_with_length_and_clips(tmp_path: Path) -> None:
     assert memory.bytes(["8"], 3) - memory.bytes(["8"], 2) == more == memory.saved["8"][1]
 
 
+def test_the_costliest_point_last_keeps_the_activations_of_two_points(tmp_path: Path) -> None:
+    memory = memory_of(tmp_path, ("8", "6", "4"))
+    kept = {point: memory.bytes([point], 2) - memory.state for point in ("8", "6", "4")}
+    assert memory.bytes(["8", "6", "4"], 2, costliest_last=True) == memory.state + kept["8"] + kept["6"]
+    assert memory.bytes(["8"], 2, costliest_last=True) == memory.state + kept["8"]
+
+
 def test_memory_depends_on_optimizer_checkpointing_and_precision(tmp_path: Path) -> None:
     parameters = parameter_count(tiny(tmp_path, model={"points": ["8"]}))
     adamw = memory_of(tmp_path, train={"ema": None})
@@ -135,6 +142,20 @@ def test_a_step_takes_at_least_its_launches(tmp_path: Path) -> None:
     config = tiny(tmp_path, plan={"macs_per_s": 1e20}, train={"batch": 32}, model={"points": ["8"]})
     steps = [plan(config, gpus).layouts[0].step_s for gpus in (16, 32)]
     assert steps[0] == steps[1] == plan(config, 16).floor_s
+
+
+def test_a_plan_says_what_the_order_of_backward_passes_gains_and_takes(tmp_path: Path) -> None:
+    slow = MACS_PER_S | {"bandwidth_gbps": 0.01}
+    off, auto = (plan(tiny(tmp_path, plan=slow, parallel={"overlap": order}), 2) for order in ("off", "auto"))
+    (note,) = (note for note in off.notes if "costliest point last" in note)
+    (off_row, auto_row) = (next(row for row in each.layouts if row.groups == off.recommended) for each in (off, auto))
+    assert f"takes {1000 * auto_row.step_s:.1f} instead of {1000 * off_row.step_s:.1f} ms" in note
+    assert f"{auto_row.bytes_per_rank / (1 << 30):.2f} instead of {off_row.bytes_per_rank / (1 << 30):.2f} GiB" in note
+    assert note.endswith("parallel.overlap=auto would choose it")
+    assert (off_row.costliest_last, auto_row.costliest_last) == (False, True)
+    assert auto_row.step_s < off_row.step_s and auto_row.bytes_per_rank > off_row.bytes_per_rank
+    fast = plan(tiny(tmp_path, plan=MACS_PER_S), 2)
+    assert any(note.endswith("parallel.overlap=auto would not choose it") for note in fast.notes)
 
 
 def test_the_learning_rate_grows_with_the_batch(tmp_path: Path) -> None:

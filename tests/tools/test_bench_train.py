@@ -42,7 +42,8 @@ def test_cases_of_three_lengths(tmp_path: Path) -> None:
         *("alone {8}", "alone {4}", "alone {6}"),
         *("sequential {8, 4}", "groups {8, 4}, 2 ranks"),
         *("sequential {8, 6, 4}", "groups {8, 6, 4}, 2 ranks", "groups {8, 6, 4}, 3 ranks"),
-        *("no groups {8, 6, 4}, 2 ranks", "no groups {8, 6, 4}, 3 ranks"),
+        *("no groups {8, 6, 4}, 2 ranks", "no groups {8, 6, 4}, 2 ranks, 8 last"),
+        *("no groups {8, 6, 4}, 3 ranks", "no groups {8, 6, 4}, 3 ranks, 8 last"),
     ]
     more = cases(tiny(tmp_path), Settings(batch=4, lengths=(8, 4, 6, 7)))
     assert [case.name for case in more if case.kind == "sequential"][-1] == "sequential {8, 7, 6, 4}"

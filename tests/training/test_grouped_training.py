@@ -53,6 +53,15 @@ def indexed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.run.dir
 
 
+# Small: convolutions in float64 are slow.
+STEM: dict[str, dict] = {"model": {"embed": "stem", "num_frames": 2}, "train": {"batch": 8}}
+LVVIT: dict[str, dict] = {
+    "model": STEM["model"] | {"dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
+    "data": {"mixup": 0.0, "cutmix": 0.0, "mix_token": 1.0},
+    "train": STEM["train"],
+}
+
+
 def tiny(data: Path, folder: Path, groups: object, /, **sections: dict) -> Config:
     """Everything by which points and clips influence one another; no drop path, which depends on the plan."""
     defaults: dict[str, dict] = {
@@ -122,6 +131,25 @@ def test_steps_on_several_ranks_equal_those_of_one(trained: Trainer, sequential:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("groups", "kind"),
+    [(None, {}), ({"8": 1, "6+4": 1}, {}), (None, LVVIT)],
+    ids=["no groups", "groups", "LV-ViT"],
+)
+def test_the_order_of_backward_passes_changes_only_rounding(
+    trained: Trainer, groups: object, kind: dict[str, dict]
+) -> None:
+    """Also with drop path: the order of forward passes, which draw its random numbers, is the same."""
+    kind = kind | {"model": kind.get("model", {}) | {"drop_path": 0.3}}
+    usual, costliest_last = (trained(2, groups, **kind, parallel={"overlap": order})[0] for order in ("off", "auto"))
+    for key in (ONE_STEP[0], SEVERAL_STEPS):
+        for name, gradient in usual[key]["gradients"].items():
+            assert difference(costliest_last[key]["gradients"][name], gradient) < TOLERANCE["torch.float64"], name
+        torch.testing.assert_close(costliest_last[key]["buffers"], usual[key]["buffers"], rtol=1e-9, atol=1e-12)
+        assert costliest_last[key]["values"] == pytest.approx(usual[key]["values"], rel=1e-9)
+
+
+@pytest.mark.slow
 def test_sums_in_bf16_are_near_and_the_same_on_all_ranks(trained: Trainer, sequential: dict[Any, Any]) -> None:
     held = trained(2, {"8": 1, "6+4": 1}, parallel={"sums": "bf16"})
     for name, gradient in sequential[1, "torch.float32"]["gradients"].items():
@@ -129,15 +157,6 @@ def test_sums_in_bf16_are_near_and_the_same_on_all_ranks(trained: Trainer, seque
         assert first.dtype == torch.float32 and torch.equal(first, second)
         assert torch.equal(first, first.bfloat16().float()), name
         assert difference(first, gradient) < 0.01, name
-
-
-# Small: convolutions in float64 are slow.
-STEM: dict[str, dict] = {"model": {"embed": "stem", "num_frames": 2}, "train": {"batch": 8}}
-LVVIT: dict[str, dict] = {
-    "model": STEM["model"] | {"dense_head": 0.25, "residual_scale": 0.5, "qkv_bias": False},
-    "data": {"mixup": 0.0, "cutmix": 0.0, "mix_token": 1.0},
-    "train": STEM["train"],
-}
 
 
 @pytest.mark.slow

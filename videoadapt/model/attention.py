@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+_MOST_SEQUENCES = 65_535  # in one call: some kernels of CUDA have a block for each in a dimension that ends there
 LONGEST = 128  # frames; above it, a tile would no longer fit into registers
 # torch's wheels for Linux bring Triton. Before the first call it compiles C, which minimal containers cannot.
 _HAS_TRITON = (
@@ -35,6 +36,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # torch's fused kernel is slow here: plain products are 2 to 4 times as fast in the forward pass, and 3 to 10
         # times with the backward pass (measured, docs/log.md).
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    if q.device.type == "cuda" and len(q) > _MOST_SEQUENCES:
+        parts = zip(*(x.split(_MOST_SEQUENCES) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -42,12 +42,16 @@ class TrainingMemory:
     state: int
     saved: Mapping[str, tuple[int, int]]
 
-    def bytes(self, points: Sequence[str], clips: int) -> int:
-        """Returns the bytes of a rank that trains `points` on micro-batches of `clips` clips.
+    def bytes(self, points: Sequence[str], clips: int, *, costliest_last: bool = False) -> int:
+        """Returns the bytes of a rank that trains `points`, costliest first, on micro-batches of `clips` clips.
 
-        Points run one after the other, so that only the point with the largest activations counts.
+        Points run one after the other, so that only the point with the largest activations counts. With
+        `costliest_last`, the activations of the first point stay until the others are done.
         """
-        return self.state + max(fixed + per_clip * clips for fixed, per_clip in (self.saved[p] for p in points))
+        first, *others = (fixed + per_clip * clips for fixed, per_clip in (self.saved[p] for p in points))
+        if costliest_last:
+            return self.state + first + max(others, default=0)
+        return self.state + max([first, *others])
 
 
 def training_memory(config: Config, device: torch.device) -> TrainingMemory:

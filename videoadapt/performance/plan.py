@@ -16,28 +16,27 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import ConfigError, UserError, plural
-from videoadapt.performance.forecast import (
+from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
+from videoadapt.performance.timing import Stopwatch, fitted
+from videoadapt.runtime.console import Bar, print_table
+from videoadapt.runtime.machine import pick_device
+from videoadapt.training.forecast import (
     Forecast,
     LinearTime,
     Network,
     Passes,
     StepWork,
+    best_order,
     forecast,
     groups_setting,
     layouts,
 )
-from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
-from videoadapt.performance.timing import Stopwatch, fitted
-from videoadapt.runtime.console import Bar, print_table
-from videoadapt.runtime.machine import pick_device
-from videoadapt.training.draws import possible_draws
-from videoadapt.training.groups import make_plan, split_evenly
+from videoadapt.training.groups import GroupPlan, make_plan, split_evenly
 from videoadapt.training.preflight import pixels_after_resizing, try_decoding
 
 _ROUNDS = 5  # rounds of measuring; the median of five ignores two disturbed rounds
 _SHOWN = 12  # layouts in the printed table
 _MIN_GAIN = 0.02  # groups must be faster by this fraction: they need more communication, and forecasts have errors
-_FLOAT_BYTES = 4  # gradients and logits travel as float32
 _MAX_RANKS = 4096
 _MAX_LENGTHS = 6  # they have 203 partitions; ten have 115,975
 _LAUNCHES_OF_A_BLOCK = 80  # in both passes: TimeSformer-B has 707 to 1,025 at a point (docs/results/step.md)
@@ -58,6 +57,7 @@ class LayoutRow:
     utilisation: float  # fraction of the ranks' time that passes take
     bytes_per_rank: int  # memory of the rank that needs most
     gpu_hours: float | None  # for all epochs; None if the clips of an epoch are unknown
+    costliest_last: bool  # whether the backward pass at the costliest point comes last (`parallel.overlap`)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PlanSummary:
     recommended: str
     why: str
     floor_s: float | None  # time of the launches of a step without groups; None if it is part of the measured times
-    notes: list[str]  # on the batch, the learning rate, and decoding
+    notes: list[str]  # on the batch, the learning rate, the order of backward passes, and decoding
 
 
 def plan(config: Config, gpus: int) -> PlanSummary:
@@ -105,14 +105,19 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     if not plans:
         raise _too_many_ranks(config, gpus)
     # Stable: the layout without groups comes first among equals.
-    forecasts = sorted((_above_floor(forecast(each, work, network), config) for each in plans), key=lambda f: f.step_s)
+    predict = best_order if config.parallel.overlap == "auto" else forecast
+    forecasts = sorted((_above_floor(predict(each, work, network), config) for each in plans), key=lambda f: f.step_s)
     best = recommended(forecasts)
     manifest = _manifest(config)
     clips_an_epoch = config.plan.clips or (len(manifest.split("train").readable) if manifest else None)
     memory = training_memory(config, device)
     rows = [_layout_row(each, work, memory, config, clips_an_epoch) for each in forecasts]
     chosen = rows[forecasts.index(best)]
-    notes = [*_batch_notes(config, gpus), *(_decoding_notes(config, manifest, chosen, best, gpus) if manifest else [])]
+    notes = [
+        *_batch_notes(config, gpus),
+        *_overlap_notes(config, best.plan, work, network, memory),
+        *(_decoding_notes(config, manifest, chosen, best, gpus) if manifest else []),
+    ]
     return PlanSummary(
         gpus=gpus,
         device="analytic" if rate else device.type,
@@ -170,16 +175,7 @@ def analytic_passes(config: Config) -> dict[str, Passes]:
 
 def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) -> StepWork:
     """Returns the work of a step of `train.batch` clips, given the times of its passes and of the optimizer."""
-    return StepWork(
-        passes,
-        possible_draws(config.model.points, config.train.draw),
-        optimizer_s,
-        gradient_bytes=_FLOAT_BYTES * parameter_count(config),
-        logits_bytes=_FLOAT_BYTES * config.model.num_classes,
-        clips=config.train.batch,
-        micro_batches=config.train.accumulate,
-        pairs=config.data.mixes,
-    )
+    return StepWork.of(config, passes, optimizer_s, parameter_count(config))
 
 
 def _sizes(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
@@ -242,6 +238,22 @@ def _batch_notes(config: Config, gpus: int) -> list[str]:
     ]
 
 
+def _overlap_notes(
+    config: Config, plan: GroupPlan, work: StepWork, network: Network, memory: TrainingMemory
+) -> list[str]:
+    """Returns what `parallel.overlap: auto` gains and takes in a layout; nothing if no rank has an order to choose."""
+    if plan.ranks == 1 or all(len(group.points) == 1 for group in plan.groups):
+        return []
+    usual, other = (_above_floor(forecast(plan, work, network, costliest_last=last), config) for last in (False, True))
+    usual_gib, other_gib = (bytes_per_rank(each, work, memory) / (1 << 30) for each in (usual, other))
+    chosen = best_order(plan, work, network).costliest_last
+    return [
+        f"With the backward pass of the costliest point last, a step takes {1000 * other.step_s:.1f} instead of "
+        f"{1000 * usual.step_s:.1f} ms, and a rank {other_gib:.2f} instead of {usual_gib:.2f} GiB: "
+        f"parallel.overlap=auto {'would choose' if chosen else 'would not choose'} it"
+    ]
+
+
 def _decoding_notes(config: Config, manifest: Manifest, row: LayoutRow, layout: Forecast, gpus: int) -> list[str]:
     """Returns how many cores a GPU needs to decode for the recommended layout, and what smaller files would gain."""
     rate, error = try_decoding(config, manifest)
@@ -279,20 +291,26 @@ def _pass_row(passes: Passes) -> dict[str, float]:
 
 
 def _layout_row(each: Forecast, work: StepWork, memory: TrainingMemory, config: Config, clips: int | None) -> LayoutRow:
-    bytes_per_rank = []
-    for group in each.plan.groups:
-        split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
-        # The rank with the most clips of the group.
-        bytes_per_rank.append(memory.bytes(group.points, max(map(len, split))))
     return LayoutRow(
         groups=groups_setting(each.plan),
         step_s=each.step_s,
         communication_s=each.communication_s,
         clips_per_s=work.clips / each.step_s,
         utilisation=each.utilisation,
-        bytes_per_rank=max(bytes_per_rank),
+        bytes_per_rank=bytes_per_rank(each, work, memory),
         gpu_hours=gpu_hours(each, config, clips) if clips else None,
+        costliest_last=each.costliest_last,
     )
+
+
+def bytes_per_rank(each: Forecast, work: StepWork, memory: TrainingMemory) -> int:
+    """Returns the memory of the rank that needs most, in bytes."""
+    found = []
+    for group in each.plan.groups:
+        split = split_evenly(work.clips_per_micro_batch, len(group.ranks), pairs=work.pairs)
+        # The rank with the most clips of the group.
+        found.append(memory.bytes(group.points, max(map(len, split)), costliest_last=each.costliest_last))
+    return max(found)
 
 
 def gpu_hours(each: Forecast, config: Config, clips: int) -> float:

@@ -13,24 +13,15 @@ import torch
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
-from videoadapt.config.points import Point
 from videoadapt.model.timesformer import TimeSformer, compiled
-from videoadapt.performance.forecast import LinearTime, Passes
-from videoadapt.runtime.machine import pick_device
-from videoadapt.training import losses
+from videoadapt.runtime.machine import now, pick_device
+from videoadapt.training.forecast import LinearTime, Passes
 from videoadapt.training.freeze import freeze, set_training_mode
 from videoadapt.training.optim import make_optimizer
+from videoadapt.training.pass_time import PassTime, time_pass
 
 _MATRIX = 512  # side of the matrices of `bf16_is_fast`: a third of a second where bf16 is emulated
 _CALLS = 3  # the best of so many, or their median
-
-
-@dataclass(frozen=True)
-class PassTime:
-    """Seconds of one forward and one backward pass."""
-
-    forward_s: float
-    backward_s: float
 
 
 @dataclass(frozen=True)
@@ -61,30 +52,16 @@ class Stopwatch:
 
     def measure(self) -> Round:
         """Measures one round. The first round also compiles and fills caches, so callers should drop it."""
-        few, many = ({point: self._pass(point, clips) for point in self.config.model.points} for clips in self.sizes)
+        few, many = (
+            {point: time_pass(self._forward, point, clips, self.config) for point in self.config.model.points}
+            for clips in self.sizes
+        )
         begin = now(self.device)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad or float("inf"))
         self._optimizer.step()
         end = now(self.device)
         self._optimizer.zero_grad(set_to_none=True)
         return Round(few, many, end - begin)
-
-    def _pass(self, point: str, clips: int) -> PassTime:
-        model = self.config.model
-        frames = torch.randn(clips, 3, model.num_frames, model.size, model.size, device=self.device)  # B C T H W
-        targets = torch.full((clips, model.num_classes), 1 / model.num_classes, device=self.device)
-        # Uniform probabilities cost as much as real logits. The costliest point has no teacher.
-        teacher = None if point == model.points[0] else targets
-        begin = now(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
-            heads = self._forward(frames, point, heads=True)
-        dropped = Point.parse(point).keep < 1
-        # Points that drop tokens have no dense loss: labels per patch need all patches.
-        dense = None if dropped or heads.dense is None else torch.full_like(heads.dense, 1 / model.num_classes)
-        loss = losses.point_loss(heads, targets, teacher, self.config.loss, dropped=dropped, dense=dense).sum()
-        middle = now(self.device)
-        loss.backward()
-        return PassTime(middle - begin, now(self.device) - middle)
 
 
 class Speed(NamedTuple):
@@ -154,13 +131,6 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
     begin = time.process_time()
     work()
     return time.process_time() - begin
-
-
-def now(device: torch.device) -> float:
-    """Returns the seconds of a monotonic clock after all work queued on `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels run asynchronously: without it only their launch is timed
-    return time.perf_counter()
 
 
 def fitted(rounds: Sequence[Round], sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:

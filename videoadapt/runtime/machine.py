@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +54,13 @@ def use_deterministic_operations() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's documentation asks
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False  # a measurement, which may choose another algorithm each time
+
+
+def now(device: torch.device) -> float:
+    """Returns the seconds of a monotonic clock after all work queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run asynchronously: without it only their launch is timed
+    return time.perf_counter()
 
 
 def precision_dtype(name: str) -> torch.dtype:

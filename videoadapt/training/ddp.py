@@ -80,11 +80,22 @@ def _sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, 
 
 
 def no_gradient_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Returns a context in which backward passes add to the gradients of this rank only.
-
-    The first backward pass outside the context sums the accumulated gradients over all ranks.
-    """
+    """Returns a context for forward passes whose backward passes add to the gradients of this rank only."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def sum_in_backward(model: nn.Module, loss: Tensor) -> None:
+    """Makes the backward pass from `loss` sum the gradients over all ranks, with those of earlier backward passes.
+
+    The forward pass of `loss` ran inside `no_gradient_sync`: otherwise DDP would sum in the first backward pass that
+    follows it, which may be that of another point. A call inside `no_gradient_sync` has no effect.
+
+    Args:
+        model: A model that `sum_gradients` has returned.
+        loss: The loss, ().
+    """
+    if isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
+        model.reducer.prepare_for_backward([loss])  # what DDP's own forward pass does with its outputs
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):

@@ -27,7 +27,7 @@ from videoadapt.training.groups import GroupPlan, split_evenly
 
 _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
 _WORTH = 1.2  # a gain that is mentioned; a few clips measure less than that badly
-_EXCHANGED_FLOATS, _EXCHANGES = 8_000_000, 3
+_SUMMED_BYTES, _SUMS = 32_000_000, 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NodeReport:
         return self.step_clips / (self.clips_per_s * readers) if self.clips_per_s else math.inf
 
 
-def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
+def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> float | None:
     """Prints a table of all ranks' nodes to stderr, with warnings. All ranks call it.
 
     Args:
@@ -62,15 +62,23 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
         manifest: The videos, as this rank sees them.
         plan: The groups of all ranks.
 
+    Returns:
+        Bytes per second from one rank to the next in a sum over all ranks. None for a single process.
+
     Raises:
         RunError: Ranks see different manifests, a rank can read no video, or the disk has no space for the checkpoints.
     """
     reports = all_gather(report_of_this_node(config, manifest, plan))
-    exchange = _measured_exchange(pick_device(config.run.device))
+    sum_s = _measured_sum(pick_device(config.run.device))
     if rank() == 0:
         _print_reports(reports)
-        for note in [*warnings(reports, config.run.precision), *exchange, *decoding_notes(reports, manifest, config)]:
+        for note in [*warnings(reports, config.run.precision), *decoding_notes(reports, manifest, config)]:
             advise(note)
+        if sum_s is not None:
+            advise(
+                f"a sum of {_SUMMED_BYTES / 1e6:.0f} MB over {world_size()} ranks takes {1000 * sum_s:.1f} ms "
+                f"({_SUMMED_BYTES / 1e9 / sum_s:.2f} GB/s); a step sums 4 bytes for each parameter"
+            )
     found = faults(reports, broadcast_result(lambda: missing_bytes(config)))
     if found:  # on every rank, so that all stop
         raise RunError("preflight: " + "; ".join(found))
@@ -80,6 +88,8 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> None:
             f"decoding the clips of a step takes {slowest_s:.2f} s on the slowest rank; if computing the step takes "
             "less, training waits for videos"
         )
+    # A ring all-reduce sends 2 (n - 1) / n of the bytes from each rank to the next.
+    return None if sum_s is None else 2 * (world_size() - 1) / world_size() * _SUMMED_BYTES / sum_s
 
 
 def _print_reports(reports: Sequence[NodeReport]) -> None:
@@ -144,23 +154,19 @@ def _networks(device: torch.device) -> str:
     return ", ".join(f"{name}: {interface}" for name, interface in named.items())
 
 
-def _measured_exchange(device: torch.device) -> list[str]:
-    """Measures a sum over all ranks, as gradients have it. Returns a sentence; none for a single process."""
+def _measured_sum(device: torch.device) -> float | None:
+    """Returns the seconds of a sum of `_SUMMED_BYTES` over all ranks, as gradients have it; None for one process."""
     if world_size() == 1:
-        return []
-    values = torch.zeros(_EXCHANGED_FLOATS, device=device)
+        return None
+    values = torch.zeros(_SUMMED_BYTES // 4, device=device)  # float32
     seconds = []
-    for _ in range(_EXCHANGES):  # the first one opens connections
+    for _ in range(_SUMS):  # the first one opens connections
         wait_for_all()
         start = time.perf_counter()
         dist.all_reduce(values)
         float(values[0])  # waits for the device
         seconds.append(time.perf_counter() - start)
-    slowest_s = max(all_gather(min(seconds[1:])))
-    return [
-        f"a sum of {values.nbytes / 1e6:.0f} MB over {world_size()} ranks takes {1000 * slowest_s:.1f} ms "
-        f"({values.nbytes / 1e9 / slowest_s:.2f} GB/s); a step sums 4 bytes for each parameter"
-    ]
+    return float(max(all_gather(min(seconds[1:]))))
 
 
 def decoding_notes(reports: Sequence[NodeReport], manifest: Manifest, config: Config) -> list[str]:

@@ -8,7 +8,6 @@ the optimizer moves once (ReViT, section 3.4; SuperViT).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from videoadapt.runtime.ranks import all_reduce_sum, rank, stop_flags, world_siz
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.compile import Compiled
-from videoadapt.training.ddp import no_gradient_sync, sum_gradients, synchronise_batch_norms
+from videoadapt.training.ddp import no_gradient_sync, sum_gradients, sum_in_backward, synchronise_batch_norms
 from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import TeacherLogits
 from videoadapt.training.freeze import set_training_mode
@@ -48,6 +47,8 @@ class RankRole:
         forward: The same, compiled with `train.compile: on`.
         teacher_logits: Sends or receives the logits of the costliest point. None if the plan has one group, since then
             every rank computes these logits for its own clips.
+        costliest_last: Whether the backward pass at the costliest point of the group comes last in a step
+            (`parallel.overlap`).
     """
 
     plan: GroupPlan
@@ -55,6 +56,7 @@ class RankRole:
     module: nn.Module
     forward: Callable[..., Any]
     teacher_logits: TeacherLogits | None
+    costliest_last: bool = False
 
     @classmethod
     def from_plan(cls, config: Config, model: TimeSformer, plan: GroupPlan) -> RankRole:
@@ -164,10 +166,11 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
         role.teacher_logits.start()  # the logits arrive during the forward pass
     logits: dict[str, Tensor] = {}  # detached logits by point; later points use them as teachers
     weights = inputs.weights
+    # The gradients are summed over ranks in the last backward pass of the step. Earlier sums would repeat the work.
+    summing = points[0 if role.costliest_last else -1] if number == config.train.accumulate - 1 else None
+    last: Tensor | None = None
     for point in points:  # costliest first, and each length before its keeps: a teacher comes before its students
-        is_last = number == config.train.accumulate - 1 and point == points[-1]
-        # DDP sums over ranks in the last backward pass of the step. Earlier sums would repeat the work.
-        with nullcontext() if is_last else no_gradient_sync(role.module):
+        with no_gradient_sync(role.module):
             targets = _targets_at(point, inputs, batch, state)
             heads = _forward_at(point, inputs, targets, role, state)
             own = heads.logits().detach()  # (B, classes)
@@ -178,10 +181,17 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
                     weights = weights * received.isfinite().all(-1)
                     logits[costliest] = received.nan_to_num()
             loss = loss_at(point, heads, targets, logits, config, class_weights=state.class_weights)  # (B,)
-            ((loss * weights).sum() / config.train.batch).backward()
+            total = (loss * weights).sum() / config.train.batch
+            if point == summing:
+                last = total  # keeps the activations of this point until the others are done
+            else:
+                total.backward()
         logits[point] = own
         read = slice(len(batch.labels))  # leaves out the empty clip
         tallies[point].add(loss.detach()[read], own.argmax(-1)[read] == batch.labels, batch.videos)
+    if last is not None:
+        sum_in_backward(role.module, last)
+        last.backward()
 
 
 def planned_clips(role: RankRole, config: Config) -> int:

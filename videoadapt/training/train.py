@@ -57,6 +57,7 @@ from videoadapt.training.metrics import (
     out_of_patience,
 )
 from videoadapt.training.optim import make_schedule
+from videoadapt.training.overlap import with_best_order
 from videoadapt.training.preflight import preflight
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
@@ -104,8 +105,9 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         if not finished:
             if state.step:
                 say(f"continuing from {checkpoints.folder} at step {state.step}")
-            preflight(config, manifest, plan)
+            bytes_per_s = preflight(config, manifest, plan)
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
+            role = with_best_order(role, state, bytes_per_s)
             meter = run_epochs(state, role, checkpoints, per_epoch, after_validation)
             if rank() == 0:
                 with checkpoints.guard():

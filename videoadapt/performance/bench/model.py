@@ -27,10 +27,9 @@ from videoadapt.model.weights.load import load_weights
 from videoadapt.performance.bench.peak import peak_bytes, reset_peak_bytes
 from videoadapt.performance.bench.peers import peer_of, peer_side
 from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
-from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
-from videoadapt.runtime.machine import pick_device, precision_dtype
+from videoadapt.runtime.machine import now, pick_device, precision_dtype
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.optim import make_optimizer
 

@@ -25,10 +25,9 @@ from videoadapt.data.clips.views import preprocess
 from videoadapt.evaluation.intervals import median_interval
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
-from videoadapt.performance.timing import now
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
-from videoadapt.runtime.machine import pick_device, precision_dtype
+from videoadapt.runtime.machine import now, pick_device, precision_dtype
 
 BEST = "Each point at its own best batch"
 TARGET = 0.85  # least fraction of the speed that the MACs promise, for a point that counts as fast

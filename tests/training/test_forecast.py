@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, make_config
-from videoadapt.performance.forecast import (
+from videoadapt.performance.plan import analytic_passes, reason_for, recommended, work_of
+from videoadapt.training.draws import possible_draws
+from videoadapt.training.forecast import (
     Forecast,
     LinearTime,
     Network,
     Passes,
     StepWork,
+    best_order,
     forecast,
     groups_setting,
     layouts,
 )
-from videoadapt.performance.plan import analytic_passes, reason_for, recommended, work_of
-from videoadapt.training.draws import possible_draws
 from videoadapt.training.groups import GroupPlan, make_plan
 
 POINTS = ("14", "10", "7")
@@ -173,6 +174,30 @@ def test_the_all_reduce_overlaps_with_the_last_backward_pass() -> None:
     assert step_s(3, overlaps=False) == pytest.approx(9 + 3)
     assert step_s(3, overlaps=True) == pytest.approx(9 + 0.3)  # the last of ten buckets remains
     assert step_s(30, overlaps=True) == pytest.approx(9 - 4 + 30)
+
+
+@pytest.mark.parametrize(
+    ("groups", "reduce_s", "overlaps", "step_s", "costliest_last"),
+    [
+        (None, 0, True, 14, False),  # nothing to hide
+        (None, 1, True, 14, False),  # the backward pass at 7 hides it
+        (None, 2, True, 14, True),  # 1 s less than 15
+        (None, 6, True, 14, True),  # the longest sum that the backward pass at 14 hides
+        (None, 9, True, 14 + 9 - 6, True),
+        (None, 9, False, 14 + 9, False),  # cores that compute cannot send
+        (None, 1000, True, 14 - 1 + 1000, False),  # saves 5 s, less than 2 %
+        ({"14": 1, "10+7": 1}, 3, True, 3 + 6, False),  # 14 is alone, and its backward pass hides it
+        ({"14+7": 1, "10": 1}, 3, True, 3 + 6 + 1 + 1, True),  # 10 has ended by then; 2 s less
+    ],
+)
+def test_the_costliest_point_comes_last_if_its_backward_pass_hides_more(
+    groups: object, reduce_s: float, overlaps: bool, step_s: float, costliest_last: bool
+) -> None:
+    plan = make_plan(make_config({"parallel": {"groups": groups}}), 2, {})
+    work = simple([3, 1, 1], [6, 2, 1], gradient_bytes=10**12)  # so large that the last bucket takes no time
+    found = best_order(plan, work, Network(work.gradient_bytes / max(reduce_s, NANOSECOND), overlaps))
+    assert found.step_s == pytest.approx(step_s, rel=1e-3)
+    assert found.costliest_last is costliest_last
 
 
 def test_every_rank_of_a_layout_has_a_clip() -> None:
