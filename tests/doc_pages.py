@@ -217,6 +217,7 @@ PAGES = {
             "python tools/count_step.py": "tests/tools/test_count_step.py counts a small model",
             "PYTHONPATH=": "needs a checkout of an earlier commit",
             "videoadapt bench model": "tests/performance/test_bench_model.py runs it",
+            "python tools/bench_train.py": MINUTES,
         }
     ),
     "docs/results/shared_decoding.md": Page(not_run={"python tools/bench_shared_decoding.py": MINUTES}),

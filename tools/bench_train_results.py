@@ -135,7 +135,7 @@ def print_bench_train(result: Mapping[str, Any]) -> None:
     rows, lengths = [Row(**row) for row in result["rows"]], [LengthsRow(**row) for row in result["lengths"]]
     print_machine(result)
     slot = "core" if result["device"] == "cpu" else "GPU"
-    precision = run["precision"] + (", compiled" if result["config"]["train"]["compile"] else "")
+    precision = run["precision"] + (", compiled" if result["config"]["train"]["compile"] == "on" else "")
     print(
         f"{precision}, {settings['batch']} random clips a step, {settings['steps']} steps a turn, medians of "
         f"{settings['rounds']} rounds; decoding is not part of a step. One {slot} for each rank; this machine has "
