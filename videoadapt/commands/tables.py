@@ -194,7 +194,7 @@ def print_label(summary: Summary) -> None:
     ]
     title = f"Labels of {plural(total, 'clip')}, source {summary['source']}"
     print_table(title, ("point", "right %", "labelled", "labelled %"), rows)
-    say(f"no point is right on {plural(summary['none_right_clips'], 'clip')} (rule: {summary['none_right']})")
+    say(f"no point is right on {plural(summary['none_right_clips'], 'clip')} (label.none_right: {summary['none_right']})")
     for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
     _say_more(len(summary["failed"]), "see label.json")
@@ -203,7 +203,10 @@ def print_label(summary: Summary) -> None:
 def print_assign(summary: Summary) -> None:
     """Prints accuracy and cost of the assigner on the clips that selected its threshold."""
     mix = ", ".join(f"{point}: {percent(v)} %" for point, v in summary["mix"].items())
-    points_lost = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in summary["difference"]))
+    if next(iter(summary["mix"].values())) == 1:  # an interval would suggest that other clips may differ
+        points_lost = "0: every clip gets the costliest point"
+    else:
+        points_lost = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in summary["difference"]))
     accuracy = f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}"
     cost = f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point"
     rows = [
