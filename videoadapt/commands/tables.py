@@ -194,7 +194,8 @@ def print_label(summary: Summary) -> None:
     ]
     title = f"Labels of {plural(total, 'clip')}, source {summary['source']}"
     print_table(title, ("point", "right %", "labelled", "labelled %"), rows)
-    say(f"no point is right on {plural(summary['none_right_clips'], 'clip')} (label.none_right: {summary['none_right']})")
+    clips = plural(summary["none_right_clips"], "clip")
+    say(f"no point is right on {clips} (label.none_right: {summary['none_right']})")
     for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  not labelled: {failure['path']}: {failure['cause']}")
     _say_more(len(summary["failed"]), "see label.json")
