@@ -358,7 +358,8 @@ def _notes(data: Survey, weights: WeightsFacts | None, config: Config) -> list[s
             f"--policy cascade:{cheapest},{costliest}:0.9 (docs/points.md)"
         )
     if epochs < _FEW_EPOCHS:
-        notes.append(f"only {epochs} epochs fit into the time: use a GPU, smaller weights, or more --minutes")
+        fitting = plural(epochs, "epoch")
+        notes.append(f"only {fitting} of training for this time: use a GPU, smaller weights, or more --minutes")
     if data.unreadable:
         notes.append(
             f"{plural(len(data.unreadable), 'file')} of the {data.opened} that were opened cannot be read, the first: "

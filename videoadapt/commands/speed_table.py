@@ -65,7 +65,7 @@ def _print_policies(policies: Mapping[str, Mapping[str, Any]], ends: str) -> Non
         "speed-up",
         "by MACs",
         f"efficiency ({ends})",
-        "from files",
+        "efficiency from files",
         "alone p50/p95",
         "time in",
     ]
