@@ -578,6 +578,8 @@ def test_videos_of_one_source_by_pattern_are_held_out_together(tmp_path: Path) -
     assert {"holdout"} in splits
     assert all(len(found) == 1 for found in splits)
     assert fingerprint(config_of(1, train=train, source_pattern=pattern)) != fingerprint(config_of(1, train=train))
+    with pytest.raises(ConfigError, match=r"data\.source_pattern: .* matches none of \d+ videos, such as"):
+        listing_of(1, train=train, source_pattern=r"no (.*) here")
 
 
 @pytest.mark.parametrize(("pattern", "cause"), [("a(", "not a regular expression"), ("a", "expected one group")])

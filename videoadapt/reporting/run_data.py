@@ -40,6 +40,7 @@ _STAGES = {  # in their order, with the file that each leaves
     "calibrate": "calibrate/calibrate.json",
     "evaluate": "evaluate/evaluate.json",
 }
+_TEXTS = ("cascade:", "leap:", "mixture:")  # policies that `evaluate --policy` may have named
 _AGAIN = "run `videoadapt report` without this file, or run its stage again"
 
 
@@ -69,7 +70,7 @@ def run_data(config: Config) -> Part:
         "training_begun": (run / "metrics.jsonl").exists(),
         "calibration": _calibration(run),
         "stages": _stage_seconds(run),
-        "commands": _commands(run),
+        "commands": _commands(config),
         "evaluation": None,
     }
     # `flops` has the policies only if the evaluation is one of this model and of these videos.
@@ -319,9 +320,18 @@ def _calibration(run: Path) -> Part | None:
     return read_json(path, "run `videoadapt calibrate` again", ["curve"]) if path.exists() else None
 
 
-def _commands(run: Path) -> list[str]:
+def _commands(config: Config) -> list[str]:
     """Returns the commands of the stages that the run has. What was overridden stands in the config of the run."""
-    return [shlex.join(["videoadapt", stage, str(run)]) for stage, path in _STAGES.items() if (run / path).exists()]
+    run = config.run.dir
+    words = {stage: ["videoadapt", stage, str(run)] for stage, path in _STAGES.items() if (run / path).exists()}
+    if "evaluate" in words:
+        found = read_json(run / _STAGES["evaluate"], _AGAIN)
+        in_config = {f"cascade:{text}" for text in config.evaluate.cascade}
+        in_config |= {f"leap:{text}" for text in config.evaluate.leap} | set(found.get("promises", {}))
+        for name in found.get("policies", {}):
+            if name.startswith(_TEXTS) and name not in in_config:
+                words["evaluate"] += ["--policy", name]
+    return [shlex.join(each) for each in words.values()]
 
 
 def _stage_seconds(run: Path) -> list[Part]:

@@ -78,6 +78,7 @@ def list_videos(config: Config) -> Listing:
     videos, repeated = drop_repeated(listed)
     if config.data.source_pattern is not None:
         videos = [video._replace(source=_source(video, config.data.source_pattern)) for video in videos]
+        notes.append(_sources_note(videos, config.data.source_pattern))
     if config.data.holdout or config.data.calibrate:
         videos = [_draw_split(video, config) for video in videos]
     notes += [*label_notes, *lookup.notes(), *id_notes, *(source.note for source in sources.values())]
@@ -241,6 +242,21 @@ def _source(video: ListedVideo, pattern: str) -> str:
     """Returns the source of a video by `data.source_pattern`; empty, a source of its own, where it does not match."""
     match = re.fullmatch(pattern, video.video)
     return match[1] or "" if match else ""
+
+
+def _sources_note(videos: Sequence[ListedVideo], pattern: str) -> str:
+    """Returns in words how many sources the videos have. Raises `ConfigError` if the pattern matches none of them."""
+    of_sources = [video.source for video in videos if video.source]
+    if not of_sources:
+        raise ConfigError(
+            f"data.source_pattern: {pattern!r} matches none of {plural(len(videos), 'video')}, such as "
+            f"{videos[0].video!r}; it must match the whole text, and its group must not be empty"
+        )
+    others = len(videos) - len(of_sources)
+    rest = f"; {plural(others, 'video')} that it does not match, such as " if others else ""
+    example = next((repr(video.video) for video in videos if not video.source), "") if others else ""
+    found = f"{plural(len(of_sources), 'video')} of {plural(len(set(of_sources)), 'source')}"
+    return f"data.source_pattern: {found}{rest}{example}{', count as one source each' if others else ''}"
 
 
 def _draw_split(video: ListedVideo, config: Config) -> ListedVideo:
