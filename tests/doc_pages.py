@@ -209,6 +209,7 @@ PAGES = {
             "python tools/probe_routing.py": "needs the trained run; tests/tools/test_probe_routing.py",
             "for verb in": MINUTES,
             "videoadapt": MINUTES,
+            "OMP_NUM_THREADS=1 torchrun": MINUTES,
         },
     ),
     "docs/results/router.md": Page(not_run={"python tools/bench_router.py": MINUTES}),
