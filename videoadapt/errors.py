@@ -61,7 +61,8 @@ def shown(value: object) -> str:
 
 def plural(number: int, noun: str) -> str:
     """Returns a number with its noun: `1 video`, `2 videos`, `2 classes`."""
-    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    hisses = noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch")
+    ending = "" if number == 1 else "es" if hisses else "s"
     return f"{number} {noun}{ending}"
 
 

@@ -117,6 +117,14 @@ def test_names_that_are_numbers_in_a_row_may_show_one_scene(tmp_path: Path) -> N
     assert not [each for each in survey(data, tmp_path).notes if "in a row" in each]
 
 
+def test_a_drawn_val_split_has_whole_sources(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"cat": 33, "dog": 33})
+    pattern = r"(.*)\d\.png"  # blocks 0 to 9, 10 to 19, 20 to 29, and 30 to 32
+    found = survey(data, tmp_path, source_pattern=pattern)
+    assert (found.counts["train"], found.counts["val"]) == ((20, 20), (13, 13))  # not 26 and 7, inside a block
+    assert not [each for each in found.notes if "in a row" in each]
+
+
 def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:
     data = class_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
     for split in ("train", "val"):

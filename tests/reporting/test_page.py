@@ -117,6 +117,7 @@ def test_the_page_is_about_the_policy_that_gains_most_and_says_among_how_many() 
         "leap:4:cost=0.5": gains(0.02, macs_saved=0.424, difference_to_costliest=[0.004, -0.007, 0.016]),
         "leap:4:cost=0.1": gains(0.05, difference_to_costliest=[-0.04, -0.06, -0.02]),
         "cascade:4,8:0.9": gains(0.06, macs_saved=-0.1),
+        "mixture:8,4:0.5": gains(0.03),  # by chance: it is a mixture
         "oracle": row(),
     }
     assert reported_policy(policies) == "leap:4:cost=0.5"

@@ -312,6 +312,13 @@ def test_the_label_table_orders_mixtures_by_their_convex_hull() -> None:
     assert hull.predicted < (names["fixed points and their mixtures"].predicted or 0)
 
 
+def test_a_point_whose_answers_are_nan_begins_no_leap() -> None:
+    right = np.ones((100, 3), bool)
+    confidence = {name: np.full((100, 3), np.nan) for name in MEASURES}
+    names = [order.name for order in orders_of(MODEL, None, KnownClips(right, confidence), provable=0.05, views=1)]
+    assert "leap" not in names and "cascade" in names
+
+
 def test_a_split_of_which_nothing_can_be_read_is_named_by_its_key() -> None:
     none: Any = np.empty(0)
     failures = [Failure(3, "a.mp4", "torn"), Failure(4, "b.mp4", "gone")]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from videoadapt.errors import plural
 from videoadapt.runtime import console
 from videoadapt.runtime.console import Bar, duration, macs, percent, print_table, say
 
@@ -136,3 +137,11 @@ def test_printed_macs_have_no_exponent_and_the_right_value(value: float) -> None
 
 def test_fractions_are_printed_in_per_cent() -> None:
     assert [percent(v) for v in (0.0, 0.7534, 1.0)] == ["0.0", "75.3", "100.0"]
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "class", "1 class"), (2, "class", "2 classes"), (2, "epoch", "2 epochs"), (0, "clip", "0 clips")],
+)
+def test_numbers_have_the_plural_of_their_nouns(number: int, noun: str, text: str) -> None:
+    assert plural(number, noun) == text

@@ -86,7 +86,7 @@ def new(
     facts = None if weights is None else weights_facts(_source(weights))
     wanted = _wanted(overrides, facts)
     classes = None if wanted.classes is None else _source(str(wanted.classes))
-    found = survey(Path(os.path.abspath(data)), path.parent, wanted.kind, classes)
+    found = survey(Path(os.path.abspath(data)), path.parent, wanted.kind, classes, wanted.source_pattern)
     machine = measure_machine(found, facts)
     holdout = wanted.holdout if "data.holdout" in _given(overrides) else None
     chosen = recommend(found, facts, machine, minutes, holdout=holdout, calibrate=wanted.calibrate)

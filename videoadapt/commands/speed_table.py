@@ -94,7 +94,9 @@ def _interval(values: Sequence[float] | None) -> str:
     if values is None:
         return "-"
     middle, low, high = values
-    return f"{middle:.2f} (once)" if low == high else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    if low != high:
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return "1.00" if middle == 1 else f"{middle:.2f} (once)"  # 1: of the policy that the others are compared with
 
 
 def _largest(stages_s: Mapping[str, float]) -> str:

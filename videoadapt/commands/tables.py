@@ -244,7 +244,7 @@ def _assigner_in_words(summary: Summary) -> list[str]:
         "none": (
             f"the assigner saves nothing: {clips}, one of which is {one}, support no cheaper mix within "
             f"assign.tolerance; {could}. Label more clips, allow a larger loss, use one point for all clips, or a "
-            f"leap, which needs fewer labels: `evaluate --policy leap:{list(summary['mix'])[-1]}:cost=0.5`"
+            f"leap, which needs fewer labels: `evaluate --policy leap:{list(summary['mix'])[-1]}:price=0.05`"
         ),
     }
     sentences = [found[summary["rule"]]]

@@ -233,10 +233,15 @@ def _further(
         policy = given
         if isinstance(policy, str):
             policy = parse_policy(policy, assigned, model.config, config.run.dir, model)
+        other = known.get(policy.name)
+        # A leap of other labels has the same name, and other numbers.
+        if other is not None and other != policy and given == str(config.run.dir / OF_RUN):
+            say(f"evaluate: without the calibrated policy: another one here is named {policy.name}")
+            continue
         if is_policy_file(given):
             promises[policy.name] = PolicyFile.read(Path(given)).promise
         if isinstance(given, str):
-            if known.get(policy.name) == policy:  # a leap of other labels has the same name, and other numbers
+            if other == policy:
                 continue
             known[policy.name] = policy  # the run's own file of `calibrate` may hold the policy of a text
         further.append(policy)

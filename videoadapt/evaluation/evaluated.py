@@ -78,10 +78,11 @@ def reported_policy(policies: Mapping[str, Mapping[str, Any]]) -> str:
 
 def routing_policies(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the policies of an evaluation among which `reported_policy` chooses: all that could route new clips."""
-    # What is compared with a mixture routes. In an evaluation of an older version, the assigned policy has a difference
-    # to random routing, a cascade records its thresholds, a leap its price.
+    # What is compared with a mixture routes, but for a mixture, whose difference to itself is chance. In an evaluation
+    # of an older version, the assigned policy has a difference to random routing, a cascade records its thresholds, a
+    # leap its price.
     keys = {"difference_to_mixture", "difference_to_random", "thresholds", "price"}
-    return [name for name, row in policies.items() if keys & row.keys()]
+    return [name for name, row in policies.items() if keys & row.keys() and not name.startswith("mixture:")]
 
 
 def gain_over_mixtures(row: Mapping[str, Any]) -> float:

@@ -105,7 +105,8 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     if not plans:
         raise _too_many_ranks(config, gpus)
     # Stable: the layout without groups comes first among equals.
-    predict = best_order if config.parallel.overlap == "auto" else forecast
+    # With `run.deterministic` the order stays, as in training.
+    predict = best_order if config.parallel.overlap == "auto" and not config.run.deterministic else forecast
     forecasts = sorted((_above_floor(predict(each, work, network), config) for each in plans), key=lambda f: f.step_s)
     best = recommended(forecasts)
     manifest = _manifest(config)
@@ -246,7 +247,7 @@ def _overlap_notes(
         return []
     usual, other = (_above_floor(forecast(plan, work, network, costliest_last=last), config) for last in (False, True))
     usual_gib, other_gib = (bytes_per_rank(each, work, memory) / (1 << 30) for each in (usual, other))
-    chosen = best_order(plan, work, network).costliest_last
+    chosen = best_order(plan, work, network).costliest_last and not config.run.deterministic
     return [
         f"With the backward pass of the costliest point last, a step takes {1000 * other.step_s:.1f} instead of "
         f"{1000 * usual.step_s:.1f} ms, and a rank {other_gib:.2f} instead of {usual_gib:.2f} GiB: "

@@ -40,7 +40,7 @@ _STAGES = {  # in their order, with the file that each leaves
     "calibrate": "calibrate/calibrate.json",
     "evaluate": "evaluate/evaluate.json",
 }
-_TEXTS = ("cascade:", "leap:", "mixture:")  # policies that `evaluate --policy` may have named
+_TEXTS = ("assigned:", "cascade:", "leap:", "mixture:")  # policies that `evaluate --policy` may have named
 _AGAIN = "run `videoadapt report` without this file, or run its stage again"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from videoadapt.evaluation.evaluated import gain_over_mixtures, routing_policies
@@ -77,8 +77,10 @@ def headline(
     """
     ends = f"{_LEVEL} interval" if has_interval(rounds) else "range"
     costliest, row = next(iter(policies)), policies[reported]
+    promised = [_result(policies, name, calibrated) for name in calibrated if name not in (reported, "assigned")]
     if reported == costliest:
-        return _fixed_only(policies, reported, guessing)
+        found = _fixed_only(policies, reported, guessing)
+        return replace(found, remarks=[*found.remarks, *promised])
     change, low, high = row["difference_to_costliest"]
     faster = speedup(policies, reported, speed)
     lost, saved = high < 0, row["macs_saved"] > 0
@@ -91,7 +93,7 @@ def headline(
         _beside_chance(row, "difference_to_random", "random routing with the same mix of points"),
         _beside_chance(row, "difference_to_mixture", "random mixtures of fixed points at the same cost"),
         _beside_fixed(policies, row),
-        *(_result(policies, name, calibrated) for name in calibrated if name not in (reported, "assigned")),
+        *promised,
     )
     remarks = [text for text in found if text]
     if faster and (faster[0] if faster[1] is None else faster[1]) <= 1 and tone == "good":
@@ -130,8 +132,8 @@ def _among_others(policies: Mapping[str, Mapping[str, Any]], reported: str) -> s
     if tried <= 1 or gain_over_mixtures(policies[reported]) <= 0:
         return ""
     return (
-        f"Of the {tried} policies here that route, {reported} gains most over random mixtures of fixed points. It was "
-        "chosen on these clips, and no interval allows for the choice."
+        f"Of the {tried} policies here that route, {reported} gains most over random mixtures of fixed points, among "
+        "those that save and are not proven to lose. It was chosen on these clips, and no interval allows for it."
     )
 
 

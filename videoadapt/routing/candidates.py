@@ -25,6 +25,7 @@ from videoadapt.routing.decide import clip_macs, decide, views_run
 from videoadapt.routing.fit_assigner import SELECTING
 from videoadapt.routing.label_inputs import label_inputs, read_label_summary, read_outcomes
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidence_matrix, right_matrix
+from videoadapt.routing.leap_rules import answer_features
 from videoadapt.routing.learn_then_test import split_delta
 from videoadapt.routing.policy import Assigned, Cascade, Evidence, Fixed, Leap, Mixture, Policy, Step
 from videoadapt.runtime.files import read_parquet
@@ -121,8 +122,8 @@ def orders_of(
     cascade = min(cascades, key=_cost)
     orders.append(cascade)
     if known is not None:
-        leaps = (_predicted(Order("leap", each), known, model, provable) for each in _leaps(known, model))
-        orders.append(min(leaps, key=_cost))
+        leaps = [_predicted(Order("leap", each), known, model, provable) for each in _leaps(known, model)]
+        orders += [min(leaps, key=_cost)] if leaps else []
     if views > 1:
         first = cascade.policies[0]
         assert isinstance(first, Cascade), "`_cascades` has cascades"
@@ -185,9 +186,13 @@ def _leaps(known: KnownClips, model: ModelConfig) -> Iterator[tuple[Policy, ...]
     """Yields the leaps from each point but the costliest, fitted on the label table, at prices that save cost there."""
     for number, first in enumerate(model.points[1:], start=1):
         confidence = {measure: values[:, number] for measure, values in known.confidence.items()}
+        if not np.isfinite(answer_features(confidence)).all(axis=1).any():
+            continue  # all answers of this point are NaN
         leap = Leap.fit(first, model, confidence, known.right)
         leaps = [leap.at(price) for price in PRICES]
-        yield tuple(each for each in leaps if known.outcomes(each, model)[1] < 1)
+        # With many NaN answers, which leap to the costliest point, no price saves.
+        if saving := tuple(each for each in leaps if known.outcomes(each, model)[1] < 1):
+            yield saving
 
 
 def _cost(order: Order) -> float:

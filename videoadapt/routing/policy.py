@@ -598,7 +598,7 @@ def parse_policy(
         file = PolicyFile.read(path)
         text = file.text_for(path, weights, assigned.assigner if assigned else None)
         if text.startswith("leap:"):
-            return _leap_of_file(path, file)
+            return _leap_of_file(path, file, model)
     kind, _, point = text.partition(":")
     if kind == "fixed" and canonical(point) in model.points:
         return Fixed(canonical(point))
@@ -695,11 +695,14 @@ def parse_leap(text: str, model: ModelConfig, run: Path | None, weights: nn.Modu
     return leap.at(price, text)
 
 
-def _leap_of_file(path: Path, file: PolicyFile) -> Leap:
+def _leap_of_file(path: Path, file: PolicyFile, model: ModelConfig) -> Leap:
     try:
-        return Leap.from_json(file.policy, file.leap)
+        leap = Leap.from_json(file.policy, file.leap)
     except ValueError as error:
         raise UserError(f"{path}: {error}; make it with `videoadapt calibrate`") from None
+    if leap.points != tuple(model.points):
+        raise UserError(f"{path}: is of points {', '.join(leap.points)}, the model has {', '.join(model.points)}")
+    return leap
 
 
 def _label_table(what: str, run: Path | None, weights: nn.Module | None) -> pd.DataFrame:

@@ -267,7 +267,9 @@ def score(
     files = [config.run.dir / "scores" / f"{name}-{digest}" / f"part-{i:05d}.npz" for i in range(len(chunks))]
     number, count = config.parallel.shard_of
     mine = slice(number * world_size() + rank(), None, count * world_size())  # every (jobs x ranks)-th shard
-    stopped = _score_shards(dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name)
+    stopped = _score_shards(
+        dataset, model, assigner, list(zip(files, chunks, strict=True))[mine], config, name=name, count=len(chunks)
+    )
     if any_requested(stopped):  # all ranks stop together: one that goes on would wait for shards that never come
         stopped.stop()
     return None if config.parallel.shard else ScoreFiles(files, weights, config.evaluate.average)
@@ -281,8 +283,12 @@ def _score_shards(
     config: Config,
     *,
     name: str,
+    count: int,
 ) -> StopRequest:
-    """Writes shards, given as (file, manifest rows), until all are complete or a stop is requested."""
+    """Writes shards, given as (file, manifest rows), until all are complete or a stop is requested.
+
+    `count` is the number of shards of all ranks.
+    """
     unread = [_unread(file, chunk) for file, chunk in shards]
     wanted = list(itertools.chain.from_iterable(unread))
     router = Router(model, _EveryPoint(assigner), batch=config.evaluate.batch)
@@ -303,7 +309,8 @@ def _score_shards(
                     failures.append(result)
                 bar.step()
             ended_s = time.monotonic()
-            seconds = before_s + (ended_s - begun_s) / world_size()  # ranks score at the same time
+            # Ranks score at the same time. The jobs of an array are added up.
+            seconds = before_s + (ended_s - begun_s) / min(world_size(), count)
             begun_s = ended_s
             _write(file, _joined(found) | {"failures": np.array(json.dumps(failures)), "seconds": np.array(seconds)})
     return stop

@@ -21,7 +21,7 @@ from videoadapt.training.groups import Group, GroupPlan, consecutive_groups, eve
 # Only the last bucket has no computation left to overlap with.
 _BUCKET_BYTES = 25 << 20
 _LEAST_GAIN = 0.02  # of a step: the costliest point last takes more memory, and forecasts have errors
-_SUMMED_BYTES = {"fp32": 4, "bf16": 2}  # of a gradient, by `parallel.sums`
+SUMMED_BYTES = {"fp32": 4, "bf16": 2}  # of a gradient, by `parallel.sums`
 _FLOAT_BYTES = 4  # logits travel as float32
 
 
@@ -92,7 +92,7 @@ class StepWork:
             passes,
             possible_draws(config.model.points, config.train.draw),
             optimizer_s,
-            gradient_bytes=_SUMMED_BYTES[config.parallel.sums] * parameters,
+            gradient_bytes=SUMMED_BYTES[config.parallel.sums] * parameters,
             logits_bytes=_FLOAT_BYTES * config.model.num_classes,
             clips=config.train.batch,
             micro_batches=config.train.accumulate,

@@ -23,6 +23,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import advise, print_table
 from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
 from videoadapt.runtime.ranks import all_gather, broadcast_result, rank, wait_for_all, world_size
+from videoadapt.training.forecast import SUMMED_BYTES
 from videoadapt.training.groups import GroupPlan, split_evenly
 
 _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
@@ -77,7 +78,8 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> float | No
         if sum_s is not None:
             advise(
                 f"a sum of {_SUMMED_BYTES / 1e6:.0f} MB over {world_size()} ranks takes {1000 * sum_s:.1f} ms "
-                f"({_SUMMED_BYTES / 1e9 / sum_s:.2f} GB/s); a step sums 4 bytes for each parameter"
+                f"({_SUMMED_BYTES / 1e9 / sum_s:.2f} GB/s); a step sums "
+                f"{SUMMED_BYTES[config.parallel.sums]} bytes for each trained parameter"
             )
     found = faults(reports, broadcast_result(lambda: missing_bytes(config)))
     if found:  # on every rank, so that all stop

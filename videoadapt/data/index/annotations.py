@@ -77,7 +77,7 @@ def list_videos(config: Config) -> Listing:
     listed, id_notes = require_same_content(listed)
     videos, repeated = drop_repeated(listed)
     if config.data.source_pattern is not None:
-        videos = [video._replace(source=_source(video, config.data.source_pattern)) for video in videos]
+        videos = [video._replace(source=source_of(video, config.data.source_pattern)) for video in videos]
         notes.append(_sources_note(videos, config.data.source_pattern))
     if config.data.holdout or config.data.calibrate:
         videos = [_draw_split(video, config) for video in videos]
@@ -238,7 +238,7 @@ def _passed_over(sources: Mapping[Split, AnnotationSource]) -> dict[str, list[st
     return kinds
 
 
-def _source(video: ListedVideo, pattern: str) -> str:
+def source_of(video: ListedVideo, pattern: str) -> str:
     """Returns the source of a video by `data.source_pattern`; empty, a source of its own, where it does not match."""
     match = re.fullmatch(pattern, video.video)
     return match[1] or "" if match else ""

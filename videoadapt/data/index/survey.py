@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from videoadapt.config.load import Config, make_config
-from videoadapt.data.index.annotations import list_videos
+from videoadapt.data.index.annotations import list_videos, source_of
 from videoadapt.data.index.class_files import read_classes, write_classes
 from videoadapt.data.index.class_folders import scan_class_folders
 from videoadapt.data.index.class_names import whole_number
@@ -85,7 +85,9 @@ class Survey:
         return max(present) / min(present)
 
 
-def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None = None) -> Survey:
+def survey(
+    folder: Path, beside: Path, kind: str = "auto", classes: str | None = None, source_pattern: str | None = None
+) -> Survey:
     """Looks at a folder of data.
 
     Args:
@@ -94,6 +96,7 @@ def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None =
         beside: The folder of the future config, where `files` will be.
         kind: `data.kind`, for a folder with videos and images.
         classes: `data.classes`, in place of a file of class names in the folder.
+        source_pattern: `data.source_pattern`; a drawn val split has whole sources.
 
     Raises:
         UserError: There are no videos, only one class, videos and images, or classes in val that train does not have;
@@ -121,7 +124,7 @@ def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None =
         opened = _opened(listing.videos, config, temporary / "probed.jsonl")
     videos, drawn_notes = listing.videos, []
     if found.val is None:
-        videos = _draw_val(videos)
+        videos = _draw_val(videos, source_pattern)
         class_file, text = write_classes(listing.classes)
         files |= {**_lists(videos), class_file: text}
         found = Sources(beside / "train.csv", beside / "val.csv", beside / class_file, None)
@@ -131,7 +134,9 @@ def survey(folder: Path, beside: Path, kind: str = "auto", classes: str | None =
         )
     elif names:
         found = replace(found, classes=beside / class_file)
-    notes += [*listing.notes, *drawn_notes, *_series_note(listing.videos)]
+    notes += [*listing.notes, *drawn_notes]
+    if source_pattern is None:
+        notes += _series_note(listing.videos)
     return _survey(found, videos, listing.classes, opened, notes=tuple(notes), files=files)
 
 
@@ -306,7 +311,7 @@ def _series_note(videos: Sequence[ListedVideo]) -> list[str]:
     ]
 
 
-def _draw_val(videos: Sequence[ListedVideo]) -> list[ListedVideo]:
+def _draw_val(videos: Sequence[ListedVideo], source_pattern: str | None) -> list[ListedVideo]:
     """Moves the last videos of each class, in the order of their names, to val.
 
     Neighbours in this order often show the same scene, so that a random draw would put one scene into both splits.
@@ -318,10 +323,19 @@ def _draw_val(videos: Sequence[ListedVideo]) -> list[ListedVideo]:
     for members in by_class.values():
         to_val = max(1, round(_VAL_FRACTION * len(members))) if len(members) > 1 else 0
         first = len(members) - to_val
+        if source_pattern is not None:
+            first = _between_sources(members, first, source_pattern)
         drawn += members[:first] + [video._replace(split="val") for video in members[first:]]
     if all(video.split == "train" for video in drawn):
         raise UserError("--data: there is only one video for each class; some are needed to train, others to measure")
     return drawn
+
+
+def _between_sources(members: Sequence[ListedVideo], first: int, pattern: str) -> int:
+    """Returns the place nearest before, or else after, `first` at which a source ends; `first` if there is none."""
+    sources = [source_of(video, pattern) or video.video for video in members]
+    ends = [place for place in range(1, len(members)) if sources[place - 1] != sources[place]]
+    return max((place for place in ends if place <= first), default=min(ends, default=first))
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -29,7 +29,7 @@ _HEAD_WIDTH = 64
 _HEADS = {240: 4, 1152: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 _LAYER_SCALE = 1e-5  # only the initial value: the weights replace it
 _SAID = 300  # characters of a header that are shown
-_LVVIT_T = 240  # its width; alone of the published LV-ViTs, it does not halve its branches
+_BRANCHES = {240: 1.0, 768: 1 / 3}  # factor of LV-ViT's branches by width: T, and L; the others halve them
 
 
 class Normalisation(NamedTuple):
@@ -228,8 +228,7 @@ def _architecture(layout: Layout, weights: Weights) -> dict[str, Any]:
         "layer_scale": _LAYER_SCALE if layout.layer_scale else None,
     }
     if layout.stem:  # LV-ViT, also as the backbone of SuperViT; its code has torch's epsilon
-        residual_scale = 1.0 if layout.width == _LVVIT_T else 0.5
-        found |= {"embed": "stem", "norm_eps": 1e-5, "residual_scale": residual_scale}
+        found |= {"embed": "stem", "norm_eps": 1e-5, "residual_scale": _BRANCHES.get(layout.width, 0.5)}
     if layout.dense_head:
         found["dense_head"] = dense_head_of(layout)
     if layout.kind == SUPERVIT:
