@@ -139,6 +139,13 @@ def test_few_rounds_have_a_range_and_no_interval() -> None:
     assert [figure.note for figure in said.figures if figure.label.startswith("speed")] == ["range: 1.50 to 1.70"]
 
 
+def test_a_speed_of_few_clips_says_so() -> None:
+    policies, speed = {"fixed:8": DEAR, "assigned": row()}, {"speedup": [0.56, 0.51, 0.6]}
+    said = headline(policies, "assigned", speed, rounds=2, clips=2).remarks
+    assert "This is of 2 clips in 2 rounds, too few to rely on." in said
+    assert not [each for each in headline(policies, "assigned", speed, rounds=7, clips=64).remarks if "too few" in each]
+
+
 def test_a_run_of_fixed_points_says_what_each_would_save() -> None:
     said = headline({"fixed:8": DEAR, "fixed:4": row(macs_saved=0.7), "oracle": row()}, "fixed:8", None)
     assert said.sentence.startswith("Nothing is routed") and len(said.remarks) == 1

@@ -96,7 +96,15 @@ def evaluation_data(config: Config) -> Part:
     right = right_by_point(videos, points)
     table = clip_table(clips[clips["policy"] == reported], videos[videos["policy"] == reported], right)
     guessing, promised = found.get("largest_class_fraction"), found.get("promises") or {}
-    first = headline(policies, reported, speeds.get(reported), guessing, rounds=rounds, calibrated=promised)
+    first = headline(
+        policies,
+        reported,
+        speeds.get(reported),
+        guessing,
+        rounds=rounds,
+        clips=speed.get("clips"),
+        calibrated=promised,
+    )
     return {
         "headline": asdict(first),
         "reported": reported,

@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from videoadapt.errors import plural
 from videoadapt.evaluation.evaluated import gain_over_mixtures, routing_policies
 from videoadapt.evaluation.intervals import has_interval
 
 _SPACE = "\N{NARROW NO-BREAK SPACE}"
 _LEVEL = f"95{_SPACE}%"
+_FEW_CLIPS = 16  # fewer are not a sample of the mix of points
 _SAME = 0.0005  # a change that is written as 0.0 points
 Tone = Literal["good", "mixed", "bad", "plain"]
 
@@ -63,6 +65,7 @@ def headline(
     guessing: float | None = None,
     *,
     rounds: int = 0,
+    clips: int | None = None,
     calibrated: Collection[str] = (),
 ) -> Headline:
     """Writes the first screen from the rows of `evaluate.json`.
@@ -73,6 +76,7 @@ def headline(
         speed: `speed.policies[reported]`, as far as it was measured.
         guessing: The top-1 of always answering with the largest class, if it is known.
         rounds: Of the measured speed; few rounds have a range, and no interval.
+        clips: Of a round; None if it is not known.
         calibrated: The policies that carry a promise of `calibrate`.
     """
     ends = f"{_LEVEL} interval" if has_interval(rounds) else "range"
@@ -90,6 +94,7 @@ def headline(
         _among_others(policies, reported),
         _no_better_than_guessing(row, guessing),
         _on_the_clock(faster, ends),
+        _few_timed(clips, rounds) if faster else "",
         _beside_chance(row, "difference_to_random", "random routing with the same mix of points"),
         _beside_chance(row, "difference_to_mixture", "random mixtures of fixed points at the same cost"),
         _beside_fixed(policies, row),
@@ -167,6 +172,12 @@ def _on_the_clock(faster: tuple[float, float | None, float | None] | None, kind:
     if value > 1:
         return f"On the clock it ran {value:.2f} times as fast{ends}."
     return f"On the clock it was no faster: {value:.2f} times the clips per second{ends}."
+
+
+def _few_timed(clips: int | None, rounds: int) -> str:
+    if clips is None or (clips >= _FEW_CLIPS and has_interval(rounds)):
+        return ""
+    return f"This is of {plural(clips, 'clip')} in {plural(rounds, 'round')}, too few to rely on."
 
 
 def _beside_chance(row: Mapping[str, Any], key: str, chance: str) -> str:
