@@ -213,7 +213,7 @@ try:
     with ranks(config):
         broadcast_result(stop)
 except KeyboardInterrupt:  # a slow rank may still be joining when the first one is interrupted
-    (folder / f"interrupted{os.environ['RANK']}").touch()
+    (folder / f"interrupted{os.environ['SLURM_PROCID']}").touch()
 """
     ended = Ranks(program, tmp_path, 3).ended()
     assert {path.name for path in tmp_path.glob("interrupted*")} == {f"interrupted{number}" for number in range(3)}
