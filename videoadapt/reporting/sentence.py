@@ -83,8 +83,8 @@ def headline(
     costliest, row = next(iter(policies)), policies[reported]
     promised = [_result(policies, name, calibrated) for name in calibrated if name not in (reported, "assigned")]
     if reported == costliest:
-        found = _fixed_only(policies, reported, guessing)
-        return replace(found, remarks=[*found.remarks, *promised])
+        alone = _fixed_only(policies, reported, guessing)
+        return replace(alone, remarks=[*alone.remarks, *promised])
     change, low, high = row["difference_to_costliest"]
     faster = speedup(policies, reported, speed)
     lost, saved = high < 0, row["macs_saved"] > 0
