@@ -263,8 +263,8 @@ def _why_holdout(clips: int, holdout: float) -> str:
             f"threshold, which takes {FEWEST}. So all are for training"
         )
     needed = videos_needed(0.0, AssignConfig().tolerance, CalibrateConfig().delta)
-    few = f"by estimate: {needed}, or with data.source_pattern as many sources, would prove"
-    proof = "enough to prove" if needed is not None and choosing >= needed else few
+    estimate = f"by estimate: {needed}, or with data.source_pattern as many sources, would prove"
+    proof = "enough to prove" if needed is not None and choosing >= needed else estimate
     return (
         f"about {round(clips * holdout)} of {clips}, drawn one by one; {choosing} of them choose the assigner's "
         f"threshold, {proof} that it loses at most assign.tolerance"

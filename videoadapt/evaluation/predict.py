@@ -141,7 +141,7 @@ def predict(  # noqa: PLR0913 - settings, by name
     its point. Nothing is written.
 
     Args:
-        model: A run folder (or its `Config`, or its YAML file), a `load_predictor`, or a model in eval mode,
+        model: A run folder (or its `Config`, or its YAML file), a predictor, or a model in eval mode,
             which has neither the views of its run nor its assigner.
         videos: The path of a video, of an image, of a folder of frames, or of a folder of videos; or frames in memory,
             uint8 RGB `(F, H, W, 3)`, array or tensor; or a list of these. An iterable of frames `(H, W, 3)`, such as a
@@ -175,9 +175,11 @@ def predict(  # noqa: PLR0913 - settings, by name
                 raise UserError("predict: a predictor has its policy and settings; give them to load_predictor")
             predictor = model
         elif isinstance(model, TimeSformer):
-            predictor = _of_model(model, policy, evaluate, data, top or TOP)
+            predictor = _of_model(model, policy, evaluate, data, TOP if top is None else top)
         else:
-            predictor = load_predictor(as_config(model).model_copy(update=changed), policy, top=top or TOP)
+            predictor = load_predictor(
+                as_config(model).model_copy(update=changed), policy, top=TOP if top is None else top
+            )
         found, left_out = _found(videos, fps, predictor.config)
         result = Predictions(predictor.policy.name, [], [], left_out)
         _predict_all(predictor, found, result, on_error)

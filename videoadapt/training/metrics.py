@@ -199,7 +199,7 @@ class TrainSummary(Result):
     peak_memory_bytes: int
     points: dict[str, PointMetrics]
     validation: dict[str, Any] | None = None  # the last one, with the fields of `Validation`; None without validation
-    validation_s: float = 0.0  # time of all validations; part of `seconds`
+    validation_s: float = 0.0  # time of all validations
     best: BestCheckpoint | None = None  # None without validation
     stopped_early: bool = False  # by `train.patience`
     ended: str = ""  # date, time and offset from UTC; empty in runs of earlier versions, as is `host`

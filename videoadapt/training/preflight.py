@@ -28,7 +28,7 @@ from videoadapt.training.groups import GroupPlan, split_evenly
 
 _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
 _WORTH = 1.2  # a gain that is mentioned; a few clips measure less than that badly
-_SUMMED_BYTES, _SUMS = 32_000_000, 3
+_PROBE_BYTES, _SUMS = 32_000_000, 3
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> float | No
             advise(note)
         if sum_s is not None:
             advise(
-                f"a sum of {_SUMMED_BYTES / 1e6:.0f} MB over {world_size()} ranks takes {1000 * sum_s:.1f} ms "
-                f"({_SUMMED_BYTES / 1e9 / sum_s:.2f} GB/s); a step sums "
+                f"a sum of {_PROBE_BYTES / 1e6:.0f} MB over {world_size()} ranks takes {1000 * sum_s:.1f} ms "
+                f"({_PROBE_BYTES / 1e9 / sum_s:.2f} GB/s); a step sums "
                 f"{SUMMED_BYTES[config.parallel.sums]} bytes for each trained parameter"
             )
     found = faults(reports, broadcast_result(lambda: missing_bytes(config)))
@@ -91,7 +91,7 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> float | No
             "less, training waits for videos"
         )
     # A ring all-reduce sends 2 (n - 1) / n of the bytes from each rank to the next.
-    return None if sum_s is None else 2 * (world_size() - 1) / world_size() * _SUMMED_BYTES / sum_s
+    return None if sum_s is None else 2 * (world_size() - 1) / world_size() * _PROBE_BYTES / sum_s
 
 
 def _print_reports(reports: Sequence[NodeReport]) -> None:
@@ -157,10 +157,10 @@ def _networks(device: torch.device) -> str:
 
 
 def _measured_sum(device: torch.device) -> float | None:
-    """Returns the seconds of a sum of `_SUMMED_BYTES` over all ranks, as gradients have it; None for one process."""
+    """Returns the seconds of a sum of `_PROBE_BYTES` over all ranks, as gradients have it; None for one process."""
     if world_size() == 1:
         return None
-    values = torch.zeros(_SUMMED_BYTES // 4, device=device)  # float32
+    values = torch.zeros(_PROBE_BYTES // 4, device=device)  # float32
     seconds = []
     for _ in range(_SUMS):  # the first one opens connections
         wait_for_all()

@@ -252,11 +252,11 @@ def _sources_note(videos: Sequence[ListedVideo], pattern: str) -> str:
             f"data.source_pattern: {pattern!r} matches none of {plural(len(videos), 'video')}, such as "
             f"{videos[0].video!r}; it must match the whole text, and its group must not be empty"
         )
-    others = len(videos) - len(of_sources)
-    rest = f"; {plural(others, 'video')} that it does not match, such as " if others else ""
-    example = next((repr(video.video) for video in videos if not video.source), "") if others else ""
     found = f"{plural(len(of_sources), 'video')} of {plural(len(set(of_sources)), 'source')}"
-    return f"data.source_pattern: {found}{rest}{example}{', count as one source each' if others else ''}"
+    others = [video.video for video in videos if not video.source]
+    if others:
+        found += f"; it does not match {plural(len(others), 'video')}, such as {others[0]!r}, each a source of its own"
+    return f"data.source_pattern: {found}"
 
 
 def _draw_split(video: ListedVideo, config: Config) -> ListedVideo:
