@@ -103,7 +103,7 @@ def options(
     """Declares the options that need no verb. The help of the app stands at `app`."""
 
 
-bench = typer.Typer(no_args_is_help=True, help="Benchmark readers, loaders, points and the model on this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Benchmark reading, points, the model and attention on this machine.")
 app.add_typer(bench, name="bench")
 
 _CONFIG_HELP = "YAML config of the run, or its folder."
@@ -502,6 +502,16 @@ def bench_model(config: ConfigFile, words: SettingsAndOverrides = None, as_json:
 
     settings, overrides = _split(words or [], _SETTING)
     _show(run(_load(config, overrides), settings), as_json, print_bench_model)
+
+
+@bench.command("attention")
+def bench_attention(config: ConfigFile, words: SettingsAndOverrides = None, as_json: Json = False) -> None:
+    """Measure the kernels of attention at the model's shapes, and write which is the fastest on this machine."""
+    from videoadapt.performance.bench.attention import bench_attention as run
+    from videoadapt.performance.bench.attention import print_bench_attention
+
+    settings, overrides = _split(words or [], _SETTING)
+    _show(run(_load(config, overrides), settings), as_json, print_bench_attention)
 
 
 def _required(config: Path | None) -> Path:
