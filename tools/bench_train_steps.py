@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 import torch
@@ -32,8 +33,7 @@ from videoadapt.training.groups import make_plan
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
-
-_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # side of the matrices: large enough to reach the peak of the device
+from videoadapt.training.utilisation import product_rate
 
 
 @dataclass(frozen=True)
@@ -176,18 +176,7 @@ def passes(config: Config, sizes: tuple[int, int], steps: int) -> Turn:
 
 def matrix_product(config: Config) -> Turn:
     """Prepares a large matrix product in the run's precision; a turn returns its MACs per second."""
-    device = pick_device(config.run.device)
-    side = _PRODUCT_SIDE[device.type]
-    matrix = torch.randn(side, side, device=device, dtype=precision_dtype(config.run.precision))
-
-    def turn() -> float:
-        torch.mm(matrix, matrix)  # warm-up
-        begin = now(device)
-        for _ in range(8):  # long enough for the clock
-            torch.mm(matrix, matrix)
-        return 8 * side**3 / (now(device) - begin)
-
-    return turn
+    return partial(product_rate, pick_device(config.run.device), precision_dtype(config.run.precision))
 
 
 def all_reduce(config: Config) -> Turn:

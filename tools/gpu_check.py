@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import videoadapt.training.train as training
 from bench_train_steps import random_batches
@@ -42,7 +41,7 @@ from videoadapt.data.clips import loader
 from videoadapt.data.clips.datasets import Clip
 from videoadapt.data.index.manifest import SCHEMA, Manifest
 from videoadapt.model import block, timesformer
-from videoadapt.model.attention import attend_over_time
+from videoadapt.model.attention import KERNELS, attend_over_time
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.performance.bench.peers import HuggingFace
@@ -50,16 +49,17 @@ from videoadapt.routing.policy import Fixed, Random
 from videoadapt.routing.router import Router
 from videoadapt.training.groups import make_plan
 from videoadapt.training.losses import cross_entropy
+from videoadapt.training.preflight import Rates
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.step_report import StepReport
+from videoadapt.training.utilisation import product_rate
 
 Result = dict[str, Any]  # the result of one part; becomes JSON
 
 SMALL: Result = {"width": 64, "depth": 2, "heads": 2, "patch": 8, "size": 32, "num_frames": 4, "num_classes": 5}
 SMALL |= {"stride_frames": 1, "fps": None, "points": ["4", "4@0.5", "2"], "drop_blocks": [1]}
 LOGITS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # largest error over largest logit, at keep 1
-FUSED = ("FLASH", "EFFICIENT", "CUDNN")  # backends of scaled_dot_product_attention
 WARM_UP, LEAST_RUNS, MOST_RUNS = 2, 5, 50
 INTERRUPTED_STEP = 5
 HALF_A_KIB = 600  # characters of an error of a child process that are kept
@@ -186,7 +186,7 @@ def resume(machine: Machine, result: Result) -> None:
     # This process ends after the check, so the replaced names are not restored.
     loader.TrainClips = RandomClips  # type: ignore[assignment, misc]
     training.load_or_index = lambda _: manifest  # type: ignore[assignment]
-    training.preflight = lambda *_: None
+    training.preflight = lambda *_: Rates(product_rate(machine.device, torch.bfloat16), None)
 
     def interrupted(state: State, *rest: Any) -> StepReport:
         if state.step == INTERRUPTED_STEP:
@@ -281,7 +281,7 @@ def attention(machine: Machine, result: Result) -> None:
             dtype=torch.bfloat16,
             requires_grad=True,
         )
-        for kernel in (*FUSED, "default", "explicit"):
+        for kernel in KERNELS:
             try:
                 result[f"{name} {kernel}"] = _attention_times(machine, qkv, kernel)
             except RuntimeError as error:  # the kernel does not take this shape or this device
@@ -292,14 +292,7 @@ def attention(machine: Machine, result: Result) -> None:
 
 
 def _attention_times(machine: Machine, qkv: Tensor, kernel: str) -> Result:
-    def forward() -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # S N 3 M d -> 3 S M N d
-        if kernel == "explicit":
-            return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v)
-
-    with sdpa_kernel(getattr(SDPBackend, f"{kernel}_ATTENTION")) if kernel in FUSED else nullcontext():
-        return _times(machine, forward)
+    return _times(machine, lambda: KERNELS[kernel](*qkv.permute(2, 0, 3, 1, 4)))  # S N 3 M d -> three of S M N d
 
 
 def _times(machine: Machine, forward: Callable[[], Tensor]) -> Result:

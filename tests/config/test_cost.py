@@ -17,13 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import small_runs as runs
-from videoadapt.config.cost import Cost, point_cost, point_macs
+from videoadapt.config.cost import Cost, backward_macs, point_cost, point_macs
 from videoadapt.config.load import load_config
 from videoadapt.config.points import Point
 from videoadapt.config.sections import AssignConfig, ModelConfig
 from videoadapt.model.block import Block
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_macs
+from videoadapt.training.freeze import freeze
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -49,6 +50,24 @@ def counted(config: ModelConfig, point: str, batch: int = 1) -> int:
 def apart(block: Block, x: Tensor, *_: Any) -> Tensor:
     """The two layers after temporal attention one after the other, as in the papers, and not as one."""
     return block.temporal_fc(block.temporal_attn.proj(x))
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2, "backbone"])
+@pytest.mark.parametrize("changes", [{}, KEEPS, IMAGE], ids=["video", "keeps", "image"])
+def test_a_backward_pass_costs_twice_the_layers_that_are_trained(changes: dict[str, Any], frozen: Any) -> None:
+    config = tiny(**changes)
+    model = TimeSformer(config).eval()
+    freeze(model, frozen)
+    for point, forward in point_macs(config).items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with mock.patch.object(Block, "_project_over_time", apart):
+                model(torch.zeros(2, 3, config.num_frames, config.size, config.size), point).sum().backward()
+        # torch computes no gradients of the pixels, and none of the input of the heads if nothing else is trained.
+        cost = point_cost(config, point)
+        unneeded = {None: cost.embedding, "backbone": cost.head}.get(frozen, 0)
+        found = counter.get_total_flops() // 4 - forward  # 2 clips, 2 operations
+        share_of_scores = 0.01 if "@" in point else 0.0  # of tokens, for dropping: they have no gradient
+        assert found == pytest.approx(backward_macs(config, point, frozen) - unneeded, rel=share_of_scores, abs=0)
 
 
 @pytest.mark.parametrize(

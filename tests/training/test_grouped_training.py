@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,6 +252,8 @@ def test_a_run_continues_with_another_plan(
             done = finished(torchrun(ranks, "-m", "videoadapt", "train", tmp_path / "config.yaml"))
             assert done.returncode == 0, done.stderr[:6000]
             assert "waits for gradients" in done.stderr
+            points = json.loads((config.run.dir / "train.json").read_text())["points"]
+            assert all(0 < values["mfu"] < 1 for values in points.values())  # those of other ranks, too
         if number == 0:
             for path in sorted((config.run.dir / "checkpoints").glob("step-*"))[1:]:
                 path.unlink()

@@ -36,8 +36,9 @@ from videoadapt.training.preflight import (
 from videoadapt.training.train import train
 
 GOOD = NodeReport(
-    "node1", "H200", cpus=8, workers=8, free_bytes=10**9, step_clips=32, clips_per_s=20.0, error="", manifest="aa"
-)
+    "node1", "H200", cpus=8, workers=8, free_bytes=10**9, step_clips=32, clips_per_s=20.0, error="", manifest="aa",
+    macs_per_s=3e14,
+)  # fmt: skip
 
 
 def indexed(folder: Path) -> tuple[Config, Manifest, GroupPlan]:
@@ -64,8 +65,8 @@ def test_the_table_has_a_row_for_each_rank(
     printed = capsys.readouterr()
     assert printed.out == ""  # stdout is for results
     by_rank = [
-        ("0", "node1", "H200", "8", "8", "1.0", "20.0", "0.20", "aa", ""),
-        ("1", "node2", "none", "2", "4", "2.5", "10.0", "2.40", "aa", ""),
+        ("0", "node1", "H200", "600.00", "8", "8", "1.0", "20.0", "0.20", "aa", ""),
+        ("1", "node2", "none", "nan", "2", "4", "2.5", "10.0", "2.40", "aa", ""),
     ]
     assert [tuple(row.values()) for row in table_rows(printed.err)] == by_rank
     assert table_rows(printed.err)[1]["decoding s/step"] == "2.40"  # 48 clips by the 2 workers that have a CPU

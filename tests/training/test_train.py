@@ -29,6 +29,7 @@ from videoadapt.model.checkpoint import load_checkpoint, load_model, train_check
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.training.draws import drawn_points
 from videoadapt.training.groups import make_plan
+from videoadapt.training.preflight import Rates
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.train import start_or_resume, train
@@ -217,6 +218,10 @@ def test_distillation_token_ema_sgd_bf16_checkpointing_and_mixing_train(data: Pa
         0
     ].keys()
     assert summary.steps == 5
+    assert "mfu/4" not in lines[0]  # the first micro-batches are not timed
+    for name, point in summary.points.items():
+        assert point.mfu is not None
+        assert 0 < point.mfu == pytest.approx(lines[-1][f"mfu/{name}"], abs=1e-4)
     # Warm-up in steps 0 and 1, the full rate in step 2, and gamma times it after the milestone at half an epoch.
     rates = [config.train.lr * factor for factor in (1 / 3, 2 / 3, 1.0, config.train.gamma, config.train.gamma)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
@@ -346,9 +351,8 @@ def test_a_step_of_which_no_clip_can_be_read_changes_nothing(data: Path, tmp_pat
 def test_the_trained_steps_are_saved_if_reading_fails(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "videoadapt.training.train.preflight", lambda *_: None
-    )  # it would find that the files are missing
+    # It would find that the files are missing.
+    monkeypatch.setattr("videoadapt.training.train.preflight", lambda *_: Rates(1e10, None))
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     config = runs.config(copy, tmp_path / "run", train={"epochs": 2, "batch": 4, "save_steps": 0})

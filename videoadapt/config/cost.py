@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from videoadapt.config.points import Point
 
@@ -67,18 +67,38 @@ class Cost:
 
 def point_cost(config: _Architecture, point: str | Point) -> Cost:
     """Returns the MACs of one view (one crop of one clip) at a point."""
-    parsed = Point.parse(point)
+    return _cost(config, Point.parse(point), first_block=0)
+
+
+def backward_macs(config: _Architecture, point: str, frozen: Literal["backbone"] | int | None = None) -> int:
+    """Returns the MACs of a backward pass at a point: twice those of the forward pass in the layers that are trained.
+
+    Args:
+        config: The model.
+        point: The point.
+        frozen: `train.freeze`: how many blocks, after the embeddings, or `backbone` for all but the heads.
+    """
+    if frozen is None:
+        return 2 * point_cost(config, point).total
+    first_block = config.depth if frozen == "backbone" else min(frozen, config.depth)
+    trained = _cost(config, Point.parse(point), first_block)
+    return 2 * (trained.total - trained.embedding)
+
+
+def _cost(config: _Architecture, parsed: Point, first_block: int) -> Cost:
+    """Counts the blocks from `first_block` on, the embedding and the heads."""
     width, frames = config.width, config.num_frames
     # Tokens beside the patches: the class token, and for student points the distillation token.
     extra = 2 if config.distill_token and parsed.length < config.lengths[0] else 1
     after_drop = parsed.patches(config.depth, config.drop_blocks)  # patches per frame in the MLP of each block
     # A block drops between attention and MLP, so its attention has the patches of the block before.
-    in_attention = (parsed.length**2, *after_drop[:-1])
+    in_attention = (parsed.length**2, *after_drop[:-1])[first_block:]
+    head_tokens = extra + (frames * after_drop[-1] if config.dense_head is not None else 0)
+    after_drop = after_drop[first_block:]
     spatial = sum(_attention_macs(width, extra + patches) for patches in in_attention)
     # A dropping block computes the class token's row of the attention map once more, as scores (model/drop.py).
     scores = sum((extra + n) * width for n, kept in zip(in_attention, after_drop, strict=True) if kept < n)
     hidden = int(width * config.mlp_ratio)
-    head_tokens = extra + (frames * after_drop[-1] if config.dense_head is not None else 0)
     return Cost(
         embedding=frames * _embedding_macs(config, parsed.length),
         temporal_attention=sum(_temporal_macs(width, frames, n) for n in in_attention) if config.temporal else 0,

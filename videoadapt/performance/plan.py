@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from videoadapt.config.cost import point_macs
+from videoadapt.config.cost import backward_macs, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import ConfigError, UserError, plural
@@ -164,14 +164,17 @@ def _too_many_ranks(config: Config, gpus: int) -> UserError:
 def analytic_passes(config: Config) -> dict[str, Passes]:
     """Returns passes by point that run at `plan.macs_per_s` and have no fixed cost.
 
-    A backward pass has twice the MACs of a forward pass. With `train.activation_checkpointing` it also repeats the
-    forward pass.
+    In the layers that are trained, a backward pass has twice the MACs of a forward pass. With
+    `train.activation_checkpointing` it also repeats their forward pass.
     """
     rate = config.plan.macs_per_s
     assert rate is not None
-    backward = 3 if config.train.activation_checkpointing else 2
-    macs = point_macs(config.model)
-    return {point: Passes(LinearTime(0.0, n / rate), LinearTime(0.0, backward * n / rate)) for point, n in macs.items()}
+    repeats = 1.5 if config.train.activation_checkpointing else 1.0
+    passes = {}
+    for point, macs in point_macs(config.model).items():
+        backward = repeats * backward_macs(config.model, point, config.train.freeze)
+        passes[point] = Passes(LinearTime(0.0, macs / rate), LinearTime(0.0, backward / rate))
+    return passes
 
 
 def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) -> StepWork:

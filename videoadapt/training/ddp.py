@@ -21,7 +21,7 @@ from videoadapt.model.norm import SHARED
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.ranks import new_group, rank
 from videoadapt.training.groups import GroupPlan
-from videoadapt.training.throughput import WaitClock
+from videoadapt.training.throughput import DeviceClock
 
 
 def sum_gradients(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -47,7 +47,7 @@ def sum_gradients(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         gradient_as_bucket_view=True,  # no second copy of the gradients
         broadcast_buffers=False,  # True would overwrite BatchNorm statistics of lengths that rank 0 does not train
     )
-    wrapped.waits = WaitClock(device)
+    wrapped.waits = DeviceClock(device)
     wrapped.register_comm_hook((wrapped.waits, dtype), _sum_bucket)
     return wrapped
 
@@ -55,12 +55,12 @@ def sum_gradients(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
 class _SummingModel(DistributedDataParallel):
     """Attributes: `waits`, the time from the end of the backward passes to the last sum."""
 
-    waits: WaitClock
+    waits: DeviceClock
 
 
 def gradient_waits(model: nn.Module) -> float:
     """Returns the seconds in which this rank waited for sums of gradients; `model` comes from `sum_gradients`."""
-    return model.waits.seconds() if isinstance(model, _SummingModel) else 0.0
+    return model.waits.read()[0] if isinstance(model, _SummingModel) else 0.0
 
 
 def _sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP refuses annotations in text

@@ -23,7 +23,7 @@ from videoadapt.data.index.manifest import Manifest
 from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.runtime.ranks import broadcast_result, broadcast_tensors, new_group, rank
 from videoadapt.training.groups import GroupPlan, split_evenly
-from videoadapt.training.throughput import WaitClock
+from videoadapt.training.throughput import DeviceClock
 
 FoundCheckpoint = TypeVar("FoundCheckpoint", bound=Checkpoint | None)
 
@@ -152,7 +152,7 @@ class TeacherLogits:
             device: Where this rank has its model.
         """
         self.classes, self.dtype, self.device = config.model.num_classes, dtype, device
-        self.waits = WaitClock(device)
+        self.waits = DeviceClock(device)
         teachers = plan.groups[0]
         clips, pairs = config.train.batch // config.train.accumulate, config.data.mixes
         # For each rank of the teacher's group: the positions, in a micro-batch, whose logits the rank sends.

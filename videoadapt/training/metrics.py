@@ -165,10 +165,11 @@ def _validated_step_of(line: str) -> float | None:
 
 @dataclass(frozen=True)
 class PointMetrics:
-    """Means over the last epoch, on the training clips; None for a point that was not drawn in it."""
+    """Of one point. Loss and top-1 are means over the last epoch, on the training clips; None if it was not drawn."""
 
     loss: float | None
     top1: float | None  # fraction of correct clips, 0 to 1
+    mfu: float | None = None  # since the start or the last resume, 0 to 1; None if too few steps were timed
 
 
 @dataclass(frozen=True)

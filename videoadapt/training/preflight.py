@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError, few, plural
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import advise, print_table
-from videoadapt.runtime.machine import available_cpus, pick_device, worker_count
+from videoadapt.runtime.machine import available_cpus, pick_device, precision_dtype, worker_count
 from videoadapt.runtime.ranks import all_gather, broadcast_result, rank, wait_for_all, world_size
 from videoadapt.training.forecast import SUMMED_BYTES
 from videoadapt.training.groups import GroupPlan, split_evenly
+from videoadapt.training.utilisation import product_rate
 
 _TRIED_CLIPS = 4  # enough to see that videos can be read; more would delay every start
 _WORTH = 1.2  # a gain that is mentioned; a few clips measure less than that badly
@@ -46,6 +48,7 @@ class NodeReport:
     manifest: str  # hash
     pyav_clips_per_s: float | None = None  # the same clips by PyAV; None if PyAV reads them anyway
     has_bf16: bool = True  # whether the device computes in bf16 itself
+    macs_per_s: float = math.nan  # of a large matrix product
     networks: str = ""  # what gloo and NCCL use, by their variables
 
     @property
@@ -55,16 +58,20 @@ class NodeReport:
         return self.step_clips / (self.clips_per_s * readers) if self.clips_per_s else math.inf
 
 
-def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> float | None:
+class Rates(NamedTuple):
+    """What the preflight has measured."""
+
+    macs_per_s: float  # of a large matrix product on this rank, in the precision of the run
+    bytes_per_s: float | None  # from one rank to the next in a sum over all ranks; None for a single process
+
+
+def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> Rates:
     """Prints a table of all ranks' nodes to stderr, with warnings. All ranks call it.
 
     Args:
         config: The config of the run.
         manifest: The videos, as this rank sees them.
         plan: The groups of all ranks.
-
-    Returns:
-        Bytes per second from one rank to the next in a sum over all ranks. None for a single process.
 
     Raises:
         RunError: Ranks see different manifests, a rank can read no video, or the disk has no space for the checkpoints.
@@ -91,7 +98,8 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> float | No
             "less, training waits for videos"
         )
     # A ring all-reduce sends 2 (n - 1) / n of the bytes from each rank to the next.
-    return None if sum_s is None else 2 * (world_size() - 1) / world_size() * _PROBE_BYTES / sum_s
+    bytes_per_s = None if sum_s is None else 2 * (world_size() - 1) / world_size() * _PROBE_BYTES / sum_s
+    return Rates(reports[rank()].macs_per_s, bytes_per_s)
 
 
 def _print_reports(reports: Sequence[NodeReport]) -> None:
@@ -103,12 +111,15 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
             f"{one.clips_per_s:.1f} clips/s each; {one.free_bytes / 1e9:.0f} GB of disk free; manifest {one.manifest}"
         )
         return
-    columns = "rank,node,GPU,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest,network".split(",")
+    columns = (
+        "rank,node,GPU,matrix TFLOP/s,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest,network".split(",")
+    )
     rows = [
         (
             number,
             report.node,
             report.gpu,
+            f"{2 * report.macs_per_s / 1e12:.2f}",
             report.cpus,
             report.workers,
             f"{report.free_bytes / 1e9:.1f}",
@@ -143,6 +154,7 @@ def report_of_this_node(config: Config, manifest: Manifest, plan: GroupPlan) -> 
         pyav_clips_per_s=pyav_clips_per_s,
         has_bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
         networks=_networks(device),
+        macs_per_s=product_rate(device, precision_dtype(config.run.precision)),
     )
 
 

@@ -7,7 +7,7 @@ the optimizer moves once (ReViT, section 3.4; SuperViT).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from videoadapt.training.groups import Group, GroupPlan
 from videoadapt.training.losses import Targets, make_targets, pad_rows, point_loss
 from videoadapt.training.state import State, Tally
 from videoadapt.training.step_report import StepReport
+from videoadapt.training.utilisation import PointClock
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class RankRole:
         forward: The same, compiled with `train.compile: on`.
         teacher_logits: Sends or receives the logits of the costliest point. None if the plan has one group, since then
             every rank computes these logits for its own clips.
+        clocks: The times of passes, by point of the group.
         costliest_last: Whether the backward pass at the costliest point of the group comes last in a step
             (`parallel.overlap`).
     """
@@ -56,6 +58,7 @@ class RankRole:
     module: nn.Module
     forward: Callable[..., Any]
     teacher_logits: TeacherLogits | None
+    clocks: Mapping[str, PointClock]
     costliest_last: bool = False
 
     @classmethod
@@ -78,7 +81,9 @@ class RankRole:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         has_students_elsewhere = len(plan.groups) > 1
         teacher_logits = TeacherLogits(config, plan, dtype, weight.device) if has_students_elsewhere else None
-        return cls(plan, plan.group(rank()), module, forward, teacher_logits)
+        group = plan.group(rank())
+        clocks = {point: PointClock(weight.device) for point in group.points}
+        return cls(plan, group, module, forward, teacher_logits, clocks)
 
     @property
     def teaches(self) -> bool:
@@ -170,7 +175,7 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
     summing = points[0 if role.costliest_last else -1] if number == config.train.accumulate - 1 else None
     last: Tensor | None = None
     for point in points:  # costliest first, and each length before its keeps: a teacher comes before its students
-        with no_gradient_sync(role.module):
+        with no_gradient_sync(role.module), role.clocks[point].passes(len(inputs.clips)):
             targets = _targets_at(point, inputs, batch, state)
             heads = _forward_at(point, inputs, targets, role, state)
             own = heads.logits().detach()  # (B, classes)
@@ -189,9 +194,10 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
         logits[point] = own
         read = slice(len(batch.labels))  # leaves out the empty clip
         tallies[point].add(loss.detach()[read], own.argmax(-1)[read] == batch.labels, batch.videos)
-    if last is not None:
+    if summing is not None and last is not None:
         sum_in_backward(role.module, last)
-        last.backward()
+        with role.clocks[summing].more_of_them():
+            last.backward()
 
 
 def planned_clips(role: RankRole, config: Config) -> int:

@@ -75,8 +75,8 @@ class Throughput:
         )
 
 
-class WaitClock:
-    """Adds up the time in which this rank waits for other ranks. On a GPU, events measure it; the host does not wait.
+class DeviceClock:
+    """Adds up times of one kind of work or waiting. On a GPU, events measure them; the host does not wait.
 
     Args:
         device: The device of the model.
@@ -84,33 +84,34 @@ class WaitClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._seconds = 0.0
-        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # that the GPU may not have reached
+        self._seconds, self._amount = 0.0, 0
+        # Start, end and amount of what the GPU may not have reached.
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
 
     def start(self) -> float | torch.cuda.Event:
         """Returns the present time, for `stop`."""
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
 
-    def stop(self, started: float | torch.cuda.Event) -> None:
-        """Adds the time since `start` returned `started`."""
+    def stop(self, started: float | torch.cuda.Event, amount: int = 0) -> None:
+        """Adds the time since `start` returned `started`, and an amount of work."""
         now = self.start()
-        if isinstance(started, torch.cuda.Event):
-            assert isinstance(now, torch.cuda.Event), "the device does not change"
-            self._pairs.append((started, now))
-        else:
+        if isinstance(started, float):
             assert isinstance(now, float), "the device does not change"
             self._seconds += now - started
+            self._amount += amount
+        else:
+            assert not isinstance(now, float), "the device does not change"
+            self._pending.append((started, now, amount))
 
-    def seconds(self) -> float:
-        """Returns the sum so far, in seconds."""
-        while self._pairs and self._pairs[0][1].query():
-            started, stopped = self._pairs.popleft()
+    def read(self) -> tuple[float, int]:
+        """Returns the sums so far: seconds, and amount of work."""
+        while self._pending and self._pending[0][1].query():
+            started, stopped, amount = self._pending.popleft()
             self._seconds += started.elapsed_time(stopped) / 1000
-        return self._seconds
+            self._amount += amount
+        return self._seconds, self._amount
 
 
 class ThroughputMeter:

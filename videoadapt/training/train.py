@@ -6,7 +6,7 @@ import math
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -64,6 +64,7 @@ from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.step_report import Reports, StepReport
 from videoadapt.training.throughput import ThroughputMeter
 from videoadapt.training.tracker import open_tracker, require_tracker
+from videoadapt.training.utilisation import utilisation
 from videoadapt.training.validate import Validator, describe, say_failed
 
 _STEPS_SHOWN = 20  # whose mean the progress shows
@@ -105,13 +106,14 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         if not finished:
             if state.step:
                 say(f"continuing from {checkpoints.folder} at step {state.step}")
-            bytes_per_s = preflight(config, manifest, plan)
+            rates = preflight(config, manifest, plan)
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
-            role = with_best_order(role, state, bytes_per_s)
-            meter = run_epochs(state, role, checkpoints, per_epoch, after_validation)
+            role = with_best_order(role, state, rates.bytes_per_s)
+            meter = run_epochs(state, role, checkpoints, per_epoch, rates.macs_per_s, after_validation=after_validation)
+            mfu = _report_ranks(role, meter, utilisation(role.clocks, rates.macs_per_s, config))
             if rank() == 0:
                 with checkpoints.guard():
-                    write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter).to_json())
+                    write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter, mfu).to_json())
         summary = broadcast_result(lambda: TrainSummary.read(summary_file))
         if finished:
             # The folder may have moved since the summary was written.
@@ -125,6 +127,8 @@ def run_epochs(
     role: RankRole,
     checkpoints: Checkpoints,
     per_epoch: int,
+    macs_per_s: float,
+    *,
     after_validation: Callable[[], None] | None = None,
 ) -> ThroughputMeter:
     """Runs the training loop from `state.step` to the end of the last epoch.
@@ -134,6 +138,7 @@ def run_epochs(
         role: The role of this rank.
         checkpoints: Where rank 0 saves, every `train.save_steps` steps and at the end.
         per_epoch: Steps of an epoch.
+        macs_per_s: Of a large matrix product on this rank.
         after_validation: As in `train`.
 
     Returns:
@@ -159,8 +164,9 @@ def run_epochs(
         def take(report: StepReport) -> bool:
             values = report.read(state)
             if metrics is not None:  # rank 0; its values are sums over all ranks
+                mfu = {f"mfu/{p}": value for p, value in utilisation(role.clocks, macs_per_s, config).items()}
                 times = {"seconds": round(meter.seconds(), 1)} | meter.rates() | _waits(role, meter)
-                metrics.write(report.step + 1, values | times)
+                metrics.write(report.step + 1, values | times | mfu)
             recent.append(values)
             bar.step(config.train.batch, state.note(recent, meter))
             return agree_on_stop(stop, report.stop_flags)  # every rank stops if any rank received a signal
@@ -182,7 +188,6 @@ def run_epochs(
                 stop.stop()
             if validator.is_due():
                 _validate(validator, role, checkpoints, metrics, meter, stop, bar, after_validation)
-    _print_waits(role, meter)
     return meter
 
 
@@ -191,24 +196,25 @@ def _waits(role: RankRole, meter: ThroughputMeter) -> dict[str, float]:
     if world_size() == 1:
         return {}
     seconds = max(meter.since_start().seconds, 1e-9)
-    teacher_s = role.teacher_logits.waits.seconds() if role.teacher_logits else 0.0
+    teacher_s = role.teacher_logits.waits.read()[0] if role.teacher_logits else 0.0
     return {
         "teacher_wait_fraction": teacher_s / seconds,
         "gradient_wait_fraction": gradient_waits(role.module) / seconds,
     }
 
 
-def _print_waits(role: RankRole, meter: ThroughputMeter) -> None:
-    """Prints what each rank waited for. All ranks call it."""
-    own = _waits(role, meter)
-    if not own:
-        return
-    fractions = {"data": meter.rates()["wait_fraction"], "teacher": own["teacher_wait_fraction"]}
-    fractions["gradients"] = own["gradient_wait_fraction"]
-    rows = all_gather((socket.gethostname(), ", ".join(role.group.points), *map(percent, fractions.values())))
-    if rank() == 0:
-        columns = ("rank", "node", "points", *(f"waits for {cause} %" for cause in fractions))
-        print_table("Waits", columns, [(number, *row) for number, row in enumerate(rows)], to_stderr=True)
+def _report_ranks(role: RankRole, meter: ThroughputMeter, mfu: Mapping[str, float]) -> dict[str, float]:
+    """Prints what each rank waited for and its MFU. All ranks call it. Returns the MFU by point, means over ranks."""
+    waits = [meter.rates()["wait_fraction"], *_waits(role, meter).values()]
+    reached = ", ".join(f"{point}: {percent(value)}" for point, value in mfu.items())
+    row = (socket.gethostname(), ", ".join(role.group.points), *map(percent, waits), reached)
+    rows, utilisations = zip(*all_gather((row, mfu)), strict=True)
+    if rank() == 0 and len(rows) > 1:
+        columns = ("rank", "node", "points", *(f"waits for {what} %" for what in ("data", "teacher", "gradients")))
+        print_table("Ranks", (*columns, "MFU %"), [(number, *row) for number, row in enumerate(rows)], to_stderr=True)
+    elif rank() == 0 and reached and torch.cuda.is_available():
+        say(f"MFU in %, by point: {reached}")
+    return pd.DataFrame(list(utilisations)).mean().to_dict()
 
 
 def _validate(  # noqa: PLR0917 - what the loop has
@@ -349,7 +355,9 @@ def _save(state: State, role: RankRole, checkpoints: Checkpoints) -> None:
         checkpoints.save(state.step, *state.saved())
 
 
-def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: ThroughputMeter) -> TrainSummary:
+def _summarise(
+    state: State, per_epoch: int, checkpoints: Checkpoints, meter: ThroughputMeter, mfu: Mapping[str, float]
+) -> TrainSummary:
     """Returns the summary of a finished run; losses and accuracies are means over the steps of the last epoch."""
     config = state.config
     # One line per step. A point has NaN in steps that do not draw it, and `mean` leaves NaN out.
@@ -369,7 +377,9 @@ def _summarise(state: State, per_epoch: int, checkpoints: Checkpoints, meter: Th
         wait_fraction=round(rates["wait_fraction"], 4),
         peak_memory_bytes=peak_memory_bytes(),
         points={
-            point: PointMetrics(_rounded(means.get(f"loss/{point}")), _rounded(means.get(f"top1/{point}")))
+            point: PointMetrics(
+                _rounded(means.get(f"loss/{point}")), _rounded(means.get(f"top1/{point}")), _rounded(mfu.get(point))
+            )
             for point in config.model.points
         },
         validation=asdict(state.validations[-1]) if state.validations else None,

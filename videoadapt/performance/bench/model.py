@@ -32,11 +32,10 @@ from videoadapt.runtime.files import Summary, replacing, write_json
 from videoadapt.runtime.machine import now, pick_device, precision_dtype
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.optim import make_optimizer
+from videoadapt.training.utilisation import PRODUCT_SIDE, matrix_product
 
 Precision = Literal["fp32", "bf16"]
 Forward = Callable[[Tensor], Tensor]  # clips (B, C, T, H, W) to logits (B, classes)
-
-_PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices: large enough to reach the peak of the device
 
 
 class Settings(Section):
@@ -110,13 +109,13 @@ def bench_model(config: Config, words: Sequence[str] = ()) -> Summary:
         for name, module in {"ours": ours, **peers}.items()
         for case in _cases(name, module, config, settings, precision, mode, device)
     ]
-    products = {p: _product(device, precision_dtype(p)) for p in settings.precisions}
+    products = {p: matrix_product(device, precision_dtype(p)) for p in settings.precisions}
     rounds: list[dict[int, float]] = []
     rates: list[dict[str, float]] = []
     peaks: dict[int, int] = {}
     with Bar("bench model", total=(1 + settings.rounds) * len(cases), unit="passes") as bar:
         for number in range(1 + settings.rounds):
-            rates.append({p: _PRODUCT_SIDE[device.type] ** 3 / _seconds(run, device) for p, run in products.items()})
+            rates.append({p: PRODUCT_SIDE[device.type] ** 3 / _seconds(run, device) for p, run in products.items()})
             seconds = {}
             for index in random.Random(number).sample(range(len(cases)), len(cases)):
                 before = _reset_peak(device)
@@ -174,12 +173,6 @@ def _step(forward: Forward, clips: Tensor, module: nn.Module, optimizer: torch.o
     targets = torch.full_like(logits, 1 / logits.shape[1], dtype=torch.float32)
     cross_entropy(logits, targets).mean().backward()
     optimizer.step()
-
-
-def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    side = _PRODUCT_SIDE[device.type]
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    return lambda: matrix @ matrix
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
