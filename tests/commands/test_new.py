@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_a_drawn_val_split_has_whole_sources(tmp_path: Path) -> None:
     found = survey(data, tmp_path, source_pattern=pattern)
     assert (found.counts["train"], found.counts["val"]) == ((20, 20), (13, 13))  # not 26 and 7, inside a block
     assert not [each for each in found.notes if "in a row" in each]
+    assert found.groups == 4
 
 
 def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:
@@ -235,10 +237,20 @@ def test_more_time_allows_a_larger_input() -> None:
 
 @pytest.mark.parametrize(
     ("clips", "words"),
-    [(180, "too few for an assigner"), (1000, "60 of them choose the assigner's"), (20_000, "enough to prove")],
+    [
+        (180, "too few for an assigner"),
+        (1000, "60 choose the assigner's threshold"),
+        (20_000, "enough to prove"),
+    ],
 )
 def test_the_holdout_says_what_its_clips_can_show(clips: int, words: str) -> None:
     assert words in recommend(facts(clips), VIT_S, LAPTOP).settings["data.holdout"].reason
+
+
+def test_the_clips_of_a_source_are_one_piece_of_evidence_for_the_threshold() -> None:
+    reason = recommend(replace(facts(20_000), groups=100), VIT_S, LAPTOP).settings["data.holdout"].reason
+    assert "in whole sources, of which train has 100" in reason
+    assert re.search(r"needs about \d+ sources, not \d$", reason)
 
 
 def test_a_busy_machine_is_said_with_its_times(capsys: pytest.CaptureFixture[str]) -> None:

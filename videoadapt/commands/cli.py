@@ -539,20 +539,19 @@ def _show_stage(
     # One shard of an array job has no table: its result only names the shard.
     as_json = as_json or isinstance(result, ShardResult)
     _show(result.to_json(), as_json, print_result)
-    if not as_json and (following := _following(stage, config)):
-        say(f"next: videoadapt {following} {shlex.quote(str(config.run.dir))}")
+    if not as_json:
+        say(f"next: videoadapt {_following(stage, config)} {shlex.quote(str(config.run.dir))}")
 
 
-def _following(stage: Stage, config: Config) -> Stage | None:
-    """Returns the stage after this one: `label` if an assigner has enough clips to choose its threshold."""
+def _following(stage: Stage, config: Config) -> str:
+    """Returns the verb after this stage: `label` if an assigner has enough clips to choose its threshold."""
     if stage == "train":
         from videoadapt.commands.stage import has_assigner
 
         return "label" if has_assigner(config) and _clips_suffice(config) else "evaluate"
-    following: dict[Stage, Stage] = {"label": "assign", "assign": "evaluate", "calibrate": "evaluate"}
     if stage == "assign" and config.data.calibrate:
         return "calibrate"
-    return following.get(stage)
+    return {"label": "assign", "assign": "evaluate", "calibrate": "evaluate", "evaluate": "report"}[stage]
 
 
 def _clips_suffice(config: Config) -> bool:

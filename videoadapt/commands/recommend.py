@@ -236,7 +236,7 @@ def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout
         "data.classes": Setting(
             _text(data.sources.classes), "" if data.sources.classes else "the names of the folders"
         ),
-        "data.holdout": Setting(holdout, _why_holdout(clips, holdout)),
+        "data.holdout": Setting(holdout, _why_holdout(clips, holdout, data.groups)),
         "data.validate": _validated(data, chosen),
     }
     if machine.device == "cpu":
@@ -255,7 +255,7 @@ def _choosing(clips: int, holdout: float) -> int:
     return choosing_clips(round(clips * holdout), AssignConfig().select)
 
 
-def _why_holdout(clips: int, holdout: float) -> str:
+def _why_holdout(clips: int, holdout: float, sources: int | None) -> str:
     choosing = _choosing(clips, holdout or _HOLDOUTS[-1])
     if not holdout:
         return (
@@ -263,12 +263,15 @@ def _why_holdout(clips: int, holdout: float) -> str:
             f"threshold, which takes {FEWEST}. So all are for training"
         )
     needed = videos_needed(0.0, AssignConfig().tolerance, CalibrateConfig().delta)
-    estimate = f"by estimate: {needed}, or with data.source_pattern as many sources, would prove"
-    proof = "enough to prove" if needed is not None and choosing >= needed else estimate
-    return (
-        f"about {round(clips * holdout)} of {clips}, drawn one by one; {choosing} of them choose the assigner's "
-        f"threshold, {proof} that it loses at most assign.tolerance"
+    # The clips of one source are one piece of evidence.
+    units, evidence = ("clips", choosing) if sources is None else ("sources", choosing * sources // clips)
+    drawn = "drawn one by one" if sources is None else f"in whole sources, of which train has {sources}"
+    enough = (
+        "enough to prove that it loses at most assign.tolerance"
+        if needed is not None and evidence >= needed
+        else f"an estimate: a proof that it loses at most assign.tolerance needs about {needed} {units}, not {evidence}"
     )
+    return f"about {round(clips * holdout)} of {clips}, {drawn}; {choosing} choose the assigner's threshold, {enough}"
 
 
 def _validated(data: Survey, chosen: _Recipe) -> Setting:

@@ -73,6 +73,7 @@ class Survey:
     aspect: float  # median of long side / short side
     notes: tuple[str, ...]  # messages about the annotations
     files: dict[str, str]  # files that the config needs beside it: class names, the lists of a drawn val split
+    groups: int | None = None  # sources of train by `data.source_pattern`; None without it
 
     def clips(self, split: Split) -> int:
         """Returns the number of videos of a split."""
@@ -137,7 +138,8 @@ def survey(
     notes += [*listing.notes, *drawn_notes]
     if source_pattern is None:
         notes += _series_note(listing.videos)
-    return _survey(found, videos, listing.classes, opened, notes=tuple(notes), files=files)
+    data = _survey(found, videos, listing.classes, opened, notes=tuple(notes), files=files)
+    return data if source_pattern is None else replace(data, groups=_count_sources(videos, source_pattern))
 
 
 def find_sources(folder: Path) -> tuple[Sources, list[str]]:
@@ -290,6 +292,10 @@ def _spread(values: Iterable[float]) -> Spread:
     ordered = sorted(values)
     low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.5, 0.9))
     return Spread(low, middle, high)
+
+
+def _count_sources(videos: Sequence[ListedVideo], pattern: str) -> int:
+    return len({source_of(video, pattern) or video.video for video in videos if video.split == "train"})
 
 
 def _series_note(videos: Sequence[ListedVideo]) -> list[str]:
