@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from videoadapt.commands.speed_table import unclear_speeds
-from videoadapt.commands.tables import print_assign, sufficient_fixed
+from videoadapt.commands.tables import print_assign
 
 GOOD: dict[str, Any] = {
     "clips_fitted": 400,
@@ -51,15 +51,6 @@ def test_a_fit_that_went_wrong_is_said(
     said = capsys.readouterr().err
     assert not [sentence for sentence in sentences if sentence not in said], said
     assert sum(each in said for each in (COLLAPSE, NOTHING, STILL)) == len(sentences)
-
-
-def test_the_cheapest_fixed_point_that_is_not_significantly_worse_is_named() -> None:
-    costliest = {"difference_to_costliest": (0.0, 0.0, 0.0), "macs_saved": 0.0}
-    good = {"difference_to_costliest": (-0.016, -0.036, 0.005), "macs_saved": 0.485}
-    bad = {"difference_to_costliest": (-0.1, -0.13, -0.07), "macs_saved": 0.7}
-    policies = {"fixed:7": costliest, "fixed:5": good, "fixed:4": bad, "leap:4:cost=0.5": good | {"macs_saved": 0.6}}
-    assert sufficient_fixed(policies) == "fixed:5"
-    assert sufficient_fixed({"fixed:7": costliest, "fixed:4": bad}) is None
 
 
 def test_speeds_whose_medians_contradict_their_ratios_are_named() -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from videoadapt.evaluation.against_fixed import Measured, against_fixed, favoured_fixed
+from videoadapt.evaluation.against_fixed import (
+    Measured,
+    against_fixed,
+    favoured_policy,
+    proven_policy,
+    sufficient_fixed,
+)
 from videoadapt.evaluation.intervals import paired_difference
 
 
@@ -39,10 +45,18 @@ def test_a_cheaper_point_that_is_as_good_is_named() -> None:
     assert found.difference_to_cheaper_fixed == paired_difference(policy.right, SHORT.right)
 
 
+FIXED = {"fixed:14": {"macs_per_video": 100.0}, "fixed:7": {"macs_per_video": 20.0}}
+
+
 def row(**changes: Any) -> dict[str, Any]:
     """The row of a policy that an evaluation favours over the fixed points."""
     favourable = {"mixture": {"fixed:14": 0.4, "fixed:7": 0.6}, "difference_to_mixture": (0.1, 0.05, 0.15)}
-    kept = {"cheaper_fixed": None, "difference_to_costliest": (0.0, -0.01, 0.01), "macs_per_video": 50.0}
+    kept = {
+        "cheaper_fixed": None,
+        "difference_to_costliest": (0.0, -0.01, 0.01),
+        "macs_per_video": 50.0,
+        "macs_saved": 0.5,
+    }
     return favourable | kept | changes
 
 
@@ -60,10 +74,31 @@ def row(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_the_fixed_point_that_an_evaluation_favours(changes: dict[str, Any], point: str | None, words: str) -> None:
-    policies = {"fixed:14": {"macs_per_video": 100.0}, "fixed:7": {"macs_per_video": 20.0}, "assigned": row(**changes)}
-    found = favoured_fixed(policies, "assigned")
+    found = favoured_policy(FIXED | {"assigned": row(**changes)}, "assigned")
     assert (found and found[0]) == point and words in (found[1] if found else "")
-    assert favoured_fixed(policies, "fixed:7") is None
+    assert favoured_policy(FIXED | {"assigned": row()}, "fixed:7") is None
+
+
+@pytest.mark.parametrize(("low", "favoured"), [(0.01, "leap:7:cost=0.5"), (-0.01, "fixed:7")])
+def test_the_policy_of_the_page_is_favoured_if_its_gain_is_proven(low: float, favoured: str) -> None:
+    assigned = row(difference_to_mixture=(-0.01, -0.05, 0.03), macs_saved=-0.1)
+    leap = row(difference_to_mixture=(0.02, low, 0.04), macs_saved=0.43)
+    policies = FIXED | {"assigned": assigned, "leap:7:cost=0.5": leap}
+    found = favoured_policy(policies, "assigned")
+    assert found and found[0] == favoured
+    assert proven_policy(policies) == (favoured if "leap" in favoured else None)
+    assert favoured_policy(policies, "leap:7:cost=0.5") is None
+    if "leap" in favoured:
+        assert "it saves 43.0 %" in found[1] and "gains +2.0 points (+1.0 to +4.0) over mixtures" in found[1]
+
+
+def test_the_cheapest_fixed_point_that_is_not_significantly_worse_is_named() -> None:
+    costliest = {"difference_to_costliest": (0.0, 0.0, 0.0), "macs_saved": 0.0}
+    good = {"difference_to_costliest": (-0.016, -0.036, 0.005), "macs_saved": 0.485}
+    bad = {"difference_to_costliest": (-0.1, -0.13, -0.07), "macs_saved": 0.7}
+    policies = {"fixed:7": costliest, "fixed:5": good, "fixed:4": bad, "leap:4:cost=0.5": good | {"macs_saved": 0.6}}
+    assert sufficient_fixed(policies) == "fixed:5"
+    assert sufficient_fixed({"fixed:7": costliest, "fixed:4": bad}) is None
 
 
 def test_outside_the_fixed_points() -> None:

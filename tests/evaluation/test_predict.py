@@ -305,12 +305,13 @@ def test_an_assigner_with_other_settings_is_refused_by_evaluate_alone(copy: Conf
     assert len(predict_files(other, image(other), "assigned")) == 1
 
 
-def test_a_prediction_says_which_fixed_point_its_evaluation_favours(
+def test_a_prediction_says_which_policy_its_evaluation_favours(
     copy: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assigned = {
         **{"mixture": {"fixed:2": 1.0}, "difference_to_mixture": [0.0, 0.0, 0.0], "macs_per_video": 2.0},
         **{"cheaper_fixed": "fixed:2", "difference_to_cheaper_fixed": [0.0, -0.01, 0.01]},
+        **{"macs_saved": -1.0, "difference_to_costliest": [0.0, -0.01, 0.01]},
     }
     policies = {"fixed:2": {"macs_per_video": 1.0}, "assigned": assigned}
 
@@ -322,6 +323,8 @@ def test_a_prediction_says_which_fixed_point_its_evaluation_favours(
     own = weights_digest(load_model(copy.run.dir))
     assert "favours fixed:2, by --policy fixed:2: it costs 50.0 % less" in said(own)
     assert "favours" not in said(own, "assigned") + said("another model")
+    policies["leap:2:cost=0.5"] = assigned | {"macs_saved": 0.4, "difference_to_mixture": [0.03, 0.01, 0.05]}
+    assert "favours leap:2:cost=0.5, by --policy leap:2:cost=0.5: it saves 40.0 %" in said(own)
 
 
 class Other(va.Assigned):

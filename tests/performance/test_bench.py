@@ -34,7 +34,7 @@ from videoadapt.performance.bench.data import (
     print_bench_data,
     with_ratios,
 )
-from videoadapt.performance.bench.files import GOPS, Size, generate, render
+from videoadapt.performance.bench.files import ENCODINGS, Size, generate, render
 from videoadapt.performance.bench.loaders import (
     FFMPEG,
     LOADERS,
@@ -206,14 +206,14 @@ def test_wrong_settings_name_the_key(word: str, message: str) -> None:
 def test_generated_files(tmp_path: Path) -> None:
     size = Size(96, 64, 200_000)
     kinds = generate(tmp_path, sizes=(size,), frames=30)
-    assert list(kinds) == [f"96x64 GOP {gop}" for gop in GOPS]
-    for gop, paths in zip(GOPS, kinds.values(), strict=True):
+    assert list(kinds) == ["96x64 H.264, GOP 12", "96x64 H.264, GOP 250", "96x64 HEVC, GOP 12", "96x64 VP9, GOP 12"]
+    for encoding, paths in zip(ENCODINGS, kinds.values(), strict=True):
         assert len({path.read_bytes() for path in paths}) == len(paths)
         for path in paths:
             with av.open(str(path)) as container:
                 frames = list(container.decode(video=0))
             assert (len(frames), frames[0].width, frames[0].height) == (30, 96, 64)
-            assert [n for n, frame in enumerate(frames) if frame.key_frame] == list(range(0, 30, gop))
+            assert [n for n, frame in enumerate(frames) if frame.key_frame] == list(range(0, 30, encoding.gop))
     written = {path: path.stat().st_mtime_ns for paths in kinds.values() for path in paths}
     generate(tmp_path, sizes=(size,), frames=30)
     assert {path: path.stat().st_mtime_ns for path in written} == written

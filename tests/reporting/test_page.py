@@ -237,7 +237,7 @@ def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
     good, odd = (report(folder / name).page.read_text(encoding="utf-8") for name in ("good", "odd"))
     for words in (
         "joules a clip",
-        "Efficiency from files is the same",
+        "From files is the same with decoding",
         "assigned, processor time",
         "assigned@0.2 is the cheapest policy",
     ):

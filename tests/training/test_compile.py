@@ -77,3 +77,17 @@ def test_only_on_compiles_until_a_gpu_has_shown_that_it_pays(choice: str, compil
     role = RankRole.from_plan(config, model, make_plan(config, 1, {}))
     assert role.module is model
     assert isinstance(role.forward, Compiled) == compiles
+
+
+def test_activation_checkpointing_compiles_into_one_graph_and_gives_the_same_gradients(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    config = runs.config(tmp_path, tmp_path / "run", model={"depth": 2, "drop_path": 0.3, "points": ["8"]})
+    model = TimeSformer(config.model).double().train()
+    inputs, gradients = clips(model), []
+    for checkpointing, forward in ((False, model), (True, torch.compile(model, backend="aot_eager", fullgraph=True))):
+        model.activation_checkpointing = checkpointing
+        model.zero_grad()
+        torch.manual_seed(0)  # of drop path
+        forward(inputs, "8").square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)

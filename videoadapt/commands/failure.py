@@ -39,7 +39,8 @@ def fail(error: Exception) -> NoReturn:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         lack = (
             "the GPU has not enough memory; raise train.accumulate (the same results), set "
-            "train.activation_checkpointing=true, or lower train.batch; after training, lower evaluate.batch: "
+            "train.activation_checkpointing=true or parallel.overlap=off, or lower train.batch; after training, lower "
+            "evaluate.batch: "
         )
     print_error(f"{lack if _is_out_of_memory(error) else ''}{error}")
     if excerpt := getattr(error, "excerpt", ""):

@@ -288,7 +288,7 @@ def _busy(result: NewRun) -> str:
         for stage, each in result.seconds.items()
     }
     return (
-        f"the machine is busy{f' ({wanted})' if wanted else ''}: at present about {slowdown:.0f} times as long, "
+        f"the machine is busy{f' ({wanted})' if wanted else ''}: at present about {slowdown:.2g} times as long, "
         f"{_times(seconds)}; --minutes counts an idle machine, and a lower number trains for less time"
     )
 

@@ -24,10 +24,10 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
     if not speed["clips_per_s"]:
         say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
         return
-    _print_policies(speed["policies"], "95 %" if has_interval(speed["rounds"]) else "range")
+    _print_policies(speed)
     say(
-        f"clips/s: assigner, routing and model over decoded clips; from files: with decoding; {_covered(speed)}{of}, "
-        f"in {duration(speed['seconds'])} on {speed['date']}{limit}"
+        f"clips/s: assigner, routing and model over decoded clips, {_covered(speed)}{of}; from files: with decoding, "
+        f"{plural(speed.get('file_rounds', 0), 'round')}; in {duration(speed['seconds'])} on {speed['date']}{limit}"
     )
     say(
         "efficiency: speed-up / by MACs, both against the fixed costliest point and on the clips that were timed; 1 = "
@@ -58,14 +58,15 @@ def _covered(speed: Mapping[str, Any]) -> str:
     return f"median of {plural(speed['rounds'], 'round')} in turn over {plural(speed['clips'], 'clip')}"
 
 
-def _print_policies(policies: Mapping[str, Mapping[str, Any]], ends: str) -> None:
+def _print_policies(speed: Mapping[str, Any]) -> None:
+    policies = speed["policies"]
     columns = [
         "policy",
         "clips/s",
         "speed-up",
         "by MACs",
-        f"efficiency ({ends})",
-        "efficiency from files",
+        f"efficiency ({_ends(speed['rounds'])})",
+        f"from files ({_ends(speed.get('file_rounds', 0))})",
         "alone p50/p95",
         "time in",
     ]
@@ -73,6 +74,10 @@ def _print_policies(policies: Mapping[str, Mapping[str, Any]], ends: str) -> Non
     if any(policy["joules_per_clip"] is not None for policy in policies.values()):
         columns.append("J/clip")
     print_table("measured cost", columns, [row[: len(columns)] for row in rows])
+
+
+def _ends(rounds: int) -> str:
+    return "95 %" if has_interval(rounds) else "range"
 
 
 def _cells(name: str, policy: Mapping[str, Any]) -> tuple[str, ...]:

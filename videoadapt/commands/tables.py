@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ _TEXT_WIDTH = 100  # columns of a text; longer lines are harder to read
 _FAILURES_SHOWN = 5
 _HARDEST_SHOWN, _NAME_LENGTH = 3, 32  # classes in a line, and the characters of a name in it
 _CAUSES_SHOWN = 4
+_COUNTED = 6  # classes and points of many predictions
 _EXAMPLES_SHOWN = 2
 _MANY_CLASSES = 10  # up to as many, top-5 is left out of tables
 _STILL = 0.99  # a fit whose loss ends above this fraction of its first one stands still
@@ -367,14 +369,7 @@ def print_evaluate(summary: Summary) -> None:
         say("oracle: the cheapest right point, chosen with the true class, an upper bound for choosing points")
     for name, promise in summary.get("promises", {}).items():
         say(f"{name} is calibrated: {promise}")
-    if summary.get("selected_on_val"):
-        say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
-    counted = "wrong" if failed_count_as_wrong else "left out (evaluate.failed: exclude)"
-    failed = f"{plural(len(summary['failed']), 'video')} failed, counted as {counted}"
-    say(f"manifest {summary['manifest']}; {failed if summary['failed'] else 'all videos could be read'}")
-    for failure in summary["failed"][:_FAILURES_SHOWN]:
-        say(f"  failed: {failure['path']}: {failure['cause']}")
-    _say_more(len(summary["failed"]), "see evaluate.json")
+    _say_videos(summary)
     _say_nan(summary["policies"])
     _say_hardest_classes(summary)
     if "assigned" in summary["policies"]:
@@ -389,7 +384,22 @@ def print_evaluate(summary: Summary) -> None:
     print_speed(summary["speed"])
     if summary["speed"] and (wanted := _busy()):
         say(f"the machine is busy ({wanted}): speeds are lower than alone on it, and their intervals wider")
-    say("time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["stages"].items()))
+    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary["stages"].items())
+    say(f"time, with what was kept from earlier calls: {times}")
+
+
+def _say_videos(summary: Summary) -> None:
+    """Prints what the videos of an evaluation are: their part in training, their sources, and those that failed."""
+    if summary.get("selected_on_val"):
+        say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
+    counted = "wrong" if summary["failed_count_as"] == "wrong" else "left out (evaluate.failed: exclude)"
+    failed = f"{plural(len(summary['failed']), 'video')} failed, counted as {counted}"
+    if summary.get("sources"):
+        say(f"intervals draw whole sources (data.source_pattern), of which there are {summary['sources']}")
+    say(f"manifest {summary['manifest']}; {failed if summary['failed'] else 'all videos could be read'}")
+    for failure in summary["failed"][:_FAILURES_SHOWN]:
+        say(f"  failed: {failure['path']}: {failure['cause']}")
+    _say_more(len(summary["failed"]), "see evaluate.json")
 
 
 def _without_needless(
@@ -463,7 +473,7 @@ def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
     difference, low, high = (100 * value for value in policy["difference_to_random"])
     alone = [point for point, fraction in policy["mix"].items() if fraction == 1]
     if alone:
-        say(f"assigned gives every clip the point {alone[0]}: there is no choice to report, use fixed:{alone[0]}")
+        say(f"assigned gives every clip the point {alone[0]}, as fixed:{alone[0]} does without an assigner")
     say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
 
 
@@ -474,7 +484,10 @@ def _busy() -> str:
 
 
 def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
-    """Prints which fixed point could do for all clips, and if fixed points do as well as each policy that routes."""
+    """Prints which fixed point could do for all clips, if fixed points do as well as each policy, and the best one."""
+    from videoadapt.evaluation.against_fixed import proven_policy, sufficient_fixed, worth  # they import pandas
+    from videoadapt.evaluation.evaluated import routing_policies
+
     if sufficient := sufficient_fixed(policies):
         row = policies[sufficient]
         say(
@@ -498,21 +511,10 @@ def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{fixed} costs {cheaper} % less than {name} and is not significantly less accurate: {name} minus "
                 f"{fixed} {in_points(policy['difference_to_cheaper_fixed'])}"
             )
-
-
-def sufficient_fixed(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Returns the cheapest fixed point that is not significantly less accurate than the costliest one.
-
-    Args:
-        policies: The rows of `evaluate.json`. The first one is the costliest point.
-
-    Returns:
-        The name of the policy; None if no cheaper point is as good, or all points cost the same.
-    """
-    costliest, *others = policies
-    good = [name for name in others if name.startswith("fixed:") and policies[name]["difference_to_costliest"][2] >= 0]
-    cheapest = max(good, key=lambda name: policies[name]["macs_saved"], default=costliest)
-    return cheapest if policies[cheapest]["macs_saved"] > policies[costliest]["macs_saved"] else None
+    if best := proven_policy(policies):
+        tried = len(routing_policies(policies))
+        among = f" It was chosen among {tried} on these videos." if tried > 1 else ""
+        say(f"favoured is {best}: {worth(policies, best)}.{among} `videoadapt predict` takes --policy {best}")
 
 
 def print_export(summary: ExportSummary) -> None:
@@ -637,6 +639,16 @@ def print_predictions(result: Summary) -> None:
     ]
     if rows:  # no rows if every file failed; the error then names the files
         print_table(f"Policy {result['policy']}", ("video", "classes, probability", "point", "MACs"), rows)
+    if len(rows) > 1:
+        mean = macs(sum(p["macs"] for p in result["predictions"]) / len(rows))
+        classes, points = (
+            ", ".join(f"{name} {count}" for name, count in counts.most_common(_COUNTED))
+            for counts in (
+                Counter(p["classes"][0] for p in result["predictions"]),
+                Counter(point for p in result["predictions"] for point in p["points"]),
+            )
+        )
+        say(f"{len(rows)} files, {mean} MACs each on average; clips by point: {points}; first answers: {classes}")
     if result["left_out"]:
         say(f"left out, because they are no videos: {few(result['left_out'])}")
 

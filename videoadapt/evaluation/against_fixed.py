@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
+from videoadapt.evaluation.evaluated import gain_over_mixtures, reported_policy
 from videoadapt.evaluation.intervals import bootstrap_interval, paired_difference
 from videoadapt.routing.label_rules import Bools, Choice
 from videoadapt.runtime.console import in_points, percent
@@ -71,24 +72,28 @@ def against_fixed(policy: Measured, fixed: Sequence[Measured], sources: Choice |
     )
 
 
-def favoured_fixed(policies: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str] | None:
-    """Returns the fixed point that an evaluation favours over a policy, and why.
+def favoured_policy(policies: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str] | None:
+    """Returns the policy that an evaluation favours over another one, and why.
 
-    It is a cheaper point that is not significantly less accurate; or, if the policy lies below the line between the
-    fixed points, the end of the line that is nearer in cost; or the costliest point, if the policy is significantly
-    less accurate.
+    It is the policy that the page is about, if it is above the line between the fixed points beyond its interval.
+    Otherwise it is a fixed point: a cheaper one that is not significantly less accurate; or, if the policy lies below
+    that line, the end of the line that is nearer in cost; or the costliest point, if the policy is significantly less
+    accurate.
 
     Args:
         policies: The rows of `evaluate.json`, by policy name. The first is the costliest point.
         name: The policy.
 
     Returns:
-        The name of the fixed policy, and the reason in words; None if the evaluation favours the policy, or has not
-        compared it.
+        The name of the favoured policy, and the reason in words; None if the evaluation favours the given one, or has
+        not compared it.
     """
     row, costliest = policies.get(name, {}), next(iter(policies))
     if "mixture" not in row:
         return None
+    best = proven_policy(policies)
+    if best is not None and best != name:
+        return best, f"{worth(policies, best)}; {name} saves {percent(row['macs_saved'])} %"
     if cheaper := row["cheaper_fixed"]:
         less = percent(1 - policies[cheaper]["macs_per_video"] / row["macs_per_video"])
         difference = in_points(row["difference_to_cheaper_fixed"])
@@ -106,6 +111,37 @@ def favoured_fixed(policies: Mapping[str, Mapping[str, Any]], name: str) -> tupl
     if row["difference_to_costliest"][2] < 0:
         return costliest, f"{name} is significantly less accurate ({in_points(row['difference_to_costliest'])})"
     return None
+
+
+def proven_policy(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns `reported_policy` if it is above the line between the fixed points beyond its interval; else None."""
+    best = reported_policy(policies)
+    row = policies[best]
+    return best if gain_over_mixtures(row) > 0 and row["difference_to_mixture"][1] > 0 else None
+
+
+def worth(policies: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """Returns in words what a policy saves and loses against the costliest point, and gains over mixtures."""
+    row = policies[name]
+    return (
+        f"it saves {percent(row['macs_saved'])} % at {in_points(row['difference_to_costliest'])} to "
+        f"{next(iter(policies))}, and gains {in_points(row['difference_to_mixture'])} over mixtures of fixed points"
+    )
+
+
+def sufficient_fixed(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the cheapest fixed point that is not significantly less accurate than the costliest one.
+
+    Args:
+        policies: The rows of `evaluate.json`. The first one is the costliest point.
+
+    Returns:
+        The name of the policy; None if no cheaper point is as good, or all points cost the same.
+    """
+    costliest, *others = policies
+    good = [name for name in others if name.startswith("fixed:") and policies[name]["difference_to_costliest"][2] >= 0]
+    cheapest = max(good, key=lambda name: policies[name]["macs_saved"], default=costliest)
+    return cheapest if policies[cheapest]["macs_saved"] > policies[costliest]["macs_saved"] else None
 
 
 def _best_mixture(macs: float, fixed: Sequence[Measured]) -> tuple[Measured, Measured, float] | None:

@@ -15,8 +15,8 @@ import pandas as pd
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import UserError, plural
-from videoadapt.evaluation.evaluated import reported_policy
+from videoadapt.errors import UserError, few, plural
+from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
 from videoadapt.evaluation.logits_file import write_logits
 from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
 from videoadapt.evaluation.result_tables import write_tables
@@ -86,6 +86,7 @@ class EvaluationSummary(Result):
     largest_class: str  # of the listed videos
     largest_class_fraction: float  # the top-1 of a model that always answers with it
     scored: int  # videos that could be read
+    sources: int | None  # of the listed videos, which intervals draw as a whole; None: each video is its own source
     failed: list[dict[str, str]]  # path and cause of the others
     failed_count_as: str  # `wrong` or `exclude`
     temporal_views: int
@@ -184,6 +185,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
 
         def write() -> EvaluationSummary:
             scores = scored.load("data.val.annotations")
+            before = _evaluated_policies(config.run.dir)
             every = _policies(model.config.points, scores, assigned, [*routed, *further], config)
             found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
@@ -194,9 +196,20 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             summary = replace(found, promises=promises, stages=stages, seconds=round(seconds, 1))
             with guard():
                 write_json(path, summary.to_json())
+            gone = [name for name in before if name not in summary.policies]
+            if gone:
+                say(f"replaced: the evaluation before had {few(gone)}, too; `--policy` with each name keeps them")
             return summary
 
         return broadcast_result(write)
+
+
+def _evaluated_policies(run: Path) -> list[str]:
+    """Returns the policies of the evaluation that the run has; none if it has no readable one."""
+    try:
+        return list(read_evaluation(run)["policies"])
+    except UserError:
+        return []
 
 
 def _calibrated(
@@ -266,8 +279,8 @@ def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:
     count = trained_clips(checkpoint, videos, ("source", "content"))
     if count:
         say(
-            f"{count} of the {plural(len(videos), 'video')} of the val split were in the training of "
-            f"{checkpoint.path}, and count in the accuracy; `videoadapt index` lists equal files as leaks"
+            f"files of the val split that were in the training of {checkpoint.path}: {count} of {len(videos)}; they "
+            "count in the accuracy. `videoadapt index` lists equal files, and whether their classes differ"
         )
     return count
 
@@ -313,6 +326,7 @@ def _summary(
         largest_class=manifest.classes[int(largest)],
         largest_class_fraction=float((labels == largest).mean()),
         scored=len(population.scored),
+        sources=None if config.data.source_pattern is None else len(np.unique(population.sources)),
         failed=population.failed,
         failed_count_as=evaluated.failed,
         temporal_views=evaluated.temporal_views,

@@ -26,7 +26,7 @@ from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.readers import FrameReader, VideoReader, open_video
 from videoadapt.data.video.suffixes import is_known, is_media
 from videoadapt.errors import ConfigError, UserError, VideoError, plural
-from videoadapt.evaluation.against_fixed import favoured_fixed
+from videoadapt.evaluation.against_fixed import favoured_policy
 from videoadapt.evaluation.evaluated import read_evaluation
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.model.timesformer import TimeSformer
@@ -246,15 +246,15 @@ def load_predictor(run: ConfigSource, policy: str | Policy | None = None, *, top
 
 
 def _say_favoured(run: Path, model: TimeSformer) -> None:
-    """Prints which fixed point the run's own evaluation favours over the assigner, if it does."""
+    """Prints which policy the run's own evaluation favours over the assigner, if it does."""
     try:
         found = read_evaluation(run, ["model"])
     except UserError:
         return  # a prediction needs no evaluation
-    favoured = favoured_fixed(found["policies"], "assigned") if found["model"] == weights_digest(model) else None
+    favoured = favoured_policy(found["policies"], "assigned") if found["model"] == weights_digest(model) else None
     if favoured is not None:
-        point, reason = favoured
-        say(f"policy assigned; the evaluation of this run favours {point}, by --policy {point}: {reason}")
+        name, reason = favoured
+        say(f"policy assigned; the evaluation of this run favours {name}, by --policy {name}: {reason}")
 
 
 def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> Predictor:

@@ -79,6 +79,7 @@ class Speed:
     clips: int  # measured clips; each policy runs all of them in a pass
     clips_wanted: int  # `evaluate.speed_clips`, or all clips if there are fewer
     rounds: int  # rounds that count; the median of their times is the result
+    file_rounds: int  # of those from files to logits
     seconds: float  # duration of the measurement, with decoding
     limit_s: float  # `evaluate.speed_seconds`
     date: str
@@ -201,6 +202,7 @@ def _measure(
         clips=bench.clips,
         clips_wanted=len(drawn) * scores.clips_per_video,
         rounds=max(map(len, passes)),
+        file_rounds=len(files[0]),
         seconds=round(limit.spent_s, 1),
         limit_s=config.evaluate.speed_seconds,
         date=datetime.date.today().isoformat(),

@@ -22,7 +22,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
+from videoadapt.evaluation.evaluated import read_evaluation, reported_policy, run_name
 from videoadapt.runtime.files import read_json, replacing
 
 Box = npt.NDArray[np.float64]  # (2, 2): the lower left corner, and the upper right one
@@ -51,11 +51,11 @@ _KINDS = {
     "fixed": ("o", "#3f8fd2"),
     "cascade": ("s", "#c9781f"),
     "leap": ("P", "#1a8f9c"),
-    "assigned": ("*", "#dc4a4a"),
+    "assigned": ("D", "#dc4a4a"),
     "random": ("X", "#868e96"),
     "oracle": ("^", "#3c9a5f"),
 }
-_OTHER_KIND = ("D", "#9a6fd0")
+_OTHER_KIND = ("v", "#9a6fd0")
 
 
 def draw_evaluation(run: Path) -> list[Path]:
@@ -83,13 +83,7 @@ def heading(run: Path, evaluated: Mapping[str, Any]) -> str:
     """Returns the title of a figure: run, split, number of videos and date, as far as `evaluate.json` has them."""
     split = f"split {evaluated.get('split', 'val')}"
     count = f"{evaluated['listed']} {evaluated.get('kind', 'videos')}" if "listed" in evaluated else ""
-    return ", ".join(filter(None, [_name_of(run), split, count, evaluated.get("date", "")]))
-
-
-def _name_of(run: Path) -> str:
-    """Returns the name of a run for titles. The folder `run` beside the config of `new` has the name of its parent."""
-    path = run.resolve()
-    return path.parent.name if path.name == "run" else path.name
+    return ", ".join(filter(None, [run_name(run), split, count, evaluated.get("date", "")]))
 
 
 def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
@@ -110,14 +104,13 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
     for name, row in policies.items():
         marker, colour = _kind(name)
         below, above = 100 * (row["top1"] - row["top1_low"]), 100 * (row["top1_high"] - row["top1"])
-        size = 13 if marker == "*" else 7  # a star looks smaller than a disc of its size
         axes.errorbar(
             row["macs_per_clip"],
             100 * row["top1"],
             [[below], [above]],
             fmt=marker,
             color=colour,
-            markersize=size,
+            markersize=7,
             capsize=3,
             elinewidth=1,
             label=name,
@@ -310,7 +303,7 @@ def draw_curves(run: Path) -> Path:
     if len(validations):  # a run that stopped early has fewer epochs than its config
         per_epoch = validations["step"].iloc[-1] / validations["epoch"].iloc[-1]
     population = f"{summary['clips']} training clips" if "clips" in summary else f"step {metrics['step'].iloc[-1]}"
-    title = f"{_name_of(run)}, {population}, {datetime.now():%Y-%m-%d}"
+    title = f"{run_name(run)}, {population}, {datetime.now():%Y-%m-%d}"
 
     def plot() -> Figure:
         figure = plot_curves(metrics, validations, tuple(summary["points"]), per_epoch, summary.get("best"))

@@ -18,7 +18,7 @@ import pandas as pd
 
 from videoadapt.config.load import Config
 from videoadapt.evaluation.costs import flops
-from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy, run_name
 from videoadapt.evaluation.intervals import accuracy_interval
 from videoadapt.reporting.sentence import headline
 from videoadapt.routing.label_rules import Choice
@@ -59,7 +59,7 @@ def run_data(config: Config) -> Part:
     run = config.run.dir
     costs = flops(config)
     data: Part = {
-        "name": run.resolve().name,
+        "name": run_name(run),
         "folder": str(run.resolve()),
         "points": costs["points"],
         "views_per_video": costs["views_per_video"],
@@ -109,7 +109,10 @@ def evaluation_data(config: Config) -> Part:
         "headline": asdict(first),
         "reported": reported,
         "costliest": next(iter(policies)),
-        "policies": [policy_row(name, row, speeds.get(name, {})) for name, row in policies.items()],
+        "policies": [
+            policy_row(name, row, speeds.get(name, {})) | {"reported": name == reported}
+            for name, row in policies.items()
+        ],
         "adaptive": table["point"].nunique() > 1,
         "clips": table,
         "classes": class_table(table, right, run, reported, next(iter(policies))),
@@ -124,7 +127,8 @@ def evaluation_data(config: Config) -> Part:
 
 
 _FACTS = (
-    *("kind", "split", "manifest", "files", "model", "listed", "scored", "failed_count_as", "views", "trained_on"),
+    *("kind", "split", "manifest", "files", "model", "listed", "scored", "sources", "failed_count_as", "views"),
+    "trained_on",
     *("selected_on_val", "largest_class", "largest_class_fraction", "date", "seconds", "machine", "versions"),
 )
 
@@ -358,5 +362,5 @@ def _speed_facts(speed: Mapping[str, Any] | None) -> Part | None:
     if not speed:
         return None
     measured = {key: value for key, value in speed.get("measured", {}).items() if not isinstance(value, (list, dict))}
-    kept = {key: speed[key] for key in ("clips", "rounds", "seconds", "date") if key in speed}
+    kept = {key: speed[key] for key in ("clips", "rounds", "file_rounds", "seconds", "date") if key in speed}
     return {**kept, **measured}

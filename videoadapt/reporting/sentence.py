@@ -80,6 +80,7 @@ def headline(
         calibrated: The policies that carry a promise of `calibrate`.
     """
     ends = f"{_LEVEL} interval" if has_interval(rounds) else "range"
+    timed = f" of {plural(rounds, 'round')} over {plural(clips, 'clip')}" if clips and rounds else ""
     costliest, row = next(iter(policies)), policies[reported]
     promised = [_result(policies, name, calibrated) for name in calibrated if name not in (reported, "assigned")]
     if reported == costliest:
@@ -93,7 +94,7 @@ def headline(
         _result(policies, "assigned", calibrated) if reported != "assigned" and "assigned" in policies else "",
         _among_others(policies, reported),
         _no_better_than_guessing(row, guessing),
-        _on_the_clock(faster, ends),
+        _on_the_clock(faster, f"{ends}{timed}"),
         _few_timed(clips, rounds) if faster else "",
         _beside_chance(row, "difference_to_random", "random routing with the same mix of points"),
         _beside_chance(row, "difference_to_mixture", "random mixtures of fixed points at the same cost"),
@@ -166,7 +167,7 @@ def _on_the_clock(faster: tuple[float, float | None, float | None] | None, kind:
     if faster is None:
         return "Its speed was not measured."
     value, low, high = faster
-    ends = f" ({kind} {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
+    ends = f" ({low:.2f} to {high:.2f}, the {kind})" if low is not None and high is not None else ""
     if low is not None and low <= 1 < value:
         return f"On the clock it is not significantly faster: {value:.2f} times the clips per second{ends}."
     if value > 1:

@@ -273,7 +273,8 @@ def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float
     candidates = np.unique(np.append(found[~np.isnan(found)], [0.0, 2.0]))
     if cost(candidates[0]) > mean_cost:
         raise UserError(
-            f"cascade: its first point alone costs {cost(candidates[0]):.3g}, which is more than {mean_cost:g}"
+            f"cascade: its first point alone costs {cost(candidates[0]):.3g}, which is more than cost={mean_cost:g}; "
+            "begin with a cheaper point of model.points, or allow a higher cost"
         )
     # The cost rises with the threshold, so the last candidate that is cheap enough is the answer.
     return float(candidates[bisect_right(candidates, mean_cost, key=cost) - 1])

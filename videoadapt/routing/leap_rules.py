@@ -127,7 +127,10 @@ def price_for(chances: Floats, costs: Floats, first: int, wanted: float) -> floa
 
     low, high = 0.0, 2.0 / float(min(np.delete(costs, first), default=1.0))  # no chance is worth the higher price
     if cost(high) > wanted:
-        raise UserError(f"leap: its first point alone costs {cost(high):.3g}, which is more than {wanted:g}")
+        raise UserError(
+            f"leap: its first point alone costs {cost(high):.3g}, which is more than cost={wanted:g}; begin with a "
+            "cheaper point of model.points, or allow a higher cost"
+        )
     if cost(low) <= wanted:
         return low
     for _ in range(60):  # the cost falls with the price, in steps

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 FPS = 30
 FRAMES = 300  # 10 s, as a clip of Kinetics
-GOPS = (12, 250)  # frames between keyframes: usual in copies made for training, and the default of x264
 FILES = 3  # files of each kind, with different contents
 
 _PATCHES = 8
@@ -38,6 +37,30 @@ class Size:
     bits_per_s: int
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """A codec and the distance of its keyframes."""
+
+    codec: str
+    gop: int  # frames between keyframes: 12 is usual in copies made for training, 250 the default of x264
+
+    def __str__(self) -> str:
+        return f"{self.codec}, GOP {self.gop}"
+
+    @property
+    def stem(self) -> str:
+        """The encoding in the name of a file."""
+        return f"{self.codec.lower().replace('.', '')}_gop{self.gop}"
+
+
+_ENCODERS = {"H.264": "libx264", "HEVC": "libx265", "VP9": "libvpx-vp9"}
+# Without scene cuts keyframes lie exactly `gop` frames apart; one thread makes files reproducible.
+_OPTIONS: dict[str, dict[str, object]] = {
+    "H.264": {"sc_threshold": "0", "threads": "1"},
+    "HEVC": {"x265-params": "scenecut=0:open-gop=0:pools=none:frame-threads=1:log-level=none"},
+    "VP9": {"threads": "1", "deadline": "realtime", "cpu-used": "8"},
+}
+ENCODINGS = (Encoding("H.264", 12), Encoding("H.264", 250), Encoding("HEVC", 12), Encoding("VP9", 12))
 SIZES = (Size(340, 256, 1_000_000), Size(640, 360, 2_000_000))
 
 
@@ -45,17 +68,17 @@ def generate(folder: Path, *, sizes: tuple[Size, ...] = SIZES, frames: int = FRA
     """Writes the videos that `folder` does not have yet.
 
     Returns:
-        The paths of all videos by kind, for example `340x256 GOP 250`.
+        The paths of all videos by kind, for example `340x256 H.264, GOP 250`.
     """
     kinds: dict[str, list[Path]] = {}
     with Bar("generate", total=len(sizes) * FILES, unit="contents") as bar:
         for size in sizes:
             for number in range(FILES):
-                names = {gop: folder / f"{size.width}x{size.height}_gop{gop}_{number}.mp4" for gop in GOPS}
+                names = {each: folder / f"{size.width}x{size.height}_{each.stem}_{number}.mp4" for each in ENCODINGS}
                 if not all(path.exists() for path in names.values()):
                     write_videos(names, size, render(np.random.default_rng(number), size, frames))
-                for gop, path in names.items():
-                    kinds.setdefault(f"{size.width}x{size.height} GOP {gop}", []).append(path)
+                for encoding, path in names.items():
+                    kinds.setdefault(f"{size.width}x{size.height} {encoding}", []).append(path)
                 bar.step()
     return kinds
 
@@ -90,11 +113,11 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[n
     return picture
 
 
-def write_videos(paths: dict[int, Path], size: Size, frames: Iterator[npt.NDArray[np.uint8]]) -> None:
-    """Encodes the same frames as H.264 in mp4 once for each keyframe distance.
+def write_videos(paths: dict[Encoding, Path], size: Size, frames: Iterator[npt.NDArray[np.uint8]]) -> None:
+    """Encodes the same frames in mp4 once for each encoding.
 
     Args:
-        paths: The files by keyframe distance. An error leaves none of them behind.
+        paths: The files by encoding. An error leaves none of them behind.
         size: Frame size and bit rate.
         frames: Arrays (H, W, 3).
     """
@@ -102,10 +125,10 @@ def write_videos(paths: dict[int, Path], size: Size, frames: Iterator[npt.NDArra
 
     with ExitStack() as stack:
         outputs = []
-        for gop, path in paths.items():
+        for encoding, path in paths.items():
             temporary = stack.enter_context(replacing(path))
             container = stack.enter_context(av.open(str(temporary), "w", format="mp4"))
-            outputs.append((container, _add_stream(container, size, gop)))
+            outputs.append((container, _add_stream(container, size, encoding)))
         for image in frames:
             for container, stream in outputs:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -113,11 +136,10 @@ def write_videos(paths: dict[int, Path], size: Size, frames: Iterator[npt.NDArra
             container.mux(stream.encode())  # the frames that the encoder still holds
 
 
-def _add_stream(container: OutputContainer, size: Size, gop: int) -> VideoStream:
-    stream = container.add_stream("libx264", rate=FPS)
+def _add_stream(container: OutputContainer, size: Size, encoding: Encoding) -> VideoStream:
+    stream = cast("VideoStream", container.add_stream(_ENCODERS[encoding.codec], rate=FPS))
     stream.width, stream.height, stream.pix_fmt = size.width, size.height, "yuv420p"
     stream.bit_rate = size.bits_per_s
-    stream.codec_context.gop_size = gop
-    # Without scene cuts (sc_threshold) keyframes lie exactly `gop` frames apart; one thread makes files reproducible.
-    stream.options = {"sc_threshold": "0", "threads": "1"}
+    stream.codec_context.gop_size = encoding.gop
+    stream.options = _OPTIONS[encoding.codec]
     return stream

@@ -88,7 +88,7 @@
       .sort((a, b) => place(a, x) - place(b, x));
   };
   const mark = (row, x, colour) => ({
-    value: [place(row, x), 100 * row.top1], row, symbol: SYMBOLS[row.kind] ?? "roundRect", symbolSize: row.kind === "assigned" ? 17 : 12,
+    value: [place(row, x), 100 * row.top1], row, symbol: SYMBOLS[row.kind] ?? "roundRect", symbolSize: row.reported ? 17 : 12,
     itemStyle: { color: colour, borderColor: css("card"), borderWidth: 1 },
   });
   const rounded = (value, span, way) => {
@@ -117,10 +117,6 @@
     const rows = placed(run.evaluation.policies, x);
     const kinds = [...new Set(rows.map((row) => row.kind))];
     const front = pareto(rows, x);
-    const few = rows.length <= 9;
-    const far = Math.max(...rows.map((row) => place(row, x)));
-    const near = Math.min(...rows.map((row) => place(row, x)));
-    const side = (row) => (row.kind === "oracle" || place(row, x) > near + 0.7 * (far - near) ? "left" : "right");
     return base({
       tooltip: { trigger: "item", formatter: policyTip },
       legend: { data: kinds },
@@ -129,13 +125,44 @@
         { type: "line", data: front.map((row) => [place(row, x), 100 * row.top1]), silent: true, symbol: "none", lineStyle: { color: css("line"), width: 2 }, z: 0 },
         ...kinds.map((kind) => ({
           name: kind, type: "scatter", symbol: SYMBOLS[kind] ?? "roundRect", color: kindColour(kind), z: 3,
-          data: rows.filter((row) => row.kind === kind).map((row) => ({ ...mark(row, x, kindColour(kind)), label: { position: side(row) } })),
-          label: { show: few, formatter: (item) => short(item.data.row.name, 20), distance: 7, color: css("ink"), fontFamily: FONT, fontSize: 12, textBorderColor: css("card"), textBorderWidth: 3 },
-          labelLayout: { hideOverlap: true },
+          data: rows.filter((row) => row.kind === kind).map((row) => mark(row, x, kindColour(kind))),
+          label: { show: false, formatter: (item) => shortName(item.data.row), distance: NAME_DISTANCE, color: css("ink"), fontFamily: FONT, fontSize: 12, textBorderColor: css("card"), textBorderWidth: 3 },
         })),
         ...kinds.map((kind) => whiskers(kind, rows.filter((row) => row.kind === kind).map((row) => [place(row, x), 100 * row.top1_low, 100 * row.top1_high]), kindColour(kind))),
       ],
     });
+  }
+
+  // The name of a policy stands beside its mark, where it covers no mark and no other name and no other mark is nearer. Or
+  // else it is left out: the table has it, too. Pixels are known only once the chart is drawn.
+  const NAME_DISTANCE = 6, GAP = 3;
+  const shortName = (row) => short(row.name, 24);
+  function placeNames(chart) {
+    const series = chart.getOption().series;
+    const marks = series.flatMap((each, at) => (each.type !== "scatter" ? [] : each.data.map((item, i) => ({ at, i, row: item.row, half: item.symbolSize / 2, pixel: chart.convertToPixel({ seriesIndex: at }, item.value) }))));
+    const box = ([x, y], width, height) => ({ x, y, across: width / 2 + GAP, up: height / 2 + GAP }); // its middle
+    const taken = marks.map(({ pixel, half }) => box(pixel, half, half));
+    const covers = (a, b) => Math.abs(a.x - b.x) < a.across + b.across && Math.abs(a.y - b.y) < a.up + b.up;
+    const far = (a, [x, y]) => Math.hypot(Math.max(0, Math.abs(a.x - x) - a.across), Math.max(0, Math.abs(a.y - y) - a.up));
+    const fits = (a, own) => a.x - a.across > 0 && a.x + a.across < chart.getWidth() && !taken.some((other) => covers(a, other))
+      && marks.every((other) => far(a, own) <= far(a, other.pixel) + GAP);
+    const labels = series.map((each) => each.type === "scatter" && each.data.map(() => ({ show: false })));
+    for (const { at, i, row, half, pixel } of marks) {
+      const { width, height } = echarts.format.getTextRect(shortName(row), `12px ${FONT}`);
+      const beside = [0, -1, 1].flatMap((lines) => ["right", "left"].map((side) => {
+        const away = (half + NAME_DISTANCE + width / 2) * (side === "right" ? 1 : -1);
+        return { label: { show: true, position: side, offset: [0, lines * height] }, box: box([pixel[0] + away, pixel[1] + lines * height], width, height) };
+      }));
+      const above = ["top", "bottom"].map((side) => {
+        const away = (half + NAME_DISTANCE + height / 2) * (side === "bottom" ? 1 : -1);
+        return { label: { show: true, position: side }, box: box([pixel[0], pixel[1] + away], width, height) };
+      });
+      const found = [...beside, ...above].find((place) => fits(place.box, pixel));
+      if (!found) continue;
+      taken.push(found.box);
+      labels[at][i] = found.label;
+    }
+    chart.setOption({ series: series.map((each, at) => (labels[at] ? { data: each.data.map((item, i) => ({ ...item, label: labels[at][i] })) } : {})) });
   }
 
   function overview(_, x) {
@@ -424,6 +451,7 @@
     const option = CHARTS[kind](DATA.runs[run], x, element);
     const chart = echarts.init(element, null, { renderer: "svg" });
     chart.setOption(option);
+    if (kind === "tradeoff") placeNames(chart);
     drawn.set(element, chart);
   }
   function draw(element) {
@@ -477,6 +505,7 @@
     const option = CHARTS[kind](DATA.runs[run], x, sized);
     const chart = echarts.init(null, null, { renderer: "svg", ssr: true, width: element.closest(".grid") ? HALF : WIDE, height: parseInt(sized.style.height, 10) });
     chart.setOption(option);
+    if (kind === "tradeoff") placeNames(chart);
     const sheet = document.createElement("div");
     sheet.setAttribute("role", "img");
     sheet.setAttribute("aria-label", element.getAttribute("aria-label"));
