@@ -124,7 +124,7 @@ def test_a_drawn_val_split_has_whole_sources(tmp_path: Path) -> None:
     found = survey(data, tmp_path, source_pattern=pattern)
     assert (found.counts["train"], found.counts["val"]) == ((20, 20), (13, 13))  # not 26 and 7, inside a block
     assert not [each for each in found.notes if "in a row" in each]
-    assert found.groups == 4
+    assert found.source_count == 4
 
 
 def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_the_holdout_says_what_its_clips_can_show(clips: int, words: str) -> Non
 
 
 def test_the_clips_of_a_source_are_one_piece_of_evidence_for_the_threshold() -> None:
-    reason = recommend(replace(facts(20_000), groups=100), VIT_S, LAPTOP).settings["data.holdout"].reason
+    reason = recommend(replace(facts(20_000), source_count=100), VIT_S, LAPTOP).settings["data.holdout"].reason
     assert "in whole sources, of which train has 100" in reason
     assert re.search(r"needs about \d+ sources, not \d$", reason)
 

@@ -65,7 +65,7 @@ def test_the_table_has_a_row_for_each_rank(
     printed = capsys.readouterr()
     assert printed.out == ""  # stdout is for results
     by_rank = [
-        ("0", "node1", "H200", "600.00", "8", "8", "1.0", "20.0", "0.20", "aa", ""),
+        ("0", "node1", "H200", "300.00", "8", "8", "1.0", "20.0", "0.20", "aa", ""),
         ("1", "node2", "none", "nan", "2", "4", "2.5", "10.0", "2.40", "aa", ""),
     ]
     assert [tuple(row.values()) for row in table_rows(printed.err)] == by_rank

@@ -30,10 +30,10 @@ def test_utilisation_is_the_work_over_time_and_rate(
     monkeypatch.setattr(throughput, "time", time)
     clock, other = PointClock(torch.device("cpu")), PointClock(torch.device("cpu"))
     for seconds in (50.0, 50.0, 2.0, 3.0):  # the first two compile and fill caches
-        with clock.passes(4):
+        with clock.timed():
             time.now += seconds
-        time.now += 100.0  # other points
-        with clock.more_of_them():
+        time.now += 100.0  # other points, or the wait for a teacher
+        with clock.timed(4):
             time.now += 1.0
     train = {"freeze": frozen, "init": "weights.pt"}
     config = runs.config(tmp_path / "data", tmp_path / "run", train=train)

@@ -236,7 +236,7 @@ def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout
         "data.classes": Setting(
             _text(data.sources.classes), "" if data.sources.classes else "the names of the folders"
         ),
-        "data.holdout": Setting(holdout, _why_holdout(clips, holdout, data.groups)),
+        "data.holdout": Setting(holdout, _why_holdout(clips, holdout, data.source_count)),
         "data.validate": _validated(data, chosen),
     }
     if machine.device == "cpu":

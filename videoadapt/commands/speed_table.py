@@ -25,9 +25,11 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
         say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
         return
     _print_policies(speed)
+    rounds = speed.get("file_rounds", 0)
+    files = f"with decoding, {plural(rounds, 'round')}" if rounds else "not measured"
     say(
-        f"clips/s: assigner, routing and model over decoded clips, {_covered(speed)}{of}; from files: with decoding, "
-        f"{plural(speed.get('file_rounds', 0), 'round')}; in {duration(speed['seconds'])} on {speed['date']}{limit}"
+        f"clips/s: assigner, routing and model over decoded clips, {_covered(speed)}{of}; from files: {files}; in "
+        f"{duration(speed['seconds'])} on {speed['date']}{limit}"
     )
     say(
         "efficiency: speed-up / by MACs, both against the fixed costliest point and on the clips that were timed; 1 = "

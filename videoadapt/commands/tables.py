@@ -486,7 +486,7 @@ def _busy() -> str:
 def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints which fixed point could do for all clips, if fixed points do as well as each policy, and the best one."""
     from videoadapt.evaluation.against_fixed import proven_policy, sufficient_fixed, worth  # they import pandas
-    from videoadapt.evaluation.evaluated import routing_policies
+    from videoadapt.evaluation.evaluated import has_text, routing_policies
 
     if sufficient := sufficient_fixed(policies):
         row = policies[sufficient]
@@ -514,7 +514,8 @@ def _say_against_fixed(policies: Mapping[str, Mapping[str, Any]]) -> None:
     if best := proven_policy(policies):
         tried = len(routing_policies(policies))
         among = f" It was chosen among {tried} on these videos." if tried > 1 else ""
-        say(f"favoured is {best}: {worth(policies, best)}.{among} `videoadapt predict` takes --policy {best}")
+        use = f" `videoadapt predict` takes --policy {best}" if has_text(best) else ""
+        say(f"favoured is {best}: {worth(policies, best)}.{among}{use}")
 
 
 def print_export(summary: ExportSummary) -> None:

@@ -75,10 +75,10 @@ def against_fixed(policy: Measured, fixed: Sequence[Measured], sources: Choice |
 def favoured_policy(policies: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, str] | None:
     """Returns the policy that an evaluation favours over another one, and why.
 
-    It is the policy that the page is about, if it is above the line between the fixed points beyond its interval.
-    Otherwise it is a fixed point: a cheaper one that is not significantly less accurate; or, if the policy lies below
-    that line, the end of the line that is nearer in cost; or the costliest point, if the policy is significantly less
-    accurate.
+    A policy that is proven to route well itself (`is_proven`) needs no other. Otherwise it is `proven_policy`; without
+    one, a fixed point: a cheaper one that is not significantly less accurate; or, if the policy lies below the line
+    between the fixed points, the end of the line that is nearer in cost; or the costliest point, if the policy is
+    significantly less accurate.
 
     Args:
         policies: The rows of `evaluate.json`, by policy name. The first is the costliest point.
@@ -89,10 +89,10 @@ def favoured_policy(policies: Mapping[str, Mapping[str, Any]], name: str) -> tup
         not compared it.
     """
     row, costliest = policies.get(name, {}), next(iter(policies))
-    if "mixture" not in row:
+    if "mixture" not in row or is_proven(row):
         return None
     best = proven_policy(policies)
-    if best is not None and best != name:
+    if best is not None:
         return best, f"{worth(policies, best)}; {name} saves {percent(row['macs_saved'])} %"
     if cheaper := row["cheaper_fixed"]:
         less = percent(1 - policies[cheaper]["macs_per_video"] / row["macs_per_video"])
@@ -114,10 +114,14 @@ def favoured_policy(policies: Mapping[str, Mapping[str, Any]], name: str) -> tup
 
 
 def proven_policy(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Returns `reported_policy` if it is above the line between the fixed points beyond its interval; else None."""
+    """Returns `reported_policy` if it is proven to route well; None otherwise."""
     best = reported_policy(policies)
-    row = policies[best]
-    return best if gain_over_mixtures(row) > 0 and row["difference_to_mixture"][1] > 0 else None
+    return best if is_proven(policies[best]) else None
+
+
+def is_proven(row: Mapping[str, Any]) -> bool:
+    """Returns whether a policy is above mixtures of fixed points beyond its interval, and no cheaper point suffices."""
+    return gain_over_mixtures(row) > 0 and row["difference_to_mixture"][1] > 0 and row["cheaper_fixed"] is None
 
 
 def worth(policies: Mapping[str, Mapping[str, Any]], name: str) -> str:

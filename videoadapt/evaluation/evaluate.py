@@ -15,8 +15,8 @@ import pandas as pd
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
-from videoadapt.errors import UserError, few, plural
-from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
+from videoadapt.errors import UserError, plural
+from videoadapt.evaluation.evaluated import has_text, read_evaluation, reported_policy
 from videoadapt.evaluation.logits_file import write_logits
 from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
 from videoadapt.evaluation.result_tables import write_tables
@@ -196,9 +196,9 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             summary = replace(found, promises=promises, stages=stages, seconds=round(seconds, 1))
             with guard():
                 write_json(path, summary.to_json())
-            gone = [name for name in before if name not in summary.policies]
-            if gone:
-                say(f"replaced: the evaluation before had {few(gone)}, too; `--policy` with each name keeps them")
+            if gone := [name for name in before if has_text(name) and name not in summary.policies]:
+                kept = " ".join(f"--policy {name}" for name in gone)
+                say(f"the evaluation before had more policies, which this one has replaced; {kept} brings them back")
             return summary
 
         return broadcast_result(write)

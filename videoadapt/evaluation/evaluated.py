@@ -82,6 +82,11 @@ def reported_policy(policies: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def has_text(name: str) -> bool:
+    """Returns whether `--policy` takes the name of a policy that `evaluate` does not evaluate by itself."""
+    return name.startswith(("assigned:", "cascade:", "leap:", "mixture:"))
+
+
 def routing_policies(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the policies of an evaluation among which `reported_policy` chooses: all that could route new clips."""
     # What is compared with a mixture routes, but for a mixture, whose difference to itself is chance. In an evaluation

@@ -73,13 +73,14 @@ class Rule(NamedTuple):
     device: str  # "cpu" or "cuda"
     precision: str  # "fp32" or "bf16"
     training: bool  # whether gradients are computed
+    width: int | None  # of a head; None: any
     longest: int  # most tokens of a sequence
     kernel: str  # a key of `KERNELS`
 
 
 # torch's fused kernel is slow in bf16 on CPUs: plain products are 2 to 4 times as fast in the forward pass, and 3 to 10
 # times with the backward pass (measured, docs/log.md).
-DEFAULT_RULES = tuple(Rule("cpu", "bf16", training, 2**62, "explicit") for training in (False, True))
+DEFAULT_RULES = tuple(Rule("cpu", "bf16", training, None, 2**62, "explicit") for training in (False, True))
 
 
 def read_rules(path: Path) -> tuple[Rule, ...]:
@@ -99,24 +100,31 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     return found
 
 
-# Read once, when the module is imported: compiled models must not read files.
+# Read once, when the module is imported: compiled models must not read files. The built-in rules hold for the rest.
 _FILE = os.environ.get("VIDEOADAPT_ATTENTION")
-RULES = read_rules(Path(_FILE)) if _FILE else DEFAULT_RULES
+RULES = (*(read_rules(Path(_FILE)) if _FILE else ()), *DEFAULT_RULES)
 
 
-def kernel_for(
-    device: str, precision: str | None, tokens: int, *, training: bool, rules: tuple[Rule, ...] = RULES
-) -> str:
-    """Returns the name of the kernel for sequences of `tokens` tokens, by the rules in use or by others."""
-    wanted = (device, precision, training)
-    return next((rule.kernel for rule in rules if rule[:3] == wanted and tokens <= rule.longest), "fused")
+def kernel_for(like: Rule, rules: tuple[Rule, ...]) -> str:
+    """Returns the name of the kernel by the first rule that fits.
+
+    Args:
+        like: Device, precision, passes, width of a head, and the number of tokens as `longest`; its kernel counts if no
+            rule fits.
+        rules: The rules.
+    """
+    for rule in rules:
+        if rule[:3] == like[:3] and rule.width in (None, like.width) and like.longest <= rule.longest:
+            return rule.kernel
+    return like.kernel
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Returns softmax attention (TimeSformer, eq. 5 to 7) of queries, keys and values `(S, M, N, D / M)`."""
-    training = torch.is_grad_enabled() and q.requires_grad
-    kernel = kernel_for(q.device.type, _PRECISIONS.get(q.dtype), q.shape[-2], training=training)
-    return KERNELS[kernel](q, k, v)
+    tokens, width = q.shape[-2:]
+    precision = _PRECISIONS.get(q.dtype, "")  # no rule is of another type
+    like = Rule(q.device.type, precision, torch.is_grad_enabled() and q.requires_grad, width, tokens, "fused")
+    return KERNELS[kernel_for(like, RULES)](q, k, v)
 
 
 def attend_over_time(qkv: Tensor, heads: int) -> Tensor:

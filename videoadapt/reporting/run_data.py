@@ -18,7 +18,7 @@ import pandas as pd
 
 from videoadapt.config.load import Config
 from videoadapt.evaluation.costs import flops
-from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy, run_name
+from videoadapt.evaluation.evaluated import has_text, read_evaluated_table, read_evaluation, reported_policy, run_name
 from videoadapt.evaluation.intervals import accuracy_interval
 from videoadapt.reporting.sentence import headline
 from videoadapt.routing.label_rules import Choice
@@ -40,7 +40,6 @@ _STAGES = {  # in their order, with the file that each leaves
     "calibrate": "calibrate/calibrate.json",
     "evaluate": "evaluate/evaluate.json",
 }
-_TEXTS = ("assigned:", "cascade:", "leap:", "mixture:")  # policies that `evaluate --policy` may have named
 _AGAIN = "run `videoadapt report` without this file, or run its stage again"
 
 
@@ -341,7 +340,7 @@ def _commands(config: Config) -> list[str]:
         in_config = {f"cascade:{text}" for text in config.evaluate.cascade}
         in_config |= {f"leap:{text}" for text in config.evaluate.leap} | set(found.get("promises", {}))
         for name in found.get("policies", {}):
-            if name.startswith(_TEXTS) and name not in in_config:
+            if has_text(name) and name not in in_config:
                 words["evaluate"] += ["--policy", name]
     return [shlex.join(each) for each in words.values()]
 

@@ -73,6 +73,9 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> Rates:
         manifest: The videos, as this rank sees them.
         plan: The groups of all ranks.
 
+    Returns:
+        What it has measured on the way.
+
     Raises:
         RunError: Ranks see different manifests, a rank can read no video, or the disk has no space for the checkpoints.
     """
@@ -112,14 +115,14 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
         )
         return
     columns = (
-        "rank,node,GPU,matrix TFLOP/s,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest,network".split(",")
+        "rank,node,GPU,matrix TMAC/s,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest,network".split(",")
     )
     rows = [
         (
             number,
             report.node,
             report.gpu,
-            f"{2 * report.macs_per_s / 1e12:.2f}",
+            f"{report.macs_per_s / 1e12:.2f}",
             report.cpus,
             report.workers,
             f"{report.free_bytes / 1e9:.1f}",

@@ -8,6 +8,7 @@ the optimizer moves once (ReViT, section 3.4; SuperViT).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +90,11 @@ class RankRole:
     def teaches(self) -> bool:
         """Whether this rank trains the costliest point."""
         return self.group is self.plan.groups[0]
+
+    def timed(self, point: str, clips: int = 0) -> AbstractContextManager[None]:
+        """Returns a context that times a part of the passes at a point; see `PointClock.timed`."""
+        # A group without a drawn point passes an empty clip through the costliest point, which may not be its own.
+        return self.clocks[point].timed(clips) if point in self.clocks else nullcontext()
 
     def positions(self, clips: int, *, pairs: bool) -> range:
         """Returns the positions, in a micro-batch of `clips` clips, that this rank trains; see `split_evenly`."""
@@ -175,28 +181,31 @@ def _backpropagate(batch: Batch, number: int, role: RankRole, state: State, tall
     summing = points[0 if role.costliest_last else -1] if number == config.train.accumulate - 1 else None
     last: Tensor | None = None
     for point in points:  # costliest first, and each length before its keeps: a teacher comes before its students
-        with no_gradient_sync(role.module), role.clocks[point].passes(len(inputs.clips)):
-            targets = _targets_at(point, inputs, batch, state)
-            heads = _forward_at(point, inputs, targets, role, state)
-            own = heads.logits().detach()  # (B, classes)
+        clips = len(inputs.clips)
+        with no_gradient_sync(role.module):
+            with role.timed(point):
+                targets = _targets_at(point, inputs, batch, state)
+                heads = _forward_at(point, inputs, targets, role, state)
+                own = heads.logits().detach()  # (B, classes)
             if point == points[0]:
                 received = teacher_logits(role, own, inputs.positions)
                 if received is not None:
                     # The received logits are NaN for a clip that the teacher could not read. Its loss gets weight 0.
                     weights = weights * received.isfinite().all(-1)
                     logits[costliest] = received.nan_to_num()
-            loss = loss_at(point, heads, targets, logits, config, class_weights=state.class_weights)  # (B,)
-            total = (loss * weights).sum() / config.train.batch
-            if point == summing:
-                last = total  # keeps the activations of this point until the others are done
-            else:
-                total.backward()
+            with role.timed(point, 0 if point == summing else clips):
+                loss = loss_at(point, heads, targets, logits, config, class_weights=state.class_weights)  # (B,)
+                total = (loss * weights).sum() / config.train.batch
+                if point == summing:
+                    last = total  # keeps the activations of this point until the others are done
+                else:
+                    total.backward()
         logits[point] = own
         read = slice(len(batch.labels))  # leaves out the empty clip
         tallies[point].add(loss.detach()[read], own.argmax(-1)[read] == batch.labels, batch.videos)
     if summing is not None and last is not None:
         sum_in_backward(role.module, last)
-        with role.clocks[summing].more_of_them():
+        with role.timed(summing, len(inputs.clips)):
             last.backward()
 
 

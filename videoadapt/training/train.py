@@ -110,7 +110,8 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
             role = RankRole.from_plan(config, state.model, plan)  # after set_timeout: it creates process groups
             role = with_best_order(role, state, rates.bytes_per_s)
             meter = run_epochs(state, role, checkpoints, per_epoch, rates.macs_per_s, after_validation=after_validation)
-            mfu = _report_ranks(role, meter, utilisation(role.clocks, rates.macs_per_s, config))
+            own_mfu = utilisation(role.clocks, rates.macs_per_s, config)
+            mfu = _report_ranks(role, meter, own_mfu, on_gpu=state.device.type == "cuda")
             if rank() == 0:
                 with checkpoints.guard():
                     write_json(summary_file, _summarise(state, per_epoch, checkpoints, meter, mfu).to_json())
@@ -203,7 +204,9 @@ def _waits(role: RankRole, meter: ThroughputMeter) -> dict[str, float]:
     }
 
 
-def _report_ranks(role: RankRole, meter: ThroughputMeter, mfu: Mapping[str, float]) -> dict[str, float]:
+def _report_ranks(
+    role: RankRole, meter: ThroughputMeter, mfu: Mapping[str, float], *, on_gpu: bool
+) -> dict[str, float]:
     """Prints what each rank waited for and its MFU. All ranks call it. Returns the MFU by point, means over ranks."""
     waits = [meter.rates()["wait_fraction"], *_waits(role, meter).values()]
     reached = ", ".join(f"{point}: {percent(value)}" for point, value in mfu.items())
@@ -212,7 +215,7 @@ def _report_ranks(role: RankRole, meter: ThroughputMeter, mfu: Mapping[str, floa
     if rank() == 0 and len(rows) > 1:
         columns = ("rank", "node", "points", *(f"waits for {what} %" for what in ("data", "teacher", "gradients")))
         print_table("Ranks", (*columns, "MFU %"), [(number, *row) for number, row in enumerate(rows)], to_stderr=True)
-    elif rank() == 0 and reached and torch.cuda.is_available():
+    elif rank() == 0 and reached and on_gpu:
         say(f"MFU in %, by point: {reached}")
     return pd.DataFrame(list(utilisations)).mean().to_dict()
 

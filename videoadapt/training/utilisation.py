@@ -46,22 +46,16 @@ class PointClock:
 
     def __init__(self, device: torch.device) -> None:
         self._clock = DeviceClock(device)
-        self._micro_batches = 0
+        self._micro_batches = 0  # whose passes are done
 
     @contextmanager
-    def passes(self, clips: int) -> Iterator[None]:
-        """Times what a `with` block does for a micro-batch of `clips` clips, its padding included."""
-        self._micro_batches += 1
-        with self.more_of_them(clips):
-            yield
-
-    @contextmanager
-    def more_of_them(self, clips: int = 0) -> Iterator[None]:
-        """Times a backward pass that comes later than the rest of its micro-batch, whose clips have been counted."""
+    def timed(self, clips: int = 0) -> Iterator[None]:
+        """Times a `with` block. The last block of a micro-batch names its number of clips, padding included."""
         started = self._clock.start()
         yield
-        if self._micro_batches > _WARM_UP:
+        if self._micro_batches >= _WARM_UP:
             self._clock.stop(started, clips)
+        self._micro_batches += clips > 0
 
     def clips_per_s(self) -> float | None:
         """Returns the clips per second of passes so far; None if none has been timed."""

@@ -73,7 +73,7 @@ class Survey:
     aspect: float  # median of long side / short side
     notes: tuple[str, ...]  # messages about the annotations
     files: dict[str, str]  # files that the config needs beside it: class names, the lists of a drawn val split
-    groups: int | None = None  # sources of train by `data.source_pattern`; None without it
+    source_count: int | None = None  # of train, by `data.source_pattern`; None without it
 
     def clips(self, split: Split) -> int:
         """Returns the number of videos of a split."""
@@ -139,7 +139,7 @@ def survey(
     if source_pattern is None:
         notes += _series_note(listing.videos)
     data = _survey(found, videos, listing.classes, opened, notes=tuple(notes), files=files)
-    return data if source_pattern is None else replace(data, groups=_count_sources(videos, source_pattern))
+    return data if source_pattern is None else replace(data, source_count=_count_sources(videos, source_pattern))
 
 
 def find_sources(folder: Path) -> tuple[Sources, list[str]]:

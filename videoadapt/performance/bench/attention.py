@@ -1,6 +1,6 @@
 """`videoadapt bench attention`: measures the kernels of attention at a model's shapes, and writes rules for `attend`.
 
-The kernels take turns in a random order. The speed of a kernel is relative to torch's own choice in the same round.
+The kernels take turns in a random order. The speed of a kernel is relative to the built-in choice in the same round.
 Inputs are random, in the layout of the model.
 """
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from videoadapt.config.load import Config, parse_settings
 from videoadapt.config.sections import Count, ModelConfig, Section
 from videoadapt.evaluation.intervals import median_interval
-from videoadapt.model.attention import DEFAULT_RULES, KERNELS, Rule, kernel_for
+from videoadapt.model.attention import DEFAULT_RULES, KERNELS, Rule, has_kernel, kernel_for
 from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
 from videoadapt.runtime.machine import now, pick_device, precision_dtype
 
-_USUAL = "fused"  # torch's own choice
+_CALLS = {"cpu": 1, "cuda": 10}  # of a turn: a single call on a GPU is mostly the host's time
 _CANDIDATES = {"cpu": ("fused", "explicit"), "cuda": tuple(KERNELS)}
 
 
@@ -54,8 +54,9 @@ class AttentionRow:
     precision: str
     training: bool  # whether the backward pass is measured, too
     kernel: str
-    seconds: list[float]
-    speed: list[float]  # time of torch's own choice / time of this kernel
+    built_in: str  # the kernel that `attend` takes without a file of rules
+    seconds: list[float]  # of one call
+    speed: list[float]  # time of the built-in kernel / time of this one
 
 
 class _Case(NamedTuple):
@@ -83,7 +84,7 @@ def bench_attention(config: Config, words: Sequence[str] = ()) -> Summary:
     torch.manual_seed(config.run.seed)
     cases = [
         _Case(shape, precision, training, kernel)
-        for shape in shapes(config.model, settings.batch)
+        for shape in shapes(config.model, settings.batch, device)
         for precision in settings.precisions
         for training in (False, True)
         for kernel in _CANDIDATES[device.type]
@@ -96,18 +97,18 @@ def bench_attention(config: Config, words: Sequence[str] = ()) -> Summary:
             for case in random.Random(number).sample(cases, len(cases)):
                 try:
                     rounds[-1][case] = _seconds(case, config.model, device)
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:  # the kernel does not take this shape, or not on this device
-                    failed[f"{case.kernel} over {case.shape.tokens} tokens"] = str(error).splitlines()[0]
+                    what = f"{case.kernel}, {case.precision}, {_passes(case.training)}, {case.shape.tokens} tokens"
+                    failed[what] = str(error).splitlines()[0]
                 bar.step(note=f"{case.shape.tokens} tokens, {case.kernel}")
-    rows = [_row(case, rounds[1:]) for case in rounds[-1]]
-    rows.sort(
-        key=lambda row: (row.tokens, row.sequences, row.precision, row.training, row.kernel != _USUAL, row.kernel)
-    )
+    rows = [_row(case, rounds[1:], device.type, config.model) for case in cases if case in rounds[-1]]
     result = measured_with(settings, ("torch",), config) | {
         "device": device.type,
         "failed": failed,
         "rows": [dataclasses.asdict(row) for row in rows],
-        "rules": [rule._asdict() for rule in rules_of(rows, device.type)],
+        "rules": [rule._asdict() for rule in rules_of(rows, device.type, _head_width(config.model))],
     }
     write_json(settings.dir / "attention.json", result)
     with replacing(settings.dir / "attention.md") as temporary:
@@ -115,60 +116,89 @@ def bench_attention(config: Config, words: Sequence[str] = ()) -> Summary:
     return result
 
 
-def shapes(model: ModelConfig, clips: int) -> list[Shape]:
-    """Returns the shapes of attention within frames and over time, at each length with all its tokens."""
-    within = [Shape(clips * model.num_frames, 1 + length**2) for length in model.lengths]
-    over_time = [Shape(clips * length**2, model.num_frames) for length in model.lengths]
-    return list(dict.fromkeys(within + (over_time if model.temporal else [])))
+def shapes(model: ModelConfig, clips: int, device: torch.device) -> list[Shape]:
+    """Returns the shapes of attention within frames and over time, at each length with all its tokens.
+
+    Over time, GPUs run the kernel of `model/kernels/`, whose shapes are left out.
+    """
+    frames = model.num_frames
+    # Students have a distillation token, too.
+    extra = {length: 2 if model.distill_token and length < model.lengths[0] else 1 for length in model.lengths}
+    within = [Shape(clips * frames, extra[length] + length**2) for length in model.lengths]
+    over_time = [Shape(clips * length**2, frames) for length in model.lengths]
+    has_own = not model.temporal or has_kernel(torch.empty(1, frames, device=device))
+    return list(dict.fromkeys(within if has_own else within + over_time))
+
+
+def _head_width(model: ModelConfig) -> int:
+    return model.width // model.heads
 
 
 def _seconds(case: _Case, model: ModelConfig, device: torch.device) -> float:
-    size = (case.shape.sequences, case.shape.tokens, 3, model.heads, model.width // model.heads)
+    """Returns the seconds of a call."""
+    size = (case.shape.sequences, case.shape.tokens, 3, model.heads, _head_width(model))
     dtype = precision_dtype(case.precision)
     qkv = torch.randn(size, dtype=dtype, device=device, requires_grad=case.training)
+    gradient = torch.randn((size[0], size[3], size[1], size[4]), dtype=dtype, device=device)  # S M N d
+    calls = _CALLS[device.type]
     begin = now(device)
-    with torch.set_grad_enabled(case.training):
-        out: Tensor = KERNELS[case.kernel](*qkv.permute(2, 0, 3, 1, 4))  # S N 3 M d -> three of S M N d
-    if case.training:
-        out.sum().backward()
-    return now(device) - begin
+    for _ in range(calls):
+        with torch.set_grad_enabled(case.training):
+            out: Tensor = KERNELS[case.kernel](*qkv.permute(2, 0, 3, 1, 4))  # S N 3 M d -> three of S M N d
+        if case.training:
+            out.backward(gradient)
+    return (now(device) - begin) / calls
 
 
-def _row(case: _Case, rounds: Sequence[Mapping[_Case, float]]) -> AttentionRow:
-    usual = case._replace(kernel=_USUAL)
+def _row(case: _Case, rounds: Sequence[Mapping[_Case, float]], device: str, model: ModelConfig) -> AttentionRow:
+    like = Rule(device, case.precision, case.training, _head_width(model), case.shape.tokens, "fused")
+    built_in = case._replace(kernel=kernel_for(like, DEFAULT_RULES))
     return AttentionRow(
         *case.shape,
         case.precision,
         case.training,
         case.kernel,
+        built_in.kernel,
         seconds=list(median_interval([by_case[case] for by_case in rounds])),
-        speed=list(median_interval([by_case[usual] / by_case[case] for by_case in rounds])),
+        speed=list(median_interval([by_case[built_in] / by_case[case] for by_case in rounds])),
     )
 
 
-def rules_of(rows: Sequence[AttentionRow], device: str) -> list[Rule]:
-    """Returns the rules that follow from the rows of one device: a kernel is taken up to a length that was measured.
+def rules_of(rows: Sequence[AttentionRow], device: str, width: int) -> list[Rule]:
+    """Returns the rules that differ from the built-in ones: a kernel is taken up to a length that was measured.
 
-    It is the fastest of the kernels that are faster than torch's own choice beyond the interval, at every number of
-    sequences; without one, torch chooses.
+    It is the fastest of the kernels that are faster than the built-in one beyond the interval, at every number of
+    sequences.
+
+    Args:
+        rows: The rows of one device.
+        device: `cpu` or `cuda`.
+        width: Of a head.
     """
-    measured: dict[tuple[str, bool], dict[int, dict[str, list[AttentionRow]]]] = {}
+    measured: dict[tuple[str, bool, int], dict[str, list[AttentionRow]]] = {}
     for row in rows:
-        by_kernel = measured.setdefault((row.precision, row.training), {}).setdefault(row.tokens, {})
-        by_kernel.setdefault(row.kernel, []).append(row)
+        measured.setdefault((row.precision, row.training, row.tokens), {}).setdefault(row.kernel, []).append(row)
+    best = {key: _best(by_kernel) for key, by_kernel in sorted(measured.items())}
+    # A rule holds up to its length, and so a shorter sequence with the built-in kernel needs a rule of its own.
+    built_in = {(row.precision, row.training, row.tokens): row.built_in for row in rows}
+    changed = {key[:2] for key, kernel in best.items() if kernel != built_in[key]}
     return [
-        Rule(device, precision, training, tokens, _best(by_kernel))
-        for (precision, training), by_tokens in measured.items()
-        for tokens, by_kernel in sorted(by_tokens.items())
+        Rule(device, precision, training, width, tokens, kernel)
+        for (precision, training, tokens), kernel in best.items()
+        if (precision, training) in changed
     ]
 
 
 def _best(rows: Mapping[str, Sequence[AttentionRow]]) -> str:
     faster = {name: min(row.speed[0] for row in own) for name, own in rows.items() if all(r.speed[1] > 1 for r in own)}
-    return max(faster, key=faster.__getitem__, default=_USUAL)
+    return max(faster, key=faster.__getitem__, default=next(iter(rows.values()))[0].built_in)
 
 
-_COLUMNS = ("tokens", "sequences", "precision", "passes", "kernel", "ms (95 %)", "torch's choice / this (95 %)")
+def _passes(training: bool) -> str:
+    return "forward and backward" if training else "forward"
+
+
+_COLUMNS = ("tokens", "sequences", "precision", "passes", "kernel", "ms (95 %)", "built-in / this (95 %)")
 
 
 def markdown(rows: Sequence[AttentionRow]) -> str:
@@ -177,10 +207,9 @@ def markdown(rows: Sequence[AttentionRow]) -> str:
 
 
 def _cells(row: AttentionRow) -> tuple[str, ...]:
-    passes = "forward and backward" if row.training else "forward"
     return (
-        str(row.tokens), str(row.sequences), row.precision, passes, row.kernel,
-        with_interval(row.seconds, 1000, 2), "" if row.kernel == _USUAL else with_interval(row.speed),
+        str(row.tokens), str(row.sequences), row.precision, _passes(row.training), row.kernel,
+        with_interval(row.seconds, 1000, 2), "built in" if row.kernel == row.built_in else with_interval(row.speed),
     )  # fmt: skip
 
 
@@ -194,17 +223,11 @@ def print_bench_attention(result: Mapping[str, Any]) -> None:
     print(markdown([AttentionRow(**row) for row in result["rows"]]))
     for what, cause in result["failed"].items():
         print(f"not measured: {what}: {cause}")
-    other = [rule for rule in (Rule(**values) for values in result["rules"]) if rule.kernel != _built_in(rule)]
-    for rule in other:
-        passes = "with the backward pass" if rule.training else "in the forward pass"
-        tokens = f"{rule.precision}, up to {rule.longest} tokens, {passes}"
-        print(f"{tokens}: take {rule.kernel}, not {_built_in(rule)}, which is built in")
-    if other:
+    rules = [Rule(**values) for values in result["rules"]]
+    for rule in rules:
+        print(f"{rule.precision}, {_passes(rule.training)}, up to {rule.longest} tokens: {rule.kernel}")
+    if rules:
         file = Path(result["settings"]["dir"]) / "attention.json"
-        print(f"to take these: export VIDEOADAPT_ATTENTION={file.resolve()}")
+        print(f"to use these kernels: export VIDEOADAPT_ATTENTION={file.resolve()}")
     else:
-        print("no kernel is faster beyond its interval than those that are built in")
-
-
-def _built_in(rule: Rule) -> str:
-    return kernel_for(rule.device, rule.precision, rule.longest, training=rule.training, rules=DEFAULT_RULES)
+        print("no kernel is faster than the built-in one beyond its interval")

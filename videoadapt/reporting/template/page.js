@@ -87,6 +87,17 @@
         && (place(other, x) < place(row, x) || other.top1 > row.top1)))
       .sort((a, b) => place(a, x) - place(b, x));
   };
+  // The best random mixtures of two fixed points: the upper hull of the points, from the cheapest to the most accurate one.
+  function mixtures(rows, x) {
+    const hull = [];
+    const fixed = rows.filter((row) => row.kind === "fixed").map((row) => [place(row, x), 100 * row.top1]).sort(([a], [b]) => a - b);
+    const isBelow = ([ax, ay], [bx, by], [cx, cy]) => (by - ay) * (cx - ax) <= (cy - ay) * (bx - ax);
+    for (const at of fixed) {
+      while (hull.length > 1 && isBelow(hull.at(-2), hull.at(-1), at)) hull.pop();
+      hull.push(at);
+    }
+    return hull;
+  }
   const mark = (row, x, colour) => ({
     value: [place(row, x), 100 * row.top1], row, symbol: SYMBOLS[row.kind] ?? "roundRect", symbolSize: row.reported ? 17 : 12,
     itemStyle: { color: colour, borderColor: css("card"), borderWidth: 1 },
@@ -95,8 +106,9 @@
     const step = span > 30 ? 10 : span > 12 ? 5 : 1;
     return step * way(value / step);
   };
+  const PLANE = { left: 46, right: 22, top: 56, bottom: 46 };
   const plane = (x) => ({
-    grid: { left: 46, right: 22, top: 56, bottom: 46 },
+    grid: PLANE,
     xAxis: axis({ type: "value", scale: true, name: x === "macs" ? "multiply-adds per clip" : "milliseconds per clip", nameLocation: "middle", nameGap: 28, boundaryGap: ["6%", "6%"], min: ({ min, max }) => (min < 0.3 * max ? 0 : undefined), splitNumber: narrow() ? 3 : 5, axisLabel: { formatter: number, hideOverlap: true } }),
     yAxis: axis({ type: "value", scale: true, name: "top-1 %", nameLocation: "end", nameGap: 12, nameTextStyle: { color: css("soft"), align: "left", padding: [0, 0, 0, -34], fontSize: 12 }, splitNumber: 4, min: ({ min, max }) => Math.max(0, rounded(min - 0.1 * (max - min) - 0.5, max - min, Math.floor)), max: ({ min, max }) => Math.min(100, rounded(max + 0.1 * (max - min) + 0.5, max - min, Math.ceil)) }),
   });
@@ -122,6 +134,7 @@
       legend: { data: kinds },
       ...plane(x),
       series: [
+        { type: "line", data: mixtures(rows, x), silent: true, symbol: "none", lineStyle: { color: kindColour("fixed"), width: 1, type: "dashed" }, z: 0 },
         { type: "line", data: front.map((row) => [place(row, x), 100 * row.top1]), silent: true, symbol: "none", lineStyle: { color: css("line"), width: 2 }, z: 0 },
         ...kinds.map((kind) => ({
           name: kind, type: "scatter", symbol: SYMBOLS[kind] ?? "roundRect", color: kindColour(kind), z: 3,
@@ -144,7 +157,7 @@
     const taken = marks.map(({ pixel, half }) => box(pixel, half, half));
     const covers = (a, b) => Math.abs(a.x - b.x) < a.across + b.across && Math.abs(a.y - b.y) < a.up + b.up;
     const far = (a, [x, y]) => Math.hypot(Math.max(0, Math.abs(a.x - x) - a.across), Math.max(0, Math.abs(a.y - y) - a.up));
-    const fits = (a, own) => a.x - a.across > 0 && a.x + a.across < chart.getWidth() && !taken.some((other) => covers(a, other))
+    const fits = (a, own) => a.x - a.across > 0 && a.x + a.across < chart.getWidth() && a.y - a.up > PLANE.top && a.y + a.up < chart.getHeight() - PLANE.bottom && !taken.some((other) => covers(a, other))
       && marks.every((other) => far(a, own) <= far(a, other.pixel) + GAP);
     const labels = series.map((each) => each.type === "scatter" && each.data.map(() => ({ show: false })));
     for (const { at, i, row, half, pixel } of marks) {
