@@ -323,7 +323,8 @@ def test_a_prediction_says_which_policy_its_evaluation_favours(
     own = weights_digest(load_model(copy.run.dir))
     assert "favours fixed:2, by --policy fixed:2: it costs 50.0 % less" in said(own)
     assert "favours" not in said(own, "assigned") + said("another model")
-    policies["leap:2:cost=0.5"] = assigned | {"macs_saved": 0.4, "difference_to_mixture": [0.03, 0.01, 0.05]}
+    leap = assigned | {"macs_saved": 0.4, "difference_to_mixture": [0.03, 0.01, 0.05], "cheaper_fixed": None}
+    policies["leap:2:cost=0.5"] = leap
     assert "favours leap:2:cost=0.5, by --policy leap:2:cost=0.5: it saves 40.0 %" in said(own)
 
 
