@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 import small_runs as runs
@@ -18,11 +20,11 @@ from videoadapt.config.cascade import MEASURES
 from videoadapt.config.load import Config, dump_config, load_config, make_config
 from videoadapt.config.sections import CalibrateConfig, ModelConfig
 from videoadapt.data.clips.datasets import Failure
-from videoadapt.data.index.manifest import load_or_index
+from videoadapt.data.index.manifest import SCHEMA, Manifest, load_or_index
 from videoadapt.errors import CheckpointError, ConfigError, UserError
 from videoadapt.evaluation.outcomes import outcomes_of
 from videoadapt.model.checkpoint import load_model, train_checkpoints
-from videoadapt.routing.calibrate import _milliseconds, calibrate
+from videoadapt.routing.calibrate import _milliseconds, _sources, calibrate
 from videoadapt.routing.calibrate_policies import Measured, Totals, best, measure, run_tests
 from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, known_clips, orders_of
 from videoadapt.routing.learn_then_test import provable_loss
@@ -185,6 +187,16 @@ def test_clips_that_something_was_fitted_to_are_refused(run: Config) -> None:
     load_or_index(run)  # as it was
     with pytest.raises(ConfigError, match=r"data\.calibrate: 0 leaves no video"):
         calibrate(load_config(run.run.dir, ["data.calibrate=0"]))
+
+
+@pytest.mark.parametrize(("ids", "expected"), [("abca", [0, 1, 2, 0]), ("abcd", None)])
+def test_the_units_of_the_promise_are_sources_where_videos_share_one(ids: str, expected: list[int] | None) -> None:
+    """Such as the segments of a YouTube video in a list of Kinetics, without any `data.source_pattern`."""
+    rows = [{"path": f"{n}.mp4", "source": name, "split": "calibrate"} for n, name in enumerate(ids)]
+    manifest = Manifest(pa.Table.from_pylist(rows, schema=SCHEMA), ("x",))
+    scores = SimpleNamespace(rows=np.repeat(np.arange(4), 2), clips_per_video=2)
+    found = _sources(scores, manifest)  # type: ignore[arg-type]
+    assert (found if found is None else found.tolist()) == expected
 
 
 @pytest.mark.parametrize("views", [1, 3])

@@ -45,6 +45,7 @@ def test_a_fit_that_diverges_stops_and_saves_nothing(tmp_path: Path) -> None:
         torch.empty(0),
         pd.DataFrame({"video": numbers, "clip": 0}),
         numbers,
+        "files",
     )
     with pytest.raises(RunError, match=r"epoch 1 .* NaN or infinite.*assign.lr"):
         _fit(clips, config, assigner_checkpoints(tmp_path))

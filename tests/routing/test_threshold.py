@@ -150,3 +150,5 @@ def test_fixed_points_and_random_routing_are_compared() -> None:
     value, low, _ = over_random(right, choice, np.arange(400))
     assert value > low > 0.1
     assert largest_loss(right, np.zeros(400, np.int64), 0.1) == 0.0
+    value, low, high = over_random(np.ones((400, 3), dtype=bool), choice, np.arange(400))
+    assert low < value == 0 < high  # no point, although nothing differed here

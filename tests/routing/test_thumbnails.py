@@ -9,8 +9,11 @@ import resource
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+import small_runs as runs
+from videoadapt.data.index.manifest import SCHEMA, Manifest
 from videoadapt.errors import RunError
 from videoadapt.routing import thumbnails as module
 from videoadapt.routing.thumbnails import ThumbnailFile
@@ -65,6 +68,19 @@ def test_a_file_that_was_cut_off_is_read_again_and_not_continued_with_black_fram
     assert not opened(tmp_path).found.any()
     assert ("all thumbnails are read again" in capfd.readouterr().err) == (cut != "no progress")
     assert not written(tmp_path, 1).found[0]
+
+
+def test_other_files_of_the_same_videos_have_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = []
+    monkeypatch.setattr(module, "ThumbnailFile", lambda path, _: named.append(path))
+    for content in ("old", "new", "new"):
+        row = {"path": "a.mp4", "video": "a", "label": 0, "split": "holdout", "status": "ok", "content": content}
+        manifest = Manifest(pa.Table.from_pylist([row], schema=SCHEMA), ("x",))
+        with pytest.raises(AttributeError):  # nothing is read
+            module.read_thumbnails(manifest, np.array([0]), runs.config(tmp_path, tmp_path / "run"))
+    assert named[0] != named[1] == named[2]
 
 
 def test_damaged_thumbnails_are_read_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from videoadapt.config.load import make_config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
 from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.training.trained_clips import (
+    INITIAL,
     TENSOR,
     clip_keys,
+    clips_of_weights,
     require_held_out,
     require_unseen,
     trained_clips,
@@ -69,6 +73,22 @@ def test_a_calibration_on_clips_of_a_fit_is_refused_with_their_number() -> None:
     expected = r"data\.calibrate: .* 2 of the 4 clips .*; since then run\.seed changed from 3 to 0\. Undo"
     with pytest.raises(UserError, match=expected):
         require_unseen(trained, Manifest(table, ("a",)), CONFIG)
+
+
+def test_clips_of_the_initial_weights_are_remembered_by_their_bytes(tmp_path: Path) -> None:
+    """Run A has trained on all clips, and B begins with its weights. A clip of another list may have the same id."""
+    first, second = manifest(set()), manifest({1, 2})
+    save_file({TENSOR: clip_keys(first)}, tmp_path / "a.safetensors")
+    initial = clips_of_weights(str(tmp_path / "a.safetensors"))
+    assert torch.equal(initial, clip_keys(first))
+    assert not len(clips_of_weights("vit_small_patch16_224"))
+    own = checkpoint(second)
+    later = replace(own, tensors={**own.tensors, INITIAL: initial})
+    with pytest.raises(UserError, match="2 of the 2 clips"):
+        require_held_out(later, second, CONFIG)
+    assert trained_clips(later, manifest({1, 2}, content="other").split("holdout")) == 0
+    save_file(later.tensors, tmp_path / "b.safetensors")
+    assert torch.equal(clips_of_weights(str(tmp_path / "b.safetensors")), initial)
 
 
 def test_unknown_clips_are_not_taken_for_trained_ones() -> None:

@@ -395,7 +395,7 @@ def _say_videos(summary: Summary) -> None:
     counted = "wrong" if summary["failed_count_as"] == "wrong" else "left out (evaluate.failed: exclude)"
     failed = f"{plural(len(summary['failed']), 'video')} failed, counted as {counted}"
     if summary.get("sources"):
-        say(f"intervals draw whole sources (data.source_pattern), of which there are {summary['sources']}")
+        say(f"intervals draw whole sources, of which these videos have {summary['sources']}")
     say(f"manifest {summary['manifest']}; {failed if summary['failed'] else 'all videos could be read'}")
     for failure in summary["failed"][:_FAILURES_SHOWN]:
         say(f"  failed: {failure['path']}: {failure['cause']}")

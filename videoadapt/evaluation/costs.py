@@ -106,6 +106,7 @@ def _evaluated_costs(config: Config, macs_per_view: Mapping[str, int]) -> Summar
         for name, row in policies.items()
     ]
     return {
+        "evaluated": {key: found.get(key) for key in ("model", "date")},  # the weights may have changed since
         "clips": asdict(clip_report(config, policies, manifest.classes)),
         "policies": [asdict(cost) for cost in costs],
     }

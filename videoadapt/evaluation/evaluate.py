@@ -46,6 +46,7 @@ from videoadapt.routing.scores import (
     score,
     trained_checkpoint,
 )
+from videoadapt.routing.threshold import have_several
 from videoadapt.runtime.console import macs, percent, say
 from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
@@ -86,7 +87,7 @@ class EvaluationSummary(Result):
     largest_class: str  # of the listed videos
     largest_class_fraction: float  # the top-1 of a model that always answers with it
     scored: int  # videos that could be read
-    sources: int | None  # of the listed videos, which intervals draw as a whole; None: each video is its own source
+    sources: int | None  # of the listed videos, which intervals draw as a whole; None: no two are of one source
     failed: list[dict[str, str]]  # path and cause of the others
     failed_count_as: str  # `wrong` or `exclude`
     temporal_views: int
@@ -326,7 +327,7 @@ def _summary(
         largest_class=manifest.classes[int(largest)],
         largest_class_fraction=float((labels == largest).mean()),
         scored=len(population.scored),
-        sources=None if config.data.source_pattern is None else len(np.unique(population.sources)),
+        sources=len(np.unique(population.sources)) if have_several(population.sources) else None,
         failed=population.failed,
         failed_count_as=evaluated.failed,
         temporal_views=evaluated.temporal_views,

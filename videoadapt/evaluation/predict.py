@@ -114,6 +114,7 @@ class Predictor(NamedTuple):
     config: Config  # `assign` is that of the policy's assigner, if it has one
     names: Sequence[str]
     top: int  # classes of a prediction
+    router: Router
 
 
 class _Video(NamedTuple):
@@ -267,7 +268,8 @@ def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, 
         )
     if policy.assigner is not None:  # thumbnails are cut as in the assigner's fit
         config = config.model_copy(update={"assign": policy.assigner.config})
-    return Predictor(model, policy, config, _class_names(model, config.data), top)
+    router = Router(model, policy, batch=config.evaluate.batch, average=config.evaluate.average)
+    return Predictor(model, policy, config, _class_names(model, config.data), top, router)
 
 
 def _found(videos: Videos, fps: float | None, config: Config) -> tuple[list[_Video], list[str]]:
@@ -329,7 +331,7 @@ def _predict_all(
     predictor: Predictor, videos: Sequence[_Video], result: Predictions, on_error: Literal["raise", "list"]
 ) -> None:
     """Adds the predictions of the videos to the result, and those that fail to its list if `on_error` says so."""
-    routed = router_of(predictor).stream(_read(predictor, video) for video in videos)
+    routed = predictor.router.stream(_read(predictor, video) for video in videos)
     with progress_shown(len(videos) > 1), Bar("predict", total=len(videos), unit="videos") as bar:
         for video, found in zip(videos, routed, strict=True):
             try:
@@ -386,12 +388,6 @@ def _class_names(model: TimeSformer, data: DataConfig) -> tuple[str, ...]:
     return names
 
 
-def router_of(predictor: Predictor) -> Router:
-    """Returns the router of a predictor."""
-    evaluate = predictor.config.evaluate
-    return Router(predictor.model, predictor.policy, batch=evaluate.batch, average=evaluate.average)
-
-
 def predict_views(predictor: Predictor, name: str, views: Tensor, thumbnails: Tensor) -> Prediction:
     """Predicts a video whose views are read.
 
@@ -401,14 +397,14 @@ def predict_views(predictor: Predictor, name: str, views: Tensor, thumbnails: Te
         views: uint8 `(clips, crops, C, T, S, S)`.
         thumbnails: uint8 `(clips, C, A, s, s)`; not used by a policy without an assigner.
     """
-    (routed,) = router_of(predictor).stream([ClipViews(views, thumbnails)])
+    (routed,) = predictor.router.stream([ClipViews(views, thumbnails)])
     assert isinstance(routed, RoutedVideo), "only a video that could not be read has no result"
     return prediction_of(predictor, name, routed)
 
 
 def prediction_of(predictor: Predictor, name: str, routed: RoutedVideo) -> Prediction:
     """Returns the prediction for a video that has run."""
-    model, policy, config, names, top = predictor
+    model, policy, config, names, top, _ = predictor
     clips, crops = routed.item.views.shape[:2]
     logits = routed.logits.reshape(1, clips * crops, -1)  # (1, views, classes)
     if policy.unit == "clip":

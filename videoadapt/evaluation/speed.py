@@ -28,6 +28,7 @@ from videoadapt.evaluation.speed_passes import (
     TimeLimit,
     best_batches,
     end_to_end,
+    eval_videos,
     interleaved,
     latencies,
     seconds_of_points,
@@ -40,7 +41,7 @@ from videoadapt.routing.policy import Policy, Random, mix_of
 from videoadapt.routing.scores import Scores
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json, write_json
-from videoadapt.runtime.machine import device_name
+from videoadapt.runtime.machine import device_name, versions
 
 _DECODING = 1 / 3  # of the time limit: the rest is for the passes
 _SLOW = 1 / 20  # a pass of one clip that takes more of the time left is not repeated
@@ -118,7 +119,8 @@ def measure_speed(
     if kept is not None:
         return kept
     speed = _measure(model, manifest, scores, drawn, outcomes, config=config, measured=measured)
-    write_json(file, asdict(speed))
+    if len(speed.policies) == len(outcomes):  # otherwise the next call, whose files are in memory, may have more time
+        write_json(file, asdict(speed))
     return speed
 
 
@@ -130,7 +132,7 @@ def _measured(
     return {
         "device": device_name(weight.device),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "versions": versions(("videoadapt", "torch")),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "batch": limits.batch,
         "workers": config.data.workers,  # of the rounds from files
@@ -169,8 +171,7 @@ def _measure(
     measured: dict[str, Any],
 ) -> Speed:
     limit = TimeLimit(config.evaluate.speed_seconds)
-    evaluate = config.evaluate
-    videos = EvalVideos(manifest, config, temporal_views=evaluate.temporal_views, spatial_crops=evaluate.spatial_crops)
+    videos = eval_videos(manifest, config, thumbnails=any(outcome.policy.assigner for outcome in outcomes))
     items, cpu_s = _decoded(videos, scores, drawn, limit)
     clips = len(items) * scores.clips_per_video
     decode_s = limit.spent_s / clips, cpu_s / clips
@@ -185,10 +186,11 @@ def _measure(
         rounds_limit = TimeLimit(limit.left_s - latency_s - files_s)
         passes = interleaved(bench, policies, config.evaluate.speed_repeats + 1, rounds_limit)
         # The first round warms up: it counts if there is no other. Only whole rounds count, if there is one.
-        passes = [done[1 : min(map(len, passes))] or done for done in passes]
+        whole = min(map(len, passes))
+        passes = [done[1:whole] or done[:1] for done in passes]
         if all(passes) and limit.left_s > 0:
             alone = latencies(bench, _streaming(policies, passes), limit, latency_s)
-            files = end_to_end(bench, _streaming(policies, passes), videos, rows, limit_s=files_s)
+            files = end_to_end(bench, _streaming(policies, passes), manifest, rows, limit_s=files_s)
     found = {
         policy.name: _figures(
             bench, (policy, policies[0]), (done, passes[0]), (speeds, files[0]), alone_s=clip_s, decode_s=decode_s
@@ -303,8 +305,8 @@ def _decoded(videos: EvalVideos, scores: Scores, drawn: Choice, limit: TimeLimit
     for row, video in zip(drawn.tolist(), stream(videos, drawn.tolist()), strict=True):
         if not isinstance(video, VideoViews):
             raise RunError(
-                f"evaluate: {videos.manifest.row(row).path} was readable when it was scored, and cannot be read now; "
-                "run `evaluate` again"
+                f"evaluate: {videos.manifest.row(row).path} was readable when it was scored, and cannot be read now, "
+                "so that the speed cannot be measured; bring it back, or set evaluate.speed_seconds=0"
             )
         items.append(ClipViews(video.views, video.thumbnails, scores.right[scores.rows == row]))
         cpu_s += video.cpu_s

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from videoadapt.config.load import Config
 from videoadapt.data.clips.clip_dataset import ClipViews
-from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
+from videoadapt.data.clips.datasets import EvalVideos, Failure
 from videoadapt.data.clips.loader import stream
+from videoadapt.data.index.manifest import Manifest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import clip_macs, views_run
 from videoadapt.routing.label_rules import Choice
@@ -140,7 +141,7 @@ def best_batches(bench: Bench, limit: TimeLimit, limit_s: float) -> dict[str, in
     # View by view, so that the passes of a try are full batches.
     views = [ClipViews(view[None, None]) for item in bench.items for view in item.views.flatten(0, 1)]
     end_s = limit.left_s - limit_s
-    for point, size in bench.batches.items():
+    for point, size in reversed([*bench.batches.items()]):  # the cheapest first: its best size is the least certain
         best_s = np.inf
         for tried in (size, size // 2, 2 * size, 4 * size):
             if not 0 < tried <= len(views) or limit.left_s < end_s:
@@ -158,16 +159,19 @@ def best_batches(bench: Bench, limit: TimeLimit, limit_s: float) -> dict[str, in
 def interleaved(bench: Bench, policies: Sequence[Policy], rounds: int, limit: TimeLimit) -> list[list[Pass]]:
     """Returns the passes of each policy, one policy after the other until the rounds or the time are over.
 
-    Policies run in turn, so that a slow moment of the machine affects all of them.
+    Policies run in turn, so that a slow moment of the machine affects all of them. After its first pass, a policy that
+    would wait for all clips repeats its choices, so that copies and passes overlap as those of the others do.
     """
+    running = list(policies)
     passes: list[list[Pass]] = [[] for _ in policies]
     with Bar("speed", total=rounds * len(policies), unit="passes") as bar:
         for _ in range(rounds):
             before_s = limit.spent_s
-            for policy, done in zip(policies, passes, strict=True):
+            for number, (policy, done) in enumerate(zip(running, passes, strict=True)):
                 if limit.left_s <= 0:
                     return passes
                 done.append(bench.run(policy))
+                running[number] = streaming(policy, done[0].routed)
                 bar.step(1, f"{policy.name}; {bench.clips} clips a pass")
             if limit.left_s < limit.spent_s - before_s:  # the next round would not end in time, and so not count
                 break
@@ -190,38 +194,40 @@ def latencies(bench: Bench, policies: Sequence[Policy], limit: TimeLimit, limit_
     return [seconds[1:] or seconds for seconds in found]
 
 
+def eval_videos(manifest: Manifest, config: Config, *, thumbnails: bool) -> EvalVideos:
+    """Returns the views of an evaluation; thumbnails cost time, and only a policy with an assigner needs them."""
+    views, crops = config.evaluate.temporal_views, config.evaluate.spatial_crops
+    return EvalVideos(manifest, config, temporal_views=views, spatial_crops=crops, thumbnails=thumbnails)
+
+
 def end_to_end(
-    bench: Bench, policies: Sequence[Policy], videos: EvalVideos, rows: Sequence[int], *, limit_s: float
+    bench: Bench, policies: Sequence[Policy], manifest: Manifest, rows: Sequence[int], *, limit_s: float
 ) -> list[list[float]]:
     """Returns clips per second from files to logits, by policy and round, within `limit_s`.
 
-    The time begins when each worker process has decoded a video, so that neither their start nor work before the
-    first video counts. With fewer than twice as many videos there is no result.
+    The time begins when each worker process has decoded a video that does not count, so that neither their start nor
+    work before the first video does. With fewer than twice as many videos there is no result.
     """
     found: list[list[float]] = [[] for _ in policies]
     before = max(1, worker_count(bench.config.data.workers))
     if len(rows) < 2 * before:
         return found
     limit = TimeLimit(limit_s)
+    videos = [eval_videos(manifest, bench.config, thumbnails=policy.assigner is not None) for policy in policies]
     while limit.left_s > limit.spent_s / max(1, len(found[0])) and len(found[0]) < bench.config.evaluate.speed_repeats:
-        for policy, speeds in zip(policies, found, strict=True):
-            speeds.append(_from_files(bench, policy, videos, rows, before))
+        for policy, own, speeds in zip(policies, videos, found, strict=True):
+            speeds.append(_from_files(bench, policy, own, rows, before))
     return found
 
 
 def _from_files(bench: Bench, policy: Policy, videos: EvalVideos, rows: Sequence[int], before: int) -> float:
-    """Returns clips per second, from the moment when `before` videos have been decoded."""
+    """Returns clips per second, from the moment when `before` videos have been decoded, which come once more."""
+    router, decoded = bench.router(policy), stream(videos, [*rows[:before], *rows])
+    for _ in range(before):
+        next(decoded)
     start = time.perf_counter()
-
-    def decoded() -> Iterator[VideoViews | Failure]:
-        nonlocal start
-        for number, video in enumerate(stream(videos, rows), 1):
-            if number == before:
-                start = time.perf_counter()
-            yield video
-
-    count = len(list(bench.router(policy).stream(decoded())))
-    return (count - before) * videos.temporal_views / (time.perf_counter() - start)
+    count = sum(not isinstance(video, Failure) for video in router.stream(decoded))
+    return count * videos.temporal_views / (time.perf_counter() - start)
 
 
 def seconds_of_points(bench: Bench, limit: TimeLimit, slow: float) -> dict[str, float]:

@@ -26,6 +26,7 @@ from videoadapt.routing.policy import Assigned, Fixed, Leap, Policy, needs_assig
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile
 from videoadapt.routing.replay import StoredAnswers
 from videoadapt.routing.scores import ScoreFiles, Scores, inference_model, score, trained_checkpoint
+from videoadapt.routing.threshold import have_several
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.inputs import Inputs
@@ -63,7 +64,7 @@ class CalibrateSummary(Result):
     delta: float
     max_cost: float | None  # `calibrate.cost`
     videos: int
-    sources: int | None  # the units of the promise, with `data.source_pattern`; None: the videos are
+    sources: int | None  # the units of the promise, if several videos are of one source; None: the videos are
     failed: list[dict[str, str]]  # path and cause
     costliest: str
     costliest_accuracy: float
@@ -151,7 +152,7 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
             _say_other_mix(scores, manifest)
             known, ordered_by = known_clips(config, manifest, model, assigned)
             views = config.evaluate.temporal_views * config.evaluate.spatial_crops
-            sources = _sources(scores, manifest, config)
+            sources = _sources(scores, manifest)
             units = len(scores.rows) // scores.clips_per_video if sources is None else int(sources.max()) + 1
             # The order with the best prediction gets half of delta.
             provable = provable_loss(units, config.calibrate.eps, config.calibrate.delta / 2)
@@ -178,12 +179,10 @@ def _say_other_mix(scores: Scores, manifest: Manifest) -> None:
         say(f"{note}: the promise is about videos like these")
 
 
-def _sources(scores: Scores, manifest: Manifest, config: Config) -> Choice | None:
-    """Returns the number of each video's source, `(videos,)`; None if videos are the units of the promise."""
-    if config.data.source_pattern is None:
-        return None
+def _sources(scores: Scores, manifest: Manifest) -> Choice | None:
+    """Returns the number of each video's source, `(videos,)`; None if no two videos are of one source."""
     numbers: Choice = pd.factorize(manifest.sources[scores.rows[:: scores.clips_per_video]])[0]
-    return numbers
+    return numbers if have_several(numbers) else None
 
 
 def _chosen(  # noqa: PLR0913, PLR0917 - what a calibration has

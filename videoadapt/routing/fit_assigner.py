@@ -45,7 +45,7 @@ from videoadapt.routing.label_rules import (
     right_matrix,
 )
 from videoadapt.routing.router import assign_probabilities
-from videoadapt.routing.scores import inference_model
+from videoadapt.routing.scores import files_digest, inference_model
 from videoadapt.routing.threshold import (
     FixedPoint,
     Interval,
@@ -86,6 +86,7 @@ class LabelledClips:
         keys: `trained_clips.keys_of` all labelled clips, those that choose the threshold included.
         names: Columns `video` and `clip`, a row for each of the n clips.
         sources: Number of each clip's source, `(n,)`: clips of one source are alike.
+        files: `files_digest` of the labelled videos.
     """
 
     thumbnails: npt.NDArray[np.uint8]
@@ -96,6 +97,7 @@ class LabelledClips:
     keys: Tensor
     names: pd.DataFrame
     sources: Choice
+    files: str
 
     def take(self, rows: npt.NDArray[np.int64]) -> LabelledClips:
         """Returns some of the clips."""
@@ -272,7 +274,11 @@ def _labelled_clips(config: Config) -> LabelledClips:
     if unknown:
         raise UserError(f"{path}: {unknown[0]} (and {len(unknown) - 1} more) is not in the manifest; run `label` again")
     used = labels >= 0  # -1: a clip without a label
-    rows = np.array([row_of[video] for video in clips["video"]])[used]
+    rows = np.array([row_of[video] for video in clips["video"]])
+    files = files_digest(manifest, sorted(set(rows.tolist())))
+    if read_label_summary(config.run.dir).get("files", files) != files:  # an earlier version did not record it
+        raise UserError(f"{path}: the files of its videos have changed since; run `label` again")
+    rows = rows[used]
     thumbnails, found = read_thumbnails(manifest, rows, config)
     own = Manifest(manifest.table.iloc[rows], manifest.classes)
     return LabelledClips(
@@ -284,6 +290,7 @@ def _labelled_clips(config: Config) -> LabelledClips:
         keys_of(own),
         clips[used][found],
         pd.factorize(own.sources[found])[0],
+        files,
     )
 
 
@@ -388,6 +395,7 @@ def _meta(config: Config, clips: LabelledClips, losses: Sequence[float | None]) 
         "labels": clips.digest(),
         "model": read_label_summary(config.run.dir)["model"],
         "inputs": clips.inputs.to_json(),
+        "files": clips.files,
         "losses": list(losses),
         "threshold": None,
     }
@@ -406,6 +414,8 @@ def _resume(
         return []
     recorded = found.meta.get("inputs")
     differences = clips.inputs.differences(recorded if isinstance(recorded, dict) else {})
+    if found.meta.get("files", clips.files) != clips.files:
+        differences.append("the files of the videos have changed")
     if found.value("labels", str) != clips.digest() or differences:
         digest = "".join(filter(str.isalnum, found.value("labels", str)))[:64]  # it becomes the name of a folder
         aside = _unused_folder(checkpoints.folder.with_name(f"assigner-{digest}"))

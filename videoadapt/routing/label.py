@@ -18,7 +18,7 @@ from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
-from videoadapt.routing.scores import ScoreFiles, Scores, inference_model, score, trained_checkpoint
+from videoadapt.routing.scores import ScoreFiles, Scores, files_digest, inference_model, score, trained_checkpoint
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
@@ -46,6 +46,7 @@ class LabelSummary(Result):
     none_right: str  # rule for clips on which no point is right
     manifest: str  # hash
     model: str  # digest of the weights
+    files: str  # digest of the files that were read
     clips: int
     failed: list[dict[str, str]]  # path and cause
     points: dict[str, PointLabels]
@@ -92,6 +93,7 @@ def label(config: Config) -> LabelSummary | ShardResult:
         def write() -> LabelSummary:
             tables, summary = _labelled(manifest, scored.load("label.source"), config)
             with guard():
+                path.unlink(missing_ok=True)  # if the call ends here, it must not stand beside new tables
                 for name, table in tables.items():
                     write_parquet(path.with_name(f"{name}.parquet"), table)
                 write_json(path, summary.to_json())  # last: it stands for complete tables
@@ -140,6 +142,7 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         none_right=config.label.none_right,
         manifest=manifest.hash,
         model=scores.model,
+        files=files_digest(manifest, sorted(set(scores.rows.tolist()))),
         clips=len(labels),
         failed=[{"path": str(failure.path), "cause": failure.cause} for failure in scores.failures],
         points={

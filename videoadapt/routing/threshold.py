@@ -118,13 +118,13 @@ def clips_needed(tolerance: float, delta: float, sources: Choice) -> int | None:
 
 def _p_values(lost: Bools, sources: Choice | None, tolerance: float) -> Floats:
     """Returns the p-value of each row of losses, `(thresholds, clips)`: exact, or by the means of the sources."""
-    if not _have_several(sources):
+    if not have_several(sources):
         return loss_p_values(lost.sum(1), lost.shape[1], tolerance)
     means = np.stack([_source_means(row, sources) for row in lost])  # (thresholds, sources)
     return mean_p_values(means.mean(1), np.ones(len(means)), means.shape[1], tolerance)
 
 
-def _have_several(sources: Choice | None) -> TypeGuard[Choice]:
+def have_several(sources: Choice | None) -> TypeGuard[Choice]:
     """Returns whether a source has several clips."""
     return sources is not None and len(np.unique(sources)) < len(sources)
 
@@ -182,7 +182,11 @@ def difference(right: Bools, costliest: Bools, sources: Choice) -> Interval:
         costliest: Whether the costliest point's is, `(clips,)`.
         sources: Number of each clip's source, `(clips,)`. The interval draws whole sources.
     """
-    gains = right.astype(np.float64) - costliest  # (clips,)
+    return _mean_interval(right.astype(np.float64) - costliest, sources)
+
+
+def _mean_interval(gains: Floats, sources: Choice) -> Interval:
+    """Returns the mean of gains between -1 and 1, `(clips,)`, with the interval of `difference`."""
     added = len(gains) / len(np.unique(sources))  # clips of a source in the mean
     clips = len(gains) + 2 * added
     centre = float(gains.sum()) / clips
@@ -202,9 +206,7 @@ def over_random(right: Bools, choice: Choice, sources: Choice) -> Interval:
     clips, points = right.shape
     mix = np.bincount(choice, minlength=points) / clips
     gains = right[np.arange(clips), choice] - right @ mix  # (clips,)
-    sums = _source_sums(gains - gains.mean(), sources)
-    half = _Z * math.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / clips if len(sums) > 1 else 1.0
-    return float(gains.mean()), float(gains.mean()) - half, float(gains.mean()) + half
+    return _mean_interval(gains, sources)
 
 
 def fixed_points(right: Bools, costs: Floats, points: Sequence[str], sources: Choice) -> dict[str, FixedPoint]:
@@ -238,7 +240,7 @@ def largest_loss(right: Bools, choice: Choice, delta: float, sources: Choice | N
     lost = right[:, 0] & ~right[np.arange(len(choice)), choice]
     if (choice == 0).all():
         return 0.0
-    if _have_several(sources):
+    if have_several(sources):
         means = _source_means(lost, sources)
         return mean_upper(float(means.mean()), 1.0, len(means), delta)
     return float(loss_upper(np.array([lost.sum()]), len(choice), delta)[0])

@@ -27,7 +27,7 @@ from videoadapt.training.losses import balanced_weights
 from videoadapt.training.metrics import Validation
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.throughput import ThroughputMeter
-from videoadapt.training.trained_clips import TENSOR, clip_keys
+from videoadapt.training.trained_clips import INITIAL, TENSOR, clip_keys, clips_of_weights
 
 # The keys that may differ between a run and its continuation, by section: they do not change the results.
 RESUME_FREELY: dict[str, tuple[str, ...]] = {
@@ -105,6 +105,7 @@ class State:
     step: int = 0  # steps done
     skipped: int = 0  # clips that could not be read, over all ranks
     validations: list[Validation] = field(default_factory=list)  # in order; they decide the best and the early stop
+    initial_clips: Tensor = field(default_factory=lambda: clips_of_weights(None))  # that `train.init` was trained on
     init_digest: str | None = None  # `source_digest` of `train.init` at the beginning; None for a timm model
 
     @cached_property
@@ -145,6 +146,8 @@ class State:
         if self.ema is not None:
             tensors |= {f"ema/{name}": t for name, t in self.ema.module.state_dict().items()}
         tensors[TENSOR] = self.trained_clips
+        if len(self.initial_clips):
+            tensors[INITIAL] = self.initial_clips
         return tensors, self.config.model_dump(mode="json") | {
             "classes": list(self.manifest.classes),
             "manifest": self.manifest.hash,
@@ -175,6 +178,7 @@ class State:
             load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
         self.step, self.skipped = checkpoint.value("step", int), checkpoint.value("skipped", int)
         self.validations = _validations_of(checkpoint)
+        self.initial_clips = checkpoint.tensors.get(INITIAL, self.initial_clips)
 
     def _require_same_init(self, checkpoint: Checkpoint) -> None:
         """Checks that `train.init` is what the run began with. The file may have moved, or be gone by now."""

@@ -64,6 +64,7 @@ from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.step_report import Reports, StepReport
 from videoadapt.training.throughput import ThroughputMeter
 from videoadapt.training.tracker import open_tracker, require_tracker
+from videoadapt.training.trained_clips import clips_of_weights
 from videoadapt.training.utilisation import utilisation
 from videoadapt.training.validate import Validator, describe, say_failed
 
@@ -298,6 +299,7 @@ def start_or_resume(config: Config, manifest: Manifest, checkpoints: Checkpoints
     elif config.train.init:
         if rank() == 0:
             load_initial_weights(state.model, config.train.init, config)
+            state.initial_clips = clips_of_weights(config.train.init)  # rank 0 saves them
         broadcast_tensors(state.model.state_dict().values())
         state.reset_ema()  # otherwise the moving average would start from the random weights
     return state

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from videoadapt.config.load import Config
@@ -20,7 +22,8 @@ from videoadapt.errors import UserError
 from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.runtime.console import say
 
-TENSOR = "trained/clips"  # name in a checkpoint
+# Names in a checkpoint: the clips of its training, and those of the checkpoints that it began with.
+TENSOR, INITIAL = "trained/clips", "trained/initial_clips"
 _COLUMNS = ("video", "source", "content")  # each identifies a clip; files may be renamed, moved or encoded again
 Keys = dict[str, npt.NDArray[np.int64]]
 
@@ -34,6 +37,20 @@ def keys_of(videos: Manifest) -> Tensor:
     """Returns the keys of all rows, sorted int64."""
     keys = _keys(videos)
     return torch.from_numpy(np.unique(np.concatenate(list(keys.values()))))
+
+
+def clips_of_weights(source: str | None) -> Tensor:
+    """Returns the clips that initial weights were trained on, sorted int64; none if `train.init` does not say.
+
+    Only our checkpoints do.
+    """
+    found = torch.empty(0, dtype=torch.int64)
+    if source is None or not Path(source).is_file() or Path(source).suffix != ".safetensors":
+        return found
+    with safe_open(source, framework="pt") as file:
+        for name in {TENSOR, INITIAL} & set(file.keys()):
+            found = torch.cat([found, file.get_tensor(name).to(torch.int64)])
+    return found.unique()
 
 
 def trained_clips(checkpoint: Checkpoint, manifest: Manifest, columns: Iterable[str] = _COLUMNS) -> int | None:
@@ -51,10 +68,13 @@ def trained_clips(checkpoint: Checkpoint, manifest: Manifest, columns: Iterable[
     recorded = checkpoint.tensors.get(TENSOR)
     if recorded is None or recorded.dtype != torch.int64:
         return None
+    initial = checkpoint.tensors.get(INITIAL, torch.empty(0, dtype=torch.int64))
     seen = np.zeros(len(manifest), dtype=bool)
     for column, keys in _keys(manifest).items():
+        # An id is unique within a list, and the initial weights may be of another one.
+        known = recorded if column == "video" else torch.cat([recorded, initial])
         if column in columns:
-            seen |= np.isin(keys, recorded.numpy()) & (manifest[column] != "")
+            seen |= np.isin(keys, known.numpy()) & (manifest[column] != "")
     return int(seen.sum())
 
 
@@ -66,7 +86,7 @@ def require_held_out(checkpoint: Checkpoint, manifest: Manifest, config: Config)
     Raises:
         UserError: The model was trained on some of them.
     """
-    if checkpoint.meta.get("manifest") == manifest.hash:
+    if checkpoint.meta.get("manifest") == manifest.hash and not len(checkpoint.tensors.get(INITIAL, ())):
         return  # the same clips in the same splits
     held_out = manifest.split("holdout")
     count = trained_clips(checkpoint, held_out)
