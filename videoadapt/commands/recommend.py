@@ -363,6 +363,8 @@ def _train_settings(
     batch = _batch(clips, data, machine)
     minutes = chosen.epochs * chosen.epoch_s / 60
     imbalanced = data.imbalance >= _IMBALANCED
+    # A curve of fewer than two validations is none.
+    every = chosen.validate_every if chosen.epochs >= 2 * chosen.validate_every else 1
     settings = {
         "loss.label_smoothing": Setting(0.0 if len(data.classes) == 2 else 0.1, f"{len(data.classes)} classes"),  # noqa: PLR2004
         "loss.class_weights": Setting(
@@ -373,7 +375,7 @@ def _train_settings(
         "train.batch": Setting(batch, f"{max(1, clips // batch)} steps an epoch"),
         "train.warmup_epochs": Setting(1 if chosen.epochs > 8 else 0.5, ""),  # noqa: PLR2004
         "train.validate_every": Setting(
-            chosen.validate_every, "" if chosen.validate_every == 1 else "and after the last one: saves time"
+            every, "" if every == 1 else f"and after the last epoch, {-(-chosen.epochs // every)} in all: saves time"
         ),
     }
     if weights is None:

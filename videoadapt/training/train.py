@@ -105,6 +105,7 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         done = state.step == per_epoch * config.train.epochs or out_of_patience(state.validations, config)
         finished = done and broadcast_result(lambda: _summarises(summary_file, state.step))
         if not finished:
+            _say_splits(manifest)
             if state.step:
                 say(f"continuing from {checkpoints.folder} at step {state.step}")
             rates = preflight(config, manifest, plan)
@@ -122,6 +123,11 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
             summary = replace(summary, checkpoint=str(checkpoints.folder / Path(summary.checkpoint or "").name))
             say_finished(summary)
         return summary
+
+
+def _say_splits(manifest: Manifest) -> None:
+    counts = {split: len(manifest.split(split).readable) for split in ("train", "holdout", "calibrate", "val")}
+    say("readable clips: " + ", ".join(f"{split} {count:,}" for split, count in counts.items() if count))
 
 
 def run_epochs(
