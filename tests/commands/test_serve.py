@@ -33,7 +33,7 @@ from videoadapt.commands.serve.server import _new_folder, serve
 from videoadapt.config.load import Config, dump_config
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.data.index.probe_pool import run_alone
-from videoadapt.errors import UserError
+from videoadapt.errors import UserError, VideoError
 from videoadapt.evaluation.explain import explain, read_video
 from videoadapt.evaluation.predict import load_predictor
 from videoadapt.evaluation.reasons import reason
@@ -43,7 +43,7 @@ from videoadapt.routing.policy import Fixed, Mixture
 from videoadapt.training.state import State
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator
+    from playwright.sync_api import Browser, Locator, Route
 
 MAX_MB, MAX_S, QUEUE = 1, 5, 12
 START_S = 300  # a busy machine
@@ -218,6 +218,25 @@ def test_no_video_and_too_large_a_file_are_refused_in_a_sentence(
     assert page.stored() == []
 
 
+def test_a_video_without_an_answer_is_refused_in_a_sentence(page: Served, run: Config, browser: Browser) -> None:
+    [video] = videos(run, 1)
+    progress = json.dumps({"state": "progress", "text": "reading the video"}) + "\n"
+    responses = iter([(500, "Internal Server Error"), (200, progress)])  # the second breaks off
+
+    def respond(route: Route) -> None:
+        status, body = next(responses)
+        route.fulfill(status=status, body=body)
+
+    with visit(browser) as seen:
+        seen.open(page.url)
+        seen.page.route("**/videos?*", respond)
+        for _ in range(2):
+            seen.page.set_input_files("#files", video)
+            shown = seen.page.locator("article").first
+            shown.locator(".refused").wait_for()
+            assert "Refused: the page's server gave no answer" in shown.inner_text()
+
+
 def test_ten_videos_at_once_all_get_their_answers(page: Served, run: Config, browser: Browser) -> None:
     ten = videos(run, 10)
     with visit(browser) as seen:
@@ -284,6 +303,17 @@ def test_a_full_queue_refuses_and_an_upload_that_breaks_off_leaves_nothing(page:
     assert page.post("a.mp4", body)[1]["state"] == "done"
 
 
+def test_an_upload_that_cannot_be_stored_is_refused(page: Served, run: Config) -> None:
+    [folder] = page.temporary.glob("videoadapt-serve-*")
+    away = folder.rename(folder.with_name("away"))
+    try:
+        status, line = page.post("a.mp4", videos(run, 1)[0].read_bytes())
+    finally:
+        away.rename(folder)
+    assert (status, line["state"]) == (507, "refused")
+    assert line["text"] == "it cannot be stored here: No such file or directory"
+
+
 def wait_for(condition: object) -> None:
     deadline = time.monotonic() + START_S
     while not condition():  # type: ignore[operator]
@@ -346,6 +376,19 @@ def test_a_cascade_over_views_is_explained_view_by_view(run: Config) -> None:
     html = answer_html(explained, read, load_predictor(config, "cascade:4,8:views:1,1", top=1))
     assert html.count("<img ") == 2 * config.model.num_frames
     assert "8, 6 views" in html
+
+
+def test_answers_that_are_nan_name_no_class(run: Config) -> None:
+    read = read_video(str(videos(run, 1)[0]), run, thumbnails=False)
+    predictor = load_predictor(run, "fixed:8", top=1)
+    predictor.model.norm.weight["4"].data.fill_(torch.nan)
+    explained = explain(predictor, "a", read)
+    assert explained.answers[0].classes and explained.answers[2].classes == ()
+    html = answer_html(explained, read, predictor)
+    assert "none, its probabilities are NaN" in html and "nan" not in html
+    predictor.model.head.bias.data.fill_(torch.nan)
+    with pytest.raises(VideoError, match="a: the model's probabilities are NaN"):
+        explain(predictor, "a", read)
 
 
 def test_policies_that_read_no_model_say_so() -> None:

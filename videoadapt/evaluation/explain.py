@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -65,7 +66,7 @@ class PointAnswer:
 
     Attributes:
         point: The point.
-        classes: The best classes, best first.
+        classes: The best classes, best first; empty if the answer is NaN.
         probabilities: Their probabilities, means over all views of the video.
         macs: MACs of all views.
         seconds: Median measured time of all views at this point, from uint8 clips on the CPU to logits.
@@ -177,6 +178,9 @@ def explain(predictor: Predictor, name: str, video: ReadVideo) -> Explanation:
         predictor: The model, its policy and their settings.
         name: The `path` of the prediction.
         video: The video.
+
+    Raises:
+        VideoError: The probabilities of the prediction are NaN.
     """
     views, thumbnails = torch.from_numpy(video.views), torch.from_numpy(video.thumbnails)
     points = predictor.model.config.points
@@ -184,6 +188,8 @@ def explain(predictor: Predictor, name: str, video: ReadVideo) -> Explanation:
     while clock.rounds < MAX_ROUNDS and clock.total_s < ROUNDS_S:  # in turn: a busy moment slows all of them
         with clock.measured("policy"):
             prediction = predict_views(predictor, name, views, thumbnails)
+        if math.isnan(prediction.probabilities[0]):
+            raise VideoError(f"{name}: the model's probabilities are NaN")
         logits = {}
         for point in points:
             with clock.measured(point):
@@ -242,7 +248,8 @@ def _logits(predictor: Predictor, point: str, views: Tensor) -> Floats:
 def _answer(predictor: Predictor, point: str, logits: Floats, seconds: float) -> PointAnswer:
     """Returns the answer of a point from its logits, `(clips, crops, classes)`."""
     probabilities = average_views(logits, (0, 1), predictor.config.evaluate.average)
-    best = (-probabilities).argsort(kind="stable")[:TOP]
+    kept = 0 if np.isnan(probabilities).any() else TOP  # of a NaN answer, sorting would put class 0 first
+    best = (-probabilities).argsort(kind="stable")[:kept]
     return PointAnswer(
         point=point,
         classes=tuple(predictor.names[i] for i in best),

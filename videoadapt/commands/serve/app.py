@@ -92,20 +92,20 @@ async def _take(request: Request, queue: VideoQueue, limits: ServeConfig) -> Res
     if size.isdecimal() and int(size) > max_mb * 1e6:
         return _too_large(max_mb)
     name = request.query_params.get("name", "video")
-    # The name on the disk is ours. Of the user's name it keeps a known suffix, by which images are recognised.
-    handle, path = tempfile.mkstemp(dir=queue.folder, suffix=suffix_of(name) if is_media(name) else "")
-    upload = queue.add(name, Path(path))
-    complete = False
+    upload, complete = None, False
     try:
+        # The name on the disk is ours. Of the user's name it keeps a known suffix, by which images are recognised.
+        handle, path = tempfile.mkstemp(dir=queue.folder, suffix=suffix_of(name) if is_media(name) else "")
+        upload = queue.add(name, Path(path))
         complete = await _receive(request, handle, max_mb)
     except ClientDisconnect:
         return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
     except OSError as error:
         return _refusal(HTTPStatus.INSUFFICIENT_STORAGE, f"it cannot be stored here: {error.strerror}")
     finally:
-        if not complete:
+        if upload is not None and not complete:
             queue.remove(upload)
-    if not complete:
+    if upload is None or not complete:
         return _too_large(max_mb)
     return StreamingResponse(_lines(queue.answer(upload)), media_type="application/x-ndjson")
 

@@ -41,7 +41,9 @@ async function answer(file) {
   try {
     if (file.size > maxMb * 1e6) throw new Error(`it is larger than ${maxMb} MB (serve.max_mb)`);
     const response = await fetch(`videos?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file });
-    for await (const line of lines(response.body)) show(shown, JSON.parse(line));
+    let last = { state: "progress" };
+    for await (const line of lines(response.body)) show(shown, (last = JSON.parse(line)));
+    if (last.state === "progress") throw new Error("the page's server gave no answer; its terminal may say why");
   } catch (error) {
     const lost = error instanceof TypeError; // what fetch throws without a connection
     show(shown, { state: "refused", text: lost ? "the page's server does not answer; has it ended?" : error.message });
