@@ -251,16 +251,44 @@ def test_the_router_as_a_program_and_its_errors(run: Config, exported: va.Export
     done = subprocess.run([*line, "fixed:7"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "policy 'fixed:7': expected assigned, fixed:POINT" in done.stderr and "8, 6@0.7" in done.stderr
-    for policy in ("cascade:8:0.5", "cascade:8,8:0.5", "cascade:8,6@0.7:1.5", "assigned:x", "oracle", "mixture:8:0.5"):
+    empty = tmp_path / "empty.npy"
+    empty.touch()
+    done = subprocess.run(
+        [sys.executable, folder / "onnx_router.py", empty], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and f"{empty}: is no file of numpy.save" in done.stderr
+    wrong = ("cascade:8:0.5", "cascade:8,8:0.5", "cascade:8,6@0.7:1.5", "assigned:x", "oracle", "mixture:8:0.5")
+    for policy in (*wrong, "assigned:0.5,0.6", "mixture:8,6@0.7:0.1,0.2"):
         with pytest.raises(ValueError, match="expected assigned"):
             OnnxRouter(folder, policy)
     with pytest.raises(ValueError, match=r"frames: expected uint8 \(clips, 4, H, W, 3\), got uint8 \(3, 70, 90, 3\)"):
         OnnxRouter(folder).predict(np.zeros((3, 70, 90, 3), np.uint8))
-    (folder / "assigner.onnx").unlink()
-    with pytest.raises(ValueError, match=r"assigner\.onnx: is missing; copy the whole folder"):
+    for name in ("weights.bin", "assigner.onnx"):
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name}: is missing; copy the whole folder"):
+            OnnxRouter(folder)
+        shutil.copy(run.run.dir / "export" / "onnx" / name, folder)
+    (folder / "routing.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"routing\.json: of another version"):
         OnnxRouter(folder)
     with pytest.raises(ValueError, match=r"routing\.json: cannot be read"):
         OnnxRouter(tmp_path)
+
+
+def test_the_router_refuses_an_answer_that_is_nan(run: Config, tmp_path: Path) -> None:
+    """Sorted, a NaN answer would be the class 0, and its JSON no JSON."""
+    from videoadapt.exporting.export import _write_onnx
+    from videoadapt.exporting.onnx_router import OnnxRouter
+
+    adaptive = AdaptiveModel.from_run(run, "fixed:8")
+    with torch.no_grad():
+        adaptive.model.head.bias[0] = torch.nan
+    [(module, example), *_] = graphs.graphs_of(adaptive.model, None).values()
+    _write_onnx(tmp_path, {"8": graphs.traced(module, example)}, adaptive, run)
+    for name in ("point-6@0.7.onnx", "assigner.onnx"):
+        (tmp_path / name).touch()  # not used
+    with pytest.raises(ValueError, match="the model's probabilities are NaN at 8"):
+        OnnxRouter(tmp_path).predict(np.zeros((4, 70, 90, 3), np.uint8))
 
 
 def test_a_policy_that_the_router_cannot_run_is_refused_at_once(run: Config) -> None:

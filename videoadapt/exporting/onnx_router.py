@@ -5,9 +5,9 @@
 `pip install numpy onnxruntime`, and nothing else.
 
     from onnx_router import OnnxRouter
-    router = OnnxRouter()                              # the folder of this file
-    numbers = router.frame_numbers(total_frames, fps)  # (clips, T): which frames of a video to decode
-    answer = router.predict(frames[numbers])           # uint8 RGB (clips, T, H, W, 3)
+    router = OnnxRouter()  # the folder of this file
+    numbers = router.frame_numbers(total_frames, fps, times_s)  # (clips, T): which frames of a video to decode
+    answer = router.predict(frames[numbers])  # uint8 RGB (clips, T, H, W, 3)
     answer.classes, answer.probabilities, answer.points
 
 or, for frames that are stored with `numpy.save`: `python onnx_router.py FRAMES.npy --policy cascade:7,14:0.6`.
@@ -30,6 +30,7 @@ import numpy.typing as npt
 import onnxruntime
 
 SETTINGS = "routing.json"  # what the router must know of the model, written with the ONNX files
+WEIGHTS = "weights.bin"  # of all ONNX files
 VERSION = 1
 BATCH = 16  # views of one call of onnxruntime
 _MEASURES = ("probability", "margin", "entropy")
@@ -114,8 +115,8 @@ class OnnxRouter:
         Args:
             total_frames: Number of frames of the video.
             fps: Its frames per second.
-            times_s: Seconds after the first frame at which each frame is displayed, `(total_frames,)`; None if they
-                are evenly spaced.
+            times_s: Seconds after the first frame at which each frame is displayed, `(total_frames,)`; None only for
+                evenly spaced frames: of a video with a variable frame rate, other frames would be chosen.
         """
         return _frame_numbers(self.settings, total_frames, fps, times_s)
 
@@ -138,7 +139,7 @@ class OnnxRouter:
             batch: Views of one call of onnxruntime.
 
         Raises:
-            ValueError: The frames have another shape or type.
+            ValueError: The frames have another shape or type, or the probabilities are NaN.
         """
         clips = frames[None] if frames.ndim == 4 else frames  # noqa: PLR2004 - one clip
         count = self.settings["num_frames"]
@@ -148,6 +149,10 @@ class OnnxRouter:
         thumbnails = np.stack([self.thumbnail(clip) for clip in clips]) if self.needs_thumbnails else None
         routed = self.run(views, thumbnails, batch=batch)
         probabilities = _mean_of_views(routed.logits, (0, 1), self.settings["average"])  # (classes,)
+        if np.isnan(probabilities).any():
+            raise ValueError(
+                f"the model's probabilities are NaN at {' '.join(routed.points)}, so there is no best class"
+            )
         best = (-probabilities).argsort(kind="stable")[:top]
         names = self.settings["classes"]
         return Answer(
@@ -208,9 +213,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); run `videoadapt export` again") from None
-    if settings.get("version") != VERSION:
+    if not isinstance(settings, dict) or settings.get("version") != VERSION:
         raise ValueError(f"{path}: of another version; use the onnx_router.py that lies beside it")
-    missing = [name for name in settings["files"].values() if not (folder / name).is_file()]
+    missing = [name for name in (*settings["files"].values(), WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder / missing[0]}: is missing; copy the whole folder")
     return settings
@@ -238,12 +243,12 @@ def parse_policy(text: str, settings: Mapping[str, Any]) -> _Next:
     found: _Next | None = None
     if kind == "fixed" and rest in points:
         found = _once(lambda known: np.full(len(known), points.index(rest)))
-    elif kind == "assigned" and assigner and (not rest or _fractions(rest)):
+    elif kind == "assigned" and assigner and (not rest or len(_fractions(rest)) == 1):
         threshold = float(rest) if rest else assigner["threshold"]
         found = _once(lambda known: _cheapest_sufficient(known, threshold))
     elif kind == "mixture":
         names, _, fraction = rest.partition(":")
-        if set(names.split(",")) <= set(points) and names.count(",") == 1 and _fractions(fraction):
+        if set(names.split(",")) <= set(points) and names.count(",") == 1 and len(_fractions(fraction)) == 1:
             first, second = map(points.index, names.split(","))
             found = _once(lambda known: np.where(known < float(fraction), second, first))
     elif kind == "cascade":
@@ -471,6 +476,16 @@ def _filter(x: Floats, cubic: bool, a: float) -> Floats:
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))  # noqa: PLR2004 - the filter's radius
 
 
+def _read_frames(path: Path) -> Bytes:
+    try:
+        frames = np.load(path, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{path}: is no file of numpy.save ({error})") from None
+    if not isinstance(frames, np.ndarray):
+        raise ValueError(f"{path}: has several arrays; expected one, of numpy.save")
+    return frames
+
+
 def main() -> None:
     """Predicts the frames of one video, and prints the answer as JSON."""
     parser = argparse.ArgumentParser(description="Predict one video with onnxruntime.")
@@ -479,7 +494,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder with routing.json; default: the folder of this file")
     arguments = parser.parse_args()
     try:
-        answer = OnnxRouter(arguments.folder, arguments.policy).predict(np.load(arguments.frames, allow_pickle=False))
+        answer = OnnxRouter(arguments.folder, arguments.policy).predict(_read_frames(arguments.frames))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(json.dumps(asdict(answer), indent=2))
