@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ import small_runs as runs
 import videoadapt as va
 from conftest import need
 from videoadapt.config.load import Config
-from videoadapt.config.sections import AssignConfig, ModelConfig
+from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, ModelConfig
 from videoadapt.data.clips.datasets import EvalVideos, _evaluation_indices
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.data.video.readers import open_video
@@ -39,6 +40,7 @@ from videoadapt.routing.policy import Leap
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.router import assign_probabilities
 from videoadapt.runtime.files import write_json
+from videoadapt.runtime.inputs import Inputs
 from videoadapt.training.state import State
 
 need("onnxruntime", "runs exported graphs")
@@ -380,6 +382,36 @@ def test_the_card_names_the_initial_weights_and_their_licence_as_far_as_they_are
         assert words in str(cut_card(model, "8", facts))
 
 
+def test_the_cards_say_what_their_figures_are_not_of(run: Config) -> None:
+    model = load_model(run.run.dir)
+    row = {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "top5": 0.9, "macs_per_video": 1}
+    facts = Facts(policies={"fixed:8": row}, seen=7, precision="bf16", scored=9)
+    for card in (str(model_card(model, None, "fixed:8", facts)), str(cut_card(model, "8", facts))):
+        assert "7 of these videos were in the training, so that the figures are too high." in card
+        assert "The figures are of the weights in bf16; the weights of this folder are float32." in card
+
+
+def test_the_card_of_other_weights_is_written_anew_with_its_licence(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adaptive, card = AdaptiveModel.from_run(run, "fixed:8"), tmp_path / "README.md"
+    adaptive.save_pretrained(tmp_path)
+    edited = card.read_text().replace("library_name:", "license: mit\nlibrary_name:", 1) + "My words.\n"
+    card.write_text(edited)
+    adaptive.save_pretrained(tmp_path)
+    assert card.read_text() == edited
+    with torch.no_grad():
+        adaptive.model.head.bias.add_(1.0)
+    adaptive.save_pretrained(tmp_path)
+    written = card.read_text()
+    assert f"Weights: `{weights_digest(adaptive.model)}`" in written
+    assert "license: mit\n" in written.partition("---\n\n")[0] and "Licence: mit." in written
+    assert f"{card}: was the card of other weights, and is written anew; its licence is kept" in capsys.readouterr().err
+    card.write_text("A page of the user's own.")
+    adaptive.save_pretrained(tmp_path)
+    assert card.read_text() == "A page of the user's own."
+
+
 def test_the_policy_of_a_saved_model_has_its_numbers(run: Config, tmp_path: Path) -> None:
     for policy in (
         "assigned:0.123456789",
@@ -396,17 +428,35 @@ def test_the_policy_of_a_saved_model_has_its_numbers(run: Config, tmp_path: Path
         AdaptiveModel.from_run(run, "fixed:7")
 
 
-def test_a_calibrated_policy_is_exported_and_one_of_other_weights_is_refused(run: Config, tmp_path: Path) -> None:
+def test_a_calibrated_policy_is_exported_and_one_of_other_weights_is_refused(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copied = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path / "run"})})
     shutil.copytree(run.run.dir, copied.run.dir)
     weights = weights_digest(load_model(run.run.dir))
-    calibrated = PolicyFile("fixed:6@0.7", "at most 1 point lost", weights, None, "m", 9, 1, {})
-    calibrated.write(copied.run.dir / "calibrate" / "policy.json")
-    assert AdaptiveModel.from_run(copied).policy.name == "fixed:6@0.7"
-    replace(calibrated, weights="other").write(copied.run.dir / "calibrate" / "policy.json")
-    with pytest.raises(CheckpointError, match="was calibrated with another model"):
-        AdaptiveModel.from_run(copied)
+    file = copied.run.dir / "calibrate" / "policy.json"
+    one_crop = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"spatial_crops": 1})})
+    inputs = Inputs.of(one_crop, None, None, "evaluate").to_json()
+    calibrated = PolicyFile("fixed:6@0.7", "at most 1 point lost", weights, None, "m", 9, 2, inputs)
+    calibrated.write(file)
+    adaptive = AdaptiveModel.from_run(copied)
+    assert adaptive.policy.name == "fixed:6@0.7"
+    assert "may not hold here, other inputs: evaluate.spatial_crops: 1 then, 2 now" in capsys.readouterr().err
+    paths = first_videos(run)
+    assert adaptive.predict(paths, str(file), progress=False) == adaptive.predict(paths, progress=False)
+    replace(calibrated, weights="other").write(file)
+    for use in (
+        lambda: AdaptiveModel.from_run(copied),
+        lambda: AdaptiveModel(adaptive.model, None, str(file)),
+        lambda: adaptive.predict(paths, str(file)),
+    ):
+        with pytest.raises(CheckpointError, match="was calibrated with another model"):
+            use()
     assert AdaptiveModel.from_run(copied, "assigned").policy.name == "assigned"
+    bf16 = copied.model_copy(update={"run": copied.run.model_copy(update={"precision": "bf16"})})
+    replace(calibrated, weights=weights_digest(load_model(run.run.dir).bfloat16())).write(file)
+    assert AdaptiveModel.from_run(bf16).facts.precision == "bf16"
+    assert "was calibrated with weights in bf16. The weights of this model are float32" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_of_one_save_is_refused(run: Config, tmp_path: Path) -> None:
@@ -422,8 +472,17 @@ def test_a_folder_that_is_not_of_one_save_is_refused(run: Config, tmp_path: Path
     (other / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="torn"):
         AdaptiveModel.from_pretrained(other)
+    for content in ("{", "[]", '{"videoadapt": []}', '{"videoadapt": {"format": 1}}'):
+        (other / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"config\.json: .*save the model again"):
+            AdaptiveModel.from_pretrained(other)
+    settings = json.loads((first / "config.json").read_text())
+    del settings["videoadapt"]["weights"]
+    write_json(first / "config.json", settings)
+    with pytest.raises(CheckpointError, match=r"describes no model \(without 'weights'\); save the model again"):
+        AdaptiveModel.from_pretrained(first)
     (other / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json: does not exist"):
+    with pytest.raises(CheckpointError, match=r"config\.json: does not exist"):
         AdaptiveModel.from_pretrained(other)
     with pytest.raises(UserError, match="no such folder, and not to be had from the hub"):
         AdaptiveModel.from_pretrained("nobody/no-such-model", local_files_only=True)
@@ -480,13 +539,18 @@ def test_a_shorter_point_sees_frames_resized_to_its_length(tmp_path: Path) -> No
         time_init_std=0.5,
     )  # fmt: skip
     model = TimeSformer(config).eval()
-    hugging_face.write_cut(tmp_path, model, require_plain(model, "6"))
+    hugging_face.write_cut(tmp_path, model, require_plain(model, "6"), EvaluateConfig(), DataConfig())
     clips = torch.randn(2, 3, 2, 64, 64)
     logits, package = hugging_face.cut_logits(tmp_path, model, "6", clips)
     assert package == transformers.__name__
     expected = model(clips, "6")
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    cut = EvaluateConfig(crop_pct=0.875), DataConfig(interpolation="bicubic")
+    hugging_face.write_cut(tmp_path, model, "6", *cut)
+    processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path)
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (54, 48)  # 48 / 0.875
+    assert processor.resample == PIL.Image.Resampling.BICUBIC
 
 
 @pytest.mark.parametrize(

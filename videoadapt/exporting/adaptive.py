@@ -20,17 +20,20 @@ from videoadapt.config.load import Config
 from videoadapt.config.sections import AssignConfig, DataConfig, EvaluateConfig, ModelConfig
 from videoadapt.errors import CheckpointError, UserError
 from videoadapt.evaluation.predict import Predictions, Videos, predict
-from videoadapt.exporting.card import Facts, model_card
+from videoadapt.exporting.card import Facts, model_card, stated_in, weights_of_card
 from videoadapt.model.checkpoint import load_tensors, restore_model, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
+from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.policy import Assigned, Cascade, Leap, Mixture, Policy, parse_policy
-from videoadapt.routing.policy_file import OF_RUN
+from videoadapt.routing.policy_file import OF_RUN, is_policy_file, say_other_inputs
 from videoadapt.routing.scores import trained_checkpoint
+from videoadapt.runtime.console import say
 from videoadapt.runtime.files import read_json, replacing, write_json
 from videoadapt.runtime.machine import precision_dtype
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE)  # of a model
 _KEY, _FORMAT = "videoadapt", 1  # key in config.json, and the version of what is below it
 _REMEDY = "save the model again"
 # The keys of two sections that decide which pixels the model sees. The others name places of one machine.
@@ -47,11 +50,15 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
     Args:
         model: The model.
         assigned: The assigner, with its points and its threshold; None if there is none.
-        policy: The policy as text, see `parse_policy`; or a leap, whose text lacks its numbers. None: `assigned` with
-            an assigner, otherwise the costliest point.
+        policy: The policy as text or the file of a calibrated one, see `parse_policy`; or a leap, whose text lacks its
+            numbers. None: `assigned` with an assigner, otherwise the costliest point.
         evaluate: How views are cut.
         data: How videos are read and resized.
         facts: What the model card says of training and evaluation; see `card.Facts`.
+
+    Raises:
+        UserError: The policy does not fit the model.
+        CheckpointError: The file of a policy, or the assigner, is of another model.
 
     Example:
         >>> adaptive = AdaptiveModel.from_run(load_config("runs/mine"))
@@ -76,7 +83,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         if assigned is not None:
             assigned.check(model)
         default = "assigned" if assigned is not None else f"fixed:{model.config.points[0]}"
-        self.policy = policy if isinstance(policy, Leap) else parse_policy(policy or default, assigned, model.config)
+        self.policy = policy if isinstance(policy, Leap) else self._parsed(policy or default)
         if isinstance(policy, Leap):
             policy.check(model)  # of a text, parsing compares the points
         self.evaluate, self.data = evaluate or EvaluateConfig(), data or DataConfig()
@@ -104,6 +111,15 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         if policy is None and (run / OF_RUN).exists():
             policy = str(run / OF_RUN)
         chosen = parse_policy(policy, assigned, model.config, run, measured) if policy else None
+        if assigned is not None:
+            assigned.say_other_inputs(label_inputs(config, None, None))
+        if is_policy_file(policy):
+            say_other_inputs(Path(policy), config, None)
+            if measured is not model:
+                say(
+                    f"{policy}: was calibrated with weights in {config.run.precision}. The weights of this model are "
+                    "float32, for which the promise was not tested"
+                )
         return cls(
             model,
             # Its weights are compared; another comparison would print its warnings twice.
@@ -111,7 +127,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
             chosen if chosen is None or isinstance(chosen, Leap) else policy_text(chosen),
             evaluate=_kept(config.evaluate, _EVALUATE),
             data=_kept(config.data, _DATA),
-            facts=Facts.of_run(run, measured),
+            facts=Facts.of_run(run, measured, config.run.precision),
         )
 
     def forward(self, clips: Tensor, point: str) -> Tensor:
@@ -124,15 +140,22 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
 
         Args:
             videos: As in `va.predict`.
-            policy: Another policy as text.
+            policy: Another policy as text, or the file of one that was calibrated with these weights.
             settings: Further arguments of `va.predict`, such as `fps` and `top`.
+
+        Raises:
+            UserError: The policy does not fit the model, or as in `va.predict`.
+            CheckpointError: The file of the policy is of other weights.
         """
-        chosen = parse_policy(policy, self.assigned, self.model.config) if policy else self.policy
+        chosen = self._parsed(policy) if policy else self.policy
         return predict(self.model, videos, chosen, evaluate=self.evaluate, data=self.data, **settings)
 
-    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+    def _parsed(self, policy: str) -> Policy:
+        return parse_policy(policy, self.assigned, self.model.config, weights=self.model)
+
+    def generate_model_card(self, *_: Any, licence: Mapping[str, Any] | None = None, **__: Any) -> ModelCard:
         """Returns the model card: points, costs, accuracies with intervals, normalisation, and data."""
-        return model_card(self.model, self.assigner, self.policy.name, self.facts)
+        return model_card(self.model, self.assigner, self.policy.name, self.facts, licence)
 
     def settings(self) -> dict[str, Any]:
         """Returns the contents of `config.json`."""
@@ -164,7 +187,19 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with replacing(save_directory / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+        self._renew_card(save_directory / CARD_FILE)
         write_json(save_directory / CONFIG_FILE, self.settings())
+
+    def _renew_card(self, path: Path) -> None:
+        """Replaces the model card of other weights, whose figures are not of these; the mixin keeps every card."""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if weights_of_card(text) in (None, weights_digest(self.model)):
+            return
+        licence = stated_in(text)
+        with replacing(path) as temporary:
+            self.generate_model_card(licence=licence).save(temporary)
+        kept = "its licence is kept" if licence else "no licence was found in it"
+        say(f"{path}: was the card of other weights, and is written anew; {kept}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> AdaptiveModel:
@@ -179,23 +214,19 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             UserError: There is no such folder, and the hub does not have it.
-            CheckpointError: A file is damaged, or the files are not of one save.
+            CheckpointError: A file is missing or damaged, or the files are not of one save.
         """
+        # Not by the mixin, which reads config.json itself, and fails with a traceback if that is torn.
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            return _load(folder)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **settings)
+            files = [hf_hub_download(str(pretrained_model_name_or_path), name, **settings) for name in _FILES]
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             raise UserError(
                 f"{pretrained_model_name_or_path}: no such folder, and not to be had from the hub "
                 f"({' '.join(str(error).split())[:200]})"
             ) from None
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **settings: Any) -> AdaptiveModel:
-        if Path(model_id).is_dir():
-            return _load(Path(model_id))
-        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        wanted = {name: settings[name] for name in names}
-        files = [hf_hub_download(model_id, name, **wanted) for name in (CONFIG_FILE, WEIGHTS_FILE)]
         return _load(Path(files[0]).parent)
 
 
@@ -227,16 +258,19 @@ def _load(folder: Path) -> AdaptiveModel:
 
     Raises:
         CheckpointError: A file is missing or damaged, or the files are not of one save.
-        UserError: `config.json` is missing or damaged.
     """
     path = folder / CONFIG_FILE
-    content = read_json(path, _REMEDY, [_KEY])[_KEY]
+    try:
+        content = read_json(path, _REMEDY, [_KEY])[_KEY]
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: not of this version of videoadapt; {_REMEDY} with this version")
     try:
-        adaptive = _built(content)
-    except (KeyError, TypeError, ValueError) as error:  # ValueError: pydantic's, and ours
-        raise CheckpointError(f"{path}: describes no model ({' '.join(str(error).split())[:200]})") from None
+        adaptive, weights = _built(content), content["weights"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # ValueError: pydantic's, and ours
+        cause = f"without {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: describes no model ({cause}); {_REMEDY}") from None
     file = folder / WEIGHTS_FILE
     try:
         tensors = load_file(file)
@@ -245,7 +279,7 @@ def _load(folder: Path) -> AdaptiveModel:
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file}: torn or not a safetensors file ({str(error)[:200]}); {_REMEDY}") from None
     load_tensors(adaptive, tensors, file)
-    if weights_digest(adaptive) != content["weights"]:
+    if weights_digest(adaptive) != weights:
         raise CheckpointError(
             f"{file}: its weights are not those of {CONFIG_FILE}; the save was interrupted. {_REMEDY}"
         )

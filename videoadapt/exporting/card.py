@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from videoadapt.config.cost import point_macs
@@ -54,6 +56,8 @@ normalised with mean {{ model.mean | list }} and standard deviation {{ model.std
 {% if row %}
 Measured by `videoadapt evaluate` on {{ facts.scored }} videos of split `{{ facts.split }}`, {{ facts.views }} per
 video: top-1 {{ row[1] }} %, with its 95 % interval.{{ guessing }} Population: manifest `{{ facts.manifest }}`.
+
+{{ doubts }}
 {% else %}
 Not measured.
 {% endif %}
@@ -109,9 +113,8 @@ video. Population: manifest `{{ facts.manifest }}`. In brackets: 95 % intervals.
 {% else %}
 Not measured: the model was not evaluated before it was saved.
 {% endif %}
-{% if facts.seen %}
-{{ facts.seen }} of these videos were in the training, so that the figures are too high.
-{% endif %}
+{{ doubts }}
+
 ## Training
 {% if facts.trained_on %}
 Trained on {{ facts.trained_on }} videos of manifest `{{ facts.train_manifest }}` for {{ facts.epochs }} epochs.
@@ -140,6 +143,7 @@ class Facts:
         seen: How many of them were in the training.
         views: Views of a video in words.
         policies: `_FIGURES` of each policy, by name.
+        precision: `run.precision`: the weights of the evaluation had it.
     """
 
     trained_on: int = 0
@@ -155,11 +159,18 @@ class Facts:
     seen: int = 0
     views: str = ""
     policies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    precision: str = "fp32"
 
     @classmethod
-    def of_run(cls, run: Path, model: TimeSformer) -> Facts:
-        """Reads the facts of a run. Prints a message if its evaluation is of other weights, and leaves it out."""
-        return cls(**_training(run), **_evaluation(run, weights_digest(model)))
+    def of_run(cls, run: Path, model: TimeSformer, precision: str) -> Facts:
+        """Reads the facts of a run. Prints a message if its evaluation is of other weights, and leaves it out.
+
+        Args:
+            run: The run folder.
+            model: The model with weights in `precision`, as an evaluation has it.
+            precision: `run.precision`.
+        """
+        return cls(**_training(run), **_evaluation(run, weights_digest(model)), precision=precision)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the facts as JSON values."""
@@ -208,22 +219,42 @@ def _evaluation(run: Path, weights: str) -> dict[str, Any]:
     return named | {"seen": int(found.get("trained_on") or 0), "policies": policies}
 
 
-def model_card(model: TimeSformer, assigner: Assigner | None, policy: str, facts: Facts) -> ModelCard:
-    """Returns the card of a model, as Markdown with the metadata that the Hugging Face hub reads.
+def weights_of_card(text: str) -> str | None:
+    """Returns the digest of the weights that a model card names; None if it names none, as a card of other origin."""
+    found = re.search(r"\bWeights: `(\w+)`", text)
+    return found and found[1]
 
-    The licence is left to the user.
+
+def stated_in(text: str) -> dict[str, Any]:
+    """Returns the licence that a user has written into the metadata of a model card, by the hub's keys."""
+    try:
+        metadata = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError):
+        return {}  # no metadata that the hub could read
+    return {key: metadata[key] for key in ("license", "license_name", "license_link") if key in metadata}
+
+
+def model_card(
+    model: TimeSformer,
+    assigner: Assigner | None,
+    policy: str,
+    facts: Facts,
+    licence: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """Returns the card of a model, as Markdown with the metadata that the Hugging Face hub reads.
 
     Args:
         model: The model.
         assigner: Its assigner.
         policy: The name of its policy.
         facts: The figures of its evaluation.
+        licence: From `stated_in`. None: the licence is left to the user.
     """
     config, names = model.config, model.class_names
     return ModelCard.from_template(
-        _metadata("videoadapt", config),
+        _metadata("videoadapt", config, licence),
         template_str=_TEMPLATE,
-        licence=_LICENCE,
+        licence=f"Licence: {', '.join(map(str, licence.values()))}." if licence else _LICENCE,
         title=f"TimeSformer of {len(config.points)} points, {config.width} x {config.depth}",
         policy=policy,
         points={point: macs(cost) for point, cost in point_macs(config).items()},
@@ -233,6 +264,7 @@ def model_card(model: TimeSformer, assigner: Assigner | None, policy: str, facts
         sampling=_sampling(config),
         rows=[_row(name, figures) for name, figures in facts.policies.items()],
         guessing=_guessing(facts),
+        doubts=_doubts(facts),
         initial=_initial(facts),
         facts=facts,
         weights=weights_digest(model),
@@ -256,15 +288,17 @@ def cut_card(model: TimeSformer, point: str, facts: Facts) -> ModelCard:
         cost=macs(point_macs(config)[point]),
         row=_row(point, figures) if figures else None,
         guessing=_guessing(facts),
+        doubts=_doubts(facts),
         initial=_initial(facts),
         facts=facts,
         weights=weights_digest(model),
     )
 
 
-def _metadata(library: str, config: ModelConfig) -> ModelCardData:
+def _metadata(library: str, config: ModelConfig, licence: Mapping[str, Any] | None = None) -> ModelCardData:
     kind = "video-classification" if config.num_frames > 1 else "image-classification"
-    return ModelCardData(library_name=library, pipeline_tag=kind, tags=["timesformer", "adaptive-inference"])
+    tags = ["timesformer", "adaptive-inference"]
+    return ModelCardData(library_name=library, pipeline_tag=kind, tags=tags, **(licence or {}))
 
 
 def _sampling(config: ModelConfig) -> str:
@@ -278,6 +312,16 @@ def _guessing(facts: Facts) -> str:
     if facts.guessing is None:
         return ""
     return f"\nAlways answering with the most frequent class, {facts.largest_class}: {percent(facts.guessing)} %."
+
+
+def _doubts(facts: Facts) -> str:
+    """Returns what the accuracies cannot say of the weights of the folder; empty if they are theirs."""
+    doubts = []
+    if facts.seen:
+        doubts.append(f"{facts.seen} of these videos were in the training, so that the figures are too high.")
+    if facts.policies and facts.precision != "fp32":
+        doubts.append(f"The figures are of the weights in {facts.precision}; the weights of this folder are float32.")
+    return "\n".join(doubts)
 
 
 def _initial(facts: Facts) -> str:

@@ -230,7 +230,7 @@ def _export_point(folder: Path, adaptive: AdaptiveModel, point: str, sample: _Sa
     model = adaptive.model
     clips = normalise(sample.views.flatten(0, 1), model.config.mean, model.config.std, torch.float32)
     with replacing_folder(folder / f"timesformer-{point}") as temporary, torch.inference_mode():
-        write_cut(temporary, model, point)
+        write_cut(temporary, model, point, adaptive.evaluate, adaptive.data)
         cut_card(model, point, adaptive.facts).save(temporary / "README.md")
         outputs, package = cut_logits(temporary, model, point, clips)
         expected = model(clips, point)

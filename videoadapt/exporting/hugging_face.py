@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from videoadapt.config.points import Point, canonical
-from videoadapt.config.sections import ModelConfig
+from videoadapt.config.sections import DataConfig, EvaluateConfig, ModelConfig
 from videoadapt.errors import UserError, few
 from videoadapt.model.embed import resize_frames
 from videoadapt.model.timesformer import TimeSformer
@@ -20,6 +20,7 @@ from videoadapt.model.weights.load import load_weights
 from videoadapt.runtime.files import write_json
 
 _STUDENTS = ("dist_token", "head_dist")  # tensors that points without a distillation token do not use
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # as Pillow numbers them
 
 
 def require_plain(model: TimeSformer, point: str) -> str:
@@ -105,13 +106,14 @@ def hugging_face_config(model: TimeSformer, point: str) -> dict[str, Any]:
     }
 
 
-def processor_config(config: ModelConfig, point: str) -> dict[str, Any]:
-    """Returns the contents of transformers' `preprocessor_config.json`: size and normalisation of the point."""
+def processor_config(config: ModelConfig, point: str, evaluate: EvaluateConfig, data: DataConfig) -> dict[str, Any]:
+    """Returns the contents of transformers' `preprocessor_config.json`: how the point's pixels are cut from a frame."""
     side = Point.parse(point).length * config.patch
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": side},
+        "size": {"shortest_edge": int(side / evaluate.crop_pct)},
+        "resample": _RESAMPLE[data.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
@@ -122,10 +124,10 @@ def processor_config(config: ModelConfig, point: str) -> dict[str, Any]:
     }
 
 
-def write_cut(folder: Path, model: TimeSformer, point: str) -> None:
+def write_cut(folder: Path, model: TimeSformer, point: str, evaluate: EvaluateConfig, data: DataConfig) -> None:
     """Writes a plain point as a folder that `TimesformerForVideoClassification.from_pretrained` loads."""
     save_file(cut_tensors(model, point), folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "preprocessor_config.json", processor_config(model.config, point))
+    write_json(folder / "preprocessor_config.json", processor_config(model.config, point, evaluate, data))
     write_json(folder / "config.json", hugging_face_config(model, point))
 
 
