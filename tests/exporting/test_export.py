@@ -29,7 +29,7 @@ from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.exporting import graphs, hugging_face
 from videoadapt.exporting.adaptive import AdaptiveModel, policy_text
 from videoadapt.exporting.card import Facts, _evaluation, cut_card, model_card
-from videoadapt.exporting.export import export, routing_settings
+from videoadapt.exporting.export import _compare_router, _sample, export, routing_settings
 from videoadapt.exporting.hugging_face import require_plain
 from videoadapt.model.checkpoint import load_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
@@ -299,6 +299,29 @@ def test_a_policy_that_the_router_cannot_run_is_refused_at_once(run: Config) -> 
         export(run.model_copy(update={"export": over_views}))
 
 
+def test_a_router_that_ends_elsewhere_is_refused_unless_rounding_decides(
+    run: Config, exported: va.ExportSummary, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run.run.dir / "export" / "onnx", tmp_path / "onnx")
+    sample = _sample(run, AdaptiveModel.from_run(run))
+    assigned = AdaptiveModel.from_run(run).assigned
+    assert assigned is not None
+    sure = np.sort(assign_probabilities(assigned.assigner, sample.thumbnails)[:, -1])[VIDEOS]  # of one clip
+
+    def with_threshold(threshold: float) -> AdaptiveModel:
+        return AdaptiveModel.from_run(run, f"assigned:{threshold:.9f}")
+
+    settings = routing_settings(with_threshold(sure - 1e-5))
+    write_json(folder / "routing.json", settings)
+    checked = _compare_router(folder, with_threshold(sure + 1e-5), sample, 1e-4)
+    assert 0 < checked.same < 1 and checked.difference < 1e-4
+    with pytest.raises(RunError, match=r"ends clip \d at point 6@0\.7 with \d+ MACs, the model at 8 with"):
+        _compare_router(folder, with_threshold(1.0), sample, 1e-4)
+    write_json(folder / "routing.json", settings | {"macs": {point: 1 for point in POINTS}})
+    with pytest.raises(RunError, match="MACs"):
+        _compare_router(folder, with_threshold(sure - 1e-5), sample, 1e-4)
+
+
 # ---- nothing half
 
 
@@ -311,6 +334,24 @@ def test_an_export_that_differs_leaves_the_earlier_one(run: Config, exported: va
     with pytest.raises(RunError, match=r"graph of point 8 differs from the model by .* more than export\.tolerance"):
         export(moved)
     assert snapshot(folder) == before
+
+
+def test_a_format_that_fails_leaves_the_others_unchanged_too(
+    run: Config,
+    exported: va.ExportSummary,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = run.run.dir / "export"
+    stamps = {path: path.stat().st_ino for path in folder.rglob("*")}
+
+    def torn(_: Path) -> AdaptiveModel:
+        raise CheckpointError("torn")
+
+    monkeypatch.setattr(AdaptiveModel, "from_pretrained", torn)
+    both = run.export.model_copy(update={"formats": ("torch", "pretrained")})
+    with pytest.raises(CheckpointError, match="torn"):
+        export(run.model_copy(update={"export": both}))
+    assert {path: path.stat().st_ino for path in folder.rglob("*")} == stamps
 
 
 def test_a_missing_package_is_named_with_the_line_to_install_it(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,15 @@
 """`export`: writes a run's model for other programs, and compares what was written with the model on real clips.
 
-Each format is written to a temporary folder, compared there, and only then put in its place. An export that fails or
-is interrupted leaves the earlier one, or nothing.
+Each format is written to a temporary folder and compared there. Only when all are right are they put in their places:
+an export that fails leaves the earlier one, or nothing.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -29,7 +30,8 @@ from videoadapt.exporting.card import cut_card
 from videoadapt.exporting.hugging_face import cut_logits, require_plain, write_cut
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.routing.assigner import assigner_macs
-from videoadapt.routing.policy import Leap
+from videoadapt.routing.decide import clip_macs, views_run
+from videoadapt.routing.policy import Assigned, Cascade, Leap, Policy
 from videoadapt.routing.router import Router
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing_folder, write_json
@@ -206,22 +208,22 @@ def _export_all(folder: Path, adaptive: AdaptiveModel, sample: _Sample, config: 
             outputs = _in_batches(function, inputs[name], (max(len(inputs[name]) - 2, 1), 1, 1))
             yield _compared(kind, name, outputs, expected[name], wanted.tolerance)
 
-    if "onnx" in wanted.formats:
-        with replacing_folder(folder / "onnx") as temporary:
-            _write_onnx(temporary, programs, adaptive, config)
-            files = {name: graphs.onnx_function(temporary / _file(name, "onnx")) for name in modules}
+    with ExitStack() as folders:
+        names = dict.fromkeys(wanted.formats)  # each once
+        temporary = {name: folders.enter_context(replacing_folder(folder / name)) for name in names}
+        if "onnx" in temporary:
+            _write_onnx(temporary["onnx"], programs, adaptive, config)
+            files = {name: graphs.onnx_function(temporary["onnx"] / _file(name, "onnx")) for name in modules}
             yield from compare("onnx", files)
-            yield _compare_router(temporary, adaptive, sample, wanted.tolerance)
-    if "torch" in wanted.formats:
-        with replacing_folder(folder / "torch") as temporary:
+            yield _compare_router(temporary["onnx"], adaptive, sample, wanted.tolerance)
+        if "torch" in temporary:
             for name, program in programs.items():
-                graphs.save_program(program, temporary / _file(name, "pt2"))
-            loaded = {name: graphs.load_program(temporary / _file(name, "pt2")) for name in programs}
+                graphs.save_program(program, temporary["torch"] / _file(name, "pt2"))
+            loaded = {name: graphs.load_program(temporary["torch"] / _file(name, "pt2")) for name in programs}
             yield from compare("torch", loaded)
-    if "pretrained" in wanted.formats:
-        with replacing_folder(folder / "pretrained") as temporary:
-            adaptive.save_pretrained(temporary)
-            read = AdaptiveModel.from_pretrained(temporary)
+        if "pretrained" in temporary:
+            adaptive.save_pretrained(temporary["pretrained"])
+            read = AdaptiveModel.from_pretrained(temporary["pretrained"])
             again = graphs.graphs_of(read.model, read.assigner)
             yield from compare("pretrained", {name: module for name, (module, _) in again.items()})
 
@@ -290,20 +292,57 @@ def routing_settings(adaptive: AdaptiveModel) -> dict[str, Any]:
 
 
 def _compare_router(folder: Path, adaptive: AdaptiveModel, sample: _Sample, tolerance: float) -> Checked:
-    """Routes the clips with onnxruntime and with the model, and compares points and logits."""
+    """Routes the clips with onnxruntime and with the model, and compares points, costs and logits.
+
+    A number that the policy compares may lie so near to a threshold that the rounding of the graphs decides. Such a
+    clip is compared with the model under thresholds that differ by the tolerance, where it must end at the same point.
+
+    Raises:
+        RunError: A clip ends at another point, costs something else, or its logits differ by more than the tolerance.
+    """
     from videoadapt.exporting.onnx_router import OnnxRouter
 
     router = OnnxRouter(folder)
     routed = router.run(sample.views.numpy(), sample.thumbnails.numpy())
-    ours = Router(adaptive.model, adaptive.policy, batch=_BATCH, average=adaptive.evaluate.average).run(
-        sample.views, thumbnails=sample.thumbnails
-    )
-    points = [adaptive.model.config.points[number] for number in ours.choice]
-    same = np.array([a == b for a, b in zip(routed.points, points, strict=True)])
-    # Logits of other points are no error of the graphs: a threshold lies between two equal numbers.
-    found, expected = (torch.from_numpy(logits[same]).flatten(0, 1) for logits in (routed.logits, ours.logits))
-    checked = _compared("router", router.policy, found, expected, tolerance)
+    points, crops = adaptive.model.config.points, sample.views.shape[1]
+    found = np.array([points.index(point) for point in routed.points])
+    clips = np.arange(len(found))
+
+    def by_model(policy: Policy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ours = Router(adaptive.model, policy, batch=_BATCH, average=adaptive.evaluate.average).run(
+            sample.views, thumbnails=sample.thumbnails
+        )
+        ran = views_run(policy, ours.decision, len(points), clips=1, crops=crops)
+        return ours.choice, ours.logits, clip_macs(policy, ran, adaptive.model.config)[0]
+
+    chosen, _, macs = exact = by_model(adaptive.policy)
+    ways, same = [exact], chosen == found
+    if not same.all():
+        ways += [by_model(_shifted(adaptive.policy, by)) for by in (-tolerance, tolerance)]
+    agree = np.stack([(choice == found) & (cost == routed.macs) for choice, _, cost in ways])  # (ways, clips)
+    if not agree.any(0).all():
+        clip = int((~agree.any(0)).argmax())
+        raise RunError(
+            f"export: by {router.policy}, the router for onnxruntime ends clip {clip} at point {routed.points[clip]} "
+            f"with {routed.macs[clip]} MACs, the model at {points[chosen[clip]]} with {macs[clip]}; thresholds that "
+            f"differ by export.tolerance {tolerance:g} do not explain it. Nothing was written. A higher "
+            "export.tolerance, or export.formats=pretrained without the router, ends this"
+        )
+    expected = np.stack([logits for _, logits, _ in ways])[agree.argmax(0), clips]  # (clips, crops, classes)
+    if not same.all():
+        say(f"export: on {plural(int((~same).sum()), 'clip')}, rounding decides between two points of {router.policy}")
+    logits, wanted = (torch.from_numpy(each).flatten(0, 1) for each in (routed.logits, expected))
+    checked = _compared("router", router.policy, logits, wanted, tolerance)
     return Checked("router", router.policy, len(same), checked.difference, float(same.mean()))
+
+
+def _shifted(policy: Policy, by: float) -> Policy:
+    """Returns a policy whose thresholds, or whose price, differ by a small number."""
+    if isinstance(policy, Assigned):
+        return policy.at(policy.threshold + by)
+    if isinstance(policy, Cascade):
+        return replace(policy, thresholds=tuple(threshold + by for threshold in policy.thresholds))
+    return policy.at(policy.price + by) if isinstance(policy, Leap) else policy
 
 
 def _in_batches(function: _Run | nn.Module, inputs: Tensor, sizes: Sequence[int]) -> Tensor:
