@@ -20,6 +20,7 @@ import pytest
 import small_runs as runs
 from videoadapt.commands import launch as module
 from videoadapt.commands.launch import (
+    PASS_SIGNALS_ON,
     STAGES,
     Job,
     StageCall,
@@ -269,8 +270,8 @@ def test_the_sbatch_command_survives_a_shell(tmp_path: Path) -> None:
     assert {"--comment=two words", "--exclude=node[1,2]", "--dependency=afterok:17", "--requeue"} < set(
         flags.splitlines()
     )
-    assert script == (
-        "srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv v.sif python -m videoadapt train "
+    assert script == "\n".join(PASS_SIGNALS_ON.splitlines()) + (
+        "\nsrun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv v.sif python -m videoadapt train "
         "'my config.yaml' train.lr=0.1 parallel.ranks=1\n"
     )
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from videoadapt.commands.speed_table import unclear_speeds
 from videoadapt.commands.tables import print_assign
+from videoadapt.evaluation.evaluated import unclear_speeds
 
 GOOD: dict[str, Any] = {
     "clips_fitted": 400,

@@ -23,12 +23,12 @@ import simulated_runs
 import small_runs as runs
 import videoadapt as va
 from browser import Visit, visit
-from videoadapt.config.load import make_config
+from videoadapt.config.load import load_config, make_config
 from videoadapt.errors import UserError
 from videoadapt.evaluation.evaluated import reported_policy
 from videoadapt.reporting.examples import groups_of
 from videoadapt.reporting.page import columns, plain, report
-from videoadapt.reporting.run_data import _curves, reliability_of
+from videoadapt.reporting.run_data import _curves, reliability_of, run_data
 from videoadapt.reporting.sentence import headline
 
 if TYPE_CHECKING:
@@ -79,7 +79,14 @@ DEAR = row(macs_saved=0.0, difference_to_costliest=[0.0, 0.0, 0.0], clips_per_s=
         ({"macs_saved": -0.005}, None, "bad", ["saved nothing: it took 0.5 % more"]),
         ({"clips_per_s": 90.0}, None, "mixed", ["no faster: 0.90 times"]),
         ({"clips_per_s": None}, None, "good", ["speed was not measured"]),
-        ({}, {"speedup": [1.6, 1.5, 1.7]}, "good", ["1.60 times as fast (95 % interval 1.50 to 1.70)"]),
+        ({}, {"speedup": [1.6, 1.5, 1.7]}, "good", ["1.60 times as fast (1.50 to 1.70, the 95 % interval)"]),
+        ({}, {"speedup": [1.6, 1.5, 1.7], "macs_ratio": 1.45}, "good", ["1.60 times as fast"]),
+        (
+            {},
+            {"speedup": [2.0, 1.9, 2.1], "macs_ratio": 2.0, "routed_efficiency": [1.0, 0.9, 1.1]},
+            "good",
+            ["the timed clips promise 2.00 times, and all clips 1.43", "all clips would run 1.43 times as fast"],
+        ),
         ({}, {"speedup": [1.3, 0.9, 1.5]}, "mixed", ["not significantly faster: 1.30 times", "0.90 to 1.50"]),
         ({"difference_to_random": [0.2, 0.1, 0.3]}, None, "good", ["beats random routing", "+20.0 points"]),
         ({"difference_to_random": [0.0, -0.1, 0.1]}, None, "good", ["not measurably better than random"]),
@@ -135,7 +142,7 @@ def test_the_page_is_about_the_policy_that_gains_most_and_says_among_how_many() 
 def test_few_rounds_have_a_range_and_no_interval() -> None:
     policies = {"fixed:8": DEAR, "assigned": row()}
     said = headline(policies, "assigned", {"speedup": [1.6, 1.5, 1.7]}, rounds=3)
-    assert "1.60 times as fast (range 1.50 to 1.70)" in " ".join(said.remarks)
+    assert "1.60 times as fast (1.50 to 1.70, the range)" in " ".join(said.remarks)
     assert [figure.note for figure in said.figures if figure.label.startswith("speed")] == ["range: 1.50 to 1.70"]
 
 
@@ -237,7 +244,7 @@ def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
     good, odd = (report(folder / name).page.read_text(encoding="utf-8") for name in ("good", "odd"))
     for words in (
         "joules a clip",
-        "From files is the same with decoding",
+        "Efficiency from files is the same with decoding",
         "assigned, processor time",
         "assigned@0.2 is the cheapest policy",
     ):
@@ -245,6 +252,37 @@ def test_what_was_measured_is_shown_and_the_rest_left_out(folder: Path) -> None:
     for stage in ("index", "train", "calibrate", "evaluate"):
         assert f"videoadapt {stage} {folder / 'good'}" in good
     assert f"videoadapt label {folder / 'good'}" not in good and f"videoadapt calibrate {folder / 'odd'}" not in odd
+
+
+def test_an_evaluation_of_an_earlier_version_says_less(folder: Path, tmp_path: Path) -> None:
+    """Only the keys without which nothing can be shown."""
+    run = shutil.copytree(folder / "good", tmp_path / "good")
+    path = run / "evaluate" / "evaluate.json"
+    found = json.loads(path.read_text())
+    needed = {key: found[key] for key in ("policies", "macs_per_view", "manifest")}
+    for summary in (needed, found | dict.fromkeys(("trained_on", "sources", "kind", "speed"))):
+        path.write_text(json.dumps(summary))
+        assert 'id="tradeoff-0"' in report(run).page.read_text(encoding="utf-8")
+
+
+def test_overridden_views_of_an_evaluation_are_those_of_the_page(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "good", tmp_path / "good")
+    path = run / "evaluate" / "evaluate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temporal_views": 4, "spatial_crops": 1}))
+    config = load_config(run, [f"run.dir={run}"])
+    data = run_data(config)
+    assert data["views_per_video"] == 4
+    assert any("evaluate.temporal_views=4" in command for command in data["commands"])
+
+
+def test_runs_of_one_name_and_files_of_one_val_split_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    for parent in "ab":
+        shutil.copytree(folder / "good", tmp_path / parent / "exp")
+    path = tmp_path / "b" / "exp" / "evaluate" / "evaluate.json"
+    other = json.loads(path.read_text()) | {"manifest": "another one"}  # another holdout, the same val split
+    path.write_text(json.dumps(other))
+    page = report(tmp_path / "a" / "exp", tmp_path / "b" / "exp").page.read_text(encoding="utf-8")
+    assert ">a/exp<" in page and ">b/exp<" in page
 
 
 def test_a_promised_cost_is_shown_as_one(folder: Path, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def sbatch_command(job: Job, config: Config, words: Sequence[str], after: str | 
     run += f" parallel.ranks={job.ranks}"
     if job.shards > 1:
         run += f" parallel.shard=$SLURM_ARRAY_TASK_ID/{job.shards}"
-    script = "\n".join(["#!/bin/bash", *job.options.setup, run])
+    script = "\n".join(["#!/bin/bash", *job.options.setup, *PASS_SIGNALS_ON.splitlines(), run])
     return f"{' '.join(['sbatch', *quoted])} <<'END'\n{script}\nEND"
 
 

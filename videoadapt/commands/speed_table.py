@@ -35,25 +35,13 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
         "efficiency: speed-up / by MACs, both against the fixed costliest point and on the clips that were timed; 1 = "
         "every saved multiply-add saves its time"
     )
+    from videoadapt.evaluation.evaluated import unclear_speeds  # it imports pandas
+
     if unclear := unclear_speeds(speed["policies"]):
         say(
             f"clips/s and speed-up disagree on what is faster: {few(unclear)}. The rounds differ too much to tell; a "
             "larger evaluate.speed_seconds, or a quiet machine, gives more and more equal ones"
         )
-
-
-def unclear_speeds(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns the policies that are faster than the first one by the median of their speeds, but not of the ratios.
-
-    Args:
-        policies: The key `policies` of `speed`. The first one is the fixed costliest point.
-    """
-    first = next(iter(policies.values()))["clips_per_s"]
-    return [
-        name
-        for name, policy in policies.items()
-        if (policy["clips_per_s"] - first) * (policy["speedup"][0] - 1) < 0  # one rises and the other falls
-    ]
 
 
 def _covered(speed: Mapping[str, Any]) -> str:
@@ -68,7 +56,7 @@ def _print_policies(speed: Mapping[str, Any]) -> None:
         "speed-up",
         "by MACs",
         f"efficiency ({_ends(speed['rounds'])})",
-        f"from files ({_ends(speed.get('file_rounds', 0))})",
+        f"efficiency from files ({_ends(speed.get('file_rounds', 0))})",
         "alone p50/p95",
         "time in",
     ]

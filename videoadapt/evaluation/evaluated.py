@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from videoadapt.config.load import RUN_CONFIG, load_config
+from videoadapt.config.load import RUN_CONFIG, Config, load_config
 from videoadapt.errors import UserError
 from videoadapt.runtime.files import Summary, read_json, read_parquet
 
 _REMEDY = "run `videoadapt evaluate` first"
+VIEWS = ("temporal_views", "spatial_crops")  # keys of `evaluate`, and of `evaluate.json`
 
 
 def run_folder(path: Path) -> Path:
@@ -47,6 +48,19 @@ def read_evaluation(run: Path, keys: Collection[str] = ()) -> Summary:
         UserError: The run was not evaluated, or the file is damaged.
     """
     return read_json(run / "evaluate" / "evaluate.json", _REMEDY, ["policies", *keys])
+
+
+def as_evaluated(config: Config) -> Config:
+    """Returns the config with the views of the run's evaluation, which may have been overridden; as it is without one.
+
+    Raises:
+        UserError: `evaluate.json` is damaged.
+    """
+    if not (config.run.dir / "evaluate" / "evaluate.json").exists():
+        return config
+    found = read_evaluation(config.run.dir)
+    views = {key: found[key] for key in VIEWS if isinstance(found.get(key), int)}  # earlier versions have none
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=views)})
 
 
 def read_evaluated_table(run: Path, name: str, columns: Collection[str]) -> pd.DataFrame:
@@ -101,3 +115,17 @@ def gain_over_mixtures(row: Mapping[str, Any]) -> float:
     if "difference_to_mixture" not in row or row["macs_saved"] <= 0 or row["difference_to_costliest"][2] < 0:
         return 0.0
     return float(row["difference_to_mixture"][0])
+
+
+def unclear_speeds(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the policies that are faster than the first one by the median of their speeds, but not of the ratios.
+
+    Args:
+        policies: The key `policies` of `speed`. The first one is the fixed costliest point.
+    """
+    first = next(iter(policies.values()))["clips_per_s"]
+    return [
+        name
+        for name, policy in policies.items()
+        if (policy["clips_per_s"] - first) * (policy["speedup"][0] - 1) < 0  # one rises and the other falls
+    ]

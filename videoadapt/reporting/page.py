@@ -26,6 +26,7 @@ from markupsafe import Markup
 from videoadapt.config.load import Config, ConfigSource, as_config, dump_config
 from videoadapt.data.index.manifest import Manifest, manifest_path
 from videoadapt.errors import UserError, plural
+from videoadapt.evaluation.evaluated import as_evaluated
 from videoadapt.reporting.examples import examples
 from videoadapt.reporting.run_data import MOST_FAILED, Part, run_data
 from videoadapt.reporting.sentence import points, share
@@ -78,6 +79,7 @@ def report(*runs: ConfigSource) -> ReportSummary:
     configs = [as_config(run) for run in runs]
     _require_different(configs)
     data = [_read(config) for config in configs]
+    _tell_apart(data)
     tables = [path for config, part in zip(configs, data, strict=True) for path in _write_tables(config, part)]
     path = configs[0].run.dir / "report" / (PAGE if len(configs) == 1 else SEVERAL)
     text = render(data, command(configs))
@@ -102,6 +104,16 @@ def _require_different(configs: Sequence[Config]) -> None:
         raise UserError(f"report: {twice} is given twice")
 
 
+def _tell_apart(data: Sequence[Part]) -> None:
+    """Adds folders before the names of runs that are equal, until they differ."""
+    folders = [Path(part["folder"]) for part in data]
+    for parents in range(1, max(len(folder.parts) for folder in folders)):
+        names = [part["name"] for part in data]
+        for part, folder in zip(data, folders, strict=True):
+            if names.count(part["name"]) > 1:
+                part["name"] = "/".join(folder.parts[-1 - parents :])
+
+
 def command(configs: Sequence[Config]) -> str:
     """Returns the command that writes this page again."""
     return shlex.join(["videoadapt", "report", *(str(config.run.dir) for config in configs)])
@@ -112,7 +124,7 @@ def _read(config: Config) -> Part:
     data = run_data(config) | {"config": dump_config(config)}
     evaluation, path = data["evaluation"], manifest_path(config.run.dir)
     if evaluation is not None and path.exists():
-        evaluation["examples"] = examples(config, Manifest.load(path), evaluation["clips"])
+        evaluation["examples"] = examples(as_evaluated(config), Manifest.load(path), evaluation["clips"])
     return data
 
 

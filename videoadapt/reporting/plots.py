@@ -292,9 +292,10 @@ def draw_curves(run: Path) -> Path:
     A training that is not finished, and has no `train.json` yet, needs a validation.
     """
     metrics = pd.read_json(run / "metrics.jsonl", lines=True)
+    summary: dict[str, Any] = {}
     if (run / "train.json").exists():
         summary = read_json(run / "train.json", "run `videoadapt train` again", ["points", "steps", "epochs"])
-    else:
+    if summary.get("steps") != metrics["step"].iloc[-1]:  # not finished, or going on after an early stop
         points = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
         summary = {"points": points, "steps": len(metrics), "epochs": 1}
     path, curves = run / "validation.jsonl", run / "curves.png"

@@ -18,7 +18,16 @@ import pandas as pd
 
 from videoadapt.config.load import Config
 from videoadapt.evaluation.costs import flops
-from videoadapt.evaluation.evaluated import has_text, read_evaluated_table, read_evaluation, reported_policy, run_name
+from videoadapt.evaluation.evaluated import (
+    VIEWS,
+    as_evaluated,
+    has_text,
+    read_evaluated_table,
+    read_evaluation,
+    reported_policy,
+    run_name,
+    unclear_speeds,
+)
 from videoadapt.evaluation.intervals import accuracy_interval
 from videoadapt.reporting.sentence import headline
 from videoadapt.routing.label_rules import Choice
@@ -117,10 +126,11 @@ def evaluation_data(config: Config) -> Part:
         "classes": class_table(table, right, run, reported, next(iter(policies))),
         "confusion": confusion(run, reported),
         "assigner": assigner(run, points, clips[clips["policy"] == "assigned"], right, _sources(videos)),
-        "facts": {key: found[key] for key in _FACTS if found.get(key) is not None},
+        "facts": {key: found.get(key) for key in _FACTS},  # None in runs of earlier versions; the page then says less
         "failed": found.get("failed", [])[:MOST_FAILED],
         "failed_count": len(found.get("failed", [])),
         "speed": _speed_facts(found.get("speed")),
+        "unclear": unclear_speeds(speeds) if speeds else [],
         "inputs": found.get("inputs"),
     }
 
@@ -302,6 +312,8 @@ def _curves(run: Path) -> Part | None:
         return None
     trained = read_json(summary, _AGAIN, ["points", "steps", "epochs"])
     metrics = pd.read_json(path, lines=True)
+    if trained["steps"] != metrics["step"].iloc[-1]:  # of an early stop, after which the training went on
+        trained |= {"steps": int(metrics["step"].iloc[-1]), "best": None}
     epochs = trained["epochs"]
     width = max(1, len(metrics) // CURVE_BINS)
     binned = metrics.groupby((metrics["step"] - metrics["step"].iloc[0]) // width).mean(numeric_only=True)
@@ -332,7 +344,10 @@ def _calibration(run: Path) -> Part | None:
 
 
 def _commands(config: Config) -> list[str]:
-    """Returns the commands of the stages that the run has. What was overridden stands in the config of the run."""
+    """Returns the commands of the stages that the run has. What was overridden stands in the config of the run.
+
+    An evaluation may have had further policies, and other views.
+    """
     run = config.run.dir
     words = {stage: ["videoadapt", stage, str(run)] for stage, path in _STAGES.items() if (run / path).exists()}
     if "evaluate" in words:
@@ -342,6 +357,8 @@ def _commands(config: Config) -> list[str]:
         for name in found.get("policies", {}):
             if has_text(name) and name not in in_config:
                 words["evaluate"] += ["--policy", name]
+        now, then = vars(config.evaluate), vars(as_evaluated(config).evaluate)
+        words["evaluate"] += [f"evaluate.{key}={then[key]}" for key in VIEWS if then[key] != now[key]]
     return [shlex.join(each) for each in words.values()]
 
 
@@ -361,5 +378,5 @@ def _speed_facts(speed: Mapping[str, Any] | None) -> Part | None:
     if not speed:
         return None
     measured = {key: value for key, value in speed.get("measured", {}).items() if not isinstance(value, (list, dict))}
-    kept = {key: speed[key] for key in ("clips", "rounds", "file_rounds", "seconds", "date") if key in speed}
-    return {**kept, **measured}
+    kept = {key: speed.get(key) for key in ("clips", "rounds", "file_rounds", "seconds", "date")}
+    return {**kept, "device": None, **measured}

@@ -13,6 +13,7 @@ from videoadapt.evaluation.intervals import has_interval
 _SPACE = "\N{NARROW NO-BREAK SPACE}"
 _LEVEL = f"95{_SPACE}%"
 _FEW_CLIPS = 16  # fewer are not a sample of the mix of points
+_LIKE_ALL = 0.03  # a ratio of MACs that differs by more from that of all clips is said
 _SAME = 0.0005  # a change that is written as 0.0 points
 Tone = Literal["good", "mixed", "bad", "plain"]
 
@@ -91,10 +92,12 @@ def headline(
     lost, saved = high < 0, row["macs_saved"] > 0
     tone: Tone = "bad" if not saved else "mixed" if lost else "good"
     found = (
+        _how_it_works(reported),
         _result(policies, "assigned", calibrated) if reported != "assigned" and "assigned" in policies else "",
         _among_others(policies, reported),
         _no_better_than_guessing(row, guessing),
         _on_the_clock(faster, f"{ends}{timed}"),
+        _timed_mix(speed, row["macs_saved"]) if faster else "",
         _few_timed(clips, rounds) if faster else "",
         _beside_chance(row, "difference_to_random", "random routing with the same mix of points"),
         _beside_chance(row, "difference_to_mixture", "random mixtures of fixed points at the same cost"),
@@ -161,6 +164,33 @@ def _loss(change: float, low: float, high: float) -> str:
     if abs(change) < _SAME:
         return f"kept the top-1 accuracy ({points(change)} points, {ends})."
     return f"changed top-1 accuracy by {points(change)} points, which is not significant ({ends})."
+
+
+def _how_it_works(name: str) -> str:
+    """Returns what the kind of a policy is, for a reader who has not seen its name before."""
+    kinds = {
+        "assigned": "The assigner is a small network that gives each clip its point.",
+        "leap": "A leap runs its first point on each clip, and then at most one other, by how sure the first one is; a "
+        "clip that goes on pays for both.",
+        "cascade": "A cascade runs its points one after the other until the answer is sure enough; a clip that goes on "
+        "pays for all that it ran.",
+    }
+    return kinds.get(name.partition(":")[0], "")
+
+
+def _timed_mix(speed: Mapping[str, Any] | None, saved: float) -> str:
+    """Returns what the multiply-adds of the timed clips promise, where they are not like all clips."""
+    promised = (speed or {}).get("macs_ratio")
+    if promised is None or saved >= 1:
+        return ""
+    of_all = 1 / (1 - saved)
+    if abs(promised / of_all - 1) <= _LIKE_ALL:
+        return ""
+    efficiency = speed["routed_efficiency"][0] if speed and speed.get("routed_efficiency") else 1.0
+    return (
+        f"By their multiply-adds, the timed clips promise {promised:.2f} times, and all clips {of_all:.2f}: at "
+        f"the same efficiency, all clips would run {efficiency * of_all:.2f} times as fast."
+    )
 
 
 def _on_the_clock(faster: tuple[float, float | None, float | None] | None, kind: str) -> str:

@@ -120,11 +120,13 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None  # noqa: PT018
-        size = torch.tensor(float(input.numel() // input.shape[1]), dtype=input.dtype)  # values per channel, here
+        # Under autocast, convolutions give bf16, in which sums over pixels would lose their digits.
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        size = torch.tensor(float(input.numel() // input.shape[1]), dtype=x.dtype)  # values per channel, here
         # `all_reduce` of torch.distributed.nn, unlike dist.all_reduce, passes gradients to all ranks.
         count = all_reduce(size, group=self.process_group)
-        mean = all_reduce(input.sum((0, 2, 3)), group=self.process_group) / count  # (C,)
-        squares = (input - mean[:, None, None]).square().sum((0, 2, 3))  # (C,)
+        mean = all_reduce(x.sum((0, 2, 3)), group=self.process_group) / count  # (C,)
+        squares = (x - mean[:, None, None]).square().sum((0, 2, 3))  # (C,)
         # A second pass, after the mean: the mean of squares minus the squared mean loses digits.
         variance = all_reduce(squares, group=self.process_group) / count
         with torch.no_grad():
@@ -134,7 +136,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased, as torch has it
         # Not `F.batch_norm`: it treats the mean and variance as constants, without gradients.
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (input - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        return ((x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
 def synchronise_batch_norms(model: TimeSformer, plan: GroupPlan, timeout_s: float) -> None:
