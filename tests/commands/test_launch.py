@@ -271,8 +271,8 @@ def test_the_sbatch_command_survives_a_shell(tmp_path: Path) -> None:
         flags.splitlines()
     )
     assert script == "\n".join(PASS_SIGNALS_ON.splitlines()) + (
-        "\nsrun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv v.sif python -m videoadapt train "
-        "'my config.yaml' train.lr=0.1 parallel.ranks=1\n"
+        "\nsrun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 apptainer exec --nv v.sif python -m videoadapt "
+        "train 'my config.yaml' train.lr=0.1 parallel.ranks=1\n"
     )
 
 
