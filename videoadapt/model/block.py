@@ -98,8 +98,7 @@ class Block(nn.Module):
         if self.temporal:
             self.temporal_norm = norm()
             self.temporal_attn = Attention(width, config.heads, qkv_bias=config.qkv_bias)
-            # Zero at the start, in all blocks but the first (`timesformer.initialise`). Fine-tuning then starts from
-            # the output of the pretrained image block.
+            # Zero with weights of an image model (`load_weights`): fine-tuning starts from the image model's output.
             self.temporal_fc = nn.Linear(width, width)
             self.temporal_scale = scale()
         # All names that do not begin with `temporal_` are names in timm's ViT, so that image weights load by name.

@@ -237,10 +237,11 @@ def compiled(model: TimeSformer, module: nn.Module | None = None) -> nn.Module:
 
 
 def initialise(model: TimeSformer) -> None:
-    """Initialises all parameters in place, as in TimeSformer.
+    """Initialises all parameters in place, as in TimeSformer but for one weight.
 
     Weights and tokens are drawn from a truncated normal distribution with deviation `config.init_std`; biases are zero.
-    `temporal_fc` is zero in all blocks but the first, so that temporal attention starts without effect there.
+    `temporal_fc` is zero in all blocks but the first, so that temporal attention starts without effect there. In
+    TimeSformer's code it is zero in the first one, too; from random weights no difference was seen (docs/log.md).
     """
     std = model.config.init_std
     for module in model.modules():

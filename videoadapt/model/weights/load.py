@@ -96,7 +96,8 @@ def load_weights(
 
     Tensors of another size are resampled: position grids and time embeddings by `resample`, patch kernels by
     pseudo-inverse (FlexiViT, section 3.4). From an image model, temporal attention starts as a copy of
-    spatial attention, with its norm and LayerScale. A head with another number of classes is not changed.
+    spatial attention, with its norm and LayerScale, and without effect: `temporal_fc` is zero in all blocks, as in
+    TimeSformer's code. A head with another number of classes is not changed.
 
     Some settings are not in the file, and the user must set them. One is the normalisation. The report has it where
     the source states it; stage 1 refuses to start from weights whose normalisation the config contradicts by
@@ -135,6 +136,8 @@ def load_weights(
         for name, target in model.state_dict().items():
             if name in filled:
                 target.copy_(filled[name])  # converts to the model's dtype and device
+            elif ".temporal_fc." in name and not layout.temporal:
+                target.zero_()
     return report
 
 
@@ -231,8 +234,7 @@ def _size(name: str, tensor: Tensor) -> str:
 def spatial_origin(base: str) -> str:
     """Returns the base name of the spatial tensor that a temporal tensor is copied from. Other names are unchanged.
 
-    `blocks.0.temporal_attn.qkv.weight` is copied from `blocks.0.attn.qkv.weight`. `temporal_fc` has no counterpart: it
-    keeps its initialisation (zero in all blocks but the first).
+    `blocks.0.temporal_attn.qkv.weight` is copied from `blocks.0.attn.qkv.weight`. `temporal_fc` has no counterpart.
     """
     for temporal, spatial in (("temporal_norm", "norm1"), ("temporal_attn", "attn"), ("temporal_scale", "scale1")):
         base = base.replace(f".{temporal}.", f".{spatial}.")
