@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch
 from PIL import Image
 
 import small_runs as runs
-from videoadapt.commands.new import NewRun, _wanted, fill_template, parts_that_fit, print_new, template_lines
+from videoadapt.commands.new import NewRun, _wanted, fill_template, new, parts_that_fit, print_new, template_lines
 from videoadapt.commands.recommend import MachineFacts, Setting, recommend
 from videoadapt.config.load import load_config, make_config
 from videoadapt.config.parse import parse_yaml
+from videoadapt.data.index.annotations import list_videos
 from videoadapt.data.index.class_files import read_classes
 from videoadapt.data.index.survey import Spread, Survey, survey
 from videoadapt.errors import ConfigError, UserError
@@ -77,7 +79,7 @@ def test_a_config_for_lists_of_videos_loads_and_trains(tmp_path: Path) -> None:
     assert (config.model.num_classes, config.model.num_frames, config.data.classes) == (12, 2, data / "classes.txt")
     assert "# as given" in path.read_text() and "a clip covers" in path.read_text()
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("videoadapt")] == [
-        *("train", "label", "assign", "evaluate", "predict")
+        *("train", "label", "assign", "evaluate", "report", "predict")
     ]
     assert runs.command("train", path).returncode == 0
     assert not config.run.dir.joinpath("missing").exists()
@@ -92,7 +94,7 @@ def test_images_without_a_val_split_get_one(tmp_path: Path) -> None:
     assert (config.model.num_frames, config.model.temporal, config.assign.frames) == (1, False, 1)
     train, val = (Path(split.annotations).read_text().splitlines() for split in (config.data.train, config.data.val))  # type: ignore[arg-type]
     assert (len(train), len(val)) == (40, 10)
-    assert sum(line.endswith(" 0") for line in val) == 2  # a fifth of each class
+    assert sum(line.endswith(" cat") for line in val) == 2  # a fifth of each class
     assert {"cat8.png", "cat9.png"} <= {line.split('"')[1].rpartition("/")[2] for line in val}  # neighbours together
     assert Path(config.data.classes or "").read_text() == "cat\ndog\n"
 
@@ -122,9 +124,69 @@ def test_a_drawn_val_split_has_whole_sources(tmp_path: Path) -> None:
     data = class_folders(tmp_path / "photos", {"cat": 33, "dog": 33})
     pattern = r"(.*)\d\.png"  # blocks 0 to 9, 10 to 19, 20 to 29, and 30 to 32
     found = survey(data, tmp_path, source_pattern=pattern)
-    assert (found.counts["train"], found.counts["val"]) == ((20, 20), (13, 13))  # not 26 and 7, inside a block
+    assert (found.counts["train"], found.counts["val"]) == ((30, 30), (3, 3))  # not 26 and 7, inside a block
     assert not [each for each in found.notes if "in a row" in each]
-    assert found.source_count == 4
+    assert found.source_count == 6
+
+
+def _val_of_sources(data: Path, pattern: str) -> tuple[set[str], dict[str, int]]:
+    """Returns the sources of a drawn val split, none of which train has, and its videos of each class."""
+    found = survey(data, data.parent, source_pattern=pattern)
+    names = {split: re.findall(r'"(.*)" (\w+)', found.files[f"{split}.csv"]) for split in ("train", "val")}
+    train, val = ({re.fullmatch(pattern, path)[1] for path, _ in rows} for rows in names.values())  # type: ignore[index]
+    assert not train & val
+    return val, dict(Counter(label for _, label in names["val"]))
+
+
+def test_sources_of_several_classes_are_not_divided(tmp_path: Path) -> None:
+    """A person walks and runs; names need not sort by person, nor all persons be in all classes."""
+    for label, persons in {"walk": [1, 2, 3, 4, 5], "run": [1, 2, 3, 4, 4, 4, 4, 5]}.items():
+        class_folders(tmp_path / "a", {label: len(persons)})
+        for number, person in enumerate(persons):
+            path = tmp_path / "a" / label / f"{label}{number}.png"
+            path.rename(path.with_name(f"p{person}_{number}.png"))
+    assert _val_of_sources(tmp_path / "a", r".*/p(\d)_.*") == ({"5"}, {"walk": 1, "run": 1})
+    data = class_folders(tmp_path / "b", {"x": 20, "y": 20})
+    for path in data.rglob("*.png"):
+        number = int(path.stem[1:])
+        path.rename(path.with_name(f"{number:03}_p{number % 4}.png"))
+    assert _val_of_sources(data, r".*_p(\d)\.png") == ({"3"}, {"x": 5, "y": 5})
+
+
+def test_lists_of_classes_that_are_numbers_keep_their_labels(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"1": 3, "2": 3, "3": 3})
+    (tmp_path / "run").mkdir()
+    for name, text in survey(data, tmp_path / "run").files.items():
+        (tmp_path / "run" / name).write_text(text)
+    lists = {split: {"annotations": str(tmp_path / "run" / f"{split}.csv")} for split in ("train", "val")}
+    classes = {"classes": str(tmp_path / "run" / "classes.txt")}
+    listing = list_videos(make_config({"data": lists | classes, "model": {"num_classes": 3}}))
+    assert {(Path(video.path).parent.name, listing.classes[video.label]) for video in listing.videos} == {
+        *(("1", "1"), ("2", "2"), ("3", "3"))
+    }
+
+
+def test_the_lists_of_the_user_are_never_replaced(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"cat": 5, "dog": 5})
+    list_ = data / "train.csv"
+    list_.write_text("".join(f"{name}/{name}{n}.png {name}\n" for name in ("cat", "dog") for n in range(5)))
+    before = list_.read_text()
+    for source in (data, list_):
+        with pytest.raises(UserError, match=r"train\.csv exists, and `new` would write another"):
+            new(data, source)
+    assert list_.read_text() == before
+    assert {path.name for path in data.iterdir()} == {"cat", "dog", "train.csv"}
+    new(tmp_path / "run", data)  # the config was deleted, its lists were not
+    (tmp_path / "run" / "config.yaml").unlink()
+    new(tmp_path / "run", data)
+
+
+def test_a_step_has_no_more_clips_than_the_training(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"cat": 2, "dog": 2})
+    config = load_config(new(tmp_path / "run", data).config)
+    assert config.train.batch == 2
+    none_left = recommend(survey(data, tmp_path), None, LAPTOP, holdout=0.9)  # of two clips
+    assert none_left.settings["train.batch"].value == 1
 
 
 def test_lists_with_names_as_labels_need_no_file_of_classes(tmp_path: Path) -> None:

@@ -568,11 +568,13 @@ def test_clips_of_one_youtube_video_are_held_out_together(tmp_path: Path) -> Non
 
 
 def test_videos_of_one_source_by_pattern_are_held_out_together(tmp_path: Path) -> None:
-    train = write_list(tmp_path / "train.txt", [(f"a/a{number}.jpg", 0) for number in range(200)] + [("other.jpg", 0)])
+    others = [("other.jpg", 0), ("0wR5jVB-WPk_000417_000427.jpg", 0)]
+    train = write_list(tmp_path / "train.txt", [(f"a/a{number}.jpg", 0) for number in range(200)] + others)
     pattern = r"(.*)\d\.jpg"
     listed = listing_of(1, train=train, holdout=0.5, source_pattern=pattern).videos
     sources = {video.video: video.source for video in listed}
     assert [sources[name] for name in ("a/a3.jpg", "a/a17.jpg", "other.jpg")] == ["a/a", "a/a1", ""]
+    assert sources["0wR5jVB-WPk_000417_000427"] == "0wR5jVB-WPk"  # which the pattern does not match
     splits = [{video.split for video in listed if video.source == f"a/a{block or ''}"} for block in range(20)]
     assert {"train"} in splits
     assert {"holdout"} in splits

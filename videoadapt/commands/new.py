@@ -78,7 +78,8 @@ def new(
         minutes: The time that training may take on an idle machine; see `recommend`.
 
     Raises:
-        UserError: `folder` has a config already, or the data or the weights cannot be used. Nothing is written then.
+        UserError: `folder` has a config already, or other lists or class names than would be written, or the data or
+            the weights cannot be used. Nothing is written then.
     """
     path = Path(os.path.abspath(folder)) / "config.yaml"
     if path.exists():
@@ -87,6 +88,7 @@ def new(
     wanted = _wanted(overrides, facts)
     classes = None if wanted.classes is None else _source(str(wanted.classes))
     found = survey(Path(os.path.abspath(data)), path.parent, wanted.kind, classes, wanted.source_pattern)
+    _require_unlike(path.parent, found.files)
     machine = measure_machine(found, facts)
     holdout = wanted.holdout if "data.holdout" in _given(overrides) else None
     chosen = recommend(found, facts, machine, minutes, holdout=holdout, calibrate=wanted.calibrate)
@@ -117,6 +119,17 @@ def new(
         notes=_notes(found, facts, config),
         commands=_commands(path, found, config),
     )
+
+
+def _require_unlike(folder: Path, files: Mapping[str, str]) -> None:
+    """Raises `UserError` if a file would be replaced by another text: it may be the user's own list."""
+    for name, text in files.items():
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == text.encode()):
+            raise UserError(
+                f"{path} exists, and `new` would write another one there; name another folder for the config, or move "
+                "the file away"
+            )
 
 
 def _checked(
@@ -382,7 +395,8 @@ def _commands(path: Path, data: Survey, config: Config) -> list[str]:
     folder = path.parent  # a folder with a config.yaml stands for it
     shown = shlex.quote(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))
     sample = "PHOTO.jpg" if data.kind == "images" else "CLIP.mp4"
-    return [*(f"videoadapt {stage} {shown}" for stage in _stages(config)), f"videoadapt predict {shown} {sample}"]
+    stages = [f"videoadapt {stage} {shown}" for stage in (*_stages(config), "report")]
+    return [*stages, f"videoadapt predict {shown} {sample}"]
 
 
 def _source(text: str) -> str:

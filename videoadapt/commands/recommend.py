@@ -121,7 +121,7 @@ def recommend(
     model = dict(weights.model if weights else _FROM_SCRATCH)
     few = data.clips("train") < _FEW_CLIPS
     holdout = _holdout(data.clips("train")) if holdout is None else holdout
-    stage1 = round(data.clips("train") * (1 - holdout - calibrate))
+    stage1 = max(1, round(data.clips("train") * (1 - holdout - calibrate)))
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
     recipes = _recipes(data, model, machine, stage1, minutes, few=few, can_freeze=can_freeze)
@@ -413,11 +413,16 @@ def _lr(batch: int, *, frozen: bool) -> float:
 
 
 def _batch(clips: int, data: Survey, machine: MachineFacts) -> int:
-    """Returns a power of two: at least ten steps an epoch, and no more than the device computes well at once."""
+    """Returns a power of two: at least ten steps an epoch, and no more than the device computes well at once.
+
+    With few clips it is 4, or less if there are not even 4 clips.
+    """
     most = 64 if machine.device == "cuda" else 16 if data.kind == "images" else 8
     batch = 4
     while batch * 2 <= most and batch * 20 <= clips:
         batch *= 2
+    while batch > clips:
+        batch //= 2
     return batch
 
 

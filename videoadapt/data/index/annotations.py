@@ -77,8 +77,8 @@ def list_videos(config: Config) -> Listing:
     listed, id_notes = require_same_content(listed)
     videos, repeated = drop_repeated(listed)
     if config.data.source_pattern is not None:
-        videos = [video._replace(source=source_of(video, config.data.source_pattern)) for video in videos]
         notes.append(_sources_note(videos, config.data.source_pattern))
+        videos = [video._replace(source=source_of(video, config.data.source_pattern)) for video in videos]
     if config.data.holdout or config.data.calibrate:
         videos = [_draw_split(video, config) for video in videos]
     notes += [*label_notes, *lookup.notes(), *id_notes, *(source.note for source in sources.values())]
@@ -239,23 +239,30 @@ def _passed_over(sources: Mapping[Split, AnnotationSource]) -> dict[str, list[st
 
 
 def source_of(video: ListedVideo, pattern: str) -> str:
-    """Returns the source of a video by `data.source_pattern`; empty, a source of its own, where it does not match."""
+    """Returns the source of a video by `data.source_pattern`, or else the known one; empty: a source of its own."""
+    return _matched(video, pattern) or video.source
+
+
+def _matched(video: ListedVideo, pattern: str) -> str:
     match = re.fullmatch(pattern, video.video)
     return match[1] or "" if match else ""
 
 
 def _sources_note(videos: Sequence[ListedVideo], pattern: str) -> str:
     """Returns in words how many sources the videos have. Raises `ConfigError` if the pattern matches none of them."""
-    of_sources = [video.source for video in videos if video.source]
+    of_sources = [source for video in videos if (source := _matched(video, pattern))]
     if not of_sources:
         raise ConfigError(
             f"data.source_pattern: {pattern!r} matches none of {plural(len(videos), 'video')}, such as "
             f"{videos[0].video!r}; it must match the whole text, and its group must not be empty"
         )
     found = f"{plural(len(of_sources), 'video')} of {plural(len(set(of_sources)), 'source')}"
-    others = [video.video for video in videos if not video.source]
+    others = [video.video for video in videos if not _matched(video, pattern)]
     if others:
-        found += f"; it does not match {plural(len(others), 'video')}, such as {others[0]!r}, each a source of its own"
+        found += (
+            f"; it does not match {plural(len(others), 'video')}, such as {others[0]!r}: the source of each is its "
+            "YouTube video, or else itself"
+        )
     return f"data.source_pattern: {found}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def survey(
         beside: The folder of the future config, where `files` will be.
         kind: `data.kind`, for a folder with videos and images.
         classes: `data.classes`, in place of a file of class names in the folder.
-        source_pattern: `data.source_pattern`; a drawn val split has whole sources.
+        source_pattern: `data.source_pattern`; a drawn val split has whole sources, of all classes.
 
     Raises:
         UserError: There are no videos, only one class, videos and images, or classes in val that train does not have;
@@ -127,7 +128,7 @@ def survey(
     if found.val is None:
         videos = _draw_val(videos, source_pattern)
         class_file, text = write_classes(listing.classes)
-        files |= {**_lists(videos), class_file: text}
+        files |= {**_lists(videos, listing.classes), class_file: text}
         found = Sources(beside / "train.csv", beside / "val.csv", beside / class_file, None)
         drawn_notes.append(
             f"no val split: the last {_VAL_FRACTION:.0%} of each class, in the order of names, are in {found.val}. If "
@@ -295,7 +296,7 @@ def _spread(values: Iterable[float]) -> Spread:
 
 
 def _count_sources(videos: Sequence[ListedVideo], pattern: str) -> int:
-    return len({source_of(video, pattern) or video.video for video in videos if video.split == "train"})
+    return len({_source(video, pattern) for video in videos if video.split == "train"})
 
 
 def _series_note(videos: Sequence[ListedVideo]) -> list[str]:
@@ -318,30 +319,46 @@ def _series_note(videos: Sequence[ListedVideo]) -> list[str]:
 
 
 def _draw_val(videos: Sequence[ListedVideo], source_pattern: str | None) -> list[ListedVideo]:
-    """Moves the last videos of each class, in the order of their names, to val.
+    """Moves the last videos of each class, in the order of their names, to val: whole sources, nearly as many as asked.
 
-    Neighbours in this order often show the same scene, so that a random draw would put one scene into both splits.
+    Neighbours in this order often show the same scene, so that a random draw would put one scene into both splits. A
+    source may have videos of several classes, anywhere in the order; the last name of its videos gives it its place.
     """
-    by_class: dict[int, list[ListedVideo]] = {}
-    for video in sorted(videos, key=lambda video: _natural(video.path)):
-        by_class.setdefault(video.label, []).append(video)
-    drawn = []
-    for members in by_class.values():
-        to_val = max(1, round(_VAL_FRACTION * len(members))) if len(members) > 1 else 0
-        first = len(members) - to_val
-        if source_pattern is not None:
-            first = _between_sources(members, first, source_pattern)
-        drawn += members[:first] + [video._replace(split="val") for video in members[first:]]
-    if all(video.split == "train" for video in drawn):
-        raise UserError("--data: there is only one video for each class; some are needed to train, others to measure")
-    return drawn
+    ordered = sorted(videos, key=lambda video: _natural(video.path))
+    members: dict[str, Counter[int]] = {}  # videos of each class, by source; a source comes where its last video does
+    for video in ordered:
+        source = _source(video, source_pattern)
+        members[source] = members.pop(source, Counter()) + Counter([video.label])
+    total = Counter(video.label for video in videos)
+    missing = {label: max(1, round(_VAL_FRACTION * n)) if n > 1 else 0 for label, n in total.items()}
+    taken: Counter[int] = Counter()
+    val: set[str] = set()
+
+    def take(source: str) -> None:
+        val.add(source)
+        taken.update(members[source])
+        missing.update({label: missing[label] - n for label, n in members[source].items()})
+
+    for is_wanted in (
+        lambda counts: sum(abs(missing[label] - n) - abs(missing[label]) for label, n in counts.items()) < 0,
+        lambda counts: any(not taken[label] for label in counts),  # each class, even by a source that is too large
+    ):
+        for source in reversed(members):
+            counts = members[source]
+            remains = all(taken[label] + n < total[label] for label, n in counts.items())
+            if source not in val and remains and is_wanted(counts):
+                take(source)
+    if not val:
+        raise UserError(
+            "--data: there is only one video for each class, or one source of them (data.source_pattern); some are "
+            "needed to train, others to measure"
+        )
+    return [video._replace(split="val") if _source(video, source_pattern) in val else video for video in ordered]
 
 
-def _between_sources(members: Sequence[ListedVideo], first: int, pattern: str) -> int:
-    """Returns the place nearest before, or else after, `first` at which a source ends; `first` if there is none."""
-    sources = [source_of(video, pattern) or video.video for video in members]
-    ends = [place for place in range(1, len(members)) if sources[place - 1] != sources[place]]
-    return max((place for place in ends if place <= first), default=min(ends, default=first))
+def _source(video: ListedVideo, pattern: str | None) -> str:
+    """Returns the source of a video, as the run will find it; its path if it is a source of its own."""
+    return (video.source if pattern is None else source_of(video, pattern)) or video.path
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
@@ -349,8 +366,8 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", path)]
 
 
-def _lists(videos: Sequence[ListedVideo]) -> dict[str, str]:
-    """Returns the texts of lists of the splits.
+def _lists(videos: Sequence[ListedVideo], classes: Sequence[str]) -> dict[str, str]:
+    """Returns the texts of lists of the splits. Labels are names: of classes `1` and `2`, the number 1 is the second.
 
     Raises:
         UserError: The path of a video has a line break, which no list can state.
@@ -360,5 +377,5 @@ def _lists(videos: Sequence[ListedVideo]) -> dict[str, str]:
         if "\n" in video.path or "\r" in video.path:
             raise UserError(f"--data: {video.path!r}: a line break in a path cannot be written to a list; rename it")
         quoted = video.path.replace('"', '""')
-        lines[video.split].append(f'"{quoted}" {video.label}\n')
+        lines[video.split].append(f'"{quoted}" {classes[video.label]}\n')
     return {f"{split}.csv": "".join(each) for split, each in lines.items()}
