@@ -41,7 +41,8 @@ from videoadapt.data.synthetic import open_encoder
 from videoadapt.data.video.decoding import decode, display_times
 from videoadapt.data.video.files import reason
 from videoadapt.data.video.frame_sampling import frame_indices
-from videoadapt.data.video.probe import VideoInfo, open_container, probe, upright
+from videoadapt.data.video.orientation import UPRIGHT, Orientation
+from videoadapt.data.video.probe import VideoInfo, open_container, probe
 from videoadapt.data.video.readers import open_video
 from videoadapt.data.video.suffixes import is_video
 from videoadapt.errors import RunError, UserError, VideoError
@@ -255,19 +256,20 @@ def upright_frames(
     """Yields all frames as they are displayed, resized to `size` (height, width).
 
     Raises:
-        VideoError: A frame is damaged.
+        VideoError: A frame is damaged, or to be turned by another angle than a quarter turn.
     """
     resizer = VideoReformatter()  # one for all frames, because it caches its tables
     for number, decoded in enumerate(decode(stream.codec_context, container.demux(stream))):
         frame = decoded.frame
         if frame is None or decoded.damaged:
             raise VideoError(f"{source}: frame {number} is damaged")
-        height, width = upright(size, frame.rotation)  # the size of the stored frame
+        orientation = Orientation.of(frame, source)
+        height, width = orientation.size(size)  # of the stored frame
         reformat = partial(resizer.reformat, frame, width, height, interpolation="BICUBIC", threads=1)
-        if frame.rotation % 360 == 0:
+        if orientation == UPRIGHT:
             yield reformat("yuv420p", dst_color_range="MPEG")
-        else:  # FFmpeg's scaler does not rotate; numpy does, in RGB
-            turned = np.ascontiguousarray(np.rot90(reformat("rgb24").to_ndarray(), frame.rotation // 90), np.uint8)
+        else:  # FFmpeg's scaler does not turn frames; numpy does, in RGB
+            turned = np.ascontiguousarray(orientation.turned(reformat("rgb24").to_ndarray()))
             rotated = av.VideoFrame.from_ndarray(turned, "rgb24")
             yield rotated.reformat(format="yuv420p", dst_colorspace=frame.colorspace)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from test_frame_accuracy import real_clips
 
-from video_files import cut_by_copy, numbered, numbers_of, write_video, write_without_times
+from video_files import cut_by_copy, numbered, numbers_of, write_tiled_heic, write_video, write_without_times
 from videoadapt.data.video.images import IMAGE_FOLDER_FPS
 from videoadapt.data.video.probe import probe
 from videoadapt.data.video.readers import DecordReader, PyAVReader, decord_module, open_video
@@ -85,6 +85,17 @@ def test_rotation_is_applied(tmp_path: Path, reader: str) -> None:
     video = open_video(path, "pyav" if reader == "pyav" else "auto")
     assert (video.height, video.width, probe(path).rotation) == (96, 64, 90)
     assert numbers_of(video.frames(range(6))) == list(range(6))
+
+
+def test_a_photograph_in_tiles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=r"a\.heic: a photograph in tiles.* convert it to JPEG"):
+        probe(write_tiled_heic(tmp_path / "a.heic"))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow cannot write AVIF")
+def test_a_whole_photograph_in_avif_is_read(tmp_path: Path) -> None:
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "a.avif")
+    assert numbers_of(open_video(tmp_path / "a.avif").frames([0])) == [0]
 
 
 @pytest.mark.parametrize("name", ["one.mp4", "one.mkv", "one.avi"])

@@ -24,6 +24,7 @@ from videoadapt.data.video.images import (
     read_image,
 )
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
+from videoadapt.data.video.orientation import UPRIGHT, Orientation
 from videoadapt.data.video.suffixes import is_image
 from videoadapt.errors import VideoError
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ReaderName = Literal["decord", "pyav", "image"]
 
-PROBE_VERSION = 3  # raise it when `probe` or `verify` returns another result for the same file
+PROBE_VERSION = 4  # raise it when `probe` or `verify` returns another result for the same file
 
 # Files for which decord 0.6 was measured to be exact. It returns wrong frames of MPEG-TS, and of avi with B-frames,
 # and raises no error.
@@ -64,7 +65,7 @@ class VideoInfo:
     duration_s: float  # frames / fps, or the span of the timestamps if it differs by more than a frame
     codec: str
     container: str
-    rotation: int  # degrees anticlockwise
+    rotation: int  # degrees anticlockwise; a mirrored frame is mirrored besides
     reader: ReaderName  # decord: decord, if installed, is exact for this file
     bytes: int
     content: str  # hash of the file's bytes, or of the names and bytes of a folder's frames; empty if not requested
@@ -114,11 +115,6 @@ def check_unchanged(path: Path, info: VideoInfo) -> None:
         raise VideoError(f"{path}: has {now} {unit}, but had {then} when it was indexed; run `videoadapt index`")
 
 
-def upright(size: tuple[int, int], rotation: int) -> tuple[int, int]:
-    """Returns (height, width) after a rotation by `rotation` degrees. The inverse rotation gives the same result."""
-    return size if rotation % 180 == 0 else (size[1], size[0])
-
-
 @contextmanager
 def open_container(path: Path, limits: Limits = DEFAULT_LIMITS) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens a file with PyAV and finds its video stream, to be decoded in one thread.
@@ -162,6 +158,9 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     stream = container.streams.best("video")
     if stream is None or Disposition.attached_pic in stream.disposition:  # the cover picture of a music file
         raise VideoError(f"{path}: holds no video stream")
+    # FFmpeg gives each tile of a large photograph as a video of its own, and maybe a small copy of the whole.
+    if any(Disposition.dependent in each.disposition and each.frames == 1 for each in container.streams.video):
+        raise VideoError(f"{path}: a photograph in tiles, as HEIC files of phones are; convert it to JPEG")
     video = cast("VideoStream", stream)
     if video.codec_context is None:
         raise VideoError(f"{path}: FFmpeg has no decoder for its video")
@@ -220,9 +219,10 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
     rate = _frame_rate(path, stream, shown if timed else [None], times_valid)
     complete = len(shown) == len(times) == (stream.frames or len(times))  # 0: the container states no number
     # decord converts interlaced frames to RGB as progressive ones, which shifts colours by a line.
-    plain = closed and first.rotation == 0 and not first.interlaced_frame and len(container.streams.video) == 1
+    orientation = Orientation.of(first, path)
+    plain = closed and orientation == UPRIGHT and not first.interlaced_frame and len(container.streams.video) == 1
     decord_exact = times_valid and complete and plain and _suits_decord(container.format.name, stream)
-    height, width = upright((first.height, first.width), first.rotation)
+    height, width = orientation.size((first.height, first.width))
     return VideoInfo(
         frames=len(shown),
         fps=rate.fps,
@@ -231,7 +231,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
         duration_s=_duration_s(shown, rate.fps, stream),
         codec=stream.codec_context.name,
         container=container.format.name,
-        rotation=first.rotation % 360,
+        rotation=orientation.degrees,
         reader="decord" if decord_exact else "pyav",
         bytes=size,
         content="",

@@ -26,7 +26,8 @@ from videoadapt.data.video.decoding import (
 from videoadapt.data.video.files import reason
 from videoadapt.data.video.images import errors_named_after, image_files, read_image
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
-from videoadapt.data.video.probe import VideoInfo, check_unchanged, probe, upright
+from videoadapt.data.video.orientation import Orientation
+from videoadapt.data.video.probe import VideoInfo, check_unchanged, probe
 from videoadapt.errors import UserError, VideoError, plural
 
 if TYPE_CHECKING:
@@ -240,9 +241,10 @@ class PyAVReader(VideoReader):
         out = np.empty((len(wanted), self.height, self.width, 3), np.uint8)
         for number, frame in frames:
             # A stream may change its size: every frame is resized to the size of the first one.
-            height, width = upright((self.height, self.width), frame.rotation)  # before the rotation
+            orientation = Orientation.of(frame, self.path)
+            height, width = orientation.size((self.height, self.width))  # of the stored frame
             rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
-            out[wanted == number] = np.rot90(rgb, frame.rotation // 90)  # a frame may be wanted several times
+            out[wanted == number] = orientation.turned(rgb)  # a frame may be wanted several times
         return out
 
 
