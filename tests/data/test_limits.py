@@ -67,6 +67,14 @@ def test_an_image_of_13000_by_13000_is_not_decoded(tmp_path: Path, monkeypatch: 
     )
 
 
+def test_data_max_pixels_alone_bounds_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = black_png(tmp_path / "large.png", 96, 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit, which is otherwise 89 million
+    assert open_video(path, limits=Limits(6144, 1)).frames([0]).shape == (1, 64, 96, 3)
+    assert "more than data.max_pixels 6,143" in refused(lambda: probe(path, limits=Limits(6143, 1)))
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
 def test_an_mp4_that_states_50_million_frames_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = claim_samples(tmp_path / "many.mp4")
     monkeypatch.setattr("av.open", lambda *_, **__: pytest.fail("opened"))

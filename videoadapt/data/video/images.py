@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
-from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
@@ -25,6 +25,7 @@ IMAGE_FOLDER_FPS = 30.0  # assumed, because images carry no frame rate
 _NUMBER = re.compile(r"[0-9]+")
 _FLOW_PATTERN = re.compile(r"flow.*|[xy]_?#\..*")  # optical flow is often stored in the folder of its frames
 _MAX_PATTERNS_IN_MESSAGE = 4
+_OPENING = Lock()
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -113,6 +114,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
+def _open(path: Path) -> Image.Image:
+    """Opens an image of any size, and decodes nothing. Pillow's own limit would hold even where ours is higher."""
+    from PIL import Image
+
+    with _OPENING:  # the limit is Pillow's alone, for all threads
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
 def read_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """Reads an image, turned as its EXIF orientation demands.
 
@@ -122,14 +135,11 @@ def read_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     Raises:
         VideoError: The image cannot be read, or is larger than the limits.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     file_size(path)
     try:
-        with catch_warnings():
-            simplefilter("ignore", Image.DecompressionBombWarning)  # the limits are checked instead
-            image = Image.open(path)
-        with image:
+        with _open(path) as image:
             limits.check_pixels(path, *image.size)  # nothing is decoded yet
             _refuse_animated(path, image)
             return np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
