@@ -160,6 +160,16 @@ def test_erasing_fills_one_box_with_noise_that_is_standard_normal_after_normalis
     assert 10 <= erased <= 30
 
 
+def test_erasing_does_not_depend_on_rand_augment() -> None:
+    frames = np.full((1, 32, 32, 3), 7, np.uint8)
+    augmented_first, erased = (
+        np.array([not torch.equal(augmented(frames, seed, **each), augmented(frames, seed)) for seed in range(200)])
+        for each in ({"rand_augment": "rand-m9-n1-p0.5-inc1"}, {"erase": 0.5})
+    )
+    assert 0.3 < erased[~augmented_first].mean() < 0.7
+    assert 0.3 < erased[augmented_first].mean() < 0.7
+
+
 def test_rand_augment_and_jitter_change_most_clips() -> None:
     frames = gradient(32, 32)
     plain = torch.from_numpy(frames).permute(3, 0, 1, 2)

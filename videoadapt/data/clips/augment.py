@@ -88,13 +88,19 @@ def _random_crop(images: Tensor, data: DataConfig, size: int, draw: random.Rando
 
 
 def _change_colours(images: Tensor, data: DataConfig, model: ModelConfig, seed: int) -> Tensor:
-    """Applies RandAugment, colour jitter and random erasing if enabled: (T, C, H, W) uint8 -> the same shape."""
+    """Applies RandAugment, colour jitter and random erasing if enabled: (T, C, H, W) uint8 -> the same shape.
+
+    Each has a seed of its own: from one seed, erasing would follow the draws that decide RandAugment's first operation.
+    """
     if data.rand_augment is not None:
         images = _rand_augment(images, data.rand_augment, data, model, seed=seed)
-    with seeded(seed):
-        if data.color_jitter:
+    if data.color_jitter:
+        with seeded(seed_of("jitter", seed)):
             images = v2.ColorJitter(*[data.color_jitter] * 3)(images)  # brightness, contrast, saturation
-        return _erase(images, data.erase, model) if data.erase else images
+    if data.erase:
+        with seeded(seed_of("erase", seed)):
+            images = _erase(images, data.erase, model)
+    return images
 
 
 def _rand_augment(images: Tensor, policy_text: str, data: DataConfig, model: ModelConfig, *, seed: int) -> Tensor:
