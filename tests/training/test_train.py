@@ -337,6 +337,16 @@ def test_videos_that_cannot_be_read_are_skipped_counted_and_listed(data: Path, t
     assert summary.steps == len(manifest.split("train")) // 4
 
 
+def test_a_run_does_not_go_on_with_its_videos_in_another_order(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    config = runs.config(tmp_path / "data", tmp_path / "run", train={"epochs": 1})
+    train(config)
+    list_ = tmp_path / "data" / "train.csv"
+    list_.write_text("".join(reversed(list_.read_text().splitlines(keepends=True))))
+    with pytest.raises(CheckpointError, match="the same videos in another order"):
+        train(config)
+
+
 def test_a_step_of_which_no_clip_can_be_read_changes_nothing(data: Path, tmp_path: Path) -> None:
     state, batches = first_batches(runs.config(data, tmp_path / "run", train={"ema": 0.9}))
     role = alone(state)

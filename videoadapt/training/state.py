@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -114,6 +115,12 @@ class State:
         return clip_keys(self.manifest)
 
     @cached_property
+    def order(self) -> str:
+        """64 hex digits that identify the order of the train videos, from which the order of each epoch is drawn."""
+        videos = self.manifest.split("train").readable["video"]
+        return hashlib.sha256("\n".join(videos).encode()).hexdigest()
+
+    @cached_property
     def class_weights(self) -> Tensor | None:
         """Weights of the classes, (classes,) on the model's device; None with `loss.class_weights: none`."""
         if self.config.loss.class_weights == "none":
@@ -151,6 +158,7 @@ class State:
         return tensors, self.config.model_dump(mode="json") | {
             "classes": list(self.manifest.classes),
             "manifest": self.manifest.hash,
+            "order": self.order,
             "skipped": self.skipped,
             "validations": [asdict(validation) for validation in self.validations],
             "init_digest": self.init_digest,
@@ -160,7 +168,8 @@ class State:
         """Continues exactly where a checkpoint was written.
 
         Raises:
-            CheckpointError: The checkpoint belongs to another manifest, model or recipe; the message names the keys.
+            CheckpointError: The checkpoint belongs to another manifest, order of videos, model or recipe; the message
+                names the keys.
         """
         manifest = checkpoint.value("manifest", str)
         if manifest != self.manifest.hash:
@@ -168,6 +177,12 @@ class State:
                 f"{checkpoint.path}: was trained on manifest {manifest[:40]}, but the lists or files now "
                 f"give manifest {self.manifest.hash}; training could not continue with the same clips. Use another "
                 "run.dir"
+            )
+        # Checkpoints of earlier versions have none: then the order is taken on trust, as it was.
+        if checkpoint.meta.get("order", self.order) != self.order:
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained on the same videos in another order, from which other clips would "
+                "follow for the steps that are left; give the lists their order of before, or use another run.dir"
             )
         for name, free in RESUME_FREELY.items():
             require_same(checkpoint.path, getattr(self.config, name), checkpoint.value(name, dict), name, free=free)
