@@ -161,6 +161,18 @@ def test_equal_file_names_below_two_folders_are_no_leak_but_equal_content_is(tmp
     assert leaks["same_content"]["count"] == 1
 
 
+def test_equal_names_of_different_sources_are_no_leak(tmp_path: Path) -> None:
+    for split, frames in (("train", 6), ("val", 7)):
+        for number in (1, 2):
+            write_video(tmp_path / split / "door" / f"door_{number}.mp4", frames + 2 * number)
+    sources = {"train": tmp_path / "train", "val": tmp_path / "val"}
+    config = config_of(tmp_path / "run", 1, **sources, source_pattern=r".*_(\d)\.mp4")
+    index(config)
+    leaks = stored(config)["leaks"]
+    assert leaks["same_id"] == NO_EXAMPLES
+    assert leaks["same_source"]["count"] == 2
+
+
 def test_further_files_of_one_id_are_reported(tmp_path: Path, one_video: Path) -> None:
     name = "abcdefghijk_000001_000011.mp4"
     for folder in ("x", "y"):

@@ -36,6 +36,11 @@ def video_id(name: str) -> tuple[str, str]:
     return (kinetics[1], kinetics[2]) if kinetics else (name, "")
 
 
+def is_clip_id(video: str) -> bool:
+    """Returns whether the id of a video is that of a Kinetics clip, which is the same in every folder."""
+    return video_id(video)[1] != "" and video_id(video)[0] == video
+
+
 def is_left_out(folder: str) -> bool:
     """Returns whether a folder of this name is not searched: it is hidden, or a program made it (`@eaDir`)."""
     return folder.startswith(".") or folder.lower() in _FOREIGN_FOLDERS

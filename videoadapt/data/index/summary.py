@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from videoadapt.data.index.annotations import Listing
+from videoadapt.data.index.find_files import is_clip_id
 from videoadapt.data.video.suffixes import IMAGE_SUFFIXES
 
 _EXAMPLES = 10
@@ -116,12 +117,19 @@ def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> IndexSu
             other_class=_other_classes(readable, listing.classes),
         ),
         leaks=Leaks(
-            # Only ids of Kinetics clips are the same video everywhere; `a/1.mp4` may exist below two roots.
-            same_id=_leaks(rows.assign(id=rows["video"].where(rows["source"] != "", rows["path"])), "id"),
+            same_id=_leaks(rows.assign(id=rows["video"].where(_are_clips(rows), rows["path"])), "id"),
             same_source=_leaks(rows, "source"),
             same_content=_leaks(readable, "content"),
         ),
     )
+
+
+def _are_clips(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Returns whether each row is a Kinetics clip, the same video everywhere; `a/1.mp4` may exist below two roots.
+
+    Without a source, the name of a clip was found to be that of different files.
+    """
+    return (rows["source"] != "") & rows["video"].map(is_clip_id)
 
 
 def _summarise_split(rows: pd.DataFrame) -> SplitSummary:
