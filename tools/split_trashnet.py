@@ -26,6 +26,7 @@ import typer
 from PIL import Image, ImageOps
 
 from videoadapt.errors import UserError
+from videoadapt.runtime.files import replacing
 
 CLASSES = ("cardboard", "glass", "metal", "paper", "plastic", "trash")
 SHORT_SIDE, FOLDS = 256, 5
@@ -120,13 +121,13 @@ def shrink(source: Path, target: Path) -> None:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     if upright.width > upright.height:  # all of TrashNet are portraits
         upright = upright.transpose(Image.Transpose.ROTATE_270)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if upright.size == image.size and min(upright.size) <= SHORT_SIDE:
-        target.write_bytes(source.read_bytes())
-        return
-    scale = SHORT_SIDE / min(upright.size)
-    size = round(upright.width * scale), round(upright.height * scale)
-    upright.resize(size, Image.Resampling.LANCZOS).save(target, quality=90)
+    with replacing(target) as temporary:  # after an interruption, a photograph that exists is whole
+        if upright.size == image.size and min(upright.size) <= SHORT_SIDE:
+            temporary.write_bytes(source.read_bytes())
+            return
+        scale = SHORT_SIDE / min(upright.size)
+        size = round(upright.width * scale), round(upright.height * scale)
+        upright.resize(size, Image.Resampling.LANCZOS).save(temporary, "JPEG", quality=90)
 
 
 def main(
@@ -142,8 +143,8 @@ def main(
         if not target.exists():
             shrink(path, target)
     for name, text in texts.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text)
+        with replacing(out / name) as temporary:
+            temporary.write_text(text)
     print(f"{out}: {len(photos)} photographs, {len(texts) - 1} lists")
 
 

@@ -51,3 +51,15 @@ def test_a_photograph_becomes_upright_and_small(tmp_path: Path) -> None:
         assert [upright.getpixel((128, y)) for y in (20, 320)] == [(0, 0, 0), (255, 255, 255)]
     shrink(tmp_path / "out" / "b.jpg", tmp_path / "c.jpg")
     assert (tmp_path / "c.jpg").read_bytes() == (tmp_path / "out" / "b.jpg").read_bytes()
+
+
+def test_an_interrupted_call_leaves_no_torn_photograph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(image: Image.Image, path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"the first half")
+        raise KeyboardInterrupt
+
+    Image.new("RGB", (512, 384)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shrink(tmp_path / "a.jpg", tmp_path / "out" / "a.jpg")
+    assert not list((tmp_path / "out").iterdir())
