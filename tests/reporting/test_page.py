@@ -130,8 +130,9 @@ def test_the_page_is_about_the_policy_that_gains_most_and_says_among_how_many() 
     assert reported_policy(policies) == "leap:4:cost=0.5"
     said = headline(policies, "leap:4:cost=0.5", None, calibrated=["cascade:4,8:0.5"])
     assert said.sentence.startswith("The policy leap:4:cost=0.5 saved 42.4")
-    assert said.remarks[0].startswith("The assigner saved nothing: it took 0.1")
-    assert said.remarks[1].startswith("Of the 5 policies here that route, leap:4:cost=0.5 gains most")
+    assert said.remarks[0].startswith("A leap runs its first point")
+    assert said.remarks[1].startswith("The assigner saved nothing: it took 0.1")
+    assert said.remarks[2].startswith("Of the 5 policies here that route, leap:4:cost=0.5 gains most")
     assert "It beats random mixtures of fixed points at the same cost (+2.0 points" in " ".join(said.remarks)
     assert said.remarks[-1].startswith("The calibrated policy cascade:4,8:0.5 saved 30.0")
     without = {name: policies[name] for name in ("fixed:8", "assigned", "leap:4:cost=0.1")}

@@ -102,7 +102,7 @@ def test_a_fitted_threshold_counts_clips_of_nan_as_going_on() -> None:
     assert fit_threshold(along, costs, 2.0) == 0.4  # the clips of 0.2 and NaN go on: 1 + 2 * 2 / 4
     assert fit_threshold(along, costs, 1.5) == 0.2
     assert fit_threshold(along, costs, 3.0) == 2.0
-    with pytest.raises(UserError, match=r"first point alone costs 1\.5, which is more than 1\.4"):
+    with pytest.raises(UserError, match=r"first point alone costs 1\.5, which is more than cost=1\.4"):
         fit_threshold(along, costs, 1.4)
 
 
@@ -127,7 +127,7 @@ def test_a_fitted_threshold_is_the_highest_within_the_mean_cost(confidences: np.
 
 
 def test_a_mean_cost_below_that_of_the_first_point_is_refused() -> None:
-    with pytest.raises(UserError, match=r"first point alone costs 0\.5, which is more than 0\.4"):
+    with pytest.raises(UserError, match=r"first point alone costs 0\.5, which is more than cost=0\.4"):
         fit_threshold(np.zeros((3, 2)), np.array([0.5, 1.0]), 0.4)
 
 

@@ -103,7 +103,7 @@ def options(
     """Declares the options that need no verb. The help of the app stands at `app`."""
 
 
-bench = typer.Typer(no_args_is_help=True, help="Benchmark reading, points, the model and attention on this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Benchmark reading, points, the model and attention here.")
 app.add_typer(bench, name="bench")
 
 _CONFIG_HELP = "YAML config of the run, or its folder."
