@@ -44,7 +44,7 @@ from videoadapt.runtime.ranks import any_requested, rank, wait_for_file, world_s
 from videoadapt.runtime.signals import StopRequest
 
 VIDEOS_PER_SHARD = 32  # few, so that an interrupted job loses little; many, so that a split has few files
-VERSION = 3  # raise it when other frames, crops or arithmetic give other scores
+VERSION = 4  # raise it when other frames, crops or arithmetic give other scores
 _FILE_COLUMNS = ["content", "frames", "fps", "rotation", "reader", "damage"]  # manifest columns that decide the pixels
 _TORN = (OSError, ValueError, KeyError, EOFError, BadZipFile)  # numpy raises one of these for an incomplete file
 Ints = npt.NDArray[np.int64]
