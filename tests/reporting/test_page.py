@@ -284,6 +284,10 @@ def test_runs_of_one_name_and_files_of_one_val_split_are_told_apart(folder: Path
     path.write_text(json.dumps(other))
     page = report(tmp_path / "a" / "exp", tmp_path / "b" / "exp").page.read_text(encoding="utf-8")
     assert ">a/exp<" in page and ">b/exp<" in page
+    assert "All runs were evaluated on the same files (digest 000000000000)" in page
+    path.write_text(json.dumps(other | {"largest_class": "another"}))  # the labels have changed
+    page = report(tmp_path / "a" / "exp", tmp_path / "b" / "exp").page.read_text(encoding="utf-8")
+    assert "so their accuracies cannot be compared" in page
 
 
 def test_a_promised_cost_is_shown_as_one(folder: Path, tmp_path: Path) -> None:

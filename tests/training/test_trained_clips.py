@@ -86,7 +86,8 @@ def test_clips_of_the_initial_weights_are_remembered_by_their_bytes(tmp_path: Pa
     later = replace(own, tensors={**own.tensors, INITIAL: initial})
     with pytest.raises(UserError, match="2 of the 2 clips"):
         require_held_out(later, second, CONFIG)
-    assert trained_clips(later, manifest({1, 2}, content="other").split("holdout")) == 0
+    # Another list may have the same ids, and the same sources by a pattern.
+    assert trained_clips(later, manifest({1, 2}, content="other", source="p").split("holdout")) == 0
     save_file(later.tensors, tmp_path / "b.safetensors")
     assert torch.equal(clips_of_weights(str(tmp_path / "b.safetensors")), initial)
 

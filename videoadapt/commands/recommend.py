@@ -263,13 +263,15 @@ def _why_holdout(clips: int, holdout: float, sources: int | None) -> str:
             f"threshold, which takes {FEWEST}. So all are for training"
         )
     needed = videos_needed(0.0, AssignConfig().tolerance, CalibrateConfig().delta)
-    # The clips of one source are one piece of evidence.
-    units, evidence = ("clips", choosing) if sources is None else ("sources", choosing * sources // clips)
-    drawn = "drawn one by one" if sources is None else f"in whole sources, of which train has {sources}"
+    assert needed is not None, "some number of clips proves that nothing is lost"
+    drawn, evidence, wanted = "drawn one by one", choosing, f"{needed} clips, not {choosing}"
+    if sources is not None:  # the clips of one source are one piece of evidence
+        drawn, evidence = f"in whole sources, of which train has {sources}", choosing * sources // clips
+        wanted = f"{needed} sources ({round(needed * clips / sources)} clips), not {evidence}"
     enough = (
         "enough to prove that it loses at most assign.tolerance"
-        if needed is not None and evidence >= needed
-        else f"an estimate: a proof that it loses at most assign.tolerance needs about {needed} {units}, not {evidence}"
+        if evidence >= needed
+        else f"an estimate: a proof that it loses at most assign.tolerance needs about {wanted}"
     )
     return f"about {round(clips * holdout)} of {clips}, {drawn}; {choosing} choose the assigner's threshold, {enough}"
 

@@ -11,7 +11,7 @@ import pandas as pd
 from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.evaluation.evaluated import as_evaluated, read_evaluated_table, read_evaluation, reported_policy
+from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import Summary, write_csv, write_json
@@ -72,7 +72,6 @@ def flops(config: Config) -> Summary:
     Returns:
         The contents of `report/flops.json`.
     """
-    config = as_evaluated(config)
     views = config.evaluate.temporal_views * config.evaluate.spatial_crops
     per_view = point_macs(config.model)
     rows = [

@@ -132,7 +132,7 @@ def _measured(
     return {
         "device": device_name(weight.device),
         "threads": torch.get_num_threads(),
-        "versions": versions(("videoadapt", "torch")),
+        **versions(("videoadapt", "torch")),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "batch": limits.batch,
         "workers": config.data.workers,  # of the rounds from files

@@ -195,11 +195,12 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if weights_of_card(text) in (None, weights_digest(self.model)):
             return
-        licence = stated_in(text)
+        licence, old = stated_in(text), path.with_suffix(".old.md")
+        old.write_text(text, encoding="utf-8")
         with replacing(path) as temporary:
             self.generate_model_card(licence=licence).save(temporary)
         kept = "its licence is kept" if licence else "no licence was found in it"
-        say(f"{path}: was the card of other weights, and is written anew; {kept}")
+        say(f"{path}: was the card of other weights, now {old.name}, and is written anew; {kept}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> AdaptiveModel:

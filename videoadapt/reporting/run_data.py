@@ -65,7 +65,7 @@ def run_data(config: Config) -> Part:
         UserError: A file of the run is damaged.
     """
     run = config.run.dir
-    costs = flops(config)
+    costs = flops(as_evaluated(config))
     data: Part = {
         "name": run_name(run),
         "folder": str(run.resolve()),
@@ -126,6 +126,8 @@ def evaluation_data(config: Config) -> Part:
         "classes": class_table(table, right, run, reported, next(iter(policies))),
         "confusion": confusion(run, reported),
         "assigner": assigner(run, points, clips[clips["policy"] == "assigned"], right, _sources(videos)),
+        # What two evaluations must have in common, if their manifests, which cover other splits too, differ.
+        "population": " ".join(str(found.get(key)) for key in _POPULATION) if found.get("files") else None,
         "facts": {key: found.get(key) for key in _FACTS},  # None in runs of earlier versions; the page then says less
         "failed": found.get("failed", [])[:MOST_FAILED],
         "failed_count": len(found.get("failed", [])),
@@ -135,6 +137,7 @@ def evaluation_data(config: Config) -> Part:
     }
 
 
+_POPULATION = ("files", "listed", "classes", "largest_class", "largest_class_fraction")
 _FACTS = (
     *("kind", "split", "manifest", "files", "model", "listed", "scored", "sources", "failed_count_as", "views"),
     "trained_on",

@@ -168,6 +168,8 @@ def _loss(change: float, low: float, high: float) -> str:
 
 def _how_it_works(name: str) -> str:
     """Returns what the kind of a policy is, for a reader who has not seen its name before."""
+    if ":views:" in name:
+        return "It runs the views of a video one after the other until the answer is sure enough."
     kinds = {
         "assigned": "The assigner is a small network that gives each clip its point.",
         "leap": "A leap runs its first point on each clip, and then at most one other, by how sure the first one is; a "

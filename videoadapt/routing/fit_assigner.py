@@ -45,7 +45,7 @@ from videoadapt.routing.label_rules import (
     right_matrix,
 )
 from videoadapt.routing.router import assign_probabilities
-from videoadapt.routing.scores import files_digest, inference_model
+from videoadapt.routing.scores import inference_model, labelled_files_digest
 from videoadapt.routing.threshold import (
     FixedPoint,
     Interval,
@@ -275,7 +275,7 @@ def _labelled_clips(config: Config) -> LabelledClips:
         raise UserError(f"{path}: {unknown[0]} (and {len(unknown) - 1} more) is not in the manifest; run `label` again")
     used = labels >= 0  # -1: a clip without a label
     rows = np.array([row_of[video] for video in clips["video"]])
-    files = files_digest(manifest, sorted(set(rows.tolist())))
+    files = labelled_files_digest(manifest, rows.tolist())
     if read_label_summary(config.run.dir).get("files", files) != files:  # an earlier version did not record it
         raise UserError(f"{path}: the files of its videos have changed since; run `label` again")
     rows = rows[used]

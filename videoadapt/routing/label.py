@@ -18,7 +18,14 @@ from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_inputs import label_inputs
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
-from videoadapt.routing.scores import ScoreFiles, Scores, files_digest, inference_model, score, trained_checkpoint
+from videoadapt.routing.scores import (
+    ScoreFiles,
+    Scores,
+    inference_model,
+    labelled_files_digest,
+    score,
+    trained_checkpoint,
+)
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
@@ -142,7 +149,7 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         none_right=config.label.none_right,
         manifest=manifest.hash,
         model=scores.model,
-        files=files_digest(manifest, sorted(set(scores.rows.tolist()))),
+        files=labelled_files_digest(manifest, scores.rows.tolist()),
         clips=len(labels),
         failed=[{"path": str(failure.path), "cause": failure.cause} for failure in scores.failures],
         points={

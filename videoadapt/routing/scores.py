@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,6 +336,11 @@ def files_digest(manifest: Manifest, rows: Sequence[int]) -> str:
     """
     table = manifest.table.loc[list(rows), _FILE_COLUMNS]
     return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()[:12]
+
+
+def labelled_files_digest(manifest: Manifest, rows: Iterable[int]) -> str:
+    """Returns `files_digest` of some videos, whatever their order in the manifest."""
+    return files_digest(manifest, sorted(set(rows), key=lambda row: str(manifest["video"][row])))
 
 
 def _unread(file: Path, chunk: list[int]) -> list[int]:

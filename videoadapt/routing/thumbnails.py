@@ -24,7 +24,7 @@ from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError, UserError, plural
 from videoadapt.routing.label_rules import Bools
-from videoadapt.routing.scores import files_digest
+from videoadapt.routing.scores import VERSION, files_digest
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.inputs import Inputs
@@ -61,7 +61,7 @@ def read_thumbnails(
     shape = (len(rows), 3, config.assign.frames, config.assign.size, config.assign.size)
     # Whatever changes a thumbnail is in the file's name.
     inputs = Inputs.of(config, manifest.hash, None, "data", "model", "evaluate")
-    digest = inputs.digest(rows.tolist(), shape, files_digest(manifest, rows.tolist()), without=_CROPS)
+    digest = inputs.digest(VERSION, rows.tolist(), shape, files_digest(manifest, rows.tolist()), without=_CROPS)
     file = ThumbnailFile(config.run.dir / "assigner" / f"thumbnails-{digest}.npy", shape)
     file.open()
     numbers = np.flatnonzero(~file.found)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure
+from videoadapt.data.clips.loader import steps_per_epoch
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import CheckpointError, RunError, plural, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
@@ -179,7 +180,9 @@ class State:
                 "run.dir"
             )
         # Checkpoints of earlier versions have none: then the order is taken on trust, as it was.
-        if checkpoint.meta.get("order", self.order) != self.order:
+        # Without steps left, it decides nothing any more.
+        left = checkpoint.value("step", int) < steps_per_epoch(self.manifest, self.config) * self.config.train.epochs
+        if left and checkpoint.meta.get("order", self.order) != self.order:
             raise CheckpointError(
                 f"{checkpoint.path}: was trained on the same videos in another order, from which other clips would "
                 "follow for the steps that are left; give the lists their order of before, or use another run.dir"
@@ -193,7 +196,9 @@ class State:
             load_tensors(self.ema.module, checkpoint.tensors_under("ema"), checkpoint.path)
         self.step, self.skipped = checkpoint.value("step", int), checkpoint.value("skipped", int)
         self.validations = _validations_of(checkpoint)
-        self.initial_clips = checkpoint.tensors.get(INITIAL, self.initial_clips)
+        # A checkpoint of an earlier version has none; then the file of `train.init`, if it is still there, tells.
+        found = checkpoint.tensors.get(INITIAL)
+        self.initial_clips = clips_of_weights(self.config.train.init) if found is None else found
 
     def _require_same_init(self, checkpoint: Checkpoint) -> None:
         """Checks that `train.init` is what the run began with. The file may have moved, or be gone by now."""

@@ -59,8 +59,8 @@ def trained_clips(checkpoint: Checkpoint, manifest: Manifest, columns: Iterable[
     Args:
         checkpoint: The model's checkpoint.
         manifest: The rows.
-        columns: What identifies a clip: `video` (its id, unique only within one list), `source` (its YouTube id),
-            `content` (the bytes of its file).
+        columns: What identifies a clip: `video` (its id, unique only within one list), `source` (its YouTube id, or
+            what `data.source_pattern` finds), `content` (the bytes of its file).
 
     Returns:
         The number; None if the checkpoint has no record, because an older version wrote it.
@@ -71,8 +71,8 @@ def trained_clips(checkpoint: Checkpoint, manifest: Manifest, columns: Iterable[
     initial = checkpoint.tensors.get(INITIAL, torch.empty(0, dtype=torch.int64))
     seen = np.zeros(len(manifest), dtype=bool)
     for column, keys in _keys(manifest).items():
-        # An id is unique within a list, and the initial weights may be of another one.
-        known = recorded if column == "video" else torch.cat([recorded, initial])
+        # Ids and sources are unique within a list, and the initial weights may be of another one.
+        known = torch.cat([recorded, initial]) if column == "content" else recorded
         if column in columns:
             seen |= np.isin(keys, known.numpy()) & (manifest[column] != "")
     return int(seen.sum())
@@ -102,7 +102,7 @@ def require_held_out(checkpoint: Checkpoint, manifest: Manifest, config: Config)
             f"label.source: holdout must label clips that the model was not trained on, but {found} the "
             f"{len(held_out)} clips of the split holdout were in the training of {checkpoint.path}"
             f"{'; since then ' + ', '.join(changed) if changed else ''}. Undo the change, train again in another "
-            "run.dir, or set label.source=train"
+            f"run.dir, or set label.source=train{_or_of_init(checkpoint)}"
         )
 
 
@@ -132,8 +132,15 @@ def require_unseen(checkpoint: Checkpoint, manifest: Manifest, config: Config) -
             f"data.calibrate: a calibration needs clips that nothing was fitted to, but {count} of the {len(unseen)} "
             f"clips of the split calibrate were in the training of {checkpoint.path}"
             f"{'; since then ' + ', '.join(changed) if changed else ''}. Undo the change, or train again in another "
-            "run.dir"
+            f"run.dir{_or_of_init(checkpoint)}"
         )
+
+
+def _or_of_init(checkpoint: Checkpoint) -> str:
+    """Returns the remedy if the clips may be those of the checkpoint that the training began with."""
+    if not len(checkpoint.tensors.get(INITIAL, ())):
+        return ""
+    return ". If nothing has changed, they were in the training of train.init: begin with other weights"
 
 
 def _redrawn(checkpoint: Checkpoint, config: Config) -> list[str]:

@@ -130,9 +130,11 @@ def survey(
         class_file, text = write_classes(listing.classes)
         files |= {**_lists(videos, listing.classes), class_file: text}
         found = Sources(beside / "train.csv", beside / "val.csv", beside / class_file, None)
+        count = sum(video.split == "val" for video in videos)
         drawn_notes.append(
-            f"no val split: the last {_VAL_FRACTION:.0%} of each class, in the order of names, are in {found.val}. If "
-            "videos of one scene, person or camera are in both lists, accuracy on val is too high: move whole scenes"
+            f"no val split: {count} of {len(videos)} videos, about the last {_VAL_FRACTION:.0%} of each class in the "
+            f"order of names, are in {found.val}. If videos of one scene, person or camera are in both lists, accuracy "
+            "on val is too high: move whole scenes"
         )
     elif names:
         found = replace(found, classes=beside / class_file)
@@ -339,11 +341,16 @@ def _draw_val(videos: Sequence[ListedVideo], source_pattern: str | None) -> list
         taken.update(members[source])
         missing.update({label: missing[label] - n for label, n in members[source].items()})
 
-    for is_wanted in (
-        lambda counts: sum(abs(missing[label] - n) - abs(missing[label]) for label, n in counts.items()) < 0,
-        lambda counts: any(not taken[label] for label in counts),  # each class, even by a source that is too large
-    ):
-        for source in reversed(members):
+    def comes_nearer(counts: Counter[int]) -> bool:
+        return sum(abs(missing[label] - n) - abs(missing[label]) for label, n in counts.items()) < 0
+
+    def is_first(counts: Counter[int]) -> bool:
+        return any(not taken[label] for label in counts)
+
+    from_last = [*reversed(members)]
+    from_smallest = sorted(from_last, key=lambda source: members[source].total())  # it may be too large
+    for is_wanted, order in ((comes_nearer, from_last), (is_first, from_smallest)):
+        for source in order:
             counts = members[source]
             remains = all(taken[label] + n < total[label] for label, n in counts.items())
             if source not in val and remains and is_wanted(counts):
