@@ -61,7 +61,7 @@ def test_each_policy_is_marked_with_its_interval() -> None:
         assert np.array(line.get_data()).ravel() == pytest.approx([row["macs_per_clip"], 100 * row["top1"]])
         (low, high) = interval.get_segments()[0][:, 1]
         assert (low, high) == pytest.approx((100 * row["top1_low"], 100 * row["top1_high"]))
-    assert legend(axes) == ["Pareto front"]
+    assert legend(axes) == ["Pareto front", "mixtures of fixed points"]
     assert {text.get_text() for text in axes.texts} == set(POLICIES)
 
 

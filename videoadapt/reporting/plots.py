@@ -55,6 +55,7 @@ _KINDS = {
     "random": ("X", "#868e96"),
     "oracle": ("^", "#3c9a5f"),
 }
+_FIXED = _KINDS["fixed"]
 _OTHER_KIND = ("v", "#9a6fd0")
 
 
@@ -95,12 +96,16 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
         title: The title of the figure.
 
     Returns:
-        Top-1 in percent, with its interval, against the mean MACs of a clip. A line joins the Pareto front.
+        Top-1 in percent, with its interval, against the mean MACs of a clip. A line joins the Pareto front, a dashed
+        one the best random mixtures of two fixed points.
     """
     figure = Figure(figsize=(8.5, max(4.8, 2 + 0.21 * len(policies))), layout="constrained")
     axes = figure.subplots()
     front = sorted((row["macs_per_clip"], 100 * row["top1"]) for row in policies.values() if row["pareto"])
     axes.plot(*zip(*front, strict=True), color=_LINE, zorder=1, label="Pareto front")
+    fixed = [row for name, row in policies.items() if _kind(name) == _FIXED]
+    mixed = _mixtures([(row["macs_per_clip"], 100 * row["top1"]) for row in fixed])
+    axes.plot(*zip(*mixed, strict=True), "--", color=_FIXED[1], lw=1, zorder=1, label="mixtures of fixed points")
     for name, row in policies.items():
         marker, colour = _kind(name)
         below, above = 100 * (row["top1"] - row["top1_low"]), 100 * (row["top1_high"] - row["top1"])
@@ -121,12 +126,25 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
     axes.margins(x=0.15, y=0.12)  # room for a name at either side of a mark
     axes.grid(alpha=0.3)
     if len(policies) <= _FEW:
-        axes.legend(handles=axes.lines[:1], loc="best", fontsize=8, frameon=False)
+        axes.legend(handles=axes.lines[:2], loc="best", fontsize=8, frameon=False)
         _name_marks(figure, axes, policies)
     else:
-        axes.legend(handles=axes.lines[:1], loc="lower left", bbox_to_anchor=(1.03, -0.16), fontsize=8, frameon=False)
+        axes.legend(handles=axes.lines[:2], loc="lower left", bbox_to_anchor=(1.03, -0.16), fontsize=8, frameon=False)
         _label_marks(axes, policies)
     return figure
+
+
+def _mixtures(fixed: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the upper hull of points (cost, accuracy), from the cheapest to the costliest."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(fixed):
+        while len(hull) > 1:
+            (ax, ay), (bx, by) = hull[-2:]
+            if (by - ay) * (x - ax) > (y - ay) * (bx - ax):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
 
 
 def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@
     const unit = units.find(([size]) => Math.abs(value) >= size);
     return unit ? `${+(value / unit[0]).toPrecision(3)} ${unit[1]}` : `${+value.toPrecision(3)}`;
   };
-  const SYMBOLS = { fixed: "circle", assigned: "diamond", calibrated: "pin", cascade: "rect", leap: "roundRect", random: "triangle", oracle: "arrow" };
+  const SYMBOLS = { fixed: "circle", assigned: "diamond", calibrated: "pin", cascade: "rect", leap: "roundRect", random: "triangle", oracle: "emptyCircle" };
   const RUN_COLOURS = ["fixed", "assigned", "oracle", "calibrated", "cascade", "random", "cheap", "dear"];
   const CATEGORIES = ["fixed", "cascade", "oracle", "calibrated", "assigned", "random"];
   const categoryColours = (names) => names.map((_, i) => css(CATEGORIES[i % CATEGORIES.length]));
