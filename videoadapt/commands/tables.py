@@ -233,7 +233,9 @@ def _assigner_in_words(summary: Summary) -> list[str]:
     at_most = f"with confidence {confidence} % it loses at most {percent(summary['loss_at_most'])} points"
     needed = summary["clips_needed"]
     could = (
-        f"about {needed} clips can prove assign.tolerance" if needed else "no number of clips proves a tolerance of 0"
+        f"about {needed} clips with as many of each source can prove assign.tolerance"
+        if needed
+        else "no number of clips proves a tolerance of 0"
     )
     one = f"{100 / summary['clips_selecting']:.2g} points"
     trained_on = ", on which the model was trained: new clips may lose more" if summary["source"] == "train" else ""
@@ -554,7 +556,10 @@ def print_compare(summary: Summary) -> None:
         )
     if None not in summary["views"] and summary["views"][0] != summary["views"][1]:
         say(f"THE VIEWS DIFFER: {' in A, '.join(summary['views'])} in B; part of a difference may be due to them")
-    say("p: exact two-sided McNemar test on the videos that one run alone gets right; not corrected for many policies")
+    say(
+        "p: exact two-sided McNemar test on the videos that one run alone gets right; it counts each of them, also of "
+        "one source, and is not corrected for many policies"
+    )
 
 
 def print_report(summary: ReportSummary) -> None:
