@@ -312,7 +312,7 @@ def test_the_holdout_says_what_its_clips_can_show(clips: int, words: str) -> Non
 def test_the_clips_of_a_source_are_one_piece_of_evidence_for_the_threshold() -> None:
     reason = recommend(replace(facts(20_000), source_count=100), VIT_S, LAPTOP).settings["data.holdout"].reason
     assert "in whole sources, of which train has 100" in reason
-    assert re.search(r"needs about \d+ sources, not \d$", reason)
+    assert re.search(r"needs about \d+ sources \(\d+ clips\), not \d$", reason)
 
 
 def test_a_busy_machine_is_said_with_its_times(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ import small_runs as runs
 import videoadapt as va
 from browser import Visit, visit
 from videoadapt.config.load import load_config, make_config
+from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
 from videoadapt.evaluation.evaluated import reported_policy
 from videoadapt.reporting.examples import groups_of
@@ -279,8 +280,12 @@ def test_overridden_views_of_an_evaluation_are_those_of_the_page(folder: Path, t
 def test_runs_of_one_name_and_files_of_one_val_split_are_told_apart(folder: Path, tmp_path: Path) -> None:
     for parent in "ab":
         shutil.copytree(folder / "good", tmp_path / parent / "exp")
-    path = tmp_path / "b" / "exp" / "evaluate" / "evaluate.json"
-    other = json.loads(path.read_text()) | {"manifest": "another one"}  # another holdout, the same val split
+    run = tmp_path / "b" / "exp"
+    manifest, path = Manifest.load(run / "manifest.parquet"), run / "evaluate" / "evaluate.json"
+    held_out = manifest.table.iloc[:1].assign(video="held out", split="holdout")  # val is the same
+    manifest = Manifest(pd.concat([manifest.table, held_out]), manifest.classes)
+    manifest.save(run / "manifest.parquet")
+    other = json.loads(path.read_text()) | {"manifest": manifest.hash}
     path.write_text(json.dumps(other))
     page = report(tmp_path / "a" / "exp", tmp_path / "b" / "exp").page.read_text(encoding="utf-8")
     assert ">a/exp<" in page and ">b/exp<" in page
