@@ -447,7 +447,9 @@ def test_the_card_of_other_weights_is_written_anew_with_its_licence(
     written = card.read_text()
     assert f"Weights: `{weights_digest(adaptive.model)}`" in written
     assert "license: mit\n" in written.partition("---\n\n")[0] and "Licence: mit." in written
-    assert f"{card}: was the card of other weights, and is written anew; its licence is kept" in capsys.readouterr().err
+    said = f"{card}: was the card of other weights, now README.old.md, and is written anew; its licence is kept"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "README.old.md").read_text() == edited
     card.write_text("A page of the user's own.")
     adaptive.save_pretrained(tmp_path)
     assert card.read_text() == "A page of the user's own."

@@ -339,10 +339,14 @@ def test_videos_that_cannot_be_read_are_skipped_counted_and_listed(data: Path, t
 
 def test_a_run_does_not_go_on_with_its_videos_in_another_order(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    config = runs.config(tmp_path / "data", tmp_path / "run", train={"epochs": 1})
-    train(config)
+    config = runs.config(tmp_path / "data", tmp_path / "run", train={"epochs": 2})
+    summary = train(config)
     list_ = tmp_path / "data" / "train.csv"
     list_.write_text("".join(reversed(list_.read_text().splitlines(keepends=True))))
+    assert train(config) == summary  # no step is left
+    checkpoints = config.run.dir / "checkpoints"
+    for path in (sorted(checkpoints.glob("step-*"))[-1], checkpoints / "last", config.run.dir / "train.json"):
+        path.unlink()
     with pytest.raises(CheckpointError, match="the same videos in another order"):
         train(config)
 
