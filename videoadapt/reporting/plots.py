@@ -23,6 +23,7 @@ from matplotlib.figure import Figure  # without pyplot, which keeps every figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from videoadapt.evaluation.evaluated import read_evaluation, reported_policy, run_name
+from videoadapt.routing.candidates import upper_hull
 from videoadapt.runtime.files import read_json, replacing
 
 Box = npt.NDArray[np.float64]  # (2, 2): the lower left corner, and the upper right one
@@ -103,8 +104,8 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
     axes = figure.subplots()
     front = sorted((row["macs_per_clip"], 100 * row["top1"]) for row in policies.values() if row["pareto"])
     axes.plot(*zip(*front, strict=True), color=_LINE, zorder=1, label="Pareto front")
-    fixed = [row for name, row in policies.items() if _kind(name) == _FIXED]
-    mixed = _mixtures([(row["macs_per_clip"], 100 * row["top1"]) for row in fixed])
+    fixed = {n: (row["macs_per_clip"], 100 * row["top1"]) for n, row in policies.items() if _kind(n) == _FIXED}
+    mixed = [fixed[name] for name in upper_hull(fixed)]
     axes.plot(*zip(*mixed, strict=True), "--", color=_FIXED[1], lw=1, zorder=1, label="mixtures of fixed points")
     for name, row in policies.items():
         marker, colour = _kind(name)
@@ -132,19 +133,6 @@ def plot_accuracy_cost(policies: Mapping[str, Mapping[str, Any]], title: str) ->
         axes.legend(handles=axes.lines[:2], loc="lower left", bbox_to_anchor=(1.03, -0.16), fontsize=8, frameon=False)
         _label_marks(axes, policies)
     return figure
-
-
-def _mixtures(fixed: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the upper hull of points (cost, accuracy), from the cheapest to the costliest."""
-    hull: list[tuple[float, float]] = []
-    for x, y in sorted(fixed):
-        while len(hull) > 1:
-            (ax, ay), (bx, by) = hull[-2:]
-            if (by - ay) * (x - ax) > (y - ay) * (bx - ax):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull
 
 
 def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:

@@ -107,7 +107,7 @@ def orders_of(
         views: Views of a video.
     """
     points = model.points
-    hull = points[:: len(points) - 1] if known is None else _lower_hull(known, model)
+    hull = points[:: len(points) - 1] if known is None else _on_hull(known, model)
     words = "the costliest and the cheapest point" if known is None else "mixtures that the label table favours"
     paths = {"fixed points and their mixtures": points, words: hull}
     orders = [Order(name, _mixtures(path)) for name, path in paths.items()]
@@ -150,20 +150,28 @@ def _mixtures(path: Sequence[str]) -> tuple[Policy, ...]:
     return tuple(found)
 
 
-def _lower_hull(known: KnownClips, model: ModelConfig) -> tuple[str, ...]:
-    """Returns the points that no mixture of two others beats on the label table, costliest first (convex hull)."""
-    hull: list[tuple[float, float, str]] = []
-    for point in model.points:
-        loss, cost = known.outcomes(Fixed(point), model)
-        # A point leaves the hull if the way past it, to the new point, loses less for each unit of cost saved.
-        while len(hull) > 1 and _slope(hull[-2], (loss, cost, "")) <= _slope(hull[-2], hull[-1]):
+def _on_hull(known: KnownClips, model: ModelConfig) -> tuple[str, ...]:
+    """Returns the points that no mixture of two others beats on the label table, costliest first."""
+    found = {point: known.outcomes(Fixed(point), model) for point in model.points}
+    return upper_hull({point: (cost, -loss) for point, (loss, cost) in found.items()})
+
+
+def upper_hull(points: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
+    """Returns the names of the points that no random mixture of two others beats, costliest first.
+
+    Args:
+        points: Cost and value, such as accuracy, by name; costliest first.
+    """
+    hull: list[str] = []
+    for name, (cost, value) in points.items():
+        while len(hull) > 1:
+            (first_cost, first_value), (last_cost, last_value) = points[hull[-2]], points[hull[-1]]
+            # The last one stays only if it lies above the way past it, to the new point.
+            if (last_value - first_value) * (first_cost - cost) > (value - first_value) * (first_cost - last_cost):
+                break
             hull.pop()
-        hull.append((loss, cost, point))
-    return tuple(point for _, _, point in hull)
-
-
-def _slope(first: tuple[float, float, str], second: tuple[float, float, str]) -> float:
-    return (second[0] - first[0]) / max(first[1] - second[1], 1e-12)
+        hull.append(name)
+    return tuple(hull)
 
 
 def _cascades(points: Sequence[str], every: bool) -> list[tuple[Policy, ...]]:
