@@ -125,6 +125,7 @@ def _changed(config: Config, batch: int, points: Sequence[str], groups: str | No
     values["model"]["points"] = list(points)
     values["train"] |= {"batch": batch, "accumulate": 1, "draw": draw}
     values["parallel"]["groups"] = groups
+    values["evaluate"] |= {"cascade": [], "leap": []}  # they may name points that this case has not
     return make_config(values, "bench_train")
 
 
