@@ -91,7 +91,9 @@ def test_the_data_of_the_demo_is_in_its_run_folder(tmp_path: Path) -> None:
 @pytest.mark.skipif("VIDEOADAPT_DEMO" not in os.environ, reason="minutes of training; .ci/run sets VIDEOADAPT_DEMO")
 def test_the_demo_keeps_its_promise_at_its_real_recipe(tmp_path: Path) -> None:
     """The README's claim, with margins that the log's seeds 1 to 3 leave."""
-    summary = demo([f"run.dir={tmp_path}"]).summary
+    result = demo([f"run.dir={tmp_path}"])
+    assert result.evaluation["favoured"] == "assigned"
+    summary = result.summary
     assigned = summary.policies["assigned"]
     assert assigned["difference_to_costliest"][0] > -0.01  # the assigner loses less than a point of accuracy
     assert assigned["macs_saved"] > 0.45

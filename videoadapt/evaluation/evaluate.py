@@ -16,6 +16,7 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError, plural
+from videoadapt.evaluation.against_fixed import proven_policy
 from videoadapt.evaluation.evaluated import has_text, read_evaluation, reported_policy
 from videoadapt.evaluation.logits_file import write_logits
 from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
@@ -99,6 +100,7 @@ class EvaluationSummary(Result):
     policies: dict[str, PolicyRow]
     hardest_classes: list[ClassRow]
     hardest_policy: str  # whose figures these are; see `reported_policy`
+    favoured: str | None  # the policy that is proven to route well (`proven_policy`); None: none is
     classes: int  # classes of the manifest
     promises: dict[str, str]  # of the policies that come from a file of `calibrate`, by their names
     speed: Speed | None  # how the speed was measured; None if `evaluate.speed_seconds` or `speed_clips` is 0
@@ -313,7 +315,8 @@ def _summary(
     evaluated, labels = config.evaluate, manifest.split("val")["label"]
     largest = np.bincount(labels).argmax()
     rows = policy_rows(outcomes, population, speed.clips_per_s if speed else {}, config)
-    reported = reported_policy({name: row.to_json() for name, row in rows.items()})
+    texts = {name: row.to_json() for name, row in rows.items()}
+    reported = reported_policy(texts)
     return EvaluationSummary(
         split="val",
         kind="images" if set(manifest.split("val").readable["reader"]) == {"image"} else "videos",
@@ -339,6 +342,7 @@ def _summary(
         policies=rows,
         hardest_classes=_hardest(classes, reported),
         hardest_policy=reported,
+        favoured=proven_policy(texts),
         classes=len(manifest.classes),
         promises={},
         speed=speed,
