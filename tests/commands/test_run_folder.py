@@ -93,9 +93,12 @@ def test_a_later_stage_changes_its_own_section_alone(run: Config, tmp_path: Path
 def test_labels_come_next_where_an_assigner_has_enough_clips(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = len(Manifest.load(manifest_path(run.run.dir)).split("holdout"))
     assert run.label.source == "holdout" and 0 < run.assign.select * clips < threshold.FEWEST
-    assert _following("train", run) == "evaluate"
+    assert _following("train", run, {}) == ["evaluate"]
     monkeypatch.setattr(threshold, "FEWEST", round(run.assign.select * clips))
-    assert _following("train", run) == "label"
+    assert _following("train", run, {}) == ["label"]
+    mix = {"14": 1.0, "7": 0.0}
+    assert _following("assign", run, {"rule": "proven", "mix": mix}) == ["evaluate"]
+    assert _following("assign", run, {"rule": "none", "mix": mix}) == ["evaluate", "--policy", "leap:7:price=0.05"]
 
 
 def test_a_stage_says_if_it_divides_train_otherwise(run: Config, capsys: pytest.CaptureFixture[str]) -> None:

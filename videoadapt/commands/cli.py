@@ -538,20 +538,25 @@ def _show_stage(
     result = run_stage(stage, config, policies)
     # One shard of an array job has no table: its result only names the shard.
     as_json = as_json or isinstance(result, ShardResult)
-    _show(result.to_json(), as_json, print_result)
+    summary = result.to_json()
+    _show(summary, as_json, print_result)
     if not as_json:
-        say(f"next: videoadapt {_following(stage, config)} {shlex.quote(str(config.run.dir))}")
+        verb, *options = _following(stage, config, summary)
+        say(f"next: {shlex.join(['videoadapt', verb, str(config.run.dir), *options])}")
 
 
-def _following(stage: Stage, config: Config) -> str:
-    """Returns the verb after this stage: `label` if an assigner has enough clips to choose its threshold."""
+def _following(stage: Stage, config: Config, summary: Summary) -> list[str]:
+    """Returns the verb after this stage, and its options: `label` if an assigner has enough clips for a threshold."""
     if stage == "train":
         from videoadapt.commands.stage import has_assigner
 
-        return "label" if has_assigner(config) and _clips_suffice(config) else "evaluate"
-    if stage == "assign" and config.data.calibrate:
-        return "calibrate"
-    return {"label": "assign", "assign": "evaluate", "calibrate": "evaluate", "evaluate": "report"}[stage]
+        return ["label" if has_assigner(config) and _clips_suffice(config) else "evaluate"]
+    if stage == "assign":
+        from videoadapt.commands.tables import advised_leap
+
+        leap = advised_leap(summary)
+        return ["calibrate"] if config.data.calibrate else ["evaluate", *(["--policy", leap] if leap else [])]
+    return [{"label": "assign", "calibrate": "evaluate", "evaluate": "report"}[stage]]
 
 
 def _clips_suffice(config: Config) -> bool:

@@ -248,7 +248,7 @@ def _assigner_in_words(summary: Summary) -> list[str]:
         "none": (
             f"the assigner saves nothing: {clips}, one of which is {one}, support no cheaper mix within "
             f"assign.tolerance; {could}. Label more clips, allow a larger loss, use one point for all clips, or a "
-            f"leap, which needs fewer labels: `evaluate --policy leap:{list(summary['mix'])[-1]}:price=0.05`"
+            f"leap, which needs fewer labels: `evaluate --policy {advised_leap(summary)}`"
         ),
     }
     sentences = [found[summary["rule"]]]
@@ -270,6 +270,11 @@ def _assigner_in_words(summary: Summary) -> list[str]:
             f"{high:+.1f}); chance alone differs so with probability {fixed['p_value']:.2g}"
         )
     return sentences
+
+
+def advised_leap(summary: Summary) -> str | None:
+    """Returns the policy to try where `assign` found no threshold; None where it found one."""
+    return f"leap:{list(summary['mix'])[-1]}:price=0.05" if summary["rule"] == "none" else None
 
 
 def print_calibrate(summary: Summary) -> None:
