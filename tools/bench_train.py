@@ -24,7 +24,7 @@ from typing import Any
 from bench_train_results import Row, by_lengths, print_bench_train, with_times
 from bench_train_steps import all_reduce, matrix_product, our_step, passes, peer_step
 from rank_processes import Prepare, slots, started
-from videoadapt.config.cost import point_macs
+from videoadapt.config.cost import backward_macs, point_macs
 from videoadapt.config.load import Config, load_config, make_config, parse_settings
 from videoadapt.config.points import Point
 from videoadapt.config.sections import Count, Section
@@ -231,7 +231,8 @@ def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
 
 
 def _row(case: Case, predicted_s: float | None) -> Row:
-    macs, fractions = point_macs(case.config.model), point_probabilities(case.config)
+    model, fractions = case.config.model, point_probabilities(case.config)
+    macs = {p: forward + backward_macs(model, p, case.config.train.freeze) for p, forward in point_macs(model).items()}
     return Row(
         name=case.name,
         kind=case.kind,

@@ -27,7 +27,7 @@ class Row:
     points: list[str]
     ranks: int
     plan: str
-    macs: float  # MACs of all forward passes of a step, the mean over draws
+    macs: float  # MACs of all passes of a step, forward and backward, the mean over draws
     clips: int
     parameters: int | None
     predicted_s: float | None
@@ -92,7 +92,7 @@ def _timed(row: Row, turns: Sequence[Sequence[StepTime]], alone: Sequence[float]
         waited_s=statistics.median(max(time.waited_s for time in turn) for turn in turns),
         prediction_error=row.predicted_s and row.predicted_s / step_s - 1,
         clips_per_s=row.clips / step_s,
-        peak_fraction=3 * row.macs / step_s / (peak * row.ranks),  # a backward pass has twice the MACs of a forward one
+        peak_fraction=row.macs / step_s / (peak * row.ranks),
         peak_bytes=max(time.peak_bytes for time in turns[-1]),
     )
 

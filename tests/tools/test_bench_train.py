@@ -78,6 +78,14 @@ def row(kind: str, points: list[str], ranks: int, macs: int, predicted_s: float 
     return Row(f"{kind} {','.join(points)} {ranks}", kind, points, ranks, "", macs, 2, 10, predicted_s)
 
 
+def test_the_macs_of_a_step_leave_out_backward_passes_of_frozen_blocks(tmp_path: Path) -> None:
+    config, frozen = tiny(tmp_path), tiny(tmp_path, train={"freeze": 1})
+    whole, part = (tool._row(tool.Case("alone", each, 1), None).macs for each in (config, frozen))
+    forward = sum(point_macs(config.model).values()) * config.train.batch
+    assert whole == pytest.approx(3 * forward)
+    assert forward < part < whole
+
+
 def turn(*seconds: float, silent_s: float = 1.0) -> list[StepTime]:
     """One round: the times of a step by rank."""
     return [StepTime(each, silent_s, 0.25, 100) for each in seconds]
@@ -100,7 +108,7 @@ def test_figures_that_follow_from_the_times() -> None:
     timed = with_times(rows, turns, 75.0)
     alone, _, sequential, groups, peer = timed
     assert alone.step_s == 2.0
-    assert alone.peak_fraction == pytest.approx(3 * 100 / 2.0 / 75)
+    assert alone.peak_fraction == pytest.approx(100 / 2.0 / 75)
     assert sequential.times_alone == 1.25  # the median of 1.5, 1.25 and 1 within their rounds
     assert sequential.flops_bound == 1.25
     assert sequential.times_bound == 1.0
@@ -119,7 +127,7 @@ def test_figures_that_follow_from_the_times() -> None:
     assert groups.step_s == 4.0  # of the slowest rank
     assert groups.communication == 0.5
     assert groups.waited_s == 0.25
-    assert groups.peak_fraction == pytest.approx(3 * 125 / 4.0 / (2 * 75))
+    assert groups.peak_fraction == pytest.approx(125 / 4.0 / (2 * 75))
     assert by_lengths(timed)[1].grouped_is_predicted is False
 
 
