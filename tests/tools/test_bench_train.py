@@ -79,7 +79,7 @@ def row(kind: str, points: list[str], ranks: int, macs: int, predicted_s: float 
 
 
 def test_the_macs_of_a_step_leave_out_backward_passes_of_frozen_blocks(tmp_path: Path) -> None:
-    config, frozen = tiny(tmp_path), tiny(tmp_path, train={"freeze": 1})
+    config, frozen = tiny(tmp_path), tiny(tmp_path, train={"freeze": 1, "init": "weights.pt"})
     whole, part = (tool._row(tool.Case("alone", each, 1), None).macs for each in (config, frozen))
     forward = sum(point_macs(config.model).values()) * config.train.batch
     assert whole == pytest.approx(3 * forward)
