@@ -193,7 +193,8 @@ PAGES = {
     ),
     "docs/results/bench_train.md": Page(not_run={"python tools/bench_train.py": MINUTES}),
     "docs/results/fights.md": Page(
-        small=f"{SMALL} evaluate.cascade=[]",  # over views, of which `SMALL` has one
+        # Its cascades are over views, of which `SMALL` has one.
+        small=f"{SMALL} evaluate.cascade=[] train.freeze=null data.source_pattern=null model.drop_blocks=[1]",
         replaced={"FIGHTS=...": "FIGHTS=data", "VIT_S=...": "VIT_S=none"},
     ),
     "docs/results/gpu.md": Page(not_run={"python tools/gpu_check.py": "needs a GPU"}),
