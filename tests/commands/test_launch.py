@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,9 @@ from videoadapt.commands.launch import (
     sbatch_command,
     sbatch_options,
 )
-from videoadapt.config.load import Config, make_config
+from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.errors import ConfigError, RunError, UserError
+from videoadapt.model.checkpoint import train_checkpoints
 
 FILES = Path(__file__).parents[2] / "slurm"
 
@@ -52,6 +54,14 @@ def wait_until(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def layout(jobs: list[Job]) -> list[tuple[str, int, int, int]]:
@@ -371,6 +381,41 @@ def test_a_stage_that_fails_here_names_its_log(tmp_path: Path) -> None:
     assert "Traceback" not in "".join(lines)
     assert lines[-1].startswith("error: ")
     assert not (tmp_path / "jobs" / "%j").exists()
+
+
+def test_an_interrupted_launch_lets_its_ranks_save(tmp_path: Path) -> None:
+    data = runs.make_data(tmp_path / "data")
+    train = {"epochs": 10_000, "save_steps": 10**6}
+    config = runs.config(
+        data,
+        tmp_path / "run",
+        train=train,
+        launch={"cluster": "local", "stage": "train"},
+        slurm={"gpus_per_task": 0},
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    line = [sys.executable, "-m", "videoadapt", "launch", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(line, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics = config.run.dir / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 2)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to the launch, submitit's controller and the rank
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    saved = train_checkpoints(config.run.dir).latest()
+    assert saved is not None and saved.meta["step"] == len(metrics.read_text().splitlines())
+    assert "Traceback" not in "".join(log.read_text() for log in (config.run.dir / "jobs").glob("*.out"))
+    wait_until(lambda: not group_exists(process.pid))  # no orphan
+
+
+@pytest.mark.parametrize("given", [None, "2,3"])
+def test_ranks_on_this_machine_see_the_gpus_that_the_launch_was_given(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(module, "run_stage", lambda *_: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # by submitit
+    StageCall(jobs_of(config_of())[0], config_of(), gpus=given)()
+    assert seen == [given or "0,1"]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,13 @@ def test_a_job_has_id_restarts_and_tasks() -> None:
     assert slurm_job(STEP | {"SUBMITIT_EXECUTOR": "slurm"}) == SlurmJob("71", 2, 6)
 
 
+def test_an_element_of_an_array_is_not_the_whole_array() -> None:
+    """SLURM gives one element of each array the array's own id, and `scontrol requeue 71` requeues all elements."""
+    elements = [STEP | {"SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": number} for number in "01"]
+    jobs = [slurm_job(elements[0] | {"SLURM_JOB_ID": "72"}), slurm_job(elements[1])]
+    assert [job and job.id for job in jobs] == ["71_0", "71_1"]
+
+
 def test_a_local_process_inside_a_job_has_no_job() -> None:
     """Otherwise it would requeue a job although it is not a task of it."""
     assert slurm_job(STEP | LOCAL) is None

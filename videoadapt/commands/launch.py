@@ -8,11 +8,14 @@ Only the verb `launch` imports this module, because submitit is slow to import.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +31,7 @@ from videoadapt.config.load import Config, make_config
 from videoadapt.errors import ConfigError, RunError, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.results import Result
+from videoadapt.runtime.signals import Stopped
 from videoadapt.runtime.slurm import cancel
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -51,6 +55,7 @@ srun() {
 }
 """
 _NO_LIMIT_MINUTES = 366 * 24 * 60  # submitit's local executor needs a limit: a year
+_STOP_EVERY_S = 0.5  # between two signals to the ranks of this machine
 _SQUEUE_EVERY_S = 60  # how often a handle asks SLURM for the state of its job, unless forced
 
 
@@ -299,11 +304,18 @@ def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.
 
 
 class StageCall:
-    """The function that submitit pickles and a job calls: a stage with its config."""
+    """The function that submitit pickles and a job calls: a stage with its config.
 
-    def __init__(self, job: Job, config: Config, shard: int | None = None) -> None:
+    Args:
+        job: The job.
+        config: The config of the run.
+        shard: The number of the shard, in an array.
+        gpus: Value of CUDA_VISIBLE_DEVICES for the stage. None: as it is in the process of the job.
+    """
+
+    def __init__(self, job: Job, config: Config, shard: int | None = None, gpus: str | None = None) -> None:
         parallel = {"ranks": job.ranks, "shard": None if shard is None else f"{shard}/{job.shards}"}
-        self.stage = job.stage
+        self.stage, self.gpus = job.stage, gpus
         self.values = config.model_dump(mode="json")  # plain values: a pickled Config would tie the job to its class
         self.values["parallel"] |= parallel
 
@@ -311,11 +323,15 @@ class StageCall:
         """Runs the stage and returns its result.
 
         Raises:
-            SystemExit: The stage failed by an error of the user or of the machine, which was printed as one line.
-                submitit would print the traceback of any other exception.
+            SystemExit: The stage was interrupted, or failed by an error of the user or of the machine, which was
+                printed as one line. submitit would print the traceback of any other exception.
         """
+        if self.gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         try:
             return run_stage(self.stage, make_config(self.values, "the config at submission"))
+        except Stopped as stopped:
+            raise SystemExit(128 + stopped.signal) from None
         except FAILURES as error:
             if not is_failure(error):
                 raise
@@ -399,17 +415,42 @@ def _run_here(jobs: Sequence[Job], config: Config) -> list[Submission]:
             timeout_min=_NO_LIMIT_MINUTES,
             stderr_to_stdout=True,
         )
-        handle = executor.submit(StageCall(job, config))
+        # submitit shows the ranks GPUs from 0 on, whichever ones this process was given.
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") if job.options.gpus_for_tasks else None
+        with _ignoring_interrupts():
+            handle = executor.submit(StageCall(job, config, gpus=gpus))
         say(f"{job.stage}: {plural(job.ranks, 'rank')}; log: {handle.paths.stdout}")
         try:
             handle.results()
         except (FailedJobError, UncompletedJobError) as error:
             raise RunError(_why_failed(job, handle)) from error
         except KeyboardInterrupt:
-            handle.cancel()  # the job has its own process group, which Ctrl-C does not reach
+            _let_ranks_save(job, handle)
             raise
         done.append(Submission(job.stage, handle.job_id, job.ranks, job.shards, str(handle.paths.stdout), ""))
     return done
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Makes processes that start in the `with` block ignore Ctrl-C, which a terminal sends to all its processes.
+
+    submitit's controller would kill the ranks a second later. `run_stage` has a handler of its own.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _let_ranks_save(job: Job, handle: submitit.Job[Result]) -> None:
+    """Tells the ranks of a job on this machine to save and end, and waits for them."""
+    say(f"{job.stage}: stopping once its ranks have saved; Ctrl-C again does not wait (log: {handle.paths.stdout})")
+    while not handle.done():
+        # The controller passes it on. Repeated, because a rank that still imports its modules ignores it.
+        os.kill(int(handle.job_id), signal.SIGTERM)
+        time.sleep(_STOP_EVERY_S)
 
 
 def _why_failed(job: Job, handle: submitit.Job[Result]) -> str:

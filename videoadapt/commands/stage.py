@@ -48,6 +48,8 @@ def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Res
     - SIGTERM (preemption): SLURM itself requeues the job. This process waits until SLURM ends it, because a job that
       ends by itself counts as completed.
 
+    In a rank of `launch.cluster=local`, a signal makes the stage save and end.
+
     Args:
         stage: The stage to run.
         config: The config of the run.
@@ -63,13 +65,17 @@ def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Res
         KeyboardInterrupt: Ctrl-C; outside a SLURM job also the other signals.
     """
     job, options = slurm_job(os.environ), config.slurm.of(stage)
+    # A rank of a local launch starts with SIGINT ignored, and with submitit's handler of SIGTERM, which ignores it, too.
+    saves_at = JOB_SIGNALS if job is not None else ()
+    if rank_env(os.environ).launcher == "submitit":
+        saves_at = (signal.SIGINT, *JOB_SIGNALS)
     if job is not None and job.restarts > options.max_restarts:  # SLURM also requeues after a node has failed
         raise RunError(_out_of_restarts(job, options))
     if job is not None:
         # Some ranks end the stage before others. A warning that arrives after the end must not kill them.
         for number in WARNINGS:
             signal.signal(number, signal.SIG_IGN)
-    with StopRequest(JOB_SIGNALS if job is not None else ()):
+    with StopRequest(saves_at):
         try:
             function = _function(stage)
             if stage != "train":

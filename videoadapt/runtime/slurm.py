@@ -61,7 +61,7 @@ def rank_env(environment: Mapping[str, str]) -> RankEnv:
 class SlurmJob:
     """The SLURM job (or the element of a job array) that a process belongs to."""
 
-    id: str
+    id: str  # of an element of an array, ARRAY_NUMBER
     restarts: int  # number of times that the job was requeued
     tasks: int  # requested by sbatch or salloc; a process that was started without srun is still alone
 
@@ -78,7 +78,10 @@ def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:
         return None
     counts = (environment.get(name, "") for name in ("SLURM_RESTART_COUNT", "SLURM_NTASKS"))
     restarts, tasks = (int(count) if count.isdigit() else 0 for count in counts)
-    return SlurmJob(environment["SLURM_JOB_ID"], restarts, tasks)
+    # An element of an array: one of them has the array's own id as SLURM_JOB_ID, and a command about that id is about
+    # all of them.
+    array, number = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return SlurmJob(f"{array}_{number}" if array and number else environment["SLURM_JOB_ID"], restarts, tasks)
 
 
 def requeue(job: str) -> None:
