@@ -38,8 +38,11 @@ from videoadapt.model.checkpoint import train_checkpoints
 FILES = Path(__file__).parents[2] / "slurm"
 
 
+LISTS = {"train": {"annotations": "train.csv"}, "val": {"annotations": "val.csv"}}
+
+
 def config_of(stage: str = "all", shards: int = 1, **slurm: object) -> Config:
-    return make_config({"launch": {"stage": stage, "shards": shards}, "slurm": slurm})
+    return make_config({"launch": {"stage": stage, "shards": shards}, "slurm": slurm, "data": LISTS})
 
 
 def options_of(script: str) -> dict[str, str]:
@@ -212,6 +215,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_slurm(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", "/nowhere")
     nested = {
         "run": {"dir": str(tmp_path / "run")},
+        "data": LISTS,
         "launch": {"shards": 2},
         "slurm": GIVEN | {"setup": ["module load cuda"]},
     }
@@ -231,8 +235,33 @@ def test_a_dry_run_writes_nothing_and_needs_no_slurm(tmp_path: Path, monkeypatch
 def test_a_launch_without_slurm_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RunError, match="no sbatch on this machine: launch from a node of the cluster"):
-        launch(make_config({"run": {"dir": str(tmp_path / "run")}}), [])
+        launch(make_config({"run": {"dir": str(tmp_path / "run")}, "data": LISTS}), [])
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"data": LISTS | {"val": {}}}, "data.val.annotations: evaluate needs"),
+        ({"data": LISTS | {"train": {}}}, "data.train.annotations: train needs"),
+        ({"parallel": {"groups": {"14": 4, "10": 2, "7": 1}}}, "needs 7 ranks, but this job has 8"),
+        ({"train": {"batch": 4}}, "train.batch: 4 clips in 1 micro-batch leave nothing"),
+        ({"launch": {"stage": "calibrate"}}, "data.calibrate: 0 leaves no video"),
+        ({"launch": {"stage": "assign"}, "model": {"points": ["14"]}}, "model.points: 14 alone"),
+        ({"evaluate": {"leap": ["7:cost=0.5"]}, "label": {"source": "teacher"}}, "7:cost=0.5 is fitted to labels"),
+        ({"parallel": {"shard": "3/8"}}, "parallel.shard: 3/8 is one job of calibrate, evaluate, label"),
+        ({"parallel": {"shard": "3/8"}, "launch": {"stage": "label", "shards": 8}}, "launch.shards=1"),
+    ],
+)
+def test_a_chain_that_would_fail_in_its_jobs_is_refused(words: dict[str, Any], message: str) -> None:
+    config = make_config({"data": LISTS, "slurm": {"tasks_per_node": 8}} | words)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan_launch(config, [])
+
+
+def test_one_shard_is_launched_alone() -> None:
+    config = make_config({"launch": {"stage": "label"}, "parallel": {"shard": "3/8"}})
+    assert StageCall(jobs_of(config)[0], config).values["parallel"]["shard"] == "3/8"
 
 
 def test_gpus_without_a_task_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,7 +377,7 @@ def test_the_chain_file_finds_the_other_files_and_keeps_the_working_directory(ca
 
 
 def test_a_local_launch_refuses_several_nodes(tmp_path: Path) -> None:
-    nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local"}, "slurm": {"nodes": 2}}
+    nested = {"run": {"dir": str(tmp_path)}, "launch": {"cluster": "local"}, "slurm": {"nodes": 2}, "data": LISTS}
     with pytest.raises(ConfigError, match=r"slurm\.nodes is 2; with launch\.cluster=local it must be 1"):
         launch(make_config(nested), [])
 

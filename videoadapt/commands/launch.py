@@ -26,15 +26,18 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from videoadapt.commands.failure import FAILURES, fail, is_failure
 from videoadapt.commands.stage import has_assigner, run_stage
+from videoadapt.config.cost import point_macs
 from videoadapt.config.jobs import JobConfig, Stage
 from videoadapt.config.load import Config, make_config
-from videoadapt.errors import ConfigError, RunError, plural
+from videoadapt.errors import ConfigError, RunError, few, plural
 from videoadapt.runtime.console import say
 from videoadapt.runtime.results import Result
 from videoadapt.runtime.signals import Stopped
 from videoadapt.runtime.slurm import cancel
+from videoadapt.training.groups import make_plan
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
+_SHARDED: frozenset[Stage] = frozenset({"label", "calibrate", "evaluate"})  # their videos may be scored in shards
 # A shell function that the job's script calls instead of the command of this name; slurm/*.sbatch have it too.
 PASS_SIGNALS_ON = """\
 # A signal to this shell alone (scancel --batch --signal=USR2) would end the job. It is passed on to srun, which sends
@@ -127,14 +130,41 @@ def launch(config: Config, words: Sequence[str]) -> LaunchResult:
         words: The config file and the overrides as the user gave them. They appear in the equivalent sbatch commands.
 
     Raises:
-        ConfigError: `launch.cluster=local` with more than one node.
+        ConfigError: A stage would refuse the config, or `launch.cluster=local` has more than one node.
         RunError: SLURM refuses a job, or a job fails on this machine.
     """
     jobs = jobs_of(config)
+    _require_possible(jobs, config)
     _warn_of_idle_gpus(jobs)
     _warn_of_absent_inputs(config)
     submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
     return LaunchResult(config.launch.cluster, submitted)
+
+
+def _require_possible(jobs: Sequence[Job], config: Config) -> None:
+    """Raises ConfigError for what a stage would refuse in its job, after the queue and the stages before it."""
+    stages, data, points = [job.stage for job in jobs], config.data, config.model.points
+    for stage, name, split in (("train", "train", data.train), ("evaluate", "val", data.val)):
+        if stage in stages and split.annotations is None:
+            raise ConfigError(f"data.{name}.annotations: {stage} needs the videos of this split; set it")
+    if "calibrate" in stages and not data.calibrate:
+        raise ConfigError("data.calibrate: 0 leaves no video for launch.stage=calibrate; set it before `train`")
+    if len(points) == 1 and (without := {"assign", "calibrate"}.intersection(stages)):
+        raise ConfigError(f"model.points: {points[0]} alone leaves nothing to choose for {min(without)}")
+    fitted = [*config.evaluate.leap, *(text for text in config.evaluate.cascade if "cost=" in text)]
+    if config.launch.stage == "all" and "label" not in stages and fitted:
+        raise ConfigError(
+            f"evaluate.leap, evaluate.cascade: {fitted[0]} is fitted to labels, but this chain has no `label`: "
+            "label.source=teacher needs data.holdout above 0"
+        )
+    if config.parallel.shard is not None and (any(job.shards > 1 for job in jobs) or not _SHARDED.issuperset(stages)):
+        raise ConfigError(
+            f"parallel.shard: {config.parallel.shard} is one job of {few(sorted(_SHARDED))}; set launch.stage to one "
+            "of them and launch.shards=1, or leave it out"
+        )
+    for job in jobs:
+        if job.stage == "train":
+            make_plan(config, job.ranks, point_macs(config.model))
 
 
 def _warn_of_absent_inputs(config: Config) -> None:
@@ -155,11 +185,12 @@ def plan_launch(config: Config, words: Sequence[str]) -> LaunchPlan:
         words: The config file and the overrides as the user gave them.
 
     Raises:
-        ConfigError: `launch.cluster=local`, which has no jobs.
+        ConfigError: A stage would refuse the config, or `launch.cluster=local`, which has no jobs.
     """
     if config.launch.cluster == "local":
         raise ConfigError("launch.cluster: local has no jobs to show; leave --dry-run or launch.cluster=local out")
     jobs = jobs_of(config)
+    _require_possible(jobs, config)
     _warn_of_idle_gpus(jobs)
     _warn_of_absent_inputs(config)
     planned: list[PlannedJob] = []
@@ -188,7 +219,7 @@ def jobs_of(config: Config) -> list[Job]:
     jobs: list[Job] = []
     for stage in stages:
         options = config.slurm.of(stage)
-        if stage in ("label", "calibrate", "evaluate") and arrays:
+        if stage in _SHARDED and arrays:
             jobs += [Job(stage, options.one_task(), config.launch.shards), Job(stage, options.one_task())]
         else:
             jobs.append(Job(stage, options))
@@ -314,7 +345,7 @@ class StageCall:
     """
 
     def __init__(self, job: Job, config: Config, shard: int | None = None, gpus: str | None = None) -> None:
-        parallel = {"ranks": job.ranks, "shard": None if shard is None else f"{shard}/{job.shards}"}
+        parallel = {"ranks": job.ranks} | ({} if shard is None else {"shard": f"{shard}/{job.shards}"})
         self.stage, self.gpus = job.stage, gpus
         self.values = config.model_dump(mode="json")  # plain values: a pickled Config would tie the job to its class
         self.values["parallel"] |= parallel

@@ -65,17 +65,13 @@ def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Res
         KeyboardInterrupt: Ctrl-C; outside a SLURM job also the other signals.
     """
     job, options = slurm_job(os.environ), config.slurm.of(stage)
-    # A rank of a local launch starts with SIGINT ignored, and with submitit's handler of SIGTERM, which ignores it, too.
-    saves_at = JOB_SIGNALS if job is not None else ()
-    if rank_env(os.environ).launcher == "submitit":
-        saves_at = (signal.SIGINT, *JOB_SIGNALS)
     if job is not None and job.restarts > options.max_restarts:  # SLURM also requeues after a node has failed
         raise RunError(_out_of_restarts(job, options))
     if job is not None:
         # Some ranks end the stage before others. A warning that arrives after the end must not kill them.
         for number in WARNINGS:
             signal.signal(number, signal.SIG_IGN)
-    with StopRequest(saves_at):
+    with StopRequest(_signals_to_save_at(job)):
         try:
             function = _function(stage)
             if stage != "train":
@@ -94,6 +90,13 @@ def run_stage(stage: Stage, config: Config, policies: Sequence[str] = ()) -> Res
             warned = stopped.signal in WARNINGS
         # After the `except`, whose exception would keep the stage's workers alive. Workers get the next signals too.
         _wait_for_end(job, warned, config.run.dir, options)
+
+
+def _signals_to_save_at(job: SlurmJob | None) -> tuple[signal.Signals, ...]:
+    if job is not None:
+        return JOB_SIGNALS
+    # A rank of a local launch starts with SIGINT ignored, and with a handler of submitit that ignores SIGTERM.
+    return (signal.SIGINT, *JOB_SIGNALS) if rank_env(os.environ).launcher == "submitit" else ()
 
 
 class CurvesWhileTraining:
