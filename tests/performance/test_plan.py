@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import small_runs as runs
+from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, dump_config, make_config
 from videoadapt.data.index.manifest import index
 from videoadapt.errors import RunError, UserError
@@ -18,6 +19,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.performance.memory import TrainingMemory, parameter_count, saved_bytes, training_memory
 from videoadapt.performance.plan import analytic_passes, plan, print_plan
 from videoadapt.performance.timing import Round, Stopwatch
+from videoadapt.training.forecast import groups_setting
 from videoadapt.training.groups import make_plan
 
 CPU = torch.device("cpu")
@@ -144,6 +146,39 @@ def test_a_step_takes_at_least_its_launches(tmp_path: Path) -> None:
     assert steps[0] == steps[1] == plan(config, 16).floor_s
 
 
+def test_a_sampled_step_launches_the_drawn_points_only(tmp_path: Path) -> None:
+    """A step trains both points of length 8, and either 6 or 4: three of four points."""
+    model = {"points": ["8", "8@0.5", "6", "4"], "drop_blocks": [1]}
+    fast = {"macs_per_s": 1e20}
+    sampled, whole = (
+        plan(tiny(tmp_path, train={"draw": draw}, plan=fast, model=model), 2) for draw in ("sampled", "all")
+    )
+    assert sampled.floor_s and whole.floor_s
+    assert sampled.floor_s == pytest.approx(3 / 4 * whole.floor_s)
+    rows = {row.groups: row for row in sampled.layouts}
+    assert rows["null"].step_s == sampled.floor_s
+    assert rows["{8: 1, 6+4: 1}"].step_s == pytest.approx(2 / 3 * sampled.floor_s)
+    assert rows["null"].utilisation < 0.01  # the ranks wait for the host
+
+
+def test_the_memory_of_a_rate_is_that_of_a_gpu(tmp_path: Path) -> None:
+    """On CPUs, bf16 takes an attention that keeps all its weights; a plan for GPUs does not count them."""
+    keys: dict[str, dict] = {"run": {"precision": "bf16"}, "model": {"points": ["8"]}}
+    config = tiny(tmp_path, plan=MACS_PER_S, **keys)
+    here, on_gpu = (training_memory(config, CPU, as_on_gpu=as_on_gpu) for as_on_gpu in (False, True))
+    weights = 2 * config.model.depth * config.model.heads * config.model.num_frames * (8**2 + 1) ** 2  # bytes
+    assert here.saved["8"][1] - on_gpu.saved["8"][1] > weights / 2
+    (row,) = plan(config, 1).layouts
+    assert row.bytes_per_rank == on_gpu.bytes(["8"], 8)
+
+
+def test_the_largest_batch_that_fits(tmp_path: Path) -> None:
+    memory = memory_of(tmp_path, ("8", "4"))
+    assert memory.most_clips(["8", "4"], memory.bytes(["8", "4"], 5)) == 5
+    assert memory.most_clips(["8", "4"], memory.bytes(["8", "4"], 5) - 1) == 4
+    assert memory.most_clips(["8"], 0) == 0
+
+
 def test_a_plan_says_what_the_order_of_backward_passes_gains_and_takes(tmp_path: Path) -> None:
     # Gradients of several buckets: DDP sums the last one after the passes. One length, and so one layout.
     wide = {"points": ["8", "8@0.5"], "drop_blocks": [1], "width": 768, "depth": 4, "heads": 12}
@@ -172,6 +207,15 @@ def test_the_learning_rate_grows_with_the_batch(tmp_path: Path) -> None:
     assert "train.batch=64 train.lr=0.02 by the linear rule" in note
 
 
+def test_the_advised_batch_can_be_split_and_is_for_videos(tmp_path: Path) -> None:
+    train = {"batch": 48, "accumulate": 6}
+    (note,) = plan(tiny(tmp_path, plan=MACS_PER_S, train=train, data={"mixup": 0.8}, model={"points": ["8"]}), 2).notes
+    assert "with 12 (TimeSformer has 8): train.batch=24" in note  # whole pairs in each of 6 micro-batches
+    image = {"points": ["8"], "num_frames": 1, "temporal": False}
+    (note,) = plan(tiny(tmp_path, plan=MACS_PER_S, model=image, assign={"frames": 1}), 4).notes
+    assert note == "train.batch=8 is 2 clips for each GPU without groups"
+
+
 def test_a_plan_says_how_many_cores_decoding_needs(tmp_path: Path) -> None:
     runs.make_data(tmp_path / "data")
     config = tiny(tmp_path, plan=MACS_PER_S, model={"points": ["8"]})
@@ -185,6 +229,23 @@ def test_the_clips_of_an_epoch_come_from_the_manifest(tmp_path: Path) -> None:
     assert plan(config, 1).clips_an_epoch is None
     train_videos = int((index(config)["split"] == "train").sum())
     assert plan(config, 1).clips_an_epoch == train_videos
+
+
+def test_an_epoch_without_a_step_is_an_error(tmp_path: Path) -> None:
+    runs.make_data(tmp_path / "data")
+    train, model = {"batch": 64}, {"points": ["8"]}
+    index(tiny(tmp_path, train=train))
+    with pytest.raises(UserError, match="64 clips a step, but only .* train videos can be read"):
+        plan(tiny(tmp_path, plan=MACS_PER_S, train=train, model=model), 1)
+    with pytest.raises(UserError, match="plan.clips: 63 clips an epoch"):
+        plan(tiny(tmp_path, plan=MACS_PER_S | {"clips": 63}, train=train, model=model), 1)
+
+
+def test_a_plan_shows_the_groups_that_training_would_take(tmp_path: Path) -> None:
+    config = tiny(tmp_path, plan=MACS_PER_S, parallel={"groups": "auto"}, train={"freeze": "backbone", "init": "a.pth"})
+    summary = plan(config, 5)
+    expected = make_plan(config, 5, point_macs(config.model))
+    assert summary.groups_of_the_config == groups_setting(expected)
 
 
 def test_the_command_measures_and_prints_json(tmp_path: Path) -> None:

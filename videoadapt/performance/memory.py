@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from videoadapt.config.load import Config
+from videoadapt.model import attention
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.training.freeze import freeze, set_training_mode
 
@@ -53,19 +55,41 @@ class TrainingMemory:
             return self.state + first + max(others, default=0)
         return self.state + max([first, *others])
 
+    def most_clips(self, points: Sequence[str], free: int) -> int:
+        """Returns the clips of the largest micro-batch that takes at most `free` bytes at each of `points`, or 0."""
+        left = free - self.state
+        return max(0, min((left - fixed) // per_clip for fixed, per_clip in (self.saved[point] for point in points)))
 
-def training_memory(config: Config, device: torch.device) -> TrainingMemory:
-    """Predicts the memory of training. `train.compile` takes less, because fused kernels keep fewer activations."""
+
+def training_memory(config: Config, device: torch.device, *, as_on_gpu: bool = False) -> TrainingMemory:
+    """Predicts the memory of training. `train.compile` takes less, because fused kernels keep fewer activations.
+
+    Args:
+        config: The config.
+        device: Decides which kernels run. Kernels keep different tensors.
+        as_on_gpu: Whether the prediction is for a GPU, also where `device` is a CPU.
+    """
     train = config.train
     whole, trained = _parameter_counts(config)
     # Gradients; AdamW keeps two values per weight, SGD one with momentum. The EMA is another copy of all weights.
     values = trained * (1 + (2 if train.optimizer == "adamw" else train.momentum > 0))
     values += whole * (1 + (train.ema is not None))
     saved = {}
-    for point in config.model.points:
-        one, two = (_saved(config, point, clips, device) for clips in (1, 2))
-        saved[point] = (2 * one - two, two - one)  # the line through both: intercept and slope
+    with _fused_attention() if as_on_gpu else nullcontext():
+        for point in config.model.points:
+            one, two = (_saved(config, point, clips, device) for clips in (1, 2))
+            saved[point] = (2 * one - two, two - one)  # the line through both: intercept and slope
     return TrainingMemory(_FLOAT_BYTES * values, saved)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Lets passes run the kernel of GPUs. By the rules of CPUs, bf16 runs one that keeps all weights of attention."""
+    rules, attention.RULES = attention.RULES, ()
+    try:
+        yield
+    finally:
+        attention.RULES = rules
 
 
 def _saved(config: Config, point: str, clips: int, device: torch.device) -> int:

@@ -6,6 +6,7 @@ The times of single passes are measured on this machine, or computed from MACs a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 
 from videoadapt.config.cost import backward_macs, point_macs
 from videoadapt.config.load import Config
+from videoadapt.data.clips.loader import steps_per_epoch
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
@@ -43,6 +45,7 @@ _LAUNCHES_OF_A_BLOCK = 80  # in both passes: TimeSformer-B has 707 to 1,025 at a
 _LAUNCH_S = 5e-6  # by the host
 _CLIPS_PER_GPU = 8  # TimeSformer's recipe
 _WORTH_RESIZING = 0.8  # fraction of the pixels that smaller copies may have to be mentioned
+_MOST_MEMORY = 0.8  # of a GPU's free memory, that measuring may take: the prediction leaves out workspaces of kernels
 _CPU_MACS = 25_000_000_000  # MACs of a forward pass that takes about a second on a core, with its backward pass
 
 
@@ -90,13 +93,16 @@ def plan(config: Config, gpus: int) -> PlanSummary:
         gpus: Number of ranks; without a GPU, processes with one core each.
 
     Raises:
-        UserError: `gpus` is not from 1 to 4096, the model has more than six lengths, or every layout has a rank without
-            a clip.
+        UserError: `gpus` is not from 1 to 4096, the model has more than six lengths, every layout has a rank without
+            a clip, or an epoch has fewer clips than a step.
         ConfigError: `run.device` is not available.
     """
     _require_possible(config, gpus)
+    manifest = _manifest(config)
+    clips_an_epoch = _clips_an_epoch(config, manifest)
     device, rate = pick_device(config.run.device), config.plan.macs_per_s
-    sizes = _sizes(config, gpus, device)
+    memory = training_memory(config, device, as_on_gpu=rate is not None)
+    sizes = _sizes(config, gpus, device, memory)
     passes, optimizer_s = (analytic_passes(config), 0.0) if rate else _measured(config, sizes)
     work = work_of(config, passes, optimizer_s)
     # A rate describes GPUs, even if the machine that plans has none.
@@ -107,11 +113,10 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     # Stable: the layout without groups comes first among equals.
     # With `run.deterministic` the order stays, as in training.
     predict = best_order if config.parallel.overlap == "auto" and not config.run.deterministic else forecast
-    forecasts = sorted((_above_floor(predict(each, work, network), config) for each in plans), key=lambda f: f.step_s)
+    forecasts = sorted(
+        (_above_floor(predict(each, work, network), config, work) for each in plans), key=lambda f: f.step_s
+    )
     best = recommended(forecasts)
-    manifest = _manifest(config)
-    clips_an_epoch = config.plan.clips or (len(manifest.split("train").readable) if manifest else None)
-    memory = training_memory(config, device)
     rows = [_layout_row(each, work, memory, config, clips_an_epoch) for each in forecasts]
     chosen = rows[forecasts.index(best)]
     notes = [
@@ -131,10 +136,10 @@ def plan(config: Config, gpus: int) -> PlanSummary:
         clips_an_epoch=clips_an_epoch,
         epochs=config.train.epochs,
         layouts=rows,
-        groups_of_the_config=_groups_of_config(config, gpus, work),
+        groups_of_the_config=_groups_of_config(config, gpus),
         recommended=groups_setting(best.plan),
         why=reason_for(best, forecasts),
-        floor_s=_floor_s(config, len(config.model.points)) if rate else None,
+        floor_s=_floor_s(config, work, [config.model.points]) if rate else None,
         notes=notes,
     )
 
@@ -182,12 +187,18 @@ def work_of(config: Config, passes: Mapping[str, Passes], optimizer_s: float) ->
     return StepWork.of(config, passes, optimizer_s, parameter_count(config))
 
 
-def _sizes(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
-    """Returns the batch sizes to measure: the clips of a rank in a micro-batch without groups, and twice as many."""
+def _sizes(config: Config, ranks: int, device: torch.device, memory: TrainingMemory) -> tuple[int, int]:
+    """Returns the batch sizes to measure: the clips of a rank in a micro-batch without groups, and twice as many.
+
+    They are fewer where so many would take minutes on a CPU, or more memory than a GPU has free.
+    """
     clips = max(1, config.train.batch // config.train.accumulate // ranks)
     if device.type == "cpu":
-        clips = min(clips, max(1, _CPU_MACS // max(point_macs(config.model).values())))
-    return clips, 2 * clips
+        limit = 2 * _CPU_MACS // max(point_macs(config.model).values())
+    else:
+        limit = memory.most_clips(config.model.points, int(_MOST_MEMORY * torch.cuda.mem_get_info(device)[0]))
+    many = max(2, min(2 * clips, limit))
+    return many // 2, many
 
 
 def _measured(config: Config, sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:
@@ -211,34 +222,53 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _clips_an_epoch(config: Config, manifest: Manifest | None) -> int | None:
+    """Returns the clips of an epoch, None without `plan.clips` and manifest. Raises UserError if they fill no step."""
+    clips = config.plan.clips
+    if clips is None and manifest is not None:
+        steps_per_epoch(manifest, config)  # raises, as training does
+        return len(manifest.split("train").readable)
+    if clips is not None and clips < config.train.batch:
+        raise UserError(f"plan.clips: {plural(clips, 'clip')} an epoch, fewer than a step of train.batch; lower it")
+    return clips
+
+
 def _manifest(config: Config) -> Manifest | None:
     path = config.run.dir / "manifest.parquet"
     return Manifest.load(path) if path.exists() else None
 
 
-def _floor_s(config: Config, points: int) -> float:
-    """Returns the time that the launches of a step take, however few clips a rank has; `points` it trains."""
+def _floor_s(config: Config, work: StepWork, groups: Sequence[Sequence[str]]) -> float:
+    """Returns the time that the launches of a step take, however few clips a rank has; the mean over draws.
+
+    Args:
+        config: The config.
+        work: Gives the draws.
+        groups: The points of each group. Groups launch at the same time, so that the one with most points counts.
+    """
+    points = sum(p * max(len({*draw} & {*group}) for group in groups) for draw, p in work.draws.items())
     return points * config.model.depth * _LAUNCHES_OF_A_BLOCK * config.train.accumulate * _LAUNCH_S
 
 
-def _above_floor(each: Forecast, config: Config) -> Forecast:
+def _above_floor(each: Forecast, config: Config, work: StepWork) -> Forecast:
     """Returns a forecast from MACs whose step takes at least its launches; measured times contain them."""
     if not config.plan.macs_per_s:
         return each
-    points = max(len(group.points) for group in each.plan.groups)
-    return replace(each, step_s=max(each.step_s, _floor_s(config, points)))
+    step_s = max(each.step_s, _floor_s(config, work, [group.points for group in each.plan.groups]))
+    return replace(each, step_s=step_s, utilisation=each.utilisation * each.step_s / step_s)
 
 
 def _batch_notes(config: Config, gpus: int) -> list[str]:
-    """Returns how many clips a GPU has, and the batch and the learning rate that keep the recipe's number."""
-    batch = _CLIPS_PER_GPU * gpus
+    """Returns how many clips a GPU has; for videos, also a batch and a learning rate near TimeSformer's recipe."""
     note = f"train.batch={config.train.batch} is {config.train.batch / gpus:g} clips for each GPU without groups"
-    if batch == config.train.batch:
+    unit = config.train.accumulate * (2 if config.data.mixes else 1)  # micro-batches have whole clips, or pairs
+    batch = unit * math.ceil(_CLIPS_PER_GPU * gpus / unit)
+    if config.model.num_frames == 1 or batch == config.train.batch:
         return [note]
     lr = config.train.lr * batch / config.train.batch
     return [
-        f"{note}; with {_CLIPS_PER_GPU}, as TimeSformer has: train.batch={batch} train.lr={lr:.3g} by the linear rule "
-        "(learning rate in proportion to the batch), with train.warmup_epochs=1 or more; not tried here"
+        f"{note}; with {batch / gpus:g} (TimeSformer has {_CLIPS_PER_GPU}): train.batch={batch} train.lr={lr:.3g} by "
+        "the linear rule (learning rate in proportion to the batch), with train.warmup_epochs=1 or more; not tried here"
     ]
 
 
@@ -248,7 +278,9 @@ def _overlap_notes(
     """Returns what `parallel.overlap: auto` gains and takes in a layout; nothing if no rank has an order to choose."""
     if plan.ranks == 1 or all(len(group.points) == 1 for group in plan.groups):
         return []
-    usual, other = (_above_floor(forecast(plan, work, network, costliest_last=last), config) for last in (False, True))
+    usual, other = (
+        _above_floor(forecast(plan, work, network, costliest_last=last), config, work) for last in (False, True)
+    )
     usual_gib, other_gib = (bytes_per_rank(each, work, memory) / (1 << 30) for each in (usual, other))
     chosen = best_order(plan, work, network).costliest_last and not config.run.deterministic
     return [
@@ -261,8 +293,8 @@ def _overlap_notes(
 def _decoding_notes(config: Config, manifest: Manifest, row: LayoutRow, layout: Forecast, gpus: int) -> list[str]:
     """Returns how many cores a GPU needs to decode for the recommended layout, and what smaller files would gain."""
     rate, error = try_decoding(config, manifest)
-    if error or not rate:
-        return [f"decoding: not measured ({error})"]
+    if not rate:
+        return [f"decoding: not measured ({error or 'the manifest has no train video that can be read'})"]
     times = len(layout.plan.groups) if config.parallel.decode == "own" else 1  # that each clip is decoded
     cores = row.clips_per_s * times / gpus / rate
     notes = [
@@ -276,11 +308,9 @@ def _decoding_notes(config: Config, manifest: Manifest, row: LayoutRow, layout: 
     return notes
 
 
-def _groups_of_config(config: Config, gpus: int, work: StepWork) -> str | None:
-    # These times balance `auto` here. Training balances it by MACs, which can give other groups.
-    costs = {point: passes.seconds(1) for point, passes in work.passes.items()}
+def _groups_of_config(config: Config, gpus: int) -> str | None:
     try:
-        return groups_setting(make_plan(config, gpus, costs))
+        return groups_setting(make_plan(config, gpus, point_macs(config.model)))  # as training makes it
     except ConfigError:  # the config's groups need another number of ranks
         return None
 
