@@ -5,7 +5,8 @@
 
 The parts are independent. A part that fails records its traceback, a part without time left is skipped, and the file is
 written after each part. The same command goes on where it stopped: parts that have ended well with the same code, torch
-and device are not run again. Clips are random tensors: nothing is decoded. Without transformers, the peer is left out.
+and device are not run again. The exit code is 1 if a part failed or found a wrong result. Clips are random tensors:
+nothing is decoded. Without transformers, the peer is left out.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import hashlib
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import torch
@@ -32,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bench_train_steps
 import videoadapt.training.train as training
 from bench_train_steps import random_batches
 from videoadapt.config.cost import point_macs
@@ -47,6 +51,7 @@ from videoadapt.model.timesformer import TimeSformer, compiled
 from videoadapt.performance.bench.peers import HuggingFace
 from videoadapt.routing.policy import Fixed, Random
 from videoadapt.routing.router import Router
+from videoadapt.runtime.files import replacing
 from videoadapt.training.groups import make_plan
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.preflight import Rates
@@ -59,7 +64,8 @@ Result = dict[str, Any]  # the result of one part; becomes JSON
 
 SMALL: Result = {"width": 64, "depth": 2, "heads": 2, "patch": 8, "size": 32, "num_frames": 4, "num_classes": 5}
 SMALL |= {"stride_frames": 1, "fps": None, "points": ["4", "4@0.5", "2"], "drop_blocks": [1]}
-LOGITS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # largest error over largest logit, at keep 1
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the errors of logits and gradients, at keep 1
+SAME_STEP = 1e-3  # largest difference of three grouped steps from those of one process, over how far these move
 WARM_UP, LEAST_RUNS, MOST_RUNS = 2, 5, 50
 INTERRUPTED_STEP = 5
 HALF_A_KIB = 600  # characters of an error of a child process that are kept
@@ -141,27 +147,29 @@ def _parity(machine: Machine, result: Result) -> None:
         exact.zero_grad()
         wanted = exact(clips.double(), point)
         wanted.square().sum().backward()
-        for dtype, bound in LOGITS_BOUND.items():
+        for dtype, bound in BOUNDS.items():
             ours = copy.deepcopy(exact).to(machine.device, dtype)
             ours.zero_grad()
             found = ours(clips.to(machine.device, dtype), point)
             found.float().square().sum().backward()
             error = (found.detach().cpu().double() - wanted.detach()).abs().max() / wanted.detach().abs().max()
-            result[f"{point} {str(dtype).removeprefix('torch.')}"] = {
-                "logits": float(error),
-                "gradient": _gradient_error(exact, ours),
-            }
+            errors = {"logits": float(error), "gradient": _gradient_error(exact, ours)}
+            result[f"{point} {str(dtype).removeprefix('torch.')}"] = errors
             if "@" not in point:  # at lower keeps, bf16 may keep other tokens, so no bound holds
-                right &= float(error) < bound
+                right &= all(value < bound for value in errors.values())
     result["right"] = right
 
 
 def _gradient_error(exact: nn.Module, ours: nn.Module) -> float:
     """Returns the norm of the difference of all gradients, divided by the norm of the exact gradients."""
-    pairs = [(a.grad, b.grad) for a, b in zip(exact.parameters(), ours.parameters(), strict=True)]
-    known = [(a, b.cpu().double()) for a, b in pairs if a is not None and b is not None]
-    error = sum(float((a - b).square().sum()) for a, b in known)
-    return float((error / sum(float(a.square().sum()) for a, _ in known)) ** 0.5)
+    wanted, found = (
+        {name: p.grad.cpu().double() for name, p in model.named_parameters() if p.grad is not None}
+        for model in (exact, ours)
+    )
+    if different := wanted.keys() ^ found.keys():
+        raise RuntimeError(f"only one of the models has gradients of {', '.join(sorted(different))}")
+    error = sum(float((wanted[name] - found[name]).square().sum()) for name in wanted)
+    return float((error / sum(float(gradient.square().sum()) for gradient in wanted.values())) ** 0.5)
 
 
 class RandomClips(torch.utils.data.Dataset[Clip]):
@@ -216,7 +224,7 @@ def resume(machine: Machine, result: Result) -> None:
     differences = [(whole.tensors[n].double() - resumed.tensors[n].double()).abs().max() for n in whole.tensors]
     result["largest_difference"] = float(max(differences))
     result["tensors"] = len(whole.tensors)
-    result["equal_to_the_bit"] = all(torch.equal(whole.tensors[n], resumed.tensors[n]) for n in whole.tensors)
+    result["right"] = all(torch.equal(whole.tensors[n], resumed.tensors[n]) for n in whole.tensors)  # to the bit
 
 
 def _three_steps(config: Config, world: int) -> tuple[Tensor, Tensor, RankRole]:
@@ -260,8 +268,12 @@ def ranks(machine: Machine, result: Result) -> None:
                 torch.multiprocessing.spawn(_rank_main, (world, backend, folder, machine), nprocs=world)
                 files = sorted(Path(folder).glob("*.json"))
                 result[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-            except Exception as error:
-                result[name] = str(error)[-HALF_A_KIB:]
+            except Exception as error:  # the other backend still runs
+                result["error"] = f"{result.get('error', '')}{name}: {str(error)[-HALF_A_KIB:]}\n"
+    found = [rank for several in result.values() if isinstance(several, list) for rank in several]
+    result["right"] = all(
+        rank["ranks_equal"] and rank["difference_to_one_process"] < SAME_STEP * rank["moved"] for rank in found
+    )
 
 
 def attention(machine: Machine, result: Result) -> None:
@@ -323,15 +335,14 @@ def _pass_s(
     return machine.seconds(run)
 
 
-def _contestants(model: ModelConfig, result: Result) -> Iterator[tuple[str, nn.Module, Forward]]:
+def _contestants(model: ModelConfig, result: Result) -> Generator[tuple[str, nn.Module, Forward]]:
     """Returns our model with and without kernels, and the one of Hugging Face with its own and with fused attention."""
     ours = TimeSformer(model)
     yield "ours", ours, ours
     with _fused_from(2**62):
         yield "ours, branches not fused", ours, ours
-        usual, block.has_kernel = block.has_kernel, lambda x: False
-        yield "ours without kernels", ours, ours
-        block.has_kernel = usual
+        with mock.patch.object(block, "has_kernel", lambda _: False):
+            yield "ours without kernels", ours, ours
     try:
         from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
     except ImportError as error:
@@ -344,10 +355,9 @@ def _contestants(model: ModelConfig, result: Result) -> Iterator[tuple[str, nn.M
 
     own = TimesformerSelfAttention.forward
     for name, kernel in {"HF plain": own, "HF sdpa": fused}.items():
-        TimesformerSelfAttention.forward = kernel
-        peer = HuggingFace(model)
-        yield name, peer, lambda clips, _, peer=peer: peer(clips)  # type: ignore[misc]
-    TimesformerSelfAttention.forward = own
+        with mock.patch.object(TimesformerSelfAttention, "forward", kernel):
+            peer = HuggingFace(model)
+            yield name, peer, lambda clips, _, peer=peer: peer(clips)  # type: ignore[misc]
 
 
 def speed(machine: Machine, result: Result) -> None:
@@ -357,29 +367,30 @@ def speed(machine: Machine, result: Result) -> None:
     rate = side**3 / machine.seconds(lambda: matrix @ matrix)
     result["matmul_tmacs"] = rate / 1e12
     macs = point_macs(model)
-    for name, module, forward in _contestants(model, result):
-        for train in (False, True):
-            dtype = torch.float32 if train else torch.bfloat16
-            module.to(machine.device, dtype).train(train)
-            points = model.points if name == "ours" else model.points[:1]
-            for batch in machine.batches:
-                for point in points:
-                    machine.reset_peak()
-                    key = f"{name} {'train' if train else 'infer'} {point} x{batch}"
-                    try:
-                        pass_s = _pass_s(machine, forward, model, point, batch, train=train, dtype=dtype)
-                    except torch.cuda.OutOfMemoryError:
-                        result[key] = "out of memory"
-                        continue
-                    done = batch * macs[point] * (3 if train else 1)  # a backward pass has twice the MACs
-                    result[key] = {
-                        "ms": 1e3 * pass_s,
-                        "clips_per_s": batch / pass_s,
-                        "fraction_of_matmul": done / pass_s / rate,
-                        "peak_gib": machine.peak_bytes() / 2**30,
-                    }
-            module.zero_grad(set_to_none=True)
-        module.to("cpu")  # the next one finds the GPU empty
+    with closing(_contestants(model, result)) as contestants:  # also after an error, it restores what it replaced
+        for name, module, forward in contestants:
+            for train in (False, True):
+                dtype = torch.float32 if train else torch.bfloat16
+                module.to(machine.device, dtype).train(train)
+                points = model.points if name == "ours" else model.points[:1]
+                for batch in machine.batches:
+                    for point in points:
+                        machine.reset_peak()
+                        key = f"{name} {'train' if train else 'infer'} {point} x{batch}"
+                        try:
+                            pass_s = _pass_s(machine, forward, model, point, batch, train=train, dtype=dtype)
+                        except torch.cuda.OutOfMemoryError:
+                            result[key] = "out of memory"
+                            continue
+                        done = batch * macs[point] * (3 if train else 1)  # a backward pass has twice the MACs
+                        result[key] = {
+                            "ms": 1e3 * pass_s,
+                            "clips_per_s": batch / pass_s,
+                            "fraction_of_matmul": done / pass_s / rate,
+                            "peak_gib": machine.peak_bytes() / 2**30,
+                        }
+                module.zero_grad(set_to_none=True)
+            module.to("cpu")  # the next one finds the GPU empty
 
 
 def step(machine: Machine, result: Result) -> None:
@@ -452,23 +463,31 @@ PARTS: dict[str, Callable[[Machine, Result], None]] = {
 
 
 def digest_of_code() -> str:
-    """Returns a hash of the package's sources and of this script."""
+    """Returns a hash of the package's sources, of this script and of the one that it imports."""
     hasher = hashlib.blake2b(digest_size=8)
-    for path in [Path(__file__), *sorted(Path(training.__file__).parents[1].rglob("*.py"))]:
+    for path in [
+        Path(__file__),
+        Path(bench_train_steps.__file__),
+        *sorted(Path(training.__file__).parents[1].rglob("*.py")),
+    ]:
         hasher.update(path.read_bytes())
     return hasher.hexdigest()
 
 
 def finished_parts(path: Path, conditions: Result) -> Result:
     """Returns the parts in an earlier result that have ended well, if it was measured under the same conditions."""
-    if not path.exists():
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: it is no JSON
         return {}
-    earlier: Result = json.loads(path.read_text(encoding="utf-8"))
-    if any(earlier.get(key) != value for key, value in conditions.items()):
+    if not isinstance(earlier, dict) or any(earlier.get(key) != value for key, value in conditions.items()):
         return {}
-    return {
-        name: earlier[name] for name in PARTS if not {"error", "skipped"} & earlier.get(name, {"skipped": ""}).keys()
-    }
+    return {name: earlier[name] for name in PARTS if name in earlier and ended_well(earlier[name])}
+
+
+def ended_well(part: Result) -> bool:
+    """Returns whether a part has run, and found nothing wrong."""
+    return not {"error", "skipped"} & part.keys() and part.get("right", True)
 
 
 def main() -> None:
@@ -504,7 +523,11 @@ def main() -> None:
                 result["error"] = traceback.format_exc(limit=-4)
         found[name] = result | {"seconds": round(time.monotonic() - since, 1)}
         print(f"{name}: {json.dumps(found[name], indent=1)}", flush=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        with replacing(args.out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    bad = [name for name in args.only.split(",") if not ended_well(found[name]) and "skipped" not in found[name]]
+    if bad:
+        sys.exit(f"failed or wrong: {', '.join(bad)}")
 
 
 if __name__ == "__main__":
