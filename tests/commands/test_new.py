@@ -16,7 +16,17 @@ import torch
 from PIL import Image
 
 import small_runs as runs
-from videoadapt.commands.new import NewRun, _wanted, fill_template, new, parts_that_fit, print_new, template_lines
+from videoadapt.commands.new import (
+    NewRun,
+    _agreeing,
+    _checked,
+    _wanted,
+    fill_template,
+    new,
+    parts_that_fit,
+    print_new,
+    template_lines,
+)
 from videoadapt.commands.recommend import MachineFacts, Setting, recommend
 from videoadapt.config.load import load_config, make_config
 from videoadapt.config.parse import parse_yaml
@@ -365,9 +375,32 @@ def test_a_wrong_setting_is_refused_before_the_data_are_read(tmp_path: Path) -> 
 
 def test_what_is_chosen_later_does_not_contradict_the_user() -> None:
     large = replace(VIT_S, model=VIT_S.model | {"depth": 24})
-    assert _wanted(["data.holdout=0", "train.freeze=20"], large).holdout == 0
+    assert _wanted(["data.holdout=0", "train.freeze=20"], large).data.holdout == 0
     with pytest.raises(ConfigError, match=r"train\.freeze: 20 is more than model\.depth 12"):
         _wanted(["train.freeze=20"], VIT_S)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.crop_area=[0.35,1]"],
+        ["model.size=336"],
+        ["model.size=256", "model.points=[16,8]"],
+        ["data.calibrate=0.85"],
+        ["slurm.stages.assign.time_minutes=30", "slurm.extra.mem_per_gpu=32G", "slurm.extra.nice=5"],
+        ["parallel.groups.14=1", "parallel.groups.7=2", "model.points=[14,7]", "model.size=224"],
+    ],
+)
+def test_values_that_the_user_never_wrote_contradict_nothing(words: list[str]) -> None:
+    said, found = _wanted(words, None), facts(180)
+    chosen = recommend(found, None, LAPTOP, calibrate=said.data.calibrate).settings
+    settings = _agreeing(chosen, said, {word.partition("=")[0] for word in words}, found)
+    config, text = _checked("# header", settings, words, LAPTOP, Path("config.yaml"))
+    for word in words:
+        key, _, value = word.partition("=")
+        section, name = key.split(".")[:2]
+        assert getattr(getattr(config, section), name) == getattr(getattr(said, section), name), (word, value)
+    assert make_config(parse_yaml(text)) == config
 
 
 def test_each_value_of_the_template_has_a_comment_above_it_or_beside_it() -> None:

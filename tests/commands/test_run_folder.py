@@ -53,7 +53,17 @@ def test_a_moved_folder_is_the_config_of_its_run(run: Config, tmp_path: Path, mo
         load_config(tmp_path)
 
 
-def test_paths_in_the_folder_move_with_it_and_names_stay_names(tmp_path: Path) -> None:
+def test_the_file_of_a_copied_run_means_the_copy(tmp_path: Path) -> None:
+    config = make_config({"run": {"dir": str(tmp_path / "a")}})
+    config.run.dir.mkdir()
+    record_config(config)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert load_config(tmp_path / "b" / RUN_CONFIG).run.dir == tmp_path / "b"
+
+
+def test_paths_in_the_folder_move_with_it_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("kinetics400").mkdir()  # the data, beside which the command runs
     run = tmp_path / "$a" / "run"
     (run / "data").mkdir(parents=True)
     nested = {"run": {"dir": str(run)}, "data": {"root": str(run / "data"), "classes": "kinetics400"}}

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Setting, recommend
+from videoadapt.commands.recommend import SPEED_S, Alternative, MachineFacts, Setting, crops, points_of, recommend
 from videoadapt.config.load import Config, config_folder, dump_value, load_config, make_config
 from videoadapt.config.parse import parse_yaml
-from videoadapt.config.sections import DataConfig
 from videoadapt.data.index.survey import Survey, survey
 from videoadapt.errors import UserError, few, one_line, plural
 from videoadapt.model.weights.facts import WeightsFacts, weights_facts
@@ -37,6 +36,8 @@ _TEMPLATE = config_folder() / "finetune_template.yaml"
 _LINE = re.compile(r"(?P<indent> *)(?P<key>[a-z_]+):.*")  # of the template; comments have their own lines
 _PAGES = "# Change what you like. docs/finetune.md says how to choose, docs/config.md has all keys."
 _OF_VIDEOS = ("data.short_side", "model.stride_frames", "model.fps")  # a config for images does without them
+# Values that agree with nearly all others: no crops, room for every point, and clips for every stage.
+_ALLOW_ALL = ("label.source=train", "data.holdout=1e-9", "data.short_side=null", "model.size=16384", "model.patch=2")
 _FEW_EPOCHS = 4
 _FEW_STEPS = 100  # of a training: below, its curves are mostly chance
 _BUSY = 1.3  # slowdown of the machine from which it is said
@@ -85,15 +86,17 @@ def new(
     if path.exists():
         raise UserError(f"{path} exists, and is never overwritten; name another folder, or move it away")
     facts = None if weights is None else weights_facts(_source(weights))
-    wanted = _wanted(overrides, facts)
-    classes = None if wanted.classes is None else _source(str(wanted.classes))
+    said = _wanted(overrides, facts)
+    wanted = said.data
+    # A folder may have the name of a set of classes.
+    classes = str(wanted.classes.absolute() if wanted.classes.is_file() else wanted.classes) if wanted.classes else None
     found = survey(Path(os.path.abspath(data)), path.parent, wanted.kind, classes, wanted.source_pattern)
     _require_unlike(path.parent, found.files)
     machine = measure_machine(found, facts)
     holdout = wanted.holdout if "data.holdout" in _given(overrides) else None
     chosen = recommend(found, facts, machine, minutes, holdout=holdout, calibrate=wanted.calibrate)
     settings = {
-        **chosen.settings,
+        **_agreeing(chosen.settings, said, _given(overrides), found),
         "run.dir": Setting(str(path.parent / "run"), "beside this file"),
         "train.init": Setting(weights and _source(weights), "" if weights else "no weights were given"),
     }
@@ -404,15 +407,28 @@ def _source(text: str) -> str:
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
-def _wanted(overrides: Sequence[str], facts: WeightsFacts | None) -> DataConfig:
-    """Returns what the user says of the data, before the rest of the config is chosen.
+def _wanted(overrides: Sequence[str], facts: WeightsFacts | None) -> Config:
+    """Returns a config with what the user says, before the rest is chosen: other values mean nothing.
 
     Raises:
         ConfigError: A key or its value is wrong.
     """
     # The template's values of what is chosen later must not contradict the user now.
     depth = [f"model.depth={facts.model['depth']}"] if facts is not None and "depth" in facts.model else []
-    return load_config(_TEMPLATE, ["label.source=train", *depth, *overrides]).data
+    return load_config(_TEMPLATE, [*_ALLOW_ALL, *depth, *overrides])
+
+
+def _agreeing(settings: Mapping[str, Setting], said: Config, given: set[str], data: Survey) -> dict[str, Setting]:
+    """Returns the chosen settings with crops and points that agree with the `given` keys of what the user said."""
+    agreeing = dict(settings)
+    if "model.size" in given:
+        patch = said.model.patch if "model.patch" in given else settings["model.patch"].value
+        agreeing["model.points"] = Setting(points_of(said.model.size // patch), "as many as model.size allows")
+        agreeing |= crops(data, said.model.size)
+    for key, other in (("data.crop_area", "data.short_side"), ("data.short_side", "data.crop_area")):
+        if key in given and other in agreeing and getattr(said.data, key.removeprefix("data.")) is not None:
+            agreeing[other] = Setting(None, f"{key} is given")
+    return agreeing
 
 
 def _given(overrides: Sequence[str]) -> set[str]:
@@ -426,10 +442,14 @@ def _overridden(text: str, overrides: Sequence[str]) -> dict[str, Setting]:
         path = Path(folder) / "config.yaml"
         path.write_text(text, encoding="utf-8")
         values: Any = load_config(path, overrides).model_dump(mode="json")
+    in_template = {key for key, _ in template_lines()}
     found = {}
     for key in _given(overrides):
+        names = key.split(".")
+        if key not in in_template:  # slurm.stages for slurm.stages.assign.nodes: a section has one line for each key
+            names = names[:2]
         value = values
-        for name in key.split("."):
+        for name in names:
             value = value[name]
-        found[key] = Setting(value, "as given")
+        found[".".join(names)] = Setting(value, "as given")
     return found

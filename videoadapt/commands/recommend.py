@@ -120,7 +120,7 @@ def recommend(
     minutes = minutes or _TRAIN_MINUTES[machine.device]
     model = dict(weights.model if weights else _FROM_SCRATCH)
     few = data.clips("train") < _FEW_CLIPS
-    holdout = _holdout(data.clips("train")) if holdout is None else holdout
+    holdout = _holdout(data.clips("train"), calibrate) if holdout is None else holdout
     stage1 = max(1, round(data.clips("train") * (1 - holdout - calibrate)))
     # Image weights lack the layers between frames. Frozen blocks would keep random ones.
     can_freeze = weights is not None and (data.kind == "images" or "num_frames" in model)
@@ -245,9 +245,10 @@ def _data_settings(data: Survey, machine: MachineFacts, chosen: _Recipe, holdout
     return settings
 
 
-def _holdout(clips: int) -> float:
+def _holdout(clips: int, calibrate: float) -> float:
     """Returns the smaller fraction of train that suffices to choose the assigner's threshold; 0 if none does."""
-    return next((fraction for fraction in _HOLDOUTS if _choosing(clips, fraction) >= FEWEST), 0.0)
+    possible = (fraction for fraction in _HOLDOUTS if fraction + calibrate < 1)
+    return next((fraction for fraction in possible if _choosing(clips, fraction) >= FEWEST), 0.0)
 
 
 def _choosing(clips: int, holdout: float) -> int:
@@ -320,7 +321,7 @@ def _model_settings(
     )
     settings["model.points"] = Setting(list(chosen.points), _why_points(chosen, minutes))
     settings["model.num_classes"] = Setting(len(data.classes), "")
-    settings |= _crops(data, size)
+    settings |= crops(data, size)
     if data.kind == "images":
         settings["model.num_frames"] = Setting(1, "images")
         settings["model.temporal"] = Setting(False, "images")
@@ -350,7 +351,8 @@ def _why_points(chosen: _Recipe, minutes: float) -> str:
     return f"costs of about 1 and 1/4: a third point would take more than {minutes:g} min, or pixels"
 
 
-def _crops(data: Survey, size: int) -> dict[str, Setting]:
+def crops(data: Survey, size: int) -> dict[str, Setting]:
+    """Returns the training crops for a model of `size` pixels."""
     if data.kind == "images":
         return {
             "data.crop_area": Setting([0.4, 1.0], "objects of many sizes"),

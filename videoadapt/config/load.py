@@ -246,15 +246,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     dollar sign keeps the first: `$$NAME` is the text `$NAME`.
 
     Args:
-        path: The YAML file, or a folder with `config.yaml`. If a run has recorded it, `run.dir` is this folder, also if
-            it was moved since.
+        path: The YAML file, or a folder with `config.yaml`. If a run has recorded it, `run.dir` is its folder, also if
+            it was moved or copied since.
         overrides: Texts `section.key=value`. A value in brackets or quotes is YAML; every other value is text, which
             the type of the key gives its meaning. They replace values of the file. Later texts replace earlier ones.
 
     Raises:
         ConfigError: A file cannot be read, or fields are wrong. The message names the file and the wrong fields.
     """
-    values = _read_folder(Path(path)) if Path(path).is_dir() else _read_with_base(Path(path))
+    source = Path(path)
+    if source.name == RUN_CONFIG and is_recorded(source):
+        source = source.parent  # the file of a run that was copied means the copy, as its folder does
+    values = _read_folder(source) if source.is_dir() else _read_with_base(source)
     for override in overrides:
         _apply_override(values, override)
     return make_config(_expand(values, "", Config), f"{path} or the overrides" if overrides else str(path))
@@ -366,6 +369,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     values = _map_paths(config.model_dump(mode="json"), Config, absolute)
     values["run"]["dir"] = os.path.abspath(config.run.dir)
+    if config.data.classes is not None and not config.data.classes.is_file():
+        values["data"]["classes"] = str(config.data.classes)  # a set of classes, also beside a folder of its name
     if config.run.checkpoint in (Path("best"), Path("last")):  # words, also beside a file of that name
         values["run"]["checkpoint"] = str(config.run.checkpoint)
     return Config.model_validate(values)
