@@ -16,7 +16,7 @@ HEAD = """
 import os, sys, time
 from pathlib import Path
 from videoadapt.config.load import make_config
-from videoadapt.runtime.ranks import all_gather, any_requested, broadcast_result, rank, rank0_then_all, ranks
+from videoadapt.runtime.ranks import all_gather, any_requested, broadcast_result, rank, ranks
 from videoadapt.runtime.ranks import wait_for_all, world_size
 from videoadapt.runtime.signals import StopRequest
 

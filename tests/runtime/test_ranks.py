@@ -21,7 +21,6 @@ from videoadapt.runtime.ranks import (
     gpu_index,
     is_collective_error,
     rank,
-    rank0_then_all,
     ranks,
     wait_for_all,
     world_size,
@@ -38,7 +37,6 @@ def test_a_single_process_is_rank_0_of_1(tmp_path: Path) -> None:
         collectives.set_timeout(1.0)
         assert (rank(), world_size()) == (0, 1)
         wait_for_all()
-        assert rank0_then_all(lambda: "done") == "done"
         assert broadcast_result(lambda: "done") == "done"
         assert all_gather("mine") == ["mine"]
         assert all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
@@ -49,17 +47,8 @@ ACTION = """
 import torch
 from videoadapt.runtime.ranks import all_reduce_sum
 
-file = folder / "made.txt"
-
-def action():
-    if rank() == 0:
-        time.sleep(0.5)
-        file.write_text("made")
-    return file.read_text()
-
 for rendezvous in range(2):
     with ranks(config):
-        assert rank0_then_all(action) == "made"
         assert broadcast_result(lambda: [rank()]) == [0]
         assert all_gather(rank() * 10) == [number * 10 for number in range(world_size())]
         assert all_reduce_sum(torch.tensor([rank() + 1.0])).item() == sum(range(world_size() + 1))
@@ -68,10 +57,23 @@ for rendezvous in range(2):
 """
 
 
-def test_collectives_of_ranks_that_torchrun_started(tmp_path: Path) -> None:
+FAIL_ONCE = """
+from videoadapt.runtime import heartbeats
+
+heartbeats.GRACE_BEATS = 0
+with ranks(config):
+    wait_for_all()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise ValueError("the first start")
+    time.sleep(3)
+"""
+
+
+def test_collectives_of_ranks_that_torchrun_started_again_after_a_failure(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(HEAD + ACTION)
-    done = finished(torchrun(2, program, tmp_path, JOIN_S))
+    program.write_text(HEAD + FAIL_ONCE + ACTION)
+    launcher, words = torchrun(2), [program, tmp_path, JOIN_S]
+    done = finished([*launcher, "--max-restarts=1", *map(str, words)])
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of2", "rank1of2"]
 
@@ -202,6 +204,41 @@ with ranks(config), StopRequest() as stop:
     assert {path.name for path in tmp_path.glob("?False*")} == {"0FalseTrueSIGUSR2", "1FalseTrueSIGUSR2"}
 
 
+STOP = """
+import signal
+from videoadapt.runtime import heartbeats
+from videoadapt.runtime.ranks import stopping_together
+from videoadapt.runtime.signals import Stopped
+
+heartbeats.GRACE_BEATS = 1
+try:
+    with ranks(config), stopping_together(), StopRequest() as stop:
+        me = rank()
+        if me == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert any_requested(stop)
+        if me == 0:
+            SAVE
+        stop.stop()
+except Stopped:
+    (folder / f"stopped{me}").touch()
+"""
+
+
+def test_a_stopped_rank_waits_while_rank_0_saves(tmp_path: Path) -> None:
+    """Otherwise its end would end rank 0 after `GRACE_BEATS`."""
+    ended = Ranks(STOP.replace("SAVE", "time.sleep(5)"), tmp_path, 3).ended()
+    assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+    assert len(list(tmp_path.glob("stopped?"))) == 3
+
+
+def test_an_error_while_rank_0_saves_is_not_taken_for_a_stop(tmp_path: Path) -> None:
+    ended = Ranks(STOP.replace("SAVE", 'raise OSError(28, "the disk is full")'), tmp_path, 3).ended()
+    assert [code for code, _ in ended.values()] == [1, 1, 1], ended
+    assert ended[0][1].splitlines()[-1] == "OSError: [Errno 28] the disk is full"
+    assert not list(tmp_path.glob("stopped?"))
+
+
 def test_an_interrupt_on_one_rank_interrupts_all(tmp_path: Path) -> None:
     program = """
 import os
@@ -218,6 +255,21 @@ except KeyboardInterrupt:  # a slow rank may still be joining when the first one
     ended = Ranks(program, tmp_path, 3).ended()
     assert {path.name for path in tmp_path.glob("interrupted*")} == {f"interrupted{number}" for number in range(3)}
     assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+
+
+def test_an_error_after_the_interrupt_of_another_rank_is_raised(tmp_path: Path) -> None:
+    program = """
+with ranks(config):
+    me = rank()
+    wait_for_all()
+    if me == 1:
+        time.sleep(1)
+        raise KeyboardInterrupt
+    time.sleep(3)  # it saves
+    raise OSError(28, "the disk is full")
+"""
+    ended = Ranks(program, tmp_path, 2).ended()
+    assert ended[0][1].splitlines()[-1] == "OSError: [Errno 28] the disk is full"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,16 @@ class Trainer:
     def __init__(self, forked: ForkedRanks, data: Path, indexed: Path, folder: Path) -> None:
         self._forked, self._data, self._indexed, self._folder = forked, data, indexed, folder
 
-    def __call__(self, ranks: int, groups: object, /, **sections: dict) -> list[dict[Any, Any]]:
+    def __call__(
+        self, ranks: int, groups: object, /, unreadable: Sequence[int] = (5,), **sections: dict
+    ) -> list[dict[Any, Any]]:
         """Returns the results of each rank, by number of steps and precision."""
         folder = self._folder / f"{len(list(self._folder.iterdir()))}"
         folder.mkdir()
         config = tiny(self._data, folder, groups, **sections)
         shutil.copytree(self._indexed, config.run.dir)  # each run would index the videos again
         (folder / "config.yaml").write_text(dump_config(config))
-        self._forked.run(grouped_steps.save_trainings, ranks, folder)
+        self._forked.run(grouped_steps.save_trainings, ranks, folder, *unreadable)
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
@@ -180,12 +182,15 @@ def test_a_run_folder_that_is_not_shared_is_refused(data: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, LVVIT], ids=["plain", "LV-ViT"])
 def test_groups_of_which_some_are_not_drawn_equal_one_rank(trained: Trainer, kind: dict[str, dict]) -> None:
-    """Lengths and keeps, four of six points a step: a group without work adds zeros; undrawn parameters stay."""
+    """Lengths and keeps, four of six points a step: a group without work adds zeros; undrawn parameters stay.
+
+    Also after passes at all points were timed, which choose the order of backward passes.
+    """
     grid = {"points": ["8", "8@0.5", "6", "6@0.5", "4", "4@0.5"], "drop_blocks": [1]}
     changes: dict[str, dict] = {"model": grid, "train": {"draw": "sampled"}}
     drawn: dict[str, dict] = {**kind, **{name: kind.get(name, {}) | keys for name, keys in changes.items()}}
     [alone] = trained(1, None, **drawn)
-    held = trained(4, {"8": 2, "6": 1, "4": 1}, **drawn)
+    held = trained(4, {"8": 2, "6": 1, "4": 1}, **drawn, parallel={"overlap": "auto"})
     for key, expected in alone.items():
         tolerance = 1e-9 if key == SEVERAL_STEPS else TOLERANCE[key[1]]
         for found in (rank[key] for rank in held):
@@ -202,11 +207,21 @@ def test_groups_of_which_some_are_not_drawn_equal_one_rank(trained: Trainer, kin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", [STEM, LVVIT], ids=["stem", "LV-ViT"])
-def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(trained: Trainer, stem: dict[str, dict]) -> None:
+@pytest.mark.parametrize(
+    ("stem", "layout", "unreadable"),
+    [
+        (STEM, (3, {"8": 2, "6+4": 1}), [5]),
+        (LVVIT, (3, {"8": 2, "6+4": 1}), [5]),
+        (STEM, (2, None), [2, 3, 6, 7]),
+    ],
+    ids=["stem", "LV-ViT", "a rank without a clip"],
+)
+def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(
+    trained: Trainer, stem: dict[str, dict], layout: tuple[int, Any], unreadable: list[int]
+) -> None:
     """Gradients pass through the statistics too, and every rank knows the statistics when they are saved."""
-    [alone] = trained(1, None, **stem)
-    for held in trained(3, {"8": 2, "6+4": 1}, **stem):
+    [alone] = trained(1, None, unreadable, **stem)
+    for held in trained(*layout, unreadable, **stem):
         for key in (ONE_STEP[0], SEVERAL_STEPS):
             expected, found = alone[key], held[key]
             assert any("running_var" in name for name in expected["buffers"])
@@ -214,6 +229,20 @@ def test_the_batchnorms_of_a_stem_see_all_clips_of_their_length(trained: Trainer
                 torch.testing.assert_close(found["buffers"][name], buffer, rtol=1e-9, atol=1e-12)
             for name, gradient in expected["gradients"].items():
                 assert difference(found["gradients"][name], gradient) < 1e-8, name
+
+
+def test_every_rank_names_the_clips_of_a_loss_that_is_not_finite(
+    forked: ForkedRanks, data: Path, indexed: Path, tmp_path: Path
+) -> None:
+    """Whichever rank is the first to fail: the others print nothing."""
+    config = tiny(data, tmp_path, None)
+    shutil.copytree(indexed, config.run.dir)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    forked.run(grouped_steps.save_message_of_a_bad_loss, 2, tmp_path)
+    video = load_or_index(config).row(3).video
+    expected = f"step 3, point 6: the loss is not finite on the clips of manifest rows [3] ({video}); nothing"
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}.txt").read_text().startswith(expected)
 
 
 REAL: dict[str, dict] = {

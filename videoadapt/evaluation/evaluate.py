@@ -53,7 +53,7 @@ from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
 from videoadapt.runtime.machine import device_name, machine, peak_memory_bytes, versions
-from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
+from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.exchange import broadcast_checkpoint
 from videoadapt.training.trained_clips import trained_clips
@@ -175,7 +175,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         policies = [*policies, *_calibrated(policies, assigned, model, config)]
         further, promises = _further(policies, routed, assigned, model, config)
         _require_usable(further, routed, model, assigned)  # before indexing and scoring, which may take hours
-        manifest = rank0_then_all(lambda: load_or_index(config))
+        manifest = broadcast_result(lambda: load_or_index(config))
         trained_on = _trained_on(checkpoint, manifest)
         if assigned is not None:
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))

@@ -31,7 +31,7 @@ from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
-from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
+from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.exchange import broadcast_checkpoint
 from videoadapt.training.trained_clips import require_unseen
@@ -138,7 +138,7 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
         checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
         model = inference_model(config, checkpoint)
         assigned = Assigned.for_model(config.run.dir, model, config.assign)
-        manifest = rank0_then_all(lambda: load_or_index(config))
+        manifest = broadcast_result(lambda: load_or_index(config))
         require_unseen(checkpoint, manifest, config)
         fitted = assigner_checkpoints(config.run.dir).latest() if assigned is not None else None
         if fitted is not None:

@@ -29,7 +29,7 @@ from videoadapt.routing.scores import (
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import write_json, write_parquet
 from videoadapt.runtime.lease import sole_writer
-from videoadapt.runtime.ranks import broadcast_result, rank0_then_all, ranks
+from videoadapt.runtime.ranks import broadcast_result, ranks
 from videoadapt.runtime.results import Result, ShardResult, Table
 from videoadapt.training.exchange import broadcast_checkpoint
 from videoadapt.training.trained_clips import require_held_out
@@ -92,7 +92,7 @@ def label(config: Config) -> LabelSummary | ShardResult:
         # This and the model come first: indexing may take hours.
         checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
         model = inference_model(config, checkpoint)
-        manifest = rank0_then_all(lambda: load_or_index(config))
+        manifest = broadcast_result(lambda: load_or_index(config))
         scored = _score(model, checkpoint, manifest, config)
         if scored is None:
             return ShardResult(str(config.parallel.shard))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from videoadapt.config.load import Config
-from videoadapt.errors import RunError, plural
+from videoadapt.errors import RunError, UserError, plural
 from videoadapt.runtime.heartbeats import Heartbeats, cause_of_end, claim_end, describe_dead
 from videoadapt.runtime.rendezvous import Rendezvous, interface_to
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
@@ -178,6 +178,8 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
         with suppress(RuntimeError):  # the host of the store has ended
             claim_end(joined.control, stopped.signal.name if isinstance(stopped, Stopped) else "SIGINT")
         _close_connections()
+        if isinstance(stopped, Stopped) and dist.is_initialized():
+            dist.destroy_process_group()  # as after success: all ranks stop, so NCCL waits for none that is lost
         raise
     except Exception as error:
         exception = _exception_to_raise(joined, env, error)
@@ -192,7 +194,7 @@ def ranks(config: Config, timeout_s: float = PATIENCE_S) -> Iterator[Collectives
             if joined.hosted is not None:
                 heartbeats.wait_until_others_left(_HOST_STAYS_S)
         if dist.is_initialized():
-            _leave_failed_group()
+            _leave_failed_group(sys.exc_info()[1])
 
 
 def _choose_interface(joined: Rendezvous) -> None:
@@ -207,17 +209,37 @@ def _choose_interface(joined: Rendezvous) -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
-def _leave_failed_group() -> None:
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """Lets no rank raise `Stopped` before all ranks do, which have agreed on it: the first one ends the others.
+
+    Rank 0 may still save, or send its metrics. If that fails, its error is raised, and not `Stopped`.
+    """
+    try:
+        yield
+    except Stopped:
+        wait_for_all()
+        raise
+
+
+def _leave_failed_group(error: BaseException | None) -> None:
     """Leaves the process group after an error. A group of NCCL waits for the other ranks, for ever if one is lost."""
     if "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
         return
     # Registered last, so it runs first: what follows at exit would end NCCL's operations, which wait, too.
-    atexit.register(end_process)
+    atexit.register(end_process, _exit_code(error))
 
 
-def end_process() -> NoReturn:
-    """Ends this process at once, with exit code 1: it may wait in an operation of NCCL, which cannot be interrupted."""
+def _exit_code(error: BaseException | None) -> int:
+    """Returns the exit code of a command that ends by an error."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
+
+
+def end_process(code: int = 1) -> NoReturn:
+    """Ends this process at once: it may wait in an operation of NCCL, which cannot be interrupted."""
     for worker in multiprocessing.active_children():
         worker.kill()
     for action in _last_actions:
@@ -226,7 +248,7 @@ def end_process() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 @contextmanager
@@ -289,28 +311,29 @@ def gpu_index(local_rank: int, count: int) -> int | None:
 def _exception_to_raise(joined: Rendezvous, env: RankEnv, error: Exception) -> BaseException:
     """Decides which of the failing ranks reports the cause.
 
-    1. If a rank was interrupted by a signal (`end`), the exception is `Stopped`.
+    1. If a rank was interrupted by a signal (`end`), the exception is `Stopped`, unless this rank has an error of its
+       own, such as a full disk: what it was saving is lost.
     2. This rank writes `failed/RANK`: it failed, but it is alive.
     3. If a collective failed, this rank closes its connections, so that collectives of the other ranks fail too and
        they also write their key. The ranks without a key after `_FAILURE_REPORT_S` died or hang.
     4. The rank that first writes `end` raises the error. The others raise `SystemExit`.
     """
-    store = joined.control
+    store, is_collective = joined.control, is_collective_error(error)
     try:
         cause = cause_of_end(store)
         if cause is None:
             store.set(f"failed/{env.rank}", "")
-            if is_collective_error(error):
+            if is_collective:
                 _close_connections()
                 dead = _wait_for_failures(store, env.world)
                 if dead:
                     error = _failed_collective(describe_dead(dead, joined.hosts), error)
             cause = None if claim_end(store, "failed") else cause_of_end(store)
     except RuntimeError:  # the host of the store has ended, so the ranks can no longer agree
-        return _failed_collective(f"{joined.host_of_store} died", error) if is_collective_error(error) else error
-    if cause is None:
-        return error
-    return SystemExit(1) if cause == "failed" else Stopped(signal.Signals[cause])
+        return _failed_collective(f"{joined.host_of_store} died", error) if is_collective else error
+    if cause == "failed":
+        return SystemExit(1)
+    return error if cause is None or not is_collective else Stopped(signal.Signals[cause])
 
 
 def _failed_collective(cause: str, error: Exception) -> RunError:
@@ -427,18 +450,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def rank0_then_all(action: Callable[[], T]) -> T:
-    """Calls `action` on rank 0, and then on the other ranks, which can read the files that rank 0 has written.
-
-    Returns:
-        The result of the call on this rank.
-    """
-    if rank() == 0:
-        result = action()
-    wait_for_all()
-    return result if rank() == 0 else action()
 
 
 def broadcast_result(action: Callable[[], T]) -> T:

@@ -114,7 +114,9 @@ def _join_torchrun(env: RankEnv, number: int, gpu: str | None, join_s: float) ->
     try:
         first, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_s)))
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store, control = (dist.PrefixStore(str(number), each) for each in (first, _client(host, port)))
+        # torchrun's store outlives the ranks: after a restart it still has the keys of those before.
+        prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{number}"
+        store, control = (dist.PrefixStore(prefix, each) for each in (first, _client(host, port)))
     except (RuntimeError, ValueError) as error:  # ValueError: a variable such as RANK is not set
         raise RunError(f"the {env.world} ranks (WORLD_SIZE) cannot find each other: {error}") from error
     hosts = _register(store, env, gpu, join_s)

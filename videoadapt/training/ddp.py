@@ -7,7 +7,8 @@ together (`synchronise_batch_norms`); other groups have old statistics of this l
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,44 @@ def sum_in_backward(model: nn.Module, loss: Tensor) -> None:
         model.reducer.prepare_for_backward([loss])  # what DDP's own forward pass does with its outputs
 
 
+def forget_backward_passes(model: nn.Module) -> None:
+    """Makes DDP forget which parameters the backward passes inside `no_gradient_sync` have used. All ranks call it.
+
+    Only a sum over ranks ends that record. The next step would otherwise give a zero gradient, and not none, to
+    parameters that it does not use. The gradients themselves stay, as zeros or as sums: set them to None.
+
+    Args:
+        model: A model that `sum_gradients` has returned.
+    """
+    loss = next(parameter for parameter in model.parameters() if parameter.requires_grad).sum()
+    sum_in_backward(model, loss)
+    loss.backward()
+
+
+@contextmanager
+def frames_uncounted(model: TimeSformer) -> Iterator[None]:
+    """Makes BatchNorms pass frames on unchanged, and leave them out of the statistics.
+
+    This rank still takes part in the sums of statistics over its group. Does nothing to models without stems.
+    """
+    passed: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        passed.append(inputs[0])
+        return inputs[0][:0]
+
+    def give_back(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        # The output, of no frame, ties the norm to the backward pass, in which the other ranks wait for this one.
+        return torch.cat([output, passed.pop()])
+
+    with ExitStack() as hooks:
+        for module in model.patch_embed.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                hooks.callback(module.register_forward_pre_hook(take).remove)
+                hooks.callback(module.register_forward_hook(give_back).remove)
+        yield
+
+
 class HostSyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the clips of all ranks of a group, for CPUs. torch's `nn.SyncBatchNorm` needs a GPU."""
 
@@ -125,6 +164,8 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         size = torch.tensor(float(input.numel() // input.shape[1]), dtype=x.dtype)  # values per channel, here
         # `all_reduce` of torch.distributed.nn, unlike dist.all_reduce, passes gradients to all ranks.
         count = all_reduce(size, group=self.process_group)
+        if not count:  # see `frames_uncounted`
+            return input
         mean = all_reduce(x.sum((0, 2, 3)), group=self.process_group) / count  # (C,)
         squares = (x - mean[:, None, None]).square().sum((0, 2, 3))  # (C,)
         # A second pass, after the mean: the mean of squares minus the squared mean loses digits.

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from videoadapt.runtime.console import advise
 from videoadapt.runtime.ranks import all_gather, rank
-from videoadapt.training.ddp import no_gradient_sync
+from videoadapt.training.ddp import forget_backward_passes, no_gradient_sync
 from videoadapt.training.forecast import Forecast, LinearTime, Network, Passes, StepWork, best_order, forecast
 from videoadapt.training.freeze import set_training_mode
 from videoadapt.training.pass_time import PassTime, time_pass
@@ -50,9 +50,16 @@ def with_best_order(role: RankRole, state: State, bytes_per_s: float | None) -> 
 
 
 def measured_orders(role: RankRole, state: State, bytes_per_s: float) -> tuple[Forecast, Forecast]:
-    """Times the passes of all ranks. Returns the forecasts with the cheapest point last, and with the better order."""
+    """Times the passes of all ranks, and leaves no trace in the model.
+
+    Returns:
+        The forecasts with the cheapest point last, and with the better order.
+    """
     merged: dict[str, PassTime] = {}
-    for times in all_gather(pass_times(role, state)):
+    by_rank = all_gather(pass_times(role, state))
+    forget_backward_passes(role.module)
+    state.optimizer.zero_grad(set_to_none=True)
+    for times in by_rank:
         for point, one in times.items():
             known = merged.get(point, one)
             # The slowest rank of a group decides.
@@ -68,7 +75,7 @@ def measured_orders(role: RankRole, state: State, bytes_per_s: float) -> tuple[F
 
 
 def pass_times(role: RankRole, state: State) -> dict[str, PassTime]:
-    """Times the passes of this rank's points with its clips of a micro-batch. Leaves no trace in the model."""
+    """Times the passes of this rank's points with its clips of a micro-batch. Leaves gradients."""
     config, model = state.config, state.model
     set_training_mode(model, config.train.freeze)
     model.activation_checkpointing = config.train.activation_checkpointing
@@ -78,7 +85,6 @@ def pass_times(role: RankRole, state: State) -> dict[str, PassTime]:
     with no_gradient_sync(role.module):
         for _ in range(_ROUNDS):
             rounds.append({point: time_pass(role.forward, point, clips, config) for point in role.group.points})
-    state.optimizer.zero_grad(set_to_none=True)
     for buffer, before in zip(model.patch_embed.buffers(), statistics, strict=True):
         buffer.copy_(before)
     return {

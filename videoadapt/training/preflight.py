@@ -45,7 +45,6 @@ class NodeReport:
     step_clips: int  # clips that this rank decodes for each step
     clips_per_s: float  # decoded by one process
     error: str  # if no video can be read: one of them and the cause; otherwise empty
-    manifest: str  # hash
     pyav_clips_per_s: float | None = None  # the same clips by PyAV; None if PyAV reads them anyway
     has_bf16: bool = True  # whether the device computes in bf16 itself
     macs_per_s: float = math.nan  # of a large matrix product
@@ -70,14 +69,14 @@ def preflight(config: Config, manifest: Manifest, plan: GroupPlan) -> Rates:
 
     Args:
         config: The config of the run.
-        manifest: The videos, as this rank sees them.
+        manifest: The videos.
         plan: The groups of all ranks.
 
     Returns:
         What it has measured on the way.
 
     Raises:
-        RunError: Ranks see different manifests, a rank can read no video, or the disk has no space for the checkpoints.
+        RunError: A rank can read no video, or the disk has no space for the checkpoints.
     """
     reports = all_gather(report_of_this_node(config, manifest, plan))
     sum_s = _measured_sum(pick_device(config.run.device))
@@ -111,12 +110,10 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
         workers = plural(one.workers, "worker") if one.workers else "no workers"
         advise(
             f"preflight: {one.gpu if one.gpu != 'none' else plural(one.cpus, 'CPU')}; {workers} to read videos, "
-            f"{one.clips_per_s:.1f} clips/s each; {one.free_bytes / 1e9:.0f} GB of disk free; manifest {one.manifest}"
+            f"{one.clips_per_s:.1f} clips/s each; {one.free_bytes / 1e9:.0f} GB of disk free"
         )
         return
-    columns = (
-        "rank,node,GPU,matrix TMAC/s,CPUs,workers,free GB,clips/s a worker,decoding s/step,manifest,network".split(",")
-    )
+    columns = "rank,node,GPU,matrix TMAC/s,CPUs,workers,free GB,clips/s a worker,decoding s/step,network".split(",")
     rows = [
         (
             number,
@@ -128,7 +125,6 @@ def _print_reports(reports: Sequence[NodeReport]) -> None:
             f"{report.free_bytes / 1e9:.1f}",
             f"{report.clips_per_s:.1f}",
             f"{report.decoding_s:.2f}",
-            report.manifest,
             report.networks,
         )
         for number, report in enumerate(reports)
@@ -153,7 +149,6 @@ def report_of_this_node(config: Config, manifest: Manifest, plan: GroupPlan) -> 
         step_clips=clips_decoded_per_step(config, plan, rank()),
         clips_per_s=clips_per_s,
         error=error,
-        manifest=manifest.hash,
         pyav_clips_per_s=pyav_clips_per_s,
         has_bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False),
         networks=_networks(device),
@@ -270,11 +265,6 @@ def faults(reports: Sequence[NodeReport], needed_bytes: int) -> list[str]:
         needed_bytes: Disk space of the checkpoints.
     """
     found = []
-    if len({report.manifest for report in reports}) > 1:
-        listed = few(f"{one.manifest} on {one.node} (rank {number})" for number, one in enumerate(reports))
-        found.append(
-            f"the nodes see different manifests: {listed}; run.dir and the lists of videos must be the same everywhere"
-        )
     for number, report in enumerate(reports):
         if report.error:
             found.append(f"rank {number} on {report.node} can read no video ({report.error})")

@@ -19,7 +19,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.clips.loader import steps_per_epoch
 from videoadapt.data.index.manifest import Manifest
-from videoadapt.errors import CheckpointError, RunError, plural, shown
+from videoadapt.errors import CheckpointError, plural, shown
 from videoadapt.model.checkpoint import Checkpoint, load_tensors, optimizer_tensors, require_same, restore_optimizer
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import percent
@@ -42,7 +42,6 @@ RESUME_FREELY: dict[str, tuple[str, ...]] = {
     ),
     "data": ("root", "train", "val", "validate", "classes", "reader", "workers", "timeout_s"),
 }
-_LISTED_ROWS = 5  # clips with a bad loss that a message names; a whole batch would fill the screen
 
 
 @dataclass
@@ -71,17 +70,13 @@ class Tally:
         loss, right = torch.cat(self.loss).double(), torch.cat(self.right).double()  # (clips of the step,)
         return torch.stack([loss.sum(), right.sum(), loss.new_full((), len(loss))])
 
-    def require_finite(self, point: str, step: int) -> None:
-        """Raises RunError, with the manifest rows of the clips, if a loss is NaN or infinite."""
+    def bad_rows(self) -> list[int]:
+        """Returns the manifest rows of the clips whose loss is NaN or infinite."""
         if not self.loss:
-            return
+            return []
         bad = ~torch.isfinite(torch.cat(self.loss)).cpu()
-        if bad.any():
-            rows = torch.cat(self.videos)[bad].tolist()
-            raise RunError(
-                f"step {step}, point {point}: the loss is not finite on the clips of manifest rows "
-                f"{rows[:_LISTED_ROWS]}; nothing was changed by this step. Lower train.lr, or set train.clip_grad"
-            )
+        rows: list[int] = torch.cat(self.videos)[bad].tolist()
+        return rows
 
 
 def _validations_of(checkpoint: Checkpoint) -> list[Validation]:

@@ -27,7 +27,13 @@ from videoadapt.runtime.ranks import all_reduce_sum, rank, stop_flags, world_siz
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.compile import Compiled
-from videoadapt.training.ddp import no_gradient_sync, sum_gradients, sum_in_backward, synchronise_batch_norms
+from videoadapt.training.ddp import (
+    frames_uncounted,
+    no_gradient_sync,
+    sum_gradients,
+    sum_in_backward,
+    synchronise_batch_norms,
+)
 from videoadapt.training.draws import drawn_points, teacher_of
 from videoadapt.training.exchange import TeacherLogits
 from videoadapt.training.freeze import set_training_mode
@@ -282,7 +288,11 @@ def _forward_at(point: str, inputs: _Inputs, targets: Targets, role: RankRole, s
     bf16 = state.config.run.precision == "bf16"
     # The loss is outside: under autocast its softmax would be computed from bf16.
     with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
-        heads: Heads = role.forward(inputs.clips, point, heads=True, swap=targets.swap)
+        if len(inputs.positions):
+            heads: Heads = role.forward(inputs.clips, point, heads=True, swap=targets.swap)
+        else:  # not compiled: torch would keep the graph of other hooks
+            with frames_uncounted(state.model):
+                heads = role.module(inputs.clips, point, heads=True, swap=targets.swap)
     return heads
 
 

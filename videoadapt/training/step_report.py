@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from videoadapt.data.clips.datasets import Failure
+from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError
+from videoadapt.runtime.ranks import all_gather
 from videoadapt.training.state import State, Tally
+
+_LISTED_ROWS = 5  # clips with a bad loss that a message names; a whole batch would fill the screen
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,7 @@ class StepReport:
         points = self.sums[: 3 * len(self.tallies)].view(-1, 3)
         skipped, grad_norm = int(self.sums[points.numel()]), float(self.sums[-1])
         if not points.isfinite().all():  # sums over ranks: all of them stop at the same step
-            for point, tally in self.tallies.items():
-                tally.require_finite(point, self.step)
-            raise RunError(f"step {self.step}: the loss of another rank is not finite; its message names the clips")
+            raise RunError(self._bad_clips(state.manifest))
         if not math.isfinite(grad_norm):
             raise RunError(
                 f"step {self.step}: the gradient is not finite, although the losses are; nothing was changed by this "
@@ -79,6 +81,22 @@ class StepReport:
         values = {f"loss/{p}": value / n for p, value, n in zip(self.tallies, loss, clips, strict=True) if n}
         values |= {f"top1/{p}": value / n for p, value, n in zip(self.tallies, correct, clips, strict=True) if n}
         return values | {"grad_norm": grad_norm, "lr": self.lr}
+
+    def _bad_clips(self, manifest: Manifest) -> str:
+        """Returns which losses of all ranks are not finite. All ranks call it: any of them may print the message."""
+        found = [
+            (point, rows)
+            for of_rank in all_gather({point: tally.bad_rows() for point, tally in self.tallies.items()})
+            for point, rows in of_rank.items()
+            if rows
+        ]
+        first = next(point for point in self.tallies if point in dict(found))  # costliest first, as they are trained
+        rows = sorted({row for point, of_rank in found if point == first for row in of_rank})[:_LISTED_ROWS]
+        videos = ", ".join(manifest.row(row).video for row in rows)
+        return (
+            f"step {self.step}, point {first}: the loss is not finite on the clips of manifest rows {rows} ({videos}); "
+            "nothing was changed by this step. Lower train.lr, or set train.clip_grad"
+        )
 
 
 class Reports:

@@ -16,6 +16,7 @@ from videoadapt.runtime.console import advise
 from videoadapt.runtime.machine import CpuLimit, cpu_limit
 
 _LEAST_S = 1e-9  # avoids a division by zero where no time has passed
+_PENDING = 64  # events of a clock that are kept without a look at whether the GPU has reached them
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class DeviceClock:
         else:
             assert not isinstance(now, float), "the device does not change"
             self._pending.append((started, now, amount))
+            if len(self._pending) > _PENDING:  # only some ranks read the sums at every step
+                self.read()
 
     def read(self) -> tuple[float, int]:
         """Returns the sums so far: seconds, and amount of work."""

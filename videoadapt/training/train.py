@@ -37,8 +37,8 @@ from videoadapt.runtime.ranks import (
     broadcast_result,
     broadcast_tensors,
     rank,
-    rank0_then_all,
     ranks,
+    stopping_together,
     world_size,
 )
 from videoadapt.runtime.run_config import record_config
@@ -97,7 +97,7 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         require_tracker(config)
         plan = make_plan(config, world_size(), point_macs(config.model))
         broadcast_result(lambda: require_startable(config, checkpoints))
-        manifest = rank0_then_all(lambda: load_or_index(config))
+        manifest = broadcast_result(lambda: load_or_index(config))
         collectives.set_timeout(config.parallel.step_s)  # indexing may take hours; a step that takes hours has hung
         per_epoch = steps_per_epoch(manifest, config)
         state = start_or_resume(config, manifest, checkpoints)
@@ -165,7 +165,7 @@ def run_epochs(
     bar = Bar("train", total=last_step * config.train.batch, unit="clips", start=state.step * config.train.batch)
     recent: deque[dict[str, float]] = deque(maxlen=_STEPS_SHOWN)
     writer = closing(_open_metrics(validator)) if rank() == 0 else nullcontext()
-    with writer as metrics, StopRequest() as stop, bar:
+    with stopping_together(), writer as metrics, StopRequest() as stop, bar:
         if metrics is not None:
             meter.before_s = metrics.before_s
 
