@@ -113,6 +113,34 @@ def test_slurm_is_asked_about_a_job_on_another_node(
             pass
 
 
+@pytest.mark.parametrize("there", [{"cluster": "b"}, {"cluster": "a", "job": "7"}], ids=["cluster", "own job"])
+def test_slurm_does_not_know_the_end_of_another_clusters_job_or_of_a_process_of_this_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "a")
+    states = {"7": "RUNNING|node1"}
+    monkeypatch.setattr(module, "job_states", lambda jobs: {job: states[job] for job in jobs if job in states})
+    write_owner(tmp_path, replace(ELSEWHERE, **{"job": "5", **there}))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"in use by job [57], .*If it has certainly ended, delete .*train\.owner"):
+        Lease.acquire(tmp_path, "train").__enter__()
+
+
+def test_a_process_from_before_the_machine_was_started_anew_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_installation_id", lambda: "one")
+    now = another_process()
+    before = replace(now, machine=f"boot {now.machine.partition(' ')[2]}")
+    for owner in (replace(before, installation="two"), replace(before, host="other"), replace(before, machine="x y")):
+        write_owner(tmp_path, owner)
+        with pytest.raises(RunError, match="If it has certainly ended, delete"):
+            Lease.acquire(tmp_path, "train").__enter__()
+    write_owner(tmp_path, before)
+    with Lease.acquire(tmp_path, "train"):
+        pass
+
+
 def test_a_process_on_another_machine_without_a_job_is_not_replaced(tmp_path: Path) -> None:
     write_owner(tmp_path, ELSEWHERE)
     with pytest.raises(RunError, match="If it has certainly ended, delete"):

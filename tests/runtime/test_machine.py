@@ -75,13 +75,15 @@ def test_the_smallest_limit_is_used_and_named(tmp_path: Path) -> None:
     assert machine.limit(SLURM_CPUS_PER_TASK="") == CpuLimit(8, "cgroup quota")
 
 
-def test_ranks_of_torchrun_share_the_cpus_and_tasks_of_slurm_do_not(tmp_path: Path) -> None:
+def test_ranks_of_torchrun_and_local_ones_share_the_cpus_and_tasks_of_slurm_do_not(tmp_path: Path) -> None:
     machine = Machine(tmp_path, V2, {})
     torchrun = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4"}
     assert machine.limit(**torchrun) == CpuLimit(4, "CPU affinity 16, shared by 4 ranks")
     one_task = machine.limit(**torchrun, SLURM_CPUS_PER_TASK="8")
     assert one_task == CpuLimit(2, "SLURM_CPUS_PER_TASK 8, shared by 4 ranks")
     assert machine.limit(**torchrun, SLURM_CPUS_PER_TASK="2").cpus == 1
+    local = machine.limit(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_NTASKS="2")
+    assert local == CpuLimit(8, "CPU affinity 16, shared by 2 ranks")
     assert machine.limit(LOCAL_WORLD_SIZE="4", SLURM_CPUS_PER_TASK="8") == CpuLimit(8, "SLURM_CPUS_PER_TASK")
 
 

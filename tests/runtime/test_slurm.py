@@ -9,7 +9,7 @@ import pytest
 
 from videoadapt.errors import RunError
 from videoadapt.runtime import slurm as cluster
-from videoadapt.runtime.slurm import RankEnv, SlurmJob, cancel, job_states, rank_env, requeue, slurm_job
+from videoadapt.runtime.slurm import RankEnv, SlurmJob, cancel, cluster_name, job_states, rank_env, requeue, slurm_job
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 STEP = {
@@ -94,6 +94,14 @@ def test_job_states_are_those_of_squeue_or_none_without_an_answer(monkeypatch: p
     assert job_states(["7"]) is None
     answer(monkeypatch, error=FileNotFoundError("squeue"))
     assert job_states(["7"]) is None
+
+
+def test_the_cluster_is_that_of_the_job_or_else_that_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, output="Configuration data as of 2026-11-28\nClusterName             = blue\n")
+    assert cluster_name({"SLURM_CLUSTER_NAME": "red"}) == "red"
+    assert cluster_name({}) == "blue"
+    answer(monkeypatch, error=FileNotFoundError("scontrol"))
+    assert cluster_name({}) is None
 
 
 def test_a_refused_requeue_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

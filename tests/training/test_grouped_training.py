@@ -82,7 +82,7 @@ class Trainer:
         self._forked, self._data, self._indexed, self._folder = forked, data, indexed, folder
 
     def __call__(
-        self, ranks: int, groups: object, /, unreadable: Sequence[int] = (5,), **sections: dict
+        self, ranks: int, groups: object, unreadable: Sequence[int] = (5,), /, **sections: dict
     ) -> list[dict[Any, Any]]:
         """Returns the results of each rank, by number of steps and precision."""
         folder = self._folder / f"{len(list(self._folder.iterdir()))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_a_step_can_be_read_before_the_file_is_closed(tmp_path: Path) -> None:
     metrics.write(1, {"loss": 0.5})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
     metrics.close()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics(tmp_path, 0)
+    full = Path("/dev/full").open("a")
+    monkeypatch.setattr(metrics, "_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        metrics.write(1, {"loss": 0.5})
+    with suppress(OSError):
+        full.close()
 
 
 def test_clips_of_steps_that_are_trained_again_are_not_listed_twice(tmp_path: Path) -> None:

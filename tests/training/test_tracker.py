@@ -12,7 +12,7 @@ import small_runs as runs
 from videoadapt.config.load import Config
 from videoadapt.errors import ConfigError
 from videoadapt.training.metrics import Metrics, Validation
-from videoadapt.training.tracker import Tolerant, open_tracker, require_tracker
+from videoadapt.training.tracker import Tolerant, open_tracker, require_tracker, run_name
 
 
 def record(config: Config, steps: range) -> str:
@@ -37,20 +37,32 @@ def test_mlflow_gets_steps_validations_and_the_config_in_one_run(
     config = runs.config(tmp_path, tmp_path / "run", train={"tracker": "mlflow", "lr": 0.25})
     assert record(config, range(1, 3)) == (name := record(config, range(3, 5)))
     found = mlflow.MlflowClient().get_run(name)
-    assert (found.info.run_name, found.info.status, found.data.params["train.lr"]) == ("run", "FINISHED", "0.25")
+    assert (found.info.run_name, found.info.status) == (tmp_path.name, "FINISHED")  # the folder itself is called `run`
+    assert found.data.params["train.lr"] == "0.25"
     history = mlflow.MlflowClient().get_metric_history(name, "loss/4_keep_0.5")
     assert [(metric.step, metric.value) for metric in history] == [(step, step / 10) for step in range(1, 5)]
     assert found.data.metrics["validation_top1/4_keep_0.5"] == 0.5
 
 
-def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("folder", "name"), [("pets/run", "pets"), ("pets", "pets"), ("pets/second", "second")])
+def test_the_folders_of_new_give_runs_their_names(tmp_path: Path, folder: str, name: str) -> None:
+    assert run_name(runs.config(tmp_path, tmp_path / folder)) == name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    if shared:
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / "shared"))
+        (tmp_path / "shared").mkdir()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = runs.config(tmp_path, tmp_path / "run", train={"tracker": "wandb"})
     name = record(config, range(1, 3))
     assert json.loads((config.run.dir / "tracker.json").read_text()) == {"tracker": "wandb", "id": name}
-    assert list((config.run.dir / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    folder = tmp_path / "shared" if shared else config.run.dir
+    assert list((folder / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_and_one_that_fails_is_given_up(

@@ -21,7 +21,7 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.files import remove_abandoned
 from videoadapt.runtime.ranks import before_sudden_end, broadcast_result, rank, wait_for_file
 from videoadapt.runtime.run_config import record_config
-from videoadapt.runtime.slurm import job_states, slurm_job
+from videoadapt.runtime.slurm import cluster_name, job_states, slurm_job
 
 _LOCK_TIMEOUT_S = 45.0  # the owner holds the lock while it writes a checkpoint
 _POLL_S = 0.05  # between two attempts to lock
@@ -55,6 +55,8 @@ class Owner:
     born: str  # start time of the process; a process id is used again after the process has ended
     job: str | None  # id of the SLURM job
     restarts: int  # number of restarts of the SLURM job
+    cluster: str | None = None  # name of the SLURM cluster, whose numbers of jobs are those of others, too
+    installation: str = ""  # id of the operating system on `host`, the same after a restart of the machine
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -68,6 +70,8 @@ class Owner:
             born=_start_time(pid),
             job=job.id if job else None,
             restarts=job.restarts if job else 0,
+            cluster=cluster_name(os.environ) if job else None,
+            installation=_installation_id(),
         )
 
     def __str__(self) -> str:
@@ -76,17 +80,35 @@ class Owner:
 
     def superseded_by(self, other: Owner) -> bool:
         """Returns whether `other` is a later start of the same SLURM job. The earlier one may still be running."""
-        return self.job is not None and self.job == other.job and self.restarts < other.restarts
+        return self._has_job_of(other) and self.restarts < other.restarts
+
+    def _has_job_of(self, other: Owner) -> bool:
+        known = self.cluster is not None  # not in the files of earlier versions
+        return self.job is not None and self.job == other.job and (not known or self.cluster == other.cluster)
 
     def has_ended(self) -> bool | None:
         """Returns whether the process has ended, or None if that cannot be found out from this machine."""
-        if self.machine and self.machine == _machine_id():
+        here = Owner.this_process()
+        if self.machine and self.machine == here.machine:
             return _start_time(self.pid) != self.born
-        states = job_states([self.job]) if self.job else None
+        if self.job is None:
+            return self._was_before_the_boot_of(here) or None
+        if self._has_job_of(here):
+            return None  # the job goes on, with this process: it may be a step that has crashed on another node
+        if self.cluster is not None and self.cluster != cluster_name(os.environ):
+            return None  # the SLURM that answers here knows other jobs
+        states = job_states([self.job])
         if states is None:
             return None
         # SLURM forgets a job some minutes after its end, so a job without a state has ended.
         return not any(state.split("|")[0] in _ACTIVE_STATES for state in states.values())
+
+    def _was_before_the_boot_of(self, here: Owner) -> bool:
+        """Returns whether the machine, and not only a container, was started anew since."""
+        boot, _, namespace = self.machine.partition(" ")
+        boot_here, _, namespace_here = here.machine.partition(" ")
+        same = (self.host, self.installation, namespace) == (here.host, here.installation, namespace_here)
+        return bool(same and self.installation and boot != boot_here)
 
 
 class Lease:
@@ -278,6 +300,14 @@ def _machine_id() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
+        return ""
+
+
+def _installation_id() -> str:
+    """Returns the id that systemd gives an operating system when it is installed; empty if there is none."""
+    try:
+        return Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
         return ""
 
 

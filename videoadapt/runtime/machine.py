@@ -85,8 +85,8 @@ def cpu_limit(
 ) -> CpuLimit:
     """Returns the smallest of the CPU affinity, the quota of the cgroup and `SLURM_CPUS_PER_TASK`; at least 1.
 
-    The ranks that torchrun starts on a node share these CPUs evenly. A task that SLURM starts does not
-    share its CPUs.
+    The ranks that torchrun or submitit's local executor starts on a node share these CPUs evenly. A task that SLURM
+    starts does not share its CPUs.
 
     Args:
         environment: The environment variables.
@@ -103,6 +103,8 @@ def cpu_limit(
     cpus, source = min(limits)
     # LOCAL_WORLD_SIZE alone is no proof of torchrun: users set it for other launchers.
     ranks = int(environment["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in environment else 1
+    if environment.get("SUBMITIT_EXECUTOR") == "local":
+        ranks = int(environment.get("SUBMITIT_LOCAL_NTASKS", 1))
     if ranks > 1:
         source += f" {cpus:g}, shared by {ranks} ranks"
     return CpuLimit(max(1, int(cpus / ranks)), source)

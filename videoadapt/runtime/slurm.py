@@ -84,6 +84,22 @@ def slurm_job(environment: Mapping[str, str]) -> SlurmJob | None:
     return SlurmJob(f"{array}_{number}" if array and number else environment["SLURM_JOB_ID"], restarts, tasks)
 
 
+def cluster_name(environment: Mapping[str, str]) -> str | None:
+    """Returns the name of the cluster of this job; outside a job, of the cluster whose commands are found here, if any.
+
+    Args:
+        environment: The environment variables.
+    """
+    if name := environment.get("SLURM_CLUSTER_NAME"):
+        return name
+    try:
+        output = _run("scontrol", "show", "config")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = (line.split() for line in output.splitlines())  # `ClusterName = linux`
+    return next((words[-1] for words in lines if words[:1] == ["ClusterName"]), None)
+
+
 def requeue(job: str) -> None:
     """Returns a running job to SLURM's queue. SLURM ends its processes and starts it again later.
 

@@ -142,8 +142,12 @@ def _last_seconds(path: Path) -> float:
 
 
 def _write_line(file: TextIOWrapper, values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(values) + "\n")
-    file.flush()  # so that people can follow, and a kill loses nothing
+    try:
+        file.write(json.dumps(values) + "\n")
+        file.flush()  # so that people can follow, and a kill loses nothing
+    except OSError as error:  # a full disk; a failed write does not say of which file it was
+        error.filename = file.name
+        raise
 
 
 def _step_of(line: str) -> float | None:

@@ -90,6 +90,12 @@ def _id_of(path: Path, name: str) -> str | None:
         return None
 
 
+def run_name(config: Config) -> str:
+    """Returns the name of the run folder; of `DIR/run`, as `new` names all of them, that of DIR."""
+    folder = config.run.dir.resolve()
+    return folder.parent.name if folder.name == "run" and folder.parent.name else folder.name
+
+
 class Tolerant:
     """Gives up a tracker that fails, for example because its server has gone: it must not end the training."""
 
@@ -128,8 +134,8 @@ class _WandB:
             id=self.id,
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=config.run.dir.name,
-            dir=str(config.run.dir),
+            name=run_name(config),
+            dir=os.environ.get("WANDB_DIR", str(config.run.dir)),
             config=config.model_dump(mode="json"),
         )
 
@@ -151,7 +157,7 @@ class _MLflow:
             self._client.update_run(self.id, status="RUNNING")
             return
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        self.id = self._client.create_run(experiment.experiment_id, run_name=config.run.dir.name).info.run_id
+        self.id = self._client.create_run(experiment.experiment_id, run_name=run_name(config)).info.run_id
         dumped = config.model_dump(mode="json")
         params = [
             Param(f"{section}.{key}", str(value)[:_PARAM_CHARACTERS])
@@ -184,7 +190,7 @@ class _ClearML:
 
         self._task: Any = Task.init(
             project_name=os.environ.get("CLEARML_PROJECT", PROJECT),
-            task_name=config.run.dir.name,
+            task_name=run_name(config),
             continue_last_task=known_id or False,
             reuse_last_task_id=False,
             auto_connect_arg_parser=False,
