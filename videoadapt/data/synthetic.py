@@ -108,7 +108,7 @@ def write_video(path: Path, frames: npt.NDArray[np.uint8], *, qp: int) -> None:
     """
     import av  # here for a fast start, like pandas below
 
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with replacing(path, durable=False) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         # One thread: the bytes of a file must not depend on the number of cores.
@@ -175,7 +175,7 @@ def generate(folder: Path, sizes: dict[str, int], *, seed: int, workers: int = 2
     jobs = [
         _Job(folder / row.path, row.level, PAIRS[row.label], int(row.seed), qp)
         for row in videos.itertuples()
-        if not (folder / row.path).exists()
+        if not _is_written(folder / row.path)
     ]
     with Bar("generate", total=len(videos), unit="videos", start=len(videos) - len(jobs)) as bar:
         for count in _run_jobs(jobs, workers):
@@ -184,6 +184,10 @@ def generate(folder: Path, sizes: dict[str, int], *, seed: int, workers: int = 2
         (folder / f"{split}.csv").write_text("".join(f"{row.path} {row.label}\n" for row in plan.itertuples()))
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     videos[["path", "level"]].to_csv(folder / "levels.csv", index=False)
+
+
+def _is_written(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0  # a power failure may have left an empty file
 
 
 class _Job(NamedTuple):

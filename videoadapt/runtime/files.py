@@ -32,13 +32,14 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp|\.(last|.+\.(safetensors|npz|p
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to `path` at the end.
 
     After an exception, or if the process is killed, `path` is unchanged. The parent folder is created if necessary.
 
     Args:
         path: The file to create or replace.
+        durable: Wait until the disk has it, milliseconds. Without, a power failure soon after may leave an empty file.
 
     Yields:
         A hidden file in the same folder, so that the renaming is atomic. It is locked until the end, so that
@@ -54,16 +55,12 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # a file system without locks: an abandoned file stays there
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
-        # Without fsync, a power failure after the renaming could leave an empty file under the final name.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            _sync(temporary)
         temporary.chmod(0o644)  # mkstemp allows the owner only, but colleagues read run folders
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the renaming is a change of the folder
-        finally:
-            os.close(directory)
+        if durable:
+            _sync(path.parent)  # the renaming is a change of the folder
     except OSError as error:
         if error.errno is not None and error.filename in (None, name):
             error.filename = str(path)  # a failed write does not say of which file it was
@@ -71,6 +68,15 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk has a file, or the list of files in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -98,8 +104,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         for name in filter(Path.is_file, temporary.rglob("*")):
-            with name.open("rb") as file:  # as in `replacing`
-                os.fsync(file.fileno())
+            _sync(name)
         temporary.chmod(0o755)  # mkdtemp allows the owner only, but colleagues read run folders
         # A folder that is not empty cannot be replaced by renaming. Where two cannot change places at once, the old one
         # steps aside, under a name by which the next call finds it.
