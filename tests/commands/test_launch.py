@@ -31,7 +31,7 @@ from videoadapt.commands.launch import (
     sbatch_command,
     sbatch_options,
 )
-from videoadapt.config.load import Config, dump_config, make_config
+from videoadapt.config.load import Config, dump_config, load_config, make_config
 from videoadapt.errors import ConfigError, RunError, UserError
 from videoadapt.model.checkpoint import train_checkpoints
 
@@ -148,6 +148,13 @@ def test_a_job_with_one_task_gets_its_part_of_a_node() -> None:
     ]  # fmt: skip
 
 
+def test_options_of_yaml_blocks_and_its_truth_values(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("slurm:\n  comment: |\n    my text\n  extra: {exclusive: True, contiguous: yes, hold: Off}\n")
+    slurm = load_config(path).slurm
+    assert (slurm.comment, slurm.extra) == ("my text", {"exclusive": "", "contiguous": "", "hold": None})
+
+
 @pytest.mark.parametrize(
     ("slurm", "asked"),
     [
@@ -189,6 +196,9 @@ def test_the_assigner_takes_hours_at_most(minutes: int, expected: str) -> None:
     [
         ({"gres": "gpu:4", "gpus_per_node": 4}, "slurm.gpus_per_node and slurm.gres: each asks for the GPUs"),
         ({"gres": "gpu:2", "tasks_per_node": 4}, "slurm.gres: gpu:2 has too few GPUs for the 4 tasks of a node"),
+        ({"gres": "gpu:0"}, "slurm.gres: gpu:0 asks for no GPU"),
+        ({"comment": "two\nlines"}, "slurm.comment: expected one line"),
+        ({"extra": {"nodelist": "a\n#b"}}, "slurm.extra.nodelist: expected one line"),
         ({"gres": "gpu a100"}, "slurm.gres: expected NAME[:TYPE][:COUNT], such as gpu:a100:4, got 'gpu a100'"),
         ({"extra": {"partition": "x"}}, "slurm.extra: --partition has a key of its own, slurm.partition"),
         ({"extra": {"cpus": 4}}, "slurm.extra: --cpus has a key of its own, slurm.cpus_per_task"),
@@ -264,6 +274,18 @@ def test_one_shard_is_launched_alone() -> None:
     assert StageCall(jobs_of(config)[0], config).values["parallel"]["shard"] == "3/8"
 
 
+def test_a_refused_submission_leaves_the_files_of_other_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sbatch` here is refused while another job writes its log."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\ntouch {tmp_path}/run/jobs/7_0_log.out\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    with pytest.raises(RunError, match="train cannot be submitted"):
+        launch(make_config({"run": {"dir": str(tmp_path / "run")}, "data": LISTS}), [])
+    assert [path.name for path in (tmp_path / "run" / "jobs").iterdir()] == ["7_0_log.out"]
+
+
 def test_gpus_without_a_task_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     plan_launch(config_of("train", gres="gpu:a100:4"), [])
     assert "train: 4 GPUs on each node, of which 3 are idle" in capsys.readouterr().err
@@ -282,6 +304,38 @@ def test_the_sbatch_files_have_the_options_of_launch(stage: str) -> None:
     ]  # fmt: skip
     assert "parallel.ranks=$SLURM_NTASKS" in command
     assert ("$shard" in command) == (stage in {"label", "calibrate", "evaluate"})
+
+
+def array_of(least: int, most: int, count: int) -> dict[str, str]:
+    found = {"MIN": least, "MAX": most, "COUNT": count, "ID": most}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("stage", ["label", "calibrate", "evaluate"])
+@pytest.mark.parametrize(
+    ("array", "words", "shard"),
+    [
+        ({}, [], None),
+        ({}, ["parallel.shard=3/8"], "3/8"),
+        (array_of(0, 7, 8), [], "7/8"),
+        (array_of(3, 3, 1), ["parallel.shard=3/8"], "3/8"),
+        (array_of(3, 3, 1), [], "refused"),
+        (array_of(1, 4, 4), [], "refused"),
+        (array_of(0, 6, 4), [], "refused"),  # 0-6:2
+    ],
+)
+def test_the_sbatch_files_score_each_shard_once(
+    stage: str, array: dict[str, str], words: list[str], shard: str | None, tmp_path: Path
+) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_CPUS_PER_TASK": "8"} | array
+    line = ["bash", str(FILES / f"{stage}.sbatch"), "mine.yaml", *words]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if shard == "refused" else 0)
+    given = re.findall(r"parallel\.shard=(\S+)", done.stdout)
+    assert given == ([] if shard in (None, "refused") else [shard])
 
 
 def test_the_chain_file_has_the_stages_in_the_order_of_launch() -> None:

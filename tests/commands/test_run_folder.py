@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import small_runs as runs
 from videoadapt.commands.cli import _following
 from videoadapt.config.load import RUN_CONFIG, Config, load_config, make_config
+from videoadapt.config.sections import LaunchConfig
 from videoadapt.data.index.manifest import Manifest, manifest_path
 from videoadapt.errors import CheckpointError, ConfigError
 from videoadapt.routing import threshold
@@ -67,13 +68,14 @@ def test_paths_in_the_folder_move_with_it_and_names_stay_names(tmp_path: Path, m
     run = tmp_path / "$a" / "run"
     (run / "data").mkdir(parents=True)
     nested = {"run": {"dir": str(run)}, "data": {"root": str(run / "data"), "classes": "kinetics400"}}
-    nested |= {"train": {"init": "vit_base_patch16_224"}, "parallel": {"ranks": 4, "shard": "1/2"}}  # type: ignore[dict-item]
+    nested |= {"train": {"init": "vit_base_patch16_224"}, "parallel": {"ranks": 4, "shard": "1/2"}}
+    nested |= {"launch": {"stage": "train", "cluster": "local"}}  # type: ignore[dict-item]
     record_config(make_config(nested))
     shutil.move(tmp_path / "$a", tmp_path / "b")
     moved = load_config(tmp_path / "b" / "run")
     assert moved.data.root == tmp_path / "b" / "run" / "data"
     assert (str(moved.data.classes), moved.train.init) == ("kinetics400", "vit_base_patch16_224")
-    assert moved.parallel.ranks is None and moved.parallel.shard is None
+    assert (moved.parallel.ranks, moved.parallel.shard, moved.launch) == (None, None, LaunchConfig())
 
 
 def test_a_config_that_a_person_has_written_is_never_changed(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_known_keys_are_all_keys_of_a_config() -> None:
     }
 
 
+SHARED_STEM = {"embed": "stem", "share_patch": True}
 CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("model.heads", {"model": {"width": 100, "heads": 12}}),
     ("model.temporal", {"model": {"temporal": False, "num_frames": 8}}),
@@ -141,6 +142,13 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("label.source", {"label": {"source": "holdout"}}),
     ("assign.frames", {"assign": {"frames": 4}, "model": {"num_frames": 2}}),
     ("loss.tau", {"loss": {"hard": True, "tau": 2.0}}),
+    ("run.checkpoint", {"run": {"checkpoint": "best"}, "train": {"validate_every": 0}}),
+    ("train.patience", {"train": {"patience": 3}}),
+    ("parallel.groups", {"model": SHARED_STEM, "parallel": {"groups": "auto"}}),
+    ("parallel.groups", {"model": SHARED_STEM, "parallel": {"groups": {"14": 1, "10+7": 1}}}),
+    ("model.points", {"model": {"points": ["14", "14@0.7", "14@0.7000001"]}}),
+    ("slurm.signal_s", {"slurm": {"signal_s": 600, "time_minutes": 2}}),
+    ("slurm.stages.label.signal_s", {"slurm": {"stages": {"label": {"time_minutes": 2}}}}),
 ]
 
 
@@ -158,6 +166,9 @@ def test_a_contradiction_is_an_error_that_names_the_field(field: str, values: di
         {"data": {"holdout": 0.2}, "label": {"source": "holdout"}},
         {"loss": {"hard": True, "lam": 0.5}},
         {"model": {"embed": "stem", "patch": 16}},
+        {"model": SHARED_STEM, "parallel": {"groups": {"14+10+7": 2}}},
+        {"train": {"patience": 3}, "data": {"validate": "holdout", "holdout": 0.2}},
+        {"slurm": {"signal_s": 100, "time_minutes": 2}},
     ],
 )
 def test_values_at_the_limit_of_a_contradiction_are_valid(values: dict[str, Any]) -> None:
@@ -517,6 +528,8 @@ def test_config_errors_are_user_errors() -> None:
             "is not of the longest length; add 14",
         ),
         (["evaluate.cascade=['9,14:0.6']"], "different points of this model"),
+        (["evaluate.cascade=['cascade:7,14:0.9']"], "evaluate.cascade: expected 7,14:0.9 without cascade:"),
+        (["evaluate.leap=9:cost=0.5"], "evaluate.leap: leap '9:cost=0.5'"),
         (["evaluate.cascade=['7,14:60']"], "thresholds from 0 to 1"),
         (["evaluate.cascade=['7,14:0.6:prob']"], "a measure of probability, margin, entropy"),
         (["evaluate.cascade=['7,14:0.6','7,14:0.6']"], "expected different cascades"),

@@ -51,8 +51,8 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
     ],
 )
 def test_a_time_limit_is_a_number_or_a_time_as_sbatch_writes_it(tmp_path: Path, written: str, minutes: int) -> None:
-    assert config_of(tmp_path, f"slurm: {{time_minutes: {written}}}").slurm.time_minutes == minutes
-    assert config_of(tmp_path, "", f"slurm.time_minutes={written}").slurm.time_minutes == minutes
+    assert config_of(tmp_path, f"slurm: {{time_minutes: {written}, signal_s: 10}}").slurm.time_minutes == minutes
+    assert config_of(tmp_path, "slurm: {signal_s: 10}", f"slurm.time_minutes={written}").slurm.time_minutes == minutes
 
 
 @pytest.mark.parametrize("written", ["24h", "1:2:3:4", "-5", "1-", ":30", "0", "0:00", "infinite", "1e9999"])

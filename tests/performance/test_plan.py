@@ -248,6 +248,11 @@ def test_a_plan_shows_the_groups_that_training_would_take(tmp_path: Path) -> Non
     assert summary.groups_of_the_config == groups_setting(expected)
 
 
+def test_a_stem_that_all_lengths_share_has_one_group(tmp_path: Path) -> None:
+    summary = plan(tiny(tmp_path, plan=MACS_PER_S, model={"embed": "stem", "share_patch": True}), 3)
+    assert [row.groups for row in summary.layouts] == ["null"]
+
+
 def test_the_command_measures_and_prints_json(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     path = tmp_path / "config.yaml"

@@ -57,6 +57,8 @@ srun() {
     return "$code"
 }
 """
+# Names that submitit gives to the config and the script of a job until SLURM has given it an id.
+_UNSUBMITTED = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 _NO_LIMIT_MINUTES = 366 * 24 * 60  # submitit's local executor needs a limit: a year
 _STOP_EVERY_S = 0.5  # between two signals to the ranks of this machine
 _SQUEUE_EVERY_S = 60  # how often a handle asks SLURM for the state of its job, unless forced
@@ -326,8 +328,9 @@ def submit(job: Job, config: Config, after: str | None = None) -> list[submitit.
     try:
         return _executor(job, config, after).submit_array(calls)
     except (RuntimeError, OSError, FailedJobError, FailedSubmissionError) as error:
-        for path in set(folder.glob("*")) - before:  # what submitit wrote for this job
-            path.unlink()
+        for path in set(folder.glob("*")) - before:  # of this job: other jobs may have begun to write here, too
+            if _UNSUBMITTED.fullmatch(path.name):
+                path.unlink()
         with suppress(OSError):  # not empty
             folder.rmdir()
             config.run.dir.rmdir()

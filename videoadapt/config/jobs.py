@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from videoadapt.config.sections import Count, Section
-from videoadapt.errors import ConfigError
+from videoadapt.errors import ConfigError, plural
 
 Stage = Literal["train", "label", "assign", "calibrate", "evaluate"]
 MailType = Literal[
@@ -31,6 +31,7 @@ _SLURM_TIME = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<first>\d{1,7})(?::(?P<seco
 # SLURM's resources. A type may begin with a digit, such as 3g.20gb of a divided GPU.
 _GRES = r"[A-Za-z_]\w*(:[\w.+-]+){0,2}(,[A-Za-z_]\w*(:[\w.+-]+){0,2})*"
 _GPUS_PER_NODE = r"([\w.+-]+:)?[1-9]\d{0,3}(,([\w.+-]+:)?[1-9]\d{0,3})*"
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029]")
 _GPU_KEYS = ("gpus_per_task", "gpus_per_node", "gres")
 # Options of sbatch whose names differ from the keys of `slurm`, and those that no key can change.
 _SBATCH_NAMES = {
@@ -91,6 +92,16 @@ def _written_as(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _one_line(value: str) -> str:
+    """Returns the text without space around it. A line break, as after `|` in YAML, would end its line in a script."""
+    if _CONTROL.search(text := value.strip()):
+        raise PydanticCustomError("text", "expected one line without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
 def _mail_types(value: Any) -> Any:
     """Splits `END,fail` as sbatch does; other values unchanged."""
     return [each.strip().upper() for each in value.split(",")] if isinstance(value, str) else value
@@ -104,9 +115,10 @@ def _extra_options(value: Any) -> Any:
     for key, each in value.items():
         name = str(key).replace("_", "-")
         _require_free(name)
-        if each is True or each == "true":
+        word = str(each).lower()
+        if word in ("true", "yes", "on"):
             options[name] = ""
-        elif each is False or each == "false":
+        elif word in ("false", "no", "off"):
             options[name] = None
         else:
             options[name] = str(each) if isinstance(each, (int, float)) else each
@@ -156,25 +168,25 @@ def _part(resource: str, tasks: int) -> str:
 class JobConfig(Section):
     """The options of a SLURM job. An option that is null is not given to sbatch: the cluster's default holds."""
 
-    partition: str | None = None
+    partition: Line | None = None
     """`--partition` of sbatch."""
-    account: str | None = None
+    account: Line | None = None
     """`--account` of sbatch: who pays."""
-    qos: str | None = None
+    qos: Line | None = None
     """`--qos` of sbatch."""
-    reservation: str | None = None
+    reservation: Line | None = None
     """`--reservation` of sbatch: nodes that are reserved for you, such as for a course."""
-    wckey: str | None = None
+    wckey: Line | None = None
     """`--wckey` of sbatch: a name for the accounting."""
-    constraint: str | None = None
+    constraint: Line | None = None
     """Required features of the nodes (`--constraint`)."""
-    exclude: Annotated[str, BeforeValidator(_host_list)] | None = None
+    exclude: Annotated[Line, BeforeValidator(_host_list)] | None = None
     """Names of nodes to avoid (`--exclude`), such as `n01,n02` or `n[01-03]`."""
-    licenses: str | None = None
+    licenses: Line | None = None
     """`--licenses` of sbatch, such as `matlab:2`."""
-    comment: str | None = None
+    comment: Line | None = None
     """Text that SLURM keeps with the job (`--comment`)."""
-    mail: Annotated[str, _written_as(r"\S+", "one address")] | None = None
+    mail: Annotated[Line, _written_as(r"\S+", "one address")] | None = None
     """Address that SLURM writes to (`--mail-user`). null = no mail."""
     mail_type: Annotated[tuple[MailType, ...], BeforeValidator(_mail_types), WithJsonSchema(_MAIL_SCHEMA)] = (
         "END",
@@ -192,27 +204,27 @@ class JobConfig(Section):
     """GPUs that SLURM binds to a rank, one at most (`--gpus-per-task`): NCCL then has no fast path to the node's other
     GPUs. 0 = no GPUs. null = one for each task by `--gpus-per-node`, unless `gpus_per_node` or `gres` asks for GPUs;
     only one of these three keys may."""
-    gpus_per_node: Annotated[str, _written_as(_GPUS_PER_NODE, "[TYPE:]COUNT, such as 4 or a100:4")] | None = None
+    gpus_per_node: Annotated[Line, _written_as(_GPUS_PER_NODE, "[TYPE:]COUNT, such as 4 or a100:4")] | None = None
     """GPUs of each node (`--gpus-per-node`), such as `4` or `a100:4`: one for each task, or more."""
-    gres: Annotated[str, _written_as(_GRES, "NAME[:TYPE][:COUNT], such as gpu:a100:4")] | None = None
+    gres: Annotated[Line, _written_as(_GRES, "NAME[:TYPE][:COUNT], such as gpu:a100:4")] | None = None
     """Generic resources of each node (`--gres`), such as `gpu:a100:4` or `gpu:4,lscratch:100`."""
-    gpu_bind: Annotated[str, _written_as(r"\S+", "a binding of sbatch, such as single:1")] | None = None
+    gpu_bind: Annotated[Line, _written_as(r"\S+", "a binding of sbatch, such as single:1")] | None = None
     """The GPUs that each task sees (`--gpu-bind`), such as `single:1`. null = all of the job's on its node, unless
     `gpus_per_task` is 1. `none` leaves `CUDA_VISIBLE_DEVICES` out: only for nodes whose GPUs are all yours."""
     cpus_per_task: Count = 8
     """CPUs of a rank (`--cpus-per-task`). The data workers of a task share them."""
     mem_gb: Count | None = None
     """Memory of each node in GB (`--mem`)."""
-    extra: Annotated[dict[str, str | None], BeforeValidator(_extra_options), WithJsonSchema(_EXTRA_SCHEMA)] = {}
+    extra: Annotated[dict[str, Line | None], BeforeValidator(_extra_options), WithJsonSchema(_EXTRA_SCHEMA)] = {}
     """Further options of sbatch by their long names, such as {exclusive: true, nodelist: n07, mem-per-gpu: 32G}. true =
     an option without a value; false = not given."""
     setup: tuple[str, ...] = ()
     """Shell lines before the command, to load modules or an environment."""
     srun: tuple[str, ...] = ()
     """Further options of srun, such as --container-image=video.sqsh or --cpu-bind=none."""
-    python: str | None = None
+    python: Line | None = None
     """Command that starts Python in a job, such as `apptainer exec --nv video.sif python`. null = this Python."""
-    signal_s: Count = 120
+    signal_s: Annotated[int, Field(ge=1, le=65_535)] = 120
     """Seconds before the time limit at which the job gets the signal to save (`--signal`)."""
     max_restarts: Annotated[int, Field(ge=0, le=1_000_000)] = 20
     """Times that a job may be requeued. A job that needs more fails."""
@@ -248,14 +260,21 @@ class JobConfig(Section):
         )
 
     def check(self, section: str) -> None:
-        """Checks that one key asks for GPUs, and for enough.
+        """Checks that one key asks for GPUs, and for enough, and that the signal to save comes in time.
 
         Args:
             section: The name of these options, for the message.
 
         Raises:
-            ConfigError: Several keys ask, or tasks have no GPU.
+            ConfigError: Several keys ask, tasks have no GPU, or the signal comes before the job.
         """
+        if self.signal_s >= 60 * self.time_minutes:
+            raise ConfigError(
+                f"{section}.signal_s: {self.signal_s} s before the limit of {plural(self.time_minutes, 'minute')} "
+                "(time_minutes), the job has not begun; lower it, or raise the limit"
+            )
+        if any(_is_gpu(each) and not _count(each) for each in _resources(self.gres)):
+            raise ConfigError(f"{section}.gres: {self.gres} asks for no GPU; leave gpu out and set gpus_per_task=0")
         given = {key: getattr(self, key) for key in _GPU_KEYS if getattr(self, key) is not None}
         if not any(map(_is_gpu, _resources(self.gres))):
             given.pop("gres", None)

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -96,7 +96,7 @@ class Config(Section):
                 f"data.calibrate: {self.data.calibrate:g} and data.holdout {self.data.holdout:g} leave no video "
                 "of train for stage 1; expected a sum below 1"
             )
-        _check_validation(self.data, self.train, self.model)
+        _check_validation(self.run, self.data, self.train, self.model)
         if isinstance(self.train.freeze, int) and self.train.freeze > self.model.depth:
             raise ConfigError(f"train.freeze: {self.train.freeze} is more than model.depth {self.model.depth}")
         if "frames" not in self.assign.model_fields_set:
@@ -109,8 +109,7 @@ class Config(Section):
                 f"{self.model.num_frames})"
             )
         _check_pairs(self.data, self.train)
-        if isinstance(self.parallel.groups, dict):
-            _check_groups(self.parallel.groups, self.model.lengths)
+        _check_groups(self.parallel.groups, self.model)
         if self.loss.hard and self.loss.tau != 1.0:
             raise ConfigError("loss.tau: has no effect on hard targets; leave it at 1.0 or set loss.hard=false")
         _check_teachers(self.model, self.loss, self.train)
@@ -142,7 +141,14 @@ def _check_crops(data: DataConfig, size: int) -> None:
         )
 
 
-def _check_validation(data: DataConfig, train: TrainConfig, model: ModelConfig) -> None:
+def _check_validation(run: RunConfig, data: DataConfig, train: TrainConfig, model: ModelConfig) -> None:
+    if run.checkpoint == Path("best") and not train.validate_every:
+        raise ConfigError("run.checkpoint: best is by the validations while training; set train.validate_every=1")
+    if train.patience is not None and data.validate != "holdout" and data.val.annotations is None:
+        raise ConfigError(
+            "train.patience: needs videos to validate on; set data.val.annotations or data.validate=holdout, or "
+            "train.patience=null"
+        )
     if data.validate == "holdout" and train.validate_every and data.holdout == 0.0:
         raise ConfigError("data.validate: holdout needs data.holdout above 0, the fraction of train that is kept out")
     if train.best_metric is None:
@@ -184,9 +190,16 @@ def _check_pairs(data: DataConfig, train: TrainConfig) -> None:
         )
 
 
-def _check_groups(groups: dict[str, int], lengths: tuple[int, ...]) -> None:
+def _check_groups(groups: str | dict[str, int] | None, model: ModelConfig) -> None:
+    if model.shares_stem and groups is not None and (groups == "auto" or len(groups) > 1):
+        raise ConfigError(
+            "parallel.groups: a stem that all lengths share (model.embed=stem, model.share_patch) needs one group for "
+            "all, because its BatchNorms see all clips; set parallel.groups=null"
+        )
+    if not isinstance(groups, dict):
+        return
     given = [length for key in groups for length in key.split("+")]
-    expected = sorted(map(str, lengths), key=int, reverse=True)
+    expected = sorted(map(str, model.lengths), key=int, reverse=True)
     if sorted(given) != sorted(expected):
         raise ConfigError(
             f"parallel.groups: {groups}: expected each length of model.points ({few(expected)}) once, as a key "
@@ -227,15 +240,22 @@ def _check_distillation(model: ModelConfig, loss: LossConfig) -> None:
 
 
 def _check_cascades(evaluate: EvaluateConfig, points: Sequence[str]) -> None:
-    texts = evaluate.cascade
-    for text in texts:
-        parse_cascade_spec(text, points, evaluate.temporal_views * evaluate.spatial_crops)
-    if len(set(texts)) < len(texts):
-        raise ConfigError(f"evaluate.cascade: expected different cascades, got {list(texts)}")
-    for text in evaluate.leap:
-        parse_leap_spec(text, points)
-    if len(set(evaluate.leap)) < len(evaluate.leap):
-        raise ConfigError(f"evaluate.leap: expected different leaps, got {list(evaluate.leap)}")
+    views = evaluate.temporal_views * evaluate.spatial_crops
+    parsers: dict[str, Callable[[str, Sequence[str]], object]] = {
+        "cascade": partial(parse_cascade_spec, views=views),
+        "leap": parse_leap_spec,
+    }
+    for name, parse in parsers.items():
+        texts: tuple[str, ...] = getattr(evaluate, name)
+        for text in texts:
+            if text.startswith(f"{name}:"):  # as `evaluate --policy` takes it
+                raise ConfigError(f"evaluate.{name}: expected {text.partition(':')[2]} without {name}:, got {text}")
+            try:
+                parse(text, points)
+            except ConfigError as error:
+                raise ConfigError(f"evaluate.{name}: {error}") from None
+        if len(set(texts)) < len(texts):
+            raise ConfigError(f"evaluate.{name}: expected different {name}s, got {list(texts)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

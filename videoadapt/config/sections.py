@@ -359,7 +359,8 @@ class ModelConfig(Section):
                 points = [Point.parse(p) for p in given] if isinstance(given, (list, tuple)) else []
             except ConfigError as error:
                 raise ConfigError(f"model.points: {error}") from None
-            if len(set(points)) < len(points) or not points:
+            # As text, which is what the model knows of a point: 14@0.7 and 14@0.7000001 are the same.
+            if len(set(map(str, points))) < len(points) or not points:
                 raise ConfigError(f"model.points: expected one or more different points, got {values['points']}")
             values = values | {"points": tuple(str(p) for p in sorted(points, reverse=True))}
         return values
@@ -405,6 +406,11 @@ class ModelConfig(Section):
     def lengths(self) -> tuple[int, ...]:
         """The different token lengths, longest first."""
         return tuple(sorted({Point.parse(p).length for p in self.points}, reverse=True))
+
+    @property
+    def shares_stem(self) -> bool:
+        """Whether several lengths share one stem, and the statistics of its BatchNorms."""
+        return self.embed == "stem" and self.share_patch and len(self.lengths) > 1
 
     def kernel(self, length: int) -> int:
         """Returns the side of a patch in pixels; a frame of this length has `length * kernel` pixels per side."""

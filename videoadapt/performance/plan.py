@@ -107,7 +107,7 @@ def plan(config: Config, gpus: int) -> PlanSummary:
     work = work_of(config, passes, optimizer_s)
     # A rate describes GPUs, even if the machine that plans has none.
     network = Network(config.plan.bandwidth_gbps * 1e9 / 8, overlaps=device.type == "cuda" or rate is not None)
-    plans = layouts(work, gpus)
+    plans = [each for each in layouts(work, gpus) if len(each.groups) == 1 or not config.model.shares_stem]
     if not plans:
         raise _too_many_ranks(config, gpus)
     # Stable: the layout without groups comes first among equals.

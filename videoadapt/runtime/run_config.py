@@ -20,6 +20,7 @@ from videoadapt.config.load import (
     make_config,
     with_absolute_paths,
 )
+from videoadapt.config.sections import LaunchConfig
 from videoadapt.errors import ConfigError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
@@ -75,6 +76,6 @@ def say_other_parts(config: Config, stage: str) -> None:
 
 
 def _for_any_job(config: Config) -> Config:
-    """Returns the config without the number of ranks and the shard of the present job."""
+    """Returns the config without what belongs to the present job: ranks, shard, and what `launch` was to start."""
     parallel = config.parallel.model_copy(update={"ranks": None, "shard": None})
-    return with_absolute_paths(config.model_copy(update={"parallel": parallel}))
+    return with_absolute_paths(config.model_copy(update={"parallel": parallel, "launch": LaunchConfig()}))
