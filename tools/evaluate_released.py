@@ -40,7 +40,7 @@ from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint, weight
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.load import LOADED, NEW, load_weights
 from videoadapt.runtime.console import say
-from videoadapt.runtime.ranks import rank, rank0_then_all, ranks
+from videoadapt.runtime.ranks import broadcast_result, rank, ranks
 
 VIDEO_PROTOCOL = [  # of TimeSformer's code
     "evaluate.temporal_views=1",
@@ -64,8 +64,7 @@ def main() -> None:
     try:
         config = released_config(given.weights, given.config, given.overrides)
         with ranks(config):
-            # Rank 0 writes the checkpoint; the other ranks then find it and check their weights against it.
-            rank0_then_all(lambda: convert(given.weights, config))
+            broadcast_result(lambda: convert(given.weights, config))  # the other ranks wait for the checkpoint
             summary = evaluate(config)
             if rank() == 0:
                 print_evaluate(summary.to_json())

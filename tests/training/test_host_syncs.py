@@ -74,7 +74,7 @@ def _clips(config: Any, micro_batch: int) -> Batch:
 def test_a_report_is_read_one_step_late_on_a_gpu() -> None:
     for device, late in ((torch.device("cuda"), 1), (CPU, 0)):
         taken: list[int] = []
-        reports = Reports(device, lambda report, taken=taken: bool(taken.append(report.step)))  # type: ignore[misc]
+        reports = Reports(device, lambda report, _, taken=taken: bool(taken.append(report.step)))  # type: ignore[misc]
         for step in range(3):
             reports.add(_report(step))
             assert taken == list(range(step + 1 - late))

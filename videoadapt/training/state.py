@@ -213,9 +213,9 @@ class State:
 
     def list_skipped(self, step: int, failures: Iterable[Failure]) -> None:
         """Appends the clips that could not be read in a step to `skipped.jsonl`."""
-        for failure in failures:
-            with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "path": failure.path, "cause": failure.cause}) + "\n")
+        lines = [{"step": step, "path": failure.path, "cause": failure.cause} for failure in failures]
+        with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def note(self, recent: Sequence[dict[str, float]], meter: ThroughputMeter) -> str:
         """Returns the text that the progress bar shows: means over recent steps, whose values `StepReport.read` has.

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from torch import Tensor
 from videoadapt.data.clips.datasets import Failure
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import RunError
-from videoadapt.runtime.ranks import all_gather
+from videoadapt.runtime.ranks import all_gather, rank
 from videoadapt.training.state import State, Tally
 
 _LISTED_ROWS = 5  # clips with a bad loss that a message names; a whole batch would fill the screen
+
+Gather = Callable[[Any], list[Any]]  # the values of all ranks from that of this rank
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class StepReport:
             read; how many ranks have received each stop signal; the norm of the gradient.
         arrived: Recorded behind the copy of `sums` on a GPU; None on a CPU.
         lr: The highest learning rate of the step.
-        failures: The clips that could not be read, in the ranks of the costliest point.
+        failures: The clips of this rank that could not be read; empty on ranks that do not train the costliest point.
     """
 
     step: int
@@ -50,11 +53,12 @@ class StepReport:
         flags: list[float] = self.sums[3 * len(self.tallies) + 1 : -1].tolist()
         return flags
 
-    def read(self, state: State) -> dict[str, float]:
-        """Waits for the numbers and returns them.
+    def read(self, state: State, *, alone: bool = False) -> dict[str, float]:
+        """Waits for the numbers and returns them. All ranks call it together.
 
         Args:
-            state: Counts and lists the clips that could not be read.
+            state: Counts the clips that could not be read; rank 0 lists those of all ranks.
+            alone: Only this rank calls it, and lists and names its own clips.
 
         Returns:
             `loss/POINT` and `top1/POINT` of each drawn point with a clip, means over the clips of all ranks;
@@ -63,30 +67,34 @@ class StepReport:
         Raises:
             RunError: A loss or the gradient was not finite. The step changed nothing.
         """
+        gather: Gather = (lambda own: [own]) if alone else all_gather
         if self.arrived is not None:
             self.arrived.synchronize()
         points = self.sums[: 3 * len(self.tallies)].view(-1, 3)
         skipped, grad_norm = int(self.sums[points.numel()]), float(self.sums[-1])
         if not points.isfinite().all():  # sums over ranks: all of them stop at the same step
-            raise RunError(self._bad_clips(state.manifest))
+            raise RunError(self._bad_clips(state.manifest, gather))
         if not math.isfinite(grad_norm):
             raise RunError(
                 f"step {self.step}: the gradient is not finite, although the losses are; nothing was changed by this "
                 "step. Lower train.lr, or set run.precision=fp32"
             )
         state.skipped += skipped
-        state.list_skipped(self.step, self.failures)
+        if skipped:
+            failures = [failure for of_rank in gather(self.failures) for failure in of_rank]
+            if rank() == 0:  # one writer: on NFS, lines that several nodes append overwrite one another
+                state.list_skipped(self.step, failures)
         loss, correct, clips = points.T.tolist()
         # All clips of a point may have failed.
         values = {f"loss/{p}": value / n for p, value, n in zip(self.tallies, loss, clips, strict=True) if n}
         values |= {f"top1/{p}": value / n for p, value, n in zip(self.tallies, correct, clips, strict=True) if n}
         return values | {"grad_norm": grad_norm, "lr": self.lr}
 
-    def _bad_clips(self, manifest: Manifest) -> str:
-        """Returns which losses of all ranks are not finite. All ranks call it: any of them may print the message."""
+    def _bad_clips(self, manifest: Manifest, gather: Gather) -> str:
+        """Returns which losses are not finite, the same on all ranks: any of them may be the one that prints it."""
         found = [
             (point, rows)
-            for of_rank in all_gather({point: tally.bad_rows() for point, tally in self.tallies.items()})
+            for of_rank in gather({point: tally.bad_rows() for point, tally in self.tallies.items()})
             for point, rows in of_rank.items()
             if rows
         ]
@@ -102,12 +110,12 @@ class StepReport:
 class Reports:
     """The reports that were not read yet: none on a CPU, that of the latest step on a GPU."""
 
-    def __init__(self, device: torch.device, take: Callable[[StepReport], bool]) -> None:
+    def __init__(self, device: torch.device, take: Callable[[StepReport, bool], bool]) -> None:
         """Creates an empty queue.
 
         Args:
             device: The device of the model.
-            take: Reads a report; returns whether training stops.
+            take: Reads a report, alone or together with all ranks; returns whether training stops.
         """
         self._late = 1 if device.type == "cuda" else 0  # steps
         self._take = take
@@ -122,12 +130,12 @@ class Reports:
         self._waiting.append(report)
         return self._take_until(self._late)
 
-    def take_all(self) -> bool:
+    def take_all(self, *, alone: bool = False) -> bool:
         """Takes all reports, so that the state is that of the latest step. Returns whether training stops."""
-        return self._take_until(0)
+        return self._take_until(0, alone=alone)
 
-    def _take_until(self, left: int) -> bool:
+    def _take_until(self, left: int, *, alone: bool = False) -> bool:
         stops = False
         while len(self._waiting) > left:
-            stops |= self._take(self._waiting.popleft())
+            stops |= self._take(self._waiting.popleft(), alone)
         return stops

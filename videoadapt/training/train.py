@@ -169,8 +169,8 @@ def run_epochs(
         if metrics is not None:
             meter.before_s = metrics.before_s
 
-        def take(report: StepReport) -> bool:
-            values = report.read(state)
+        def take(report: StepReport, alone: bool) -> bool:
+            values = report.read(state, alone=alone)
             if metrics is not None:  # rank 0; its values are sums over all ranks
                 mfu = {f"mfu/{p}": value for p, value in utilisation(role.clocks, macs_per_s, config).items()}
                 times = {"seconds": round(meter.seconds(), 1)} | meter.rates() | _waits(role, meter)
@@ -344,13 +344,13 @@ def _save_if_reading_fails(
     """Yields the same steps. If the next step cannot be read, saves the steps trained so far and raises the error.
 
     Saves only if this rank has the whole state: a collective is not possible here, since the other ranks may be waiting
-    in a different collective.
+    in a different collective. So rank 0 saves nothing if another rank fails that reads for itself.
     """
     start = state.step
     try:
         yield from steps
     except Exception:
-        reports.take_all()  # raises instead if a step was bad
+        reports.take_all(alone=True)  # raises instead if a step was bad
         if state.step > start and not has_foreign_statistics(state.model, role.plan) and rank() == 0:
             checkpoints.save(state.step, *state.saved())
             say(f"saved at step {state.step}; run the same command again to continue")
