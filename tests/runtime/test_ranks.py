@@ -12,8 +12,9 @@ import torch
 from processes import finished, torchrun
 from rank_jobs import HEAD, JOIN_S, Ranks, as_step
 from videoadapt.config.load import Config, make_config
-from videoadapt.errors import RunError
+from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.ranks import (
+    _exit_code,
     all_gather,
     all_reduce_sum,
     any_requested,
@@ -255,6 +256,15 @@ except KeyboardInterrupt:  # a slow rank may still be joining when the first one
     ended = Ranks(program, tmp_path, 3).ended()
     assert {path.name for path in tmp_path.glob("interrupted*")} == {f"interrupted{number}" for number in range(3)}
     assert [code for code, _ in ended.values()] == [0, 0, 0], ended
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("a"), 2), (RunError("a"), 1), (ValueError("a"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143)],
+    ids=repr,
+)
+def test_a_rank_that_leaves_nccl_suddenly_has_the_exit_code_of_its_error(error: BaseException, code: int) -> None:
+    assert _exit_code(error) == code
 
 
 def test_an_error_after_the_interrupt_of_another_rank_is_raised(tmp_path: Path) -> None:
