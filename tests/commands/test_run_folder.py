@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,9 +68,12 @@ def test_paths_in_the_folder_move_with_it_and_names_stay_names(tmp_path: Path, m
     Path("kinetics400").mkdir()  # the data, beside which the command runs
     run = tmp_path / "$a" / "run"
     (run / "data").mkdir(parents=True)
-    nested = {"run": {"dir": str(run)}, "data": {"root": str(run / "data"), "classes": "kinetics400"}}
+    nested: dict[str, Any] = {
+        "run": {"dir": str(run)},
+        "data": {"root": str(run / "data"), "classes": "kinetics400"},
+    }
     nested |= {"train": {"init": "vit_base_patch16_224"}, "parallel": {"ranks": 4, "shard": "1/2"}}
-    nested |= {"launch": {"stage": "train", "cluster": "local"}}  # type: ignore[dict-item]
+    nested |= {"launch": {"stage": "train", "cluster": "local"}}
     record_config(make_config(nested))
     shutil.move(tmp_path / "$a", tmp_path / "b")
     moved = load_config(tmp_path / "b" / "run")
