@@ -28,7 +28,6 @@ import videoadapt
 from count_operations import Count, counting, faked, is_product
 from videoadapt.model import timesformer
 from videoadapt.model.timesformer import TimeSformer, compiled
-from videoadapt.performance.bench.peers import HuggingFace
 
 _MOVED = {"config.cost": "cost", "config.load": "config", "data.clips.loader": "data.loader"}
 _MOVED |= {"data.index.manifest": "data.manifest", "training.groups": "groups", "training.optim": "optim"}
@@ -108,6 +107,8 @@ def our_model(config: Config, point: str) -> tuple[nn.Module, Forward]:
 
 def peer_model(config: Config) -> tuple[nn.Module, Forward]:
     """Returns Hugging Face's TimeSformer of the same size; it has no drop path."""
+    from videoadapt.performance.bench.peers import HuggingFace  # 294ef74 has none
+
     peer = HuggingFace(config.model)
     return peer, peer
 

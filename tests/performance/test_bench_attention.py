@@ -38,6 +38,7 @@ ROW = replace(USUAL, kernel="explicit", speed=[1.5, 1.2, 1.8])
 def test_each_kernel_is_measured_at_each_shape_and_its_rules_can_be_read(tmp_path: Path) -> None:
     config = make_config({"model": MODEL, "run": {"device": "cpu"}})
     result = bench_attention(config, ["rounds=2", "batch=1", f"dir={tmp_path}"])
+    assert not result["rules"]  # two rounds give no interval
     assert len(result["rows"]) == len(shapes(config.model, 1, CPU)) * 2 * 2 * 2  # precisions, passes, kernels
     for row in result["rows"]:
         assert row["built_in"] == ("explicit" if row["precision"] == "bf16" else "fused")

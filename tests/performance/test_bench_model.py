@@ -22,7 +22,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("peer", MODELS)
 def test_our_model_and_its_peer_are_measured_with_the_same_weights(peer: str, tmp_path: Path) -> None:
-    config = make_config({"model": SIZES | MODELS[peer], "assign": {"frames": 1}, "run": {"device": "cpu"}})
+    config = make_config(
+        {"model": SIZES | MODELS[peer] | {"drop_path": 0.1}, "assign": {"frames": 1}, "run": {"device": "cpu"}}
+    )
     result = bench_model(config, ["rounds=2", "batches=[2]", f"dir={tmp_path}"])
     assert result["difference"][peer] < 1e-5
     points = config.model.points
@@ -38,6 +40,7 @@ def test_our_model_and_its_peer_are_measured_with_the_same_weights(peer: str, tm
         assert 0 < low <= median <= high
         assert row["clips_per_s"] == pytest.approx(2 / median)
         assert (row["speed"] is not None) == (row["model"] == "ours" and row["point"] == "4")
+    assert result["config"]["model"]["drop_path"] == 0  # as in the peer
     assert json.loads((tmp_path / "model.json").read_text()) == result
 
 
@@ -45,6 +48,7 @@ def test_a_model_without_a_peer_is_measured_alone(tmp_path: Path) -> None:
     model = SIZES | {"num_frames": 1, "temporal": False, "embed": "stem", "points": ["4"]}
     config = make_config({"model": model, "assign": {"frames": 1}, "run": {"device": "cpu"}})
     assert not peer_of(config.model)
+    assert not peer_of(config.model.model_copy(update={"temporal": True}))
     result = bench_model(
         config, ["rounds=1", "batches=[1]", "precisions=[fp32]", "passes=[forward]", f"dir={tmp_path}"]
     )

@@ -41,7 +41,10 @@ def test_each_point_is_compared_at_its_own_best_batch() -> None:
 
 def test_the_table_marks_points_that_miss_the_target() -> None:
     rounds = [{"14": 8.0, "7": 2.0}]
-    table = markdown(speeds(rounds, {"14": 400, "7": 50}, {"14": 4, "7": 4})).splitlines()
+    rows = speeds(rounds, {"14": 400, "7": 50}, {"14": 4, "7": 4})
+    table = markdown(rows, len(rounds)).splitlines()
+    assert "| ms (range) | speed (range) |" in table[0]
+    assert "| ms (95 %) | speed (95 %) |" in markdown(rows, 6)
     assert table[2].endswith("| 1.00 (1.00 to 1.00) | met |")
     assert table[3].endswith("| 4.00 (4.00 to 4.00) | 8.00 | 0.50 (0.50 to 0.50) | missed |")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from videoadapt.config.load import Config, parse_settings
 from videoadapt.config.sections import Count, ModelConfig, Section
-from videoadapt.evaluation.intervals import median_interval
+from videoadapt.evaluation.intervals import has_interval, median_interval
 from videoadapt.model.attention import DEFAULT_RULES, KERNELS, Rule, has_kernel, kernel_for
 from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
 from videoadapt.runtime.console import Bar
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """One kernel at one shape in `attention.json`. Lists are a median over rounds and its 95 % interval."""
+    """One kernel at one shape in `attention.json`. Lists: a median over rounds and its 95 % interval, or its range."""
 
     sequences: int
     tokens: int
@@ -104,15 +104,16 @@ def bench_attention(config: Config, words: Sequence[str] = ()) -> Summary:
                     failed[what] = str(error).splitlines()[0]
                 bar.step(note=f"{case.shape.tokens} tokens, {case.kernel}")
     rows = [_row(case, rounds[1:], device.type, config.model) for case in cases if case in rounds[-1]]
+    rules = rules_of(rows, device.type, _head_width(config.model)) if has_interval(settings.rounds) else []
     result = measured_with(settings, ("torch",), config) | {
         "device": device.type,
         "failed": failed,
         "rows": [dataclasses.asdict(row) for row in rows],
-        "rules": [rule._asdict() for rule in rules_of(rows, device.type, _head_width(config.model))],
+        "rules": [rule._asdict() for rule in rules],
     }
     write_json(settings.dir / "attention.json", result)
     with replacing(settings.dir / "attention.md") as temporary:
-        temporary.write_text(markdown(rows), encoding="utf-8")
+        temporary.write_text(markdown(rows, settings.rounds), encoding="utf-8")
     return result
 
 
@@ -198,12 +199,12 @@ def _passes(training: bool) -> str:
     return "forward and backward" if training else "forward"
 
 
-_COLUMNS = ("tokens", "sequences", "precision", "passes", "kernel", "ms (95 %)", "built-in / this (95 %)")
+_COLUMNS = ("tokens", "sequences", "precision", "passes", "kernel", "ms ({level})", "built-in / this ({level})")
 
 
-def markdown(rows: Sequence[AttentionRow]) -> str:
-    """Returns the rows as a markdown table."""
-    return markdown_table(_COLUMNS, [_cells(row) for row in rows])
+def markdown(rows: Sequence[AttentionRow], rounds: int) -> str:
+    """Returns the rows, measured in so many rounds, as a markdown table."""
+    return markdown_table(_COLUMNS, [_cells(row) for row in rows], rounds)
 
 
 def _cells(row: AttentionRow) -> tuple[str, ...]:
@@ -220,7 +221,7 @@ def print_bench_attention(result: Mapping[str, Any]) -> None:
         f"{result['device']}, {result['machine']['threads']} threads, load {result['machine']['load']:.1f}, medians of "
         f"{result['settings']['rounds']} rounds, {result['settings']['batch']} clips\n"
     )
-    print(markdown([AttentionRow(**row) for row in result["rows"]]))
+    print(markdown([AttentionRow(**row) for row in result["rows"]], result["settings"]["rounds"]))
     for what, cause in result["failed"].items():
         print(f"not measured: {what}: {cause}")
     rules = [Rule(**values) for values in result["rules"]]
@@ -229,5 +230,7 @@ def print_bench_attention(result: Mapping[str, Any]) -> None:
     if rules:
         file = Path(result["settings"]["dir"]) / "attention.json"
         print(f"to use these kernels: export VIDEOADAPT_ATTENTION={file.resolve()}")
+    elif not has_interval(result["settings"]["rounds"]):
+        print("too few rounds for an interval, and so for rules; take 6 or more")
     else:
         print("no kernel is faster than the built-in one beyond its interval")

@@ -51,7 +51,7 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One case in `model.json`. Lists are a median over rounds and its 95 % interval."""
+    """One case in `model.json`. Lists are a median over rounds and its 95 % interval (below 6 rounds, the range)."""
 
     model: str  # "ours" or a peer
     point: str
@@ -98,6 +98,8 @@ def bench_model(config: Config, words: Sequence[str] = ()) -> Summary:
     settings = parse_settings(Settings, "bench model", words)
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
+    # Peers have no drop path.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"drop_path": 0.0})})
     ours = TimeSformer(config.model)
     peers = peer_of(config.model)
     for peer in peers.values():
@@ -132,7 +134,7 @@ def bench_model(config: Config, words: Sequence[str] = ()) -> Summary:
     }
     write_json(settings.dir / "model.json", result)
     with replacing(settings.dir / "model.md") as temporary:
-        temporary.write_text(markdown(rows), encoding="utf-8")
+        temporary.write_text(markdown(rows, settings.rounds), encoding="utf-8")
     return result
 
 
@@ -226,14 +228,25 @@ def _row(  # noqa: PLR0917
 
 
 _COLUMNS = (
-    *("pass", "precision", "mode", "clips", "model", "point", "ms (95 %)", "clips/s", "of the product's rate", "MiB"),
-    "peer's time / ours (95 %)",
+    *(
+        "pass",
+        "precision",
+        "mode",
+        "clips",
+        "model",
+        "point",
+        "ms ({level})",
+        "clips/s",
+        "of the product's rate",
+        "MiB",
+    ),
+    "peer's time / ours ({level})",
 )
 
 
-def markdown(rows: Sequence[ModelRow]) -> str:
-    """Returns the rows as a markdown table."""
-    return markdown_table(_COLUMNS, [_cells(row) for row in rows])
+def markdown(rows: Sequence[ModelRow], rounds: int) -> str:
+    """Returns the rows, measured in so many rounds, as a markdown table."""
+    return markdown_table(_COLUMNS, [_cells(row) for row in rows], rounds)
 
 
 def _cells(row: ModelRow) -> tuple[str, ...]:
@@ -253,4 +266,4 @@ def print_bench_model(result: Mapping[str, Any]) -> None:
     )
     for peer, difference in result["difference"].items():
         print(f"same weights as {peer}: logits differ by {difference:.1e} of the largest")
-    print(markdown([ModelRow(**row) for row in result["rows"]]))
+    print(markdown([ModelRow(**row) for row in result["rows"]], result["settings"]["rounds"]))

@@ -21,7 +21,8 @@ class HuggingFace(nn.Module):
     """Hugging Face's TimeSformer at the costliest length, with random weights. It has no drop path.
 
     Raises:
-        UserError: transformers is not installed, or the config's model has no temporal attention.
+        UserError: transformers is not installed, or the config's model has no temporal attention, a stem, or a head on
+            patches.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -34,6 +35,8 @@ class HuggingFace(nn.Module):
             raise UserError(
                 "Hugging Face's TimeSformer always has temporal attention; this config has model.temporal=false"
             )
+        if config.embed == "stem" or config.dense_head is not None:
+            raise UserError("Hugging Face's TimeSformer has neither a stem nor a head on patches")
         sizes: dict[str, Any] = {"image_size": peer_side(config), "patch_size": config.patch}
         sizes |= {"num_frames": config.num_frames, "hidden_size": config.width, "num_hidden_layers": config.depth}
         sizes |= {"num_attention_heads": config.heads, "intermediate_size": int(config.width * config.mlp_ratio)}

@@ -43,7 +43,7 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class PointRow:
-    """One point at one batch size in `points.json`. Lists are a median over rounds and its 95 % interval.
+    """One point at one batch size in `points.json`. Lists are a median over rounds and its 95 % interval, or its range.
 
     In the rows of `best`, the costliest point of the comparison runs at its own best batch, too.
     """
@@ -92,8 +92,9 @@ def bench_points(config: Config, words: Sequence[str] = ()) -> Summary:
         "best": [dataclasses.asdict(row) for row in best],
     }
     write_json(settings.dir / "points.json", result)
+    tables = (markdown(rows, settings.rounds), f"{BEST}:\n", markdown(best, settings.rounds))
     with replacing(settings.dir / "points.md") as temporary:
-        temporary.write_text(f"{markdown(rows)}\n{BEST}:\n\n{markdown(best)}", encoding="utf-8")
+        temporary.write_text("\n".join(tables), encoding="utf-8")
     return result
 
 
@@ -167,17 +168,17 @@ _COLUMNS = (
     "batch",
     "GMACs",
     "clips/s",
-    "ms (95 %)",
-    "speed (95 %)",
+    "ms ({level})",
+    "speed ({level})",
     "by MACs",
-    "speed / by MACs (95 %)",
+    "speed / by MACs ({level})",
     "target",
 )
 
 
-def markdown(rows: Sequence[PointRow]) -> str:
-    """Returns the rows as a markdown table."""
-    return markdown_table(_COLUMNS, [_cells(row) for row in rows])
+def markdown(rows: Sequence[PointRow], rounds: int) -> str:
+    """Returns the rows, measured in so many rounds, as a markdown table."""
+    return markdown_table(_COLUMNS, [_cells(row) for row in rows], rounds)
 
 
 def _cells(row: PointRow) -> tuple[str, ...]:
@@ -202,5 +203,6 @@ def print_bench_points(result: Mapping[str, Any]) -> None:
         f"{result['machine']['load']:.1f}, medians of {result['settings']['rounds']} rounds; speed is relative to the "
         f"costliest point; the target is {result['target']:g} of the speed that the MACs promise\n"
     )
-    print(markdown([PointRow(**row) for row in result["rows"]]))
-    print(f"{BEST}:\n\n{markdown([PointRow(**row) for row in result['best']])}")
+    rounds = result["settings"]["rounds"]
+    print(markdown([PointRow(**row) for row in result["rows"]], rounds))
+    print(f"{BEST}:\n\n{markdown([PointRow(**row) for row in result['best']], rounds)}")

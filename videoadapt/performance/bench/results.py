@@ -11,6 +11,7 @@ import torch
 
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Section
+from videoadapt.evaluation.intervals import LEVEL, has_interval
 from videoadapt.runtime.machine import machine, versions
 
 
@@ -39,9 +40,16 @@ def print_machine(result: Mapping[str, Any]) -> None:
     print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a markdown table."""
-    lines = [columns, ("---",) * len(columns), *rows]
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], rounds: int = 0) -> str:
+    """Returns a markdown table.
+
+    Args:
+        columns: The heads. `{level}` becomes what `with_interval` shows after so many rounds: `95 %` or `range`.
+        rows: The cells.
+        rounds: Values of each median.
+    """
+    level = f"{100 * LEVEL:.0f} %" if has_interval(rounds) else "range"
+    lines = [[column.format(level=level) for column in columns], ("---",) * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
