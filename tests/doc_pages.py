@@ -70,7 +70,7 @@ class Page:
 
 KINETICS = "needs Kinetics-400"
 IMAGENET = "needs ImageNet, and weeks"
-MINUTES = "takes minutes; a test in tests/tools runs the script at small size"
+MINUTES = "takes minutes"
 
 # Any config becomes a tiny one that trains on the data of the folder.
 SMALL_DATA = (
@@ -134,7 +134,7 @@ PAGES = {
             "clip.mp4": "video.mp4",
         },
         not_run={
-            "python tools/simulate_calibration.py": MINUTES,
+            "python tools/simulate_calibration.py": f"{MINUTES}; tests/tools/test_simulate_calibration.py",
         },
     ),
     "docs/python.ipynb": Page(blocks_not_run={"": "tests/test_python.py runs it in a kernel"}),
@@ -153,11 +153,11 @@ PAGES = {
         },
         not_run={
             "python tools/evaluate_released.py": "needs released weights",
-            "python tools/bench_train.py": MINUTES,
+            "python tools/bench_train.py": f"{MINUTES}; tests/tools/test_bench_train.py",
             "python tools/gpu_check.py": "needs a GPU",
         },
     ),
-    "docs/reliability.md": Page(not_run={"python tools/fuzz_inputs.py": MINUTES}),
+    "docs/reliability.md": Page(not_run={"python tools/fuzz_inputs.py": f"{MINUTES}; tests/tools/test_fuzz_inputs.py"}),
     "docs/reproduce.md": Page(
         replaced={
             "data.train.annotations=imagenet/train": "data.train.annotations=data/train.csv",
@@ -185,13 +185,19 @@ PAGES = {
             "wandb sync": "needs an account of the tracker",
         },
     ),
-    "docs/results/assigner.md": Page(not_run={"OMP_NUM_THREADS=1 python tools/bench_assigner.py": MINUTES}),
-    "docs/results/bench_data.md": Page(not_run={"videoadapt bench data": MINUTES}),
+    "docs/results/assigner.md": Page(
+        not_run={"OMP_NUM_THREADS=1 python tools/bench_assigner.py": f"{MINUTES}; no test runs it"}
+    ),
+    "docs/results/bench_data.md": Page(
+        not_run={"videoadapt bench data": f"{MINUTES}; tests/performance/test_bench.py runs it at small size"}
+    ),
     "docs/results/bench_points.md": Page(
         small=SMALL_IMAGE_MODEL,
         replaced={"rounds=7": "rounds=1", "rounds=5": "rounds=1", "batches=[8]": "batches=[1]"},
     ),
-    "docs/results/bench_train.md": Page(not_run={"python tools/bench_train.py": MINUTES}),
+    "docs/results/bench_train.md": Page(
+        not_run={"python tools/bench_train.py": f"{MINUTES}; tests/tools/test_bench_train.py"}
+    ),
     "docs/results/fights.md": Page(
         # Its cascades are over views, of which `SMALL` has one.
         small=f"{SMALL} evaluate.cascade=[] train.freeze=null data.source_pattern=null model.drop_blocks=[1]",
@@ -213,16 +219,18 @@ PAGES = {
             "OMP_NUM_THREADS=1 torchrun": MINUTES,
         },
     ),
-    "docs/results/router.md": Page(not_run={"python tools/bench_router.py": MINUTES}),
+    "docs/results/router.md": Page(not_run={"python tools/bench_router.py": f"{MINUTES}; no test runs it"}),
     "docs/results/step.md": Page(
         not_run={
             "python tools/count_step.py": "tests/tools/test_count_step.py counts a small model",
             "PYTHONPATH=": "needs a checkout of an earlier commit",
             "videoadapt bench model": "tests/performance/test_bench_model.py runs it",
-            "python tools/bench_train.py": MINUTES,
+            "python tools/bench_train.py": f"{MINUTES}; tests/tools/test_bench_train.py",
         }
     ),
-    "docs/results/shared_decoding.md": Page(not_run={"python tools/bench_shared_decoding.py": MINUTES}),
+    "docs/results/shared_decoding.md": Page(
+        not_run={"python tools/bench_shared_decoding.py": f"{MINUTES}; no test runs it"}
+    ),
 }
 
 

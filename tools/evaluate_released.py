@@ -26,15 +26,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from one_line_failures import one_line_failures
 from videoadapt.commands.tables import print_evaluate
 from videoadapt.config.load import Config, load_config
 from videoadapt.config.points import Point
 from videoadapt.data.index.manifest import load_or_index
-from videoadapt.errors import CheckpointError, RunError, UserError
+from videoadapt.errors import CheckpointError, UserError
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from videoadapt.model.timesformer import TimeSformer
@@ -61,15 +61,13 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="the architecture, for example configs/timesformer_b_k400.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
-    try:
+    with one_line_failures():
         config = released_config(given.weights, given.config, given.overrides)
         with ranks(config):
             broadcast_result(lambda: convert(given.weights, config))  # the other ranks wait for the checkpoint
             summary = evaluate(config)
             if rank() == 0:
                 print_evaluate(summary.to_json())
-    except (UserError, RunError) as error:
-        sys.exit(f"error: {error}")
 
 
 def released_config(weights: Path, path: Path, overrides: list[str]) -> Config:

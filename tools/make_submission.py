@@ -17,6 +17,7 @@ import pandas as pd
 
 from videoadapt.data.index.find_files import video_id
 from videoadapt.errors import UserError
+from videoadapt.evaluation.evaluated import read_evaluated_table, run_folder
 from videoadapt.runtime.files import write_csv
 
 
@@ -44,18 +45,14 @@ def submission(run: Path, policy: str | None, top: int) -> pd.DataFrame:
     """Returns a row for each video with its best classes.
 
     Args:
-        run: The folder of an evaluated run.
+        run: The folder of an evaluated run, or its config.
         policy: One of its policies; None as in the option `--policy`.
         top: Number of classes.
 
     Raises:
         UserError: The run was not evaluated, or not with this policy, or kept fewer classes.
     """
-    source = run / "evaluate" / "videos.parquet"
-    try:
-        videos = pd.read_parquet(source)
-    except FileNotFoundError:
-        raise UserError(f"{source}: does not exist; run `videoadapt evaluate` first") from None
+    videos = read_evaluated_table(run_folder(run), "videos", ["policy", "video"])
     policies = videos["policy"].unique().tolist()
     chosen = policy or ("assigned" if "assigned" in policies else policies[0])
     if chosen not in policies:

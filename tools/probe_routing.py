@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import videoadapt as va
+from one_line_failures import one_line_failures
 from record_run import interval
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config, load_config
@@ -37,6 +38,7 @@ from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, right_matrix, softmax
 from videoadapt.routing.leap_rules import Logistic, answer_features, mean_cost, worth_most
 from videoadapt.runtime.console import Bar, percent, print_table
+from videoadapt.runtime.files import read_parquet
 
 PRICES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of the costliest point's MACs, in probability of a right answer
 PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -50,11 +52,14 @@ def main(
     """Prints the curves of a run."""
     config = load_config(run)
     points = list(config.model.points)
+    if point and point not in points:
+        raise UserError(f"--point {point}: this run has {', '.join(points)}")
     first = points.index(point or points[-1])
     model = load_model(run).eval()
     manifest = Manifest.load(manifest_path(run))
-    labelled, right = right_matrix(pd.read_parquet(run / "labels" / "outcomes.parquet"), points)
-    tests = read_evaluated_table(run, "videos", ["policy", "video", "source", "right"])
+    labelled, right = right_matrix(read_parquet(run / "labels" / "outcomes.parquet", "run `label` first"), points)
+    tests = read_evaluated_table(run, "videos", ["policy", "video", "source", "right", "failed"])
+    tests = tests[~tests["failed"]]  # no point has an answer on them
     fixed = [tests[tests["policy"] == f"fixed:{each}"].set_index("video") for each in points]
     costs = np.array([point_macs(config.model)[each] for each in points], dtype=float)
     shares = costs / costs.max()
@@ -87,14 +92,21 @@ def of_videos(manifest: Manifest, videos: Sequence[str]) -> Manifest:
 
 
 def fit(features: Floats, right: Bools, groups: Choice) -> Logistic:
-    """Returns the regressions with the penalty that folds by group prefer."""
-    fold = groups % _FOLDS
+    """Returns the regressions with the penalty that folds by group prefer.
+
+    Raises:
+        UserError: There is one group only.
+    """
+    folds = min(_FOLDS, int(groups.max()) + 1)
+    if folds == 1:
+        raise UserError("all labelled clips are of one source; cross-validation needs two or more")
+    fold = groups % folds
 
     def loss(penalty: float, k: int) -> float:
         chances = Logistic.fit(features[fold != k], right[fold != k], penalty)(features[fold == k])
         return float(-np.log(np.clip(np.where(right[fold == k], chances, 1 - chances), 1e-6, 1)).mean())
 
-    losses = [np.mean([loss(penalty, k) for k in range(_FOLDS)]) for penalty in PENALTIES]
+    losses = [np.mean([loss(penalty, k) for k in range(folds)]) for penalty in PENALTIES]
     return Logistic.fit(features, right, PENALTIES[int(np.argmin(losses))])
 
 
@@ -125,4 +137,5 @@ def _answers(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_failures():
+        typer.run(main)

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from one_line_failures import one_line_failures
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import load_config
 from videoadapt.evaluation.against_fixed import Measured, against_fixed
@@ -24,7 +25,7 @@ from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluatio
 from videoadapt.evaluation.intervals import accuracy_interval, paired_difference
 from videoadapt.routing.label_rules import Bools, Choice, Floats, cheapest_sufficient
 from videoadapt.runtime.console import percent, print_table
-from videoadapt.runtime.files import Summary, read_json
+from videoadapt.runtime.files import Summary, read_json, replacing
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _REMEDY = "record the run again"
@@ -38,7 +39,9 @@ app = typer.Typer(add_completion=False, help=__doc__)
 def record(run: Path, file: Path) -> None:
     """Writes the results of a run folder into a file."""
     config, evaluation = load_config(run), read_evaluation(run)
-    videos = read_evaluated_table(run, "videos", ["policy", "video", "source", "right", "macs"])
+    videos = read_evaluated_table(run, "videos", ["policy", "video", "source", "right", "failed"])
+    if evaluation.get("failed_count_as") == "exclude":  # as in the evaluation's own figures
+        videos = videos[~videos["failed"]]
     policies = {}
     for name, rows in videos.groupby("policy", sort=False):
         row = evaluation["policies"][name]
@@ -58,14 +61,16 @@ def record(run: Path, file: Path) -> None:
             found[f"of_{Path(name).name}"] = {key: summary[key] for key in keys if key in summary}
     found["sources"] = first["source"].tolist()
     if (run / "evaluate" / "assigner.parquet").exists():
-        table = read_evaluated_table(run, "assigner", ["video"]).set_index("video").loc[first["video"]]
+        columns = [f"p/{point}" for point in found["points"]]
+        table = read_evaluated_table(run, "assigner", ["video", *columns]).set_index("video")[columns]
+        table = table.reindex(first["video"], fill_value=0.0)  # for a video without an answer, no point suffices
         found["assigned"] = {
             point: (table[f"p/{point}"] * 1000).round().astype(int).tolist() for point in found["points"]
         }
     found["policies"] = policies
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())  # a line for each key
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    with replacing(file) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 @app.command()
@@ -148,4 +153,5 @@ def _from_text(text: str) -> Bools:
 
 
 if __name__ == "__main__":
-    app()
+    with one_line_failures():
+        app()

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 FAILED = "failed.csv"  # a file in DST
+COLUMNS = ("path", "cause")  # of that file
 FAILURES_SHOWN = 10  # failures printed on the terminal; the CSV has all
 SAMPLE = 20  # files that are read before and after, to measure the gain
 _KEY = "comment"  # one of the few metadata keys that mp4 keeps
@@ -374,14 +375,23 @@ def _clip_cpu_s(path: Path) -> float:
     return time.process_time() - before
 
 
+def require_own_list(path: Path) -> None:
+    """Raises UserError if a file is there that `write_failures` has not written: it would be replaced or deleted."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if file.readline().strip() != ",".join(COLUMNS):
+                raise UserError(f"{path}: is no list of failures of this script; rename it, or choose another folder")
+
+
 def write_failures(path: Path, root: Path, outcomes: dict[str, Outcome | str]) -> None:
     """Writes a CSV of all videos that failed, with the cause. Deletes the file if there are none."""
     failed = [(str(root / name), outcome) for name, outcome in sorted(outcomes.items()) if isinstance(outcome, str)]
     if not failed:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("path", "cause"), *failed])
+    with replacing(path) as temporary:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:  # of any names
+            csv.writer(file).writerows([COLUMNS, *failed])
 
 
 def print_summary(root: Path, target: Path, outcomes: dict[str, Outcome | str]) -> None:
@@ -437,6 +447,7 @@ def main(  # noqa: PLR0913 - the options
 
     encoding = Encoding(short_side, codec, gop, crf, preset)
     try:
+        require_own_list(target / FAILED)
         require_encoder(encoding)
         root, outcomes = resize_all(
             source, target, encoding, workers=workers or worker_count("auto"), timeout_s=timeout_s

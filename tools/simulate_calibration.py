@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from one_line_failures import one_line_failures
 from videoadapt.config.cascade import MEASURES
 from videoadapt.config.load import Config, load_config
 from videoadapt.config.sections import CalibrateConfig
@@ -57,7 +58,10 @@ class Settings:
             key, _, value = word.partition("=")
             if key not in cls.__dataclass_fields__:
                 raise UserError(f"{word!r}: expected eps=0.01,0.02, delta=0.1, draws=1000 or seed=0")
-            given[key] = tuple(map(float, value.split(","))) if key == "eps" else type(getattr(cls, key))(value)
+            try:
+                given[key] = tuple(map(float, value.split(","))) if key == "eps" else type(getattr(cls, key))(value)
+            except ValueError:
+                raise UserError(f"{word!r}: expected a number") from None
         return cls(**given)  # type: ignore[arg-type]
 
 
@@ -203,6 +207,8 @@ def _simulate(  # noqa: PLR0913, PLR0917 - what one calibration has
 
 def main(words: Sequence[str]) -> None:
     """Runs the command of the module's docstring."""
+    if len(words) < (3 if words[:1] == ["record"] else 1):
+        raise UserError("expected TABLE [KEY=VALUE ...], or record RUN TABLE; the script's first lines show both")
     if words[:1] == ["record"]:
         record(words[1], Path(words[2]))
         return
@@ -225,4 +231,5 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_failures():
+        main(sys.argv[1:])

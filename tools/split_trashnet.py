@@ -25,6 +25,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageOps
 
+from one_line_failures import one_line_failures
 from videoadapt.errors import UserError
 from videoadapt.runtime.files import replacing
 
@@ -149,4 +150,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_failures():
+        typer.run(main)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 import fuzz_inputs
-from videoadapt.config.load import dump_config
+from videoadapt.config.load import dump_config, parse_settings
 from videoadapt.errors import UserError
 
 
@@ -64,3 +68,24 @@ def test_every_error_but_those_for_users_is_a_failure(error: Exception | None, o
 )
 def test_a_command_must_end_with_one_short_line(code: int, text: str, outcome: str) -> None:
     assert fuzz_inputs.judge(code, text)[0] == outcome
+
+
+def test_an_unknown_kind_is_refused_before_a_run_is_made() -> None:
+    with pytest.raises(UserError, match="kinds"):
+        parse_settings(fuzz_inputs.Settings, "fuzz_inputs", ["kinds=[typo]"])
+    assert parse_settings(fuzz_inputs.Settings, "fuzz_inputs", ["kinds=[state files]"]).kinds == ["state files"]
+
+
+def test_what_a_command_leaves_running_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+
+    def leave_one(words: list[str]) -> None:  # noqa: ARG001
+        if os.fork() == 0:
+            signal.pause()
+        sys.exit(0)
+
+    monkeypatch.setattr(fuzz_inputs, "main", leave_one)
+    assert fuzz_inputs.by_command([], tmp_path / "out.txt")[0] == "accepted"
+    os.close(writing)
+    assert select.select([reading], [], [], 30)[0]  # at its end: no process holds the other side
+    os.close(reading)

@@ -31,3 +31,14 @@ def test_folds_are_pooled_video_by_video(tmp_path: Path, capsys: pytest.CaptureF
     assert saved == sorted(saved, reverse=True)
     show(files)
     assert "240 videos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("counted", "videos"), [("wrong", 60), ("exclude", 55)])
+def test_failed_videos_count_as_in_the_evaluation(tmp_path: Path, counted: str, videos: int) -> None:
+    simulate(tmp_path / "run", videos=60, failed=5)
+    file = tmp_path / "run" / "evaluate" / "evaluate.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"failed_count_as": counted}))
+    record(tmp_path / "run", tmp_path / "recorded.json")
+    found = json.loads((tmp_path / "recorded.json").read_text())
+    assert len(found["sources"]) == videos
+    assert {len(policy["right"]) for policy in found["policies"].values()} == {videos}

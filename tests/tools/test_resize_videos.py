@@ -246,6 +246,16 @@ def test_all_failures_are_in_a_file_and_ten_are_printed(tmp_path: Path, capsys: 
     assert not (tmp_path / "failed.csv").exists()
 
 
+def test_a_foreign_list_in_the_target_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / tool.FAILED
+    tool.require_own_list(path)
+    tool.write_failures(path, Path("in"), {"caf\udce9.avi": "torn"})  # a name that is no UTF-8
+    tool.require_own_list(path)
+    path.write_text("student,mark\n")
+    with pytest.raises(UserError, match="failed.csv: is no list of failures of this script"):
+        tool.require_own_list(path)
+
+
 def test_imports_do_not_count_as_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     cold = [9.0]  # CPU seconds of the first read
     monkeypatch.setattr(tool, "_clip_cpu_s", lambda path: cold.pop() if cold else {"a": 0.5, "b": 0.25}[path.name])

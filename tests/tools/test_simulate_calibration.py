@@ -29,3 +29,8 @@ def test_promises_are_kept_and_savings_found_on_a_recorded_table() -> None:
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(UserError, match=r"'draw=3': expected eps=0\.01,0\.02"):
         simulate_calibration.Settings.parse(["draw=3"])
+    with pytest.raises(UserError, match="'eps=one': expected a number"):
+        simulate_calibration.Settings.parse(["eps=one"])
+    for words in ([], ["record", "run"]):
+        with pytest.raises(UserError, match=r"expected TABLE \[KEY=VALUE"):
+            simulate_calibration.main(words)
