@@ -428,7 +428,10 @@ def test_the_cards_say_what_their_figures_are_not_of(run: Config) -> None:
     row = {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "top5": 0.9, "macs_per_video": 1}
     facts = Facts(policies={"fixed:8": row}, seen=7, precision="bf16", scored=9)
     for card in (str(model_card(model, None, "fixed:8", facts)), str(cut_card(model, "8", facts))):
-        assert "7 of these videos were in the training, so that the figures are too high." in card
+        assert (
+            "7 of these videos, or others of their sources, were in the training, so that the figures may be too high."
+            in card
+        )
         assert "The figures are of the weights in bf16; the weights of this folder are float32." in card
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from videoadapt.config.load import make_config
 from videoadapt.data.index.manifest import Manifest
 from videoadapt.errors import UserError
+from videoadapt.evaluation.evaluate import _trained_on
 from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.training.trained_clips import (
     INITIAL,
@@ -90,6 +91,18 @@ def test_clips_of_the_initial_weights_are_remembered_by_their_bytes(tmp_path: Pa
     assert trained_clips(later, manifest({1, 2}, content="other", source="p").split("holdout")) == 0
     save_file(later.tensors, tmp_path / "b.safetensors")
     assert torch.equal(clips_of_weights(str(tmp_path / "b.safetensors")), initial)
+
+
+def test_evaluate_tells_files_of_the_training_from_others_of_their_sources(capfd: pytest.CaptureFixture[str]) -> None:
+    table = manifest(set(), source="youtube").table
+    table.loc[4:, "split"] = "val"
+    table.loc[4, ["source", "content"]] = table.loc[0, ["source", "content"]]  # the same file
+    table.loc[[5, 6], "source"] = table.loc[1, "source"]
+    found = Manifest(table, ("a",))
+    assert _trained_on(checkpoint(found), found) == 3
+    said = " ".join(capfd.readouterr().err.split())
+    assert "files of the val split that were in the training of step-1: 1 of 4" in said
+    assert "whose source had other videos in the training: 2 of 4" in said
 
 
 def test_unknown_clips_are_not_taken_for_trained_ones() -> None:

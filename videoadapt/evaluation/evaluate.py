@@ -82,7 +82,7 @@ class EvaluationSummary(Result):
     files: str  # digest of the files that were read
     model: str  # digest of the weights
     inputs: dict[str, Any]  # what the result depends on, by `Inputs.to_json`
-    trained_on: int | None  # videos of the split that the model was trained on; None if its checkpoint does not say
+    trained_on: int | None  # videos of the split whose file or source the training had; None if no checkpoint says it
     selected_on_val: str | None  # how the split had a part in the choice of the checkpoint; see `selected_on_val`
     listed: int  # videos of the split
     largest_class: str  # of the listed videos
@@ -276,14 +276,20 @@ def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, co
 
 
 def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:
-    """Returns how many videos of the val split the model was trained on; prints a message if there are any."""
+    """Returns how many videos of the val split the training had, or others of their sources. Prints what it finds."""
     videos = manifest.split("val").readable
     # Without the id: folders of classes often hold train/a/1.png and val/a/1.png.
+    files = trained_clips(checkpoint, videos, ("content",))
     count = trained_clips(checkpoint, videos, ("source", "content"))
-    if count:
+    if files:
         say(
-            f"files of the val split that were in the training of {checkpoint.path}: {count} of {len(videos)}; they "
+            f"files of the val split that were in the training of {checkpoint.path}: {files} of {len(videos)}; they "
             "count in the accuracy. `videoadapt index` lists equal files, and whether their classes differ"
+        )
+    if count and count > (files or 0):
+        say(
+            f"videos of the val split whose source had other videos in the training: {count - (files or 0)} of "
+            f"{len(videos)}; they may be easier than others. A source is a YouTube id, or by data.source_pattern"
         )
     return count
 

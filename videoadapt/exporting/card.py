@@ -140,7 +140,7 @@ class Facts:
         scored: Videos that count in it.
         largest_class: The most frequent class of this split.
         guessing: The top-1 of always answering with it.
-        seen: How many of them were in the training.
+        seen: How many of them, or others of their sources, were in the training.
         views: Views of a video in words.
         policies: `_FIGURES` of each policy, by name.
         precision: `run.precision`: the weights of the evaluation had it.
@@ -318,7 +318,10 @@ def _doubts(facts: Facts) -> str:
     """Returns what the accuracies cannot say of the weights of the folder; empty if they are theirs."""
     doubts = []
     if facts.seen:
-        doubts.append(f"{facts.seen} of these videos were in the training, so that the figures are too high.")
+        doubts.append(
+            f"{facts.seen} of these videos, or others of their sources, were in the training, so that the figures may "
+            "be too high."
+        )
     if facts.policies and facts.precision != "fp32":
         doubts.append(f"The figures are of the weights in {facts.precision}; the weights of this folder are float32.")
     return "\n".join(doubts)
