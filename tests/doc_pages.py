@@ -178,7 +178,10 @@ PAGES = {
         blocks_not_run={"import videoadapt": "tests/commands/test_serve.py runs it in a process of its own"},
     ),
     "docs/slurm.md": Page(
-        replaced={"srun --cpus-per-task=16 ": ""},
+        replaced={
+            "srun --cpus-per-task=16 ": "",
+            "slurm.tasks_per_node=8 launch.stage=all": "slurm.tasks_per_node=4 launch.stage=all",  # a batch has 8 clips
+        },
         not_run={
             "videoadapt launch CONFIG": "needs a cluster; tests/commands/test_slurm_jobs.py submits",
             "python -c": "downloads weights",

@@ -214,6 +214,8 @@ class State:
     def list_skipped(self, step: int, failures: Iterable[Failure]) -> None:
         """Appends the clips that could not be read in a step to `skipped.jsonl`."""
         lines = [{"step": step, "path": failure.path, "cause": failure.cause} for failure in failures]
+        if not lines:
+            return
         with (self.config.run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
