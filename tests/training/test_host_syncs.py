@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -94,7 +95,9 @@ def test_a_bad_step_changes_nothing(
     """Parameters, momentum, moving average and the statistics of BatchNorms stay, also if the report is read late."""
     train = {"optimizer": optimizer, "ema": 0.5, "lr": 0.1}
     config = runs.config(tmp_path, tmp_path / "run", train=train, model={"embed": embed})
-    state = State.start(config, Manifest(SCHEMA.empty_table(), tuple(map(str, range(config.model.num_classes)))))
+    row = {field.name: {pa.string(): "", pa.bool_(): False}.get(field.type, 0) for field in SCHEMA}
+    videos = pa.Table.from_pylist([row | {"video": f"clip{n}"} for n in range(config.train.batch)], schema=SCHEMA)
+    state = State.start(config, Manifest(videos, tuple(map(str, range(config.model.num_classes)))))
     role = RankRole.from_plan(config, state.model, make_plan(config, 1, {}))
     generator = torch.Generator().manual_seed(3)
     batch = _clips(config, 0)
