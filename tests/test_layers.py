@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -96,6 +97,13 @@ def test_the_package_has_these_rooms_and_each_introduces_itself() -> None:
         named = docstring.partition("Read first:")[2].split()
         assert named, f"{name}/__init__.py does not name the file to read first"
         assert (PACKAGE / name / named[0].strip("`,.;").removesuffix(".py")).with_suffix(".py").is_file(), named[0]
+
+
+def test_each_folder_names_its_modules() -> None:
+    for init in PACKAGE.glob("*/**/__init__.py"):
+        names = {path.stem for path in init.parent.glob("*.py")} - ENTRIES
+        docstring = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        assert not names - set(re.findall(r"\w+", docstring)), init
 
 
 @pytest.mark.parametrize(

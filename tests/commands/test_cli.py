@@ -131,7 +131,8 @@ for words in (["--help"], ["launch", "--help"]):
         main(words)
     except SystemExit:
         pass
-assert not {"torch", "submitit", "av", "pandas"} & set(sys.modules), "imported by --help"
+import videoadapt.commands.tables
+assert not {"torch", "submitit", "av", "pandas"} & set(sys.modules), "imported by --help, or to print tables"
 try:
     main(["flops", sys.argv[1], "--json", f"run.dir={sys.argv[2]}"])
 except SystemExit as ended:

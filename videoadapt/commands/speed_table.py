@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from videoadapt.errors import few, plural
-from videoadapt.evaluation.intervals import has_interval
 from videoadapt.runtime.console import duration, print_table, say
 
 
@@ -67,6 +66,8 @@ def _print_policies(speed: Mapping[str, Any]) -> None:
 
 
 def _ends(rounds: int) -> str:
+    from videoadapt.evaluation.intervals import has_interval  # it imports pandas
+
     return "95 %" if has_interval(rounds) else "range"
 
 

@@ -1,7 +1,7 @@
 """The verbs as functions for scripts and notebooks: `va.train("config.yaml")` is `videoadapt train config.yaml`.
 
-Every function takes a `Config`, the path of a YAML file, or a run folder, and returns a dataclass. `progress=False`
-hides bars and messages, which otherwise go to stderr.
+Every function takes a `Config`, the path of a YAML file, or a run folder, and returns a dataclass; `index`
+returns the `Manifest`. `progress=False` hides bars and messages, which otherwise go to stderr.
 
 Ctrl-C, or "interrupt the kernel" in a notebook, ends a stage at the next step, after its state is saved. It raises
 `KeyboardInterrupt`, and the same call goes on where it stopped. This holds in the main thread. Python gives no signals

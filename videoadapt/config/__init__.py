@@ -2,4 +2,8 @@
 
 Uses no other room.
 Read first: `points.py`, then `sections.py`.
+
+    concepts  points, cascade, views, cost
+    keys      sections, jobs (`slurm`), reference (their documentation)
+    reading   load, parse, suggest
 """

@@ -52,12 +52,8 @@ _TIME_SCHEMA: dict[str, Any] = {
 _MAIL_SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "array", "items": {"type": "string", "enum": list(get_args(MailType))}}, {"type": "string"}]
 }
-_EXTRA_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "additionalProperties": {"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]},
-}
 # What may be written, for editors: a value need not be text.
-_EXTRA_SCHEMA = {
+_EXTRA_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": {"anyOf": [{"type": kind} for kind in ("string", "number", "boolean", "null")]},
 }

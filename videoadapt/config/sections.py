@@ -160,8 +160,8 @@ class RunConfig(Section):
     """Type of activations. In training with `bf16` (autocast), weights and their updates stay in float32. `bf16` suits
     GPUs from Ampere on."""
     checkpoint: Path | None = None
-    """Checkpoint that `label`, `evaluate` and `predict` use: `last`; `best` by the validations while training; a file;
-    or a run folder, whose newest is used. null = `last`."""
+    """Checkpoint that the verbs after `train` use: `last`; `best` by the validations while training; a file; or a run
+    folder, whose newest is used. null = `last`."""
 
 
 class SplitConfig(Section):
@@ -618,7 +618,7 @@ class CalibrateConfig(Section):
 class EvaluateConfig(Section):
     """The views of a video, the policies, and the measurement of speed. Kinetics: 1 clip x 3 crops.
 
-    `label` and `predict` use the same views and the same mean.
+    `calibrate` and `predict` use the same views and the same mean; `label` uses one clip of a video.
     """
 
     temporal_views: Count = 1

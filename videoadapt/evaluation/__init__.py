@@ -2,4 +2,9 @@
 
 May use every room below it, from `routing` down.
 Read first: `evaluate.py`.
+
+    accuracy and cost  outcomes, intervals, against_fixed, costs
+    speed              speed, speed_passes
+    files              result_tables, logits_file, and evaluated, which reads them
+    other verbs        compare, predict, explain, with reasons
 """

@@ -3,6 +3,10 @@
 May use `config` and `runtime`.
 Read first: `timesformer.py`, then `block.py`.
 
+    tokens   embed
+    a block  block, attention, norm, drop, layout (of tokens in memory), cast (of weights under autocast), kernels/
+    around   checkpoint, batches (how many views), weights/ (of other projects)
+
 Shape letters in the comments and docstrings of this package:
 
     B  clips of a batch                 N  patch tokens per frame, L * L before dropping

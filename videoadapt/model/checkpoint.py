@@ -3,7 +3,7 @@
 A file is written to a temporary name, synced to disk and renamed, so that a crash leaves no half-written checkpoint
 under the final name. The header has a checksum of all tensors and values, because a disk or a network can change bits
 that safetensors reads without an error. Loading never unpickles. The names of the tensors on disk begin with a prefix:
-`model/`, `ema/`, `optimizer/`.
+`model/`, `ema/`, `optimizer/`, `trained/`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Measures and predicts how fast training and inference are. No room below needs it.
 
-May use every room below it, from `report` down.
-Read first: `plan.py`.
+May use every room below it, from `reporting` down.
+Read first: `plan.py`, which uses the times of `timing` and the bytes of `memory`. `bench/` has the benchmarks.
 """

@@ -61,8 +61,8 @@ _FORK_SERVER_DIED = 255  # exit code that multiprocessing gives to the processes
 _EXIT_S = 5.0  # time in which a process ends after its last result, or after it was killed
 _POLL_S = 5.0  # time between two looks whether a pool without results still works
 _TASKS_PER_WORKER = 8  # tasks in the queue: Kinetics has 240,000 files, too many to queue at once
-# Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
 _INFO = TypeAdapter(VideoInfo)
+# Imported once by the fork server, so that its workers start with them. Neither imports torch, which takes seconds.
 _PRELOADED = ["av", "videoadapt.data.index.probe_pool"]
 
 

@@ -1,5 +1,8 @@
-"""Reads frames of video files, images and folders of images. Read first: `readers.py`.
+"""Reads frames of video files, images and folders of images.
 
-`probe.py` reads the properties of a file, `frame_sampling.py` chooses frame numbers, `readers.py` returns the frames,
-and `decoding.py` decodes with PyAV. `verify.py` decodes whole files to find damage.
+Read first: `readers.py`.
+
+    a file      probe (its properties), frame_times (its rate), orientation, suffixes, limits
+    its frames  frame_sampling chooses their numbers; readers returns them, by decoding (PyAV) and images
+    damage      verify decodes whole files; files has the texts of errors
 """
