@@ -20,7 +20,7 @@ from videoadapt.routing.scores import Scores
 from videoadapt.runtime.files import write_json
 from videoadapt.runtime.run_config import record_config
 
-POINTS = ("8", "6", "4")
+POINTS = ("8", "8@0.5", "4")
 EASY = (0.02, 0.15, 0.35, 0.48)  # of the clips: no point right, only the costliest, the middle one too, all
 ASSIGNER_MACS = 1_000_000
 
@@ -76,7 +76,7 @@ def simulate(
         "num_frames": 4,
         "stride_frames": 2,
     }
-    model |= {"fps": None, "num_classes": len(classes), "points": list(POINTS)}
+    model |= {"fps": None, "num_classes": len(classes), "points": list(POINTS), "drop_blocks": [1]}
     config = make_config(
         {
             "run": {"dir": str(folder), "device": "cpu"},

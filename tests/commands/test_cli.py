@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import resource
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 import small_runs as runs
 import videoadapt as va
 from processes import finished
-from videoadapt.commands.cli import _OVERRIDE, _split
+from videoadapt.commands.cli import _OVERRIDE, _split, main
 from videoadapt.config.load import Config, dump_config
 from videoadapt.errors import RunError, UserError
 from videoadapt.training.state import State
@@ -120,6 +121,15 @@ def test_an_interrupted_verb_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> 
     done = runs.command("flops", CONFIGS / "demo.yaml")
     assert done.returncode == 130
     assert done.stderr == "interrupted; run the same command again to continue from the saved state\n"
+
+
+def test_a_name_that_is_not_utf8_does_not_lose_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8", errors="strict"))
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    print("caf\udce9.mp4", flush=True)
+    assert written.getvalue().endswith(rb"caf\udce9.mp4" + b"\n")
 
 
 def test_help_and_flops_do_not_import_submitit_and_help_does_not_import_torch() -> None:

@@ -18,7 +18,7 @@ from pebble import ProcessPool
 from PIL import Image
 from test_frame_accuracy import real_clips
 
-from video_files import numbered, write_video
+from video_files import numbered, numbers_of, write_video
 from videoadapt.data.video.decoding import DECODE_MODES, DecodeMode, decode, open_source
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.readers import PyAVReader, open_video
@@ -231,6 +231,20 @@ def test_damage_reaches_the_frames_up_to_the_next_keyframe(tmp_path: Path, modes
     for number in (8, 9, 19):
         with pytest.raises(VideoError, match=rf"a.mp4: frame {number} is damaged"):
             video.frames([0, number, 39])
+
+
+def test_damage_of_the_first_packet_leaves_the_later_keyframes(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered(60), gop=20, b_frames=0, options={"x264-params": "scenecut=0"})
+    with av.open(str(path)) as container:
+        first = next(packet for packet in container.demux(video=0))
+    data = bytearray(path.read_bytes())
+    data[first.pos : first.pos + first.size] = random.Random(0).randbytes(first.size)
+    path.write_bytes(data)
+    video = open_video(path)
+    assert numbers_of(video.frames([20, 39, 59])) == [20, 39, 59]
+    for number in (0, 19):
+        with pytest.raises(VideoError, match=rf"a.mp4: frame {number} is damaged"):
+            video.frames([number])
 
 
 def test_files_that_are_not_videos_are_refused(in_processes: InProcesses, tmp_path: Path) -> None:

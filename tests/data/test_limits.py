@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from video_files import numbered, write_video
+from videoadapt.config.load import make_config
 from videoadapt.config.sections import DataConfig
+from videoadapt.data.clips.datasets import read_views
 from videoadapt.data.index.probe_pool import probe_files
 from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.probe import probe
@@ -141,3 +143,10 @@ def test_the_limits_are_those_of_the_config() -> None:
     data = DataConfig(max_pixels=5, max_frames=7)
     assert Limits.of(data) == (5, 7)
     assert refused(lambda: Limits.of(data).check_frames(Path("a.mp4"), 8)).startswith("a.mp4: has 8 frames or more")
+
+
+def test_a_picture_that_is_too_large_once_resized_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "ruler.png"
+    Image.new("RGB", (65_000, 1)).save(path)
+    with pytest.raises(VideoError, match=r"ruler.png: a frame of 65000x1 resized to a short side of 224 has 3,2"):
+        read_views(open_video(path), make_config({}), temporal_views=1, spatial_crops=1)

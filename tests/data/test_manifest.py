@@ -210,11 +210,12 @@ def test_file_names_in_any_language_are_kept(tmp_path: Path, one_video: Path) ->
     assert load_or_index(config).readable["path"].tolist() == [str(tmp_path / name) for name in names]
 
 
-def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path, one_video: Path) -> None:
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path, one_video: Path, holdout: float) -> None:
     (tmp_path / "train" / "a").mkdir(parents=True)
     shutil.copy(os.fsencode(one_video), os.fsencode(tmp_path / "train" / "a") + b"/caf\xe9.mp4")
     with pytest.raises(UserError, match=r"caf.udce9\.mp4'.*: its name is not UTF-8"):
-        index(config_of(tmp_path / "run", 1, train=tmp_path / "train"))
+        index(config_of(tmp_path / "run", 1, train=tmp_path / "train", holdout=holdout))
 
 
 def test_index_accepts_a_split_without_a_readable_video_and_load_or_index_refuses_it(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 from test_frame_accuracy import real_clips
 
 from video_files import cut_by_copy, numbered, numbers_of, write_tiled_heic, write_video, write_without_times
@@ -157,6 +159,60 @@ def test_an_image_is_a_video_of_one_frame_with_its_exif_rotation(tmp_path: Path)
         assert (len(image), image.fps, image.height, image.width) == (1, 1.0, 64, 96)
         assert numbers_of(image.frames([0, 0])) == [421, 421]
         assert probe(tmp_path / name).reader == "image"
+
+
+def test_a_damaged_exif_tag_does_not_hide_the_orientation(tmp_path: Path) -> None:
+    entry = struct.Struct("<HHI4s")  # tag, type, count, value
+    make = entry.pack(0x010F, 12, 1, (38).to_bytes(4, "little"))  # the maker: a number, where a text belongs
+    orientation = entry.pack(0x0112, 3, 1, (6).to_bytes(4, "little"))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + make + orientation + bytes(4) + struct.pack("<d", 1.5)
+    Image.fromarray(np.rot90(numbered(1, start=421)[0])).save(tmp_path / "phone.jpg", exif=exif)
+    assert numbers_of(open_video(tmp_path / "phone.jpg").frames([0])) == [421]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_exif_orientation_is_that_of_pillow(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(numbered(1, start=77)[0]).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        turned = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(open_video(tmp_path / "a.png").frames([0])[0], turned)
+
+
+def test_postscript_under_the_name_of_a_photograph_runs_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
+    with pytest.raises(VideoError, match="cannot identify image file"):
+        open_video(tmp_path / "a.jpg")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["long", "null"])
+def test_a_name_that_no_file_can_have_is_a_video_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(VideoError):
+        open_video(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.ts", "libx264"), ("a.ts", "libx265"), ("a.ts", "mpeg2video")])
+def test_a_stream_that_begins_inside_a_gop_has_the_frames_that_players_show(
+    tmp_path: Path, name: str, codec: str
+) -> None:
+    whole = write_video(tmp_path / name, 60, codec=codec, gop=20)
+    with av.open(str(whole)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    cut = tmp_path / f"cut{whole.suffix}"
+    cut.write_bytes(whole.read_bytes()[positions[5] :])
+    with av.open(str(cut)) as container:
+        played = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0) if not frame.is_corrupt]
+    video = open_video(cut)
+    read = numbers_of(video.frames(range(len(video))))
+    assert 39 <= len(read) < 55 and read == numbers_of(np.stack(played))[-len(read) :]
 
 
 def test_a_grey_image_of_16_bits_keeps_its_greys(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,38 @@ def test_a_folder_of_videos_stands_for_its_videos_and_other_inputs_get_advice(ru
     causes = [row["cause"] for row in predict_files(run, inputs, None).failed]
     assert all(cause.endswith("download it, or record the camera to a file") for cause in causes[:2])
     assert causes[2].endswith("; expected video files, not a list of them")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    Image.new("RGB", (20, 18)).save(tmp_path / "a.png")
+    scan = os.scandir
+
+    def refusing(path: str) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = predict_files(run, [str(tmp_path)], None)
+    assert len(found) == 1 and found.left_out == [f"{tmp_path / 'locked'} (Permission denied)"]
+
+
+def test_a_generator_may_write_every_frame_into_the_same_memory(run: Config) -> None:
+    levels = [level(clip) for clip in (6, 9, 12)]
+
+    def camera(videos: bool) -> Iterator[np.ndarray]:
+        memory = np.zeros((1, 18, 20, 3) if videos else (18, 20, 3), np.uint8)
+        for grey in levels:
+            memory[:] = grey
+            yield memory
+
+    def answers(videos: Any) -> list[tuple[float, ...]]:
+        return [found.probabilities for found in predict(run, videos, "fixed:4", fps=1.0)]
+
+    kept = [np.full((1, 18, 20, 3), grey, np.uint8) for grey in levels]
+    assert answers(camera(videos=True)) == answers(kept) and len(set(answers(kept))) == len(levels)
+    assert answers(camera(videos=False)) == answers(np.concatenate(kept))
 
 
 def test_a_clip_without_a_usable_answer_runs_the_whole_cascade(run: Config, answers: np.ndarray) -> None:

@@ -337,6 +337,14 @@ def draw_all(seen: Visit) -> None:
         table.locator(".tabulator-row").first.wait_for()
 
 
+# Of the rows of the table of clips that are drawn: whether the cell of each point says what the data say.
+VERDICTS = """(points) => document.querySelector("[data-table=clips]").table.getRows("visible").flatMap((row) =>
+    points.map((point) => {
+        const field = `right at ${point}`;
+        return [row.getData()[field] === 1, row.getCell(field).getElement().textContent.includes("✓")];
+    }))"""
+
+
 def counted(tab: Page, pattern: str) -> None:
     """Waits until the number of rows beside the table of clips is as expected."""
     tab.locator("form[data-controls=clips] output", has_text=re.compile(f"^{pattern}$")).first.wait_for()
@@ -391,6 +399,8 @@ def test_the_page_in_a_browser(browser: Browser, folder: Path, width: int, dark:
         assert_hover_shows_numbers(tab, folder / "good")
         table = tab.locator("[data-table=clips]")
         counted(tab, "118 rows")
+        verdicts = tab.evaluate(VERDICTS, list(simulated_runs.POINTS))
+        assert all(data == drawn for data, drawn in verdicts) and {True, False} == {data for data, _ in verdicts}
         tab.fill("form[data-controls=clips] input[name=text]", "00007")
         counted(tab, "1 of 118 rows")
         assert table.locator(".tabulator-row").count() == 1

@@ -151,6 +151,8 @@ def test_a_threshold_that_nothing_reaches_can_be_written() -> None:
     never = fit_threshold(np.ones((3, 2)), np.array([0.5, 1.0]), 1.5)  # the cost pays for all points
     cascade = Cascade(("8@0.5", "14"), (never,))
     assert parse_cascade(policy_text(cascade).removeprefix("cascade:"), MODEL, None) == cascade
+    sure = Cascade(("8@0.5", "14"), (1 - 3e-14,))
+    assert parse_cascade(policy_text(sure).removeprefix("cascade:"), MODEL, None) == sure
     with pytest.raises(UserError, match="thresholds from 0 to 1"):
         parse_cascade("8@0.5,14:1.5", MODEL, None)
 

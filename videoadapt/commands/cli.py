@@ -7,6 +7,7 @@ errors and show their traceback. The environment variable VIDEOADAPT_TRACEBACK=1
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -150,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # By default, OpenMP threads spin while they wait at a barrier. That makes training 6 times slower as soon as
     # another process needs a core (docs/log.md). OpenMP reads the variable once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8; all results would be lost
     try:
         if COMPLETE_VARIABLE in os.environ:  # the shell asks for the words that may follow
             completion_init()

@@ -661,7 +661,7 @@ def print_predictions(result: Summary) -> None:
         )
         say(f"{len(rows)} files, {mean} MACs each on average; clips by point: {points}; first answers: {classes}")
     if result["left_out"]:
-        say(f"left out, because they are no videos: {few(result['left_out'])}")
+        say(f"left out, because they are no videos or cannot be listed: {few(result['left_out'])}")
 
 
 def print_launch(result: LaunchResult) -> None:

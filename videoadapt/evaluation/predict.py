@@ -82,7 +82,7 @@ class Predictions(Result):
         policy: The name of the policy.
         predictions: One for each video that could be read.
         failed: Path and cause of each video that could not, with `on_error="list"`.
-        left_out: Files and folders inside a given folder that are not videos.
+        left_out: Files and folders inside a given folder that are not videos, or that cannot be listed.
     """
 
     policy: str
@@ -146,8 +146,8 @@ def predict(  # noqa: PLR0913 - settings, by name
             which has neither the views of its run nor its assigner.
         videos: The path of a video, of an image, of a folder of frames, or of a folder of videos; or frames in memory,
             uint8 RGB `(F, H, W, 3)`, array or tensor; or a list of these. An iterable of frames `(H, W, 3)`, such as a
-            generator, is one video: it is read to its end. Images are one video each if the model's clips have one
-            frame.
+            generator, is one video; one of videos in memory is several. Both are read to their end first. Images are
+            one video each if the model's clips have one frame.
         policy: `"assigned"`, `"fixed:14"`, `"cascade:7,14:0.6"`, `"cascade:14:views:0.9"` (see `parse_policy`), the
             file that `calibrate` wrote, or a policy such as `Assigned.load("runs/demo")`. None: `assigned` if a run is
             given and has an assigner, otherwise the costliest point.
@@ -290,8 +290,10 @@ def _found(videos: Videos, fps: float | None, config: Config) -> tuple[list[_Vid
                 opened = partial(open_video, path, config.data.reader, limits=Limits.of(config.data))
                 found.append(_Video(path, opened))
         else:
+            kept = isinstance(videos, list | tuple | np.ndarray | Tensor)
             name = f"frames {len(found)}" if isinstance(videos, list | tuple) else "frames"
-            found.append(_Video(name, partial(_in_memory, name, np.asarray(item), fps, config)))
+            frames = np.asarray(item) if kept else np.array(item)  # a generator may reuse its memory
+            found.append(_Video(name, partial(_in_memory, name, frames, fps, config)))
     return found, left_out
 
 
@@ -306,7 +308,7 @@ def _stacked(frames: Iterable[object], config: Config) -> np.ndarray:
     """Returns the frames `(H, W, 3)` of an iterable as one array; stops an endless one at `data.max_frames`."""
     kept: list[np.ndarray] = []
     for frame in frames:
-        kept.append(np.asarray(frame))
+        kept.append(np.array(frame))  # a copy: a camera may write each frame into the same memory
         if kept[-1].shape != kept[0].shape:
             raise UserError(f"predict: frame {len(kept) - 1} is {kept[-1].shape}, but the first is {kept[0].shape}")
         Limits.of(config.data).check_frames(Path("frames"), len(kept))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -246,7 +247,7 @@ def policy_text(policy: Policy) -> str:
 
 
 def _decimal(value: float) -> str:
-    return f"{value:.12f}".rstrip("0").rstrip(".")  # the text of a policy has no exponents
+    return np.format_float_positional(value, trim="-")  # all digits: the text of a policy has no exponents
 
 
 def _kept(section: Any, names: tuple[str, ...]) -> Any:

@@ -109,6 +109,9 @@ class TrainClips(Dataset[Any]):
     def _clip(self, row: Row, epoch: int) -> tuple[Tensor, LabelMap | None]:
         model, data = self.config.model, self.config.data
         reader = _open(row, self.config)
+        if data.crop_area is None:
+            short_side = (data.short_side or (model.size,))[-1]
+            Limits.of(data).check_resized(reader.path, reader.width, reader.height, short_side)
         identity = (self.config.run.seed, epoch, row.video)
         # Two seeds, so that a change of the crop's draws does not change the clip's start.
         frames = reader.frames(_training_indices(reader, self.config, seed_of("start", *identity)))  # (T, H, W, C)
@@ -189,22 +192,25 @@ def read_views(  # noqa: PLR0913 - settings, by name
     # The clips of a short video overlap: each frame is decoded once, and then copied to its clips.
     unique, inverse = np.unique(indices, return_inverse=True)
     frames = reader.frames(unique)  # (unique frames, H, W, C)
-    clips = [frames[clip] for clip in inverse.reshape(indices.shape)]  # K times (T or A, H, W, C)
+    short_side = int(model.size / config.evaluate.crop_pct)
+    if views:
+        Limits.of(data).check_resized(reader.path, reader.width, reader.height, short_side)
     crop_count, frames_kept = spatial_crops * views, assign.frames * thumbnails  # 0 where not requested
     cut = partial(
         crops,
         size=model.size,
         count=crop_count,
-        short_side=int(model.size / config.evaluate.crop_pct),
+        short_side=short_side,
         interpolation=data.interpolation,
         antialias=data.antialias,
         offset=config.evaluate.crop_offset,
     )
-    return (
-        torch.stack([cut(clip) for clip in clips]),  # (K, X, C, T, S, S)
-        torch.stack([thumbnail(clip, frames_kept=frames_kept, size=assign.size) for clip in clips]),  # (K, C, A, s, s)
-        starts_s,
-    )
+    made: list[tuple[Tensor, Tensor]] = []
+    for numbers in inverse.reshape(indices.shape):
+        clip = frames[numbers]  # (T or A, H, W, C), one copy at a time: frames of many clips are large
+        made.append((cut(clip), thumbnail(clip, frames_kept=frames_kept, size=assign.size)))
+    views_of, thumbnails_of = (torch.stack(parts) for parts in zip(*made, strict=True))
+    return views_of, thumbnails_of, starts_s  # (K, X, C, T, S, S), (K, C, A, s, s)
 
 
 def _failure(number: int, row: Row, error: VideoError) -> Failure:

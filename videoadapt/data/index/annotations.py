@@ -26,7 +26,7 @@ from videoadapt.data.index.media_kinds import select_kind
 from videoadapt.data.index.probe_pool import readable_files
 from videoadapt.data.index.sources import AnnotationEntry, AnnotationSource, Split
 from videoadapt.data.index.text import nfc, normalised, read_text, require_usable
-from videoadapt.errors import ConfigError, plural
+from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.runtime.machine import worker_count
 from videoadapt.runtime.seeds import seed_of
 
@@ -56,7 +56,7 @@ def list_videos(config: Config) -> Listing:
 
     Raises:
         ConfigError: Annotations cannot be used. The message names file, line and label.
-        UserError: A video has two labels in one split.
+        UserError: A video has two labels in one split, or a file name is not UTF-8.
     """
     paths = _annotations(config)
     named = {split: _read_named(path, split, config) for split, path in paths.items() if not is_list(path, split)}
@@ -74,6 +74,7 @@ def list_videos(config: Config) -> Listing:
         for split, source in sources.items()
         for entry, label in zip(source.entries, labels[split], strict=True)
     ]
+    _require_utf8(listed)
     listed, id_notes = require_same_content(listed)
     videos, repeated = drop_repeated(listed)
     if config.data.source_pattern is not None:
@@ -264,6 +265,15 @@ def _sources_note(videos: Sequence[ListedVideo], pattern: str) -> str:
             "YouTube video, or else itself"
         )
     return f"data.source_pattern: {found}"
+
+
+def _require_utf8(listed: Sequence[ListedVideo]) -> None:
+    """Raises `UserError` for a file name that is not UTF-8: file systems allow it, Parquet and JSON do not."""
+    for video in listed:
+        try:
+            video.path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{video.path!r} ({video.location}): its name is not UTF-8; rename it") from None
 
 
 def _draw_split(video: ListedVideo, config: Config) -> ListedVideo:

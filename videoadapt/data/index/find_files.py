@@ -85,18 +85,21 @@ def media_below(root: Path, left_out: list[str], *, images: bool) -> list[str]:
 
     Args:
         root: The folder.
-        left_out: Gets the paths of all other files and folders that are not hidden.
+        left_out: Gets the paths of all other files and folders that are not hidden, and of folders that cannot be
+            listed, with the reason.
         images: Each image of a folder without video files is a video, not the folder.
     """
     found: list[str] = []
     unvisited: list[str] = []
-    for parent, files in walk(root, left_out=unvisited):
+    unreadable: list[OSError] = []
+    for parent, files in walk(root, unreadable.append, unvisited):
         visible = [name for name in files if not name.startswith(".")]
         videos = [name for name in visible if is_video(name)]
         frames = [] if videos else [name for name in visible if is_image(name)]
         found += [parent] if frames and not images else [os.path.join(parent, name) for name in videos or frames]
         left_out += [os.path.join(parent, name) for name in visible if name not in {*videos, *frames}]
     left_out += [folder for folder in unvisited if not os.path.basename(folder).startswith(".")]
+    left_out += [f"{error.filename} ({error.strerror})" for error in unreadable]
     return found
 
 

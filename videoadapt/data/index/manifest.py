@@ -353,7 +353,6 @@ def _sources(config: Config) -> dict[Split, Path]:
 def _build(config: Config) -> tuple[Manifest, IndexSummary]:
     """Makes a manifest of the files as they are now, and its summary. In the run's folder it writes only the cache."""
     listing = list_videos(config)
-    _require_utf8(listing.videos)
     for note in listing.notes:
         say(note)
     results = probe_files(
@@ -414,15 +413,6 @@ def _fingerprint(config: Config) -> str:
     limits = Limits.of(config.data)
     bounds = "" if limits == DEFAULT_LIMITS else f"-{limits.max_pixels}-{limits.max_frames}"
     return f"{PROBE_VERSION}{bounds}-{fingerprint(config)}"
-
-
-def _require_utf8(listed: Sequence[ListedVideo]) -> None:
-    """Raises `UserError` for a file name that is not UTF-8: file systems allow it, Parquet and JSON do not."""
-    for video in listed:
-        try:
-            video.path.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{video.path!r} ({video.location}): its name is not UTF-8; rename it") from None
 
 
 def _table(listed: Sequence[ListedVideo], results: Mapping[str, ProbeResult]) -> pa.Table:

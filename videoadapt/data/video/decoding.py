@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from videoadapt.data.video.frame_times import usable_times
 from videoadapt.data.video.limits import DEFAULT_LIMITS, Limits
-from videoadapt.data.video.probe import open_container, shows_display_times
+from videoadapt.data.video.probe import CUT_ANYWHERE, PacketTimes, open_container, shows_display_times
 from videoadapt.errors import VideoError, plural
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Timeline:
 
     pts: np.ndarray  # (P,) int64, presentation timestamps, all different
     keyframes: np.ndarray  # (K,) packet numbers, ascending
-    shown: np.ndarray  # (F,) packet number of each frame; packets that an edit list hides have none
+    shown: np.ndarray  # (F,) packet number of each frame; hidden packets have none (`PacketTimes.shown`)
 
     def decode_start(self, packet: int) -> int:
         """Returns the packet where decoding must start for the frame of `packet`: a keyframe, or 0.
@@ -129,22 +129,15 @@ class _PacketsOf:
 
 def read_timeline(source: Source) -> Timeline | None:
     """Reads the times of all packets. Returns None if they do not show when each frame is displayed."""
-    times: list[int | None] = []
-    keyframes, shown = [], []
-    decoding_order = True  # display times equal decoding times
-    for number, packet in enumerate(source.packets):
-        times.append(packet.pts)
-        decoding_order &= packet.pts == packet.dts
-        if packet.is_keyframe:
-            keyframes.append(number)
-        if not packet.is_discard:  # an edit list hides it
-            shown.append(number)
-    if None in times or len(set(times)) < len(times):
+    read = PacketTimes(source.container)
+    for packet in source.packets:
+        read.add(packet)
+    if None in read.times or len(set(read.times)) < len(read.times):
         return None
-    if not shows_display_times(source.container, source.codec, decoding_order):
+    if not shows_display_times(source.container, source.codec, read.decoding_order):
         return None
-    pts, numbers = np.array(times, np.int64), np.array(shown, np.int64)
-    return Timeline(pts, np.array(keyframes, np.int64), numbers[np.argsort(pts[numbers])])
+    pts, numbers = np.array(read.times, np.int64), np.array(read.shown(), np.int64)
+    return Timeline(pts, np.array(read.keyframes, np.int64), numbers[np.argsort(pts[numbers])])
 
 
 def display_times(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
@@ -154,8 +147,11 @@ def display_times(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         VideoError: The file cannot be read as a video, or its timestamps are not usable any more.
     """
     with open_container(path, limits) as (container, stream):
-        packets = (packet for packet in container.demux(stream) if packet.size)
-        times = usable_times([packet.pts for packet in packets if not packet.is_discard], stream.time_base)
+        read = PacketTimes(container.format.name)
+        for packet in container.demux(stream):
+            if packet.size:
+                read.add(packet)
+        times = usable_times([read.times[number] for number in read.shown()], stream.time_base)
         if times is None or stream.time_base is None:
             raise VideoError(f"{path}: its timestamps are missing or broken, but were not when it was indexed")
         return times * float(stream.time_base)
@@ -221,7 +217,9 @@ def frames_by_count(source: Source, wanted: Collection[int]) -> Iterator[tuple[i
     """
     damaged = False
     number, last = 0, max(wanted)
-    for decoded in decode(source.codec, chain(source.packets, [None])):
+    keyframes = (number for number, packet in enumerate(source.packets) if packet.is_keyframe)
+    first = next(keyframes, 0) if source.container in CUT_ANYWHERE else 0
+    for decoded in decode(source.codec, chain(islice(source.packets, first, None), [None])):
         if decoded.frame is None:
             raise VideoError(f"{source.path}: frame {number} cannot be decoded")
         damaged = decoded.damaged or (damaged and not decoded.frame.key_frame)  # a keyframe ends the damage

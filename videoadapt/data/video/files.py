@@ -27,11 +27,12 @@ def file_size(path: Path, if_missing: str = "") -> int:
         VideoError: The file is missing, empty, or not a regular file.
     """
     try:
-        return _size_of_regular(path, path.stat())
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise VideoError(f"{path}: {if_missing or error.strerror}") from None
-    except OSError as error:
-        raise VideoError(f"{path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise VideoError(f"{path}: {reason(error)}") from None
+    return _size_of_regular(path, status)
 
 
 @contextmanager

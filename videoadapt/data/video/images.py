@@ -26,6 +26,8 @@ _NUMBER = re.compile(r"[0-9]+")
 _FLOW_PATTERN = re.compile(r"flow.*|[xy]_?#\..*")  # optical flow is often stored in the folder of its frames
 _MAX_PATTERNS_IN_MESSAGE = 4
 _OPENING = Lock()
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # Pillow would give PostScript, under any name, to Ghostscript
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -105,6 +107,26 @@ def _refuse_animated(path: Path, image: Image.Image) -> None:
         )
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF orientation demands.
+
+    Pillow's `exif_transpose` also writes the EXIF anew, and fails at any other tag that it cannot write.
+    """
+    from PIL.Image import Transpose
+
+    turns = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+        Transpose.ROTATE_90,
+    )  # of the orientations 2 to 8
+    turn = dict(enumerate(turns, start=2)).get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Returns a grey PNG of 16 bits with its upper 8 bits: Pillow's own conversion makes nearly all of it white."""
     if not image.mode.startswith("I"):  # of 16 bits, or of 32 in older versions of Pillow
@@ -116,12 +138,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _open(path: Path) -> Image.Image:
     """Opens an image of any size, and decodes nothing. Pillow's own limit would hold even where ours is higher."""
-    from PIL import Image
+    from PIL import Image, WebPImagePlugin  # noqa: F401 - the import makes WebP one of the formats
 
     with _OPENING:  # the limit is Pillow's alone, for all threads
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(path, formats=_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
@@ -135,14 +157,12 @@ def read_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     Raises:
         VideoError: The image cannot be read, or is larger than the limits.
     """
-    from PIL import ImageOps
-
     file_size(path)
     try:
         with _open(path) as image:
             limits.check_pixels(path, *image.size)  # nothing is decoded yet
             _refuse_animated(path, image)
-            return np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
+            return np.asarray(_eight_bits(_upright(image)).convert("RGB"))
     except VideoError:
         raise
     except Exception as error:  # damaged files raise errors of many kinds

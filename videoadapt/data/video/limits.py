@@ -43,6 +43,16 @@ class Limits(NamedTuple):
                 f"{self.max_pixels:,}; raise data.max_pixels to read it"
             )
 
+    def check_resized(self, path: Path, width: int, height: int, short_side: int) -> None:
+        """Raises `VideoError` if a frame is too large once its short side is resized: a ruler, one pixel high."""
+        long_side = max(width, height) * short_side // min(width, height)
+        if long_side * short_side > self.max_pixels:
+            raise VideoError(
+                f"{path}: a frame of {width}x{height} resized to a short side of {short_side} has "
+                f"{long_side * short_side:,} pixels, more than data.max_pixels {self.max_pixels:,}; raise "
+                "data.max_pixels to read it"
+            )
+
     def check_frames(self, path: Path, frames: int) -> None:
         """Raises `VideoError` if a video has too many frames."""
         if frames > self.max_frames:

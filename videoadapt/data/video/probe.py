@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ReaderName = Literal["decord", "pyav", "image"]
 
-PROBE_VERSION = 4  # raise it when `probe` or `verify` returns another result for the same file
+PROBE_VERSION = 5  # raise it when `probe` or `verify` returns another result for the same file
 
 # Files for which decord 0.6 was measured to be exact. It returns wrong frames of MPEG-TS, and of avi with B-frames,
 # and raises no error.
@@ -50,6 +50,7 @@ _IDR_TYPES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}  # types of N
 # FFmpeg also "plays" text, still images, and lists of other files or addresses.
 _NOT_VIDEO = frozenset({"tty", "bin", "xbin", "adf", "idf", "image2", "hls", "concat", "dash", "sdp", "imf"})
 _OPEN_OPTIONS = {"protocol_whitelist": "file"}  # a file must not make FFmpeg open the network
+CUT_ANYWHERE = frozenset({"mpegts", "mpeg", "mpegvideo", "h264", "hevc"})  # recorders and users cut these by bytes
 _PADDED = 2  # pixels that a decoder stores for one of a frame, at most
 _PYAV_READS_ANY_METADATA = 19  # the first version without the argument `metadata_errors`
 
@@ -85,7 +86,7 @@ def probe(path: str | Path, *, content: bool = True, limits: Limits = DEFAULT_LI
         VideoError: The file cannot be read as a video, or is larger than the limits.
     """
     path = Path(path)
-    info = _probe_folder(path, limits) if path.is_dir() else _probe_file(path, limits)
+    info = _probe_folder(path, limits) if os.path.isdir(path) else _probe_file(path, limits)
     return replace(info, content=content_hash(path)) if content else info
 
 
@@ -95,7 +96,7 @@ def content_hash(path: Path) -> str:
     Raises:
         VideoError: The file or folder cannot be read.
     """
-    return hash_images(path) if path.is_dir() else hash_file(path)
+    return hash_images(path) if os.path.isdir(path) else hash_file(path)
 
 
 def check_unchanged(path: Path, info: VideoInfo) -> None:
@@ -201,12 +202,48 @@ def _probe_file(path: Path, limits: Limits) -> VideoInfo:
         return _probe_stream(path, container, stream, size, limits)
 
 
+@dataclass
+class PacketTimes:
+    """What the packets of a stream state about its frames, in decoding order."""
+
+    container: str  # name of the format
+    times: list[int | None] = field(default_factory=list)  # of display, as the packets state them
+    keyframes: list[int] = field(default_factory=list)  # packet numbers, ascending
+    decoding_order: bool = True  # the times of display equal those of decoding
+    _hidden: set[int] = field(default_factory=set)  # packet numbers
+
+    def add(self, packet: Packet[VideoStream]) -> None:
+        """Adds the next packet."""
+        number = len(self.times)
+        self.times.append(packet.pts)
+        self.decoding_order &= packet.pts == packet.dts
+        if packet.is_keyframe:
+            self.keyframes.append(number)
+        if packet.is_discard:
+            self._hidden.add(number)
+
+    def shown(self) -> list[int]:
+        """Returns the numbers of the packets whose frames are displayed.
+
+        An edit list hides some. A stream that was cut inside a GOP begins with packets that no decoder can show: all
+        before its first keyframe, in the order of decoding or of display. Other formats begin with a keyframe, and if
+        none is seen there, it is damaged.
+        """
+        first = next(iter(self.keyframes), 0) if self.container in CUT_ANYWHERE else 0
+        start = self.times[first] if first else None
+        return [
+            number
+            for number, time in enumerate(self.times)
+            if number >= first and number not in self._hidden and (start is None or time is None or time >= start)
+        ]
+
+
 class _Scan(NamedTuple):
     """The result of reading all packets of a stream."""
 
     first_frame: VideoFrame
     times: list[int | None]  # times of all packets
-    shown: list[int | None]  # times of the packets that an edit list does not hide
+    shown: list[int | None]  # times of the packets that are displayed
     closed: bool  # no frame after a keyframe needs a frame before it
     timed: bool  # the times are those of display
 
@@ -241,24 +278,26 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, si
 
 def _scan(path: Path, container: InputContainer, stream: VideoStream, limits: Limits) -> _Scan:
     """Reads all packets, and decodes only until the first frame."""
-    codec = stream.codec_context
-    first, closed, decoding_order = None, True, True
-    times: list[int | None] = []
-    shown: list[int | None] = []
+    import av
+
+    codec, read = stream.codec_context, PacketTimes(container.format.name)
+    first, closed = None, True
     for packet in container.demux(stream):
         if first is None:
-            first = _first_frame(codec, packet, alone=not times)
+            try:
+                first = _first_frame(codec, packet, alone=not read.times)
+            except (av.FFmpegError, EOFError, ValueError):
+                closed = False  # damaged: decord would return wrong frames without an error
         if packet.size:  # an empty packet marks the end of the stream
-            is_later_keyframe = bool(times) and packet.is_keyframe
+            is_later_keyframe = bool(read.times) and packet.is_keyframe
             closed &= not is_later_keyframe or _starts_closed_gop(codec.name, packet)
-            decoding_order &= packet.pts == packet.dts
-            times.append(packet.pts)
-            limits.check_frames(path, len(times))
-            if not packet.is_discard:
-                shown.append(packet.pts)
+            read.add(packet)
+            limits.check_frames(path, len(read.times))
+    shown = [read.times[number] for number in read.shown()]
     if first is None or not shown:
         raise VideoError(f"{path}: none of its frames can be decoded")
-    return _Scan(first, times, shown, closed, shows_display_times(container.format.name, codec, decoding_order))
+    timed = shows_display_times(container.format.name, codec, read.decoding_order)
+    return _Scan(first, read.times, shown, closed, timed)
 
 
 def shows_display_times(container: str, codec: VideoCodecContext, decoding_order: bool) -> bool:

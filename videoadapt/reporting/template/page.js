@@ -429,7 +429,7 @@
     const output = form.querySelector("output");
     element.setAttribute("aria-label", kind === "clips" ? "Clips" : "Classes");
     const table = new Tabulator(element, {
-      data: rows, columns: COLUMNS[kind](run, rows), layout: "fitColumns", height: rows.length > 12 ? "480px" : undefined,
+      data: rows, columns: COLUMNS[kind](run, rows), nestedFieldSeparator: false, layout: "fitColumns", height: rows.length > 12 ? "480px" : undefined,
       placeholder: "Nothing matches.", headerSortElement: "<span aria-hidden='true'>↕</span>", columnDefaults: { headerTooltip: false },
     });
     element.table = table;
