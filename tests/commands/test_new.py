@@ -227,6 +227,16 @@ def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, counts: dict
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "names", [("annotations", "train", "val"), ("videos_train", "videos_val"), ("train_256", "val_256")]
+)
+def test_folders_of_splits_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"named after splits, not classes: .*{names[-1]}"):
+        survey(class_folders(tmp_path / "data", dict.fromkeys(names, 2)), tmp_path)
+    vehicles = class_folders(tmp_path / "vehicles", {"train": 2, "tram": 2, "training dog": 2})
+    assert survey(vehicles, tmp_path).classes == ("train", "training dog", "tram")
+
+
 def test_numbers_in_the_names_of_class_folders_do_not_change_their_order(tmp_path: Path) -> None:
     data = class_folders(tmp_path / "data", {"1 run": 2, "2 walk": 2, "10 jump": 2})
     found = survey(data, tmp_path)

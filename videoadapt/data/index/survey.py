@@ -32,6 +32,8 @@ from videoadapt.runtime.machine import available_cpus
 _TRAIN_NAMES = ("train", "training", "train_list", "trainlist")
 _VAL_NAMES = ("val", "valid", "validate", "validation", "val_list", "vallist")
 _TEST_NAMES = ("test", "testing", "test_list", "testlist")
+# Other names of folders that have the videos of a split, such as `videos_val`, `train_256` or `rawframes_train`.
+_SPLIT_FOLDER = re.compile(r"(?:[a-z]+_)?(train|training|val|valid|validation|test)(?:_\d+)?", re.IGNORECASE)
 _CLASS_NAMES = ("classes", "class_names", "labels", "categories", "classInd", "class_list")
 _LIST_SUFFIXES = (".csv", ".txt", ".json", ".list", ".tsv")
 _SAMPLE = 500  # videos that are opened: about a second on a core for small files
@@ -168,7 +170,20 @@ def find_sources(folder: Path) -> tuple[Sources, list[str]]:
             f"--data: {folder} has {f'{media} videos or images, but ' if media else ''}no folder per class, and no "
             "list train.csv with a line `path label` for each video; sort the files into folders, or write a list"
         )
+    _require_no_splits(folder)
     return Sources(folder, None, None, None), []
+
+
+def _require_no_splits(folder: Path) -> None:
+    """Refuses folders of splits, which would become classes. A single one may be a class, such as of vehicles."""
+    matches = ((path.name, _SPLIT_FOLDER.fullmatch(path.name)) for path in sorted(folder.iterdir()) if path.is_dir())
+    splits = {name: match[1].lower() for name, match in matches if match}
+    if len(set(splits.values())) > 1:
+        raise UserError(
+            f"--data: {folder} has folders that are named after splits, not classes: {few(splits)}. If each has a "
+            "folder per class, name them train and val; else put lists train.csv and val.csv beside them, which may be "
+            "the tables of Kinetics"
+        )
 
 
 def _list_of(folder: Path, names: Sequence[str]) -> Path | None:
