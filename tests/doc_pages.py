@@ -91,7 +91,7 @@ PAGES = {
     "README.md": Page(
         small=SMALL,
         replaced={
-            "data.root=/data/k400": "data.root=data",
+            "/data/k400": "data",
             " ...": "",
             "--data videos --weights vit_small_patch14_dinov2.safetensors": "--data data",
             '"model.points=[14,7]"': '"model.points=[14,7]", "model.width=96", "model.depth=2"',

@@ -32,7 +32,7 @@ from videoadapt.training.groups import make_plan
 from videoadapt.training.preflight import Rates
 from videoadapt.training.state import State
 from videoadapt.training.step import RankRole, train_step
-from videoadapt.training.train import start_or_resume, train
+from videoadapt.training.train import say_splits, start_or_resume, train
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +321,18 @@ def test_another_architecture_or_recipe_is_refused(data: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="manifest"):  # another seed holds out other clips
         train(runs.config(data, tmp_path / "run", run={"seed": 2}))
     assert {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("source", "validate"), [("train", "val"), ("train", "holdout"), ("holdout", "val"), ("teacher", "val")]
+)
+def test_a_holdout_that_no_stage_uses_is_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, validate: str
+) -> None:
+    stages = {"data": {"validate": validate}, "train": {"validate_every": 1}, "label": {"source": source}}
+    config = runs.config(data, tmp_path / "run", **stages)
+    say_splits(load_or_index(config), config)
+    assert ("no stage uses the" in capsys.readouterr().err) == ((source, validate) == ("train", "val"))
 
 
 def test_videos_that_cannot_be_read_are_skipped_counted_and_listed(data: Path, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def print_evaluate(summary: Summary) -> None:
     elif len(summary["macs_per_view"]) > 1:  # one point leaves nothing to assign
         say(
             "no assigner yet: `videoadapt label` and `videoadapt assign` add the policies assigned and random, if "
-            "`data.holdout` kept clips for them. Cascades need neither"
+            "`data.holdout` kept clips for them (label.source=holdout). Cascades need neither"
         )
     _say_against_fixed(summary["policies"])
     say("MACs are multiply-adds (the FLOPs of the papers) and include the assigner")

@@ -105,7 +105,7 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         done = state.step == per_epoch * config.train.epochs or out_of_patience(state.validations, config)
         finished = done and broadcast_result(lambda: _summarises(summary_file, state.step))
         if not finished:
-            _say_splits(manifest)
+            say_splits(manifest, config)
             if state.step:
                 say(f"continuing from {checkpoints.folder} at step {state.step}")
             rates = preflight(config, manifest, plan)
@@ -125,9 +125,16 @@ def train(config: Config, after_validation: Callable[[], None] | None = None) ->
         return summary
 
 
-def _say_splits(manifest: Manifest) -> None:
+def say_splits(manifest: Manifest, config: Config) -> None:
+    """Prints the number of readable clips of each split, and whether no stage uses those of `data.holdout`."""
     counts = {split: len(manifest.split(split).readable) for split in ("train", "holdout", "calibrate", "val")}
     say("readable clips: " + ", ".join(f"{split} {count:,}" for split, count in counts.items() if count))
+    validated = config.train.validate_every and config.data.validate == "holdout"
+    if counts["holdout"] and config.label.source == "train" and not validated:
+        say(
+            f"no stage uses the {plural(counts['holdout'], 'clip')} of data.holdout, because label.source is train: "
+            "set label.source=holdout, or data.holdout=0 to train on them"
+        )
 
 
 def run_epochs(
