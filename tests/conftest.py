@@ -19,6 +19,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 import browser as browsers  # noqa: E402
+import rank_jobs  # noqa: E402
 import slurm_cluster  # noqa: E402
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.
     started.start()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def rank_server() -> Iterator[None]:
+    """A fork server that has imported torch: processes of multiprocessing's `forkserver` start in an instant."""
+    with rank_jobs.torch_server():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 JOIN_S = 60.0  # enough for a rendezvous on a busy machine
 HEAD = """
 import os, sys, time
+preloaded = "torch.distributed" in sys.modules
 from pathlib import Path
 from videoadapt.config.load import make_config
 from videoadapt.runtime.ranks import all_gather, any_requested, broadcast_result, rank, ranks
@@ -24,10 +27,36 @@ folder = Path(sys.argv[1])
 config = make_config({"run": {"dir": str(folder), "device": "cpu"}, "parallel": {"join_s": float(sys.argv[2])}})
 """
 
-# Ranks are forked from a server process that has imported the large libraries once, because that takes seconds for each
-# new interpreter. Our own modules are not in the list: `runtime.console` reads the rank when it is imported.
+# The imports take seconds. Of our own modules only `config` is there: `runtime.console` reads the rank at its import.
+_PRELOADED = (
+    *("torch.distributed", "torchvision", "timm", "pandas", "pydantic", "rich.progress", "scipy.stats"),
+    "videoadapt.config.load",
+)
 _FORK_SERVER = multiprocessing.get_context("forkserver")
-_FORK_SERVER.set_forkserver_preload(["torch.distributed", "torchvision", "timm", "pandas", "pydantic", "rich.progress"])
+
+
+@contextmanager
+def torch_server() -> Iterator[None]:
+    """Replaces multiprocessing's fork server in a `with` block by one that has imported torch.
+
+    A process has one fork server. `index()` starts it too, without torch.
+    """
+    _end_server()
+    _FORK_SERVER.set_forkserver_preload(list(_PRELOADED))
+    try:
+        first = _FORK_SERVER.Process(target=int)
+        first.start()
+        first.join()  # the imports, which are no part of the time of a job
+        yield
+    finally:
+        _end_server()
+
+
+def _end_server() -> None:
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:  # by itself, it would wait until all of its processes have ended
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()
 
 
 def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
@@ -38,8 +67,6 @@ def as_step(rank: int, world: int, job: str = "7") -> dict[str, str]:
 
 def _run_rank(program: str, arguments: list[str], environment: dict[str, str], stderr: Path) -> None:
     os.environ.clear()  # the server's environment is that of the first job
-    # Probing of videos uses the same server, and blocks SIGUSR1 and SIGUSR2 while it starts it.
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.environ.update(environment)
     # Processes of this context would start theirs from the server, too, without what the program patches.
     multiprocessing.set_start_method("fork", force=True)
@@ -64,7 +91,7 @@ def _save_coverage() -> None:
 
 
 class Ranks:
-    """The running ranks of a job.
+    """The running ranks of a job. The test needs the fixture `rank_server`.
 
     Args:
         program: Python code that follows `HEAD`.
@@ -77,10 +104,6 @@ class Ranks:
     def __init__(
         self, program: str, folder: Path, world: int, *, started: list[int] | None = None, join_s: float = JOIN_S
     ) -> None:
-        # The first process waits until the server has finished its imports, which is no part of the job's time.
-        server_ready = _FORK_SERVER.Process(target=int)
-        server_ready.start()
-        server_ready.join()
         self.since = time.monotonic()
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)

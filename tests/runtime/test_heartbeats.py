@@ -13,6 +13,8 @@ import pytest
 
 from rank_jobs import Ranks
 
+pytestmark = pytest.mark.usefixtures("rank_server")
+
 PROGRAM = """
 import json, multiprocessing, signal
 import torch

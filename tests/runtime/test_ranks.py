@@ -12,6 +12,7 @@ import torch
 from processes import finished, torchrun
 from rank_jobs import HEAD, JOIN_S, Ranks, as_step
 from videoadapt.config.load import Config, make_config
+from videoadapt.data.index.probe_pool import run_on_files
 from videoadapt.errors import RunError, UserError
 from videoadapt.runtime.ranks import (
     _exit_code,
@@ -27,6 +28,8 @@ from videoadapt.runtime.ranks import (
     world_size,
 )
 from videoadapt.runtime.signals import StopRequest
+
+pytestmark = pytest.mark.usefixtures("rank_server")
 
 
 def config_of(folder: Path, **parallel: int | float) -> Config:
@@ -83,6 +86,14 @@ def test_collectives_of_ranks_that_srun_started(tmp_path: Path) -> None:
     ended = Ranks(ACTION, tmp_path, 3).ended()
     assert [code for code, _ in ended.values()] == [0, 0, 0], ended
     assert sorted(path.name for path in tmp_path.glob("rank?of*")) == ["rank0of3", "rank1of3", "rank2of3"]
+
+
+def test_ranks_start_with_torch_after_an_index_too(tmp_path: Path) -> None:
+    """A process has one fork server, and each index sets what it imports when it starts."""
+    for _ in range(2):
+        assert dict(run_on_files(["video"], len, workers=1, timeout_s=60)) == {"video": 5}
+        ended = Ranks("assert preloaded", tmp_path, 2).ended()
+        assert [code for code, _ in ended.values()] == [0, 0], ended
 
 
 def test_a_missing_variable_of_the_launcher_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 from rank_jobs import Ranks
 from videoadapt.runtime.rendezvous import gpu_conflict, interface_to, local_address_to, own_addresses
 
+pytestmark = pytest.mark.usefixtures("rank_server")
+
 JOINED = """
 with ranks(config):
     assert all_gather(rank()) == list(range(world_size()))

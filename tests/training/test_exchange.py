@@ -206,6 +206,7 @@ training.train(load_config(folder / "config.yaml", ["parallel.decode=shared"]))
 """
 
 
+@pytest.mark.usefixtures("rank_server")
 @pytest.mark.parametrize(
     ("victim", "message"),
     [
@@ -230,6 +231,7 @@ def test_a_rank_whose_reading_fails_ends_all_with_one_message(
     assert all(code != 0 for code, _ in ended.values())
 
 
+@pytest.mark.usefixtures("rank_server")
 def test_one_rank_reads_a_checkpoint_for_all(tmp_path: Path) -> None:
     tensors = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(7)}
     save_checkpoint(tmp_path / "a.safetensors", "train", tensors, {"step": 3})
