@@ -98,7 +98,14 @@ def browser() -> Iterator[Browser]:
 
 
 # The longest files of several processes: no core idles at the end while one of them runs.
-FIRST = ("test_slurm_jobs", "test_slurm_cluster", "test_docs", "test_grouped_training", "test_evaluate", "test_exchange")
+FIRST = (
+    "test_slurm_jobs",
+    "test_slurm_cluster",
+    "test_docs",
+    "test_grouped_training",
+    "test_evaluate",
+    "test_exchange",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
