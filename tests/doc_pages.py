@@ -108,7 +108,11 @@ PAGES = {
         small=SMALL,
         replaced={"fixed:14": "fixed:8"},
         copies={"runs/a": "runs/mine", "runs/b": "runs/mine"},
-        not_run={"videoadapt train configs/revit_deit_s_in1k.yaml": IMAGENET},
+        not_run={
+            "sed": KINETICS,
+            "videoadapt index CONFIG data.root=/data/kinetics400": KINETICS,
+            "videoadapt train configs/revit_deit_s_in1k.yaml": IMAGENET,
+        },
     ),
     "docs/export.md": Page(
         replaced={"export.formats=onnx export.policy=fixed:8": "export.formats=pretrained export.policy=fixed:8"},
@@ -149,7 +153,7 @@ PAGES = {
             "nproc-per-node=4": "nproc-per-node=2",
             "CONFIG ...": "CONFIG",
             "/data/k400 ": "data ",
-            "/data/k400_256": "data_256",
+            "/data/k400_320": "data_320",
         },
         not_run={
             "python tools/evaluate_released.py": "needs released weights",
@@ -185,7 +189,6 @@ PAGES = {
         not_run={
             "videoadapt launch CONFIG": "needs a cluster; tests/commands/test_slurm_jobs.py submits",
             "python -c": "downloads weights",
-            "wandb sync": "needs an account of the tracker",
         },
     ),
     "docs/results/assigner.md": Page(
