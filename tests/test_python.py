@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pydoc
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def test_help_fits_three_screens_and_names_all() -> None:
     text = pydoc.plain(pydoc.render_doc(va))
     assert len(text.splitlines()) <= SCREENS
     assert all(name in text for name in va._HOME)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Python\n")[2].partition("\n## ")[0]
+    assert not va._HOME.keys() - set(re.findall(r"`(\w+)", section))
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +147,15 @@ def test_a_data_set_gives_the_clips_of_the_training_to_living_workers(run: Confi
     assert list(batch.path) == dataset.manifest["path"][:16].tolist()
     model = va.load_model(run.run.dir)
     assert model(va.preprocess(model, batch.clip), "6").shape == (16, len(dataset.classes))
+
+
+def test_the_folder_of_a_config_stands_for_its_run(run: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(run))  # as `new` writes it: the run is elsewhere
+    assert va.ClipDataset(tmp_path, run, split="val").manifest.hash == load_or_index(run).split("val").hash
+    other = run.model_copy(update={"run": run.run.model_copy(update={"dir": tmp_path / "run"})})
+    (tmp_path / "config.yaml").write_text(dump_config(other))
+    with pytest.raises(va.UserError, match="run `videoadapt index"):
+        va.ClipDataset(tmp_path, run)
 
 
 def test_a_folder_is_a_data_set_and_a_video_that_fails_is_never_replaced(run: Config, tmp_path: Path) -> None:

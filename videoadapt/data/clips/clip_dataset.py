@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from videoadapt.config.load import Config, ConfigSource, as_config
+from videoadapt.config.load import RUN_CONFIG, Config, ConfigSource, as_config, load_config
 from videoadapt.data.clips.datasets import Clip, EvalVideos, Failure, TrainClips, VideoViews, read_views
 from videoadapt.data.index.manifest import Manifest, index_folder, manifest_path
 from videoadapt.data.index.sources import Split
@@ -91,8 +91,9 @@ class ClipDataset(Dataset[Sample | Failure]):
     `on_error` is `return`; `DataLoader(..., collate_fn=dataset.collate)` then makes batches without it.
 
     Args:
-        source: A `Manifest`, a run folder or a manifest's file, or a folder with a folder of videos per class. Such a
-            folder is indexed in memory at once, which reads the head of each file; nothing is written.
+        source: A `Manifest`, a run folder, the folder that `new` writes, or a manifest's file; or a folder with a
+            folder of videos per class. Such a folder is indexed in memory at once, which reads the head of each file;
+            nothing is written.
         config: A `Config`, a YAML file or a run folder: seed, model input, augmentation and views.
         split: The split of the manifest: `train`, `val` or `holdout`. None: all videos.
         views: `train` gives one random augmented clip of a video, `evaluation` all its views. Default: `train` for the
@@ -198,4 +199,8 @@ def _manifest(source: Manifest | str | Path, config: Config) -> Manifest:
     if not path.is_dir():
         return Manifest.load(path)
     in_run = manifest_path(path)
+    if not in_run.exists() and (path / RUN_CONFIG).is_file():  # a folder that `new` has written
+        in_run = manifest_path(load_config(path).run.dir)
+        if not in_run.exists():
+            raise UserError(f"ClipDataset: {path}: its run has no manifest; run `videoadapt index {path}` first")
     return Manifest.load(in_run) if in_run.exists() else index_folder(path, config)
