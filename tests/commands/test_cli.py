@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from rich.text import Text
 from safetensors.torch import save_file
 
 import small_runs as runs
 import videoadapt as va
 from processes import finished
-from videoadapt.commands.cli import _OVERRIDE, _split, main
+from videoadapt.commands.cli import _OVERRIDE, _split, app, main
 from videoadapt.config.load import Config, dump_config
 from videoadapt.errors import RunError, UserError
 from videoadapt.training.state import State
@@ -152,6 +154,13 @@ assert "submitit" not in sys.modules, "imported by flops"
     with tempfile.TemporaryDirectory() as folder:
         done = finished([sys.executable, "-c", program, str(CONFIGS / "demo.yaml"), folder])
     assert done.returncode == 0, done.stderr
+
+
+def test_rich_takes_no_part_of_a_help_for_markup() -> None:
+    command: Any = typer.main.get_command(app)
+    verbs = [verb for each in command.commands.values() for verb in getattr(each, "commands", {"": each}).values()]
+    for text in (text for verb in verbs for text in (verb.help, *(each.help for each in verb.params)) if text):
+        assert Text.from_markup(text).plain == text  # `[views:]` would vanish
 
 
 def test_the_help_fits_on_a_screen() -> None:

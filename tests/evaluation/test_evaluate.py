@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +29,7 @@ from videoadapt.data.clips.clip_dataset import ClipViews
 from videoadapt.data.index.manifest import index, load_or_index
 from videoadapt.errors import UserError
 from videoadapt.evaluation.compare import compare
-from videoadapt.evaluation.evaluate import evaluate
+from videoadapt.evaluation.evaluate import _say_replaced, evaluate
 from videoadapt.evaluation.speed import STAGES
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.routing.router import Routed, Router
@@ -127,6 +129,14 @@ def test_every_listed_video_counts_and_both_accuracies_are_reported(alone: tuple
         assert not right[BROKEN]
         assert row["top1"] == row["top1_failed_wrong"] == pytest.approx(right.mean())
         assert row["top1_readable"] == pytest.approx(right.drop(BROKEN).mean())
+
+
+def test_other_views_of_the_evaluation_before_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    now: Any = SimpleNamespace(policies={}, temporal_views=10, spatial_crops=3)
+    _say_replaced({"policies": {}, "temporal_views": 10, "spatial_crops": 3}, now)
+    assert not capsys.readouterr().err
+    _say_replaced({"policies": {}, "temporal_views": 1, "spatial_crops": 3}, now)
+    assert "other views (evaluate.temporal_views=1)" in capsys.readouterr().err
 
 
 def test_a_video_is_the_mean_of_its_views(alone: tuple[Config, dict]) -> None:

@@ -658,6 +658,10 @@ def test_other_files_and_folders_are_refused(tmp_path: Path) -> None:
         load_weights(make(), tmp_path / "weights.onnx")
     with pytest.raises(CheckpointError, match="expected model.safetensors or pytorch_model.bin"):
         load_weights(make(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000012.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"of a run, name .*checkpoints/step-00000012\.safetensors"):
+        load_weights(make(), tmp_path)
 
 
 def test_a_grid_that_is_not_square_is_reported() -> None:

@@ -117,14 +117,17 @@ Overrides = Annotated[
 VideosAndOverrides = Annotated[
     list[str], typer.Argument(help="Videos, folders of videos, and section.key=value.", metavar="VIDEO")
 ]
-SettingsAndOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Settings of the benchmark (rounds=15, batches=[1,8] ...), and section.key=value of the config.",
-        show_default=False,
-        metavar="KEY=VALUE",
-    ),
-]
+
+
+def _settings(names: str) -> Any:
+    """Returns the argument for the settings of a benchmark, and the overrides of its config."""
+    text = f"Settings of the benchmark ({names}), and section.key=value of the config."
+    return typer.Argument(help=text, show_default=False, metavar="KEY=VALUE")
+
+
+SettingsOfPoints = Annotated[list[str] | None, _settings("rounds=15, batches=[1,8], dir=FOLDER")]
+SettingsOfModel = Annotated[list[str] | None, _settings("rounds=7, batches=[8], precisions, modes, passes, dir=FOLDER")]
+SettingsOfAttention = Annotated[list[str] | None, _settings("rounds=15, batch=8, precisions, dir=FOLDER")]
 SettingsAndVideos = Annotated[
     list[str] | None,
     typer.Argument(
@@ -410,8 +413,9 @@ def predict(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="assigned, fixed:POINT, cascade:POINTS:[views:]THRESHOLDS, leap:POINT:cost=0.4, or the file of "
-            "`calibrate`. Default: assigned if the run has an assigner, otherwise fixed at the costliest point."
+            help="assigned, fixed:POINT, cascade:POINTS:THRESHOLDS, cascade:POINTS:views:THRESHOLDS, "
+            "leap:POINT:cost=0.4, or the file of `calibrate`. Default: assigned if the run has an assigner, otherwise "
+            "fixed at the costliest point."
         ),
     ] = None,
     as_json: Json = False,
@@ -488,7 +492,7 @@ def bench_data(words: SettingsAndVideos = None, as_json: Json = False) -> None:
 
 
 @bench.command("points")
-def bench_points(config: ConfigFile, words: SettingsAndOverrides = None, as_json: Json = False) -> None:
+def bench_points(config: ConfigFile, words: SettingsOfPoints = None, as_json: Json = False) -> None:
     """Measure the speed of every point beside the speed that its MACs predict."""
     from videoadapt.performance.bench.points import bench_points as run
     from videoadapt.performance.bench.points import print_bench_points
@@ -498,7 +502,7 @@ def bench_points(config: ConfigFile, words: SettingsAndOverrides = None, as_json
 
 
 @bench.command("model")
-def bench_model(config: ConfigFile, words: SettingsAndOverrides = None, as_json: Json = False) -> None:
+def bench_model(config: ConfigFile, words: SettingsOfModel = None, as_json: Json = False) -> None:
     """Measure forward passes and training steps beside another implementation with the same weights."""
     from videoadapt.performance.bench.model import bench_model as run
     from videoadapt.performance.bench.model import print_bench_model
@@ -508,7 +512,7 @@ def bench_model(config: ConfigFile, words: SettingsAndOverrides = None, as_json:
 
 
 @bench.command("attention")
-def bench_attention(config: ConfigFile, words: SettingsAndOverrides = None, as_json: Json = False) -> None:
+def bench_attention(config: ConfigFile, words: SettingsOfAttention = None, as_json: Json = False) -> None:
     """Measure the kernels of attention at the model's shapes, and write which is the fastest on this machine."""
     from videoadapt.performance.bench.attention import bench_attention as run
     from videoadapt.performance.bench.attention import print_bench_attention

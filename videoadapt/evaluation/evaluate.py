@@ -17,7 +17,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError, plural
 from videoadapt.evaluation.against_fixed import proven_policy
-from videoadapt.evaluation.evaluated import has_text, read_evaluation, reported_policy
+from videoadapt.evaluation.evaluated import VIEWS, has_text, read_evaluation, reported_policy
 from videoadapt.evaluation.logits_file import write_logits
 from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
 from videoadapt.evaluation.result_tables import write_tables
@@ -188,7 +188,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
 
         def write() -> EvaluationSummary:
             scores = scored.load("data.val.annotations")
-            before = _evaluated_policies(config.run.dir)
+            before = _evaluation_before(config.run.dir)
             every = _policies(model.config.points, scores, assigned, [*routed, *further], config)
             found = _summary(
                 model, manifest, scores, every, guard, config=config, trained_on=trained_on, selected=selected
@@ -199,20 +199,32 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             summary = replace(found, promises=promises, stages=stages, seconds=round(seconds, 1))
             with guard():
                 write_json(path, summary.to_json())
-            if gone := [name for name in before if has_text(name) and name not in summary.policies]:
-                kept = " ".join(f"--policy {name}" for name in gone)
-                say(f"the evaluation before had more policies, which this one has replaced; {kept} brings them back")
+            _say_replaced(before, summary)
             return summary
 
         return broadcast_result(write)
 
 
-def _evaluated_policies(run: Path) -> list[str]:
-    """Returns the policies of the evaluation that the run has; none if it has no readable one."""
+def _evaluation_before(run: Path) -> Summary:
+    """Returns the `evaluate.json` that the run has; an empty one if it has no readable one."""
     try:
-        return list(read_evaluation(run)["policies"])
+        return read_evaluation(run)
     except UserError:
-        return []
+        return {"policies": {}}
+
+
+def _say_replaced(before: Summary, now: EvaluationSummary) -> None:
+    """Prints which policies and views the evaluation before had, and this one has not."""
+    if gone := [name for name in before["policies"] if has_text(name) and name not in now.policies]:
+        kept = " ".join(f"--policy {name}" for name in gone)
+        say(f"the evaluation before had more policies, which this one has replaced; {kept} brings them back")
+    views = {f"evaluate.{key}": before[key] for key in VIEWS if before.get(key, getattr(now, key)) != getattr(now, key)}
+    if views:
+        keys = " ".join(f"{key}={value}" for key, value in views.items())
+        say(
+            f"the evaluation before had other views ({keys}); this one has replaced it. To keep both, evaluate a copy "
+            "of the run folder"
+        )
 
 
 def _calibrated(

@@ -82,7 +82,18 @@ def _read_folder(folder: Path, which: WhichWeights) -> Weights:
         if path.is_file():
             weights = _chosen(_read_file(path), str(folder), which)
             return weights._replace(heads=_stated_heads(folder / "config.json"))
-    raise CheckpointError(f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither")
+    ours = max(
+        (
+            file
+            for inside in ("", "checkpoints/", "run/checkpoints/")
+            for file in folder.glob(f"{inside}step-*.safetensors")
+        ),
+        default=None,
+    )
+    raise CheckpointError(
+        f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither"
+        + (f"; of a run, name the file of a checkpoint: {ours}" if ours else "")
+    )
 
 
 def _stated_heads(config: Path) -> int | None:
