@@ -446,8 +446,8 @@ class TrainConfig(Section):
     """Stage 1: optimizer, schedule and checkpoints. The defaults are TimeSformer's recipe."""
 
     init: Annotated[str, IS_PATH] | None = None
-    """Initial weights: a file, a folder, or the name of a timm model, such as `vit_base_patch16_224`. null = random
-    weights."""
+    """Initial weights: a file, a folder of Hugging Face, or the name of a timm model, such as `vit_base_patch16_224`.
+    Of a run of one's own: `RUN/checkpoints/step-00012345.safetensors`. null = random weights."""
     weights: WhichWeights = "ema"
     """Weights to take from an initial file that has both: their moving average (`ema`), or the last ones."""
     resample: Resample = "bicubic"
