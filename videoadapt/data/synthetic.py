@@ -9,25 +9,21 @@ demo tests that the assigner finds these levels.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import av
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from videoadapt.errors import UserError
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import read_json, replacing, write_json
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from av.video.codeccontext import VideoCodecContext
 
 SIDE = 64  # height and width in pixels
 FRAMES = 8  # frames of each video
@@ -106,8 +102,6 @@ def write_video(path: Path, frames: npt.NDArray[np.uint8], *, qp: int) -> None:
         frames: (T, H, W, 3) uint8.
         qp: Constant quantiser of x264, 0 (lossless) to 51.
     """
-    import av  # here for a fast start, like pandas below
-
     with replacing(path, durable=False) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
@@ -131,8 +125,6 @@ def plan_videos(split: str, count: int, seed: int) -> pd.DataFrame:
     Returns:
         A row per video with the columns `path` (relative), `label`, `level` (name) and `seed`.
     """
-    import pandas as pd  # here, because processes that only call `open_encoder` start faster without it
-
     stream = np.random.SeedSequence([seed, sum(map(ord, split))])
     rng = np.random.default_rng(stream)
     bounds = np.cumsum([level.fraction for level in LEVELS])
@@ -162,8 +154,6 @@ def generate(folder: Path, sizes: dict[str, int], *, seed: int, workers: int = 2
     Raises:
         UserError: The folder has data of another seed, other sizes or another `qp`.
     """
-    import pandas as pd
-
     recipe = {"seed": seed, "sizes": sizes, "qp": qp}
     recipe_path = folder / "recipe.json"
     made_with = read_json(recipe_path, "use another run.dir") if recipe_path.exists() else recipe
@@ -214,29 +204,3 @@ def _write_videos(jobs: list[_Job]) -> int:
         frames = draw_video(np.random.default_rng(job.seed), levels[job.level], job.pair)
         write_video(job.path, frames, qp=job.qp)
     return len(jobs)
-
-
-def open_encoder(context: VideoCodecContext) -> None:
-    """Opens an encoder, then restores the scheduling policy of this process.
-
-    SVT-AV1 run as root gives real-time priority (SCHED_FIFO 99) to its threads and to the calling thread, and every
-    process that is started later inherits it. A process that polls with this priority takes a whole core from all
-    others. This function gives every thread the policy that the caller had before.
-
-    Args:
-        context: Codec context of a PyAV stream, with all options set.
-
-    Raises:
-        av.FFmpegError: The encoder refuses its options.
-    """
-    if not hasattr(os, "sched_setscheduler"):  # not on macOS
-        context.open()
-        return
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        context.open()
-    finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(ProcessLookupError):  # the thread has ended since
-                if os.sched_getscheduler(thread) != before[0]:
-                    os.sched_setscheduler(thread, *before)

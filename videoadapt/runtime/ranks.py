@@ -39,9 +39,8 @@ _POLL_S = 0.1  # time between two reads of the store
 _HOST_STAYS_S = 12.0  # after a failure: a slow rank that finds the store gone takes its host for the lost rank
 _FAILURE_REPORT_S = 5.0  # after a rank's first failed collective, until the other ranks' collectives fail too
 _FILE_VISIBLE_S = 45.0  # NFS shows a file of another node only after its attribute cache has expired
-# In ascending priority, because the ranks exchange the index and take the maximum: SIGUSR1 and SIGUSR2 request a
-# requeue, so they override Ctrl-C and SIGTERM.
-_STOP_SIGNALS = (None, signal.SIGINT, *JOB_SIGNALS)
+# In ascending priority: SIGUSR1 and SIGUSR2 request a requeue, so they override Ctrl-C and SIGTERM.
+_STOP_SIGNALS = (signal.SIGINT, *JOB_SIGNALS)
 # Messages of a collective or of the store that failed because of another rank. Only some of gloo's name its file: after
 # a timeout it closes the connection, and other operations on it fail with "Application timeout caused pair closure".
 _COLLECTIVE_ERROR = re.compile(
@@ -395,19 +394,12 @@ def any_requested(stop: StopRequest) -> bool:
     On return `stop.received` is the same signal on every rank, the one of highest priority. A signal that arrives
     during the call is reported by the next call.
     """
-    if not dist.is_initialized():
-        return stop.requested
-    priority = torch.tensor(_STOP_SIGNALS.index(stop.received))
-    dist.all_reduce(priority, dist.ReduceOp.MAX)
-    agreed = _STOP_SIGNALS[int(priority)]
-    if agreed is not None:  # if not, a signal that arrived during the all-reduce would be overwritten
-        stop.received = agreed
-    return agreed is not None
+    return agree_on_stop(stop, all_reduce_sum(torch.tensor(stop_flags(stop))).tolist())
 
 
 def stop_flags(stop: StopRequest) -> list[float]:
     """Returns a 1 at the signal that this rank has received, and zeros. The sums over ranks go to `agree_on_stop`."""
-    return [float(signal is stop.received) for signal in _STOP_SIGNALS[1:]]
+    return [float(signal is stop.received) for signal in _STOP_SIGNALS]
 
 
 def agree_on_stop(stop: StopRequest, flags: Sequence[float]) -> bool:
@@ -419,7 +411,7 @@ def agree_on_stop(stop: StopRequest, flags: Sequence[float]) -> bool:
         stop: The request of this rank.
         flags: The sums over ranks of `stop_flags`.
     """
-    for number, count in zip(_STOP_SIGNALS[1:], flags, strict=True):  # in ascending priority
+    for number, count in zip(_STOP_SIGNALS, flags, strict=True):  # in ascending priority
         if count:
             stop.received = number
     return any(flags)
