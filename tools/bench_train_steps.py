@@ -110,7 +110,7 @@ def our_step(config: Config, steps: int, costliest_last: bool) -> Turn:
 
 def random_batches(config: Config, role: RankRole, device: torch.device) -> list[Batch]:
     """Returns this rank's clips of every micro-batch of a step; the global batch is the same in every layout."""
-    model, clips = config.model, config.train.batch // config.train.accumulate
+    model, clips = config.model, config.train.micro_batch
     generator = torch.Generator().manual_seed(config.run.seed)
     positions = role.positions(clips, pairs=config.data.mixes)
     rows = torch.tensor(positions, dtype=torch.int64)

@@ -32,7 +32,7 @@ from videoadapt.routing.calibrate_policies import Measured, best, measure, run_t
 from videoadapt.routing.candidates import KnownClips, Order, delta_of_orders, known_clips, orders_of
 from videoadapt.routing.learn_then_test import provable_loss, videos_needed
 from videoadapt.routing.policy import Assigned, Fixed, Policy
-from videoadapt.routing.scores import Scored, Scores, inference_model, score
+from videoadapt.routing.scores import Scored, Scores, inference_model, score_split
 from videoadapt.runtime.console import percent, print_table
 from videoadapt.runtime.files import write_parquet
 
@@ -92,16 +92,7 @@ def record(run: str, file: Path) -> None:
     model, manifest = inference_model(config), load_or_index(config)
     assigned = Assigned.for_model(config.run.dir, model, config.assign)
     known, _ = known_clips(config, manifest, model, assigned)
-    rows = np.flatnonzero((manifest["split"] == "val") & (manifest["status"] == "ok")).tolist()
-    files = score(
-        model,
-        manifest,
-        rows,
-        config,
-        name="evaluate",
-        temporal_views=config.evaluate.temporal_views,
-        assigner=assigned.assigner if assigned else None,
-    )
+    files = score_split(model, manifest, "val", config, name="evaluate", assigned=assigned)
     assert files is not None, "this is no shard"
     scores = files.load("data.val.annotations")
     if known is None or known.assigned is None or known.right_assigned is None or scores.draws is None:

@@ -36,7 +36,7 @@ TRAININGS = [(1, torch.float64), (1, torch.float32), (3, torch.float64)]  # step
 def batches(config: Config, role: RankRole, step: int, unreadable: Container[int] = ()) -> list[Batch]:
     """Returns this rank's micro-batches of a step; the global batch is the same for every plan."""
     generator = torch.Generator().manual_seed(step)
-    model, clips = config.model, config.train.batch // config.train.accumulate
+    model, clips = config.model, config.train.micro_batch
     found = []
     for micro_batch in range(config.train.accumulate):
         shape = (clips, 3, model.num_frames, model.size, model.size)

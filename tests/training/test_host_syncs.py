@@ -66,7 +66,7 @@ def test_the_host_reads_one_copy_per_step(variant: str, tmp_path: Path, monkeypa
 
 
 def _clips(config: Any, micro_batch: int) -> Batch:
-    count, model = config.train.batch // config.train.accumulate, config.model
+    count, model = config.train.micro_batch, config.model
     frames = torch.zeros((count, 3, model.num_frames, model.size, model.size), dtype=torch.uint8, device=META)
     positions = range(micro_batch * count, (micro_batch + 1) * count)
     return Batch(frames, torch.zeros(count, dtype=torch.int64, device=META), torch.tensor(positions), [*positions], [])

@@ -183,7 +183,7 @@ def _check_token_labels(data: DataConfig, model: ModelConfig) -> None:
 
 def _check_pairs(data: DataConfig, train: TrainConfig) -> None:
     # Both clips of a pair must be in the same micro-batch.
-    if data.mixes and (train.batch // train.accumulate) % 2:
+    if data.mixes and train.micro_batch % 2:
         raise ConfigError(
             f"train.batch: {train.batch} clips in {train.accumulate} micro-batches (train.accumulate) are an odd "
             "number in each, but mixup and cutmix take clips in pairs"
@@ -240,9 +240,8 @@ def _check_distillation(model: ModelConfig, loss: LossConfig) -> None:
 
 
 def _check_cascades(evaluate: EvaluateConfig, points: Sequence[str]) -> None:
-    views = evaluate.temporal_views * evaluate.spatial_crops
     parsers: dict[str, Callable[[str, Sequence[str]], object]] = {
-        "cascade": partial(parse_cascade_spec, views=views),
+        "cascade": partial(parse_cascade_spec, views=evaluate.views),
         "leap": parse_leap_spec,
     }
     for name, parse in parsers.items():

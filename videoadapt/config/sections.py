@@ -519,6 +519,11 @@ class TrainConfig(Section):
     """Experiment tracker that also gets all metrics; its package must be installed. null = none."""
 
     @property
+    def micro_batch(self) -> int:
+        """The clips of a micro-batch."""
+        return self.batch // self.accumulate
+
+    @property
     def compiles(self) -> bool:
         """Whether the model is compiled. `auto` waits for a measurement on a GPU."""
         return self.compile == "on"
@@ -652,6 +657,11 @@ class EvaluateConfig(Section):
     leap: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
     """Leaps to evaluate, POINT:cost=FRACTION or POINT:price=NUMBER, for example `7:cost=0.5`. They are fitted to the
     labels of the run (docs/points.md)."""
+
+    @property
+    def views(self) -> int:
+        """The views of a video."""
+        return self.temporal_views * self.spatial_crops
 
 
 class ExportConfig(Section):

@@ -19,5 +19,10 @@ def view_order(clips: int, crops: int) -> list[int]:
     return [clip * crops + crop for clip in _outwards(clips) for crop in _outwards(crops)]
 
 
+def clip_order(clips: int, crops: int) -> list[int]:
+    """Returns the clip of each view, in the order of `view_order`."""
+    return [view // crops for view in view_order(clips, crops)]
+
+
 def _outwards(count: int) -> list[int]:
     return sorted(range(count), key=lambda number: (abs(2 * number - (count - 1)), number))

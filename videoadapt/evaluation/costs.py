@@ -72,7 +72,7 @@ def flops(config: Config) -> Summary:
     Returns:
         The contents of `report/flops.json`.
     """
-    views = config.evaluate.temporal_views * config.evaluate.spatial_crops
+    views = config.evaluate.views
     per_view = point_macs(config.model)
     rows = [
         PointRow(point, total, views * total, asdict(point_cost(config.model, point)))

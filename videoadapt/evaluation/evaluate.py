@@ -40,11 +40,10 @@ from videoadapt.routing.policy import (
 )
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile, is_policy_file, say_other_inputs
 from videoadapt.routing.scores import (
-    ScoreFiles,
     Scores,
     files_digest,
     inference_model,
-    score,
+    score_split,
     trained_checkpoint,
 )
 from videoadapt.routing.threshold import have_several
@@ -181,7 +180,9 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
             assigned.say_other_inputs(label_inputs(config, manifest.hash, None))
         for text in filter(is_policy_file, policies):
             say_other_inputs(Path(text), config, manifest.hash)
-        scored = _score(model, manifest, assigned, config)
+        if not len(manifest.readable_rows("val")):
+            raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
+        scored = score_split(model, manifest, "val", config, name="evaluate", assigned=assigned)
         scored_at = time.monotonic()
         if scored is None:
             return ShardResult(str(config.parallel.shard))
@@ -276,17 +277,6 @@ def _further(
     return further, promises
 
 
-def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> ScoreFiles | None:
-    frame = manifest.table
-    # Videos that failed in indexing are not read again; `_population` counts them.
-    rows = np.flatnonzero((frame["split"] == "val") & (frame["status"] == "ok"))
-    if not len(rows):
-        raise UserError("data.val.annotations: the val split has no readable video; set it, and data.root")
-    assigner = assigned.assigner if assigned else None
-    views = config.evaluate.temporal_views
-    return score(model, manifest, rows.tolist(), config, name="evaluate", temporal_views=views, assigner=assigner)
-
-
 def _trained_on(checkpoint: Checkpoint, manifest: Manifest) -> int | None:
     """Returns how many videos of the val split the training had, or others of their sources. Prints what it finds."""
     videos = manifest.split("val").readable
@@ -353,7 +343,7 @@ def _summary(
         failed_count_as=evaluated.failed,
         temporal_views=evaluated.temporal_views,
         spatial_crops=evaluated.spatial_crops,
-        views_per_video=evaluated.temporal_views * evaluated.spatial_crops,
+        views_per_video=evaluated.views,
         views=describe_views(config),
         macs_per_view=point_macs(config.model),
         assigner_macs=assigner_macs(config.assign, len(points)) if any(p.assigner for p in policies) else None,

@@ -191,8 +191,7 @@ def _of_model(
     model: TimeSformer, policy: str | Policy | None, evaluate: EvaluateConfig | None, data: DataConfig | None, top: int
 ) -> Predictor:
     if evaluate is None:
-        default = EvaluateConfig()
-        views = plural(default.temporal_views * default.spatial_crops, "view")
+        views = plural(EvaluateConfig().views, "view")
         say(
             f"predict: a model has no settings of its run: {views} of each video, as by default. A run folder, or "
             "load_predictor, has them; evaluate= and data= give others"
@@ -261,7 +260,7 @@ def _say_favoured(run: Path, model: TimeSformer) -> None:
 def _predictor(model: TimeSformer, policy: Policy, config: Config, top: int, *, checked: bool = False) -> Predictor:
     if not checked:  # a second check would print its warnings twice
         policy.check(model)
-    if policy.unit == "video" and config.evaluate.temporal_views * config.evaluate.spatial_crops == 1:
+    if policy.unit == "video" and config.evaluate.views == 1:
         raise UserError(
             f"policy {policy.name}: goes over the views of a video, which has one; raise evaluate.temporal_views or "
             "evaluate.spatial_crops"

@@ -153,7 +153,7 @@ def _require_possible(config: Config, gpus: int) -> None:
             f"model.points: {len(config.model.lengths)} lengths; plan compares all ways to group them, and that of at "
             f"most {_MAX_LENGTHS}"
         )
-    units = config.train.batch // config.train.accumulate // (2 if config.data.mixes else 1)
+    units = config.train.micro_batch // (2 if config.data.mixes else 1)
     if gpus > units * len(config.model.lengths):  # even with a group for each length
         raise _too_many_ranks(config, gpus)
 
@@ -161,7 +161,7 @@ def _require_possible(config: Config, gpus: int) -> None:
 def _too_many_ranks(config: Config, gpus: int) -> UserError:
     return UserError(
         f"--gpus: {plural(gpus, 'rank')}, but a micro-batch has only "
-        f"{plural(config.train.batch // config.train.accumulate, 'clip')} "
+        f"{plural(config.train.micro_batch, 'clip')} "
         "(train.batch / train.accumulate); take fewer ranks, or raise train.batch"
     )
 
@@ -192,7 +192,7 @@ def _sizes(config: Config, ranks: int, device: torch.device, memory: TrainingMem
 
     They are fewer where so many would take minutes on a CPU, or more memory than a GPU has free.
     """
-    clips = max(1, config.train.batch // config.train.accumulate // ranks)
+    clips = max(1, config.train.micro_batch // ranks)
     if device.type == "cpu":
         limit = 2 * _CPU_MACS // max(point_macs(config.model).values())
     else:

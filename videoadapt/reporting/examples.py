@@ -102,9 +102,8 @@ def read_frames(
         manifest: The evaluated videos.
         clips: Id of the video, and number of the clip in it.
     """
-    table = manifest.table
-    listed = table[(table["split"] == "val") & (table["status"] == "ok")]
-    row_of = {video: row for row, video in zip(listed.index.tolist(), listed["video"], strict=True)}
+    listed = manifest.readable_rows("val")
+    row_of = dict(zip(manifest["video"][listed], listed.tolist(), strict=True))
     rows = sorted({row_of[video] for video, _ in clips if video in row_of})
     dataset = EvalVideos(
         manifest, config, temporal_views=config.evaluate.temporal_views, spatial_crops=1, thumbnails=False

@@ -14,7 +14,6 @@ from videoadapt.config.sections import CalibrateConfig
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.model.checkpoint import weights_digest
-from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import assigner_checkpoints
 from videoadapt.routing.calibrate_policies import Totals, best, measure, run_tests
 from videoadapt.routing.candidates import Order, delta_of_orders, known_clips, orders_of
@@ -25,7 +24,7 @@ from videoadapt.routing.learn_then_test import loss_upper, mean_upper, provable_
 from videoadapt.routing.policy import Assigned, Fixed, Leap, Policy, needs_assigner
 from videoadapt.routing.policy_file import OF_RUN, PolicyFile
 from videoadapt.routing.replay import StoredAnswers
-from videoadapt.routing.scores import ScoreFiles, Scores, inference_model, score, trained_checkpoint
+from videoadapt.routing.scores import Scores, inference_model, score_split, trained_checkpoint
 from videoadapt.routing.threshold import have_several
 from videoadapt.runtime.console import percent, say
 from videoadapt.runtime.files import read_json, write_json
@@ -143,7 +142,7 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
         fitted = assigner_checkpoints(config.run.dir).latest() if assigned is not None else None
         if fitted is not None:
             require_unseen(fitted, manifest, config)
-        scored = _score(model, manifest, assigned, config)
+        scored = score_split(model, manifest, "calibrate", config, name="calibrate", assigned=assigned)
         if scored is None:
             return ShardResult(str(config.parallel.shard))
 
@@ -151,7 +150,7 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
             scores = scored.load("data.calibrate")
             _say_other_mix(scores, manifest)
             known, ordered_by = known_clips(config, manifest, model, assigned)
-            views = config.evaluate.temporal_views * config.evaluate.spatial_crops
+            views = config.evaluate.views
             sources = _sources(scores, manifest)
             units = len(scores.rows) // scores.clips_per_video if sources is None else int(sources.max()) + 1
             # The order with the best prediction gets half of delta.
@@ -163,14 +162,6 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
             return found
 
         return broadcast_result(write)
-
-
-def _score(model: TimeSformer, manifest: Manifest, assigned: Assigned | None, config: Config) -> ScoreFiles | None:
-    frame = manifest.table
-    rows = np.flatnonzero((frame["split"] == "calibrate") & (frame["status"] == "ok"))
-    assigner = assigned.assigner if assigned else None
-    views = config.evaluate.temporal_views
-    return score(model, manifest, rows.tolist(), config, name="calibrate", temporal_views=views, assigner=assigner)
 
 
 def _say_other_mix(scores: Scores, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import ModelConfig
-from videoadapt.config.views import view_order
+from videoadapt.config.views import clip_order
 from videoadapt.errors import UserError
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.label_rules import Bools, Choice, Floats
@@ -169,7 +169,7 @@ def views_run(policy: Policy, decision: Decision, points: int, *, clips: int, cr
     """
     videos = policy.unit == "video"
     # The clip of each view of a unit, in the order in which they run.
-    clip_of = np.array(view_order(clips, crops)) // crops if videos else np.zeros(crops, np.int64)
+    clip_of = clip_order(clips, crops) if videos else [0] * crops
     ran = np.zeros((len(decision.end), clips if videos else 1, points), np.int64)
     for number, (point, start, stop) in enumerate(decision.steps):
         for clip, count in zip(*np.unique(clip_of[start:stop], return_counts=True), strict=True):
@@ -200,7 +200,7 @@ def clip_ends(policy: Policy, decision: Decision, *, clips: int, crops: int) -> 
     """
     if policy.unit == "clip":
         return decision.points
-    clip_of = np.array(view_order(clips, crops)) // crops
+    clip_of = clip_order(clips, crops)
     ends = np.full((len(decision.end), clips), -1)
     for number, (point, start, stop) in enumerate(decision.steps):  # a later step overwrites an earlier one
         for clip in np.unique(clip_of[start:stop]):

@@ -111,11 +111,9 @@ def label(config: Config) -> LabelSummary | ShardResult:
 
 def _score(model: TimeSformer, checkpoint: Checkpoint, manifest: Manifest, config: Config) -> ScoreFiles | None:
     splits = LABEL_SPLITS[config.label.source]
-    # Videos that failed in indexing are not read again.
-    usable = (manifest.table["split"].isin(splits) & (manifest.table["status"] == "ok")).to_numpy()
-    if not usable.any():
+    rows = manifest.readable_rows(*splits).tolist()  # videos that failed in indexing are not read again
+    if not rows:
         raise UserError(f"label.source: {config.label.source} has no readable video in {' and '.join(splits)}")
-    rows = np.flatnonzero(usable).tolist()
     if config.label.source == "holdout":
         require_held_out(checkpoint, manifest, config)
     return score(model, manifest, rows, config, name="label", temporal_views=1)

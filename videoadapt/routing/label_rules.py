@@ -16,6 +16,7 @@ import pandas as pd
 
 from videoadapt.config.cascade import MEASURES, Measure
 from videoadapt.config.sections import Average
+from videoadapt.data.index.sources import Split
 from videoadapt.errors import UserError, few
 
 Floats = npt.NDArray[np.floating]
@@ -25,7 +26,11 @@ Choice = npt.NDArray[np.int64]
 NO_CLASS = -1  # stands for the prediction where a probability is NaN; equals no truth
 
 # The splits whose clips each source of labels uses.
-LABEL_SPLITS = {"train": ("train",), "holdout": ("holdout",), "teacher": ("train", "holdout")}
+LABEL_SPLITS: dict[str, tuple[Split, ...]] = {
+    "train": ("train",),
+    "holdout": ("holdout",),
+    "teacher": ("train", "holdout"),
+}
 
 
 def softmax(logits: Floats) -> Floats:

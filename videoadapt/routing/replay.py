@@ -16,7 +16,7 @@ import numpy.typing as npt
 from videoadapt.config.cascade import Measure
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
-from videoadapt.config.views import view_order
+from videoadapt.config.views import clip_order
 from videoadapt.routing.decide import Decision, clip_macs, decide, views_run
 from videoadapt.routing.label_rules import Bools, Choice, Floats, predictions, probabilities_of_mean, values_to_average
 from videoadapt.routing.policy import Evidence, Policy, Step
@@ -120,7 +120,7 @@ def points_in_answer(policy: Policy, decision: Decision, *, clips: int, crops: i
         `(videos, views)`, the views in the order in which they run.
     """
     if policy.unit == "clip":
-        return decision.points.reshape(-1, clips)[:, np.array(view_order(clips, crops)) // crops]
+        return decision.points.reshape(-1, clips)[:, clip_order(clips, crops)]
     return np.where(np.arange(clips * crops) < decision.stops[:, None], decision.points[:, None], -1)
 
 
@@ -154,7 +154,7 @@ def _right(ends: npt.NDArray[np.int8], scores: Scores, average: Average) -> Bool
         ways, inverse = np.unique(
             np.concatenate([number, here], axis=2).reshape(-1, 1 + clips), axis=0, return_inverse=True
         )
-        clip_of = np.array(view_order(clips, shard.logits.shape[1])) // shard.logits.shape[1]
+        clip_of = clip_order(clips, shard.logits.shape[1])
         found = predictions(answers(shard, ways[:, 0], ways[:, 1:][:, clip_of], average))
         right[:, first : first + here.shape[1]] = (found == shard.truth[::clips][ways[:, 0]])[inverse].reshape(
             here.shape[:2]

@@ -28,13 +28,14 @@ from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.clips.views import pixel_draws
 from videoadapt.data.index.manifest import Manifest
+from videoadapt.data.index.sources import Split
 from videoadapt.data.video.files import reason
 from videoadapt.errors import UserError, few, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, predictions, running_answers
-from videoadapt.routing.policy import NO_STEP, Evidence, Policy
+from videoadapt.routing.policy import NO_STEP, Assigned, Evidence, Policy
 from videoadapt.routing.router import RoutedVideo, Router, clip_probabilities
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
@@ -217,6 +218,30 @@ def inference_model(config: Config, checkpoint: Checkpoint | None = None) -> Tim
     model = restore_model(checkpoint or trained_checkpoint(config), config.model)
     # Weights are converted here, once: autocast would convert them again in every forward pass.
     return model.to(pick_device(config.run.device), precision_dtype(config.run.precision))
+
+
+def score_split(
+    model: TimeSformer,
+    manifest: Manifest,
+    split: Split,
+    config: Config,
+    *,
+    name: str,
+    assigned: Assigned | None,
+) -> ScoreFiles | None:
+    """Scores the readable videos of a split by the views of an evaluation, with the run's assigner if there is one.
+
+    Videos that failed in indexing are not read again. See `score`.
+    """
+    return score(
+        model,
+        manifest,
+        manifest.readable_rows(split).tolist(),
+        config,
+        name=name,
+        temporal_views=config.evaluate.temporal_views,
+        assigner=assigned.assigner if assigned else None,
+    )
 
 
 def score(

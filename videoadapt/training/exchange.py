@@ -109,7 +109,7 @@ class ClipExchange:
 
 def _trained_positions(plan: GroupPlan, rank: int, config: Config) -> list[int]:
     """Returns the positions, in a step, of the clips that a rank trains, one micro-batch after the other."""
-    clips = config.train.batch // config.train.accumulate  # clips of a micro-batch
+    clips = config.train.micro_batch
     positions = plan.group(rank).positions(rank, clips, pairs=config.data.mixes)
     starts = range(0, clips * config.train.accumulate, clips)
     return [start + position for start in starts for position in positions]
@@ -154,7 +154,7 @@ class TeacherLogits:
         self.classes, self.dtype, self.device = config.model.num_classes, dtype, device
         self.waits = DeviceClock(device)
         teachers = plan.groups[0]
-        clips, pairs = config.train.batch // config.train.accumulate, config.data.mixes
+        clips, pairs = config.train.micro_batch, config.data.mixes
         # For each rank of the teacher's group: the positions, in a micro-batch, whose logits the rank sends.
         self._positions = [teachers.positions(number, clips, pairs=pairs) for number in teachers.ranks]
         self._ranks = plan.ranks

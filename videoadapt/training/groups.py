@@ -95,7 +95,7 @@ def make_plan(config: Config, ranks: int, costs: Mapping[str, float]) -> GroupPl
 def _require_clips_for_all(plan: GroupPlan, config: Config) -> None:
     """Raises ConfigError if a rank would have no clip in a micro-batch."""
     largest = max(len(group.ranks) for group in plan.groups)
-    clips = config.train.batch // config.train.accumulate  # clips of a micro-batch
+    clips = config.train.micro_batch
     units = clips // 2 if config.data.mixes else clips  # pairs are not split
     if largest > units:
         raise ConfigError(

@@ -79,7 +79,7 @@ def pass_times(role: RankRole, state: State) -> dict[str, PassTime]:
     config, model = state.config, state.model
     set_training_mode(model, config.train.freeze)
     model.activation_checkpointing = config.train.activation_checkpointing
-    clips = len(role.positions(config.train.batch // config.train.accumulate, pairs=config.data.mixes))
+    clips = len(role.positions(config.train.micro_batch, pairs=config.data.mixes))
     statistics = [buffer.clone() for buffer in model.patch_embed.buffers()]  # of BatchNorms
     rounds = []
     with no_gradient_sync(role.module):

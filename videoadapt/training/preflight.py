@@ -227,7 +227,7 @@ def clips_decoded_per_step(config: Config, plan: GroupPlan, rank: int) -> int:
 
 def try_decoding(config: Config, manifest: Manifest) -> tuple[float, str]:
     """Decodes a few training videos. Returns clips per second, and an error if none of them can be read."""
-    rows = np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
+    rows = manifest.readable_rows("train")
     # Spread over the list: neighbours often lie in the same folder of the same disk.
     tried = rows[np.linspace(0, len(rows) - 1, min(_TRIED_CLIPS, len(rows))).astype(int)]
     clips = TrainClips(manifest, config)

@@ -223,7 +223,7 @@ def planned_clips(role: RankRole, config: Config) -> int:
     """
     if config.model.embed == "stem":
         return 0
-    return len(role.positions(config.train.batch // config.train.accumulate, pairs=config.data.mixes))
+    return len(role.positions(config.train.micro_batch, pairs=config.data.mixes))
 
 
 def points_here(group: Group, drawn: Collection[str]) -> tuple[str, ...]:
@@ -300,7 +300,7 @@ def _prepare(batch: Batch, number: int, state: State) -> _Inputs:
     """Normalises and mixes the clips of a micro-batch. A batch without clips becomes one empty clip without weight."""
     config, device, dtype = state.config, state.device, state.model.head.weight.dtype
     model, data = config.model, config.data
-    first = number * (config.train.batch // config.train.accumulate)  # position of the micro-batch in the step
+    first = number * config.train.micro_batch  # position of the micro-batch in the step
     positions = torch.tensor(batch.positions, dtype=torch.int64) - first
     if not len(batch.labels):
         # The backward pass of an empty clip adds zeros, so that the other ranks get this rank's part of each sum.

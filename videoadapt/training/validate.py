@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +22,7 @@ from videoadapt.data.clips.datasets import EvalVideos, Failure, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import Manifest
+from videoadapt.data.index.sources import Split
 from videoadapt.errors import RunError, plural
 from videoadapt.model.checkpoint import Checkpoint, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
@@ -53,8 +53,8 @@ class ValidationVideos:
     def of(cls, config: Config, manifest: Manifest) -> ValidationVideos | None:
         """Returns the readable videos of `data.validate`; None, with a message, if there are none."""
         where = config.data.validate
-        split = "holdout" if where == "holdout" else "val"
-        rows = np.flatnonzero((manifest["split"] == split) & (manifest["status"] == "ok")).tolist()
+        split: Split = "holdout" if where == "holdout" else "val"
+        rows = manifest.readable_rows(split).tolist()
         if not rows:
             say(
                 "no validation while training: the config has no val split; set data.val.annotations, or "

@@ -78,7 +78,7 @@ def steps_per_epoch(manifest: Manifest, config: Config) -> int:
     Raises:
         UserError: There are too few videos for one step.
     """
-    videos = len(_train_rows(manifest))
+    videos = len(manifest.readable_rows("train"))
     if videos < config.train.batch:
         raise UserError(
             f"train.batch: {plural(config.train.batch, 'clip')} a step, but only {plural(videos, 'train video')} can "
@@ -96,9 +96,9 @@ def epoch_rows(manifest: Manifest, config: Config, epoch: int) -> np.ndarray:
         (steps, micro-batches of a step, clips of a micro-batch) int64.
     """
     steps, train = steps_per_epoch(manifest, config), config.train
-    order = np.random.default_rng(seed_of("order", config.run.seed, epoch)).permutation(_train_rows(manifest))
+    order = np.random.default_rng(seed_of("order", config.run.seed, epoch)).permutation(manifest.readable_rows("train"))
     # (videos,) -> (steps, accumulate, batch / accumulate)
-    return order[: steps * train.batch].reshape(steps, train.accumulate, train.batch // train.accumulate)
+    return order[: steps * train.batch].reshape(steps, train.accumulate, train.micro_batch)
 
 
 def train_batches(
@@ -131,10 +131,9 @@ def train_batches(
         UserError: There are too few videos for one step.
     """
     on_gpu = device.type == "cuda"
-    micro_batch_clips = config.train.batch // config.train.accumulate
-    local = positions(micro_batch_clips)  # positions of this rank inside each micro-batch
+    local = positions(config.train.micro_batch)  # positions of this rank inside each micro-batch
     # Position, in the step, of this rank's first clip of each micro-batch.
-    firsts = [micro_batch * micro_batch_clips + local.start for micro_batch in range(config.train.accumulate)]
+    firsts = [micro_batch * config.train.micro_batch + local.start for micro_batch in range(config.train.accumulate)]
     trained = [first + number for first in firsts for number in range(len(local))]
     read = trained if exchange is None else list(exchange.read)
     epoch_clips = steps_per_epoch(manifest, config) * len(read)
@@ -175,11 +174,6 @@ def stream(dataset: EvalVideos, rows: Sequence[int]) -> Iterator[VideoViews | Fa
         RunError: A worker died or exceeded `data.timeout_s`.
     """
     return read_items(dataset, rows, min(worker_count(dataset.config.data.workers), len(rows)))
-
-
-def _train_rows(manifest: Manifest) -> np.ndarray:
-    """Returns the manifest rows of the readable training videos."""
-    return np.flatnonzero((manifest["split"] == "train") & (manifest["status"] == "ok"))
 
 
 def _scheduled_steps(manifest: Manifest, config: Config, start: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -173,6 +173,11 @@ class Manifest:
         """Returns the videos of one split, with any status."""
         return self._where("split", name)
 
+    def readable_rows(self, *splits: Split) -> np.ndarray:
+        """Returns the numbers of the rows with status `ok`, ascending int64: those of some splits, or of all."""
+        readable = self["status"] == "ok"
+        return np.flatnonzero(readable & np.isin(self["split"], splits) if splits else readable)
+
     def _where(self, column: str, value: str) -> Manifest:
         return Manifest(self._arrow.filter(pc.equal(self._arrow[column], value)), self.classes, self.fingerprint)
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from pebble import ProcessPool
 from pydantic import Field, model_validator
 
@@ -161,7 +160,7 @@ def _work(kind: str, paths: Sequence[Path], settings: Settings) -> Work:
 
 def _with_keys(manifest: Manifest, config: Config, clips: int | None) -> Work:
     """Returns the work on the readable files of a manifest. Each file gives one clip before any gives a second."""
-    readable = np.flatnonzero(manifest["status"] == "ok").tolist()
+    readable = manifest.readable_rows().tolist()
     if not readable:
         first = manifest.row(0)
         raise UserError(f"bench data: none of the {len(manifest)} videos can be used; {first.path}: {first.cause}")

@@ -63,7 +63,7 @@ def worker_memory(work: Work, reader: Literal["auto", "pyav"], clips: int) -> Pr
     if sys.platform != "linux":
         return None
     config = reading_with(work.config, reader)
-    videos = int((work.manifest["status"] == "ok").sum())
+    videos = len(work.manifest.readable)
     data = config.data.model_copy(update={"workers": _WORKERS})
     epochs = 1 + -(-clips // videos)
     train = config.train.model_copy(update={"batch": 1, "accumulate": 1, "epochs": epochs})
