@@ -18,7 +18,7 @@ from videoadapt.config.sections import LaunchConfig
 from videoadapt.data.index.manifest import Manifest, manifest_path
 from videoadapt.errors import CheckpointError, ConfigError
 from videoadapt.routing import threshold
-from videoadapt.runtime.run_config import record_config, say_other_parts
+from videoadapt.runtime.run_config import record_config, run_name, say_other_parts
 from videoadapt.training.train import train
 
 Snapshot = dict[str, tuple[int, int]]
@@ -181,3 +181,12 @@ def test_other_initial_weights_are_refused_once_the_run_has_begun(run: Config, t
         with pytest.raises(CheckpointError, match=r"train\.init: the run began with"):
             train(load_config(tmp_path / "begun", [other]))
     assert (tmp_path / "begun" / RUN_CONFIG).read_bytes() == config
+
+
+@pytest.mark.parametrize(("folder", "name"), [("pets/run", "pets"), ("pets", "pets"), ("pets/second", "second")])
+def test_the_folders_of_new_give_runs_their_names(tmp_path: Path, folder: str, name: str) -> None:
+    assert run_name(tmp_path / folder) == name
+
+
+def test_a_folder_run_without_a_parent_has_its_own_name() -> None:
+    assert run_name(Path("/run")) == "run"

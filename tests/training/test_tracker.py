@@ -12,7 +12,7 @@ import small_runs as runs
 from videoadapt.config.load import Config
 from videoadapt.errors import ConfigError
 from videoadapt.training.metrics import Metrics, Validation
-from videoadapt.training.tracker import Tolerant, open_tracker, require_tracker, run_name
+from videoadapt.training.tracker import Tolerant, open_tracker, require_tracker
 
 
 def record(config: Config, steps: range) -> str:
@@ -42,11 +42,6 @@ def test_mlflow_gets_steps_validations_and_the_config_in_one_run(
     history = mlflow.MlflowClient().get_metric_history(name, "loss/4_keep_0.5")
     assert [(metric.step, metric.value) for metric in history] == [(step, step / 10) for step in range(1, 5)]
     assert found.data.metrics["validation_top1/4_keep_0.5"] == 0.5
-
-
-@pytest.mark.parametrize(("folder", "name"), [("pets/run", "pets"), ("pets", "pets"), ("pets/second", "second")])
-def test_the_folders_of_new_give_runs_their_names(tmp_path: Path, folder: str, name: str) -> None:
-    assert run_name(runs.config(tmp_path, tmp_path / folder)) == name
 
 
 @pytest.mark.parametrize("shared", [False, True])

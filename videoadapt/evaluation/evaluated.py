@@ -31,12 +31,6 @@ def run_folder(path: Path) -> Path:
     return load_config(path).run.dir
 
 
-def run_name(run: Path) -> str:
-    """Returns the name of a run for titles. The folder `run` beside the config of `new` has the name of its parent."""
-    path = run.resolve()
-    return path.parent.name if path.name == "run" else path.name
-
-
 def read_evaluation(run: Path, keys: Collection[str] = ()) -> Summary:
     """Reads `evaluate.json` of a run.
 

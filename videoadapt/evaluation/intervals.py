@@ -14,6 +14,7 @@ from videoadapt.routing.label_rules import Bools, Choice, Floats
 _DIGITS = 9  # sums that differ by rounding alone are the same
 LEVEL = 0.95  # the level of every interval
 DRAWS = 10_000  # bootstrap draws: the 2.5 % quantile then rests on 250 draws
+_SEED = 0  # of the bootstrap
 
 
 @lru_cache(maxsize=4096)  # scipy takes 2 ms, and classes of 50 videos have the same few counts again and again
@@ -80,28 +81,23 @@ def accuracy_interval(right: Bools, sources: Choice) -> tuple[float, float]:
     return bootstrap_interval(right.astype(np.float64), [0.0, 1.0], sources)
 
 
-def paired_difference(
-    a: Bools, b: Bools, seed: int = 0, *, sources: Choice | None = None
-) -> tuple[float, float, float]:
+def paired_difference(a: Bools, b: Bools, *, sources: Choice | None = None) -> tuple[float, float, float]:
     """Returns the accuracy of a minus the accuracy of b on the same videos, with a bootstrap interval.
 
     Args:
         a: Whether policy a is right on each video, `(videos,)`.
         b: Whether policy b is right on each video, `(videos,)`.
-        seed: Seed of the bootstrap.
         sources: Number of each video's source, `(videos,)`; None: each video is its own.
 
     Returns:
         The difference, and the lower and upper end of its interval, all between -1 and 1.
     """
     gains = a.astype(np.float64) - b
-    low, high = bootstrap_interval(gains, [1.0, -1.0, 0.0], sources, seed)  # only a, only b, both the same
+    low, high = bootstrap_interval(gains, [1.0, -1.0, 0.0], sources)  # only a, only b, both the same
     return float(gains.sum() / max(len(gains), 1)), low, high
 
 
-def bootstrap_interval(
-    gains: Floats, kinds: Sequence[float], sources: Choice | None = None, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | None = None) -> tuple[float, float]:
     """Returns the bootstrap interval of a mean over videos. Whole sources are drawn: their videos are alike.
 
     Half a video of each kind is added, so that the interval is never a point: two policies that agree on every video of
@@ -111,7 +107,6 @@ def bootstrap_interval(
         gains: The value of each video, `(videos,)`.
         kinds: The values that a video can have.
         sources: Number of each video's source, `(videos,)`; None: each video is its own.
-        seed: Seed of the bootstrap.
     """
     numbers = np.arange(len(gains)) if sources is None else np.unique(sources, return_inverse=True)[1]
     added = np.array([[kind, 1.0] for kind in kinds])  # (kinds, 2): the sum and the number of videos, as below
@@ -123,7 +118,7 @@ def bootstrap_interval(
     counts = np.bincount(inverse.reshape(-1), weights=weights)
     order = np.argsort(first)  # by first appearance: the kinds have the same random numbers in every sample
     counts, types = counts[order], types[order]
-    drawn = np.random.default_rng(seed).multinomial(max(len(units), 1), counts / counts.sum(), DRAWS)  # (DRAWS, types)
+    drawn = np.random.default_rng(_SEED).multinomial(max(len(units), 1), counts / counts.sum(), DRAWS)  # (DRAWS, types)
     low, high = np.quantile(drawn @ types[:, 0] / (drawn @ types[:, 1]), [0.025, 0.975])
     return float(low), float(high)
 

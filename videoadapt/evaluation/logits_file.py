@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -54,10 +53,7 @@ def write_logits(
             with archive.open(f"{name}.npy", "w") as file:
                 np.save(file, array)
         with archive.open("logits.npy", "w", force_zip64=True) as file:  # its size is not known to `zipfile`
-            _write_header(file, (len(rows), len(points), len(classes)))
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), len(points), len(classes))}
+            np.lib.format.write_array_header_2_0(file, header)
             for shard in scores.shards():
                 file.write(np.ascontiguousarray(shard.logits, "<f4").tobytes())  # (clips, crops, points, classes)
-
-
-def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    np.lib.format.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

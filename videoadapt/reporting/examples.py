@@ -76,14 +76,12 @@ def examples(config: Config, manifest: Manifest, clips: pd.DataFrame) -> list[Pa
         {
             "group": name,
             "clips": size,
-            "examples": [_example(row, frames.get((row["video"], row["clip"]), []), points) for row in _records(rows)],
+            "examples": [
+                _example(row, frames.get((row["video"], row["clip"]), []), points) for row in rows.to_dict("records")
+            ],
         }
         for name, size, rows in drawn
     ]
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    return rows.to_dict("records")
 
 
 def _example(row: dict[str, Any], frames: list[str], points: Sequence[str]) -> Part:

@@ -22,9 +22,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # without pyplot, which keeps every figure and picks a display for the process
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from videoadapt.evaluation.evaluated import read_evaluation, reported_policy, run_name
+from videoadapt.evaluation.evaluated import read_evaluation, reported_policy
 from videoadapt.routing.candidates import upper_hull
 from videoadapt.runtime.files import read_json, replacing
+from videoadapt.runtime.run_config import run_name
 
 Box = npt.NDArray[np.float64]  # (2, 2): the lower left corner, and the upper right one
 

@@ -25,13 +25,13 @@ from videoadapt.evaluation.evaluated import (
     read_evaluated_table,
     read_evaluation,
     reported_policy,
-    run_name,
     unclear_speeds,
 )
 from videoadapt.evaluation.intervals import accuracy_interval
 from videoadapt.reporting.sentence import headline
 from videoadapt.routing.label_rules import Choice
 from videoadapt.runtime.files import Summary, read_json, read_parquet
+from videoadapt.runtime.run_config import run_name
 
 Part = dict[str, Any]
 

@@ -111,7 +111,6 @@ class Arrivals:
         threaded: Read in a thread of its own, so that decoding and copies overlap with the model. Otherwise an item is
             read when it is asked for.
         thumbnails: Whether thumbnails are needed.
-        clock: The present time in seconds.
         copying: A context around each copy to the device.
     """
 
@@ -124,11 +123,10 @@ class Arrivals:
         ahead: int,
         threaded: bool,
         thumbnails: bool,
-        clock: Callable[[], float] = time.perf_counter,
         copying: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._shape, self._device, self._thumbnails = shape, device, thumbnails
-        self._ahead, self._clock, self._copying = ahead, clock, copying
+        self._ahead, self._copying = ahead, copying
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arrived: deque[Arrival] = deque()
         self._waiting = 0  # views of them
@@ -148,7 +146,7 @@ class Arrivals:
         Args:
             most: Views of the items; the last item may exceed it.
             least: Waits until the items that have arrived have so many views, or the source has ended.
-            until_s: Waits no longer than to this time of the clock, and then returns nothing.
+            until_s: Waits no longer than to this time of `time.perf_counter`, and then returns nothing.
 
         Returns:
             The items; none after the last one, where `raise_error` tells whether the source ended with an error.
@@ -158,7 +156,7 @@ class Arrivals:
             return self._taken(most)
         with self._changed:
             while self._waiting < min(least, self._ahead) and not self._ended:
-                left_s = until_s - self._clock()
+                left_s = until_s - time.perf_counter()
                 if left_s <= 0:
                     return []
                 self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
@@ -226,7 +224,7 @@ class Arrivals:
                 self._changed.notify_all()
 
     def _arrival(self, item: Item) -> Arrival:
-        at_s = self._clock()
+        at_s = time.perf_counter()
         tensors = tensors_of(item, self._shape)
         if tensors is None:
             return Arrival(item, None, None, at_s)

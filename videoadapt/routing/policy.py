@@ -27,7 +27,7 @@ from videoadapt.errors import CheckpointError, UserError, few, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, require_same, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, restore_assigner
-from videoadapt.routing.label_inputs import read_outcomes, require_same_label_inputs
+from videoadapt.routing.label_inputs import read_label_summary, read_outcomes, require_same_label_inputs
 from videoadapt.routing.label_rules import (
     Bools,
     Choice,
@@ -41,7 +41,6 @@ from videoadapt.routing.label_rules import (
 from videoadapt.routing.leap_rules import FEATURES, Logistic, answer_features, price_for, worth_most
 from videoadapt.routing.policy_file import SUFFIX, PolicyFile, is_policy_file
 from videoadapt.runtime.console import say
-from videoadapt.runtime.files import read_json
 from videoadapt.runtime.inputs import Inputs
 
 _DECIMAL = re.compile(r"\d{0,2}\.?\d{1,20}(e-?\d{1,2})?")
@@ -685,7 +684,7 @@ def parse_leap(text: str, model: ModelConfig, run: Path | None, weights: nn.Modu
     """
     spec = parse_leap_spec(text, model.points)
     table = _label_table(f"leap:{text}", run, weights)
-    _, right = right_matrix(table, model.points, source=_label_source(run or Path()))
+    _, right = right_matrix(table, model.points, source=read_label_summary(run or Path())["source"])
     confidence = {measure: confidence_matrix(table, (spec.first,), measure)[:, 0] for measure in MEASURES}
     leap, price = Leap.fit(spec.first, model, confidence, right), spec.price
     if spec.cost is not None:
@@ -712,10 +711,6 @@ def _label_table(what: str, run: Path | None, weights: nn.Module | None) -> pd.D
     if weights is not None:  # confidences of another model would give another cost
         require_labels_of_model(weights, run)
     return read_outcomes(run)
-
-
-def _label_source(run: Path) -> str:
-    return str(read_json(run / "labels" / "label.json", "run `label` again", ["source"])["source"])
 
 
 def require_labels_of_model(model: nn.Module, run: Path) -> None:

@@ -466,15 +466,7 @@ def unit_probabilities(logits: Floats, unit: Unit, average: Average) -> Floats:
 
     In float64. Stored and fresh logits pass through the same functions, so that equal logits give equal confidences.
     """
-    return clip_probabilities(logits, average) if unit == "clip" else running_answers(logits, average)[:, -1]
-
-
-def clip_probabilities(logits: Floats, average: Average) -> Floats:
-    """Returns the probabilities of clips: `(clips, crops, ..., classes)` to `(clips, ..., classes)`.
-
-    In float64. Stored and fresh logits both pass through here, so that equal logits give equal confidences.
-    """
-    return average_views(logits, 1, average)
+    return average_views(logits, 1, average) if unit == "clip" else running_answers(logits, average)[:, -1]
 
 
 def assign_probabilities(assigner: Assigner, thumbnails: Tensor) -> Floats:

@@ -34,9 +34,17 @@ from videoadapt.errors import UserError, few, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, restore_model, train_checkpoints, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
-from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, predictions, running_answers
+from videoadapt.routing.label_rules import (
+    Bools,
+    Choice,
+    Floats,
+    average_views,
+    confidences,
+    predictions,
+    running_answers,
+)
 from videoadapt.routing.policy import NO_STEP, Assigned, Evidence, Policy
-from videoadapt.routing.router import RoutedVideo, Router, clip_probabilities
+from videoadapt.routing.router import RoutedVideo, Router
 from videoadapt.runtime.console import Bar, say
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.inputs import Inputs
@@ -70,7 +78,7 @@ class Scored:
 
     def probabilities(self, average: Average) -> Floats:
         """Returns the probabilities of each clip, averaged over its crops, `(n, points, classes)`."""
-        return clip_probabilities(self.logits, average)
+        return average_views(self.logits, 1, average)
 
     def by_video(self) -> Floats:
         """Returns the logits of the views of each video in the order in which they run.

@@ -9,6 +9,7 @@ ways. A stage that finds no config writes its own. A `config.yaml` that a person
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from videoadapt.config.load import (
     RUN_CONFIG,
@@ -26,6 +27,12 @@ from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
 
 _PARTS_OF_TRAIN = ("holdout", "calibrate", "source_pattern")  # keys of `data` that decide which videos are trained on
+
+
+def run_name(run: Path) -> str:
+    """Returns the name of a run folder; of `DIR/run`, as `new` names all of them, that of DIR."""
+    folder = run.resolve()
+    return folder.parent.name if folder.name == "run" and folder.parent.name else folder.name
 
 
 def record_config(config: Config, sections: Collection[str] | None = None) -> None:

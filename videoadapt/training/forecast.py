@@ -172,7 +172,9 @@ def best_order(plan: GroupPlan, work: StepWork, network: Network) -> Forecast:
 def _step(plan: GroupPlan, draw: tuple[str, ...], work: StepWork, network: Network, last: int) -> _StepTimes:
     """Times a step that trains only the points of `draw`; `last` is the index of the last backward pass's point."""
     plan = GroupPlan(tuple(_only_drawn(group, draw) for group in plan.groups))
-    clips_per_rank = {group: _clips_per_rank(group, work) for group in plan.groups}
+    clips_per_rank = {
+        group: _ranks_by_clips(work.clips_per_micro_batch, len(group.ranks), work.pairs) for group in plan.groups
+    }
     # The rank with the most clips is the slowest of its group, and the others wait for it in the all-reduce.
     most_clips = {group: max(clips) for group, clips in clips_per_rank.items()}
     logits_at = _logits_arrive_at(plan, most_clips[plan.groups[0]], work, network)
@@ -208,13 +210,9 @@ def _only_drawn(group: Group, draw: tuple[str, ...]) -> Group:
     return Group(tuple(point for point in group.points if point in draw), group.ranks)
 
 
-def _clips_per_rank(group: Group, work: StepWork) -> Counter[int]:
-    """Returns the number of ranks of the group by the clips that they get of a micro-batch."""
-    return _even_split(work.clips_per_micro_batch, len(group.ranks), work.pairs)
-
-
 @cache  # thousands of layouts of thousands of ranks have groups of the same sizes
-def _even_split(clips: int, ranks: int, pairs: bool) -> Counter[int]:
+def _ranks_by_clips(clips: int, ranks: int, pairs: bool) -> Counter[int]:
+    """Returns the number of a group's ranks by the clips that they get of a micro-batch."""
     return Counter(len(positions) for positions in split_evenly(clips, ranks, pairs=pairs))
 
 

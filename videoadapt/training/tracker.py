@@ -20,6 +20,7 @@ from videoadapt.config.load import Config
 from videoadapt.errors import ConfigError, RunError
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import write_json
+from videoadapt.runtime.run_config import run_name
 
 PROJECT = "videoadapt"  # unless the tracker's own environment variable names another
 _PARAMS_PER_CALL, _PARAM_CHARACTERS = 100, 500  # MLflow's limits
@@ -90,12 +91,6 @@ def _id_of(path: Path, name: str) -> str | None:
         return None
 
 
-def run_name(config: Config) -> str:
-    """Returns the name of the run folder; of `DIR/run`, as `new` names all of them, that of DIR."""
-    folder = config.run.dir.resolve()
-    return folder.parent.name if folder.name == "run" and folder.parent.name else folder.name
-
-
 class Tolerant:
     """Gives up a tracker that fails, for example because its server has gone: it must not end the training."""
 
@@ -134,7 +129,7 @@ class _WandB:
             id=self.id,
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run_name(config),
+            name=run_name(config.run.dir),
             dir=os.environ.get("WANDB_DIR", str(config.run.dir)),
             config=config.model_dump(mode="json"),
         )
@@ -157,7 +152,7 @@ class _MLflow:
             self._client.update_run(self.id, status="RUNNING")
             return
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        self.id = self._client.create_run(experiment.experiment_id, run_name=run_name(config)).info.run_id
+        self.id = self._client.create_run(experiment.experiment_id, run_name=run_name(config.run.dir)).info.run_id
         dumped = config.model_dump(mode="json")
         params = [
             Param(f"{section}.{key}", str(value)[:_PARAM_CHARACTERS])
@@ -190,7 +185,7 @@ class _ClearML:
 
         self._task: Any = Task.init(
             project_name=os.environ.get("CLEARML_PROJECT", PROJECT),
-            task_name=run_name(config),
+            task_name=run_name(config.run.dir),
             continue_last_task=known_id or False,
             reuse_last_task_id=False,
             auto_connect_arg_parser=False,

@@ -113,7 +113,7 @@ def summary(rows: pd.DataFrame, manifest_hash: str, listing: Listing) -> IndexSu
         duplicates=Duplicates(
             listed_twice=_examples(listing.repeated),
             further_files=_examples(listing.ignored_files),
-            same_content=_groups(readable, "content"),
+            same_content=_groups(readable),
             other_class=_other_classes(readable, listing.classes),
         ),
         leaks=Leaks(
@@ -165,11 +165,11 @@ def _examples(items: Iterable[str]) -> Examples:
     return Examples(len(every), every[:_EXAMPLES])
 
 
-def _groups(rows: pd.DataFrame, key: str) -> Examples:
-    """Returns groups of the paths that share the value of column `key`. Empty values are ignored."""
-    shared = rows[(rows[key] != "") & rows[key].duplicated(keep=False)]
-    files = shared.drop_duplicates([key, "path"])  # one file in two splits is not a duplicate
-    groups = [paths for paths in files.groupby(key, sort=False)["path"].agg(list) if len(paths) > 1]
+def _groups(rows: pd.DataFrame) -> Examples:
+    """Returns groups of the paths of files with equal bytes."""
+    shared = rows[(rows["content"] != "") & rows["content"].duplicated(keep=False)]
+    files = shared.drop_duplicates(["content", "path"])  # one file in two splits is not a duplicate
+    groups = [paths for paths in files.groupby("content", sort=False)["path"].agg(list) if len(paths) > 1]
     return Examples(len(groups), groups[:_EXAMPLES])
 
 

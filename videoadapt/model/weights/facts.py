@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from videoadapt.config.parse import MAX_CONFIG_BYTES, parse_json, read_text
-from videoadapt.config.sections import ModelConfig, WhichWeights
+from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import CheckpointError, one_line
 from videoadapt.model.checkpoint import KEY
 from videoadapt.model.weights.layouts import SUPERVIT, Layout, recognise
@@ -50,18 +50,17 @@ class WeightsFacts:
     origin: str  # what the source says of itself, and who states the normalisation; see `describe_origin`
 
 
-def weights_facts(source: str, which: WhichWeights = "ema") -> WeightsFacts:
+def weights_facts(source: str) -> WeightsFacts:
     """Reads weights, and finds the settings of a model that they fill.
 
     Args:
         source: A file, a folder or the name of a timm model; see `load_weights`.
-        which: See `load_weights`.
 
     Raises:
         CheckpointError: The source cannot be read, or is no ViT.
         UserError: timm cannot download the weights.
     """
-    weights = read_weights(source, which)
+    weights = read_weights(source)
     layout = require_layout(weights)
     label = f"{weights.label} ({layout.kind})"
     own = _own_model(Path(source))
