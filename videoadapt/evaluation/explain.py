@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import time
@@ -17,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import read_views
-from videoadapt.data.video.frame_sampling import spread
+from videoadapt.data.pictures import jpegs
 from videoadapt.data.video.limits import Limits
 from videoadapt.data.video.probe import VideoInfo, probe
 from videoadapt.data.video.readers import open_video
@@ -37,7 +35,6 @@ from videoadapt.routing.router import Router
 TOP = 3  # classes of each point's answer
 MAX_PICTURES = 16  # of a clip
 PICTURE_SIDE = 160  # pixels, at most
-_JPEG_QUALITY = 80
 MAX_ROUNDS, ROUNDS_S = 5, 1.0  # passes for measuring times; a further one begins only within this time
 _HINT = "expected a complete video file, such as mp4, mkv, webm, mov or avi"
 
@@ -147,7 +144,8 @@ def read_video(path: str, config: Config, *, thumbnails: bool) -> ReadVideo:
             spatial_crops=config.evaluate.spatial_crops,
             thumbnails=thumbnails,
         )
-    pictures = [_pictures(clip[len(clip) // 2]) for clip in views]  # of the middle crop, (C, T, S, S)
+    middle = views[:, views.shape[1] // 2].numpy()  # the middle crop of each clip, (clips, C, T, S, S)
+    pictures = [jpegs(crop, most=MAX_PICTURES, side=PICTURE_SIDE) for crop in middle]
     return ReadVideo(info, views.numpy(), small.numpy(), starts_s, pictures)
 
 
@@ -155,20 +153,6 @@ def read_video_alone(path: str, config: Config, *, thumbnails: bool) -> ReadVide
     """Does `read_video` in a process of its own, and keeps it to one thread: several such processes share the CPU."""
     torch.set_num_threads(1)
     return read_video(path, config, thumbnails=thumbnails)
-
-
-def _pictures(crop: Tensor) -> list[bytes]:
-    """Returns frames of a crop, uint8 `(C, T, S, S)`, as JPEG files."""
-    frames = crop.permute(1, 2, 3, 0).numpy()  # (C, T, S, S) -> (T, S, S, C)
-    return [_jpeg(frames[number]) for number in spread(len(frames), min(len(frames), MAX_PICTURES))]
-
-
-def _jpeg(frame: np.ndarray) -> bytes:
-    """Returns a frame, uint8 `(S, S, 3)`, as a JPEG file of at most `PICTURE_SIDE` pixels a side."""
-    image, file = Image.fromarray(np.ascontiguousarray(frame)), io.BytesIO()
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    image.save(file, "JPEG", quality=_JPEG_QUALITY)
-    return file.getvalue()
 
 
 def explain(predictor: Predictor, name: str, video: ReadVideo) -> Explanation:

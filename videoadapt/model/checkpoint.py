@@ -29,7 +29,7 @@ from videoadapt.errors import CheckpointError, RunError, shown
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing
-from videoadapt.runtime.inputs import different_settings
+from videoadapt.runtime.inputs import NO_EFFECT_ONCE_TRAINED, different_settings
 
 V = TypeVar("V")
 
@@ -40,7 +40,6 @@ _CHECKSUM = "checksum"  # key in our JSON
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 # What safetensors and JSON raise for a file that is damaged, or that somebody has written by hand.
 _DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError, RuntimeError)
-NO_EFFECT_ONCE_TRAINED = ("drop_path", "drop_path_unit", "init_std", "time_init_std")  # fields of ModelConfig
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from PIL import Image
 
 from videoadapt.config.load import Config
 from videoadapt.data.clips.datasets import EvalVideos, VideoViews
 from videoadapt.data.clips.loader import stream
 from videoadapt.data.index.manifest import Manifest
+from videoadapt.data.pictures import data_uri, jpegs
 from videoadapt.reporting.run_data import NOT_RUN
 
 Part = dict[str, Any]
@@ -23,7 +20,6 @@ Part = dict[str, Any]
 EXAMPLES = 8  # clips shown in each group
 FRAMES = 4  # of a clip
 SIDE = 112  # pixels of a thumbnail
-QUALITY = 80
 
 
 def groups_of(clips: pd.DataFrame, points: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
@@ -110,20 +106,5 @@ def read_frames(
     found = {}
     for video, clip in clips:
         if (row := row_of.get(video)) in views and clip < len(views[row]):
-            found[video, clip] = [jpeg(frame) for frame in some_frames(views[row][clip, 0].numpy())]
+            found[video, clip] = [data_uri(jpeg) for jpeg in jpegs(views[row][clip, 0].numpy(), most=FRAMES, side=SIDE)]
     return found
-
-
-def some_frames(view: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-    """Returns up to `FRAMES` frames of a view (C, T, S, S), from the first to the last, as (S, S, C)."""
-    count = min(FRAMES, view.shape[1])
-    numbers = np.linspace(0, view.shape[1] - 1, count).round().astype(int)
-    return [view[:, number].transpose(1, 2, 0) for number in numbers]
-
-
-def jpeg(frame: npt.NDArray[np.uint8]) -> str:
-    """Returns a frame (S, S, 3) as a small JPEG in a data URI."""
-    picture, content = Image.fromarray(np.ascontiguousarray(frame)), io.BytesIO()
-    picture.thumbnail((SIDE, SIDE))
-    picture.save(content, "JPEG", quality=QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

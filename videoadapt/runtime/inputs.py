@@ -17,11 +17,12 @@ from videoadapt.config.load import Config
 from videoadapt.config.sections import Section
 from videoadapt.errors import shown
 
+NO_EFFECT_ONCE_TRAINED = ("drop_path", "drop_path_unit", "init_std", "time_init_std")  # keys of `model`
 # Keys that do not change what a trained model sees of a video, by section: places, speed, the training recipe, and
 # rules that are applied to stored answers. All other keys of these sections count, new ones too.
 _FREE: dict[str, tuple[str, ...]] = {
     "run": ("dir", "seed", "device", "checkpoint", "deterministic"),
-    "model": ("drop_path", "drop_path_unit", "init_std", "time_init_std"),
+    "model": NO_EFFECT_ONCE_TRAINED,
     "data": (
         *("root", "train", "val", "classes", "kind", "holdout", "calibrate", "workers", "timeout_s", "max_pixels"),
         *("max_frames", "short_side", "crop_area", "flip", "rand_augment", "color_jitter", "erase", "mixup", "cutmix"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from videoadapt.data.pictures import data_uri
 from videoadapt.errors import plural
 from videoadapt.evaluation.explain import Explanation, PointAnswer, ReadVideo, UnitChoice
 from videoadapt.evaluation.predict import Predictor
@@ -47,7 +47,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"macs": macs, "time": duration, "percent": percent, "plural": plural, "jpeg": _data_url}
+    environment.filters |= {"macs": macs, "time": duration, "percent": percent, "plural": plural, "jpeg": data_uri}
     return environment
 
 
@@ -132,7 +132,3 @@ def duration(seconds: float) -> str:
 def percent(value: float) -> str:
     """Formats a probability: `93.1 %`, without a line break before the sign."""
     return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _data_url(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
