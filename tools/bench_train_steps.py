@@ -25,7 +25,7 @@ from videoadapt.performance.bench.peak import peak_bytes, reset_peak_bytes
 from videoadapt.performance.bench.peers import HuggingFace, peer_side
 from videoadapt.performance.memory import parameter_count
 from videoadapt.performance.timing import Round, Stopwatch
-from videoadapt.runtime.machine import now, pick_device, precision_dtype
+from videoadapt.runtime.machine import autocast, now, pick_device, precision_dtype
 from videoadapt.runtime.ranks import wait_for_all, world_size
 from videoadapt.training.ddp import no_gradient_sync
 from videoadapt.training.exchange import TeacherLogits
@@ -147,7 +147,7 @@ def peer_step(config: Config, steps: int) -> Turn:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         frames = normalise(clips, model.mean, model.std, torch.float32)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
+        with autocast(device, config.run.precision):
             logits = forward(frames)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), config.train.clip_grad or float("inf"))

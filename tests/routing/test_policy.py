@@ -20,13 +20,13 @@ from videoadapt.routing.decide import decide
 from videoadapt.routing.label_rules import (
     cheapest_sufficient,
     choose_labels,
-    choose_threshold,
     last_true,
     outcome_table,
     right_matrix,
     softmax,
 )
 from videoadapt.routing.policy import Assigned, Evidence, Fixed, Mixture, Oracle, Random, mix_of, parse_policy
+from videoadapt.routing.threshold import choose_threshold
 
 POINTS = ("14", "10", "7")
 MODEL = ModelConfig(points=POINTS)

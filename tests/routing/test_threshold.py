@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 
+from videoadapt.config.cascade import NEVER
 from videoadapt.routing.label_rules import Bools, Floats, cheapest_sufficient
 from videoadapt.routing.threshold import (
-    COSTLIEST,
     clips_needed,
     difference,
     fixed_points,
@@ -62,7 +62,7 @@ def test_one_clip_may_be_lost_where_a_clip_is_more_than_the_tolerance() -> None:
 def test_few_clips_and_a_guessing_assigner_support_nothing(count: int, skill: float) -> None:
     probabilities, right = clips(count, skill=skill)
     found = supported_threshold(probabilities, right, COSTS, assigner_cost=0.1, tolerance=0.005, delta=0.1)
-    assert (found.value, found.rule) == (COSTLIEST, "none")
+    assert (found.value, found.rule) == (NEVER, "none")
 
 
 def test_an_assigner_that_costs_more_than_it_saves_is_not_supported() -> None:

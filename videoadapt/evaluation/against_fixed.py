@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 from videoadapt.evaluation.evaluated import gain_over_mixtures, reported_policy
 from videoadapt.evaluation.intervals import bootstrap_interval, paired_difference
-from videoadapt.routing.label_rules import Bools, Choice
+from videoadapt.routing.label_rules import Bools, Choice, Interval
 from videoadapt.runtime.console import in_points, percent
-
-Interval = tuple[float, float, float]  # a difference, and the lower and upper end of its 95 % interval
 
 
 class Measured(NamedTuple):

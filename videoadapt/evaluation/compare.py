@@ -11,6 +11,7 @@ import numpy as np
 from videoadapt.errors import UserError, few
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, run_folder
 from videoadapt.evaluation.intervals import mcnemar, paired_difference
+from videoadapt.routing.label_rules import Interval
 from videoadapt.runtime.files import Summary
 
 
@@ -21,7 +22,7 @@ class ComparedPolicies:
     policies: tuple[str, str]
     videos: int
     top1: tuple[float, float]
-    difference: tuple[float, float, float]  # top-1 of a minus b, and the ends of its 95 % interval
+    difference: Interval  # top-1 of a minus b
     right_in_one_only: tuple[int, int]
     p_value: float  # the result of `mcnemar`, which counts each video of a source alone
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-from videoadapt.routing.label_rules import Bools, Choice, Floats
+from videoadapt.routing.label_rules import Bools, Choice, Floats, Interval
 
 _DIGITS = 9  # sums that differ by rounding alone are the same
 LEVEL = 0.95  # the level of every interval
@@ -81,7 +81,7 @@ def accuracy_interval(right: Bools, sources: Choice) -> tuple[float, float]:
     return bootstrap_interval(right.astype(np.float64), [0.0, 1.0], sources)
 
 
-def paired_difference(a: Bools, b: Bools, *, sources: Choice | None = None) -> tuple[float, float, float]:
+def paired_difference(a: Bools, b: Bools, *, sources: Choice | None = None) -> Interval:
     """Returns the accuracy of a minus the accuracy of b on the same videos, with a bootstrap interval.
 
     Args:
@@ -142,7 +142,7 @@ def has_interval(values: int) -> bool:
     return stats.binom.cdf(0, values, 0.5) <= (1 - LEVEL) / 2
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> Interval:
     """Returns the median and the lower and upper end of its interval from order statistics.
 
     The interval assumes nothing about the distribution. Fewer than 6 values allow no 95 %: their range is returned.

@@ -9,10 +9,10 @@ import numpy as np
 
 from videoadapt.config.load import Config
 from videoadapt.config.sections import Average
-from videoadapt.evaluation.against_fixed import AgainstFixed, Interval, Measured, against_fixed
+from videoadapt.evaluation.against_fixed import AgainstFixed, Measured, against_fixed
 from videoadapt.evaluation.intervals import accuracy_interval, class_means, mean_class_interval, paired_difference
 from videoadapt.routing.decide import clip_ends, clip_macs, views_run
-from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats
+from videoadapt.routing.label_rules import NO_CLASS, Bools, Choice, Floats, Interval
 from videoadapt.routing.policy import Fixed, Policy, mix_of
 from videoadapt.routing.replay import StoredAnswers, answers, points_in_answer
 from videoadapt.routing.scores import Scores

@@ -36,7 +36,7 @@ from videoadapt.evaluation.speed_passes import (
 )
 from videoadapt.model.batches import batch_sizes
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.label_rules import Choice
+from videoadapt.routing.label_rules import Choice, Interval
 from videoadapt.routing.policy import Policy, Random, mix_of
 from videoadapt.routing.scores import Scores
 from videoadapt.runtime.console import say
@@ -50,12 +50,14 @@ _SEARCH = 1 / 10  # of the time left, for batch sizes
 _LATENCY = 1 / 10  # of the time left, for clips one by one
 _FILES = 1 / 3  # of the time left, for the rounds from files to logits
 STAGES = ("decode", "preprocess", "transfer", "assign", "route", "model")
-Interval = tuple[float, float, float]  # a median over rounds, and the lower and upper end of its 95 % interval
 
 
 @dataclass(frozen=True)
 class PolicySpeed:
-    """The measured cost of one policy. The names are keys of `evaluate.json`; None: the time did not suffice."""
+    """The measured cost of one policy. The names are keys of `evaluate.json`; None: the time did not suffice.
+
+    The middle value of each interval is the median over rounds.
+    """
 
     clips_per_s: float  # decoded clips to logits on the CPU
     end_to_end_clips_per_s: float | None  # files to logits

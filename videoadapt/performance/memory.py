@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from videoadapt.config.load import Config
 from videoadapt.model import attention
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.runtime.machine import autocast
 from videoadapt.training.freeze import freeze, set_training_mode
 
 _FLOAT_BYTES = 4  # weights, gradients and optimizer state are float32, also with run.precision=bf16
@@ -131,10 +132,10 @@ def saved_bytes(config: Config, point: str, clips: int, device: torch.device, *,
         model.to_empty(device=device)
         parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         shape = (clips, 3, config.model.num_frames, config.model.size, config.model.size)  # B C T H W
-        frames, bf16 = torch.empty(shape, device=device), config.run.precision == "bf16"
+        frames = torch.empty(shape, device=device)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            autocast(device, config.run.precision),
         ):
             model(frames, point)
         return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)

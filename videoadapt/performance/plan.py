@@ -7,8 +7,7 @@ The times of single passes are measured on this machine, or computed from MACs a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,7 @@ from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
 from videoadapt.performance.timing import Stopwatch, fitted
 from videoadapt.runtime.console import Bar, print_table
-from videoadapt.runtime.machine import pick_device
+from videoadapt.runtime.machine import one_thread, pick_device
 from videoadapt.training.forecast import (
     Forecast,
     LinearTime,
@@ -203,23 +202,13 @@ def _sizes(config: Config, ranks: int, device: torch.device, memory: TrainingMem
 
 def _measured(config: Config, sizes: tuple[int, int]) -> tuple[dict[str, Passes], float]:
     torch.manual_seed(config.run.seed)
-    with _one_thread(), Bar("plan: measuring passes", total=1 + _ROUNDS, unit="rounds") as bar:
+    # One thread, because a rank without a GPU has one core.
+    with one_thread(), Bar("plan: measuring passes", total=1 + _ROUNDS, unit="rounds") as bar:
         stopwatch, rounds = Stopwatch(config, sizes), []
         for _ in range(1 + _ROUNDS):
             rounds.append(stopwatch.measure())
             bar.step()
     return fitted(rounds[1:], sizes)  # without the warm-up
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limits torch to one thread, because a rank without a GPU has one core. Restores the number on the way out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _clips_an_epoch(config: Config, manifest: Manifest | None) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import Config
 from videoadapt.model.timesformer import TimeSformer, compiled
-from videoadapt.runtime.machine import now, pick_device
+from videoadapt.runtime.machine import now, one_thread, pick_device
 from videoadapt.training.forecast import LinearTime, Passes
 from videoadapt.training.freeze import freeze, set_training_mode
 from videoadapt.training.optim import make_optimizer
@@ -107,11 +107,8 @@ def time_of(work: Callable[[], object], device: torch.device) -> WorkTime:
     if device.type != "cpu":
         return WorkTime(min(present), min(present))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         idle = min(_cpu_seconds(work) for _ in range(_CALLS)) / threads
-    finally:
-        torch.set_num_threads(threads)
     return WorkTime(idle, statistics.median(present))
 
 

@@ -40,6 +40,7 @@ from videoadapt.routing.label_rules import (
     LABEL_SPLITS,
     Bools,
     Choice,
+    Interval,
     cheapest_sufficient,
     choose_labels,
     right_matrix,
@@ -48,7 +49,6 @@ from videoadapt.routing.router import assign_probabilities
 from videoadapt.routing.scores import inference_model, labelled_files_digest
 from videoadapt.routing.threshold import (
     FixedPoint,
-    Interval,
     Rule,
     clips_needed,
     difference,

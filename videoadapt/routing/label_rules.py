@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from videoadapt.config.cascade import MEASURES, Measure
+from videoadapt.config.cascade import MEASURES, NEVER, Measure
 from videoadapt.config.sections import Average
 from videoadapt.data.index.sources import Split
 from videoadapt.errors import UserError, few
@@ -22,6 +22,7 @@ from videoadapt.errors import UserError, few
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 Choice = npt.NDArray[np.int64]
+Interval = tuple[float, float, float]  # a value, and the lower and upper end of its 95 % interval
 
 NO_CLASS = -1  # stands for the prediction where a probability is NaN; equals no truth
 
@@ -229,29 +230,6 @@ def cheapest_sufficient(probabilities: Floats, threshold: float) -> Choice:
     return last_true(suffices >= threshold)
 
 
-def choose_threshold(probabilities: Floats, right: Bools, costs: Floats, *, tolerance: float) -> float:
-    """Finds the threshold of least mean cost that loses at most `tolerance` accuracy against the costliest point.
-
-    Args:
-        probabilities: The assigner's probabilities, `(clips, points)`, on clips that it was not fitted on.
-        right: Whether the model is right, `(clips, points)`.
-        costs: Cost of each point, `(points,)`, in any unit.
-        tolerance: Accuracy that may be lost, between 0 and 1.
-
-    Returns:
-        The threshold. 2 if every threshold loses more: no probability reaches 2, so that every clip gets the costliest
-        point.
-    """
-    best, least = 2.0, np.inf
-    allowed = right[:, 0].mean() - tolerance - 1e-12  # the small number forgives rounding of the mean
-    for threshold in np.linspace(0.5, 0.995, 100):  # in steps of 0.005
-        choice = cheapest_sufficient(probabilities, float(threshold))
-        accuracy, cost = right[np.arange(len(choice)), choice].mean(), costs[choice].mean()
-        if accuracy >= allowed and cost < least:  # `<`: of equal costs, the lowest threshold counts
-            best, least = float(threshold), cost
-    return best
-
-
 def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float:
     """Finds the highest threshold, one for a whole cascade, at which a clip costs at most `mean_cost` on average.
 
@@ -263,7 +241,7 @@ def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float
         mean_cost: The mean cost of a clip.
 
     Returns:
-        The threshold. 2 if the mean cost pays for all points of every clip: no confidence reaches 2.
+        The threshold. `NEVER` if the mean cost pays for all points of every clip.
 
     Raises:
         UserError: The lowest threshold costs more. It is 0: every clip ends at the first point, apart from NaN.
@@ -275,7 +253,7 @@ def fit_threshold(confidences: Floats, costs: Floats, mean_cost: float) -> float
 
     # The mean cost only changes at confidences that occur. NaN is no threshold, and would break the bisection.
     found = confidences[:, :-1]
-    candidates = np.unique(np.append(found[~np.isnan(found)], [0.0, 2.0]))
+    candidates = np.unique(np.append(found[~np.isnan(found)], [0.0, NEVER]))
     if cost(candidates[0]) > mean_cost:
         raise UserError(
             f"cascade: its first point alone costs {cost(candidates[0]):.3g}, which is more than cost={mean_cost:g}; "

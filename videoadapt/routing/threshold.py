@@ -13,7 +13,8 @@ from typing import Literal, TypeGuard
 import numpy as np
 from scipy import optimize, stats
 
-from videoadapt.routing.label_rules import Bools, Choice, Floats, cheapest_sufficient, choose_threshold
+from videoadapt.config.cascade import NEVER
+from videoadapt.routing.label_rules import Bools, Choice, Floats, Interval, cheapest_sufficient
 from videoadapt.routing.learn_then_test import (
     loss_p_values,
     loss_upper,
@@ -23,12 +24,10 @@ from videoadapt.routing.learn_then_test import (
     videos_needed,
 )
 
-COSTLIEST = 2.0  # a threshold that no probability reaches: every clip gets the costliest point
 FEWEST = 50  # clips. With fewer, one clip is more than two points of accuracy, and no threshold can be chosen
 _BESIDE = 1e-9
 _Z = float(stats.norm.ppf(0.975))  # of 95 % intervals
 Rule = Literal["proven", "estimated", "none"]
-Interval = tuple[float, float, float]  # a value, and the lower and upper end of its 95 % interval
 
 
 def choosing_clips(labelled: int, select: float) -> int:
@@ -99,7 +98,29 @@ def supported_threshold(  # noqa: PLR0913 - settings, by name
         value = choose_threshold(probabilities, right, costs, tolerance=max(tolerance, 1 / clips))
         if costs[cheapest_sufficient(probabilities, value)].mean() + assigner_cost < costs[0]:
             return Threshold(value, "estimated")
-    return Threshold(COSTLIEST, "none")
+    return Threshold(NEVER, "none")  # every clip gets the costliest point
+
+
+def choose_threshold(probabilities: Floats, right: Bools, costs: Floats, *, tolerance: float) -> float:
+    """Finds the threshold of least mean cost that loses at most `tolerance` accuracy against the costliest point.
+
+    Args:
+        probabilities: The assigner's probabilities, `(clips, points)`, on clips that it was not fitted on.
+        right: Whether the model is right, `(clips, points)`.
+        costs: Cost of each point, `(points,)`, in any unit.
+        tolerance: Accuracy that may be lost, between 0 and 1.
+
+    Returns:
+        The threshold. `NEVER` if every threshold loses more: every clip then gets the costliest point.
+    """
+    best, least = NEVER, np.inf
+    allowed = right[:, 0].mean() - tolerance - 1e-12  # the small number forgives rounding of the mean
+    for threshold in np.linspace(0.5, 0.995, 100):  # in steps of 0.005
+        choice = cheapest_sufficient(probabilities, float(threshold))
+        accuracy, cost = right[np.arange(len(choice)), choice].mean(), costs[choice].mean()
+        if accuracy >= allowed and cost < least:  # `<`: of equal costs, the lowest threshold counts
+            best, least = float(threshold), cost
+    return best
 
 
 def clips_needed(tolerance: float, delta: float, sources: Choice) -> int | None:

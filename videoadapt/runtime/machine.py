@@ -7,8 +7,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -66,6 +66,22 @@ def now(device: torch.device) -> float:
 def precision_dtype(name: str) -> torch.dtype:
     """Returns the dtype of activations for `run.precision` (`fp32` or `bf16`)."""
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Returns a context in which activations have the dtype of `run.precision`, and weights stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Limits torch to one thread. Restores the number on the way out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _ALLOC_CONF_SINCE = (2, 9)  # torch

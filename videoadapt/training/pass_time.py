@@ -10,7 +10,7 @@ import torch
 
 from videoadapt.config.load import Config
 from videoadapt.config.points import Point
-from videoadapt.runtime.machine import now, pick_device
+from videoadapt.runtime.machine import autocast, now, pick_device
 from videoadapt.training.losses import point_loss
 
 
@@ -37,7 +37,7 @@ def time_pass(forward: Callable[..., Any], point: str, clips: int, config: Confi
     # Uniform probabilities cost as much as real logits. The costliest point has no teacher.
     teacher = None if point == model.points[0] else targets
     begin = now(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
+    with autocast(device, config.run.precision):
         heads = forward(frames, point, heads=True)
     dropped = Point.parse(point).keep < 1
     # Points that drop tokens have no dense loss: labels per patch need all patches.

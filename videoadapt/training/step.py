@@ -22,7 +22,7 @@ from videoadapt.data.clips.augment import mix
 from videoadapt.data.clips.loader import Batch
 from videoadapt.data.clips.views import normalise
 from videoadapt.model.timesformer import Heads, TimeSformer
-from videoadapt.runtime.machine import precision_dtype
+from videoadapt.runtime.machine import autocast
 from videoadapt.runtime.ranks import all_reduce_sum, rank, stop_flags, world_size
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
@@ -285,9 +285,8 @@ def _targets_at(point: str, inputs: _Inputs, batch: Batch, state: State) -> Targ
 
 
 def _forward_at(point: str, inputs: _Inputs, targets: Targets, role: RankRole, state: State) -> Heads:
-    bf16 = state.config.run.precision == "bf16"
     # The loss is outside: under autocast its softmax would be computed from bf16.
-    with torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
+    with autocast(state.device, state.config.run.precision):
         if len(inputs.positions):
             heads: Heads = role.forward(inputs.clips, point, heads=True, swap=targets.swap)
         else:  # not compiled: torch would keep the graph of other hooks

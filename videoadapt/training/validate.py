@@ -27,7 +27,7 @@ from videoadapt.errors import RunError, plural
 from videoadapt.model.checkpoint import Checkpoint, train_checkpoints
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.runtime.console import percent, say
-from videoadapt.runtime.machine import precision_dtype
+from videoadapt.runtime.machine import autocast
 from videoadapt.runtime.ranks import all_gather, all_reduce_sum, any_requested, rank, world_size
 from videoadapt.runtime.seeds import seed_of
 from videoadapt.runtime.signals import StopRequest
@@ -160,13 +160,12 @@ class Validator:
 
 def _sums_of(videos: list[VideoViews], model: TimeSformer, state: State) -> Tensor:
     """Returns for each point the sum of the losses, the clips right at first and among five, and the clips: (P, 4)."""
-    settings, bf16 = state.config.model, state.config.run.precision == "bf16"
     clips = torch.stack([video.views[0, 0] for video in videos]).to(state.device)  # (B, C, T, S, S)
     labels = torch.tensor([video.label for video in videos], device=state.device)
     inputs = normalise(clips, model.mean, model.std, model.head.weight.dtype)
     rows = []
-    for point in settings.points:
-        with torch.no_grad(), torch.autocast(state.device.type, precision_dtype("bf16"), enabled=bf16):
+    for point in state.config.model.points:
+        with torch.no_grad(), autocast(state.device, state.config.run.precision):
             logits = model(inputs, point)
         logits = logits.double()  # (B, classes)
         right = logits.topk(min(TOP5, logits.shape[1])).indices == labels[:, None]  # (B, 5), best first

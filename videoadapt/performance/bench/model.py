@@ -29,7 +29,7 @@ from videoadapt.performance.bench.peers import peer_of, peer_side
 from videoadapt.performance.bench.results import markdown_table, measured_with, print_machine, with_interval
 from videoadapt.runtime.console import Bar
 from videoadapt.runtime.files import Summary, replacing, write_json
-from videoadapt.runtime.machine import now, pick_device, precision_dtype
+from videoadapt.runtime.machine import autocast, now, pick_device, precision_dtype
 from videoadapt.training.losses import cross_entropy
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.utilisation import PRODUCT_SIDE, matrix_product
@@ -158,7 +158,7 @@ def _cases(  # noqa: PLR0917 - the axes of the table
                 call = partial(forward, point=point) if name == "ours" else forward
                 run = partial(_step if is_step else _forward, call, clips)
                 if is_step:
-                    run = partial(run, copy, make_optimizer(copy.named_parameters(), config.train), precision == "bf16")
+                    run = partial(run, copy, make_optimizer(copy.named_parameters(), config.train), precision)
                 cases.append(_Case(name, point, kind, precision, mode, batch, run))
     return cases
 
@@ -168,9 +168,9 @@ def _forward(forward: Forward, clips: Tensor) -> Tensor:
     return forward(clips)
 
 
-def _step(forward: Forward, clips: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
+def _step(forward: Forward, clips: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> None:
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(clips.device.type, torch.bfloat16, enabled=bf16):
+    with autocast(clips.device, precision):
         logits = forward(clips)
     targets = torch.full_like(logits, 1 / logits.shape[1], dtype=torch.float32)
     cross_entropy(logits, targets).mean().backward()
