@@ -385,11 +385,7 @@ def report(
     from videoadapt.commands.tables import print_report
     from videoadapt.reporting.page import report as run
 
-    result = run(*runs)
-    if as_json:
-        _print_json(result.to_json())
-    else:
-        print_report(result)
+    _show(run(*runs), as_json, print_report)
 
 
 @app.command()

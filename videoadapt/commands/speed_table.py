@@ -24,7 +24,7 @@ def print_speed(speed: Mapping[str, Any] | None) -> None:
         say(f"clips/s: not measured{limit}: one clip at each point took {duration(speed['seconds'])}")
         return
     _print_policies(speed)
-    rounds = speed.get("file_rounds", 0)
+    rounds = speed["file_rounds"]
     files = f"with decoding, {plural(rounds, 'round')}" if rounds else "not measured"
     say(
         f"clips/s: assigner, routing and model over decoded clips, {_covered(speed)}{of}; from files: {files}; in "
@@ -55,7 +55,7 @@ def _print_policies(speed: Mapping[str, Any]) -> None:
         "speed-up",
         "by MACs",
         f"efficiency ({_ends(speed['rounds'])})",
-        f"efficiency from files ({_ends(speed.get('file_rounds', 0))})",
+        f"efficiency from files ({_ends(speed['file_rounds'])})",
         "alone p50/p95",
         "time in",
     ]

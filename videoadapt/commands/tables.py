@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from videoadapt.commands.speed_table import print_speed
 from videoadapt.errors import few, plural
-from videoadapt.runtime.console import duration, in_points, macs, percent, print_table, say
+from videoadapt.runtime.console import (
+    duration,
+    in_points,
+    macs,
+    percent,
+    percent_interval,
+    print_table,
+    say,
+    signed_points,
+)
 from videoadapt.runtime.files import Summary
 
 if TYPE_CHECKING:
@@ -84,7 +93,7 @@ def print_index(summary: Summary) -> None:
     _say_examples("unused files, because another file has the same name", duplicates["further_files"])
     _say_examples("groups of files with the same content", duplicates["same_content"])
     _say_examples(
-        "of these, groups with different classes, so that at least one label is wrong", duplicates.get("other_class")
+        "of these, groups with different classes, so that at least one label is wrong", duplicates["other_class"]
     )
     _say_examples("leaks between splits, the same video", leaks["same_id"])
     _say_examples("leaks between splits, clips of the same YouTube video", leaks["same_source"])
@@ -106,9 +115,9 @@ def _durations(split: Mapping[str, Any], *, images: bool) -> tuple[str, ...]:
     return f"{split['hours']:.2f}", lengths
 
 
-def _say_examples(name: str, examples: Mapping[str, Any] | None) -> None:
-    """Prints a count and its first examples; nothing for a count of 0, or in a summary of an older version."""
-    if examples is None or not examples["count"]:
+def _say_examples(name: str, examples: Mapping[str, Any]) -> None:
+    """Prints a count and its first examples; nothing for a count of 0."""
+    if not examples["count"]:
         return
     more = f" (the first {_EXAMPLES_SHOWN}; index.json has more)" if examples["count"] > _EXAMPLES_SHOWN else ""
     say(f"{name}: {examples['count']}{more}")
@@ -209,7 +218,7 @@ def print_assign(summary: Summary) -> None:
     if next(iter(summary["mix"].values())) == 1:  # an interval would suggest that other clips may differ
         points_lost = "0: every clip gets the costliest point"
     else:
-        points_lost = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in summary["difference"]))
+        points_lost = signed_points(summary["difference"])
     accuracy = f"{percent(summary['accuracy'])} / {percent(summary['accuracy_costliest'])}"
     cost = f"{macs(summary['assigner_macs'])} MACs, {100 * summary['assigner_fraction']:.2f} % of the costliest point"
     rows = [
@@ -264,10 +273,9 @@ def _assigner_in_words(summary: Summary) -> list[str]:
     if len(used) == 1 and summary["rule"] != "none":
         sentences.append(f"every clip gets point {used[0]}: policy fixed:{used[0]} does the same without an assigner")
     for point, fixed in summary["fixed"].items():
-        low, value, high = (100 * fixed["difference"][i] for i in (1, 0, 2))
         sentences.append(
-            f"fixed:{point} for all clips: saves {percent(fixed['macs_saved'])} %, {value:+.1f} points ({low:+.1f} to "
-            f"{high:+.1f}); chance alone differs so with probability {fixed['p_value']:.2g}"
+            f"fixed:{point} for all clips: saves {percent(fixed['macs_saved'])} %, {in_points(fixed['difference'])}; "
+            f"chance alone differs so with probability {fixed['p_value']:.2g}"
         )
     return sentences
 
@@ -354,7 +362,7 @@ def print_evaluate(summary: Summary) -> None:
         "saved %",
         "clips/s",
     )
-    noun = summary.get("kind", "videos").removesuffix("s")
+    noun = summary["kind"].removesuffix("s")
     title = f"{plural(summary['listed'], noun)} listed, {summary['scored']} read; each: {summary['views']}"
     rows = [_policy_cells(name, policy, other_key) for name, policy in summary["policies"].items()]
     columns, rows = _without_needless(columns, rows)
@@ -374,7 +382,7 @@ def print_evaluate(summary: Summary) -> None:
         say("random: the mix of points of assigned, by chance")
     if "oracle" in summary["policies"]:
         say("oracle: the cheapest right point, chosen with the true class, an upper bound for choosing points")
-    for name, promise in summary.get("promises", {}).items():
+    for name, promise in summary["promises"].items():
         say(f"{name} is calibrated: {promise}")
     _say_videos(summary)
     _say_nan(summary["policies"])
@@ -397,11 +405,11 @@ def print_evaluate(summary: Summary) -> None:
 
 def _say_videos(summary: Summary) -> None:
     """Prints what the videos of an evaluation are: their part in training, their sources, and those that failed."""
-    if summary.get("selected_on_val"):
+    if summary["selected_on_val"]:
         say(f"the checkpoint is {summary['selected_on_val']}, so its accuracy on this split is optimistic")
     counted = "wrong" if summary["failed_count_as"] == "wrong" else "left out (evaluate.failed: exclude)"
     failed = f"{plural(len(summary['failed']), 'video')} failed, counted as {counted}"
-    if summary.get("sources"):
+    if summary["sources"]:
         say(f"intervals draw whole sources, of which these videos have {summary['sources']}")
     say(f"manifest {summary['manifest']}; {failed if summary['failed'] else 'all videos could be read'}")
     for failure in summary["failed"][:_FAILURES_SHOWN]:
@@ -423,17 +431,15 @@ def _without_needless(
 
 def _policy_cells(name: str, policy: Mapping[str, Any], other_key: str | None) -> tuple[str, ...]:
     """Returns the cells of a policy's row; `other_key` names the second top-1, if there is one."""
-    # The interval is paired, over the same videos: it is narrower than the two intervals of top-1 suggest.
-    difference, low, high = (100 * v for v in policy["difference_to_costliest"])
     top1, mean_class = (
-        f"{percent(policy[key])} ({percent(policy[f'{key}_low'])} to {percent(policy[f'{key}_high'])})"
-        for key in ("top1", "mean_class")
+        percent_interval(policy[key], policy[f"{key}_low"], policy[f"{key}_high"]) for key in ("top1", "mean_class")
     )
     return (
         f"{name} *" if policy["pareto"] else name,  # a separate column would be too wide
         top1,
         *((percent(policy[other_key]),) if other_key else ()),
-        f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
+        # The interval is paired, over the same videos: it is narrower than the two intervals of top-1 suggest.
+        signed_points(policy["difference_to_costliest"]),
         "-" if policy["top5"] is None else percent(policy["top5"]),  # none for five classes or fewer
         mean_class,
         macs(policy["macs_per_view"]),
@@ -467,8 +473,10 @@ def _say_hardest_classes(summary: Summary) -> None:
         + (f" (most often predicted as {_short(row['taken_for'])})" if row["taken_for"] else "")
         for row in summary["hardest_classes"][:_HARDEST_SHOWN]
     )
-    policy = summary.get("hardest_policy") or next(iter(summary["policies"]))
-    say(f"hardest classes of {policy}: {hardest}; all classes: evaluate/classes.csv; figure: evaluate/confusion.png")
+    say(
+        f"hardest classes of {summary['hardest_policy']}: {hardest}; all classes: evaluate/classes.csv; figure: "
+        "evaluate/confusion.png"
+    )
 
 
 def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
@@ -477,11 +485,10 @@ def _say_assigned(policy: Mapping[str, Any], assigner_macs: int) -> None:
         f"assigned, without its assigner ({macs(assigner_macs)} MACs per clip): {view} MACs per view, {video} per video"
     )
     # The comparison that shows whether the assigner's choice matters, or only its mix of points.
-    difference, low, high = (100 * value for value in policy["difference_to_random"])
     alone = [point for point, fraction in policy["mix"].items() if fraction == 1]
     if alone:
         say(f"assigned gives every clip the point {alone[0]}, as fixed:{alone[0]} does without an assigner")
-    say(f"assigned against random routing with the same mix: {difference:+.1f} points ({low:+.1f} to {high:+.1f})")
+    say(f"assigned against random routing with the same mix: {in_points(policy['difference_to_random'])}")
 
 
 def _busy() -> str:
@@ -535,12 +542,11 @@ def print_compare(summary: Summary) -> None:
     """Prints one row per pair of policies: both accuracies, their paired difference, and its p-value."""
     rows = []
     for row in summary["policies"]:
-        difference, low, high = (100 * value for value in row["difference"])
         rows.append(
             (
                 " / ".join(dict.fromkeys(row["policies"])),  # a policy that both sides share is named once
                 *map(percent, row["top1"]),
-                f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
+                signed_points(row["difference"]),
                 *row["right_in_one_only"],
                 f"{row['p_value']:.2g}",
             )

@@ -47,7 +47,7 @@ from videoadapt.routing.scores import (
     trained_checkpoint,
 )
 from videoadapt.routing.threshold import have_several
-from videoadapt.runtime.console import macs, percent, say
+from videoadapt.runtime.console import macs, percent, percent_interval, say, signed_points
 from videoadapt.runtime.files import Summary, write_json
 from videoadapt.runtime.inputs import Inputs
 from videoadapt.runtime.lease import sole_writer
@@ -126,8 +126,8 @@ class EvaluationSummary(Result):
         rows = [
             (
                 name,
-                f"{percent(row.top1)} ({percent(row.accuracies.top1_low)} to {percent(row.accuracies.top1_high)})",
-                "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in row.difference_to_costliest)),
+                percent_interval(row.top1, row.accuracies.top1_low, row.accuracies.top1_high),
+                signed_points(row.difference_to_costliest),
                 macs(row.costs.macs_per_video),
                 percent(row.macs_saved),
                 "-" if row.clips_per_s is None else f"{row.clips_per_s:.1f}",

@@ -22,7 +22,7 @@ from videoadapt.model.checkpoint import weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.facts import stated_licence
 from videoadapt.routing.assigner import Assigner, assigner_macs
-from videoadapt.runtime.console import macs, percent, say
+from videoadapt.runtime.console import macs, percent, percent_interval, say
 from videoadapt.runtime.files import read_json
 
 _FIGURES = ("top1", "top1_low", "top1_high", "top5", "macs_per_video")  # of a policy
@@ -335,7 +335,7 @@ def _initial(facts: Facts) -> str:
 
 def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
     try:
-        top1 = f"{percent(figures['top1'])} ({percent(figures['top1_low'])} to {percent(figures['top1_high'])})"
+        top1 = percent_interval(figures["top1"], figures["top1_low"], figures["top1_high"])
         top5 = percent(figures["top5"]) if figures["top5"] is not None else "-"
         return f"`{name}`", top1, top5, macs(figures["macs_per_video"])
     except (KeyError, TypeError) as error:

@@ -149,7 +149,7 @@ def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, 
     taken = [np.array([mark - _MARK, mark + _MARK]) for mark in marks.values()]
     taken += [np.array([place(row, "top1_low") - 1, place(row, "top1_high") + 1]) for row in policies.values()]
     for name, mark in marks.items():
-        extent = np.array([0.6 * 8 * len(_short(name)), 10.0])  # of a text of size 8
+        extent = np.array([0.6 * 8 * len(_label(name)), 10.0])  # of a text of size 8
         boxes = []
         for up, right in itertools.product((8.0, -18.0, 20.0, -30.0), (True, False)):  # the nearest first
             corner = mark + (8.0 if right else -8.0 - extent[0], up)
@@ -158,7 +158,7 @@ def _name_marks(figure: Figure, axes: Axes, policies: Mapping[str, Mapping[str, 
         box = boxes[int(np.argmin(covered))]
         taken.append(box)
         axes.annotate(
-            _short(name),
+            _label(name),
             (policies[name]["macs_per_clip"], 100 * policies[name]["top1"]),
             tuple(box[0] - mark),
             textcoords="offset points",
@@ -187,7 +187,7 @@ def _label_marks(axes: Axes, policies: Mapping[str, Mapping[str, Any]]) -> None:
     places = spread([(100 * policies[name]["top1"] - low) / (high - low) for name in order], _NAME_HEIGHT)
     for name, place in zip(order, places, strict=True):
         axes.annotate(
-            _short(name),
+            _label(name),
             (policies[name]["macs_per_clip"], 100 * policies[name]["top1"]),
             (1.05, place),
             textcoords="axes fraction",
@@ -252,7 +252,7 @@ def _matrix(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
     image = axes.imshow(np.ma.masked_equal(cells, 0.0), cmap="viridis", norm=scale)
     figure.colorbar(image, ax=axes, label="% of the row's class", shrink=0.8, ticks=[1, 5, 10, 25, 50, 100])
     counts = confusion.groupby("truth")["videos"].sum().reindex(classes, fill_value=0)
-    names = [_short(name) for name in classes]
+    names = [_label(name) for name in classes]
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
     axes.set_yticks(
         range(len(classes)), [f"{name} ({count})" for name, count in zip(names, counts, strict=True)], fontsize=8
@@ -275,7 +275,7 @@ def _pairs(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
     bars = axes.barh(places, shown["videos"], color=_KINDS["fixed"][1])
     axes.bar_label(bars, [f"{100 * fraction:.0f} %" for fraction in shown["fraction"]], padding=3, fontsize=8)
     names = [
-        f"{_short(truth)}  →  {_short(answer) if answer else 'NaN'}"
+        f"{_label(truth)}  →  {_label(answer) if answer else 'NaN'}"
         for truth, answer in zip(shown["truth"], shown["prediction"], strict=True)
     ]
     axes.set_yticks(places, names, fontsize=8)
@@ -289,7 +289,7 @@ def _pairs(confusion: pd.DataFrame, classes: list[str], title: str) -> Figure:
     return figure
 
 
-def _short(name: str) -> str:
+def _label(name: str) -> str:
     return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
 
 

@@ -216,6 +216,16 @@ def in_points(difference: Sequence[float]) -> str:
     return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*(100 * value for value in difference))
 
 
+def signed_points(difference: Sequence[float]) -> str:
+    """Formats the same for a column of points: `+1.2 (-0.3 to +2.7)`."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in difference))
+
+
+def percent_interval(*values: float) -> str:
+    """Formats a fraction and the ends of its interval: `75.3 (71.0 to 79.2)`."""
+    return "{} ({} to {})".format(*map(percent, values))
+
+
 def percent(value: float) -> str:
     """Formats a fraction in per cent, with one decimal and without a sign: 0.7534 is `75.3`."""
     return f"{100 * value:.1f}"
