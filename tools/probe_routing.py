@@ -35,6 +35,7 @@ from videoadapt.evaluation.against_fixed import Measured, against_fixed
 from videoadapt.evaluation.evaluated import read_evaluated_table
 from videoadapt.model.checkpoint import load_model
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing.label_inputs import outcomes_path
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidences, right_matrix, softmax
 from videoadapt.routing.leap_rules import Logistic, answer_features, mean_cost, worth_most
 from videoadapt.runtime.console import Bar, percent, print_table
@@ -57,7 +58,7 @@ def main(
     first = points.index(point or points[-1])
     model = load_model(run).eval()
     manifest = Manifest.load(manifest_path(run))
-    labelled, right = right_matrix(read_parquet(run / "labels" / "outcomes.parquet", "run `label` first"), points)
+    labelled, right = right_matrix(read_parquet(outcomes_path(run), "run `label` first"), points)
     tests = read_evaluated_table(run, "videos", ["policy", "video", "source", "right", "failed"])
     tests = tests[~tests["failed"]]  # no point has an answer on them
     fixed = [tests[tests["policy"] == f"fixed:{each}"].set_index("video") for each in points]

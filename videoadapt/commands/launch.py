@@ -135,12 +135,18 @@ def launch(config: Config, words: Sequence[str]) -> LaunchResult:
         ConfigError: A stage would refuse the config, or `launch.cluster=local` has more than one node.
         RunError: SLURM refuses a job, or a job fails on this machine.
     """
+    jobs = _checked_jobs(config)
+    submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
+    return LaunchResult(config.launch.cluster, submitted)
+
+
+def _checked_jobs(config: Config) -> list[Job]:
+    """Returns the jobs of `launch.stage`, after checks and warnings."""
     jobs = jobs_of(config)
     _require_possible(jobs, config)
     _warn_of_idle_gpus(jobs)
     _warn_of_absent_inputs(config)
-    submitted = _run_here(jobs, config) if config.launch.cluster == "local" else _submit_all(jobs, config, words)
-    return LaunchResult(config.launch.cluster, submitted)
+    return jobs
 
 
 def _require_possible(jobs: Sequence[Job], config: Config) -> None:
@@ -191,10 +197,7 @@ def plan_launch(config: Config, words: Sequence[str]) -> LaunchPlan:
     """
     if config.launch.cluster == "local":
         raise ConfigError("launch.cluster: local has no jobs to show; leave --dry-run or launch.cluster=local out")
-    jobs = jobs_of(config)
-    _require_possible(jobs, config)
-    _warn_of_idle_gpus(jobs)
-    _warn_of_absent_inputs(config)
+    jobs = _checked_jobs(config)
     planned: list[PlannedJob] = []
     for number, job in enumerate(jobs, start=1):
         before = planned[-1].name if planned else None

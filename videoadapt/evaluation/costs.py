@@ -10,8 +10,8 @@ import pandas as pd
 
 from videoadapt.config.cost import point_cost, point_macs
 from videoadapt.config.load import Config
-from videoadapt.data.index.manifest import Manifest
-from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation, reported_policy
+from videoadapt.data.index.manifest import Manifest, manifest_path
+from videoadapt.evaluation.evaluated import evaluation_path, read_evaluated_table, read_evaluation, reported_policy
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import Summary, write_csv, write_json
@@ -84,7 +84,7 @@ def flops(config: Config) -> Summary:
         # A model of one point leaves nothing to assign.
         "assigner_macs": assigner_macs(config.assign, len(rows)) if len(rows) > 1 else None,
     }
-    if (config.run.dir / "evaluate" / "evaluate.json").exists() and (costs := _evaluated_costs(config, per_view)):
+    if evaluation_path(config.run.dir).exists() and (costs := _evaluated_costs(config, per_view)):
         summary |= costs
         write_json(config.run.dir / "report" / "flops.json", summary)
     return summary
@@ -96,7 +96,7 @@ def _evaluated_costs(config: Config, macs_per_view: Mapping[str, int]) -> Summar
     if found["macs_per_view"] != macs_per_view:
         _say_left_out(config, "was made with other points or another model")
         return {}
-    manifest = Manifest.load(config.run.dir / "manifest.parquet")
+    manifest = Manifest.load(manifest_path(config.run.dir))
     if found["manifest"] != manifest.hash:
         _say_left_out(config, f"was made with manifest {found['manifest']}, and the run has {manifest.hash} now")
         return {}
@@ -113,8 +113,7 @@ def _evaluated_costs(config: Config, macs_per_view: Mapping[str, int]) -> Summar
 
 
 def _say_left_out(config: Config, why: str) -> None:
-    path = config.run.dir / "evaluate" / "evaluate.json"
-    say(f"{path}: {why}, so the costs of its clips are left out; run `evaluate` again")
+    say(f"{evaluation_path(config.run.dir)}: {why}, so the costs of its clips are left out; run `evaluate` again")
 
 
 def clip_report(

@@ -17,7 +17,7 @@ from videoadapt.config.load import Config
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError, plural
 from videoadapt.evaluation.against_fixed import proven_policy
-from videoadapt.evaluation.evaluated import VIEWS, has_text, read_evaluation, reported_policy
+from videoadapt.evaluation.evaluated import VIEWS, evaluation_path, has_text, read_evaluation, reported_policy
 from videoadapt.evaluation.logits_file import write_logits
 from videoadapt.evaluation.outcomes import PolicyRow, Population, outcomes_of, policy_rows
 from videoadapt.evaluation.result_tables import write_tables
@@ -161,7 +161,7 @@ def evaluate(config: Config, policies: Sequence[Policy | str] = ()) -> Evaluatio
         CheckpointError: There is no model, or the run's assigner does not fit it.
         RunError: A video could be read while it was scored, and cannot be read for the speed measurement.
     """
-    path = config.run.dir / "evaluate" / "evaluate.json"
+    path = evaluation_path(config.run.dir)
     with ranks(config), sole_writer(config, "evaluate") as guard:
         checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))
         model = inference_model(config, checkpoint)
@@ -313,12 +313,12 @@ def _summary(
     before = time.monotonic()
     speed = measure_speed(model, manifest, scores, outcomes, config)
     measured = time.monotonic()
-    folder = config.run.dir / "evaluate"
+    path = evaluation_path(config.run.dir)
     with guard():
         # The old summary is removed first: if writing the tables fails, it must not stand beside the new tables.
-        (folder / "evaluate.json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         classes = write_tables(config, scores, population, outcomes)
-        write_logits(folder / "logits.npz", scores, population, dict(enumerate(manifest["path"])), points)
+        write_logits(path.with_name("logits.npz"), scores, population, dict(enumerate(manifest["path"])), points)
     stages = {"speed": measured - before, "tables": time.monotonic() - measured}
     evaluated, labels = config.evaluate, manifest.split("val")["label"]
     largest = np.bincount(labels).argmax()

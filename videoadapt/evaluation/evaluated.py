@@ -31,6 +31,11 @@ def run_folder(path: Path) -> Path:
     return load_config(path).run.dir
 
 
+def evaluation_path(run: Path) -> Path:
+    """Returns the path of the summary that `evaluate` writes."""
+    return run / "evaluate" / "evaluate.json"
+
+
 def read_evaluation(run: Path, keys: Collection[str] = ()) -> Summary:
     """Reads `evaluate.json` of a run.
 
@@ -41,7 +46,7 @@ def read_evaluation(run: Path, keys: Collection[str] = ()) -> Summary:
     Raises:
         UserError: The run was not evaluated, or the file is damaged.
     """
-    return read_json(run / "evaluate" / "evaluate.json", _REMEDY, ["policies", *keys])
+    return read_json(evaluation_path(run), _REMEDY, ["policies", *keys])
 
 
 def as_evaluated(config: Config) -> Config:
@@ -50,7 +55,7 @@ def as_evaluated(config: Config) -> Config:
     Raises:
         UserError: `evaluate.json` is damaged.
     """
-    if not (config.run.dir / "evaluate" / "evaluate.json").exists():
+    if not evaluation_path(config.run.dir).exists():
         return config
     found = read_evaluation(config.run.dir)
     views = {key: found[key] for key in VIEWS if isinstance(found.get(key), int)}  # earlier versions have none

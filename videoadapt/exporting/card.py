@@ -17,7 +17,7 @@ from videoadapt.config.load import RUN_CONFIG, load_config
 from videoadapt.config.points import Point
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
-from videoadapt.evaluation.evaluated import read_evaluation
+from videoadapt.evaluation.evaluated import evaluation_path, read_evaluation
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.model.weights.facts import stated_licence
@@ -201,7 +201,7 @@ def _training(run: Path) -> dict[str, Any]:
 
 
 def _evaluation(run: Path, weights: str) -> dict[str, Any]:
-    if not (run / "evaluate" / "evaluate.json").exists():
+    if not evaluation_path(run).exists():
         return {}
     found = read_evaluation(run, ["manifest", "split", "scored", "views", "model"])
     if found["model"] != weights:

@@ -15,7 +15,7 @@ import torch
 from videoadapt.config.cost import backward_macs, point_macs
 from videoadapt.config.load import Config
 from videoadapt.data.clips.loader import steps_per_epoch
-from videoadapt.data.index.manifest import Manifest
+from videoadapt.data.index.manifest import Manifest, manifest_path
 from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.performance.memory import TrainingMemory, parameter_count, training_memory
 from videoadapt.performance.timing import Stopwatch, fitted
@@ -223,7 +223,7 @@ def _clips_an_epoch(config: Config, manifest: Manifest | None) -> int | None:
 
 
 def _manifest(config: Config) -> Manifest | None:
-    path = config.run.dir / "manifest.parquet"
+    path = manifest_path(config.run.dir)
     return Manifest.load(path) if path.exists() else None
 
 

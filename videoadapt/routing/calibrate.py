@@ -71,7 +71,7 @@ class CalibrateSummary(Result):
     best_fixed: str  # the cheapest fixed point that is valid; empty if there is none
     # About how many units a first saving needs; None if it is there, if no number suffices, or with `max_cost`.
     needed: int | None
-    ms_estimate: dict[str, float] | None  # of a clip at the chosen policy and the costliest point; see `_milliseconds`
+    ms_estimate: dict[str, float] | None  # of a clip, chosen and costliest; None before the first evaluation
     orders: dict[str, float]  # the part of delta of each order
     ordered_by: str  # what the orders come from
     manifest: str
@@ -247,9 +247,10 @@ def _curve(  # noqa: PLR0913, PLR0917 - columns of one table
 
 
 def _milliseconds(policies: Sequence[Policy], scores: Scores, config: Config) -> dict[str, float] | None:
-    """Estimates the milliseconds of a clip by policy; None without the speeds of the fixed points in an evaluation.
+    """Estimates the milliseconds of a clip by policy; None before the first evaluation, or if it measured no speed.
 
-    The assigner is left out. Batches, the load of the machine and other clips change it, so it is an estimate.
+    The speeds of the fixed points are read from the evaluation's file. The assigner is left out. Batches, the load of
+    the machine and other clips change it, so it is an estimate.
     """
     path = config.run.dir / "evaluate" / "evaluate.json"
     try:

@@ -23,7 +23,13 @@ from videoadapt.model.checkpoint import weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import clip_macs, decide, views_run
 from videoadapt.routing.fit_assigner import SELECTING
-from videoadapt.routing.label_inputs import label_inputs, read_label_summary, read_outcomes
+from videoadapt.routing.label_inputs import (
+    label_inputs,
+    label_summary_path,
+    outcomes_path,
+    read_label_summary,
+    read_outcomes,
+)
 from videoadapt.routing.label_rules import Bools, Choice, Floats, confidence_matrix, right_matrix
 from videoadapt.routing.leap_rules import answer_features
 from videoadapt.routing.learn_then_test import split_delta
@@ -228,8 +234,7 @@ def known_clips(
     Returns:
         The clips, and in words where they come from; None if there is no label table of this model and manifest.
     """
-    folder = config.run.dir / "labels"
-    if not (folder / "outcomes.parquet").exists() or not (folder / "label.json").exists():
+    if not outcomes_path(config.run.dir).exists() or not label_summary_path(config.run.dir).exists():
         return None, f"the cost of the points: the run has no label table; {_NO_LEAPS}"
     now = label_inputs(config, manifest.hash, weights_digest(model))
     summary = read_label_summary(config.run.dir)

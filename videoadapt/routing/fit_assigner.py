@@ -32,6 +32,7 @@ from videoadapt.model.checkpoint import (
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, assigner_loss, assigner_macs
 from videoadapt.routing.label_inputs import (
     label_inputs,
+    outcomes_path,
     read_label_summary,
     read_outcomes,
     require_same_label_inputs,
@@ -254,7 +255,7 @@ def _whole_sources(sources: Choice, fraction: float, seed: int) -> tuple[npt.NDA
 
 
 def _labelled_clips(config: Config) -> LabelledClips:
-    path = config.run.dir / "labels" / "outcomes.parquet"
+    path = outcomes_path(config.run.dir)
     if not path.exists():
         raise UserError(f"{path}: no label table; run `videoadapt label` with this config first")
     made_from = read_label_summary(config.run.dir)["source"]

@@ -16,7 +16,7 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import UserError, plural
 from videoadapt.model.checkpoint import Checkpoint
 from videoadapt.model.timesformer import TimeSformer
-from videoadapt.routing.label_inputs import label_inputs
+from videoadapt.routing.label_inputs import label_inputs, label_summary_path
 from videoadapt.routing.label_rules import LABEL_SPLITS, choose_labels, outcome_table, right_matrix
 from videoadapt.routing.scores import (
     ScoreFiles,
@@ -87,7 +87,7 @@ def label(config: Config) -> LabelSummary | ShardResult:
         UserError: No video of the source can be read, or the model was trained on clips of `holdout`.
         CheckpointError: There is no trained model.
     """
-    path = config.run.dir / "labels" / "label.json"
+    path = label_summary_path(config.run.dir)
     with ranks(config), sole_writer(config, "label") as guard:
         # This and the model come first: indexing may take hours.
         checkpoint = broadcast_checkpoint(lambda: trained_checkpoint(config))

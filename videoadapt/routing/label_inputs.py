@@ -26,13 +26,23 @@ def label_inputs(config: Config, manifest: str | None, weights: str | None) -> I
     return Inputs.of(config, manifest, weights, "run", "data", "model", "evaluate", "label")
 
 
+def label_summary_path(run: Path) -> Path:
+    """Returns the path of the summary that `label` writes."""
+    return run / "labels" / "label.json"
+
+
+def outcomes_path(run: Path) -> Path:
+    """Returns the path of the label table, with one row per clip and point."""
+    return run / "labels" / "outcomes.parquet"
+
+
 def read_label_summary(run: Path) -> Summary:
     """Reads `label.json` of a run.
 
     Raises:
         UserError: There is none, or it is damaged.
     """
-    return read_json(run / "labels" / "label.json", _REMEDY, ["source", "manifest", "model"])
+    return read_json(label_summary_path(run), _REMEDY, ["source", "manifest", "model"])
 
 
 def read_outcomes(run: Path) -> pd.DataFrame:
@@ -42,7 +52,7 @@ def read_outcomes(run: Path) -> pd.DataFrame:
         UserError: There is none, or it is damaged.
     """
     columns = ["video", "clip", "point", "truth", "prediction"]
-    return read_parquet(run / "labels" / "outcomes.parquet", _REMEDY, columns)
+    return read_parquet(outcomes_path(run), _REMEDY, columns)
 
 
 def require_same_label_inputs(run: Path, now: Inputs) -> None:
@@ -57,7 +67,7 @@ def require_same_label_inputs(run: Path, now: Inputs) -> None:
     Raises:
         UserError: Inputs differ; the message names each of them with both values.
     """
-    path, summary = run / "labels" / "label.json", read_label_summary(run)
+    path, summary = label_summary_path(run), read_label_summary(run)
     recorded = {"manifest": summary["manifest"], "weights": summary["model"]}
     if isinstance(summary.get("inputs"), dict):
         recorded["settings"] = summary["inputs"].get("settings")

@@ -27,7 +27,13 @@ from videoadapt.errors import CheckpointError, UserError, few, plural
 from videoadapt.model.checkpoint import Checkpoint, find_checkpoint, require_same, weights_digest
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner, assigner_checkpoints, restore_assigner
-from videoadapt.routing.label_inputs import read_label_summary, read_outcomes, require_same_label_inputs
+from videoadapt.routing.label_inputs import (
+    label_summary_path,
+    outcomes_path,
+    read_label_summary,
+    read_outcomes,
+    require_same_label_inputs,
+)
 from videoadapt.routing.label_rules import (
     Bools,
     Choice,
@@ -705,7 +711,7 @@ def _leap_of_file(path: Path, file: PolicyFile, model: ModelConfig) -> Leap:
 
 
 def _label_table(what: str, run: Path | None, weights: nn.Module | None) -> pd.DataFrame:
-    path = (run or Path()) / "labels" / "outcomes.parquet"
+    path = outcomes_path(run or Path())
     if run is None or not path.exists():
         raise UserError(f"{what} is fitted on a label table, but {path} does not exist; run `label` first")
     if weights is not None:  # confidences of another model would give another cost
@@ -719,5 +725,5 @@ def require_labels_of_model(model: nn.Module, run: Path) -> None:
     Raises:
         UserError: The table was made by other weights.
     """
-    if (run / "labels" / "label.json").exists():
+    if label_summary_path(run).exists():
         require_same_label_inputs(run, Inputs(None, weights_digest(model), {}))

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from videoadapt.config.load import Config
-from videoadapt.data.index.manifest import Manifest, Row
+from videoadapt.data.index.manifest import Manifest, Row, manifest_path
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, run_on_files
 from videoadapt.data.video.files import exists
 from videoadapt.data.video.limits import Limits
@@ -52,7 +52,7 @@ def check(path: Path, config: Config) -> CheckResult:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected a manifest, or the folder of a run")
-    manifest = Manifest.load(path / "manifest.parquet" if path.is_dir() else path)
+    manifest = Manifest.load(manifest_path(path) if path.is_dir() else path)
     results = _probe_again(set(manifest["path"]), config)
     differences = []
     for row in manifest:
