@@ -27,7 +27,7 @@ from videoadapt.data.index.manifest import load_or_index
 from videoadapt.data.video.readers import open_video
 from videoadapt.errors import CheckpointError, RunError, UserError
 from videoadapt.exporting import graphs, hugging_face
-from videoadapt.exporting.adaptive import AdaptiveModel, policy_text
+from videoadapt.exporting.adaptive import AdaptiveModel
 from videoadapt.exporting.card import Facts, _evaluation, cut_card, model_card
 from videoadapt.exporting.export import _compare_router, _sample, export, routing_settings
 from videoadapt.exporting.hugging_face import require_plain
@@ -468,8 +468,8 @@ def test_the_policy_of_a_saved_model_has_its_numbers(run: Config, tmp_path: Path
         adaptive = AdaptiveModel.from_run(run, policy)
         adaptive.save_pretrained(tmp_path)
         loaded = AdaptiveModel.from_pretrained(tmp_path)
-        assert policy_text(loaded.policy) == policy_text(adaptive.policy)
-        assert policy.removesuffix(":margin") in policy_text(adaptive.policy)
+        assert loaded.policy.written() == adaptive.policy.written()
+        assert policy.removesuffix(":margin") in adaptive.policy.written()
     with pytest.raises(UserError, match="point"):
         AdaptiveModel.from_run(run, "fixed:7")
 

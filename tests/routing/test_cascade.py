@@ -18,7 +18,6 @@ from videoadapt.config.cost import point_macs
 from videoadapt.config.sections import ModelConfig
 from videoadapt.errors import UserError
 from videoadapt.evaluation.outcomes import pareto_front
-from videoadapt.exporting.adaptive import policy_text
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.decide import Decision, clip_macs, decide, views_run
 from videoadapt.routing.label_rules import Choice, confidence, confidence_matrix, fit_threshold, outcome_table, softmax
@@ -150,9 +149,9 @@ def test_a_wrong_cascade_is_refused_and_the_error_lists_the_points(text: str) ->
 def test_a_threshold_that_nothing_reaches_can_be_written() -> None:
     never = fit_threshold(np.ones((3, 2)), np.array([0.5, 1.0]), 1.5)  # the cost pays for all points
     cascade = Cascade(("8@0.5", "14"), (never,))
-    assert parse_cascade(policy_text(cascade).removeprefix("cascade:"), MODEL, None) == cascade
+    assert parse_cascade(cascade.written().removeprefix("cascade:"), MODEL, None) == cascade
     sure = Cascade(("8@0.5", "14"), (1 - 3e-14,))
-    assert parse_cascade(policy_text(sure).removeprefix("cascade:"), MODEL, None) == sure
+    assert parse_cascade(sure.written().removeprefix("cascade:"), MODEL, None) == sure
     with pytest.raises(UserError, match="thresholds from 0 to 1"):
         parse_cascade("8@0.5,14:1.5", MODEL, None)
 

@@ -25,7 +25,18 @@ from videoadapt.routing.label_rules import (
     right_matrix,
     softmax,
 )
-from videoadapt.routing.policy import Assigned, Evidence, Fixed, Mixture, Oracle, Random, mix_of, parse_policy
+from videoadapt.routing.policy import (
+    Assigned,
+    Cascade,
+    Evidence,
+    Fixed,
+    Mixture,
+    Oracle,
+    Policy,
+    Random,
+    mix_of,
+    parse_policy,
+)
 from videoadapt.routing.threshold import choose_threshold
 
 POINTS = ("14", "10", "7")
@@ -322,6 +333,23 @@ def test_the_error_of_an_unknown_policy_lists_the_known_ones(text: str) -> None:
 def test_the_error_of_assigned_without_an_assigner_names_the_verb() -> None:
     with pytest.raises(UserError, match="run `videoadapt label` and `videoadapt assign` first"):
         parse_policy("assigned", None, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("policy", "text", "largest"),
+    [
+        (Fixed("10"), "fixed:10", 2),
+        (Mixture(("14", "7"), 1 / 3), "mixture:14,7:0.3333333333333333", 4),
+        (Oracle(), "oracle", 4),
+        (Cascade(("7", "14"), (0.1 + 0.2,), text="7,14:cost=0.5"), "cascade:7,14:0.30000000000000004:probability", 7),
+        (Cascade(("7",), (0.9,), "margin", views=True), "cascade:7:views:0.9:margin", 7),
+    ],
+)
+def test_a_policy_is_written_with_all_its_numbers_and_knows_its_largest_cost(
+    policy: Policy, text: str, largest: int
+) -> None:
+    assert policy.written() == text
+    assert policy.largest_cost([4, 2, 1], POINTS) == largest
 
 
 def test_only_the_assigned_policy_pays_for_an_assigner() -> None:

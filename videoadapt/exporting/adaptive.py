@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -26,7 +25,7 @@ from videoadapt.model.checkpoint import load_tensors, restore_model, weights_dig
 from videoadapt.model.timesformer import TimeSformer
 from videoadapt.routing.assigner import Assigner
 from videoadapt.routing.label_inputs import label_inputs
-from videoadapt.routing.policy import Assigned, Cascade, Leap, Mixture, Policy, parse_policy
+from videoadapt.routing.policy import Assigned, Leap, Policy, parse_policy
 from videoadapt.routing.policy_file import OF_RUN, is_policy_file, say_other_inputs
 from videoadapt.routing.scores import trained_checkpoint
 from videoadapt.runtime.console import say
@@ -125,7 +124,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
             model,
             # Its weights are compared; another comparison would print its warnings twice.
             None if assigned is None else replace(assigned, weights=None, assigner=assigned.assigner.float()),
-            chosen if chosen is None or isinstance(chosen, Leap) else policy_text(chosen),
+            chosen if chosen is None or isinstance(chosen, Leap) else chosen.written(),
             evaluate=_kept(config.evaluate, _EVALUATE),
             data=_kept(config.data, _DATA),
             facts=Facts.of_run(run, measured, config.run.precision),
@@ -167,7 +166,7 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
                 "weights": weights_digest(self),
                 "model": self.model.config.model_dump(mode="json"),
                 "classes": list(self.model.class_names),
-                "policy": policy_text(self.policy),
+                "policy": self.policy.written(),
                 "leap": self.policy.to_json() if isinstance(self.policy, Leap) else None,
                 "assigner": None
                 if assigned is None
@@ -230,24 +229,6 @@ class AdaptiveModel(nn.Module, PyTorchModelHubMixin):
                 f"({' '.join(str(error).split())[:200]})"
             ) from None
         return _load(Path(files[0]).parent)
-
-
-def policy_text(policy: Policy) -> str:
-    """Returns a policy as text with all its numbers: a threshold that was fitted stands in place of `cost=`."""
-    if isinstance(policy, Mixture):
-        return f"mixture:{','.join(policy.points)}:{_decimal(policy.fraction)}"
-    if isinstance(policy, Assigned) and policy.name != "assigned":
-        return f"assigned:{_decimal(policy.threshold)}"
-    if isinstance(policy, Leap):  # its regressions stand beside the text, see `Leap.to_json`
-        return f"leap:{policy.first}:price={policy.price!r}"
-    if not isinstance(policy, Cascade):
-        return policy.name
-    over = "views:" if policy.views else ""
-    return f"cascade:{','.join(policy.points)}:{over}{','.join(map(_decimal, policy.thresholds))}:{policy.measure}"
-
-
-def _decimal(value: float) -> str:
-    return np.format_float_positional(value, trim="-")  # all digits: the text of a policy has no exponents
 
 
 def _kept(section: Any, names: tuple[str, ...]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -25,13 +25,13 @@ from videoadapt.data.clips.views import normalise
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import RunError, UserError, plural
 from videoadapt.exporting import graphs
-from videoadapt.exporting.adaptive import AdaptiveModel, policy_text
+from videoadapt.exporting.adaptive import AdaptiveModel
 from videoadapt.exporting.card import cut_card
 from videoadapt.exporting.hugging_face import cut_logits, require_plain, write_cut
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.decide import clip_macs, views_run
-from videoadapt.routing.policy import Assigned, Cascade, Leap, Policy
+from videoadapt.routing.policy import Leap, Policy
 from videoadapt.routing.router import Router
 from videoadapt.runtime.console import say
 from videoadapt.runtime.files import replacing_folder, write_json
@@ -174,7 +174,7 @@ def _require_routable(adaptive: AdaptiveModel) -> None:
     from videoadapt.exporting.onnx_router import parse_policy  # imports onnxruntime, of the extra `export`
 
     try:
-        parse_policy(policy_text(adaptive.policy), routing_settings(adaptive))
+        parse_policy(adaptive.policy.written(), routing_settings(adaptive))
     except ValueError as error:
         raise UserError(
             f"export: the router for onnxruntime cannot run it: {error}; set export.policy, or leave onnx out of "
@@ -272,7 +272,7 @@ def routing_settings(adaptive: AdaptiveModel) -> dict[str, Any]:
         "points": list(points),
         "macs": dict(point_macs(config)),
         "assigner": assigned,
-        "policy": policy_text(adaptive.policy),
+        "policy": adaptive.policy.written(),
         "leap": adaptive.policy.to_json() if isinstance(adaptive.policy, Leap) else None,
         "classes": list(adaptive.model.class_names) or list(map(str, range(config.num_classes))),
         "num_frames": config.num_frames,
@@ -318,7 +318,7 @@ def _compare_router(folder: Path, adaptive: AdaptiveModel, sample: _Sample, tole
     chosen, _, macs = exact = by_model(adaptive.policy)
     ways, same = [exact], chosen == found
     if not same.all():
-        ways += [by_model(_shifted(adaptive.policy, by)) for by in (-tolerance, tolerance)]
+        ways += [by_model(adaptive.policy.shifted(by)) for by in (-tolerance, tolerance)]
     agree = np.stack([(choice == found) & (cost == routed.macs) for choice, _, cost in ways])  # (ways, clips)
     if not agree.any(0).all():
         clip = int((~agree.any(0)).argmax())
@@ -334,15 +334,6 @@ def _compare_router(folder: Path, adaptive: AdaptiveModel, sample: _Sample, tole
     logits, wanted = (torch.from_numpy(each).flatten(0, 1) for each in (routed.logits, expected))
     checked = _compared("router", router.policy, logits, wanted, tolerance)
     return Checked("router", router.policy, len(same), checked.difference, float(same.mean()))
-
-
-def _shifted(policy: Policy, by: float) -> Policy:
-    """Returns a policy whose thresholds, or whose price, differ by a small number."""
-    if isinstance(policy, Assigned):
-        return policy.at(policy.threshold + by)
-    if isinstance(policy, Cascade):
-        return replace(policy, thresholds=tuple(threshold + by for threshold in policy.thresholds))
-    return policy.at(policy.price + by) if isinstance(policy, Leap) else policy
 
 
 def _in_batches(function: _Run | nn.Module, inputs: Tensor, sizes: Sequence[int]) -> Tensor:

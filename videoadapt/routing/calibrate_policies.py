@@ -14,7 +14,7 @@ from videoadapt.routing.assigner import assigner_macs
 from videoadapt.routing.candidates import Order
 from videoadapt.routing.label_rules import Bools, Choice, Floats
 from videoadapt.routing.learn_then_test import loss_p_values, mean_p_values, valid_policies
-from videoadapt.routing.policy import Fixed, Leap, OnePointPolicy, Policy
+from videoadapt.routing.policy import Fixed, Policy
 from videoadapt.routing.replay import replay
 from videoadapt.routing.scores import Scores
 
@@ -103,15 +103,8 @@ def _largest_macs(policy: Policy, clips: int, views: int, config: Config) -> int
     macs, model = list(point_macs(config.model).values()), config.model
     of_unit = views if policy.unit == "video" else views // clips
     steps = [macs[point] * (stop - start) for point, start, stop in policy.steps(model.points, of_unit)]
-    if isinstance(policy, OnePointPolicy):
-        largest = steps[model.points.index(policy.point)] if isinstance(policy, Fixed) else max(steps)
-    elif isinstance(policy, Leap):
-        first = steps.pop(model.points.index(policy.first))
-        largest = first + max(steps)
-    else:
-        largest = sum(steps)
     assigner = assigner_macs(policy.assigner.config, len(macs)) if policy.assigner is not None else 0
-    return largest * (views // of_unit) + clips * assigner
+    return policy.largest_cost(steps, model.points) * (views // of_unit) + clips * assigner
 
 
 def run_tests(

@@ -170,6 +170,23 @@ class Policy(ABC):
         """Returns further fields for the policy's row in `evaluate.json`, by key."""
         return {}
 
+    def written(self) -> str:
+        """Returns the policy as text with all its numbers: a threshold that was fitted stands in place of `cost=`."""
+        return self.name
+
+    def shifted(self, by: float) -> Policy:
+        """Returns the policy with thresholds, or a price, that differ by a small number."""
+        return self
+
+    def largest_cost(self, costs: Sequence[int], points: tuple[str, ...]) -> int:
+        """Returns the cost of a unit that runs all that the policy allows.
+
+        Args:
+            costs: The cost of each of its steps.
+            points: The points of the model.
+        """
+        return sum(costs)
+
 
 class OnePointPolicy(Policy):
     """A policy that chooses one point for each clip before the model runs."""
@@ -183,6 +200,10 @@ class OnePointPolicy(Policy):
         if (last == NO_STEP).all():  # in rounds: all clips run their only point in the first round
             return self.choose(evidence)
         return np.where(last == NO_STEP, self.choose(evidence), NO_STEP)  # a queue may mix new clips and others
+
+    def largest_cost(self, costs: Sequence[int], points: tuple[str, ...]) -> int:
+        """Returns the cost of the costliest point."""
+        return max(costs)
 
 
 @dataclass(frozen=True)
@@ -203,6 +224,10 @@ class Fixed(OnePointPolicy):
     def check(self, model: TimeSformer) -> None:
         """Raises `UserError` if the model does not have the point."""
         _numbers(self, (self.point,), model.config.points)
+
+    def largest_cost(self, costs: Sequence[int], points: tuple[str, ...]) -> int:
+        """Returns the cost of the point."""
+        return costs[points.index(self.point)]
 
 
 @dataclass(frozen=True)
@@ -235,6 +260,10 @@ class Mixture(OnePointPolicy):
     def check(self, model: TimeSformer) -> None:
         """Raises `UserError` if the model does not have one of the points."""
         _numbers(self, self.points, model.config.points)
+
+    def written(self) -> str:
+        """Returns the name with all digits of the fraction."""
+        return f"mixture:{','.join(self.points)}:{_decimal(self.fraction)}"
 
 
 @dataclass(frozen=True)
@@ -269,6 +298,14 @@ class Assigned(OnePointPolicy):
     def at(self, threshold: float) -> Assigned:
         """Returns the same policy with another threshold, which becomes part of the name."""
         return replace(self, threshold=threshold, text=f"assigned:{threshold:g}")
+
+    def written(self) -> str:
+        """Returns the name with all digits of a threshold other than the fitted one."""
+        return self.name if self.name == "assigned" else f"assigned:{_decimal(self.threshold)}"
+
+    def shifted(self, by: float) -> Assigned:
+        """Returns the same policy with another threshold."""
+        return self.at(self.threshold + by)
 
     @classmethod
     def load(cls, source: str | Path) -> Assigned:
@@ -418,6 +455,15 @@ class Cascade(Policy):
         """Returns the thresholds. The name does not contain fitted thresholds."""
         return {"thresholds": self.thresholds}
 
+    def written(self) -> str:
+        """Returns the points, all digits of the thresholds, and the measure."""
+        over = "views:" if self.views else ""
+        return f"cascade:{','.join(self.points)}:{over}{','.join(map(_decimal, self.thresholds))}:{self.measure}"
+
+    def shifted(self, by: float) -> Cascade:
+        """Returns the same cascade with other thresholds."""
+        return replace(self, thresholds=tuple(threshold + by for threshold in self.thresholds))
+
 
 @dataclass(frozen=True)
 class Leap(Policy):
@@ -521,6 +567,19 @@ class Leap(Policy):
         """Returns the price. A name with `cost=` does not contain it."""
         return {"price": self.price}
 
+    def written(self) -> str:
+        """Returns the first point and the price. The regressions stand beside the text, see `to_json`."""
+        return f"leap:{self.first}:price={self.price!r}"
+
+    def shifted(self, by: float) -> Leap:
+        """Returns the same leap with another price."""
+        return self.at(self.price + by)
+
+    def largest_cost(self, costs: Sequence[int], points: tuple[str, ...]) -> int:
+        """Returns the cost of the first point and of the costliest other one."""
+        first = points.index(self.first)
+        return costs[first] + max((*costs[:first], *costs[first + 1 :]))
+
 
 @dataclass(frozen=True)
 class Random(OnePointPolicy):
@@ -557,6 +616,10 @@ class Oracle(OnePointPolicy):
         """Returns the point of each clip by the truth."""
         assert evidence.right is not None, "`decide` checks that the evidence in `needs` is present"
         return last_true(evidence.right)
+
+
+def _decimal(value: float) -> str:
+    return np.format_float_positional(value, trim="-")  # all digits: the text of a policy has no exponents
 
 
 def _numbers(policy: Policy, wanted: Sequence[str], points: Sequence[str]) -> list[int]:
