@@ -94,7 +94,7 @@ class _Recipe(NamedTuple):
     frozen: int  # blocks that keep the weights
     epochs: int  # that fit into the time; 0: not one
     epoch_s: float  # with its part of the validations
-    validated: float  # share of val in a validation
+    validated: float  # fraction of val in a validation
     validate_every: int  # epochs
 
 
@@ -181,14 +181,14 @@ def _recipes(
         points = tuple(points_of(length) if every_point else points_of(length)[::2])
         macs = _macs(model, data, frames, points)
         train_macs = macs * clips * (1 + _BACKWARD * (1 - frozen / depth))
-        share = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
+        fraction = min(1.0, _VALIDATION * train_macs / (macs * data.clips("val")))
         for validate_every in (1, 2):
-            epoch_s = (train_macs + share / validate_every * macs * data.clips("val")) / machine.macs_per_s
+            epoch_s = (train_macs + fraction / validate_every * macs * data.clips("val")) / machine.macs_per_s
             epochs = min(int(60 * minutes / epoch_s), most)
             if epochs >= _least(few):
                 break
         if not recipes or epoch_s < min(recipe.epoch_s for recipe in recipes):
-            recipes.append(_Recipe(frames, points, frozen, epochs, epoch_s, share, validate_every))
+            recipes.append(_Recipe(frames, points, frozen, epochs, epoch_s, fraction, validate_every))
     return recipes
 
 
@@ -280,9 +280,10 @@ def _why_holdout(clips: int, holdout: float, sources: int | None) -> str:
 def _validated(data: Survey, chosen: _Recipe) -> Setting:
     if chosen.validated > _NEARLY_ALL:
         return Setting("val", "")
-    share = max(0.01, round(chosen.validated, 2))
+    fraction = max(0.01, round(chosen.validated, 2))
     return Setting(
-        share, f"{round(share * data.clips('val'))} of them at a time, for at most a sixth of the time of an epoch"
+        fraction,
+        f"{round(fraction * data.clips('val'))} of them at a time, for at most a sixth of the time of an epoch",
     )
 
 

@@ -99,5 +99,5 @@ def _largest(stages_s: Mapping[str, float]) -> str:
     """Returns the stages that take most of the time over decoded clips."""
     routed = {stage: seconds for stage, seconds in stages_s.items() if stage != "decode"}
     total = sum(routed.values()) or 1.0
-    shares = sorted(((seconds / total, stage) for stage, seconds in routed.items()), reverse=True)
-    return ", ".join(f"{stage} {share:.0%}" for share, stage in shares[:3] if share >= 0.01)  # noqa: PLR2004 - 1 %
+    fractions = sorted(((seconds / total, stage) for stage, seconds in routed.items()), reverse=True)
+    return ", ".join(f"{stage} {fraction:.0%}" for fraction, stage in fractions[:3] if fraction >= 0.01)  # noqa: PLR2004 - 1 %

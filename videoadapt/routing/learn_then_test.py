@@ -47,12 +47,12 @@ def mean_p_values(means: Floats, most: Floats, units: int, bound: float) -> Floa
         units: Number of units: videos, or sources of videos.
         bound: Largest mean that keeps the promise.
     """
-    share = np.minimum(bound / most, 1.0)  # of the largest value, as the bounds are for values in [0, 1]
-    found = np.minimum(means / most, share)  # above the bound, Hoeffding's p-value is 1
-    bentkus = math.e * stats.binom.cdf(np.ceil(units * means / most - _ROUNDING), units, share)
+    fraction = np.minimum(bound / most, 1.0)  # of the largest value, as the bounds are for values in [0, 1]
+    found = np.minimum(means / most, fraction)  # above the bound, Hoeffding's p-value is 1
+    bentkus = math.e * stats.binom.cdf(np.ceil(units * means / most - _ROUNDING), units, fraction)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 log 0 counts as 0
-        above = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - share)), 0.0)
-        below = np.where(found > 0, found * np.log(found / share), 0.0)
+        above = np.where(found < 1, (1 - found) * np.log((1 - found) / (1 - fraction)), 0.0)
+        below = np.where(found > 0, found * np.log(found / fraction), 0.0)
     p_values: Floats = np.minimum(1.0, np.minimum(np.exp(-units * (above + below)), bentkus))
     return np.where(most <= bound, 0.0, p_values)  # no unit can be above the bound
 

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation (MFU): the share of the device's matrix-multiply rate that training reaches at each point.
+"""Model FLOPs utilisation (MFU): the part of the device's matrix-multiply rate that training reaches at each point.
 
 The rate is that of a large matrix product on the same device in the same precision, not a data sheet's. The operations
 are those of the architecture (`config.cost`): what activation checkpointing computes again does not count.

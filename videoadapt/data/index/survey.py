@@ -308,7 +308,7 @@ def _survey(
 
 def _spread(values: Iterable[float]) -> Spread:
     ordered = sorted(values)
-    low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.5, 0.9))
+    low, middle, high = (ordered[round(fraction * (len(ordered) - 1))] for fraction in (0.1, 0.5, 0.9))
     return Spread(low, middle, high)
 
 
