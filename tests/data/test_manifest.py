@@ -84,6 +84,9 @@ def test_the_manifest_has_every_listed_video_with_its_status_and_cause(tmp_path:
     assert manifest["label"].tolist() == [0, 1, 1, 2, 0]
     assert manifest["video"].tolist() == ["v0.mp4", "broken.mp4", "gone.mp4", "v1.mp4", "v2.mp4"]
     assert manifest.split("train").readable["path"].tolist() == [str(videos / "v0.mp4"), str(videos / "v1.mp4")]
+    assert manifest.readable_rows("train").tolist() == [0, 3]
+    assert manifest.readable_rows().tolist() == manifest.readable_rows("val", "train").tolist() == [0, 3, 4]
+    assert manifest.readable_rows("holdout").tolist() == []
     row = manifest.row(0)
     assert row.info == probe(videos / "v0.mp4")
     assert (type(row.label), type(row.fps), row.damage) == (int, float, None)

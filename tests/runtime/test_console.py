@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from videoadapt.errors import plural
 from videoadapt.runtime import console
-from videoadapt.runtime.console import Bar, duration, macs, percent, print_table, say
+from videoadapt.runtime.console import (
+    Bar,
+    duration,
+    in_points,
+    macs,
+    percent,
+    percent_interval,
+    print_table,
+    say,
+    signed_points,
+)
 
 
 def test_messages_and_progress_go_to_stderr_and_tables_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +147,9 @@ def test_printed_macs_have_no_exponent_and_the_right_value(value: float) -> None
 
 def test_fractions_are_printed_in_per_cent() -> None:
     assert [percent(v) for v in (0.0, 0.7534, 1.0)] == ["0.0", "75.3", "100.0"]
+    assert percent_interval(0.7534, 0.71, 0.7921) == "75.3 (71.0 to 79.2)"
+    assert signed_points((0.012, -0.003, 0.027)) == "+1.2 (-0.3 to +2.7)"
+    assert in_points((0.012, -0.003, 0.027)) == "+1.2 points (-0.3 to +2.7)"
 
 
 @pytest.mark.parametrize(
