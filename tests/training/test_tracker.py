@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import pytest
 
@@ -82,3 +84,55 @@ def test_a_tracker_that_is_not_installed_is_refused_and_one_that_fails_is_given_
         tracker.log(step, {"lr": 0.1})
     tracker.close()
     assert capsys.readouterr().err.count("clearml failed and gets no more values") == 1
+
+
+# The packages are large and optional, so a module that records its calls takes the place of each.
+
+STEPS = [1, 2, 3, 4]
+WITH_VALIDATIONS = [1, 2, 2, 2, 3, 4, 4, 4]  # the values and the seconds of each
+
+
+def recorded_twice(tmp_path: Path, tracker: str) -> str:
+    """Two starts of one training; returns the id of the tracker's run, which is the same."""
+    config = runs.config(tmp_path, tmp_path / "pets", train={"tracker": tracker})
+    assert record(config, range(1, 3)) == (name := record(config, range(3, 5)))
+    return name
+
+
+def test_wandb_is_resumed_by_id_and_gets_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb := MagicMock())
+    name = recorded_twice(tmp_path, "wandb")
+    for key, value in {"id": name, "resume": "allow", "name": "pets"}.items():
+        assert [started.kwargs[key] for started in wandb.init.call_args_list] == [value, value]
+    run = wandb.init.return_value
+    assert [c.kwargs["step"] for c in run.log.call_args_list] == WITH_VALIDATIONS
+    assert run.log.call_args_list[0].args[0]["loss/4@0.5"] == 0.1
+    assert run.finish.call_count == 2
+
+
+def test_mlflow_gets_one_run_and_names_that_it_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow := MagicMock())
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities := MagicMock())
+    client = mlflow.MlflowClient.return_value
+    client.create_run.return_value.info.run_id = "7"
+    assert recorded_twice(tmp_path, "mlflow") == "7"
+    assert client.create_run.call_count == 1
+    assert client.update_run.mock_calls == [call("7", status="RUNNING")]
+    metrics = [c.args for c in entities.Metric.call_args_list]
+    assert not any("@" in name for name, *_ in metrics)
+    assert [step for name, _, _, step in metrics if name == "loss/4_keep_0.5"] == STEPS
+    assert client.set_terminated.mock_calls == [call("7")] * 2
+
+
+def test_clearml_continues_its_task_at_the_steps_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "clearml", clearml := MagicMock())
+    init = clearml.Task.init
+    task = init.return_value
+    task.id = "7"
+    assert recorded_twice(tmp_path, "clearml") == "7"
+    assert [c.kwargs["continue_last_task"] for c in init.call_args_list] == [False, "7"]
+    assert task.set_initial_iteration.mock_calls == [call(0)] * 2  # otherwise its steps would begin after the last one
+    sent = task.get_logger.return_value.report_scalar.mock_calls
+    assert [c.kwargs["iteration"] for c in sent if c.args[:2] == ("loss", "4@0.5")] == STEPS
+    assert call("lr", "lr", 0.1, iteration=1) in sent
+    assert task.close.call_count == 2
