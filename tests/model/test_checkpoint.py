@@ -262,6 +262,18 @@ def test_keep_sets_how_many_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("step-*"))) == 3
 
 
+def test_the_best_checkpoint_stays_until_another_one_is_the_best(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 10)
+    checkpoints.mark_best(10)
+    saved(tmp_path, 20, 30, 40)
+    assert [int(path.stem[-8:]) for path in sorted(tmp_path.glob("step-*"))] == [10, 30, 40]
+    assert checkpoints.best().meta["step"] == 10
+    checkpoints.mark_best(40)
+    saved(tmp_path, 50, 60)
+    assert [int(path.stem[-8:]) for path in sorted(tmp_path.glob("step-*"))] == [40, 50, 60]
+    assert checkpoints.best().meta["step"] == 40
+
+
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 10, 20)
     checkpoints.save(20, {"model/w": torch.zeros(1)}, {"at": "again"})
