@@ -326,8 +326,8 @@ def test_decord_is_refused_for_files_that_it_is_not_trusted_with(tmp_path: Path)
     assert isinstance(open_video(sound, info=damaged), PyAVReader)
 
 
-def bad_files(folder: Path) -> list[Path]:
-    """One file of each kind that is not a video, or only a part of one."""
+def bad_files(folder: Path) -> dict[Path, str]:
+    """One file of each kind that is not a video, or only a part of one, and what is wrong with it."""
     whole = write_video(folder / "good" / "a.mp4", numbered(60, 128, 160)).read_bytes()
     contents = {
         "empty.mp4": b"",
@@ -344,20 +344,28 @@ def bad_files(folder: Path) -> list[Path]:
     (folder / "image.png").rename(folder / "png_called.mp4")
     (folder / "folder.mp4").mkdir()
     os.mkfifo(folder / "pipe.mp4")
-    return [
-        *(folder / name for name in contents),
-        *map(folder.joinpath, ("png_called.mp4", "folder.mp4", "pipe.mp4", "no")),
-    ]
+    messages = {
+        "empty.mp4": "the file is empty",
+        **dict.fromkeys(("zeros.mp4", "text.mp4", "half.mp4"), "cannot be read as a video: "),
+        "notes.txt": "not a video file (FFmpeg reads it as tty)",
+        "playlist.mp4": "not a video file (FFmpeg reads it as concat)",
+        "half.png": "cannot be read as an image: ",
+        "png_called.mp4": "not a video file (FFmpeg reads it as png_pipe)",
+        "folder.mp4": "a folder without images, not a video",
+        "pipe.mp4": "not a regular file",
+        "no": "No such file or directory",
+    }
+    return {folder / name: message for name, message in messages.items()}
 
 
 def test_a_file_that_is_not_a_video_gives_a_one_line_error_with_its_path(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for path in bad_files(tmp_path):
+    for path, cause in bad_files(tmp_path).items():
         with pytest.raises(VideoError) as caught:
             open_video(path)
         message = str(caught.value)
-        assert message.startswith(f"{path}: ")
+        assert message.startswith(f"{path}: {cause}")
         assert "\n" not in message
         assert message.count(str(path)) == 1
     capfd_text = capfd.readouterr()
