@@ -237,6 +237,7 @@ def test_damage_of_the_first_packet_leaves_the_later_keyframes(tmp_path: Path) -
     path = write_video(tmp_path / "a.mp4", numbered(60), gop=20, b_frames=0, options={"x264-params": "scenecut=0"})
     with av.open(str(path)) as container:
         first = next(packet for packet in container.demux(video=0))
+    assert first.pos is not None
     data = bytearray(path.read_bytes())
     data[first.pos : first.pos + first.size] = random.Random(0).randbytes(first.size)
     path.write_bytes(data)
