@@ -82,14 +82,8 @@ def _read_folder(folder: Path, which: WhichWeights) -> Weights:
         if path.is_file():
             weights = _chosen(_read_file(path), str(folder), which)
             return weights._replace(heads=_stated_heads(folder / "config.json"))
-    ours = max(
-        (
-            file
-            for inside in ("", "checkpoints/", "run/checkpoints/")
-            for file in folder.glob(f"{inside}step-*.safetensors")
-        ),
-        default=None,
-    )
+    of_a_run = ("step-*", "checkpoints/step-*", "run/checkpoints/step-*")
+    ours = max((file for name in of_a_run for file in folder.glob(f"{name}.safetensors")), default=None)
     raise CheckpointError(
         f"{folder}: expected model.safetensors or pytorch_model.bin in this folder, found neither"
         + (f"; of a run, name the file of a checkpoint: {ours}" if ours else "")
