@@ -7,7 +7,6 @@ import functools
 import io
 import shutil
 import subprocess
-import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -102,9 +101,3 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as ended:
             assert isinstance(ended.code, int)
             return subprocess.CompletedProcess(arguments, ended.code, out.getvalue(), errors.getvalue())
-
-
-def command_process(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs `videoadapt WORDS` as a process of its own: for limits, signals, and what the interpreter itself does."""
-    line = [sys.executable, "-m", "videoadapt", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]

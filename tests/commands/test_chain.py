@@ -88,7 +88,7 @@ def test_the_summary_follows_from_the_tables(run: Config) -> None:
         assert row["top1"] == pytest.approx(videos.loc[videos["policy"] == name, "right"].mean())
         assert row["macs_per_clip"] == pytest.approx(clips.loc[clips["policy"] == name, "macs"].mean())
         assert row["top1_low"] <= row["top1"] <= row["top1_high"]
-        assert 0.1 < row["clips_per_s"] < 1e5
+        assert row["clips_per_s"] > 0
         assert sum(row["mix"].values()) == pytest.approx(1)
     assert summary["policies"]["random"]["mix"] == summary["policies"]["assigned"]["mix"]
     assert summary["policies"]["oracle"]["top1"] >= max(r["top1"] for r in summary["policies"].values())

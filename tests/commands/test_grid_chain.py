@@ -80,7 +80,7 @@ def test_the_cost_of_a_cascade_is_the_sum_over_the_points_that_it_ran(run: Confi
     whole = rows[names[2]]
     assert whole["mix"]["8"] == 1
     assert whole["top1"] == rows["fixed:8"]["top1"]
-    assert all(0.1 < rows[name]["clips_per_s"] < 1e5 for name in names)
+    assert all(rows[name]["clips_per_s"] > 0 for name in names)
 
 
 def test_the_front_is_marked_and_random_and_the_oracle_are_not_on_it(run: Config) -> None:

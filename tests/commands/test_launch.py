@@ -444,11 +444,11 @@ def test_all_stages_on_this_machine(tmp_path: Path) -> None:
         tmp_path / "run",
         train={"epochs": 1},
         launch={"cluster": "local", "shards": 2},  # no arrays here: shards has no effect
-        slurm={"tasks_per_node": 2, "gpus_per_task": 0},
+        slurm={"tasks_per_node": 1, "gpus_per_task": 0, "stages": {"label": {"tasks_per_node": 2}}},
     )
     result = launch(config, [])
     assert [(job.stage, job.ranks) for job in result.jobs] == [
-        ("train", 2), ("label", 2), ("assign", 1), ("evaluate", 2)
+        ("train", 1), ("label", 2), ("assign", 1), ("evaluate", 1)
     ]  # fmt: skip
     assert all(Path(job.log).exists() for job in result.jobs)
     assert json.loads((config.run.dir / "evaluate" / "evaluate.json").read_text())["scored"] == 12

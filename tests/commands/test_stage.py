@@ -16,9 +16,12 @@ import small_runs as runs
 from videoadapt.commands import stage as jobs
 from videoadapt.commands.stage import run_stage
 from videoadapt.config.load import Config, dump_config, make_config
+from videoadapt.data.index.manifest import load_or_index
 from videoadapt.errors import RunError
+from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.runtime.results import ShardResult
 from videoadapt.runtime.signals import JOB_SIGNALS, Stopped, StopRequest
+from videoadapt.training.state import State
 
 CONFIG = make_config({"slurm": {"max_restarts": 3}})  # its run folder is in the working directory
 
@@ -190,7 +193,8 @@ def test_a_signal_before_torch_is_imported_requeues_after_the_first_save(tmp_pat
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"save_steps": 0})
     (tmp_path / "config.yaml").write_text(dump_config(config))
     if stage == "label":
-        assert runs.command("train", tmp_path / "config.yaml").returncode == 0
+        state = State.start(config, load_or_index(config))
+        train_checkpoints(config.run.dir).save(0, *state.saved())
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     # SLURM ends all processes of the job, including `scontrol` itself.

@@ -377,8 +377,8 @@ def test_the_error_of_a_timeout_names_the_file(config: Config, manifest: Manifes
         next(videos)
 
 
-@pytest.mark.usefixtures("quick_polls")
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("quick_polls", "rank_server")
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_the_error_of_a_killed_worker_names_its_file_first(config: Config, manifest: Manifest, method: str) -> None:
     dataset = Killed(manifest, with_workers(config, 2), temporal_views=1, spatial_crops=1)
     file = r"\S+v2\.mp4 for \d+\.\d s \(its worker died of SIGKILL\)"

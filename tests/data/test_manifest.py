@@ -438,23 +438,24 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_index_command_prints_one_screen_and_fails_without_a_readable_video(
-    tmp_path: Path, videos: Path, command: Command
+    tmp_path: Path, videos: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = [*((f"v{i}.mp4", 0) for i in range(9)), *((f"gone{i}.mp4", 1) for i in range(500)), ("broken.mp4", 2)]
     config = config_of(tmp_path / "run", train=write_list(videos / "l.txt", rows))
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    done = runs.command("index", tmp_path / "c.yaml")  # once as a process: the output of all of it fits on a screen
+    done = runs.command("index", tmp_path / "c.yaml")
     assert done.returncode == 0, done.stderr
     assert len((done.stdout + done.stderr).splitlines()) < 40
     assert "missing files: 500" in done.stderr
-    code, out, _ = command("index", tmp_path / "c.yaml", "--json")
-    assert code == 0
-    assert json.loads(out) == stored(config)
+    assert capfd.readouterr() == ("", "")  # of the processes that read the videos
+    done = runs.command("index", tmp_path / "c.yaml", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == stored(config)
     write_list(videos / "l.txt", [("gone.mp4", 0)])
-    code, out, err = command("index", tmp_path / "c.yaml")
-    assert code == 2
-    assert "listed" in out
-    assert "error: data.train: none of the 1 videos" in err
+    done = runs.command("index", tmp_path / "c.yaml")
+    assert done.returncode == 2
+    assert "listed" in done.stdout
+    assert "error: data.train: none of the 1 videos" in done.stderr
 
 
 def test_the_check_option_needs_no_config_and_fails_on_a_difference(

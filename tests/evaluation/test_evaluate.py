@@ -64,12 +64,11 @@ def untrained(data: Path, run: Path, **sections: dict) -> Config:
     return config
 
 
-def command(config: Config, *overrides: str, ranks: int = 1) -> list[str]:
-    """The command `videoadapt evaluate` on `ranks` ranks."""
+def command(config: Config, *overrides: str) -> list[str]:
+    """The words of `videoadapt evaluate`."""
     path = config.run.dir / "own.yaml"
     path.write_text(dump_config(config))
-    verb = ["-m", "videoadapt", "evaluate", path, *overrides, "--json"]
-    return torchrun(ranks, *verb) if ranks > 1 else [sys.executable, *map(str, verb)]
+    return ["evaluate", str(path), *overrides, "--json"]
 
 
 def logits(config: Config) -> np.ndarray:
@@ -109,7 +108,8 @@ def test_ranks_batches_and_workers_change_no_number(
     data: Path, tmp_path: Path, alone: tuple[Config, dict], ranks: int, settings: list[str]
 ) -> None:
     config = untrained(data, tmp_path, evaluate=VIEWS)
-    done = finished(command(config, *settings, ranks=ranks))
+    words = command(config, *settings)
+    done = runs.command(*words) if ranks == 1 else finished(torchrun(ranks, "-m", "videoadapt", *words))
     assert done.returncode == 0, done.stderr
     expected, summary = alone
     np.testing.assert_allclose(logits(config), logits(expected), atol=1e-5)
@@ -421,7 +421,7 @@ def test_2000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: Pa
     config = untrained(data, tmp_path / "run", model=model, evaluate={"speed_clips": 0, "batch": 64})
 
     process = subprocess.Popen(
-        command(config, "data.workers=2"),
+        [sys.executable, "-m", "videoadapt", *command(config, "data.workers=2")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -442,10 +442,10 @@ def test_2000_videos_with_flat_memory_and_killed_at_a_random_moment(tmp_path: Pa
     assert late < early + 15, f"memory grew from {early:.0f} to {late:.0f} MiB by {stop_at} videos: {used}"  # noqa: PLR2004
 
     kept = len(list(shards.glob("*/part-*.npz")))
-    resumed = finished(command(config, "data.workers=2"), 900)
+    resumed = runs.command(*command(config, "data.workers=2"))
     assert f"{count}/{count} videos" in resumed.stderr
     for shard in sorted(shards.glob("*/part-*.npz"))[: kept // 2]:
         shard.unlink()  # half of what the killed process wrote, scored again by the resumed code
-    whole = finished(command(config, "data.workers=1", "evaluate.batch=50"), 900)
+    whole = runs.command(*command(config, "data.workers=1", "evaluate.batch=50"))
     assert timeless(json.loads(resumed.stdout)) == timeless(json.loads(whole.stdout))
     assert json.loads(whole.stdout)["scored"] == count

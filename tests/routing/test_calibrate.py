@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from videoadapt.routing.policy import Fixed, Mixture, Policy
 from videoadapt.routing.policy_file import PolicyFile
 from videoadapt.routing.scores import Scored, Scores, require_scored, score
 from videoadapt.runtime.files import write_json
+from videoadapt.runtime.results import ShardResult
 from videoadapt.training.state import State
 
 MODEL = ModelConfig(points=("14", "10", "7"))
@@ -135,6 +137,25 @@ def test_an_empty_answer_says_how_many_videos_are_needed_and_removes_an_earlier_
     assert not (run.run.dir / "calibrate" / "policy.json").exists()
     with pytest.raises(UserError, match=r"policy\.json.*videoadapt calibrate"):
         va.predict(run, "x.mp4", policy=str(run.run.dir / "calibrate" / "policy.json"))
+
+
+@pytest.mark.parametrize("jobs", [["0/2", "1/2"], ["1/2"]])
+def test_jobs_that_score_a_part_change_no_calibration(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[str]
+) -> None:
+    """The job without a part chooses; it scores what is missing by itself."""
+    monkeypatch.setattr("videoadapt.routing.scores.VIDEOS_PER_SHARD", 4)
+    folder = shutil.copytree(run.run.dir, tmp_path / "run", ignore=shutil.ignore_patterns("calibrate*"))
+    here = run.model_copy(update={"run": run.run.model_copy(update={"dir": folder})})
+    parts = 0
+    for job in jobs:
+        parallel = here.parallel.model_copy(update={"shard": job})
+        assert calibrate(here.model_copy(update={"parallel": parallel})) == ShardResult(job)
+        assert parts < (parts := len(list(folder.glob("scores/calibrate-*/part-*.npz"))))
+        assert not (folder / "calibrate" / "calibrate.json").exists()
+    merged, alone = calibrate(here), calibrate(run)
+    assert isinstance(merged, va.CalibrateSummary) and isinstance(alone, va.CalibrateSummary)
+    assert (merged.chosen, merged.curve) == (alone.chosen, alone.curve)
 
 
 def test_a_promise_of_cost_chooses_the_most_accurate_policy(run: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,7 @@ def test_figures_that_follow_from_the_times() -> None:
     assert by_lengths(timed)[1].grouped_is_predicted is False
 
 
+@pytest.mark.usefixtures("rank_server")
 def test_ranks_keep_their_cores_and_a_killed_rank_is_an_error(tmp_path: Path) -> None:
     with started(2, rank_core_and_pid, tiny(tmp_path)) as processes:
         processes.ready()
@@ -145,6 +146,7 @@ def test_ranks_keep_their_cores_and_a_killed_rank_is_an_error(tmp_path: Path) ->
             processes.turn()
 
 
+@pytest.mark.usefixtures("rank_server")
 def test_the_cause_of_a_failed_rank_is_in_the_error(tmp_path: Path) -> None:
     with started(1, fail, tiny(tmp_path)) as processes, pytest.raises(RunError, match="^no such layer$"):
         processes.ready()

@@ -5,7 +5,8 @@ Not a test by itself. The ranks are forked from a process that has imported this
 
 from __future__ import annotations
 
-from collections.abc import Container
+import os
+from collections.abc import Callable, Container
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ from videoadapt.data.clips.loader import Batch
 from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import RunError
 from videoadapt.model.timesformer import TimeSformer
+from videoadapt.routing import scores
+from videoadapt.routing.label import label
 from videoadapt.runtime.ranks import broadcast_result, rank, ranks, wait_for_all, world_size
 from videoadapt.runtime.signals import StopRequest
 from videoadapt.training.ddp import share_statistics, sum_gradients
 from videoadapt.training.freeze import freeze
 from videoadapt.training.groups import make_plan
+from videoadapt.training.metrics import Validation
 from videoadapt.training.optim import make_optimizer
 from videoadapt.training.overlap import measured_orders
 from videoadapt.training.state import State, Tally
 from videoadapt.training.step import RankRole, train_step
 from videoadapt.training.step_report import StepReport
+from videoadapt.training.train import train
 from videoadapt.training.validate import Validator
 
 TRAININGS = [(1, torch.float64), (1, torch.float32), (3, torch.float64)]  # steps, precision
@@ -119,6 +124,32 @@ def save_validation(folder: str) -> None:
         found = Validator.of(State.start(config, manifest), 5).validate(StopRequest(), lambda note: None)
         assert found is not None
         torch.save(asdict(found), Path(folder) / f"rank{rank()}.pt")
+
+
+def train_run(folder: str) -> None:
+    """Trains by FOLDER/config.yaml; the messages of all ranks are in FOLDER/stderr."""
+    os.dup2(os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    train(load_config(Path(folder) / "config.yaml"))
+
+
+def train_until_it_gets_worse(folder: str) -> None:
+    """The same, with validations of which the first is the best."""
+    real = Validator.validate
+
+    def worse(self: Validator, stop: StopRequest, progress: Callable[[str], None]) -> Validation | None:
+        found = real(self, stop, progress)
+        if found is not None:
+            found.values["loss/6"] = float(found.epoch)
+        return found
+
+    Validator.validate = worse  # type: ignore[method-assign] # only in this process, which ends
+    train_run(folder)
+
+
+def label_run(folder: str) -> None:
+    """Labels by FOLDER/config.yaml, in files of four videos, so that every rank has one."""
+    scores.VIDEOS_PER_SHARD = 4
+    label(load_config(Path(folder) / "config.yaml"))
 
 
 def leave_often(folder: str, times: int = 30) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grouped_steps
+import pandas as pd
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from processes import finished, torchrun
 from videoadapt.config.load import Config, dump_config
 from videoadapt.data.index.manifest import load_or_index
 from videoadapt.model.checkpoint import Checkpoint, train_checkpoints
+from videoadapt.training.state import State
 from videoadapt.training.train import train
 
 LAYOUTS = {
@@ -267,20 +269,19 @@ def whole(data: Path, indexed: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [((1, None), (3, {"8": 1, "6": 1, "4": 1})), ((2, None), (1, None))])
+@pytest.mark.parametrize("plans", [[(1, None), (3, {"8": 1, "6": 1, "4": 1})], [(2, None), (1, None)]])
 def test_a_run_continues_with_another_plan(
-    data: Path, tmp_path: Path, whole: Checkpoint, first: tuple[int, Any], second: tuple[int, Any]
+    forked: ForkedRanks, data: Path, tmp_path: Path, whole: Checkpoint, plans: list[tuple[int, Any]]
 ) -> None:
     """All but the first checkpoint is lost, and its steps are trained again on other ranks."""
-    for number, (ranks, groups) in enumerate((first, second)):
+    for number, (ranks, groups) in enumerate(plans):
         config = tiny(data, tmp_path, groups, **REAL)
         (tmp_path / "config.yaml").write_text(dump_config(config))
         if ranks == 1:
             train(config)
         else:
-            done = finished(torchrun(ranks, "-m", "videoadapt", "train", tmp_path / "config.yaml"))
-            assert done.returncode == 0, done.stderr[:6000]
-            assert "waits for gradients" in done.stderr
+            forked.run(grouped_steps.train_run, ranks, tmp_path)
+            assert "waits for gradients" in (tmp_path / "stderr").read_text()
             points = json.loads((config.run.dir / "train.json").read_text())["points"]
             assert all(0 < values["mfu"] < 1 for values in points.values())  # those of other ranks, too
         if number == 0:
@@ -313,6 +314,36 @@ def test_ranks_validate_each_video_once(forked: ForkedRanks, data: Path, indexed
         assert other["values"] == pytest.approx(one["values"], rel=1e-5)
         assert {**other, "values": None} == {**one, "values": None}
     assert others[0] == others[1] == others[2]
+
+
+@pytest.mark.slow
+def test_ranks_stop_early_at_the_same_step(forked: ForkedRanks, data: Path, indexed: Path, tmp_path: Path) -> None:
+    recipe = {"epochs": 4, "patience": 1, "validate_every": 1, "best_metric": "loss/6"}
+    config = tiny(data, tmp_path, None, train=recipe)
+    shutil.copytree(indexed, config.run.dir)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    forked.run(grouped_steps.train_until_it_gets_worse, 2, tmp_path)
+    summary = json.loads((config.run.dir / "train.json").read_text())
+    assert (summary["stopped_early"], summary["epochs"], summary["best"]["epoch"]) == (True, 2, 1)
+    best = train_checkpoints(config.run.dir).best().meta["step"]
+    assert best == summary["best"]["step"] < newest(config).meta["step"] == summary["steps"]
+
+
+@pytest.mark.slow
+def test_ranks_give_each_clip_the_label_that_one_rank_gives_it(
+    forked: ForkedRanks, data: Path, indexed: Path, tmp_path: Path
+) -> None:
+    tables = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        config = runs.config(data, folder / "run")
+        shutil.copytree(indexed, config.run.dir)
+        train_checkpoints(config.run.dir).save(0, *State.start(config, load_or_index(config)).saved())
+        (folder / "config.yaml").write_text(dump_config(config))
+        forked.run(grouped_steps.label_run, count, folder)
+        tables.append(pd.read_parquet(config.run.dir / "labels" / "labels.parquet"))
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    assert len(tables[0]) > 8
 
 
 @pytest.mark.slow
