@@ -329,8 +329,13 @@ def test_another_architecture_or_recipe_is_refused(data: Path, tmp_path: Path) -
 def test_a_holdout_that_no_stage_uses_is_said(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, validate: str
 ) -> None:
-    stages = {"data": {"validate": validate}, "train": {"validate_every": 1}, "label": {"source": source}}
-    config = runs.config(data, tmp_path / "run", **stages)
+    config = runs.config(
+        data,
+        tmp_path / "run",
+        data={"validate": validate},
+        train={"validate_every": 1},
+        label={"source": source},
+    )
     say_splits(load_or_index(config), config)
     assert ("no stage uses the" in capsys.readouterr().err) == ((source, validate) == ("train", "val"))
 
