@@ -147,8 +147,8 @@ def train_until_it_gets_worse(folder: str) -> None:
 
 
 def label_run(folder: str) -> None:
-    """Labels by FOLDER/config.yaml, in files of four videos, so that every rank has one."""
-    scores.VIDEOS_PER_SHARD = 4
+    """Labels by FOLDER/config.yaml, in files of two videos, so that every rank has one."""
+    scores.VIDEOS_PER_SHARD = 2
     label(load_config(Path(folder) / "config.yaml"))
 
 

@@ -343,7 +343,7 @@ def test_ranks_give_each_clip_the_label_that_one_rank_gives_it(
         forked.run(grouped_steps.label_run, count, folder)
         tables.append(pd.read_parquet(config.run.dir / "labels" / "labels.parquet"))
     pd.testing.assert_frame_equal(tables[0], tables[1])
-    assert len(tables[0]) > 8
+    assert len(tables[0]) > 2 * 2  # a file for each rank
 
 
 @pytest.mark.slow
