@@ -41,7 +41,7 @@ def counted(model: TimeSformer, point: str, batch: int = 1) -> int:
     """MACs by torch: of attention it counts the two products only where they are plain matrix products."""
     config, device = model.config, model.cls_token.device
     clips = torch.zeros(batch, 3, config.num_frames, config.size, config.size, device=device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with mock.patch.object(Block, "_project_over_time", apart):
             model(clips, point)
     return counter.get_total_flops() // 2
@@ -95,13 +95,13 @@ def test_a_backward_pass_costs_twice_the_layers_that_are_trained(changes: dict[s
     ids=str,
 )
 def test_costs_equal_what_torch_counts(changes: dict[str, Any]) -> None:
-    model = TimeSformer(tiny(**changes)).eval()
+    model = TimeSformer(tiny(**changes)).eval().requires_grad_(False)
     assert point_macs(model.config) == {point: counted(model, point) for point in model.config.points}
 
 
 def test_costs_per_view_do_not_depend_on_the_batch() -> None:
     config = tiny()
-    assert counted(TimeSformer(config).eval(), "5", batch=4) == 4 * point_cost(config, "5").total
+    assert counted(TimeSformer(config).eval().requires_grad_(False), "5", batch=4) == 4 * point_cost(config, "5").total
 
 
 def test_a_point_is_given_as_text_or_as_a_point() -> None:
@@ -168,5 +168,5 @@ def test_the_points_of_supervit_cost_what_its_table_1_prints(
     assert {point: value / 1e9 for point, value in found.items()} == pytest.approx(table, **tolerance)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     with torch.device("meta"):
-        model = TimeSformer(load_config(path).model).eval()
+        model = TimeSformer(load_config(path).model).eval().requires_grad_(False)
     assert {point: counted(model, point) for point in table} == {point: found[point] for point in table}
