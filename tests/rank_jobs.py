@@ -41,7 +41,7 @@ def torch_server() -> Iterator[None]:
 
     A process has one fork server. `index()` starts it too, without torch.
     """
-    _end_server()
+    end_server()
     _FORK_SERVER.set_forkserver_preload(list(_PRELOADED))
     try:
         first = _FORK_SERVER.Process(target=int)
@@ -49,10 +49,11 @@ def torch_server() -> Iterator[None]:
         first.join()  # the imports, which are no part of the time of a job
         yield
     finally:
-        _end_server()
+        end_server()
 
 
-def _end_server() -> None:
+def end_server() -> None:
+    """Ends multiprocessing's fork server; the next process begins another."""
     server: Any = forkserver._forkserver
     if server._forkserver_pid is not None:  # by itself, it would wait until all of its processes have ended
         os.kill(server._forkserver_pid, signal.SIGKILL)

@@ -87,8 +87,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, server: CommandServer) ->
     generate(folder / "data", VIDEOS, seed=3, workers=1)
     for name in ("configs", "tools", "slurm", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
-    short = {"train": {"epochs": 1, "validate_every": 1}, "assign": {"epochs": 1}, "model": {"points": ["8", "4"]}}
-    config = runs.config(Path("data"), Path("runs/mine"), **short)
+    config = runs.config(
+        Path("data"),
+        Path("runs/mine"),
+        train={"epochs": 1, "validate_every": 1},
+        assign={"epochs": 1},
+        model={"points": ["8", "4"]},
+    )
     (folder / "CONFIG").write_text(dump_config(config), encoding="utf-8")
     shutil.copy(next((folder / "data").rglob("*.mp4")), folder / "video.mp4")
     block = Block(
