@@ -98,7 +98,7 @@ def test_a_leap_is_fitted_on_the_label_table_of_a_run(tmp_path: Path) -> None:
     table = outcome_table(names, np.zeros(300, np.int64), np.zeros(300, np.int64), probabilities, POINTS)
     (tmp_path / "labels").mkdir()
     table.to_parquet(tmp_path / "labels" / "outcomes.parquet")
-    (tmp_path / "labels" / "label.json").write_text('{"source": "holdout"}')
+    (tmp_path / "labels" / "label.json").write_text('{"source": "holdout", "manifest": "a", "model": "b"}')
     policy = parse_policy("leap:4:cost=0.5", None, model, tmp_path)
     assert isinstance(policy, Leap) and policy == parse_policy("leap:4:cost=0.5", None, model, tmp_path)
     macs = point_macs(model)

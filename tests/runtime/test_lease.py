@@ -20,7 +20,7 @@ from videoadapt.errors import RunError, UserError
 from videoadapt.evaluation.evaluate import evaluate
 from videoadapt.model.checkpoint import train_checkpoints
 from videoadapt.routing.label import label
-from videoadapt.routing.scores import score
+from videoadapt.routing.scores import score, score_split
 from videoadapt.runtime import lease as module
 from videoadapt.runtime.files import replacing
 from videoadapt.runtime.lease import Lease, Owner, sole_writer
@@ -150,14 +150,13 @@ def test_a_process_on_another_machine_without_a_job_is_not_replaced(tmp_path: Pa
 def test_superseded_label_and_evaluate_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = runs.config(runs.make_data(tmp_path / "data"), tmp_path / "run", train={"epochs": 1})
     train(config)
-    for stage, function in (("label", label), ("evaluate", evaluate)):
-        module_of_stage = sys.modules[function.__module__]
+    for stage, function, caller in (("label", label, label), ("evaluate", evaluate, score_split)):
 
         def superseded(*words: Any, stage: str = stage, **settings: Any) -> Any:
             (config.run.dir / f"{stage}.owner").write_text(json.dumps(asdict(ELSEWHERE)))
             return score(*words, **settings)
 
-        monkeypatch.setattr(module_of_stage, "score", superseded)
+        monkeypatch.setattr(sys.modules[caller.__module__], "score", superseded)
         with pytest.raises(RunError, match=rf"{stage}\.owner: the owner is now process 1 on node7"):
             function(config)
         assert not list(config.run.dir.glob(f"{'labels' if stage == 'label' else stage}/*"))
