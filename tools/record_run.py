@@ -20,6 +20,7 @@ import typer
 from one_line_failures import one_line_failures
 from videoadapt.config.cost import point_macs
 from videoadapt.config.load import load_config
+from videoadapt.errors import UserError
 from videoadapt.evaluation.against_fixed import Measured, against_fixed
 from videoadapt.evaluation.evaluated import read_evaluated_table, read_evaluation
 from videoadapt.evaluation.intervals import accuracy_interval, paired_difference
@@ -63,6 +64,8 @@ def record(run: Path, file: Path) -> None:
     if (run / "evaluate" / "assigner.parquet").exists():
         columns = [f"p/{point}" for point in found["points"]]
         table = read_evaluated_table(run, "assigner", ["video", *columns]).set_index("video")[columns]
+        if table.index.has_duplicates:
+            raise UserError(f"{run}: expected one clip a video (evaluate.temporal_views=1), for the assigner's curve")
         table = table.reindex(first["video"], fill_value=0.0)  # for a video without an answer, no point suffices
         found["assigned"] = {
             point: (table[f"p/{point}"] * 1000).round().astype(int).tolist() for point in found["points"]
@@ -128,10 +131,11 @@ def curve_of(folds: Sequence[Summary], fixed: Sequence[Measured], sources: Choic
     points = list(folds[0]["points"])
     p: Floats = np.concatenate([np.array([fold["assigned"][point] for point in points]).T for fold in folds]) / 1000
     right: Bools = np.stack([each.right for each in fixed], axis=1)  # (videos, points)
+    read = p.any(1)  # videos that failed have no answer, and cost nothing, as for the other policies
     costs, assigner, found = np.array([each.macs for each in fixed]), folds[0]["assigner_macs"] or 0, []
     for threshold in THRESHOLDS:
         choice = cheapest_sufficient(p, threshold)
-        own = Measured("", float(costs[choice].mean() + assigner), right[np.arange(len(p)), choice])
+        own = Measured("", float(costs[choice[read]].mean() + assigner), right[np.arange(len(p)), choice])
         beside = against_fixed(own, fixed, sources)
         difference = interval(beside.difference_to_mixture) if beside else ""
         found.append((threshold, percent(own.right.mean()), percent(1 - own.macs / costs[0]), difference))

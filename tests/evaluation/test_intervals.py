@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from videoadapt.evaluation.intervals import (
     accuracy_interval,
+    bootstrap_interval,
     class_means,
     mean_class_interval,
     paired_difference,
@@ -125,6 +126,27 @@ def test_intervals_of_sources_cover_the_truth_where_their_videos_are_alike() -> 
     alone = accuracy_interval(a, np.arange(600))
     assert alone == wilson(int(a.sum()), 600)
     assert high - low > 2 * (alone[1] - alone[0])
+
+
+@pytest.mark.parametrize(("sources", "accuracy"), [(5, 0.9), (10, 0.9), (20, 0.9), (40, 0.95)])
+def test_intervals_of_few_sources_do_not_promise_too_much(sources: int, accuracy: float) -> None:
+    rng, numbers = np.random.default_rng(3), np.repeat(np.arange(sources), 10)
+    covered = []
+    for _ in range(200):
+        a, b = (np.repeat(rng.random(sources) < accuracy, 10) for _ in "ab")
+        low, high = accuracy_interval(a, numbers)
+        _, lowest, highest = paired_difference(a, b, sources=numbers)
+        covered.append((low <= accuracy <= high, lowest <= 0 <= highest))
+    assert np.mean(covered, axis=0).min() > 0.92
+
+
+def test_copies_of_a_video_change_no_interval_of_sources() -> None:
+    a, b = np.random.default_rng(0).random((2, 30)) < 0.8
+    copies = np.repeat(np.arange(30), 10)
+    assert accuracy_interval(a[copies], copies)[0] == pytest.approx(
+        bootstrap_interval(a.astype(np.float64), [0.0, 1.0])[0]
+    )
+    assert paired_difference(a[copies], b[copies], sources=copies) == pytest.approx(paired_difference(a, b))
 
 
 def test_sources_of_one_video_change_nothing() -> None:

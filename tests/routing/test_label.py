@@ -27,8 +27,13 @@ def test_one_class_alone_is_always_guessed() -> None:
 
 def test_another_mix_of_classes_is_named_and_chance_is_not() -> None:
     classes = ("glass", "metal", "unused")
-    ours, val = (np.repeat([0, 1], counts) for counts in ([270, 40], [700, 230]))
-    note = class_mix_note(ours, val, classes)
-    assert note and "glass is 87.1 % of them, and 75.3 % of val" in note
-    assert class_mix_note(np.repeat([0, 1], [27, 5]), val, classes) is None
-    assert class_mix_note(np.array([], dtype=np.int64), val, classes) is None
+
+    def note(ours: np.ndarray, a_source: int = 1) -> str | None:
+        val = np.repeat([0, 1], [700, 230])
+        return class_mix_note((ours, val), (np.arange(len(ours)) // a_source, np.arange(930) // a_source), classes)
+
+    ours = np.repeat([0, 1], [270, 40])
+    assert "glass is 87.1 % of them, and 75.3 % of val" in (note(ours) or "")
+    assert note(ours, a_source=10) is None  # 31 sources beside 93
+    assert note(np.repeat([0, 1], [27, 5])) is None
+    assert note(np.array([], dtype=np.int64)) is None

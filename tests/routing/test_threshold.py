@@ -114,6 +114,23 @@ def test_a_perfect_separation_has_an_interval(sign: int) -> None:
     assert separation(np.ones((3, 2)), np.ones((3, 2), bool)) == (0.5, 0.0, 1.0)
 
 
+def test_an_assigner_that_guesses_is_rarely_proven_where_clips_of_a_source_are_alike() -> None:
+    rng, sources = np.random.default_rng(0), np.repeat(np.arange(30), 10)
+    proven = 0
+    for _ in range(200):
+        easy, score = (rng.random(30) < 0.5)[sources], rng.normal(size=30)[sources]
+        proven += separation(np.stack([-score, score], 1), np.stack([easy, easy], 1), sources)[1] > 0.5
+    assert proven / 200 < 0.05
+
+
+def test_the_chance_of_a_loss_counts_sources() -> None:
+    right = np.ones((200, 2), bool)
+    right[:30, 1] = False  # of 3 sources of 10
+    found = fixed_points(right, np.array([2.0, 1.0]), ("14", "7"), np.arange(200) // 10)
+    assert found["7"].p_value == pytest.approx(0.25)
+    assert fixed_points(right, np.array([2.0, 1.0]), ("14", "7"), np.arange(200))["7"].p_value < 1e-6
+
+
 def test_differences_have_intervals_that_cover() -> None:
     rng, covered = np.random.default_rng(0), 0
     for _ in range(500):

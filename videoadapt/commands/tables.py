@@ -381,7 +381,10 @@ def print_evaluate(summary: Summary) -> None:
     if "random" in summary["policies"]:
         say("random: the mix of points of assigned, by chance")
     if "oracle" in summary["policies"]:
-        say("oracle: the cheapest right point, chosen with the true class, an upper bound for choosing points")
+        say(
+            "oracle: the cheapest right point, chosen with the true class; with one clip a video, an upper bound for "
+            "choosing points"
+        )
     for name, promise in summary["promises"].items():
         say(f"{name} is calibrated: {promise}")
     _say_videos(summary)

@@ -100,8 +100,8 @@ def paired_difference(a: Bools, b: Bools, *, sources: Choice | None = None) -> I
 def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | None = None) -> tuple[float, float]:
     """Returns the bootstrap interval of a mean over videos. Whole sources are drawn: their videos are alike.
 
-    Half a video of each kind is added, so that the interval is never a point: two policies that agree on every video of
-    a sample may differ on other videos.
+    Half a source of each kind is added, as large as the others in the mean, so that the interval is never a point: two
+    policies that agree on every video of a sample may differ on other videos.
 
     Args:
         gains: The value of each video, `(videos,)`.
@@ -109,8 +109,9 @@ def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | 
         sources: Number of each video's source, `(videos,)`; None: each video is its own.
     """
     numbers = np.arange(len(gains)) if sources is None else np.unique(sources, return_inverse=True)[1]
-    added = np.array([[kind, 1.0] for kind in kinds])  # (kinds, 2): the sum and the number of videos, as below
     units = np.stack([np.bincount(numbers, weights=gains), np.bincount(numbers)], axis=1)  # (sources, 2)
+    size = len(gains) / len(units) if len(units) else 1.0  # videos of a source in the mean
+    added = np.array([[kind * size, size] for kind in kinds])  # (kinds, 2): the sum and the number of videos
     weights = np.repeat([0.5, 1.0], [len(added), len(units)])
     # Units with the same sum and size are drawn together, so that memory does not grow with the videos.
     both = np.concatenate([added, units]).round(_DIGITS)

@@ -15,10 +15,10 @@ from videoadapt.data.index.manifest import Manifest, load_or_index
 from videoadapt.errors import ConfigError, UserError, plural
 from videoadapt.model.checkpoint import weights_digest
 from videoadapt.routing.assigner import assigner_checkpoints
-from videoadapt.routing.calibrate_policies import Totals, best, measure, run_tests
+from videoadapt.routing.calibrate_policies import ROUNDING, Totals, best, measure, run_tests
 from videoadapt.routing.candidates import Order, delta_of_orders, known_clips, orders_of
 from videoadapt.routing.decide import views_run
-from videoadapt.routing.label import class_mix_note
+from videoadapt.routing.label import say_other_mix
 from videoadapt.routing.label_rules import Bools, Choice, Floats
 from videoadapt.routing.learn_then_test import loss_upper, mean_upper, provable_loss, videos_needed
 from videoadapt.routing.policy import Assigned, Fixed, Leap, Policy, needs_assigner
@@ -148,7 +148,7 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
 
         def write() -> CalibrateSummary:
             scores = scored.load("data.calibrate")
-            _say_other_mix(scores, manifest)
+            say_other_mix(scores.rows, manifest, "the promise is about videos like these")
             known, ordered_by = known_clips(config, manifest, model, assigned)
             views = config.evaluate.views
             sources = _sources(scores, manifest)
@@ -162,12 +162,6 @@ def calibrate(config: Config) -> CalibrateSummary | ShardResult:
             return found
 
         return broadcast_result(write)
-
-
-def _say_other_mix(scores: Scores, manifest: Manifest) -> None:
-    note = class_mix_note(manifest["label"][scores.rows], manifest.split("val").readable["label"], manifest.classes)
-    if note:
-        say(f"{note}: the promise is about videos like these")
 
 
 def _sources(scores: Scores, manifest: Manifest) -> Choice | None:
@@ -194,10 +188,11 @@ def _chosen(  # noqa: PLR0913, PLR0917 - what a calibration has
     curve = _curve(totals, policies, orders, p_values, valid, settings.delta)
     chosen = best(valid, totals, settings)
     fixed = [each for each in curve if each.policy.startswith("fixed:") and each.valid]
-    rates = [float(totals.losses[policies.index(order.policies[0])] / totals.units) for order in orders]
-    needed = [videos_needed(rate, settings.eps, delta) for rate, delta in zip(rates, deltas, strict=True)]
+    needed = [
+        _needed(order, delta, policies, totals, settings.eps) for order, delta in zip(orders, deltas, strict=True)
+    ]
     return CalibrateSummary(
-        promise=promise_of(settings),
+        promise=promise_of(settings, sources),
         eps=settings.eps,
         delta=settings.delta,
         max_cost=settings.cost,
@@ -230,7 +225,7 @@ def _curve(  # noqa: PLR0913, PLR0917 - columns of one table
     for number, policy in enumerate(policies):
         cost, most = float(totals.costs[number]), float(totals.most[number])
         known = isinstance(policy, Fixed)  # its cost is the same for every video
-        costliest = known and cost >= 1 - 1e-9
+        costliest = known and cost >= 1 - ROUNDING
         point = CurvePoint(
             policy=policy.name,
             order=of_order.get(policy, "fixed points"),
@@ -268,9 +263,20 @@ def _milliseconds(policies: Sequence[Policy], scores: Scores, config: Config) ->
     return found
 
 
-def promise_of(settings: CalibrateConfig) -> str:
-    """Returns the promise in words."""
-    confidence = f"with confidence {percent(1 - settings.delta)} %"
+def _needed(order: Order, delta: float, policies: Sequence[Policy], totals: Totals, eps: float) -> int | None:
+    """Returns about how many videos prove the first policy of an order that saves anything; None if no more do."""
+    numbers = [policies.index(policy) for policy in order.policies]
+    saving = next((number for number in numbers if totals.costs[number] < 1 - ROUNDING), None)
+    if saving is None:
+        return None
+    needed = videos_needed(float(totals.losses[saving] / totals.units), eps, delta)
+    return needed if needed is not None and needed > totals.units else None
+
+
+def promise_of(settings: CalibrateConfig, sources: Choice | None) -> str:
+    """Returns the promise in words. Where sources have several videos, each source counts alike."""
+    alike = ", of sources, which count alike" if sources is not None else ""
+    confidence = f"with confidence {percent(1 - settings.delta)} %{alike}"
     if settings.cost is not None:
         return f"mean MACs of a video at most {percent(settings.cost)} % of the costliest point's, {confidence}"
     return f"at most {100 * settings.eps:g} points of accuracy lost against the costliest point, {confidence}"

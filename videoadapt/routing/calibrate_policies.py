@@ -18,7 +18,7 @@ from videoadapt.routing.policy import Fixed, Policy
 from videoadapt.routing.replay import replay
 from videoadapt.routing.scores import Scores
 
-_ROUNDING = 1e-9  # of costs
+ROUNDING = 1e-9  # of costs
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ def run_tests(
         else:
             most = np.ones(len(totals.losses))
             p_values = mean_p_values(totals.losses / totals.units, most, totals.units, settings.eps)
-        certain = fixed & (totals.costs >= 1 - _ROUNDING)
+        certain = fixed & (totals.costs >= 1 - ROUNDING)
         p_values = np.where(certain, 0.0, p_values)
     else:
         rows = [order[::-1] for order in rows]  # from the cheapest policy on
         p_values = mean_p_values(totals.costs, totals.most, totals.units, settings.cost)
-        certain = fixed & (totals.costs <= settings.cost + _ROUNDING)
+        certain = fixed & (totals.costs <= settings.cost + ROUNDING)
         p_values = np.where(fixed, 1.0 - certain, p_values)
     return p_values, certain | valid_policies(p_values, rows, deltas)
 
@@ -150,7 +150,7 @@ def best(valid: Bools, totals: Totals, settings: CalibrateConfig) -> int | None:
     Of the valid policies the cheapest is chosen or, under a bound of the cost, the most accurate.
     """
     costs, accuracies = totals.costs, totals.accuracies
-    numbers = np.flatnonzero(valid & (costs < 1 - _ROUNDING))
+    numbers = np.flatnonzero(valid & (costs < 1 - ROUNDING))
     if not len(numbers):
         return None
     keys = (-accuracies, costs) if settings.cost is None else (costs, -accuracies)  # the last one decides first

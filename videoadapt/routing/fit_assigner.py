@@ -220,7 +220,7 @@ def _assign(config: Config, checkpoints: Checkpoints) -> AssignSummary:
         rule=found.rule,
         confidence=1 - delta,
         clips_needed=clips_needed(tolerance, delta, select.sources),
-        auc=separation(probabilities, select.right),
+        auc=separation(probabilities, select.right, select.sources),
         loss_at_most=largest_loss(select.right, choice, delta, select.sources),
         difference=difference(right, select.right[:, 0], select.sources),
         over_random=over_random(select.right, choice, select.sources),

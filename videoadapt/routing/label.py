@@ -137,10 +137,7 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
         if note:
             say(f"point {points[0]}: {note}; an assigner has little to learn from these labels")
     if config.label.source == "holdout":
-        val = manifest.split("val").readable["label"]
-        note = class_mix_note(manifest["label"][scores.rows], val, manifest.classes)
-        if note:
-            say(f"{note}: accuracies here and on val differ for this reason, too")
+        say_other_mix(scores.rows, manifest, "accuracies here and on val differ for this reason, too")
     clips["label"] = labels
     summary = LabelSummary(
         source=config.label.source,
@@ -162,16 +159,39 @@ def _labelled(manifest: Manifest, scores: Scores, config: Config) -> tuple[dict[
     return {"outcomes": table, "labels": clips}, summary
 
 
-def class_mix_note(ours: npt.NDArray[np.integer], val: npt.NDArray[np.integer], classes: Sequence[str]) -> str | None:
-    """Returns in words that labelled clips and val have another mix of classes; None if chance explains it.
+def say_other_mix(rows: npt.NDArray[np.integer], manifest: Manifest, consequence: str) -> None:
+    """Prints that some clips have another mix of classes than val, and what follows, unless chance explains it.
 
     Args:
-        ours: Class number of each labelled clip.
-        val: Class number of each video of val.
+        rows: The clips, as row numbers of the manifest.
+        manifest: Gives classes and sources.
+        consequence: What follows, in words.
+    """
+    parts = (rows, manifest.readable_rows("val"))
+    labels, sources = ([column[part] for part in parts] for column in (manifest["label"], manifest.sources))
+    note = class_mix_note(labels, sources, manifest.classes)
+    if note:
+        say(f"{note}: {consequence}")
+
+
+def class_mix_note(
+    labels: Sequence[npt.NDArray[np.integer]], sources: Sequence[npt.NDArray[Any]], classes: Sequence[str]
+) -> str | None:
+    """Returns in words that some clips and val have another mix of classes; None if chance explains it.
+
+    The test counts each source once, by the class of its first clip: those of one source are alike.
+
+    Args:
+        labels: Class number of each clip, and of each video of val.
+        sources: Their sources.
         classes: The names of the classes.
     """
-    counts = np.array([np.bincount(labels, minlength=len(classes)) for labels in (ours, val)])
-    if not counts.sum(1).all() or chi2_contingency(counts[:, counts.any(0)]).pvalue >= _SIGNIFICANT:
+    counts = np.array([np.bincount(part, minlength=len(classes)) for part in labels])
+    firsts = [np.unique(part, return_index=True)[1] for part in sources]
+    tested = np.array(
+        [np.bincount(part[first], minlength=len(classes)) for part, first in zip(labels, firsts, strict=True)]
+    )
+    if not counts.sum(1).all() or chi2_contingency(tested[:, tested.any(0)]).pvalue >= _SIGNIFICANT:
         return None
     here, there = counts / counts.sum(1, keepdims=True)
     most = int(np.abs(here - there).argmax())

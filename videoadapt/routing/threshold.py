@@ -73,7 +73,7 @@ def supported_threshold(  # noqa: PLR0913 - settings, by name
 
     First by proof: thresholds are tested from the safest on, as in `calibrate`. If no threshold that saves is proven,
     by estimate: the cheapest one that loses at most `tolerance` on these clips, or one clip where a clip is more than
-    that. An estimate needs `FEWEST` clips, and an assigner that tells easy clips from hard ones.
+    that. An estimate needs `FEWEST` sources, and an assigner that tells easy clips from hard ones.
 
     Args:
         probabilities: The assigner's probabilities, `(clips, points)`.
@@ -93,8 +93,9 @@ def supported_threshold(  # noqa: PLR0913 - settings, by name
     proven = np.flatnonzero(valid_in_order(_p_values(lost, sources, tolerance), delta) & saves)
     if len(proven):
         return Threshold(float(grid[proven[-1]]), "proven")  # the last one is the cheapest: costs fall along the grid
-    _, low, _ = separation(probabilities, right)
-    if clips >= FEWEST and low > 0.5:  # noqa: PLR2004 - of guessing
+    _, low, _ = separation(probabilities, right, sources)
+    units = clips if sources is None else len(np.unique(sources))
+    if units >= FEWEST and low > 0.5:  # noqa: PLR2004 - of guessing
         value = choose_threshold(probabilities, right, costs, tolerance=max(tolerance, 1 / clips))
         if costs[cheapest_sufficient(probabilities, value)].mean() + assigner_cost < costs[0]:
             return Threshold(value, "estimated")
@@ -162,16 +163,18 @@ def _source_sums(values: Floats | Bools, sources: Choice) -> Floats:
     return np.bincount(numbers, weights=values).astype(np.float64)
 
 
-def separation(probabilities: Floats, right: Bools) -> Interval:
+def separation(probabilities: Floats, right: Bools, sources: Choice | None = None) -> Interval:
     """Returns how well the assigner tells clips on which the cheapest point is right from the others.
 
     It is the area under the ROC curve (AUC): the probability that of two clips, one of each kind, the assigner finds
     the easy one easier. 0.5 is guessing. The interval is Newcombe's (2006, method 5), which stays inside 0 and 1 and
-    has a width also where no pair is in the wrong order.
+    has a width also where no pair is in the wrong order. The width is by the number of sources with clips of a kind,
+    and not by the number of clips: those of one source are alike.
 
     Args:
         probabilities: The assigner's probabilities, `(clips, points)`.
         right: Whether the model is right, `(clips, points)`.
+        sources: Number of each clip's source, `(clips,)`; None: each clip is its own.
 
     Returns:
         The AUC and its interval; 0.5 between 0 and 1 if all clips are of one kind.
@@ -181,6 +184,8 @@ def separation(probabilities: Floats, right: Bools) -> Interval:
     if not m or not n:
         return 0.5, 0.0, 1.0
     found = float(stats.mannwhitneyu(score[easy], score[~easy]).statistic) / (m * n)
+    if sources is not None:
+        m, n = len(np.unique(sources[easy])), len(np.unique(sources[~easy]))
     pairs = (m + n) / 2 - 1
 
     def distance(area: float) -> float:
@@ -237,12 +242,12 @@ def fixed_points(right: Bools, costs: Floats, points: Sequence[str], sources: Ch
         right: Whether the model is right, `(clips, points)`.
         costs: Cost of each point, `(points,)`.
         points: The points, costliest first.
-        sources: As in `difference`. The p-value counts each clip alone.
+        sources: As in `difference`. The p-value is McNemar's, of sources that gain in all against those that lose.
     """
     found = {}
     for number, point in enumerate(points[1:], start=1):
-        won = int((right[:, number] & ~right[:, 0]).sum())
-        lost = int((right[:, 0] & ~right[:, number]).sum())
+        gains = _source_sums(right[:, number].astype(np.float64) - right[:, 0], sources)  # (sources,)
+        won, lost = int((gains > 0).sum()), int((gains < 0).sum())
         p_value = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
         saved = float(1 - costs[number] / costs[0])
         found[point] = FixedPoint(saved, difference(right[:, number], right[:, 0], sources), p_value)
