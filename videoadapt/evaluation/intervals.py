@@ -100,8 +100,9 @@ def paired_difference(a: Bools, b: Bools, *, sources: Choice | None = None) -> I
 def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | None = None) -> tuple[float, float]:
     """Returns the bootstrap interval of a mean over videos. Whole sources are drawn: their videos are alike.
 
-    Half a source of each kind is added, as large as the others in the mean, so that the interval is never a point: two
-    policies that agree on every video of a sample may differ on other videos.
+    Half a unit of each kind is added, so that the interval is never a point: two policies that agree on every video of
+    a sample may differ on other videos. A unit has as many videos as are alike: the design effect (Kish, 1965), from
+    one video, if those of a source differ as others do, to a whole source, if they are equal or no video differs.
 
     Args:
         gains: The value of each video, `(videos,)`.
@@ -110,7 +111,7 @@ def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | 
     """
     numbers = np.arange(len(gains)) if sources is None else np.unique(sources, return_inverse=True)[1]
     units = np.stack([np.bincount(numbers, weights=gains), np.bincount(numbers)], axis=1)  # (sources, 2)
-    size = len(gains) / len(units) if len(units) else 1.0  # videos of a source in the mean
+    size = _videos_alike(gains, units)
     added = np.array([[kind * size, size] for kind in kinds])  # (kinds, 2): the sum and the number of videos
     weights = np.repeat([0.5, 1.0], [len(added), len(units)])
     # Units with the same sum and size are drawn together, so that memory does not grow with the videos.
@@ -122,6 +123,21 @@ def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | 
     drawn = np.random.default_rng(_SEED).multinomial(max(len(units), 1), counts / counts.sum(), DRAWS)  # (DRAWS, types)
     low, high = np.quantile(drawn @ types[:, 0] / (drawn @ types[:, 1]), [0.025, 0.975])
     return float(low), float(high)
+
+
+def _videos_alike(gains: Floats, units: Floats) -> float:
+    """Returns how many videos are alike: from 1 to the videos of a source in the mean.
+
+    Args:
+        gains: The value of each video, `(videos,)`.
+        units: The sum of the values and the number of videos of each source, `(sources, 2)`.
+    """
+    if not len(gains):
+        return 1.0
+    most = len(gains) / len(units)
+    apart = float(((gains - gains.mean()) ** 2).sum())  # the variance if videos were independent
+    together = float(((units[:, 0] - gains.mean() * units[:, 1]) ** 2).sum())
+    return min(max(together / apart, 1.0), most) if apart > 0 else most
 
 
 def mcnemar(a_only: int, b_only: int) -> float:
