@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from videoadapt.routing.label_rules import Bools, Choice, Floats, Interval
@@ -125,7 +127,7 @@ def bootstrap_interval(gains: Floats, kinds: Sequence[float], sources: Choice | 
     return float(low), float(high)
 
 
-def _videos_alike(gains: Floats, units: Floats) -> float:
+def _videos_alike(gains: Floats, units: npt.NDArray[Any]) -> float:
     """Returns how many videos are alike: from 1 to the videos of a source in the mean.
 
     Args:
