@@ -80,6 +80,7 @@ class Simulated(NamedTuple):
     eps: float
     videos: int
     broken: float  # fraction of the calibrations whose policy truly loses more than eps
+    untested: float  # the same, if the cheapest policy that loses at most eps on the drawn videos is taken
     found: float  # fraction of the calibrations that found a policy cheaper than the costliest point
     saved: float  # mean true saving, 0 where none was found
     possible: float  # the saving of the best policy, if all losses were known
@@ -177,11 +178,12 @@ def _simulate(  # noqa: PLR0913, PLR0917 - what one calibration has
     count = measured.cost.shape[1]
     loss, cost = measured.lost.mean(1), measured.cost.mean(1)
     rng = np.random.default_rng(settings.seed)
-    chosen = []
+    chosen, untested = [], []
     for _ in range(settings.draws):
         drawn = measured.totals(np.bincount(rng.integers(0, count, videos), minlength=count))
         _, valid = run_tests(drawn, policies, orders, deltas, promise)
         chosen.append(best(valid, drawn, promise))
+        untested.append(best(drawn.losses <= promise.eps * drawn.units, drawn, promise))
     found = np.array([number for number in chosen if number is not None], dtype=np.int64)
     fixed = np.array([isinstance(policy, Fixed) for policy in policies])
     keeps = loss <= promise.eps
@@ -189,6 +191,7 @@ def _simulate(  # noqa: PLR0913, PLR0917 - what one calibration has
         eps=promise.eps,
         videos=videos,
         broken=float((~keeps[found]).sum() / settings.draws),
+        untested=sum(number is not None and not keeps[number] for number in untested) / settings.draws,
         found=len(found) / settings.draws,
         saved=float((1 - cost[found]).sum() / settings.draws),
         possible=float(1 - cost[keeps].min()),
@@ -210,6 +213,7 @@ def main(words: Sequence[str]) -> None:
             f"{100 * row.eps:g}",
             row.videos,
             percent(row.broken),
+            percent(row.untested),
             percent(row.found),
             percent(row.saved),
             percent(row.possible),
@@ -217,7 +221,8 @@ def main(words: Sequence[str]) -> None:
         )
         for row in simulate(Path(words[0]), settings, overrides)
     ]
-    columns = ("eps points", "videos", "broken %", "found %", "saved %", "possible %", "best fixed %")
+    figures = ("broken %", "without tests %", "found %", "saved %", "possible %", "best fixed %")
+    columns = ("eps points", "videos", *figures)
     print_table(f"{settings.draws} calibrations each, delta {settings.delta:g}", columns, rows)
 
 

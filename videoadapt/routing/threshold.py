@@ -73,7 +73,7 @@ def supported_threshold(  # noqa: PLR0913 - settings, by name
 
     First by proof: thresholds are tested from the safest on, as in `calibrate`. If no threshold that saves is proven,
     by estimate: the cheapest one that loses at most `tolerance` on these clips, or one clip where a clip is more than
-    that. An estimate needs `FEWEST` sources, and an assigner that tells easy clips from hard ones.
+    that. An estimate needs `FEWEST` clips, and an assigner that tells easy clips from hard ones.
 
     Args:
         probabilities: The assigner's probabilities, `(clips, points)`.
@@ -94,8 +94,7 @@ def supported_threshold(  # noqa: PLR0913 - settings, by name
     if len(proven):
         return Threshold(float(grid[proven[-1]]), "proven")  # the last one is the cheapest: costs fall along the grid
     _, low, _ = separation(probabilities, right, sources)
-    units = clips if sources is None else len(np.unique(sources))
-    if units >= FEWEST and low > 0.5:  # noqa: PLR2004 - of guessing
+    if clips >= FEWEST and low > 0.5:  # noqa: PLR2004 - of guessing
         value = choose_threshold(probabilities, right, costs, tolerance=max(tolerance, 1 / clips))
         if costs[cheapest_sufficient(probabilities, value)].mean() + assigner_cost < costs[0]:
             return Threshold(value, "estimated")
