@@ -12,7 +12,7 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from resize_videos import open_encoder
+from open_encoder import open_encoder
 
 BITS = 10  # of a frame number, which is below 1024
 _ROWS = 2  # of blocks in a frame; BITS / _ROWS columns

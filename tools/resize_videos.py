@@ -35,6 +35,7 @@ import typer
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
+from open_encoder import open_encoder
 from videoadapt.data.index.find_files import walk
 from videoadapt.data.index.probe_pool import run_on_files
 from videoadapt.data.video.decoding import decode, display_times
@@ -299,32 +300,6 @@ def require_encoder(encoding: Encoding) -> None:
             value = encoding.options()[option]
             raise UserError(f"--{option} {value}: {encoding.codec} does not accept it ({cause})")
     raise UserError(f"--codec {encoding.codec}: cannot encode with {encoding.options()}: {cause}")
-
-
-def open_encoder(context: VideoCodecContext) -> None:
-    """Opens an encoder, then restores the scheduling policy of this process.
-
-    SVT-AV1 run as root gives real-time priority (SCHED_FIFO 99) to its threads and to the calling thread, and every
-    process that is started later inherits it. A process that polls with this priority takes a whole core from all
-    others. This function gives every thread the policy that the caller had before.
-
-    Args:
-        context: Codec context of a PyAV stream, with all options set.
-
-    Raises:
-        av.FFmpegError: The encoder refuses its options.
-    """
-    if not hasattr(os, "sched_setscheduler"):  # not on macOS
-        context.open()
-        return
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        context.open()
-    finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(ProcessLookupError):  # the thread has ended since
-                if os.sched_getscheduler(thread) != before[0]:
-                    os.sched_setscheduler(thread, *before)
 
 
 def _rejection(encoding: Encoding) -> str:

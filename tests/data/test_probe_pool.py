@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import rank_jobs
 from video_files import numbered, write_video
 from videoadapt.data.index import probe_pool
 from videoadapt.data.index.probe_pool import NotProbed, ProbeResult, probe_files, run_on_files
@@ -145,6 +144,8 @@ def test_any_exception_becomes_the_cause_of_its_file() -> None:
 
 
 def test_the_processes_do_not_import_torch() -> None:
+    import rank_jobs  # here, because the processes import this module
+
     rank_jobs.end_server()  # workers of a loader may have begun it, with torch
     assert run(["torch"])["torch"] == replace(INFO, codec="not imported")
 
